@@ -1,0 +1,91 @@
+"""Configuration: frozen dataclasses filled from YAML; an unknown key is an error that names the nearest one."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+Config = TypeVar("Config")
+Objective = Literal["language_model", "eagle1", "eagle3"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training stage: what is trained, on which data, for how long. Lengths are in tokens."""
+
+    objective: Objective
+    output: str
+    target: str = ""
+    """The frozen target: a folder, a hub id or `tiny`. Unused by `language_model`, which trains one."""
+    data: str = "stdlib"
+    """`stdlib` (the Python standard library, `data/corpus.py`) or the path of a JSONL file."""
+    max_rows: int | None = None
+    architecture: Mapping[str, Any] = field(default_factory=dict)
+    """Overrides of the trained network's configuration (Hugging Face names: `hidden_size`, ...)."""
+    vocab_size: int = 4096
+    """Tokenizer entries; `language_model` only."""
+    draft_vocab_size: int | None = None
+    """EAGLE-3's output vocabulary, the data's most frequent tokens; None keeps the whole target vocabulary."""
+    aux_layers: tuple[int, ...] = ()
+    """EAGLE-3's feature layers as hidden_states indices (0 = embeddings); empty means 2, n//2, n-3."""
+    sequence_length: int = 512
+    batch_size: int = 8
+    max_steps: int = 1000
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.5
+    bf16: bool = True
+    compile: bool = False
+    seed: int = 0
+    log_every: int = 20
+    evaluate_every: int = 500
+    save_every: int = 500
+    ttt_steps: int = 7
+    ttt_decay: float = 0.8
+    feature_noise: float = 0.1
+    """EAGLE-1's uniform noise on the input features, half width (EAGLE paper, 3.2)."""
+    token_loss_weight: float = 0.1
+    """EAGLE-1's weight of cross-entropy beside the feature regression (EAGLE paper, 3.2)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "aux_layers", tuple(self.aux_layers))
+        if self.objective not in ("language_model", "eagle1", "eagle3"):
+            raise ValueError(f"objective: expected language_model, eagle1 or eagle3, got {self.objective!r}")
+        if self.objective != "language_model" and not self.target:
+            raise ValueError(f"target: a {self.objective} head needs the model that it drafts for")
+        for name in ("sequence_length", "batch_size", "max_steps", "ttt_steps", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+def from_mapping(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """Build a configuration dataclass from a mapping.
+
+    Raises:
+        ValueError: a key is unknown (the nearest known key is named) or a required one is missing.
+    """
+    fields = {f.name: f for f in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            nearest = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(fields)}"
+            raise ValueError(f"{key}: unknown key{hint}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise ValueError(f"{name}: missing")
+    return config_class(**values)
+
+
+def read_recipe(path: str | Path) -> list[TrainConfig]:
+    """Read a recipe: either the keys of one stage, or `stages`, a list of them, run in order."""
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of keys to values, or `stages`, a list of mappings")
+    stages = values["stages"] if "stages" in values else [values]
+    return [from_mapping(TrainConfig, stage) for stage in stages]

@@ -1,0 +1,40 @@
+"""Who grows the draft tree: the Drafter contract and its implementations."""
+
+from typing import Protocol
+
+import torch
+
+from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.tree import DraftTree, root_tree
+
+
+class Drafter(Protocol):
+    """The drafting side of a cycle, for B rows. Speculation methods differ only here."""
+
+    feature_layers: tuple[int, ...]
+    """The target's hidden_states indices that `observe` wants; none for drafters that read tokens only."""
+
+    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor, most: int) -> None:
+        """Take in committed positions: the next `num_new [B]` of them, right-padded.
+
+        `features [B, L, F]` are the target's at those positions and `tokens [B, L]` the tokens one position later.
+        `most` bounds num_new on the host.
+        """
+
+    def grow(self, root: torch.Tensor, plan: TreePlan, longest: int) -> DraftTree:
+        """Grow a tree below `root [B]`, the last committed token, with the plan's fixed shapes.
+
+        `longest` is the host's count of the longest row's committed tokens, the root not included.
+        """
+
+
+class NoDrafter:
+    """Plain decoding: the tree is its root."""
+
+    feature_layers: tuple[int, ...] = ()
+
+    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor, most: int) -> None:
+        pass
+
+    def grow(self, root: torch.Tensor, plan: TreePlan, longest: int) -> DraftTree:
+        return root_tree(root)

@@ -1,0 +1,164 @@
+"""The cycle: draft, verify, commit. Plain decoding is the same cycle with a tree of one node."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from draftwing.decoding.drafters import Drafter
+from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.sampling import Sampler, SamplingParams
+from draftwing.decoding.statistics import StageClock, Statistics
+from draftwing.decoding.stopping import StopRule
+from draftwing.decoding.tree import Verdict, walk
+from draftwing.models.target import TargetModel
+
+PREFILL_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row to generate: its prompt's token ids, its sampling parameters and when to stop."""
+
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    stop: StopRule
+
+
+@dataclass
+class RowOutput:
+    """What a row has emitted so far. `finish_reason` is eos, stop or length once it has ended."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Committed:
+    """The tokens that one cycle committed, per row; `num_accepted` of them were drafted (the rest is the bonus)."""
+
+    tokens: list[list[int]]
+    num_accepted: list[int]
+
+
+DrafterFactory = Callable[[int, int], Drafter]
+"""Builds the drafter of a batch from its rows and their capacity in tokens (tree nodes included)."""
+
+
+class Generation:
+    """B rows being decoded together; iterate `cycles()` to run it to the end.
+
+    Raises:
+        ValueError: an empty prompt, or a prompt with its new tokens beyond the model's positions.
+    """
+
+    def __init__(
+        self, target: TargetModel, requests: Sequence[Request], new_drafter: DrafterFactory, plan: TreePlan
+    ) -> None:
+        _check_lengths(target, requests)
+        self.outputs = [RowOutput() for _ in requests]
+        self.statistics = Statistics()
+        self._target, self._plan = target, plan
+        self._stops = [request.stop for request in requests]
+        self._clock = StageClock(self.statistics, target.device)
+        longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
+        capacity = longest + max(plan.num_nodes, plan.width * plan.depth) + plan.depth + 1
+        self._cache = target.new_cache(len(requests), capacity)
+        self._drafter = new_drafter(len(requests), capacity)
+        params = [request.sampling for request in requests]
+        self._sampler = Sampler(params, target.vocab_size, target.device)
+        self._lengths = [len(request.prompt) - 1 for request in requests]  # committed tokens before the root
+        self._active = torch.ones(len(requests), dtype=torch.bool, device=target.device)
+        with self._clock.stage("prefill"), torch.inference_mode():
+            self._root = self._prefill([list(request.prompt) for request in requests])
+
+    def cycles(self) -> Iterator[Committed]:
+        """Run cycles until every row has stopped, yielding what each commits."""
+        while not all(output.finish_reason for output in self.outputs):
+            yield self._emit(self._cycle())
+        self._clock.settle()
+
+    @torch.inference_mode()
+    def _cycle(self) -> Verdict:
+        with self._clock.stage("draft"):
+            longest = max(self._lengths)
+            self._sampler.reserve(self._lengths, self._plan.depth + 1)
+            tree = self._drafter.grow(self._root, self._plan, longest)
+        with self._clock.stage("verify"):
+            self._cache.bound = longest
+            ancestors = tree.ancestors()
+            output = self._target.forward_tree(
+                tree.tokens, tree.depths, ancestors, self._cache, self._drafter.feature_layers
+            )
+            assert output.logits is not None
+            chosen = self._sampler.choose(output.logits, tree.tokens, ancestors, tree.depths, self._cache.lengths)
+            verdict = walk(tree, ancestors, chosen)
+        with self._clock.stage("commit"):
+            num_kept = torch.where(self._active, verdict.num_accepted + 1, 0)
+            path = None if self._plan.is_chain else verdict.path
+            self._cache.commit(path, num_kept, most=tree.max_depth + 1)
+            features = output.features
+            if features is not None:
+                features = features.gather(1, verdict.path[..., None].expand(-1, -1, features.shape[-1]))
+            self._drafter.observe(verdict.tokens, features, num_kept, most=tree.max_depth + 1)
+            steps = torch.arange(tree.max_depth + 1, device=num_kept.device)
+            self._sampler.observe(verdict.tokens, steps < num_kept[:, None])
+            self._root = torch.where(self._active, verdict.bonus, self._root)
+        return verdict
+
+    def _emit(self, verdict: Verdict) -> Committed:
+        """Read the verdict, the cycle's one device-to-host copy, and hand out tokens up to each row's stop."""
+        with self._clock.stage("host"):
+            rows = torch.cat((verdict.num_accepted[:, None], verdict.tokens), dim=1).tolist()
+            emitted: list[list[int]] = []
+            num_drafted = []
+            for row, (num_accepted, *tokens) in enumerate(rows):
+                output = self.outputs[row]
+                if output.finish_reason:
+                    emitted.append([])
+                    num_drafted.append(0)
+                    continue
+                new = tokens[: num_accepted + 1]
+                self._lengths[row] += len(new)
+                num_kept, output.finish_reason = self._stops[row].check(output.tokens, new)
+                output.tokens += new[:num_kept]
+                emitted.append(new[:num_kept])
+                num_drafted.append(min(num_accepted, num_kept))
+                self.statistics.count_cycle(num_accepted, self._plan.depth, num_kept)
+            if any(output.finish_reason for output in self.outputs):
+                running = [output.finish_reason is None for output in self.outputs]
+                self._active = torch.tensor(running, device=self._active.device)
+        self._clock.settle()
+        return Committed(emitted, num_drafted)
+
+    def _prefill(self, prompts: list[list[int]]) -> torch.Tensor:
+        """Read all of the prompts but their last tokens, which become the roots of the first trees."""
+        device = self._target.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+        self._sampler.observe(tokens, torch.arange(longest, device=device) < lengths[:, None])
+        for start in range(0, longest - 1, PREFILL_CHUNK):
+            chunk = tokens[:, start : min(start + PREFILL_CHUNK, longest - 1)]
+            num_valid = (lengths - 1 - start).clamp(0, chunk.shape[1])
+            features = self._target.prefill(chunk, num_valid, self._cache, self._drafter.feature_layers)
+            following = tokens[:, start + 1 : start + 1 + chunk.shape[1]]
+            self._drafter.observe(following, features, num_valid, most=chunk.shape[1])
+        return tokens.gather(1, lengths[:, None] - 1).squeeze(1)
+
+
+def _check_lengths(target: TargetModel, requests: Sequence[Request]) -> None:
+    if not requests:
+        raise ValueError("requests: expected at least one prompt")
+    limit = target.max_positions
+    for row, request in enumerate(requests):
+        num_prompt, num_new = len(request.prompt), request.stop.max_new_tokens
+        if num_prompt == 0:
+            raise ValueError(f"input_ids: prompt {row} is empty; at least one token is needed")
+        if limit is not None and num_prompt + num_new > limit:
+            raise ValueError(
+                f"max_new_tokens: prompt {row} has {num_prompt} tokens, and {num_new} new ones would pass the model's "
+                f"{limit} positions"
+            )
+        if min(request.prompt) < 0 or max(request.prompt) >= target.vocab_size:
+            raise ValueError(f"input_ids: prompt {row} has ids outside the vocabulary of {target.vocab_size}")

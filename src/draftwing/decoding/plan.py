@@ -1,0 +1,97 @@
+"""Tree plans: the fixed shapes of a cycle's draft.
+
+N counts the root. The reference code's `depth=d` makes d + 1 levels; here the depth is the number of levels.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+RankPath = tuple[int, ...]
+
+# EAGLE's tree (arXiv 2401.15077, figure 7; 25 draft nodes, 4/8/8/3/2 a level). (a, b) is the b-th best child of the
+# root's a-th best child.
+EAGLE1_PATHS: tuple[RankPath, ...] = (
+    *((rank,) for rank in range(4)),
+    *((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)),
+    *((0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1), (1, 0, 0)),
+    *((0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 2)),
+    *((0, 0, 0, 0, 0), (0, 0, 0, 0, 1)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TreePlan:
+    """How a draft tree is shaped.
+
+    A dynamic plan (EAGLE-2, arXiv 2406.16858, section 4) expands the `width` best nodes of each of `depth` levels and
+    keeps the best `num_nodes - 1` of all candidates. A static plan has fixed rank `paths` instead. Depth 0 is no draft.
+    """
+
+    width: int
+    depth: int
+    num_nodes: int
+    paths: tuple[RankPath, ...] = ()
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.depth) < 0 or self.num_nodes < 1:
+            raise ValueError(f"plan: width, depth and nodes must be positive, got {self}")
+        if not self.paths and self.num_nodes - 1 > self.num_candidates:
+            raise ValueError(
+                f"plan: {self.num_nodes} nodes asked for, but width {self.width} and depth {self.depth} "
+                f"draft only {self.num_candidates} candidates and the root"
+            )
+
+    @property
+    def num_candidates(self) -> int:
+        """Draft nodes that a dynamic plan scores."""
+        return self.width + (self.depth - 1) * self.width**2 if self.depth else 0
+
+    @property
+    def is_chain(self) -> bool:
+        return not self.paths and self.width <= 1
+
+    @staticmethod
+    def off() -> "TreePlan":
+        """No speculation: the root alone."""
+        return TreePlan(0, 0, 1)
+
+    @staticmethod
+    def chain(depth: int) -> "TreePlan":
+        """One draft token a level."""
+        return TreePlan(1, depth, depth + 1)
+
+    @staticmethod
+    def static(paths: tuple[RankPath, ...]) -> "TreePlan":
+        """A tree of fixed rank paths (each path's prefix must be in the list too)."""
+        known = {(), *paths}
+        for path in paths:
+            if path[:-1] not in known:
+                raise ValueError(f"plan: path {path} has no parent in the tree")
+        ordered = tuple(sorted(paths, key=lambda path: (len(path), path)))
+        width = max(max(path) for path in ordered) + 1
+        return TreePlan(width, max(map(len, ordered)), len(ordered) + 1, ordered)
+
+    @staticmethod
+    def parse(text: str) -> "TreePlan":
+        """Read `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES` or `eagle1` (the paper's static tree).
+
+        Raises:
+            ValueError: any other text.
+        """
+        if text == "off":
+            return TreePlan.off()
+        if text == "eagle1":
+            return TreePlan.static(EAGLE1_PATHS)
+        if match := re.fullmatch(r"chain:(\d+)", text):
+            return TreePlan.chain(int(match[1]))
+        if match := re.fullmatch(r"tree:(\d+)x(\d+)x(\d+)", text):
+            return TreePlan(*map(int, match.groups()))
+        raise ValueError(
+            f"plan: expected off, chain:DEPTH, tree:WIDTHxDEPTHxNODES (such as tree:10x7x60) or eagle1, got {text!r}"
+        )
+
+    @cached_property
+    def levels(self) -> tuple[tuple[RankPath, ...], ...]:
+        """A static plan's paths by depth, from depth 1 on."""
+        return tuple(tuple(path for path in self.paths if len(path) == d) for d in range(1, self.depth + 1))

@@ -1,0 +1,202 @@
+"""The target's own token at every node: warped logits plus noise that is fixed before anything is drafted.
+
+At temperature > 0 the choice is `argmax(log p + g)` (the Gumbel-max trick), with g a function of (seed, position,
+token id) alone. It draws exactly from p, and plain and speculative decoding draw the very same tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+MASK32 = 0xFFFFFFFF
+NOISE_WINDOW = 64
+"""Positions whose noise is computed at once; a row's noise of a position is computed once."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one row chooses its tokens, in the order and with the meaning of transformers.
+
+    `logit_bias` is added and `repetition_penalty` applied first; then, at temperature > 0, temperature, top-k, top-p
+    and min-p. Temperature 0 is greedy.
+
+    Raises:
+        ValueError: a value out of range, naming the field.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id -> added to its logit."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require("temperature", self.temperature, 0 <= self.temperature < float("inf"), "at least 0")
+        _require("top_k", self.top_k, isinstance(self.top_k, int) and self.top_k >= 0, "an integer of at least 0")
+        _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
+        _require("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < float("inf"), "above 0")
+        _require("seed", self.seed, isinstance(self.seed, int) and 0 <= self.seed < 2**63, "an integer from 0 to 2^63-1")
+
+
+def _require(name: str, value: object, ok: bool, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+class Noise:
+    """Gumbel noise rows of B seeds, kept for a window of positions around each row's end."""
+
+    def __init__(self, seeds: Sequence[int], vocab_size: int, device: torch.device) -> None:
+        self._tokens = torch.arange(vocab_size, device=device)
+        self._seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
+        self._window = torch.empty(len(seeds), 2 * NOISE_WINDOW, vocab_size, device=device)
+        self._filled_to = [0] * len(seeds)
+
+    def reserve(self, starts: Sequence[int], num_positions: int) -> None:
+        """Make positions `starts[b] .. starts[b] + num_positions - 1` of each row readable. Starts never fall."""
+        assert num_positions <= NOISE_WINDOW
+        for row, start in enumerate(starts):
+            first = max(start, self._filled_to[row])
+            if start + num_positions > self._filled_to[row]:
+                positions = torch.arange(first, start + NOISE_WINDOW, device=self._tokens.device)
+                rows = gumbel(self._seeds[row], positions, self._tokens)
+                self._window[row, positions % self._window.shape[1]] = rows
+                self._filled_to[row] = start + NOISE_WINDOW
+
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """Noise rows `[B, P, V]` of `positions [B, P]`, which must have been reserved."""
+        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        return self._window[rows, positions % self._window.shape[1]]
+
+
+def gumbel(seed: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise `[P, V]` (float32) for one seed, from a 32-bit counter hash; no state.
+
+    Exponentials come from 32 bits: uniforms of 24 bits saturate at large vocabularies and bias the tail.
+    """
+    key = _hash32(_hash32(seed & MASK32) ^ (seed >> 32))
+    row_key = _hash32(_hash32(positions ^ key) + positions)[:, None]
+    bits = _hash32(_hash32(tokens ^ row_key) + key)
+    uniform = (bits.double() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform)).float()
+
+
+def _hash32(x: torch.Tensor) -> torch.Tensor:
+    """A bijective mixer of 32-bit integers (two rounds of multiply and xor-shift), carried in int64."""
+    x = x & MASK32
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK32
+    return x ^ (x >> 16)
+
+
+class Sampler:
+    """Chooses the target's token at every node for B rows with their own parameters.
+
+    Owns the rows' noise and, when a repetition penalty asks for it, which tokens each row has seen.
+    """
+
+    def __init__(self, params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> None:
+        def column(name: str) -> torch.Tensor:
+            return torch.tensor([getattr(p, name) for p in params], device=device)[:, None, None]
+
+        self._temperature, self._top_k = column("temperature").float(), column("top_k")
+        self._top_p, self._min_p = column("top_p").float(), column("min_p").float()
+        self._penalty = column("repetition_penalty").float()
+        self._is_greedy = (self._temperature == 0).squeeze(-1)
+        self._bias = _bias_matrix(params, vocab_size, device)
+        self._seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
+        # Facts known on the host, so that a cycle does only the work that some row asks for.
+        self._any_sampled = any(p.temperature > 0 for p in params)
+        self._any_penalty = any(p.repetition_penalty != 1 for p in params)
+        self._any_top_k, self._any_top_p = any(p.top_k for p in params), any(p.top_p < 1 for p in params)
+        self._any_min_p = any(p.min_p > 0 for p in params)
+        self._noise = Noise([p.seed for p in params], vocab_size, device) if self._any_sampled else None
+
+    def reserve(self, lengths: Sequence[int], depth: int) -> None:
+        """Prepare the noise for tokens up to `depth` levels below rows that hold `lengths` tokens."""
+        if self._noise is not None:
+            self._noise.reserve(lengths, depth + 1)
+
+    def observe(self, tokens: torch.Tensor, valid: torch.Tensor) -> None:
+        """Record prompt or emitted tokens `[B, L]` where `valid`; the repetition penalty reads them."""
+        if self._any_penalty:
+            counts = torch.zeros(self._seen.shape, dtype=torch.int32, device=tokens.device)
+            self._seen |= counts.scatter_add_(1, tokens, valid.int()) > 0
+
+    def choose(
+        self,
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        ancestors: torch.Tensor,
+        depths: torch.Tensor,
+        lengths: torch.Tensor,
+    ) -> torch.Tensor:
+        """The target's token at each node, `[B, N]`; ties go to the lowest id.
+
+        Args:
+            logits: `[B, N, V]`; float64 stays, anything else is read as float32.
+            tokens, ancestors, depths: the tree, `[B, N]`, `[B, N, N]`, `[B, N]`.
+            lengths: `[B]` position of the root; the token chosen at depth d has position length + d + 1.
+        """
+        scores = logits if logits.dtype == torch.float64 else logits.float()
+        if self._bias is not None:
+            scores = scores + self._bias
+        if self._any_penalty:
+            scores = self._penalise(scores, tokens, ancestors)
+        greedy = scores.argmax(-1)
+        if self._noise is None:
+            return greedy
+        noise = self._noise.at(lengths[:, None] + depths + 1)
+        sampled = (self._warp(scores) + noise).argmax(-1)
+        return torch.where(self._is_greedy, greedy, sampled)
+
+    def _penalise(self, scores: torch.Tensor, tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        """Repetition penalty with each node's own history: the row's tokens and the node's ancestors."""
+        counts = torch.zeros(scores.shape, dtype=torch.int32, device=scores.device)
+        on_branch = tokens[:, None, :].expand_as(ancestors)
+        counts.scatter_add_(2, on_branch, ancestors.int())
+        seen = (counts > 0) | self._seen[:, None, :]
+        penalised = torch.where(scores < 0, scores * self._penalty, scores / self._penalty)
+        return torch.where(seen, penalised, scores)
+
+    def _warp(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores / T with everything outside top-k, top-p and min-p at -inf."""
+        scores = scores / torch.where(self._temperature == 0, 1.0, self._temperature)
+        vocab_size = scores.shape[-1]
+        if self._any_top_k or self._any_top_p:
+            ordered = scores.sort(-1, descending=True).values
+            if self._any_top_k:
+                last = torch.where(self._top_k == 0, vocab_size, self._top_k).clamp(max=vocab_size) - 1
+                threshold = ordered.gather(-1, last.expand(*scores.shape[:2], 1))
+                scores = scores.masked_fill(scores < threshold, -torch.inf)
+                ordered = ordered.masked_fill(ordered < threshold, -torch.inf)
+            if self._any_top_p:
+                probs = ordered.softmax(-1)
+                # A token stays while the tokens before it hold less than top_p; the first always stays.
+                stays = (probs.cumsum(-1) - probs) < self._top_p
+                num_kept = stays.sum(-1, keepdim=True).clamp(min=1)
+                threshold = ordered.gather(-1, num_kept - 1)
+                scores = scores.masked_fill((scores < threshold) & (self._top_p < 1), -torch.inf)
+        if self._any_min_p:
+            log_probs = scores.log_softmax(-1)
+            floor = log_probs.amax(-1, keepdim=True) + self._min_p.log()
+            scores = scores.masked_fill(log_probs < floor, -torch.inf)
+        return scores
+
+
+def _bias_matrix(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> torch.Tensor | None:
+    if not any(p.logit_bias for p in params):
+        return None
+    bias = torch.zeros(len(params), 1, vocab_size, device=device)
+    for row, row_params in enumerate(params):
+        for token, value in row_params.logit_bias.items():
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"logit_bias: token {token} is outside the vocabulary of {vocab_size}")
+            bias[row, 0, token] = value
+    return bias

@@ -1,0 +1,108 @@
+"""What a generation did: cycles, acceptance, and where the seconds went."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+STAGES = ("prefill", "draft", "verify", "commit", "host")
+
+
+@dataclass
+class Statistics:
+    """Counts over all rows of one generation.
+
+    Attributes:
+        num_cycles: cycles in which a row was still generating, summed over rows.
+        num_tokens: tokens emitted; cut ones are neither returned nor counted.
+        accepted_at: `[d]` cycles that accepted a node at depth d + 1; `reached_at` those that drafted one there and had
+            accepted its parent.
+        seconds: by stage: prefill, draft, verify, commit, host (reading tokens back, stop checks).
+    """
+
+    num_cycles: int = 0
+    num_tokens: int = 0
+    accepted_at: list[int] = field(default_factory=list)
+    reached_at: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    @property
+    def acceptance_length(self) -> float:
+        """tau: tokens per cycle, the bonus token included; 1.0 is no gain."""
+        return self.num_tokens / self.num_cycles if self.num_cycles else 0.0
+
+    @property
+    def acceptance_rate(self) -> list[float]:
+        """P(accepted at depth d + 1 | its parent was accepted), conditional."""
+        pairs = zip(self.accepted_at, self.reached_at, strict=True)
+        return [accepted / reached if reached else 0.0 for accepted, reached in pairs]
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    def count_cycle(self, num_accepted: int, depth: int, num_emitted: int) -> None:
+        """Record one row's cycle."""
+        self.num_cycles += 1
+        self.num_tokens += num_emitted
+        missing = depth - len(self.accepted_at)
+        self.accepted_at += [0] * missing
+        self.reached_at += [0] * missing
+        for level in range(depth):
+            self.reached_at[level] += level <= num_accepted
+            self.accepted_at[level] += level < num_accepted
+
+    def merge(self, other: "Statistics") -> None:
+        """Add another generation's counts to this one's."""
+        self.num_cycles += other.num_cycles
+        self.num_tokens += other.num_tokens
+        missing = len(other.accepted_at) - len(self.accepted_at)
+        self.accepted_at += [0] * missing
+        self.reached_at += [0] * missing
+        for level, (accepted, reached) in enumerate(zip(other.accepted_at, other.reached_at, strict=True)):
+            self.accepted_at[level] += accepted
+            self.reached_at[level] += reached
+        for stage, seconds in other.seconds.items():
+            self.seconds[stage] += seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready figures."""
+        return {
+            "cycles": self.num_cycles,
+            "tokens": self.num_tokens,
+            "acceptance_length": self.acceptance_length,
+            "acceptance_rate": self.acceptance_rate,
+            "seconds": dict(self.seconds),
+        }
+
+
+class StageClock:
+    """Adds the time of each stage to a Statistics; on a GPU by events, so that nothing waits for the device."""
+
+    def __init__(self, statistics: Statistics, device: torch.device) -> None:
+        self._statistics = statistics
+        self._is_cuda = device.type == "cuda"
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        if self._is_cuda and name != "host":
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+            yield
+            events[1].record()
+            self._events.append((name, *events))
+        else:
+            start = time.perf_counter()
+            yield
+            self._statistics.seconds[name] += time.perf_counter() - start
+
+    def settle(self) -> None:
+        """Add the device's times; call when the host has just read from the device."""
+        done = [event for event in self._events if event[2].query()]
+        self._events = [event for event in self._events if not event[2].query()]
+        for name, start, end in done:
+            self._statistics.seconds[name] += start.elapsed_time(end) / 1000

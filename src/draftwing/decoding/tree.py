@@ -1,0 +1,92 @@
+"""The draft tree, its ancestor mask, and the walk that accepts a path of it.
+
+Acceptance is one rule for every method: the target chooses its own token at each node; a node is accepted if its
+parent is and the parent's chosen token is this node's token. The last accepted node's choice is the bonus token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """N nodes a row; node 0 is the root, the last committed token. Parents come before children.
+
+    Attributes:
+        tokens: `[B, N]` token ids; siblings differ.
+        parents: `[B, N]` node indices; the root is its own parent.
+        depths: `[B, N]` distance from the root.
+        valid: `[B, N]` False on padding nodes, which are never accepted.
+        scores: `[B, N]` the drafter's estimate of log P(the node is accepted); 0 at the root.
+        max_depth: host-side bound of the depths.
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    depths: torch.Tensor
+    valid: torch.Tensor
+    scores: torch.Tensor
+    max_depth: int
+
+    @property
+    def num_nodes(self) -> int:
+        return self.tokens.shape[1]
+
+    def ancestors(self) -> torch.Tensor:
+        """`[B, N, N]` bool: True where the column's node is the row's node or an ancestor of it."""
+        num_nodes, device = self.num_nodes, self.tokens.device
+        reach = torch.nn.functional.one_hot(self.parents, num_nodes).float() + torch.eye(num_nodes, device=device)
+        steps = 1
+        while steps < self.max_depth:  # reach covers `steps` generations; squaring doubles them
+            reach = (reach @ reach).clamp(max=1.0)
+            steps *= 2
+        return reach > 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The accepted path of each row.
+
+    Attributes:
+        path: `[B, L]` node indices from the root on, L = max_depth + 1; entries past the accepted ones are 0.
+        num_accepted: `[B]` accepted draft tokens, without the bonus token.
+        tokens: `[B, L]` the tokens to emit: `num_accepted` accepted ones, then the bonus token, then padding.
+    """
+
+    path: torch.Tensor
+    num_accepted: torch.Tensor
+    tokens: torch.Tensor
+
+    @property
+    def bonus(self) -> torch.Tensor:
+        """`[B]` the token that the target chose at the last accepted node."""
+        return self.tokens.gather(1, self.num_accepted[:, None]).squeeze(1)
+
+
+def root_tree(root: torch.Tensor) -> DraftTree:
+    """The tree of plain decoding: `root [B]` alone."""
+    zeros = torch.zeros_like(root)[:, None]
+    return DraftTree(root[:, None], zeros, zeros, zeros == 0, torch.zeros_like(zeros, dtype=torch.float32), 0)
+
+
+def walk(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tensor) -> Verdict:
+    """Accept the longest branch that the target itself produces.
+
+    Args:
+        ancestors: `[B, N, N]` of the tree.
+        chosen: `[B, N]` the target's own token at each node.
+    """
+    matches = tree.valid & (chosen.gather(1, tree.parents) == tree.tokens)
+    matches[:, 0] = True
+    accepted = ~(ancestors & ~matches[:, None, :]).any(-1)
+    # Siblings differ, so at most one node is accepted at each depth; rejected ones are sent past the end.
+    length = tree.max_depth + 1
+    depth = torch.where(accepted, tree.depths, length)
+    nodes = torch.arange(tree.num_nodes, device=chosen.device).expand_as(depth)
+    path = torch.zeros(chosen.shape[0], length + 1, dtype=torch.int64, device=chosen.device)
+    path = path.scatter_(1, depth, nodes)[:, :length]
+    num_accepted = accepted.sum(1) - 1
+    in_path = torch.arange(length, device=path.device) <= num_accepted[:, None]
+    path = torch.where(in_path, path, 0)
+    return Verdict(path, num_accepted, chosen.gather(1, path))

@@ -1,0 +1,97 @@
+"""Preallocated key/value slots of B rows, written per tree and compacted per accepted path.
+
+Row b's committed tokens sit at slots 0..lengths[b]-1, so a slot's index is its token's position. A forward pass over
+N tree nodes writes them behind, at lengths[b]..lengths[b]+N-1; `commit` keeps the nodes of one path and drops the rest.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one layer's cache: key/value heads and the widths of a key and of a value."""
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+
+
+class KVCache:
+    """Keys and values of every layer for B rows of at most `capacity` tokens each.
+
+    `lengths [B]` (int64, on the device) counts committed tokens; `bound` is a host-side upper bound of it that decides
+    how many slots an attention call reads. The host may tighten `bound` whenever it has read the true lengths.
+    """
+
+    def __init__(
+        self,
+        layers: list[LayerShape],
+        batch_size: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.batch_size = batch_size
+        self.capacity = capacity
+        self.bound = 0
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        # Layers of one shape share a slab [layers, B * slots, heads, dim], so that a commit is one gather and one copy.
+        # Each row has one slot more than its capacity: writes of padding land there and nothing ever reads it.
+        self._num_slots = capacity + 1
+        sides = [(layer.num_heads, layer.key_dim) for layer in layers]
+        sides += [(layer.num_heads, layer.value_dim) for layer in layers]
+        self._slabs = {
+            shape: torch.zeros(sides.count(shape), batch_size * self._num_slots, *shape, dtype=dtype, device=device)
+            for shape in dict.fromkeys(sides)
+        }
+        free = {shape: iter(slab) for shape, slab in self._slabs.items()}
+        views = [next(free[shape]) for shape in sides]
+        self._keys, self._values = views[: len(layers)], views[len(layers) :]
+        self._row_starts = torch.arange(batch_size, device=device)[:, None] * self._num_slots
+        self._slots = torch.empty(0, dtype=torch.int64, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the slots take."""
+        return sum(slab.numel() * slab.element_size() for slab in self._slabs.values())
+
+    def place(self, num_new: int, offset: int = 0) -> int:
+        """Choose the slots of the next forward pass, `num_new` a row, `offset` behind the committed tokens.
+
+        Returns the number of slots, from the row's first, that the pass reads.
+        """
+        steps = torch.arange(offset, offset + num_new, device=self.lengths.device)
+        self._slots = self._flat(self.lengths[:, None] + steps).flatten()
+        return min(self.bound + offset + num_new, self.capacity)
+
+    def write(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, num_read: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store `[B, H, N, dim]` keys and values in the placed slots; returns views `[B, H, num_read, dim]`."""
+        return (
+            self._write_one(self._keys[layer], keys, num_read),
+            self._write_one(self._values[layer], values, num_read),
+        )
+
+    def commit(self, path: torch.Tensor | None, num_kept: torch.Tensor, most: int) -> None:
+        """Keep `num_kept [B]` of the nodes written last: those at `path [B, L]`, or the first ones if it is None.
+
+        `most` bounds num_kept on the host. A path's nodes have increasing indices (parents come before children).
+        """
+        if path is not None:
+            source = self._flat(self.lengths[:, None] + path).flatten()
+            steps = torch.arange(path.shape[1], device=path.device)
+            goal = self._flat(self.lengths[:, None] + steps).flatten()
+            for slab in self._slabs.values():
+                slab.index_copy_(1, goal, slab.index_select(1, source))
+        self.lengths = self.lengths + num_kept
+        self.bound = min(self.bound + most, self.capacity)
+
+    def _flat(self, slots: torch.Tensor) -> torch.Tensor:
+        return slots.clamp(max=self.capacity) + self._row_starts
+
+    def _write_one(self, buffer: torch.Tensor, new: torch.Tensor, num_read: int) -> torch.Tensor:
+        buffer.index_copy_(0, self._slots, new.transpose(1, 2).flatten(0, 1))
+        return buffer.view(self.batch_size, self._num_slots, *buffer.shape[1:])[:, :num_read].transpose(1, 2)

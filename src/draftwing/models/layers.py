@@ -1,0 +1,198 @@
+"""The Llama building blocks of the draft networks. Parameter names equal those of the published checkpoints."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Sizes and options of a draft network (Hugging Face's names where it has one)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    target_hidden_size: int
+    num_hidden_layers: int = 1
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 2048
+    rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    attention_bias: bool = False
+    fc_bias: bool = False
+    qk_norm: bool = False
+    aux_layers: tuple[int, ...] = ()
+    """EAGLE-3's feature layers, as hidden_states indices (0 = embeddings)."""
+    fc_norm: bool = False
+    """EAGLE-3.1: one norm per feature layer before `fc`."""
+    norm_output: bool = False
+    """EAGLE-3.1: the normed output is fed back instead of the raw one."""
+    norm_before_residual: bool = False
+    """speculators: the residual branch starts from the normed features."""
+    norm_before_fc: bool = False
+    """speculators: one norm over the concatenated features before `fc`."""
+
+
+class Attend(Protocol):
+    """How a layer's queries meet keys: stores the new ones, returns the attention output.
+
+    `queries [B, Hq, N, dim]`, `keys, values [B, Hk, N, dim]` -> `[B, N, Hq * dim]`.
+    """
+
+    def __call__(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
+def grouped_attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """Attention that reads grouped key/value heads without copying them.
+
+    queries `[B, Hq, N, dim]`, keys and values `[B, Hk, S, dim]`, mask `[B, 1, N, S]` (bool or additive) or None
+    (every key is visible, or the causal ones) -> `[B, Hq, N, value_dim]`.
+    """
+    batch_size, num_heads, num_queries, _ = queries.shape
+    groups = num_heads // keys.shape[1]
+    if groups == 1 or is_causal:
+        return functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, scale=scale, is_causal=is_causal, enable_gqa=groups > 1
+        )
+    # The query heads of one key/value head become further query rows of it.
+    packed = queries.reshape(batch_size, keys.shape[1], groups * num_queries, queries.shape[-1])
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask.repeat(1, 1, groups, 1)
+    output = functional.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scale)
+    return output.reshape(batch_size, num_heads, num_queries, values.shape[-1])
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding from a table of cosines and sines that grows with the positions asked for."""
+
+    def __init__(self, head_dim: int, parameters: dict[str, Any], num_positions: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.parameters = parameters
+        self.cos: torch.Tensor
+        self.sin: torch.Tensor
+        self._fill(num_positions, torch.get_default_dtype(), None)
+
+    def reserve(self, num_positions: int) -> None:
+        """Make room for positions below `num_positions` (published configs say 2048 and are used far beyond)."""
+        if num_positions > self.cos.shape[0]:
+            self._fill(num_positions, self.cos.dtype, self.cos.device)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Rotate `x [B, H, N, dim]` by `positions [B, N]`."""
+        cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        half = self.head_dim // 2
+        rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+        return x * cos + rotated * sin
+
+    def _fill(self, num_positions: int, dtype: torch.dtype, device: torch.device | None) -> None:
+        frequencies = rope_frequencies(self.head_dim, self.parameters)
+        angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), frequencies).repeat(1, 2)
+        # Buffers, so that they follow the module's device and dtype; not parameters, so that files don't hold them.
+        self.register_buffer("cos", angles.cos().to(dtype=dtype, device=device), persistent=False)
+        self.register_buffer("sin", angles.sin().to(dtype=dtype, device=device), persistent=False)
+
+
+def rope_frequencies(head_dim: int, parameters: dict[str, Any]) -> torch.Tensor:
+    """Rotation per position of each pair of dimensions, `[head_dim / 2]` (float64), for the common RoPE types.
+
+    Raises:
+        ValueError: the type is none of default, linear, llama3.
+    """
+    theta = parameters.get("rope_theta", 10000.0)
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    if rope_type == "default":
+        return frequencies
+    if rope_type == "linear":
+        return frequencies / parameters["factor"]
+    if rope_type == "llama3":
+        # Long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
+        turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / parameters["factor"])
+    raise ValueError(f"rope_type: expected default, linear or llama3, got {rope_type!r}")
+
+
+class Attention(nn.Module):
+    """Self-attention whose input may be wider than the hidden size (EAGLE-3 reads embedding and features)."""
+
+    def __init__(self, config: DraftConfig, input_size: int, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(input_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(input_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(input_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
+        queries, keys, values = (
+            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.qk_norm:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries = rotary(queries.transpose(1, 2), positions)
+        keys = rotary(keys.transpose(1, 2), positions)
+        output: torch.Tensor = self.o_proj(attend(self.layer, queries, keys, values.transpose(1, 2)))
+        return output
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return output
+
+
+class DecoderLayer(nn.Module):
+    """A Llama decoder layer; EAGLE-1's only one has no input norm."""
+
+    def __init__(self, config: DraftConfig, layer: int, input_norm: bool = True) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, config.hidden_size, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if input_norm else nn.Identity()
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), positions, rotary, attend)
+        output: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return output

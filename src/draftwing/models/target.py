@@ -1,0 +1,274 @@
+"""The target model: any Hugging Face causal LM, run over token trees against our slot cache.
+
+The stock module does the arithmetic; tree mask and positions are arguments, and nothing is written onto it.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from draftwing.models.kv_cache import KVCache, LayerShape
+from draftwing.models.layers import grouped_attention
+
+ATTENTION = "draftwing"
+TREE_ATTENTIONS = (ATTENTION, "sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """`logits [B, N, V]` (None when not asked for) and `features [B, N, F]` (None without feature layers)."""
+
+    logits: torch.Tensor | None
+    features: torch.Tensor | None
+
+
+class TargetModel:
+    """A Hugging Face causal LM behind the three calls that the cycle needs.
+
+    Raises:
+        ValueError: the model's state cannot be rolled back (recurrent layers), it takes no positions, or its attention
+            implementation cannot take a tree mask. The message names the reason.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval()
+        self.config = model.config.get_text_config()
+        self.device = model.device
+        self.dtype = model.dtype
+        self._check_interface()
+        self._layers = self._probe_layers()
+        self._windows = _attention_windows(self.config)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.output_head.weight.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence that the model's positions allow, None if its configuration sets no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def output_head(self) -> nn.Linear:
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
+        return head
+
+    @property
+    def embedding(self) -> nn.Module:
+        embedding = self.model.get_input_embeddings()
+        assert isinstance(embedding, nn.Module)
+        return embedding
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """Slots for `batch_size` rows of at most `capacity` tokens, tree nodes included."""
+        return KVCache(self._layers, batch_size, capacity, self.dtype, self.device)
+
+    def forward_tree(
+        self,
+        tokens: torch.Tensor,
+        depths: torch.Tensor,
+        ancestors: torch.Tensor,
+        cache: KVCache,
+        feature_layers: tuple[int, ...] = (),
+        want_logits: bool = True,
+    ) -> TargetOutput:
+        """One pass over a tree that continues each row's committed tokens.
+
+        Args:
+            tokens: `[B, N]` token ids.
+            depths: `[B, N]` distance from the root; a node's position is its row's length plus this.
+            ancestors: `[B, N, N]` bool, True where the column's node is the row's node or an ancestor of it.
+            feature_layers: hidden_states indices whose values are concatenated into the features; the last index
+                is the output of the final norm.
+            want_logits: False skips the output head (prompt positions need none).
+        """
+        num_read = cache.place(tokens.shape[1])
+        positions = cache.lengths[:, None] + depths
+        visible = visible_slots(cache.lengths, ancestors, num_read)
+        output = self.model(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=self._masks(visible, positions, depths, cache),
+            past_key_values=SlotCacheView(cache, num_read),
+            use_cache=True,
+            output_hidden_states=bool(feature_layers),
+            logits_to_keep=0 if want_logits else 1,
+        )
+        features = None
+        if feature_layers:
+            features = torch.cat([output.hidden_states[index] for index in feature_layers], dim=-1)
+        return TargetOutput(output.logits if want_logits else None, features)
+
+    def prefill(
+        self, tokens: torch.Tensor, num_valid: torch.Tensor, cache: KVCache, feature_layers: tuple[int, ...] = ()
+    ) -> torch.Tensor | None:
+        """Append `num_valid [B]` of the prompt tokens `[B, C]` (right-padded) and return their features, if wanted."""
+        batch_size, length = tokens.shape
+        depths = torch.arange(length, device=self.device).expand(batch_size, length)
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
+        ancestors = causal.expand(batch_size, length, length)
+        output = self.forward_tree(tokens, depths, ancestors, cache, feature_layers, want_logits=False)
+        cache.commit(None, num_valid, most=length)
+        return output.features
+
+    def _masks(
+        self, visible: torch.Tensor, positions: torch.Tensor, depths: torch.Tensor, cache: KVCache
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        masks = {}
+        for layer_type, window in self._windows.items():
+            mask = visible
+            if window is not None:
+                slot_positions = _slot_positions(cache.lengths, depths, visible.shape[-1])
+                mask = visible & (positions[:, :, None] - slot_positions[:, None, :] < window)
+            mask = mask.unsqueeze(1)
+            if self.model.config._attn_implementation == "eager":
+                blocked = torch.finfo(self.dtype).min
+                mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, blocked)
+            masks[layer_type] = mask
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _check_interface(self) -> None:
+        name = type(self.model).__name__
+        if getattr(self.model, "_is_stateful", False):
+            raise ValueError(f"target: {name} keeps a recurrent state, which cannot be rolled back after a rejected draft")
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            raise ValueError(f"target: {name} takes no position_ids, so tree nodes cannot be placed")
+        attention = self.model.config._attn_implementation
+        if attention not in TREE_ATTENTIONS:
+            raise ValueError(
+                f"attn_implementation: {attention!r} cannot take a tree mask; load {name} with one of {TREE_ATTENTIONS}"
+            )
+
+    @torch.inference_mode()
+    def _probe_layers(self) -> list[LayerShape]:
+        """Each cache layer's sizes, read from a forward pass over one token."""
+        cache = DynamicCache()
+        self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device), past_key_values=cache)
+        shapes = []
+        for index, layer in enumerate(cache.layers):
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if keys is None or values is None:
+                name = type(self.model).__name__
+                raise ValueError(
+                    f"target: layer {index} of {name} keeps a recurrent state, which cannot be rolled back "
+                    "after a rejected draft"
+                )
+            shapes.append(LayerShape(keys.shape[1], keys.shape[-1], values.shape[-1]))
+        return shapes
+
+
+class SlotCacheView(Cache):
+    """What the Hugging Face modules see of a KVCache during one forward pass."""
+
+    def __init__(self, cache: KVCache, num_read: int) -> None:
+        super().__init__(layers=[])
+        self._cache = cache
+        self._num_read = num_read
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._cache.write(layer_idx, key_states, value_states, self._num_read)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._cache.bound
+
+
+def visible_slots(lengths: torch.Tensor, ancestors: torch.Tensor, num_read: int) -> torch.Tensor:
+    """Which slots each new node reads: every committed one and its ancestors among the new ones.
+
+    lengths `[B]`, ancestors `[B, N, M]` over the M slots behind the committed ones -> bool `[B, N, num_read]`.
+    """
+    num_behind = ancestors.shape[-1]
+    behind = torch.arange(num_read, device=lengths.device) - lengths[:, None]  # [B, S], 0 at the first new slot
+    index = behind.clamp(0, num_behind - 1)[:, None, :].expand(-1, ancestors.shape[1], -1)
+    in_tree = ancestors.gather(2, index) & (behind < num_behind)[:, None, :]
+    return in_tree | (behind < 0)[:, None, :]
+
+
+def _slot_positions(lengths: torch.Tensor, depths: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """Position of the token in each slot, `[B, num_slots]`: its index if committed, else by its node's depth."""
+    slots = torch.arange(num_slots, device=lengths.device)
+    behind = slots - lengths[:, None]
+    in_tree = lengths[:, None] + depths.gather(1, behind.clamp(0, depths.shape[1] - 1))
+    return torch.where(behind < 0, slots, in_tree)
+
+
+def _attention_windows(config: Any) -> dict[str, int | None]:
+    """The attention kinds of a model's layers and their sliding windows (None: all of the context).
+
+    Raises:
+        ValueError: a kind of attention that a tree mask does not express.
+    """
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds:
+        return {"full_attention": window}
+    known = {"full_attention": None, "sliding_attention": window}
+    for kind in sorted(kinds - known.keys()):
+        raise ValueError(f"target: its layers of type {kind!r} cannot be verified as a tree")
+    return {kind: known[kind] for kind in sorted(kinds)}
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that models loaded by draftwing use, in the signature of transformers."""
+    if softcap is not None or s_aux is not None:
+        output = _explicit_attention(query, key, value, attention_mask, scaling, softcap, s_aux)
+    else:
+        is_causal = attention_mask is None and query.shape[2] > 1
+        output = grouped_attention(query, key, value, attention_mask, scaling, is_causal)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _explicit_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention with capped scores (Gemma 2) or learned sinks (gpt-oss), which SDPA lacks."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        column = sinks.reshape(1, -1, 1, 1).to(scores.dtype).expand(*scores.shape[:3], 1)
+        return torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1].to(value.dtype) @ value
+    return scores.softmax(-1).to(value.dtype) @ value
+
+
+AttentionInterface.register(ATTENTION, _attention_forward)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
