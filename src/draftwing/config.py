@@ -62,6 +62,10 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return dataclasses.asdict(self)
+
 
 def from_mapping(config_class: type[Config], values: Mapping[str, Any]) -> Config:
     """Build a configuration dataclass from a mapping.

@@ -27,6 +27,7 @@ def new_trainer(
     train_dataset: Sequence[Any],
     eval_dataset: Sequence[Any],
     data_collator: Callable[[list[Any]], Any] | None = None,
+    trainer_class: type[ResumableTrainer] = ResumableTrainer,
 ) -> ResumableTrainer:
     """A Trainer over `model` (its forward returns a mapping with `loss`) with checkpoints under `config.output`."""
     arguments = TrainingArguments(
@@ -53,7 +54,7 @@ def new_trainer(
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    return ResumableTrainer(
+    return trainer_class(
         model=model,
         args=arguments,
         train_dataset=train_dataset,  # type: ignore[arg-type]

@@ -1,0 +1,7 @@
+"""`python -m draftwing`."""
+
+import sys
+
+from draftwing.cli import main
+
+sys.exit(main())

@@ -1,0 +1,364 @@
+"""The Python API: `load` a target with a draft, then `generate` or `stream`; `custom_generate` for transformers."""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from draftwing.checkpoint.load import (
+    DraftNetwork,
+    feature_layers,
+    load_head,
+    load_target,
+    load_tokenizer,
+)
+from draftwing.decoding.drafters import Drafter, NoDrafter
+from draftwing.decoding.drafters.eagle import EagleDrafter
+from draftwing.decoding.generate import Committed, Generation, Request
+from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.sampling import SamplingParams
+from draftwing.decoding.statistics import Statistics
+from draftwing.decoding.stopping import StopRule
+from draftwing.models.eagle3 import Eagle3Model
+from draftwing.models.target import TargetModel
+
+METHODS = ("plain", "eagle1", "eagle2", "eagle3")
+DEFAULT_DYNAMIC_PLAN = "tree:4x5x20"
+DEFAULT_PLANS = {"plain": "off", "eagle1": "eagle1", "eagle2": DEFAULT_DYNAMIC_PLAN, "eagle3": DEFAULT_DYNAMIC_PLAN}
+
+
+@dataclass(frozen=True)
+class GenerateOutput:
+    """`sequences [B, S]` (prompts as given, then new tokens, padded), new `tokens` per row, why each ended, figures."""
+
+    sequences: torch.Tensor
+    tokens: list[list[int]]
+    finish_reasons: list[str]
+    statistics: Statistics
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Everything `generate` takes beside the prompts. None means: from the model's generation config, or neutral.
+
+    `seed` may name one seed per row; a single one gives row b the seed `seed + b`.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float | None = None
+    do_sample: bool | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | Sequence[int] = 0
+    eos_token_id: int | Sequence[int] | None = None
+    stop: Sequence[str] | str = ()
+    plan: str | TreePlan | None = None
+
+    def sampling(self, row: int) -> SamplingParams:
+        """The sampling parameters of one row."""
+        temperature = self.temperature
+        if temperature is None:
+            temperature = 1.0 if self.do_sample else 0.0
+        if self.do_sample is False:
+            temperature = 0.0
+        return SamplingParams(
+            temperature=temperature,
+            top_k=self.top_k or 0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias=self.logit_bias,
+            seed=self.seed + row if isinstance(self.seed, int) else self.seed[row],
+        )
+
+
+class SpeculativeModel:
+    """A target, optionally with a draft head, that generates. `method` names how: plain, eagle1, eagle2 or eagle3."""
+
+    def __init__(
+        self, target: TargetModel, head: DraftNetwork | None = None, tokenizer: Any = None, method: str | None = None
+    ) -> None:
+        self.target, self.head, self.tokenizer = target, head, tokenizer
+        self.method = check_method(method, head)
+
+    def with_method(self, method: str) -> "SpeculativeModel":
+        """The same weights, decoding another way."""
+        return SpeculativeModel(self.target, self.head, self.tokenizer, method)
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        return_dict_in_generate: bool = False,
+        **options: Any,
+    ) -> torch.Tensor | GenerateOutput:
+        """Generate for a batch of prompts, the same tokens as plain decoding would.
+
+        Args:
+            input_ids: `[B, S]`; ragged prompts are padded on either side and `attention_mask [B, S]` tells.
+            return_dict_in_generate: return a GenerateOutput with statistics instead of the ids `[B, S + new]`.
+            options: the fields of GenerateOptions.
+
+        Raises:
+            ValueError: an option out of range, an empty or too long prompt; the message names the field.
+        """
+        prompts = unpad(input_ids, attention_mask)
+        generation, settings = self._start(prompts, **options)
+        for _ in generation.cycles():
+            pass
+        rows = [output.tokens for output in generation.outputs]
+        sequences = append_padded(input_ids, rows, self._pad_token_id(settings))
+        if not return_dict_in_generate:
+            return sequences
+        reasons = [output.finish_reason or "" for output in generation.outputs]
+        return GenerateOutput(sequences, rows, reasons, generation.statistics)
+
+    def stream(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any
+    ) -> Iterator[Committed]:
+        """Generate as `generate` does, yielding the tokens that each cycle commits, per row."""
+        generation, _ = self._start(unpad(input_ids, attention_mask), **options)
+        yield from generation.cycles()
+
+    def start(self, prompts: Sequence[Sequence[int]], **options: Any) -> Generation:
+        """A generation over prompts given as token ids, prefilled and ready to cycle."""
+        return self._start(prompts, **options)[0]
+
+    def _start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        is_done: Callable[[int, Sequence[int]], bool] | None = None,
+        **options: Any,
+    ) -> tuple[Generation, GenerateOptions]:
+        settings = GenerateOptions(**self._check_names(options))
+        stop = (settings.stop,) if isinstance(settings.stop, str) else tuple(settings.stop)
+        eos = self._eos_token_ids(settings)
+        requests = [
+            Request(
+                prompt=prompt,
+                sampling=settings.sampling(row),
+                stop=StopRule(
+                    max_new_tokens=settings.max_new_tokens,
+                    eos_token_ids=eos,
+                    stop_strings=stop,
+                    decode=None if self.tokenizer is None else self.tokenizer.decode,
+                    is_done=None if is_done is None else _bind_row(is_done, row),
+                ),
+            )
+            for row, prompt in enumerate(prompts)
+        ]
+        plan = settings.plan or DEFAULT_PLANS[self.method]
+        plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
+        plan = TreePlan.off() if self.method == "plain" else plan
+        return Generation(self.target, requests, self._new_drafter, plan), settings
+
+    def _new_drafter(self, batch_size: int, capacity: int) -> Drafter:
+        if self.head is None or self.method == "plain":
+            return NoDrafter()
+        target = self.target
+        dtype = next(self.head.parameters()).dtype
+        return EagleDrafter(self.head, feature_layers(self.head), batch_size, capacity, dtype, target.device)
+
+    def _check_names(self, options: dict[str, Any]) -> dict[str, Any]:
+        for name in options:
+            if name not in GenerateOptions.__dataclass_fields__:
+                raise ValueError(f"{name}: unknown option; known: {', '.join(GenerateOptions.__dataclass_fields__)}")
+        return options
+
+    def _eos_token_ids(self, settings: GenerateOptions) -> tuple[int, ...]:
+        eos = settings.eos_token_id
+        if eos is None:
+            eos = self.target.model.generation_config.eos_token_id
+        if eos is None:
+            return ()
+        return (eos,) if isinstance(eos, int) else tuple(eos)
+
+    def _pad_token_id(self, settings: GenerateOptions) -> int:
+        pad = self.target.model.generation_config.pad_token_id
+        return pad if pad is not None else (self._eos_token_ids(settings) or (0,))[0]
+
+
+def load(
+    target: str,
+    draft: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+    method: str | None = None,
+    aux_layers: tuple[int, ...] | None = None,
+    rope_theta: float | None = None,
+    **options: Any,
+) -> SpeculativeModel:
+    """Load a target and a draft head, ready to generate.
+
+    Args:
+        target: `tiny` (the embedded model), a folder or a hub id.
+        draft: `tiny`, a folder or a hub id of an EAGLE head; None decodes plainly.
+        dtype: of both models, `torch.float32` or "float32"; default: float32 on a CPU, the file's dtype elsewhere.
+        method: plain, eagle1, eagle2 or eagle3; default: what the head is made for (eagle2 for an EAGLE-1 file).
+        aux_layers, rope_theta: override what a head's file says (see `draftwing inspect`).
+        options: passed on to transformers' `from_pretrained`.
+
+    Raises:
+        ValueError: a name that cannot be loaded, a head that does not fit, a target whose cache cannot be rolled back.
+    """
+    chosen = parse_dtype(dtype, device)
+    loaded = load_target(target, chosen, device, **options)
+    if draft == "tiny" and method in ("eagle1", "eagle2"):
+        draft = "tiny-eagle1"
+    head = None if draft is None or method == "plain" else load_head(draft, loaded, chosen, aux_layers, rope_theta)
+    return SpeculativeModel(loaded, head, load_tokenizer(target), method)
+
+
+def parse_dtype(dtype: torch.dtype | str | None, device: str | torch.device) -> torch.dtype | None:
+    """A dtype from its name; None stays None (the file's) except on a CPU, where it is float32."""
+    if dtype is None:
+        return torch.float32 if str(device) == "cpu" else None
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if dtype not in known:
+        raise ValueError(f"dtype: expected one of {', '.join(known)}, got {dtype!r}")
+    return known[dtype]
+
+
+def check_method(method: str | None, head: DraftNetwork | None) -> str:
+    """The method to decode with, checked against the head at hand."""
+    if method is None:
+        return "plain" if head is None else "eagle3" if isinstance(head, Eagle3Model) else "eagle2"
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if method != "plain":
+        if head is None:
+            raise ValueError(f"method: {method} needs a draft head")
+        if (method == "eagle3") != isinstance(head, Eagle3Model):
+            kind = "EAGLE-3" if isinstance(head, Eagle3Model) else "EAGLE-1/2"
+            raise ValueError(f"method: {method} cannot use this head, which is an {kind} one")
+    return method
+
+
+def custom_generate(draft: str | Path | DraftNetwork, plan: str | None = None, seed: int | None = None) -> Callable[..., Any]:
+    """A drop-in for transformers: `hf_model.generate(..., custom_generate=draftwing.custom_generate(draft))`.
+
+    The generation config's sampling parameters, EOS ids, stop strings and stopping criteria are honoured. With
+    `seed=None` each call draws its seed from torch's generator, so `torch.manual_seed` makes it reproducible.
+
+    Raises:
+        ValueError: on use, a generation setting that is not supported (the message names it).
+    """
+    loaded: weakref.WeakKeyDictionary[Any, SpeculativeModel] = weakref.WeakKeyDictionary()
+
+    def generate(
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Any = (),
+        stopping_criteria: Any = (),
+        generation_config: Any = None,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if model not in loaded:
+            target = TargetModel(model)
+            head = load_head(str(draft), target) if isinstance(draft, str | Path) else draft
+            loaded[model] = SpeculativeModel(target, head)
+        return _run_for_transformers(
+            loaded[model],
+            input_ids,
+            kwargs.get("attention_mask"),
+            generation_config,
+            (logits_processor, stopping_criteria, streamer),
+            plan,
+            int(torch.randint(2**31, ())) if seed is None else seed,
+        )
+
+    return generate
+
+
+# Logits processors that SamplingParams expresses; transformers makes them from the generation config.
+KNOWN_PROCESSORS = frozenset(
+    "TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper MinPLogitsWarper RepetitionPenaltyLogitsProcessor".split()
+)
+
+
+def _run_for_transformers(
+    model: SpeculativeModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    config: Any,
+    hooks: tuple[Any, Any, Any],
+    plan: str | None,
+    seed: int,
+) -> torch.Tensor:
+    processors, criteria, streamer = hooks
+    for processor in processors or ():
+        if type(processor).__name__ not in KNOWN_PROCESSORS:
+            raise ValueError(f"logits_processor: {type(processor).__name__} is not supported by draftwing")
+    if (config.num_beams or 1) > 1:
+        raise ValueError(f"num_beams: speculative decoding has one beam, got {config.num_beams}")
+    sampled = bool(config.do_sample)
+    extra = [c for c in criteria or () if type(c).__name__ not in ("MaxLengthCriteria", "EosTokenCriteria")]
+
+    def is_done(row: int, emitted: Sequence[int]) -> bool:
+        ids = torch.cat((input_ids[row], torch.tensor(emitted, device=input_ids.device)))[None]
+        return any(bool(criterion(ids, None).any()) for criterion in extra)
+
+    generation = model.start(
+        unpad(input_ids, attention_mask),
+        max_new_tokens=config.max_length - input_ids.shape[1],
+        temperature=(1.0 if config.temperature is None else config.temperature) if sampled else 0.0,
+        top_k=config.top_k if sampled else 0,
+        top_p=config.top_p if sampled else None,
+        min_p=config.min_p if sampled else None,
+        repetition_penalty=config.repetition_penalty,
+        eos_token_id=_as_ids(config.eos_token_id),
+        seed=seed,
+        plan=plan,
+        is_done=is_done if extra else None,
+    )
+    for committed in generation.cycles():
+        if streamer is not None:
+            for token in committed.tokens[0]:
+                streamer.put(torch.tensor([token]))
+    if streamer is not None:
+        streamer.end()
+    eos = _as_ids(config.eos_token_id) or [0]
+    pad = config.pad_token_id if config.pad_token_id is not None else eos[0]
+    return append_padded(input_ids, [output.tokens for output in generation.outputs], int(pad))
+
+
+def _as_ids(value: Any) -> list[int]:
+    if value is None:
+        return []
+    if isinstance(value, torch.Tensor):
+        return [int(token) for token in value.flatten()]
+    return [value] if isinstance(value, int) else list(value)
+
+
+def _bind_row(is_done: Callable[[int, Sequence[int]], bool], row: int) -> Callable[[Sequence[int]], bool]:
+    return lambda emitted: is_done(row, emitted)
+
+
+def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
+    """The prompts of a padded batch `[B, S]` as lists of ids; the mask's zeros are dropped."""
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids: expected shape [B, S], got {list(input_ids.shape)}")
+    if attention_mask is None:
+        rows: list[list[int]] = input_ids.tolist()
+        return rows
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: expected shape {list(input_ids.shape)} as input_ids, got {list(attention_mask.shape)}"
+        )
+    return [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+
+
+def append_padded(input_ids: torch.Tensor, rows: list[list[int]], pad_token_id: int) -> torch.Tensor:
+    """`input_ids [B, S]` followed by each row's new tokens, padded on the right to one length."""
+    longest = max(map(len, rows))
+    new = [row + [pad_token_id] * (longest - len(row)) for row in rows]
+    return torch.cat((input_ids, torch.tensor(new, device=input_ids.device)), dim=1)

@@ -1,0 +1,337 @@
+"""The published head formats: their names, options and conventions, translated to ours and back in this file only.
+
+eagle1        EAGLE-1/2 files: fc [D, 2D], layers.0 without input norm, own embedding, no output head
+eagle3        EAGLE-3 files: fc [D, 3D], midlayer.* (or layers.0.*), norm, lm_head [Vd, D], d2t offsets, t2d mask
+speculators   the same tensors as layers.0.*, the configuration nested in transformer_layer_config
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from draftwing.models.layers import DraftConfig
+
+HeadFormat = Literal["eagle1", "eagle3", "speculators"]
+Tensors = dict[str, torch.Tensor]
+
+AUX_NORM_NAMES = {"aux_norm_low.weight": "fc_norm.0.weight", "aux_norm_mid.weight": "fc_norm.1.weight",
+                  "aux_norm_high.weight": "fc_norm.2.weight"}  # fmt: skip
+# In the files and not in the network: the vocabulary maps, and buffers that older code saved.
+VOCAB_TENSORS = ("d2t", "t2d")
+IGNORED_TENSORS = re.compile(r".*rotary_emb\.inv_freq$")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head file in our terms: which network, its configuration, vocabulary and parameters.
+
+    `target_ids [Vd]` are absolute (None: the whole vocabulary); `tensors` are named as the network's parameters.
+    """
+
+    format: HeadFormat
+    config: DraftConfig
+    target_ids: torch.Tensor | None
+    tensors: Tensors
+
+    @property
+    def is_eagle3(self) -> bool:
+        return self.format != "eagle1"
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class TargetSizes:
+    """What a head's file leaves to its target."""
+
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+
+
+def default_aux_layers(num_layers: int) -> tuple[int, ...]:
+    """EAGLE-3's feature layers as hidden_states indices: 2, n//2, n-3 (reference code).
+
+    Raises:
+        ValueError: the target is so shallow that they coincide.
+    """
+    layers = (2, num_layers // 2, num_layers - 3)
+    if not 0 < layers[0] < layers[1] < layers[2]:
+        raise ValueError(f"aux_layers: a target of {num_layers} layers has no default; name them in ascending order")
+    return layers
+
+
+def read_head(
+    values: Mapping[str, Any],
+    tensors: Tensors,
+    target: TargetSizes | None = None,
+    aux_layers: tuple[int, ...] | None = None,
+    rope_theta: float | None = None,
+) -> Head:
+    """Translate a head's configuration and tensors.
+
+    Args:
+        target: sizes of the target, for what the file does not say; None reads what the file alone determines.
+        aux_layers: hidden_states indices that override the file's (its convention is ambiguous in the wild).
+        rope_theta: overrides the file's (some heads ship another value than they were trained with).
+
+    Raises:
+        ValueError: a tensor or field that contradicts the format, by name.
+    """
+    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED_TENSORS.match(name)}
+    head_format = detect_format(values, tensors)
+    layer_values = dict(values["transformer_layer_config"] if head_format == "speculators" else values)
+    if rope_theta is not None:
+        layer_values |= {"rope_theta": rope_theta, "rope_parameters": None}
+    if head_format == "eagle1":
+        tensors.pop("lm_head.weight", None)  # repacks carry the target's; EAGLE-1 always uses the target's own
+        return Head(head_format, _eagle1_config(layer_values, tensors), None, tensors)
+    tensors = _canonical_names(tensors)
+    target_ids = _take_target_ids(tensors, int(layer_values["vocab_size"]))
+    config = _eagle3_config(values, layer_values, tensors, target, aux_layers, head_format)
+    return Head(head_format, config, target_ids, tensors)
+
+
+def detect_format(values: Mapping[str, Any], tensors: Tensors) -> HeadFormat:
+    """Which format a file is in, from what it holds."""
+    if "speculators_model_type" in values:
+        if values["speculators_model_type"] != "eagle3":
+            raise ValueError(f"speculators_model_type: expected eagle3, got {values['speculators_model_type']!r}")
+        return "speculators"
+    if "fc.weight" not in tensors:
+        raise ValueError("fc.weight: missing; this is no EAGLE head")
+    has_hidden_norm = any(name in tensors for name in ("midlayer.hidden_norm.weight", "layers.0.hidden_norm.weight"))
+    return "eagle3" if has_hidden_norm else "eagle1"
+
+
+def _canonical_names(tensors: Tensors) -> Tensors:
+    renamed = {}
+    for name, tensor in tensors.items():
+        name = AUX_NORM_NAMES.get(name, name)
+        name = re.sub(r"^layers\.0\.", "midlayer.", name)
+        # Layer i of the file is entry i - 1 of our list of further layers.
+        name = re.sub(r"^layers\.(\d+)\.", lambda match: f"layers.{int(match[1]) - 1}.", name)
+        renamed[name] = tensor
+    return renamed
+
+
+def _take_target_ids(tensors: Tensors, vocab_size: int) -> torch.Tensor | None:
+    """Remove d2t and t2d from the tensors and return absolute ids, None for the identity."""
+    offsets, mask = tensors.pop("d2t", None), tensors.pop("t2d", None)
+    if "lm_head.weight" not in tensors:
+        raise ValueError("lm_head.weight: missing; an EAGLE-3 head has its own output head")
+    draft_vocab_size = tensors["lm_head.weight"].shape[0]
+    if offsets is None:
+        if draft_vocab_size != vocab_size:
+            raise ValueError(f"d2t: missing, and lm_head.weight has {draft_vocab_size} rows for {vocab_size} tokens")
+        return None
+    if offsets.shape != (draft_vocab_size,):
+        raise ValueError(f"d2t: expected {draft_vocab_size} entries (rows of lm_head.weight), got {tuple(offsets.shape)}")
+    target_ids = offsets.to(torch.int64) + torch.arange(draft_vocab_size, device=offsets.device)
+    if mask is not None and not offsets.is_meta:
+        marked = mask.bool().nonzero().squeeze(1)
+        if not torch.equal(marked, target_ids.sort().values):
+            raise ValueError("t2d: marks other tokens than d2t maps to")
+    return None if not offsets.is_meta and draft_vocab_size == vocab_size and not offsets.any() else target_ids
+
+
+def _eagle1_config(values: Mapping[str, Any], tensors: Tensors) -> DraftConfig:
+    common = _common_config(values, tensors, "layers.0")
+    return DraftConfig(
+        **common,
+        draft_vocab_size=common["vocab_size"],
+        target_hidden_size=common["hidden_size"],
+        num_hidden_layers=_count_layers(tensors),
+    )
+
+
+def _eagle3_config(
+    values: Mapping[str, Any],
+    layer_values: Mapping[str, Any],
+    tensors: Tensors,
+    target: TargetSizes | None,
+    aux_layers: tuple[int, ...] | None,
+    head_format: HeadFormat,
+) -> DraftConfig:
+    common = _common_config(layer_values, tensors, "midlayer")
+    target_hidden_size = values.get("target_hidden_size") or (target.hidden_size if target else common["hidden_size"])
+    num_features, remainder = divmod(tensors["fc.weight"].shape[1], target_hidden_size)
+    if remainder or num_features == 0:
+        raise ValueError(
+            f"fc.weight: reads {tensors['fc.weight'].shape[1]} features, no multiple of the target's hidden size "
+            f"{target_hidden_size}"
+        )
+    aux_layers = aux_layers or _stored_aux_layers(values, head_format)
+    if aux_layers is None and target is not None and num_features == 3:
+        aux_layers = default_aux_layers(target.num_layers)
+    if aux_layers and len(aux_layers) != num_features:
+        raise ValueError(f"aux_layers: fc.weight reads {num_features} layers, but {aux_layers} were named")
+    return DraftConfig(
+        **common,
+        draft_vocab_size=tensors["lm_head.weight"].shape[0],
+        target_hidden_size=target_hidden_size,
+        num_hidden_layers=1 + _count_layers(tensors),
+        aux_layers=tuple(aux_layers or ()),
+        fc_norm="fc_norm.0.weight" in tensors,
+        norm_before_fc="input_norm.weight" in tensors,
+        norm_output=_norm_output(values, head_format),
+        norm_before_residual=_norm_before_residual(values, head_format),
+    )
+
+
+def _norm_output(values: Mapping[str, Any], head_format: HeadFormat) -> bool:
+    """Whether the normed output is fed back; absent means no in every format."""
+    nested = values.get("eagle_config") or {}
+    return bool(values.get("norm_output", nested.get("norm_output", False)))
+
+
+def _norm_before_residual(values: Mapping[str, Any], head_format: HeadFormat) -> bool:
+    """Absent means False in EAGLE-3 files and True in speculators', as the servers read them."""
+    return bool(values.get("norm_before_residual", head_format == "speculators"))
+
+
+def _stored_aux_layers(values: Mapping[str, Any], head_format: HeadFormat) -> tuple[int, ...] | None:
+    """The file's feature layers as hidden_states indices.
+
+    speculators (and vLLM) store those indices; `eagle_config` (SpecForge, Model-Optimizer) stores the numbers of the
+    layers whose outputs are read, one less.
+    """
+    key = "eagle_aux_hidden_state_layer_ids"
+    nested = (values.get("eagle_config") or {}).get(key)
+    if nested:
+        return tuple(layer + 1 for layer in nested)
+    stored = values.get(key)
+    return tuple(stored) if stored else None
+
+
+def _common_config(values: Mapping[str, Any], tensors: Tensors, layer: str) -> dict[str, Any]:
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
+        if name not in values:
+            raise ValueError(f"{name}: missing from the head's config.json")
+    for name in ("fc.weight", f"{layer}.self_attn.q_proj.weight"):
+        if name not in tensors:
+            raise ValueError(f"{name}: missing from the head's file")
+    num_heads = values["num_attention_heads"]
+    return {
+        "hidden_size": values["hidden_size"],
+        "intermediate_size": values["intermediate_size"],
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": values.get("num_key_value_heads") or num_heads,
+        "head_dim": values.get("head_dim") or tensors[f"{layer}.self_attn.q_proj.weight"].shape[0] // num_heads,
+        "vocab_size": values["vocab_size"],
+        "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
+        "max_position_embeddings": values.get("max_position_embeddings", 2048),
+        "rope_parameters": _rope_parameters(values),
+        "attention_bias": f"{layer}.self_attn.q_proj.bias" in tensors,
+        "fc_bias": "fc.bias" in tensors,
+        "qk_norm": f"{layer}.self_attn.q_norm.weight" in tensors,
+    }
+
+
+def _rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """RoPE settings from the new `rope_parameters` or the old `rope_theta` and `rope_scaling`.
+
+    A missing theta is 10000: the EAGLE-3 training code always used it, and its configs leave it out.
+    """
+    parameters = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    parameters.setdefault("rope_type", parameters.pop("type", "default"))
+    parameters.setdefault("rope_theta", values.get("rope_theta") or 10000.0)
+    return parameters
+
+
+def _count_layers(tensors: Tensors) -> int:
+    numbers = {int(match[1]) for name in tensors if (match := re.match(r"layers\.(\d+)\.", name))}
+    return len(numbers)
+
+
+def write_head(head: Head, target: TargetSizes, verifier: str = "") -> tuple[dict[str, Any], Tensors]:
+    """A head's config.json and tensors in its format. `verifier` names the target in a speculators file."""
+    config = head.config
+    layer_values: dict[str, Any] = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLMEagle3" if head.is_eagle3 else "LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "num_hidden_layers": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_parameters": config.rope_parameters,
+        # Older engines read these two instead.
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "rope_scaling": _legacy_rope_scaling(config.rope_parameters),
+        "attention_bias": config.attention_bias,
+        "tie_word_embeddings": False,
+    }
+    tensors = dict(head.tensors)
+    if not head.is_eagle3:
+        return layer_values | {"bias": config.fc_bias}, tensors
+    target_ids = head.target_ids
+    if target_ids is not None:
+        tensors["d2t"] = target_ids - torch.arange(target_ids.numel())
+        tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, target_ids, True)
+    options = {
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.target_hidden_size,
+        "fc_norm": config.fc_norm,
+        "norm_output": config.norm_output,
+    }
+    if head.format == "eagle3":
+        for name in ("norm_before_residual", "norm_before_fc"):
+            if getattr(config, name):
+                options[name] = True  # no published EAGLE-3 engine but vLLM reads it; written only where it matters
+        if config.aux_layers and config.aux_layers != _default_or_none(target.num_layers):
+            output_ids = [layer - 1 for layer in config.aux_layers]
+            options["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": output_ids, "use_aux_hidden_state": True}
+        return layer_values | options, _file_names(tensors, "midlayer")
+    speculators_values = options | {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.9.0",
+        "norm_before_residual": config.norm_before_residual,
+        "norm_before_fc": config.norm_before_fc,
+        "eagle_aux_hidden_state_layer_ids": list(config.aux_layers),
+        "transformer_layer_config": layer_values,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}
+            ],
+            "verifier": {"name_or_path": verifier, "architectures": []},
+        },
+    }
+    return speculators_values, _file_names(tensors, "layers.0")
+
+
+def _file_names(tensors: Tensors, first_layer: str) -> Tensors:
+    """Our parameter names as the file's: the inverse of `_canonical_names`."""
+
+    def file_name(name: str) -> str:
+        name = re.sub(r"^layers\.(\d+)\.", lambda match: f"layers.{int(match[1]) + 1}.", name)
+        return re.sub(r"^midlayer\.", f"{first_layer}.", name)
+
+    return {file_name(name): tensor for name, tensor in tensors.items()}
+
+
+def _default_or_none(num_layers: int) -> tuple[int, ...] | None:
+    try:
+        return default_aux_layers(num_layers)
+    except ValueError:
+        return None
+
+
+def _legacy_rope_scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    if parameters["rope_type"] == "default":
+        return None
+    return {name: value for name, value in parameters.items() if name != "rope_theta"}

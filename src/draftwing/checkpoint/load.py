@@ -1,0 +1,192 @@
+"""Load targets and heads from a folder, a hub id or the embedded assets. Strict: every tensor is accounted for."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from draftwing.checkpoint.formats import Head, TargetSizes, Tensors, read_head
+from draftwing.models.draft_vocab import DraftVocab
+from draftwing.models.eagle import EagleModel
+from draftwing.models.eagle3 import Eagle3Model
+from draftwing.models.layers import DraftConfig
+from draftwing.models.target import ATTENTION, TargetModel
+
+ASSETS = Path(__file__).parent.parent / "assets"
+EMBEDDED = {
+    "target": ASSETS / "tiny" / "target",
+    "eagle1": ASSETS / "tiny" / "eagle1",
+    "eagle3": ASSETS / "tiny" / "eagle3",
+}
+DraftNetwork = EagleModel | Eagle3Model
+
+
+def resolve_target(name: str) -> str:
+    """A folder or hub id for the target `name`; `tiny` is the embedded one."""
+    return str(EMBEDDED["target"]) if name == "tiny" else name
+
+
+def resolve_head(name: str) -> Path:
+    """The folder of the head `name`: `tiny` (EAGLE-3), `tiny-eagle1`, a folder, or a hub id that is fetched.
+
+    Raises:
+        ValueError: no such folder, and the hub has no such head or cannot be reached.
+    """
+    if name in ("tiny", "tiny-eagle3"):
+        return EMBEDDED["eagle3"]
+    if name == "tiny-eagle1":
+        return EMBEDDED["eagle1"]
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
+    except Exception as error:  # the hub client raises many kinds; the user needs the name and the reason
+        raise ValueError(f"draft: no folder and no reachable hub id: {name!r} ({type(error).__name__}: {error})") from error
+
+
+def load_target(name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", **options: Any) -> TargetModel:
+    """Load a target with our attention function. `options` go to transformers' `from_pretrained`."""
+    options.setdefault("attn_implementation", ATTENTION)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(resolve_target(name), dtype=dtype or "auto", **options)
+    except OSError as error:
+        raise ValueError(f"target: cannot load {name!r}: {error}") from error
+    return TargetModel(model.to(device))
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer that belongs to a target."""
+    return AutoTokenizer.from_pretrained(resolve_target(name))
+
+
+def read_head_files(folder: Path) -> tuple[dict[str, Any], Tensors]:
+    """A head's config.json and tensors (safetensors or .bin, one file or several).
+
+    Raises:
+        ValueError: a file is missing or unreadable.
+    """
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise ValueError(f"draft: {folder} has no config.json")
+    values = json.loads(config_path.read_text(encoding="utf-8"))
+    tensors: Tensors = {}
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise ValueError(f"draft: {folder} has neither .safetensors nor .bin files")
+    for file in files:
+        try:
+            part = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+        except Exception as error:
+            raise ValueError(f"draft: cannot read {file}: {error}") from error
+        tensors |= part
+    return values, tensors
+
+
+def load_head(
+    name: str,
+    target: TargetModel,
+    dtype: torch.dtype | None = None,
+    aux_layers: tuple[int, ...] | None = None,
+    rope_theta: float | None = None,
+) -> DraftNetwork:
+    """Load a head for `target`, in the target's dtype and on its device.
+
+    Raises:
+        ValueError: a missing, unknown or misshapen tensor, or a head made for another target.
+    """
+    values, tensors = read_head_files(resolve_head(name))
+    head = read_head(values, tensors, sizes_of(target), aux_layers, rope_theta)
+    check_fit(head, sizes_of(target))
+    network = build_network(head.config, target, head.target_ids, own_embedding="embed_tokens.weight" in head.tensors)
+    load_strictly(network, head.tensors)
+    return network.to(device=target.device, dtype=dtype or target.dtype).eval()
+
+
+def sizes_of(target: TargetModel) -> TargetSizes:
+    return TargetSizes(target.hidden_size, target.num_layers, target.vocab_size)
+
+
+def build_network(
+    config: DraftConfig, target: TargetModel, target_ids: torch.Tensor | None, own_embedding: bool = False
+) -> DraftNetwork:
+    """A network for `target`, to be filled: EAGLE-3 if the configuration names feature layers, else EAGLE-1."""
+    if not config.aux_layers:
+        return EagleModel(config, target.output_head)
+    vocab = DraftVocab(target_ids, target.vocab_size)
+    return Eagle3Model(config, vocab, target.embedding, own_embedding)
+
+
+def expected_shapes(head: Head) -> dict[str, torch.Size]:
+    """The parameters that a head's network has, without building it in memory or needing its target."""
+    with torch.device("meta"):
+        network: DraftNetwork
+        if head.is_eagle3:
+            num_features = head.tensors["fc.weight"].shape[1] // head.config.target_hidden_size
+            config = dataclasses.replace(head.config, aux_layers=tuple(range(1, num_features + 1)))
+            own_embedding = "embed_tokens.weight" in head.tensors
+            network = Eagle3Model(config, DraftVocab(None, config.vocab_size), torch.nn.Identity(), own_embedding)
+        else:
+            network = EagleModel(head.config, torch.nn.Identity())
+    return {name: parameter.shape for name, parameter in network.named_parameters()}
+
+
+def load_strictly(network: DraftNetwork, tensors: Tensors) -> None:
+    """Copy the tensors into the network's parameters, each exactly once."""
+    expected = dict(network.named_parameters())
+    for problem in tensor_problems({name: p.shape for name, p in expected.items()}, tensors):
+        raise ValueError(problem)
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(tensors[name])
+
+
+def tensor_problems(expected: dict[str, torch.Size], tensors: Tensors) -> list[str]:
+    """One sentence for each tensor that is missing, unknown or misshapen."""
+    problems = [f"{name}: missing; expected shape {tuple(expected[name])}" for name in expected.keys() - tensors.keys()]
+    problems += [f"{name}: unknown tensor of shape {tuple(tensors[name].shape)}" for name in tensors.keys() - expected.keys()]
+    for name in expected.keys() & tensors.keys():
+        if tensors[name].shape != expected[name]:
+            problems.append(f"{name}: expected shape {tuple(expected[name])}, got {tuple(tensors[name].shape)}")
+    return sorted(problems)
+
+
+def check_fit(head: Head, target: TargetSizes) -> None:
+    """Raise a ValueError for the first way in which a head does not fit its target."""
+    for problem in fit_problems(head, target):
+        raise ValueError(problem)
+
+
+def fit_problems(head: Head, target: TargetSizes) -> list[str]:
+    """One sentence for each way in which a head does not fit its target."""
+    config, problems = head.config, []
+    if config.target_hidden_size != target.hidden_size:
+        problems.append(
+            f"hidden_size: the head reads features of width {config.target_hidden_size}, "
+            f"the target's have {target.hidden_size}"
+        )
+    if config.vocab_size != target.vocab_size:
+        problems.append(
+            f"vocab_size: the head was made for {config.vocab_size} tokens, the target has {target.vocab_size}"
+        )
+    if head.is_eagle3 and config.hidden_size != target.hidden_size and "embed_tokens.weight" not in head.tensors:
+        problems.append(
+            f"embed_tokens.weight: missing, and the target's embedding has width {target.hidden_size} instead of "
+            f"the head's {config.hidden_size}"
+        )
+    if config.aux_layers and max(config.aux_layers) > target.num_layers:
+        problems.append(f"aux_layers: {config.aux_layers} go beyond the target's {target.num_layers} layers")
+    if head.is_eagle3 and not config.aux_layers:
+        problems.append("aux_layers: the file names none and the target has no default")
+    return problems
+
+
+def feature_layers(network: DraftNetwork) -> tuple[int, ...]:
+    """The hidden_states indices that a head reads; -1 is the output of the target's final norm."""
+    return network.config.aux_layers or (-1,)
+

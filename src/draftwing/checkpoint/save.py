@@ -1,0 +1,31 @@
+"""Write heads in the published formats."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from draftwing.checkpoint.formats import Head, HeadFormat, TargetSizes, write_head
+from draftwing.checkpoint.load import DraftNetwork
+
+
+def to_head(network: DraftNetwork, head_format: HeadFormat) -> Head:
+    """A network as a head of the given format (its parameters are not copied)."""
+    tensors = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    return Head(head_format, network.config, network.vocab.target_ids, tensors)
+
+
+def save_head(head: Head, folder: Path, target: TargetSizes, dtype: torch.dtype | None = None, verifier: str = "") -> None:
+    """Write config.json and model.safetensors; the weights in `dtype` (default: as they are)."""
+    values, tensors = write_head(head, target, verifier)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {
+        name: tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype).cpu().contiguous()
+        for name, tensor in tensors.items()
+    }
+    partial = folder / "model.safetensors.partial"
+    save_file(stored, partial, metadata={"format": "pt"})
+    partial.replace(folder / "model.safetensors")  # a cut while writing leaves no half file under the real name
+    values["torch_dtype"] = str(next(t.dtype for t in stored.values() if t.is_floating_point())).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,81 @@
+"""The demonstration on the embedded models: watch plain and EAGLE-3 decoding, then see the table."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from draftwing.data.prompts import Prompt
+from draftwing.decoding.generate import Committed
+from draftwing.evaluation.compare import Row, Start, as_rows, compare_methods
+from draftwing.evaluation.text import TextStream
+
+DRAFTED, CHOSEN = "green", "default"
+
+
+def print_stream(console: Console, cycles: Iterator[Committed], tokenizer: Any) -> None:
+    """Print one row's tokens as they are committed; the accepted draft tokens in colour."""
+    text = TextStream(tokenizer)
+    for committed in cycles:
+        for index, token in enumerate(committed.tokens[0]):
+            style = DRAFTED if index < committed.num_accepted[0] else CHOSEN
+            console.print(text.push(token), style=style, end="", markup=False, highlight=False, soft_wrap=True)
+    console.print()
+
+
+def show_completions(
+    console: Console, prompts: Sequence[Prompt], tokenizer: Any, methods: dict[str, Start], **options: Any
+) -> None:
+    """Stream the completions of a few prompts, plain first and then with EAGLE-3."""
+    for prompt in prompts:
+        for method in ("plain", "eagle3"):
+            console.rule(f"{prompt.name}: {method}", style="dim")
+            console.print(prompt.text or prompt.messages[0]["content"], style="dim", markup=False, highlight=False)
+            generation = methods[method]([prompt.token_ids(tokenizer)], **options)
+            print_stream(console, generation.cycles(), tokenizer)
+            figures = generation.statistics
+            speed = figures.num_tokens / figures.total_seconds
+            console.print(
+                f"{figures.num_tokens} tokens, {figures.num_cycles} target passes, {speed:.0f} tokens/s", style="bold"
+            )
+
+
+def measure(
+    console: Console,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    methods: dict[str, Start],
+    temperatures: Sequence[float],
+    repeats: int,
+    **options: Any,
+) -> list[Row]:
+    """The table's rows: every method at every temperature over all prompts."""
+    ids = [prompt.token_ids(tokenizer) for prompt in prompts]
+    rows: list[Row] = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("measuring", total=len(temperatures) * len(ids) * len(methods) * repeats)
+        advance: Callable[[str], None] = lambda method: progress.advance(task)
+        for temperature in temperatures:
+            results = compare_methods(methods, ids, temperature, repeats, advance, **options)
+            rows += as_rows(results)
+    return rows
+
+
+def as_table(rows: Sequence[Row], title: str) -> Table:
+    """The rows as people read them."""
+    table = Table(title=title)
+    for column in ("method", "temperature", "tokens/s", "tau", "speed-up", "identical"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        table.add_row(
+            row.method,
+            f"{row.temperature:g}",
+            f"{row.tokens_per_second:.0f}",
+            f"{row.acceptance_length:.2f}",
+            f"{row.speedup:.2f}x",
+            "yes" if row.identical else "NO",
+            end_section=row.method == "eagle3",
+        )
+    return table

@@ -1,0 +1,131 @@
+"""What a head learns from one batch: EAGLE-1's regression, EAGLE-3's training-time test."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from draftwing.config import TrainConfig
+from draftwing.models.eagle import EagleModel
+from draftwing.models.eagle3 import Eagle3Model
+from draftwing.models.target import TargetModel
+from draftwing.training.losses import feature_regression, masked_mean, soft_cross_entropy
+from draftwing.training.ttt import TttAttention, shift_left
+
+
+def draft_mask(loss_mask: torch.Tensor) -> torch.Tensor:
+    """The slots to supervise: `[B, S]` over tokens -> `[B, S]` over slots.
+
+    Slot t has read x_{t+1} and predicts x_{t+2}, so it is supervised if x_{t+2} exists and is the model's to say. The
+    first such slot is the last prompt position but one: inference drafts from it too.
+
+        tokens   <user> hi <assistant> yes sir <end> (padding)
+        mask       0     0      0       1   1    1      0
+        slots      0     1      1       1   0    0      0
+    """
+    return shift_left(loss_mask, 2)
+
+
+class HeadTraining(nn.Module):
+    """A head with its frozen target: `forward(batch)` gives the loss; metrics of each step are summed on the side."""
+
+    def __init__(self, head: EagleModel | Eagle3Model, target: TargetModel, config: TrainConfig) -> None:
+        super().__init__()
+        self.head = head
+        self._target = target  # a TargetModel is no module, so its weights are neither trained nor saved
+        self._config = config
+        self._sums: dict[str, float] = defaultdict(float)
+        self._num_batches = 0
+        if isinstance(head, Eagle3Model) and head.vocab.target_ids is not None:
+            in_vocab = torch.zeros(target.vocab_size, dtype=torch.bool)
+            self._in_vocab = in_vocab.index_fill_(0, head.vocab.target_ids, True)
+        else:
+            self._in_vocab = torch.ones(target.vocab_size, dtype=torch.bool)
+
+    def forward(self, input_ids: torch.Tensor, loss_mask: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
+        """`input_ids [B, S]` right-padded, `loss_mask [B, S]` -> the batch's `loss`."""
+        layers = self.head.config.aux_layers or (-1,)
+        with torch.no_grad():
+            output = self._target.model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
+            features = torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)
+        if isinstance(self.head, EagleModel):
+            loss = self._regression_loss(self.head, input_ids, loss_mask, features, output.logits)
+        else:
+            loss = self._ttt_loss(self.head, input_ids, loss_mask, features, output.logits)
+        self._sums["loss"] += float(loss.detach())
+        self._num_batches += 1
+        return {"loss": loss}
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Means over the batches since the last call: loss and top-1 accuracy of each step, tau_sim."""
+        count = max(1, self._num_batches)
+        metrics = {name: total / count for name, total in self._sums.items()}
+        steps = [metrics[name] for name in sorted(metrics) if name.startswith("accuracy_")]
+        product, tau = 1.0, 1.0
+        for accuracy in steps:
+            product *= accuracy
+            tau += product
+        self._sums.clear()
+        self._num_batches = 0
+        return metrics | {"tau_sim": tau}
+
+    def _regression_loss(
+        self,
+        head: EagleModel,
+        input_ids: torch.Tensor,
+        loss_mask: torch.Tensor,
+        features: torch.Tensor,
+        logits: torch.Tensor,
+    ) -> torch.Tensor:
+        """EAGLE-1 (paper, 3.2): smooth-L1 to the next feature and cross-entropy of what the target's head makes of it."""
+        config, mask = self._config, draft_mask(loss_mask)
+        noise = (torch.rand_like(features) * 2 - 1) * config.feature_noise if self.training else 0.0
+        predicted = head(features + noise, shift_left(input_ids, 1), _positions(input_ids), TttAttention())
+        draft_logits = head.logits(predicted)
+        teacher = shift_left(logits, 1).float().softmax(-1)
+        regression = masked_mean(feature_regression(predicted, shift_left(features, 1)), mask)
+        cross_entropy = masked_mean(soft_cross_entropy(draft_logits, teacher), mask)
+        self._sums["regression"] += float(regression.detach())
+        self._record(0, cross_entropy, draft_logits.argmax(-1), teacher.argmax(-1), mask)
+        return regression + config.token_loss_weight * cross_entropy
+
+    def _ttt_loss(
+        self,
+        head: Eagle3Model,
+        input_ids: torch.Tensor,
+        loss_mask: torch.Tensor,
+        features: torch.Tensor,
+        logits: torch.Tensor,
+    ) -> torch.Tensor:
+        """EAGLE-3 (paper, 3.2): the sum over steps of decay^j times the step's cross-entropy over the draft vocabulary."""
+        config, vocab = self._config, head.vocab
+        # Computed once; step j reads these shifted by j more.
+        best = shift_left(logits.argmax(-1), 1)
+        in_draft_vocab = self._in_vocab.to(best.device)[best]
+        teacher_logits = logits if vocab.target_ids is None else logits[..., vocab.target_ids.to(logits.device)]
+        teacher = shift_left(teacher_logits, 1).float().softmax(-1)
+        supervised = draft_mask(loss_mask)
+        mask = supervised & in_draft_vocab
+        hidden, attend = head.fuse(features), TttAttention()
+        total = torch.zeros((), device=input_ids.device)
+        for step in range(config.ttt_steps):
+            tokens = shift_left(input_ids, 1 + step)
+            output = head(hidden, tokens, _positions(input_ids) + step, attend)
+            draft_logits = head.logits(output)
+            loss = masked_mean(soft_cross_entropy(draft_logits, shift_left(teacher, step)), shift_left(mask, step))
+            total = total + config.ttt_decay**step * loss
+            choice = vocab.to(draft_logits.device).to_target(draft_logits.argmax(-1))
+            self._record(step, loss, choice, shift_left(best, step), shift_left(supervised, step))
+            hidden = head.feed_back(output)
+        return total
+
+    def _record(
+        self, step: int, loss: torch.Tensor, choice: torch.Tensor, best: torch.Tensor, mask: torch.Tensor
+    ) -> None:
+        self._sums[f"loss_{step}"] += float(loss.detach())
+        self._sums[f"accuracy_{step}"] += float(masked_mean((choice == best).float(), mask))
+
+
+def _positions(input_ids: torch.Tensor) -> torch.Tensor:
+    return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
