@@ -242,7 +242,9 @@ def check_method(method: str | None, head: DraftNetwork | None) -> str:
     return method
 
 
-def custom_generate(draft: str | Path | DraftNetwork, plan: str | None = None, seed: int | None = None) -> Callable[..., Any]:
+def custom_generate(
+    draft: str | Path | DraftNetwork, plan: str | None = None, seed: int | None = None
+) -> Callable[..., Any]:
     """A drop-in for transformers: `hf_model.generate(..., custom_generate=draftwing.custom_generate(draft))`.
 
     The generation config's sampling parameters, EOS ids, stop strings and stopping criteria are honoured. With
@@ -281,7 +283,8 @@ def custom_generate(draft: str | Path | DraftNetwork, plan: str | None = None, s
 
 # Logits processors that SamplingParams expresses; transformers makes them from the generation config.
 KNOWN_PROCESSORS = frozenset(
-    "TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper MinPLogitsWarper RepetitionPenaltyLogitsProcessor".split()
+    ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
+    + ("RepetitionPenaltyLogitsProcessor",)
 )
 
 

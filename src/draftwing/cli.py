@@ -102,14 +102,17 @@ def run_generate(options: argparse.Namespace) -> None:
         _print_comparison(model, ids, settings, options.json)
     elif options.json:
         generation, run = _timed_run(model, ids, settings)
-        print(json.dumps(run | generation.statistics.as_dict() | {"finish_reason": generation.outputs[0].finish_reason}))
+        print(
+            json.dumps(run | generation.statistics.as_dict() | {"finish_reason": generation.outputs[0].finish_reason})
+        )
     else:
         console = Console(highlight=False)
         generation = model.start([ids], **settings)
         print_stream(console, generation.cycles(), model.tokenizer)
         figures = generation.statistics
         Console(stderr=True).print(
-            f"{figures.num_tokens} tokens in {figures.total_seconds:.2f} s, tau {figures.acceptance_length:.2f}", style="dim"
+            f"{figures.num_tokens} tokens in {figures.total_seconds:.2f} s, tau {figures.acceptance_length:.2f}",
+            style="dim",
         )
 
 
@@ -155,7 +158,8 @@ def _print_comparison(model: Any, ids: list[int], settings: dict[str, Any], as_j
     console = Console(highlight=False)
     console.print(speculative["text"], markup=False)
     console.print(
-        f"plain {plain['tokens_per_second']:.0f} tokens/s, {model.method} {speculative['tokens_per_second']:.0f} tokens/s "
+        f"plain {plain['tokens_per_second']:.0f} tokens/s, "
+        f"{model.method} {speculative['tokens_per_second']:.0f} tokens/s "
         f"({result['speedup']:.2f}x), tau {result['acceptance_length']:.2f}, "
         f"identical: {'yes' if result['identical'] else 'NO'}",
         style="bold",
@@ -193,11 +197,15 @@ def _add_command(commands: Any, name: str, run: Any, summary: str) -> argparse.A
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    parser.add_argument("--dtype", help="float32, bfloat16, float16 or float64 (default: float32 on a CPU, else the file's)")
+    parser.add_argument(
+        "--dtype", help="float32, bfloat16, float16 or float64 (default: float32 on a CPU, else the file's)"
+    )
 
 
 def _add_demo(commands: Any) -> None:
-    parser = _add_command(commands, "demo", run_demo, "Watch plain and EAGLE decoding of the embedded models side by side.")
+    parser = _add_command(
+        commands, "demo", run_demo, "Watch plain and EAGLE decoding of the embedded models side by side."
+    )
     _add_device(parser)
     parser.add_argument("--prompts", type=int, default=8, help="how many of the held-out prompts (default: 8)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="per prompt (default: 128)")
@@ -212,7 +220,9 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--prompt", required=True, help="the text to continue, or with --chat the user's message")
     parser.add_argument("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
     _add_device(parser)
-    parser.add_argument("--method", choices=("plain", "eagle1", "eagle2", "eagle3"), help="default: what the head is made for")
+    parser.add_argument(
+        "--method", choices=("plain", "eagle1", "eagle2", "eagle3"), help="default: what the head is made for"
+    )
     parser.add_argument("--plan", help="off, chain:DEPTH, tree:WIDTHxDEPTHxNODES or eagle1 (the paper's static tree)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")

@@ -91,5 +91,5 @@ def read_recipe(path: str | Path) -> list[TrainConfig]:
     values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of keys to values, or `stages`, a list of mappings")
-    stages = values["stages"] if "stages" in values else [values]
+    stages = values.get("stages", [values])
     return [from_mapping(TrainConfig, stage) for stage in stages]

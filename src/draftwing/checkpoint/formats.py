@@ -132,7 +132,9 @@ def _take_target_ids(tensors: Tensors, vocab_size: int) -> torch.Tensor | None:
             raise ValueError(f"d2t: missing, and lm_head.weight has {draft_vocab_size} rows for {vocab_size} tokens")
         return None
     if offsets.shape != (draft_vocab_size,):
-        raise ValueError(f"d2t: expected {draft_vocab_size} entries (rows of lm_head.weight), got {tuple(offsets.shape)}")
+        raise ValueError(
+            f"d2t: expected {draft_vocab_size} entries (rows of lm_head.weight), got {tuple(offsets.shape)}"
+        )
     target_ids = offsets.to(torch.int64) + torch.arange(draft_vocab_size, device=offsets.device)
     if mask is not None and not offsets.is_meta:
         marked = mask.bool().nonzero().squeeze(1)
@@ -280,7 +282,7 @@ def write_head(head: Head, target: TargetSizes, verifier: str = "") -> tuple[dic
     if target_ids is not None:
         tensors["d2t"] = target_ids - torch.arange(target_ids.numel())
         tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, target_ids, True)
-    options = {
+    options: dict[str, Any] = {
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.target_hidden_size,
         "fc_norm": config.fc_norm,

@@ -114,5 +114,3 @@ def report_table(report: HeadReport) -> Table:
     if not report.problems:
         table.add_row("[green]complete[/green]", "every tensor is there, known and of the expected shape")
     return table
-
-

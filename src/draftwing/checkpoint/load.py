@@ -47,10 +47,14 @@ def resolve_head(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
     except Exception as error:  # the hub client raises many kinds; the user needs the name and the reason
-        raise ValueError(f"draft: no folder and no reachable hub id: {name!r} ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"draft: no folder and no reachable hub id: {name!r} ({type(error).__name__}: {error})"
+        ) from error
 
 
-def load_target(name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", **options: Any) -> TargetModel:
+def load_target(
+    name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", **options: Any
+) -> TargetModel:
     """Load a target with our attention function. `options` go to transformers' `from_pretrained`."""
     options.setdefault("attn_implementation", ATTENTION)
     try:
@@ -149,7 +153,9 @@ def load_strictly(network: DraftNetwork, tensors: Tensors) -> None:
 def tensor_problems(expected: dict[str, torch.Size], tensors: Tensors) -> list[str]:
     """One sentence for each tensor that is missing, unknown or misshapen."""
     problems = [f"{name}: missing; expected shape {tuple(expected[name])}" for name in expected.keys() - tensors.keys()]
-    problems += [f"{name}: unknown tensor of shape {tuple(tensors[name].shape)}" for name in tensors.keys() - expected.keys()]
+    problems += [
+        f"{name}: unknown tensor of shape {tuple(tensors[name].shape)}" for name in tensors.keys() - expected.keys()
+    ]
     for name in expected.keys() & tensors.keys():
         if tensors[name].shape != expected[name]:
             problems.append(f"{name}: expected shape {tuple(expected[name])}, got {tuple(tensors[name].shape)}")
@@ -189,4 +195,3 @@ def fit_problems(head: Head, target: TargetSizes) -> list[str]:
 def feature_layers(network: DraftNetwork) -> tuple[int, ...]:
     """The hidden_states indices that a head reads; -1 is the output of the target's final norm."""
     return network.config.aux_layers or (-1,)
-

@@ -16,7 +16,9 @@ def to_head(network: DraftNetwork, head_format: HeadFormat) -> Head:
     return Head(head_format, network.config, network.vocab.target_ids, tensors)
 
 
-def save_head(head: Head, folder: Path, target: TargetSizes, dtype: torch.dtype | None = None, verifier: str = "") -> None:
+def save_head(
+    head: Head, folder: Path, target: TargetSizes, dtype: torch.dtype | None = None, verifier: str = ""
+) -> None:
     """Write config.json and model.safetensors; the weights in `dtype` (default: as they are)."""
     values, tensors = write_head(head, target, verifier)
     folder.mkdir(parents=True, exist_ok=True)

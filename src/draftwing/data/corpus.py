@@ -16,11 +16,12 @@ Row = dict[str, Any]
 """One sample: `{"text": str}` or `{"messages": [{"role", "content"}, ...]}`, as in a JSONL data file."""
 
 HELD_OUT_MODULES = frozenset(
-    "bisect calendar colorsys csv fnmatch getopt glob graphlib heapq json queue sched shlex statistics textwrap".split()
+    ("bisect", "calendar", "colorsys", "csv", "fnmatch", "getopt", "glob", "graphlib", "heapq", "json", "queue")
+    + ("sched", "shlex", "statistics", "textwrap")
 )
 # Tests teach the model to write tests, character tables teach it nothing.
 SKIPPED_FOLDERS = frozenset(
-    "site-packages dist-packages test tests idle_test encodings pydoc_data _bundled __pycache__".split()
+    ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "_bundled")
 )
 MAX_FUNCTION_LINES = 60
 

@@ -86,7 +86,8 @@ class TreePlan:
         if match := re.fullmatch(r"chain:(\d+)", text):
             return TreePlan.chain(int(match[1]))
         if match := re.fullmatch(r"tree:(\d+)x(\d+)x(\d+)", text):
-            return TreePlan(*map(int, match.groups()))
+            width, depth, num_nodes = map(int, match.groups())
+            return TreePlan(width, depth, num_nodes)
         raise ValueError(
             f"plan: expected off, chain:DEPTH, tree:WIDTHxDEPTHxNODES (such as tree:10x7x60) or eagle1, got {text!r}"
         )

@@ -41,7 +41,9 @@ class SamplingParams:
         _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _require("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
         _require("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < float("inf"), "above 0")
-        _require("seed", self.seed, isinstance(self.seed, int) and 0 <= self.seed < 2**63, "an integer from 0 to 2^63-1")
+        _require(
+            "seed", self.seed, isinstance(self.seed, int) and 0 <= self.seed < 2**63, "an integer from 0 to 2^63-1"
+        )
 
 
 def _require(name: str, value: object, ok: bool, expected: str) -> None:

@@ -40,9 +40,10 @@ class EagleModel(nn.Module):
         self, hidden: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
     ) -> torch.Tensor:
         """`hidden [B, N, D]` at slots t, `tokens [B, N]` one step ahead -> predicted features `[B, N, D]`."""
-        x = self.fc(torch.cat((self.embed_tokens(tokens).to(hidden.dtype), hidden), dim=-1))
+        x: torch.Tensor = self.fc(torch.cat((self.embed_tokens(tokens).to(hidden.dtype), hidden), dim=-1))
+        rotation = self.rotary(positions)
         for layer in self.layers:
-            x = layer(x, positions, self.rotary, attend)
+            x = layer(x, rotation, attend)
         return x
 
     def feed_back(self, output: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from draftwing.models.draft_vocab import DraftVocab
-from draftwing.models.layers import MLP, Attend, Attention, DecoderLayer, DraftConfig, RMSNorm, Rotary
+from draftwing.models.layers import MLP, Attend, Attention, DecoderLayer, DraftConfig, RMSNorm, Rotary, Rotation
 
 
 class Eagle3Layer(nn.Module):
@@ -29,14 +29,13 @@ class Eagle3Layer(nn.Module):
         self,
         embedding: torch.Tensor,
         hidden: torch.Tensor,
-        positions: torch.Tensor,
-        rotary: Rotary,
+        rotation: Rotation,
         attend: Attend,
     ) -> torch.Tensor:
         normed = self.hidden_norm(hidden)
         residual = normed if self.norm_before_residual else hidden
         x = torch.cat((self.input_layernorm(embedding), normed), dim=-1)
-        x = residual + self.self_attn(x, positions, rotary, attend)
+        x = residual + self.self_attn(x, rotation, attend)
         output: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return output
 
@@ -90,9 +89,10 @@ class Eagle3Model(nn.Module):
     ) -> torch.Tensor:
         """`hidden [B, N, D]` at slots t, `tokens [B, N]` one step ahead -> outputs `[B, N, D]` before the norm."""
         embedding = self._embed[0](tokens).to(hidden.dtype)
-        x: torch.Tensor = self.midlayer(embedding, hidden, positions, self.rotary, attend)
+        rotation = self.rotary(positions)
+        x: torch.Tensor = self.midlayer(embedding, hidden, rotation, attend)
         for layer in self.layers:
-            x = layer(x, positions, self.rotary, attend)
+            x = layer(x, rotation, attend)
         return x
 
     def feed_back(self, output: torch.Tensor) -> torch.Tensor:

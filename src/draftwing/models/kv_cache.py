@@ -50,29 +50,28 @@ class KVCache:
         views = [next(free[shape]) for shape in sides]
         self._keys, self._values = views[: len(layers)], views[len(layers) :]
         self._row_starts = torch.arange(batch_size, device=device)[:, None] * self._num_slots
-        self._slots = torch.empty(0, dtype=torch.int64, device=device)
 
     @property
     def num_bytes(self) -> int:
         """Memory that the slots take."""
         return sum(slab.numel() * slab.element_size() for slab in self._slabs.values())
 
-    def place(self, num_new: int, offset: int = 0) -> int:
-        """Choose the slots of the next forward pass, `num_new` a row, `offset` behind the committed tokens.
+    def slots_behind(self, num_new: int) -> torch.Tensor:
+        """The `num_new` slots behind each row's committed tokens, `[B, num_new]`, in the form `write` takes."""
+        return self._flat(self.lengths[:, None] + torch.arange(num_new, device=self.lengths.device))
 
-        Returns the number of slots, from the row's first, that the pass reads.
-        """
-        steps = torch.arange(offset, offset + num_new, device=self.lengths.device)
-        self._slots = self._flat(self.lengths[:, None] + steps).flatten()
-        return min(self.bound + offset + num_new, self.capacity)
+    def num_read(self, num_new: int) -> int:
+        """How many slots, from a row's first, hold every committed token and `num_new` behind."""
+        return min(self.bound + num_new, self.capacity)
 
     def write(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor, num_read: int
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, num_read: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store `[B, H, N, dim]` keys and values in the placed slots; returns views `[B, H, num_read, dim]`."""
+        """Store `[B, H, N, dim]` keys and values in `slots [B, N]`; returns views `[B, H, num_read, dim]`."""
+        slots = slots.flatten()
         return (
-            self._write_one(self._keys[layer], keys, num_read),
-            self._write_one(self._values[layer], values, num_read),
+            self._write_one(self._keys[layer], keys, slots, num_read),
+            self._write_one(self._values[layer], values, slots, num_read),
         )
 
     def commit(self, path: torch.Tensor | None, num_kept: torch.Tensor, most: int) -> None:
@@ -82,8 +81,7 @@ class KVCache:
         """
         if path is not None:
             source = self._flat(self.lengths[:, None] + path).flatten()
-            steps = torch.arange(path.shape[1], device=path.device)
-            goal = self._flat(self.lengths[:, None] + steps).flatten()
+            goal = self.slots_behind(path.shape[1]).flatten()
             for slab in self._slabs.values():
                 slab.index_copy_(1, goal, slab.index_select(1, source))
         self.lengths = self.lengths + num_kept
@@ -92,6 +90,6 @@ class KVCache:
     def _flat(self, slots: torch.Tensor) -> torch.Tensor:
         return slots.clamp(max=self.capacity) + self._row_starts
 
-    def _write_one(self, buffer: torch.Tensor, new: torch.Tensor, num_read: int) -> torch.Tensor:
-        buffer.index_copy_(0, self._slots, new.transpose(1, 2).flatten(0, 1))
+    def _write_one(self, buffer: torch.Tensor, new: torch.Tensor, slots: torch.Tensor, num_read: int) -> torch.Tensor:
+        buffer.index_copy_(0, slots, new.transpose(1, 2).flatten(0, 1))
         return buffer.view(self.batch_size, self._num_slots, *buffer.shape[1:])[:, :num_read].transpose(1, 2)

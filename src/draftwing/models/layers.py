@@ -46,9 +46,7 @@ class Attend(Protocol):
     `queries [B, Hq, N, dim]`, `keys, values [B, Hk, N, dim]` -> `[B, N, Hq * dim]`.
     """
 
-    def __call__(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor: ...
+    def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor: ...
 
 
 def grouped_attention(
@@ -85,16 +83,31 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        normed: torch.Tensor = functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return normed
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosines and signed sines `[B, 1, N, dim]` of one forward pass's positions."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotate `x [B, H, N, dim]`; pairs are (i, i + dim / 2), the first half's sines carry the minus sign."""
+        half = x.shape[-1] // 2
+        swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+        return torch.addcmul(x * self.cos, swapped, self.sin)
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding from a table of cosines and sines that grows with the positions asked for."""
+    """Rotary position embedding: a table of cosines and sines that grows with the positions asked for."""
 
-    def __init__(self, head_dim: int, parameters: dict[str, Any], num_positions: int) -> None:
+    def __init__(self, head_dim: int, settings: dict[str, Any], num_positions: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.parameters = parameters
+        self.settings = settings
         self.cos: torch.Tensor
         self.sin: torch.Tensor
         self._fill(num_positions, torch.get_default_dtype(), None)
@@ -104,19 +117,17 @@ class Rotary(nn.Module):
         if num_positions > self.cos.shape[0]:
             self._fill(num_positions, self.cos.dtype, self.cos.device)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Rotate `x [B, H, N, dim]` by `positions [B, N]`."""
-        cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-        half = self.head_dim // 2
-        rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-        return x * cos + rotated * sin
+    def forward(self, positions: torch.Tensor) -> Rotation:
+        """The rotation of `positions [B, N]`."""
+        return Rotation(self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1))
 
     def _fill(self, num_positions: int, dtype: torch.dtype, device: torch.device | None) -> None:
-        frequencies = rope_frequencies(self.head_dim, self.parameters)
-        angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), frequencies).repeat(1, 2)
+        frequencies = rope_frequencies(self.head_dim, self.settings)
+        angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), frequencies)
+        cos, sin = angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=1)
         # Buffers, so that they follow the module's device and dtype; not parameters, so that files don't hold them.
-        self.register_buffer("cos", angles.cos().to(dtype=dtype, device=device), persistent=False)
-        self.register_buffer("sin", angles.sin().to(dtype=dtype, device=device), persistent=False)
+        self.register_buffer("cos", cos.to(dtype=dtype, device=device), persistent=False)
+        self.register_buffer("sin", sin.to(dtype=dtype, device=device), persistent=False)
 
 
 def rope_frequencies(head_dim: int, parameters: dict[str, Any]) -> torch.Tensor:
@@ -125,19 +136,19 @@ def rope_frequencies(head_dim: int, parameters: dict[str, Any]) -> torch.Tensor:
     Raises:
         ValueError: the type is none of default, linear, llama3.
     """
-    theta = parameters.get("rope_theta", 10000.0)
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    theta: float = parameters.get("rope_theta", 10000.0)
+    frequencies: torch.Tensor = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
     if rope_type == "default":
         return frequencies
     if rope_type == "linear":
-        return frequencies / parameters["factor"]
+        return frequencies / float(parameters["factor"])
     if rope_type == "llama3":
         # Long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
-        turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        turns = float(parameters["original_max_position_embeddings"]) * frequencies / (2 * math.pi)
         low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
-        return frequencies * (kept + (1 - kept) / parameters["factor"])
+        return frequencies * (kept + (1 - kept) / float(parameters["factor"]))
     raise ValueError(f"rope_type: expected default, linear or llama3, got {rope_type!r}")
 
 
@@ -158,14 +169,14 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
         queries, keys, values = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries = rotary(queries.transpose(1, 2), positions)
-        keys = rotary(keys.transpose(1, 2), positions)
+        queries = rotation.apply(queries.transpose(1, 2))
+        keys = rotation.apply(keys.transpose(1, 2))
         output: torch.Tensor = self.o_proj(attend(self.layer, queries, keys, values.transpose(1, 2)))
         return output
 
@@ -192,7 +203,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if input_norm else nn.Identity()
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), positions, rotary, attend)
+    def forward(self, x: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, attend)
         output: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return output

@@ -96,14 +96,14 @@ class TargetModel:
                 is the output of the final norm.
             want_logits: False skips the output head (prompt positions need none).
         """
-        num_read = cache.place(tokens.shape[1])
+        num_read = cache.num_read(tokens.shape[1])
         positions = cache.lengths[:, None] + depths
         visible = visible_slots(cache.lengths, ancestors, num_read)
         output = self.model(
             input_ids=tokens,
             position_ids=positions,
             attention_mask=self._masks(visible, positions, depths, cache),
-            past_key_values=SlotCacheView(cache, num_read),
+            past_key_values=SlotCacheView(cache, cache.slots_behind(tokens.shape[1]), num_read),
             use_cache=True,
             output_hidden_states=bool(feature_layers),
             logits_to_keep=0 if want_logits else 1,
@@ -144,7 +144,9 @@ class TargetModel:
     def _check_interface(self) -> None:
         name = type(self.model).__name__
         if getattr(self.model, "_is_stateful", False):
-            raise ValueError(f"target: {name} keeps a recurrent state, which cannot be rolled back after a rejected draft")
+            raise ValueError(
+                f"target: {name} keeps a recurrent state, which cannot be rolled back after a rejected draft"
+            )
         if "position_ids" not in inspect.signature(self.model.forward).parameters:
             raise ValueError(f"target: {name} takes no position_ids, so tree nodes cannot be placed")
         attention = self.model.config._attn_implementation
@@ -174,15 +176,16 @@ class TargetModel:
 class SlotCacheView(Cache):
     """What the Hugging Face modules see of a KVCache during one forward pass."""
 
-    def __init__(self, cache: KVCache, num_read: int) -> None:
+    def __init__(self, cache: KVCache, slots: torch.Tensor, num_read: int) -> None:
         super().__init__(layers=[])
         self._cache = cache
+        self._slots = slots
         self._num_read = num_read
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._cache.write(layer_idx, key_states, value_states, self._num_read)
+        return self._cache.write(layer_idx, key_states, value_states, self._slots, self._num_read)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._cache.bound

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from draftwing.checkpoint.formats import default_aux_layers
+from draftwing.checkpoint.formats import HeadFormat, default_aux_layers
 from draftwing.checkpoint.load import DraftNetwork, build_network, load_target, load_tokenizer, sizes_of
 from draftwing.checkpoint.save import save_head, to_head
 from draftwing.config import TrainConfig
@@ -34,7 +34,7 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     trainer = new_trainer(config, module, train, held_out, Collator(tokenizer.pad_token_id or 0), HeadTrainer)
     trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
     metrics: dict[str, float] = trainer.evaluate()
-    head_format = "eagle1" if isinstance(head, EagleModel) else "eagle3"
+    head_format: HeadFormat = "eagle1" if isinstance(head, EagleModel) else "eagle3"
     save_head(to_head(head, head_format), Path(config.output), sizes_of(target), dtype=torch.bfloat16)
     return metrics
 
@@ -77,7 +77,7 @@ def new_head(config: TrainConfig, target: TargetModel, train: Sequence[Example])
 
 
 def most_frequent_tokens(train: Sequence[Example], size: int | None, vocab_size: int) -> torch.Tensor | None:
-    """The `size` most frequent supervised tokens in ascending order (ties to lower ids), None for the whole vocabulary."""
+    """The `size` most frequent supervised tokens, ascending (ties to lower ids); None for the whole vocabulary."""
     if size is None or size >= vocab_size:
         return None
     counts = torch.zeros(vocab_size, dtype=torch.int64)
@@ -131,4 +131,3 @@ def _initialise(head: DraftNetwork) -> None:
     for module in head.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
-

@@ -78,7 +78,7 @@ class HeadTraining(nn.Module):
         features: torch.Tensor,
         logits: torch.Tensor,
     ) -> torch.Tensor:
-        """EAGLE-1 (paper, 3.2): smooth-L1 to the next feature and cross-entropy of what the target's head makes of it."""
+        """EAGLE-1 (paper, 3.2): smooth-L1 to the next feature, and cross-entropy of the tokens it stands for."""
         config, mask = self._config, draft_mask(loss_mask)
         noise = (torch.rand_like(features) * 2 - 1) * config.feature_noise if self.training else 0.0
         predicted = head(features + noise, shift_left(input_ids, 1), _positions(input_ids), TttAttention())
@@ -98,7 +98,7 @@ class HeadTraining(nn.Module):
         features: torch.Tensor,
         logits: torch.Tensor,
     ) -> torch.Tensor:
-        """EAGLE-3 (paper, 3.2): the sum over steps of decay^j times the step's cross-entropy over the draft vocabulary."""
+        """EAGLE-3 (paper, 3.2): the sum of decay^j times step j's cross-entropy over the draft vocabulary."""
         config, vocab = self._config, head.vocab
         # Computed once; step j reads these shifted by j more.
         best = shift_left(logits.argmax(-1), 1)

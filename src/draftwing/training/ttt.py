@@ -21,9 +21,7 @@ class TttAttention:
     def __init__(self) -> None:
         self._past: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
-    def __call__(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """queries `[B, Hq, S, dim]`, keys and values `[B, Hk, S, dim]` of this step -> `[B, S, Hq * dim]`."""
         groups = queries.shape[1] // keys.shape[1]
         past = self._past.setdefault(layer, [])

@@ -57,8 +57,10 @@ class EagleDrafter:
         length = tokens.shape[1]
         steps = torch.arange(length, device=tokens.device)
         causal = (steps[:, None] >= steps).expand(tokens.shape[0], length, length)
-        hidden = self._model.fuse(features)
-        output = self._forward(hidden, tokens, self._cache.lengths[:, None] + steps, causal)
+        visible = visible_slots(self._cache.lengths, causal, self._cache.num_read(length))
+        positions = self._cache.lengths[:, None] + steps
+        slots = self._cache.slots_behind(length)
+        output = self._forward(self._model.fuse(features), tokens, positions, visible, slots)
         last = output.gather(1, (num_new - 1).clamp(min=0)[:, None, None].expand(-1, 1, output.shape[-1])).squeeze(1)
         self._last_output = torch.where((num_new > 0)[:, None], last, self._last_output)
         self._cache.commit(None, num_new, most)
@@ -74,40 +76,34 @@ class EagleDrafter:
 
     def _grow_dynamic(self, root: torch.Tensor, plan: TreePlan) -> DraftTree:
         """EAGLE-2's expand and rerank (arXiv 2406.16858, 4.1-4.2): scores are sums of log-probabilities."""
-        batch_size, width = root.shape[0], plan.width
+        width, levels = plan.width, _Levels(self._cache, plan.width * (plan.depth - 1))
         output = self._last_output[:, None]
         scores, tokens = (t.squeeze(1) for t in self._best_children(output, width))  # [B, K]
-        hidden = self._model.feed_back(output).expand(-1, width, -1)
-        frontier = torch.arange(width, device=root.device).expand(batch_size, width)  # candidate index of each
+        parent = torch.zeros_like(tokens)  # index into the previous level's frontier
+        frontier = torch.arange(width, device=root.device).expand_as(tokens)  # candidate index of each
         all_tokens, all_scores = [tokens], [scores]
         all_parents = [torch.full_like(tokens, -1)]  # candidate index, -1 for the root
-        branch = torch.eye(width, dtype=torch.bool, device=root.device).expand(batch_size, width, width)
         for level in range(1, plan.depth):
-            output = self._draft_step(hidden, tokens, branch, level)
+            output = self._draft_step(output, parent, tokens, levels)
             child_scores, child_tokens = self._best_children(output, width)  # [B, K, K]
             child_scores = (scores[:, :, None] + child_scores).flatten(1)
             child_tokens = child_tokens.flatten(1)
-            first = width + (level - 1) * width**2  # candidate index of this level's first child
             all_tokens.append(child_tokens)
             all_scores.append(child_scores)
             all_parents.append(frontier.repeat_interleave(width, dim=1))
-            if level + 1 == plan.depth:
-                break
-            scores, chosen = child_scores.topk(width)
-            tokens = child_tokens.gather(1, chosen)
-            frontier = chosen + first
-            parent = chosen // width
-            hidden = self._model.feed_back(output).gather(1, parent[..., None].expand(-1, -1, output.shape[-1]))
-            branch = _extend_branches(branch, parent)
-        return _best_subtree(root, *(torch.cat(x, 1) for x in (all_tokens, all_scores, all_parents)), plan=plan)
+            if level + 1 < plan.depth:
+                scores, chosen = child_scores.topk(width)
+                tokens = child_tokens.gather(1, chosen)
+                frontier = chosen + (width + (level - 1) * width**2)
+                parent = chosen // width
+        return _best_subtree(root, torch.cat(all_tokens, 1), torch.cat(all_scores, 1), torch.cat(all_parents, 1), plan)
 
     def _grow_static(self, root: torch.Tensor, plan: TreePlan) -> DraftTree:
         """EAGLE-1's fixed tree: node (.., r) is the r-th best child of its parent."""
-        batch_size, device = root.shape[0], root.device
         inner = {path[:-1] for path in plan.paths}
+        levels = _Levels(self._cache, len(inner) - 1)
         expanded: list[RankPath] = [()]  # the nodes whose children are being drafted
-        output, branch = self._last_output[:, None], torch.zeros(batch_size, 1, 0, dtype=torch.bool, device=device)
-        scores = torch.zeros(batch_size, 1, device=device)
+        output, scores = self._last_output[:, None], torch.zeros_like(root, dtype=torch.float32)[:, None]
         all_tokens, all_scores = [root[:, None]], [scores]
         for level, paths in enumerate(plan.levels, 1):
             child_scores, child_tokens = self._best_children(output, plan.width)  # [B, E, K]
@@ -116,17 +112,16 @@ class EagleDrafter:
             level_tokens = child_tokens.flatten(1)[:, picks]
             all_scores.append(level_scores)
             all_tokens.append(level_tokens)
-            if level == plan.depth:
-                break
-            kept = [index for index, path in enumerate(paths) if path in inner]
-            parent = torch.tensor([expanded.index(paths[index][:-1]) for index in kept], device=device)
-            branch = _extend_branches(branch, parent.expand(batch_size, -1))
-            expanded, scores = [paths[index] for index in kept], level_scores[:, kept]
-            output = self._draft_step(self._model.feed_back(output)[:, parent], level_tokens[:, kept], branch, level)
+            if level < plan.depth:
+                kept = [index for index, path in enumerate(paths) if path in inner]
+                parent = torch.tensor([expanded.index(paths[index][:-1]) for index in kept], device=root.device)
+                expanded, scores = [paths[index] for index in kept], level_scores[:, kept]
+                parent = parent.expand(root.shape[0], -1)
+                output = self._draft_step(output, parent, level_tokens[:, kept], levels)
         number_of = {(): 0} | {path: number for number, path in enumerate(plan.paths, 1)}
         tokens, tree_scores = torch.cat(all_tokens, 1), torch.cat(all_scores, 1)
-        parents = torch.tensor([0] + [number_of[path[:-1]] for path in plan.paths], device=device)
-        depths = torch.tensor([0] + [len(path) for path in plan.paths], device=device)
+        parents = torch.tensor([0] + [number_of[path[:-1]] for path in plan.paths], device=root.device)
+        depths = torch.tensor([0] + [len(path) for path in plan.paths], device=root.device)
         return DraftTree(
             tokens=tokens,
             parents=parents.expand_as(tokens),
@@ -140,42 +135,58 @@ class EagleDrafter:
         """Log-probabilities and target ids of the `width` best next tokens, `[B, K, width]` each."""
         logits = self._model.logits(output)
         log_probs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
-        scores, draft_ids = log_probs.nan_to_num(nan=-torch.inf).topk(width)
+        scores, draft_ids = log_probs.topk(width)
         return scores, self._vocab.to_target(draft_ids)
 
-    def _draft_step(self, hidden: torch.Tensor, tokens: torch.Tensor, branch: torch.Tensor, level: int) -> torch.Tensor:
-        """Run the `level`-th level's nodes `[B, K]`; `branch [B, K, M]` says which drafted nodes each one reads."""
-        position = self._cache.lengths[:, None] + level - 1
-        offset = branch.shape[-1] - tokens.shape[1]
-        return self._forward(hidden, tokens, position.expand_as(tokens), branch, offset)
+    def _draft_step(
+        self, output: torch.Tensor, parent: torch.Tensor, tokens: torch.Tensor, levels: "_Levels"
+    ) -> torch.Tensor:
+        """Run one level's nodes: `tokens [B, K]`, their parents' indices into the last level's `output`."""
+        hidden = self._model.feed_back(output)
+        hidden = hidden.gather(1, parent[..., None].expand(-1, -1, hidden.shape[-1]))
+        slots = levels.enter(parent)
+        return self._forward(hidden, tokens, levels.positions.expand_as(tokens), levels.visible, slots)
 
     def _forward(
         self,
         hidden: torch.Tensor,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        branch: torch.Tensor,
-        offset: int = 0,
+        visible: torch.Tensor,
+        slots: torch.Tensor,
     ) -> torch.Tensor:
-        cache = self._cache
-        num_read = cache.place(tokens.shape[1], offset)
-        mask = visible_slots(cache.lengths, branch, num_read).unsqueeze(1)
+        """The network over new nodes; `visible [B, N, S]` are the slots that each one reads."""
+        cache, mask = self._cache, visible.unsqueeze(1)
 
         def attend(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-            keys, values = cache.write(layer, keys, values, num_read)
+            keys, values = cache.write(layer, keys, values, slots, visible.shape[-1])
             return grouped_attention(queries, keys, values, mask).transpose(1, 2).flatten(2)
 
         return self._model(hidden, tokens, positions.clamp(max=cache.capacity), attend)
 
 
-def _extend_branches(branch: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
-    """Branches of the next level: each node reads what its parent read, and itself.
+class _Levels:
+    """Positions, slots and visibility of the drafted nodes, level by level, behind the committed slots."""
 
-    branch `[B, K, M]`, parent `[B, K']` (indices into K) -> `[B, K', M + K']`.
-    """
-    inherited = branch.gather(1, parent[..., None].expand(-1, -1, branch.shape[-1]))
-    own = torch.eye(parent.shape[1], dtype=torch.bool, device=branch.device).expand(parent.shape[0], -1, -1)
-    return torch.cat((inherited, own), dim=-1)
+    def __init__(self, cache: KVCache, num_nodes: int) -> None:
+        self._slots = cache.slots_behind(num_nodes)
+        self._num_used = 0
+        self._lengths = cache.lengths[:, None]
+        self.positions = self._lengths - 1
+        num_read = cache.num_read(num_nodes)
+        self.visible = (torch.arange(num_read, device=self._lengths.device) < self._lengths)[:, None]  # [B, 1, S]
+
+    def enter(self, parent: torch.Tensor) -> torch.Tensor:
+        """Move on to a level of nodes with these parents `[B, K]`; each reads what its parent read, and itself.
+
+        Returns the level's slots `[B, K]`.
+        """
+        first, self._num_used = self._num_used, self._num_used + parent.shape[1]
+        self.positions = self.positions + 1
+        inherited = self.visible.gather(1, parent[..., None].expand(-1, -1, self.visible.shape[-1]))
+        own = self._lengths + torch.arange(first, self._num_used, device=parent.device)
+        self.visible = inherited.scatter(2, own.clamp(max=inherited.shape[-1] - 1)[..., None], True)
+        return self._slots[:, first : self._num_used]
 
 
 def _best_subtree(
@@ -186,6 +197,7 @@ def _best_subtree(
     A candidate scores at most what its parent does and comes after it, so a stable order takes parents first.
     """
     batch_size, num_candidates = tokens.shape
+    scores = scores.nan_to_num(nan=-torch.inf)
     order = scores.sort(dim=1, descending=True, stable=True).indices
     chosen = order[:, : plan.num_nodes - 1].sort(dim=1).values
     numbers = torch.arange(1, plan.num_nodes, device=root.device).expand_as(chosen)

@@ -1,0 +1,128 @@
+"""Shared models: tiny, random, float64, made here; the heads are trained for a few seconds so that they draft well."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from draftwing.checkpoint.load import DraftNetwork
+from draftwing.config import TrainConfig
+from draftwing.data.chat import Example
+from draftwing.decoding.drafters import NoDrafter
+from draftwing.decoding.generate import DrafterFactory, Generation, Request
+from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.sampling import SamplingParams
+from draftwing.decoding.stopping import StopRule
+from draftwing.decoding.drafters.eagle import EagleDrafter
+from draftwing.checkpoint.load import feature_layers
+from draftwing.models.target import ATTENTION, TargetModel
+from draftwing.training.heads import new_head
+from draftwing.training.objectives import HeadTraining
+
+VOCAB_SIZE = 64
+EOS = 11
+
+torch.set_num_threads(1)  # the models are tiny; threads only add noise
+
+
+def tiny_llama(seed: int = 0, **overrides: int) -> LlamaForCausalLM:
+    """A random Llama of 6 layers in float64 with grouped key/value heads and lively (not uniform) outputs."""
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    } | overrides
+    config = LlamaConfig(**sizes, initializer_range=0.25, attn_implementation=ATTENTION)
+    return LlamaForCausalLM(config).double().eval()
+
+
+@pytest.fixture(scope="session")
+def target() -> TargetModel:
+    return TargetModel(tiny_llama())
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Four ragged prompts, one of a single token (nothing is prefilled there)."""
+    return [[1, 2, 3, 4, 5], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 5, 6, 7], [3, 3, 3]]
+
+
+@pytest.fixture(scope="session")
+def heads(target: TargetModel) -> dict[str, DraftNetwork]:
+    """An EAGLE-1 and an EAGLE-3 head for `target`, trained on what it says; the draft vocabulary is a proper subset."""
+    data = self_generated(target, num_rows=32, length=40)
+    trained = {}
+    for objective in ("eagle1", "eagle3"):
+        config = TrainConfig(objective=objective, output="", target="unused", draft_vocab_size=48, ttt_steps=4, aux_layers=(1, 3, 5))  # type: ignore[arg-type]
+        torch.manual_seed(1)
+        head = new_head(config, target, data).double()
+        trained[objective] = train_briefly(head, target, config, data, steps=60)
+    return trained
+
+
+def self_generated(target: TargetModel, num_rows: int, length: int) -> list[Example]:
+    """Rows that the target samples itself from one-token prompts."""
+    requests = [
+        Request([1 + row % (VOCAB_SIZE - 1)], SamplingParams(temperature=0.3, seed=row), StopRule(length))
+        for row in range(num_rows)
+    ]
+    rows = torch.tensor([request.prompt + tokens for request, tokens in zip(requests, run(target, requests), strict=True)])
+    return [Example(row, torch.ones_like(row, dtype=torch.bool)) for row in rows]
+
+
+def train_briefly(
+    head: DraftNetwork, target: TargetModel, config: TrainConfig, data: Sequence[Example], steps: int
+) -> DraftNetwork:
+    module = HeadTraining(head, target, config)
+    optimizer = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.stack([example.input_ids for example in data])
+    mask = torch.stack([example.loss_mask for example in data])
+    for _ in range(steps):
+        loss = module(ids, mask)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return head.eval()
+
+
+def eagle(head: DraftNetwork) -> DrafterFactory:
+    """Builds the drafter of a head for the engine."""
+    dtype = next(head.parameters()).dtype
+    return lambda batch_size, capacity: EagleDrafter(
+        head, feature_layers(head), batch_size, capacity, dtype, torch.device("cpu")
+    )
+
+
+def no_draft(batch_size: int, capacity: int) -> NoDrafter:
+    return NoDrafter()
+
+
+def generate(
+    target: TargetModel, requests: Sequence[Request], drafter: DrafterFactory = no_draft, plan: str = "off"
+) -> Generation:
+    """Run requests to their end."""
+    generation = Generation(target, requests, drafter, TreePlan.parse(plan))
+    for _ in generation.cycles():
+        pass
+    return generation
+
+
+def run(target: TargetModel, requests: Sequence[Request], drafter: DrafterFactory = no_draft, plan: str = "off") -> list[list[int]]:
+    """The tokens of each request."""
+    return [output.tokens for output in generate(target, requests, drafter, plan).outputs]
+
+
+def requests_for(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int = 24, eos: tuple[int, ...] = (EOS,), **sampling: float
+) -> list[Request]:
+    """One request per prompt; row b has seed b."""
+    return [
+        Request(prompt, SamplingParams(**sampling, seed=row), StopRule(max_new_tokens, eos))  # type: ignore[arg-type]
+        for row, prompt in enumerate(prompts)
+    ]

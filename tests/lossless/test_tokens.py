@@ -1,0 +1,175 @@
+"""Same tokens as plain decoding, token by token, in float64: the first promise."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import EOS, eagle, generate, requests_for, run
+
+from draftwing.checkpoint.load import DraftNetwork
+from draftwing.decoding.sampling import Noise, SamplingParams
+from draftwing.decoding.tree import DraftTree, Verdict
+from draftwing.models import target as target_module
+from draftwing.models.kv_cache import KVCache
+from draftwing.models.target import TargetModel
+
+PLANS = ("chain:1", "chain:4", "tree:2x3x7", "tree:4x4x16", "tree:10x3x60", "eagle1")
+METHODS = ("eagle1", "eagle3")
+
+
+def test_plain_decoding_is_transformers_greedy(target: TargetModel, prompts: list[list[int]]) -> None:
+    for prompt, tokens in zip(prompts, run(target, requests_for(prompts)), strict=True):
+        stock = target.model.generate(
+            torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=EOS, pad_token_id=0
+        )
+        assert tokens == stock[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_equal_plain_decoding(
+    target: TargetModel,
+    heads: dict[str, DraftNetwork],
+    prompts: list[list[int]],
+    method: str,
+    plan: str,
+    temperature: float,
+) -> None:
+    requests = requests_for(prompts, temperature=temperature)
+    assert run(target, requests, eagle(heads[method]), plan) == run(target, requests)
+
+
+def test_the_heads_of_these_tests_draft_well(
+    target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]]
+) -> None:
+    """Equality would be cheap if nothing were ever accepted."""
+    for method in METHODS:
+        statistics = generate(target, requests_for(prompts), eagle(heads[method]), "tree:4x4x16").statistics
+        assert statistics.acceptance_length > 1.5
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.0, "repetition_penalty": 1.3},
+        {"temperature": 0.9, "top_k": 5},
+        {"temperature": 0.9, "top_p": 0.8, "min_p": 0.05},
+        {"temperature": 1.1, "top_k": 20, "top_p": 0.9, "repetition_penalty": 0.8},
+    ],
+    ids=str,
+)
+def test_sampling_parameters_keep_equality(
+    target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]], sampling: dict[str, float]
+) -> None:
+    requests = requests_for(prompts, **sampling)
+    assert run(target, requests, eagle(heads["eagle3"]), "tree:4x4x16") == run(target, requests)
+
+
+@pytest.mark.parametrize("limit", range(1, 9))
+def test_the_token_limit_is_exact(
+    target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]], limit: int
+) -> None:
+    requests = requests_for(prompts, max_new_tokens=limit, eos=())
+    outputs = run(target, requests, eagle(heads["eagle3"]), "tree:4x4x16")
+    assert [len(tokens) for tokens in outputs] == [limit] * len(prompts)
+    assert outputs == run(target, requests)
+
+
+def test_every_stop_position_is_exact(
+    target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]]
+) -> None:
+    """Each token of a plain run in turn is made the end-of-sequence token: the output ends with its first occurrence."""
+    (full,) = run(target, requests_for(prompts[2:3], eos=()))
+    for eos in dict.fromkeys(full):
+        (tokens,) = run(target, requests_for(prompts[2:3], eos=(eos,)), eagle(heads["eagle3"]), "tree:4x4x16")
+        assert tokens == full[: full.index(eos) + 1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_does_not_depend_on_its_batch(
+    target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]], temperature: float
+) -> None:
+    requests = requests_for(prompts, temperature=temperature)
+    together = run(target, requests, eagle(heads["eagle3"]), "tree:4x4x16")
+    for size in (1, 2, 3):
+        apart = [run(target, requests[i : i + size], eagle(heads["eagle3"]), "tree:4x4x16") for i in range(0, 4, size)]
+        assert sum(apart, []) == together
+
+
+def test_rows_may_differ_in_their_parameters(
+    target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]]
+) -> None:
+    mixed = [
+        dataclasses.replace(request, sampling=SamplingParams(temperature=temperature, top_k=top_k, seed=5))
+        for request, temperature, top_k in zip(requests_for(prompts), (0, 1, 0.5, 2), (0, 3, 0, 10), strict=True)
+    ]
+    together = run(target, mixed, eagle(heads["eagle3"]), "tree:4x4x16")
+    assert together == [run(target, [request])[0] for request in mixed]
+
+
+def test_prompts_longer_than_a_prefill_chunk(
+    target: TargetModel, heads: dict[str, DraftNetwork], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("draftwing.decoding.generate.PREFILL_CHUNK", 4)
+    prompts = [[1 + i % 60 for i in range(length)] for length in (4, 5, 6, 21)]
+    requests = requests_for(prompts)
+    chunked = run(target, requests, eagle(heads["eagle3"]), "tree:4x4x16")
+    monkeypatch.undo()
+    assert chunked == run(target, requests)
+
+
+# Sabotaged twins: each breaks one thing that equality rests on, and the comparison above must notice.
+
+
+def accept_always(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tensor) -> Verdict:
+    """Accepts the best-scored branch without asking the target."""
+    depths = torch.where(tree.valid, tree.depths, -1)
+    leaf = depths.argmax(1, keepdim=True)
+    path = leaf
+    for _ in range(tree.max_depth):
+        path = torch.cat((tree.parents.gather(1, path[:, :1]), path), 1)
+    num_accepted = torch.full_like(leaf.squeeze(1), tree.max_depth)
+    tokens = torch.cat((tree.tokens.gather(1, path[:, 1:]), chosen.gather(1, leaf)), 1)
+    return Verdict(path, num_accepted, tokens)
+
+
+def break_acceptance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("draftwing.decoding.generate.walk", accept_always)
+
+
+def break_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the first nodes instead of the accepted ones."""
+    original = KVCache.commit
+    monkeypatch.setattr(KVCache, "commit", lambda self, path, kept, most: original(self, None, kept, most))
+
+
+def break_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets every node of a tree read every other."""
+    original = target_module.visible_slots
+    monkeypatch.setattr(
+        target_module,
+        "visible_slots",
+        lambda lengths, ancestors, num_read: original(lengths, torch.ones_like(ancestors), num_read),
+    )
+
+
+def break_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise of the cycle's own count instead of the position: reused across positions."""
+    original = Noise.at
+    monkeypatch.setattr(Noise, "at", lambda self, positions: original(self, positions - positions[:, :1] + 1))
+
+
+@pytest.mark.parametrize("sabotage", [break_acceptance, break_cache, break_mask, break_noise])
+def test_sabotage_is_noticed(
+    target: TargetModel,
+    heads: dict[str, DraftNetwork],
+    prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    sabotage: Callable[[pytest.MonkeyPatch], None],
+) -> None:
+    requests = requests_for(prompts, max_new_tokens=40, temperature=0.7 if sabotage is break_noise else 0.0)
+    plain = run(target, requests)
+    sabotage(monkeypatch)
+    assert run(target, requests, eagle(heads["eagle3"]), "tree:4x4x16") != plain
