@@ -6,16 +6,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from draftwing.checkpoint.load import DraftNetwork
+from draftwing.checkpoint.load import DraftNetwork, feature_layers
 from draftwing.config import TrainConfig
 from draftwing.data.chat import Example
 from draftwing.decoding.drafters import NoDrafter
+from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.generate import DrafterFactory, Generation, Request
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
-from draftwing.decoding.drafters.eagle import EagleDrafter
-from draftwing.checkpoint.load import feature_layers
 from draftwing.models.target import ATTENTION, TargetModel
 from draftwing.training.heads import new_head
 from draftwing.training.objectives import HeadTraining
@@ -59,7 +58,9 @@ def heads(target: TargetModel) -> dict[str, DraftNetwork]:
     data = self_generated(target, num_rows=32, length=40)
     trained = {}
     for objective in ("eagle1", "eagle3"):
-        config = TrainConfig(objective=objective, output="", target="unused", draft_vocab_size=48, ttt_steps=4, aux_layers=(1, 3, 5))  # type: ignore[arg-type]
+        config = TrainConfig(
+            objective=objective, output="", target="unused", draft_vocab_size=48, ttt_steps=4, aux_layers=(1, 3, 5)
+        )  # type: ignore[arg-type]
         torch.manual_seed(1)
         head = new_head(config, target, data).double()
         trained[objective] = train_briefly(head, target, config, data, steps=60)
@@ -72,7 +73,9 @@ def self_generated(target: TargetModel, num_rows: int, length: int) -> list[Exam
         Request([1 + row % (VOCAB_SIZE - 1)], SamplingParams(temperature=0.3, seed=row), StopRule(length))
         for row in range(num_rows)
     ]
-    rows = torch.tensor([request.prompt + tokens for request, tokens in zip(requests, run(target, requests), strict=True)])
+    rows = torch.tensor(
+        [request.prompt + tokens for request, tokens in zip(requests, run(target, requests), strict=True)]
+    )
     return [Example(row, torch.ones_like(row, dtype=torch.bool)) for row in rows]
 
 
@@ -113,7 +116,9 @@ def generate(
     return generation
 
 
-def run(target: TargetModel, requests: Sequence[Request], drafter: DrafterFactory = no_draft, plan: str = "off") -> list[list[int]]:
+def run(
+    target: TargetModel, requests: Sequence[Request], drafter: DrafterFactory = no_draft, plan: str = "off"
+) -> list[list[int]]:
     """The tokens of each request."""
     return [output.tokens for output in generate(target, requests, drafter, plan).outputs]
 

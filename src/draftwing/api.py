@@ -155,7 +155,8 @@ class SpeculativeModel:
         ]
         plan = settings.plan or DEFAULT_PLANS[self.method]
         plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
-        plan = TreePlan.off() if self.method == "plain" else plan
+        if self.method == "plain" or plan.depth == 0:
+            plan = TreePlan.off(self.target.best_single_row if len(prompts) == 1 else 1)
         return Generation(self.target, requests, self._new_drafter, plan), settings
 
     def _new_drafter(self, batch_size: int, capacity: int) -> Drafter:

@@ -11,11 +11,24 @@ from rich.console import Console
 
 EXAMPLES = {
     "demo": """examples:
-  draftwing demo                        watch the embedded models, then the table
-  draftwing demo --json > demo.json     the table alone, for machines
+  draftwing demo                        # watch the embedded models, then the table
+  draftwing demo --json > demo.json     # the table alone, for machines
   draftwing demo --dtype bfloat16 --repeats 5""",
     "generate": """examples:
   draftwing generate --target tiny --draft tiny --prompt "def main(args):"
+  draftwing generate --target tiny --draft tiny --chat --prompt "Write the Python function clamp." --compare
+  draftwing generate --target meta-llama/Llama-3.1-8B-Instruct --draft yuhuili/EAGLE3-LLaMA3.1-Instruct-8B \\
+      --device cuda --chat --prompt "Why is the sky blue?" --temperature 0.7 --seed 1""",
+    "inspect": """examples:
+  draftwing inspect tiny
+  draftwing inspect path/to/head --target meta-llama/Llama-3.1-8B-Instruct --json""",
+    "train": """examples:
+  draftwing train recipes/tiny.yaml            # all stages; a stopped run continues where it was
+  draftwing train recipes/tiny.yaml --stage 2  # the third stage alone""",
+}
+
+
+def main(args):"
   draftwing generate --target tiny --draft tiny --chat --prompt "Write the Python function clamp." --compare
   draftwing generate --target meta-llama/Llama-3.1-8B-Instruct --draft yuhuili/EAGLE3-LLaMA3.1-Instruct-8B \\
       --device cuda --chat --prompt "Why is the sky blue?" --temperature 0.7 --seed 1""",

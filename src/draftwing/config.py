@@ -44,6 +44,8 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 20
     evaluate_every: int = 500
+    evaluate_rows: int = 64
+    """Held-out rows (blocks, for a language model) that an evaluation uses."""
     save_every: int = 500
     ttt_steps: int = 7
     ttt_decay: float = 0.8

@@ -7,8 +7,13 @@ from itertools import product
 import pytest
 import torch
 from conftest import eagle, run, tiny_llama
-from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper
-from transformers import TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.config import TrainConfig

@@ -80,7 +80,7 @@ def test_the_token_limit_is_exact(
 def test_every_stop_position_is_exact(
     target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]]
 ) -> None:
-    """Each token of a plain run in turn is made the end-of-sequence token: the output ends with its first occurrence."""
+    """Each token of a plain run is made the end-of-sequence token in turn: the output ends where it first occurs."""
     (full,) = run(target, requests_for(prompts[2:3], eos=()))
     for eos in dict.fromkeys(full):
         (tokens,) = run(target, requests_for(prompts[2:3], eos=(eos,)), eagle(heads["eagle3"]), "tree:4x4x16")
@@ -94,8 +94,9 @@ def test_a_row_does_not_depend_on_its_batch(
     requests = requests_for(prompts, temperature=temperature)
     together = run(target, requests, eagle(heads["eagle3"]), "tree:4x4x16")
     for size in (1, 2, 3):
-        apart = [run(target, requests[i : i + size], eagle(heads["eagle3"]), "tree:4x4x16") for i in range(0, 4, size)]
-        assert sum(apart, []) == together
+        groups = [requests[first : first + size] for first in range(0, 4, size)]
+        apart = [tokens for group in groups for tokens in run(target, group, eagle(heads["eagle3"]), "tree:4x4x16")]
+        assert apart == together
 
 
 def test_rows_may_differ_in_their_parameters(

@@ -54,6 +54,12 @@ def _read_prompt(row: Row, place: str) -> Prompt:
     raise ValueError(f"prompts: {place}: expected one of prompt, messages, turns; got {sorted(row)}")
 
 
+def write_held_out_prompts(rows: Sequence[Row], path: Path, count: int = 16) -> None:
+    """Write a prompts file made of held-out rows."""
+    lines = [json.dumps(prompt) for prompt in held_out_prompts(rows, count)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def held_out_prompts(rows: Sequence[Row], count: int) -> list[dict[str, Any]]:
     """Rows for a prompts file from a corpus's held-out rows: every other a request, every other an opening of code.
 

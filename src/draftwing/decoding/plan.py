@@ -36,7 +36,7 @@ class TreePlan:
     def __post_init__(self) -> None:
         if min(self.width, self.depth) < 0 or self.num_nodes < 1:
             raise ValueError(f"plan: width, depth and nodes must be positive, got {self}")
-        if not self.paths and self.num_nodes - 1 > self.num_candidates:
+        if self.depth and not self.paths and self.num_nodes - 1 > self.num_candidates:
             raise ValueError(
                 f"plan: {self.num_nodes} nodes asked for, but width {self.width} and depth {self.depth} "
                 f"draft only {self.num_candidates} candidates and the root"
@@ -52,9 +52,9 @@ class TreePlan:
         return not self.paths and self.width <= 1
 
     @staticmethod
-    def off() -> "TreePlan":
-        """No speculation: the root alone."""
-        return TreePlan(0, 0, 1)
+    def off(num_nodes: int = 1) -> "TreePlan":
+        """No speculation: the root alone, padded to `num_nodes` (see `TargetModel.best_single_row`)."""
+        return TreePlan(0, 0, num_nodes)
 
     @staticmethod
     def chain(depth: int) -> "TreePlan":

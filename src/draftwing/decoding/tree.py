@@ -64,10 +64,12 @@ class Verdict:
         return self.tokens.gather(1, self.num_accepted[:, None]).squeeze(1)
 
 
-def root_tree(root: torch.Tensor) -> DraftTree:
-    """The tree of plain decoding: `root [B]` alone."""
-    zeros = torch.zeros_like(root)[:, None]
-    return DraftTree(root[:, None], zeros, zeros, zeros == 0, torch.zeros_like(zeros, dtype=torch.float32), 0)
+def root_tree(root: torch.Tensor, num_nodes: int = 1) -> DraftTree:
+    """The tree of plain decoding: `root [B]` alone, padded with copies of it that are never accepted."""
+    tokens = root[:, None].repeat(1, num_nodes)
+    zeros = torch.zeros_like(tokens)
+    is_root = torch.arange(num_nodes, device=root.device) == 0
+    return DraftTree(tokens, zeros, zeros, is_root.expand_as(tokens), torch.zeros_like(tokens, dtype=torch.float32), 0)
 
 
 def walk(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tensor) -> Verdict:

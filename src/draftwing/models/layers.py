@@ -145,10 +145,12 @@ def rope_frequencies(head_dim: int, parameters: dict[str, Any]) -> torch.Tensor:
         return frequencies / float(parameters["factor"])
     if rope_type == "llama3":
         # Long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
-        turns = float(parameters["original_max_position_embeddings"]) * frequencies / (2 * math.pi)
-        low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        return frequencies * (kept + (1 - kept) / float(parameters["factor"]))
+        low, high, factor, original_length = (
+            float(parameters[name])
+            for name in ("low_freq_factor", "high_freq_factor", "factor", "original_max_position_embeddings")
+        )
+        kept = ((original_length * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / factor)
     raise ValueError(f"rope_type: expected default, linear or llama3, got {rope_type!r}")
 
 

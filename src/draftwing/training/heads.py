@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from draftwing.checkpoint.formats import HeadFormat, default_aux_layers
 from draftwing.checkpoint.load import DraftNetwork, build_network, load_target, load_tokenizer, sizes_of
@@ -28,7 +29,7 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     tokenizer = load_tokenizer(config.target)
     rows = read_rows(config.data, config.max_rows, config.seed)
     train = examples(rows.train, tokenizer, config.sequence_length)
-    held_out = examples(rows.held_out, tokenizer, config.sequence_length)
+    held_out = examples(rows.held_out, tokenizer, config.sequence_length)[: config.evaluate_rows]
     head = new_head(config, target, train).to(target.device)
     module = HeadTraining(head, target, config)
     trainer = new_trainer(config, module, train, held_out, Collator(tokenizer.pad_token_id or 0), HeadTrainer)
@@ -111,7 +112,12 @@ class Collator:
 
 
 class HeadTrainer(ResumableTrainer):
-    """Logs each step's loss and accuracy beside the total."""
+    """Batches rows of like length, and logs each step's loss and accuracy beside the total."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        lengths = [len(example) for example in self.train_dataset]
+        generator = torch.Generator().manual_seed(int(self.args.seed))
+        return LengthGroupedSampler(self.args.per_device_train_batch_size, lengths=lengths, generator=generator)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         module = self.model

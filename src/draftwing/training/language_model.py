@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from draftwing.config import TrainConfig
 from draftwing.data.chat import encode_row
 from draftwing.data.corpus import Row
+from draftwing.data.prompts import write_held_out_prompts
 from draftwing.data.rows import read_rows
 from draftwing.data.tokenizer import END_OF_TEXT, train_tokenizer
 from draftwing.training.trainer import new_trainer
@@ -30,10 +31,11 @@ def train_language_model(config: TrainConfig) -> dict[str, float]:
         config,
         model,
         train_dataset=blocks(rows.train, tokenizer, config.sequence_length),
-        eval_dataset=blocks(rows.held_out, tokenizer, config.sequence_length),
+        eval_dataset=blocks(rows.held_out, tokenizer, config.sequence_length)[: config.evaluate_rows],
     )
     trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
     metrics: dict[str, float] = trainer.evaluate()
+    write_held_out_prompts(rows.held_out, output / "prompts.jsonl")
     model.to(torch.bfloat16).save_pretrained(output)
     return metrics
 

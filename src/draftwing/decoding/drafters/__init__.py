@@ -37,4 +37,4 @@ class NoDrafter:
         pass
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int) -> DraftTree:
-        return root_tree(root)
+        return root_tree(root, plan.num_nodes)

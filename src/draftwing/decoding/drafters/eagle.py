@@ -67,7 +67,7 @@ class EagleDrafter:
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int) -> DraftTree:
         if plan.depth == 0:
-            return root_tree(root)
+            return root_tree(root, plan.num_nodes)
         self._cache.bound = longest
         tree = self._grow_static(root, plan) if plan.paths else self._grow_dynamic(root, plan)
         # A row with nothing read yet (a prompt of one token) has no state to draft from.

@@ -1,0 +1,51 @@
+"""The shape of the package: its public names, its commands, its recipes, its files."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+import draftwing
+from draftwing.cli import EXAMPLES, build_parser, main
+from draftwing.config import read_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_public_names_exist_and_are_documented() -> None:
+    assert draftwing.__all__ == sorted(draftwing.__all__)
+    for name in draftwing.__all__:
+        assert getattr(draftwing, name).__doc__, f"{name} has no docstring"
+
+
+def test_nothing_inside_the_package_imports_its_front() -> None:
+    for path in (ROOT / "src" / "draftwing").rglob("*.py"):
+        assert "from draftwing import" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_recipes_load(recipe: Path) -> None:
+    assert read_recipe(recipe)
+
+
+def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, example in EXAMPLES.items():
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        assert example.splitlines()[1].strip() in capsys.readouterr().out
+
+
+def test_examples_in_help_parse() -> None:
+    """A help text that shows a command which does not parse would be worse than none."""
+    for example in EXAMPLES.values():
+        for line in example.replace("\\\n", "").splitlines()[1:]:
+            words = shlex.split(line.split(">")[0], comments=True)
+            assert words[0] == "draftwing"
+            build_parser().parse_args(words[1:])
+
+
+def test_modules_say_what_they_are() -> None:
+    for path in (ROOT / "src" / "draftwing").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not text or text.startswith('"""'), f"{path} has no docstring"
