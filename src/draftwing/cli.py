@@ -28,19 +28,6 @@ EXAMPLES = {
 }
 
 
-def main(args):"
-  draftwing generate --target tiny --draft tiny --chat --prompt "Write the Python function clamp." --compare
-  draftwing generate --target meta-llama/Llama-3.1-8B-Instruct --draft yuhuili/EAGLE3-LLaMA3.1-Instruct-8B \\
-      --device cuda --chat --prompt "Why is the sky blue?" --temperature 0.7 --seed 1""",
-    "inspect": """examples:
-  draftwing inspect tiny
-  draftwing inspect path/to/head --target meta-llama/Llama-3.1-8B-Instruct --json""",
-    "train": """examples:
-  draftwing train recipes/tiny.yaml            all stages; a stopped run continues where it was
-  draftwing train recipes/tiny.yaml --stage 2  the third stage alone""",
-}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake ends with a one-line message and status 2, Ctrl-C with 130."""
     options = build_parser().parse_args(arguments)
