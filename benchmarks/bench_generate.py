@@ -1,0 +1,140 @@
+"""End to end on real weights: every method and plan against plain decoding and transformers, in one run.
+
+    python benchmarks/bench_generate.py --dtype float32 --plans chain:3 tree:4x4x16 --output results.json
+
+All run in one process, interleaved prompt by prompt; a figure is the median over repeats of each prompt, summed.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from draftwing.api import DEFAULT_PLANS, load
+from draftwing.checkpoint.load import ASSETS
+from draftwing.data.prompts import read_prompts
+from draftwing.evaluation.compare import compare_methods
+from draftwing.provenance import provenance
+
+
+def main() -> int:
+    options = parse_options()
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    eagle3 = load(options.target, draft=options.eagle3, dtype=options.dtype, device=options.device)
+    eagle1 = load(options.target, draft=options.eagle1, dtype=options.dtype, device=options.device)
+    methods = {"plain": eagle3.with_method("plain").start, "eagle1": eagle1.with_method("eagle1").start}
+    for plan in options.plans:
+        methods[f"eagle2 {plan}"] = with_plan(eagle1.with_method("eagle2"), plan)
+        methods[f"eagle3 {plan}"] = with_plan(eagle3, plan)
+    prompts = [prompt.token_ids(eagle3.tokenizer) for prompt in read_prompts(options.prompts)][: options.num_prompts]
+    rows = []
+    for temperature in options.temperatures:
+        results = compare_methods(methods, prompts, temperature, options.repeats, max_new_tokens=options.max_new_tokens)
+        plain = results[0].tokens_per_second
+        for result in results:
+            figures = result.statistics
+            rows.append(
+                {
+                    "method": result.method,
+                    "temperature": temperature,
+                    "tokens_per_second": result.tokens_per_second,
+                    "acceptance_length": figures.acceptance_length,
+                    "speedup": result.tokens_per_second / plain,
+                    "identical": result.identical,
+                    "acceptance_rate": figures.acceptance_rate,
+                    "ms_per_cycle": {s: 1000 * t / figures.num_cycles for s, t in figures.seconds.items()},
+                }
+            )
+        if temperature == 0:
+            speed = transformers_speed(eagle3, prompts, options)
+            rows.append({"method": "transformers generate", "temperature": 0.0, "tokens_per_second": speed,
+                         "speedup": speed / plain})  # fmt: skip
+    print_table(rows, options)
+    if options.output:
+        record = {"rows": rows, "options": vars(options), "provenance": provenance()}
+        Path(options.output).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    return 0
+
+
+def with_plan(model: Any, plan: str) -> Any:
+    return lambda prompts, **options: model.start(prompts, plan=plan, **options)
+
+
+def transformers_speed(model: Any, prompts: list[list[int]], options: argparse.Namespace) -> float:
+    """Tokens per second of the stock greedy `generate` on the same weights, with transformers' own attention."""
+    from transformers import AutoModelForCausalLM
+
+    from draftwing.checkpoint.load import resolve_target
+
+    stock = AutoModelForCausalLM.from_pretrained(resolve_target(options.target), dtype=model.target.dtype)
+    stock = stock.to(options.device).eval()
+    num_tokens, total = 0, 0.0
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=options.device)
+        seconds = []
+        for _ in range(options.repeats):
+            start = time.perf_counter()
+            output = stock.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.max_new_tokens, do_sample=False
+            )
+            seconds.append(time.perf_counter() - start)
+        num_tokens += output.shape[1] - ids.shape[1]
+        total += statistics.median(seconds)
+    return num_tokens / total
+
+
+def print_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    table = Table(title=f"{options.target}, {options.dtype}, {torch.get_num_threads()} threads, {options.device}")
+    for column in (
+        "method",
+        "T",
+        "tokens/s",
+        "speed-up",
+        "tau",
+        "identical",
+        "ms per cycle: draft",
+        "verify",
+        "commit",
+    ):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        stages = row.get("ms_per_cycle", {})
+        table.add_row(
+            row["method"],
+            f"{row['temperature']:g}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['speedup']:.2f}",
+            f"{row['acceptance_length']:.2f}" if "acceptance_length" in row else "",
+            {True: "yes", False: "NO", None: ""}[row.get("identical")],
+            *(f"{stages[name]:.2f}" if stages else "" for name in ("draft", "verify", "commit")),
+        )
+    Console(width=130).print(table)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="tiny")
+    parser.add_argument("--eagle1", default="tiny-eagle1")
+    parser.add_argument("--eagle3", default="tiny")
+    parser.add_argument("--prompts", default=ASSETS / "tiny" / "prompts.jsonl")
+    parser.add_argument("--num-prompts", type=int, default=8)
+    parser.add_argument("--plans", nargs="+", default=[DEFAULT_PLANS["eagle3"]])
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
+    parser.add_argument("--output", help="write the figures with their provenance to this JSON file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

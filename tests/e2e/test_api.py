@@ -1,0 +1,193 @@
+"""The Python API, on the small models of conftest: batches, options, the drop-in, errors."""
+
+import pytest
+import torch
+from conftest import EOS, VOCAB_SIZE, requests_for, run, tiny_llama
+from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, StoppingCriteria
+
+import draftwing
+from draftwing.api import GenerateOutput, SpeculativeModel
+from draftwing.checkpoint.load import DraftNetwork
+from draftwing.models.target import TargetModel
+
+
+@pytest.fixture(scope="module")
+def model(target: TargetModel, heads: dict[str, DraftNetwork]) -> SpeculativeModel:
+    return SpeculativeModel(target, heads["eagle3"])
+
+
+def padded(prompts: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, prompts))
+    ids, mask = torch.zeros(len(prompts), longest, dtype=torch.int64), torch.zeros(len(prompts), longest)
+    for row, prompt in enumerate(prompts):
+        columns = slice(longest - len(prompt), None) if side == "left" else slice(0, len(prompt))
+        ids[row, columns] = torch.tensor(prompt)
+        mask[row, columns] = 1
+    return ids, mask.long()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_ragged_batch_padded_on_either_side(
+    model: SpeculativeModel, target: TargetModel, prompts: list[list[int]], side: str
+) -> None:
+    ids, mask = padded(prompts, side)
+    output = model.generate(
+        ids, mask, max_new_tokens=24, eos_token_id=EOS, return_dict_in_generate=True, plan="tree:4x4x16"
+    )
+    assert isinstance(output, GenerateOutput)
+    assert output.tokens == run(target, requests_for(prompts))
+    assert output.sequences[:, : ids.shape[1]].equal(ids)
+    longest = max(map(len, output.tokens))
+    assert output.sequences.shape == (4, ids.shape[1] + longest)
+    assert all(reason in ("eos", "length") for reason in output.finish_reasons)
+
+
+def test_streamed_tokens_are_the_generated_ones(model: SpeculativeModel, prompts: list[list[int]]) -> None:
+    ids, mask = padded(prompts, "left")
+    options = {"max_new_tokens": 16, "temperature": 1.0, "eos_token_id": EOS}
+    streamed: list[list[int]] = [[] for _ in prompts]
+    for committed in model.stream(ids, mask, **options):
+        for row, tokens in enumerate(committed.tokens):
+            assert committed.num_accepted[row] <= len(tokens)
+            streamed[row] += tokens
+    output = model.generate(ids, mask, return_dict_in_generate=True, **options)
+    assert isinstance(output, GenerateOutput)
+    assert streamed == output.tokens
+
+
+def test_statistics_add_up(model: SpeculativeModel) -> None:
+    output = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=20, eos_token_id=[], return_dict_in_generate=True)
+    assert isinstance(output, GenerateOutput)
+    figures = output.statistics
+    assert figures.num_tokens == 20
+    assert figures.acceptance_length == 20 / figures.num_cycles
+    assert len(figures.acceptance_rate) == 5
+    assert all(0 <= rate <= 1 for rate in figures.acceptance_rate)
+    assert min(figures.seconds[stage] for stage in ("prefill", "draft", "verify", "commit")) > 0
+
+
+def test_the_model_is_left_as_it_was(model: SpeculativeModel) -> None:
+    """Also after a generation is abandoned in the middle."""
+    stock = model.target.model
+    ids = torch.tensor([[1, 2, 3, 4]])
+    before = stock(ids).logits
+    next(model.stream(ids, max_new_tokens=16))
+    assert stock(ids).logits.equal(before)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_transformers_drop_in(heads: dict[str, DraftNetwork], sampled: bool) -> None:
+    stock = tiny_llama()
+    stock.set_attn_implementation("sdpa")
+    ids = torch.tensor([[5, 6, 7], [0, 8, 9]])
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    common = {"max_new_tokens": 12, "eos_token_id": EOS, "pad_token_id": 0, "do_sample": sampled}
+    fast = stock.generate(
+        ids, attention_mask=mask, custom_generate=draftwing.custom_generate(heads["eagle3"], seed=3), **common
+    )
+    if sampled:
+        again = stock.generate(
+            ids, attention_mask=mask, custom_generate=draftwing.custom_generate(heads["eagle1"], seed=3), **common
+        )
+    else:
+        again = stock.generate(ids, attention_mask=mask, **common)
+    assert fast.tolist() == again.tolist()
+
+
+def test_drop_in_takes_its_seed_from_torch(heads: dict[str, DraftNetwork]) -> None:
+    stock = tiny_llama()
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        generate = draftwing.custom_generate(heads["eagle3"])
+        ids = torch.tensor([[5, 6, 7]])
+        outputs.append(
+            stock.generate(ids, max_new_tokens=16, do_sample=True, pad_token_id=0, custom_generate=generate).tolist()
+        )
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+class StopAfter(StoppingCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        return torch.tensor([input_ids.shape[1] >= 8] * input_ids.shape[0])
+
+
+def test_drop_in_runs_custom_stopping_criteria(heads: dict[str, DraftNetwork]) -> None:
+    stock = tiny_llama()
+    ids = torch.tensor([[5, 6, 7]])
+    generate = draftwing.custom_generate(heads["eagle3"])
+    output = stock.generate(
+        ids, max_new_tokens=20, pad_token_id=0, stopping_criteria=[StopAfter()], custom_generate=generate
+    )
+    assert output.shape == (1, 8)
+    assert MaxLengthCriteria  # the built-in criteria are handled by their settings
+
+
+class Custom(LogitsProcessor):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"num_beams": 2}, "num_beams"), ({"logits_processor": LogitsProcessorList([Custom()])}, "Custom")],
+)
+def test_drop_in_refuses_what_it_cannot_honour(
+    heads: dict[str, DraftNetwork], options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_llama().generate(
+            torch.tensor([[1, 2]]),
+            max_new_tokens=4,
+            pad_token_id=0,
+            custom_generate=draftwing.custom_generate(heads["eagle3"]),
+            **options,
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"seed": -1}, "seed"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 255}, "max_new_tokens.*256 positions"),
+        ({"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias"),
+        ({"stop": ["x"]}, "stop.*tokenizer"),
+        ({"plan": "tree:3"}, "plan"),
+        ({"temperatur": 1.0}, "temperatur"),
+    ],
+)
+def test_bad_options_name_the_field(model: SpeculativeModel, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.generate(torch.tensor([[1, 2, 3]]), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        (torch.zeros(1, 0, dtype=torch.int64), None, "prompt 0 is empty"),
+        (torch.tensor([[1, 2]]), torch.tensor([[0, 0]]), "prompt 0 is empty"),
+        (torch.tensor([1, 2]), None, r"expected shape \[B, S\]"),
+        (torch.tensor([[1, 2]]), torch.tensor([[1]]), "attention_mask"),
+        (torch.tensor([[VOCAB_SIZE]]), None, "outside the vocabulary"),
+    ],
+)
+def test_bad_prompts_name_the_field(
+    model: SpeculativeModel, ids: torch.Tensor, mask: torch.Tensor | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.generate(ids, mask)
+
+
+def test_a_method_must_suit_its_head(model: SpeculativeModel, target: TargetModel) -> None:
+    with pytest.raises(ValueError, match="EAGLE-3"):
+        model.with_method("eagle1")
+    with pytest.raises(ValueError, match="needs a draft head"):
+        SpeculativeModel(target, None, method="eagle3")
+    with pytest.raises(ValueError, match="expected one of"):
+        model.with_method("medusa")
