@@ -89,8 +89,17 @@ def from_mapping(config_class: type[Config], values: Mapping[str, Any]) -> Confi
 
 
 def read_recipe(path: str | Path) -> list[TrainConfig]:
-    """Read a recipe: either the keys of one stage, or `stages`, a list of them, run in order."""
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    """Read a recipe: either the keys of one stage, or `stages`, a list of them, run in order.
+
+    Raises:
+        ValueError: no such file, no YAML, or a wrong key or value (named).
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"recipe: no such file: {path}")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe: {path} is no YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of keys to values, or `stages`, a list of mappings")
     stages = values.get("stages", [values])

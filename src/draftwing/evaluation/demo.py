@@ -22,7 +22,7 @@ def print_stream(console: Console, cycles: Iterator[Committed], tokenizer: Any) 
         for index, token in enumerate(committed.tokens[0]):
             style = DRAFTED if index < committed.num_accepted[0] else CHOSEN
             console.print(text.push(token), style=style, end="", markup=False, highlight=False, soft_wrap=True)
-    console.print()
+    console.print(text.flush(), style=CHOSEN, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_completions(

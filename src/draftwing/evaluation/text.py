@@ -2,6 +2,9 @@
 
 from typing import Any
 
+MAX_TOKENS_PER_CHARACTER = 4
+"""A UTF-8 character has at most four bytes; bytes that are none by then are shown as they are."""
+
 
 class TextStream:
     """Turns tokens into text one by one, holding back characters whose bytes are incomplete."""
@@ -17,9 +20,16 @@ class TextStream:
         self._tokens.append(token)
         before = self._decode(self._tokens[self._start : self._read])
         text = self._decode(self._tokens[self._start :])
-        if text.endswith("\ufffd"):
+        if text.endswith("\ufffd") and len(self._tokens) - self._read < MAX_TOKENS_PER_CHARACTER:
             return ""
         self._start, self._read = self._read, len(self._tokens)
+        return text[len(before) :]
+
+    def flush(self) -> str:
+        """The text still held back, once no token follows."""
+        before = self._decode(self._tokens[self._start : self._read])
+        text = self._decode(self._tokens[self._start :])
+        self._start = self._read = len(self._tokens)
         return text[len(before) :]
 
     def _decode(self, tokens: list[int]) -> str:

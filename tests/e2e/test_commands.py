@@ -1,0 +1,142 @@
+"""The life of a head through the command line: train, inspect, generate; in a temporary folder, on a few rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from draftwing.cli import main
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """Run a command that prints JSON alone on stdout."""
+    assert main(arguments) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained target with both heads, and the recipe that made them."""
+    folder = tmp_path_factory.mktemp("life")
+    rows: list[dict[str, Any]] = [{"text": f"def add_{n}(a, b):\n    return a + b + {n}\n" * 3} for n in range(20)]
+    for n in range(20):
+        turns = [{"role": "user", "content": f"Add {n}."}, {"role": "assistant", "content": f"return a + {n}"}]
+        rows.append({"messages": turns})
+    rows.append({"text": "class Adder:\n" + "    def add(self, a, b):\n        return a + b\n" * 4})  # held out
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    common = {"data": str(folder / "data.jsonl"), "sequence_length": 32, "batch_size": 4, "bf16": False}
+    common |= {"max_steps": 6, "warmup_steps": 1, "log_every": 2, "evaluate_every": 3, "save_every": 3}
+    head = common | {"target": str(folder / "target")}
+    stages = [
+        common | {"objective": "language_model", "output": str(folder / "target"), "vocab_size": 300}
+        | {"architecture": SIZES},
+        head | {"objective": "eagle1", "output": str(folder / "eagle1")},
+        head | {"objective": "eagle3", "output": str(folder / "eagle3"), "draft_vocab_size": 200}
+        | {"aux_layers": [1, 3, 5], "ttt_steps": 3},
+    ]  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
+    assert main(["train", str(folder / "recipe.yaml")]) == 0
+    return folder
+
+
+def test_training_leaves_figures_and_checkpoints(folder: Path) -> None:
+    for output, metric in (("target", "eval_loss"), ("eagle1", "eval_tau_sim"), ("eagle3", "eval_accuracy_2")):
+        record = json.loads((folder / output / "training.json").read_text(encoding="utf-8"))
+        assert record["metrics"][metric] >= 0
+        assert record["provenance"]["torch"]
+        assert (folder / output / "checkpoints" / "checkpoint-6").is_dir()
+
+
+def test_a_finished_run_does_not_start_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = json.loads((folder / "eagle3" / "training.json").read_text(encoding="utf-8"))["metrics"]
+    again = call(capsys, "train", str(folder / "recipe.yaml"), "--stage", "2")
+    assert again["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
+
+
+def test_data_that_is_too_short_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "short.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8")
+    (folder / "short.yaml").write_text(
+        f"{{objective: eagle3, output: {folder}/short, target: {folder}/target, data: {folder}/short.jsonl,"
+        " aux_layers: [1, 3, 5]}",
+        encoding="utf-8",
+    )
+    assert main(["train", str(folder / "short.yaml")]) == 2
+    assert "short.jsonl has no training row" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("head", ["eagle1", "eagle3"])
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_generate_compares_with_plain(
+    folder: Path, capsys: pytest.CaptureFixture[str], head: str, temperature: str
+) -> None:
+    result = call(
+        capsys, "generate", "--target", str(folder / "target"), "--draft", str(folder / head), "--prompt", "def add",
+        "--dtype", "float64", "--temperature", temperature, "--max-new-tokens", "24", "--compare", "--json",
+    )  # fmt: skip
+    assert result["identical"] is True
+    assert result["plain"]["token_ids"] == result["speculative"]["token_ids"]
+    for run in (result["plain"], result["speculative"]):
+        assert run["num_tokens"] == len(run["token_ids"])
+        assert run["tokens_per_second"] == pytest.approx(run["num_tokens"] / run["seconds"])
+    assert result["acceptance_length"] >= 1
+
+
+def test_generate_stops_before_a_stop_string(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["generate", "--target", str(folder / "target"), "--draft", str(folder / "eagle3"), "--prompt", "def add"]
+    text = call(capsys, *common, "--json", "--max-new-tokens", "24")["text"]
+    stop = text[len(text) // 2 :][:2]
+    stopped = call(capsys, *common, "--json", "--max-new-tokens", "24", "--stop", stop)
+    assert stopped["text"] == text[: text.index(stop)]
+    assert stopped["finish_reason"] == "stop"
+
+
+def test_generate_streams_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["generate", "--target", str(folder / "target"), "--draft", str(folder / "eagle3"), "--prompt", "def add"]
+    expected = call(capsys, *common, "--json", "--max-new-tokens", "12")["text"]
+    assert main([*common, "--max-new-tokens", "12"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip() == expected.strip()
+    assert "tau" in captured.err
+
+
+def test_inspect_reports_and_checks_the_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = call(capsys, "inspect", str(folder / "eagle3"), "--target", str(folder / "target"), "--json")
+    assert (report["format"], report["draft_vocab_size"], report["aux_layers"]) == ("eagle3", 200, [1, 3, 5])
+    assert report["problems"] == []
+    report = call(capsys, "inspect", str(folder / "eagle3"), "--target", "tiny", "--json")
+    assert any("vocab_size" in problem for problem in report["problems"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--target", "no/such/folder", "--prompt", "x"], "target: cannot load 'no/such/folder'"),
+        (["generate", "--target", "tiny", "--draft", "no/such/head", "--prompt", "x"], "draft:"),
+        (["generate", "--target", "tiny", "--draft", "tiny", "--prompt", ""], "prompt 0 is empty"),
+        (["generate", "--target", "tiny", "--prompt", "x", "--temperature", "-1"], "temperature"),
+        (["generate", "--target", "tiny", "--prompt", "x", "--method", "eagle3"], "needs a draft head"),
+        (["generate", "--target", "tiny", "--prompt", "x", "--dtype", "int3"], "dtype"),
+        (["train", "no/recipe.yaml"], "no/recipe.yaml"),
+        (["train", "recipes/tiny.yaml", "--stage", "9"], "stage"),
+    ],
+)
+def test_mistakes_get_one_line_that_names_the_field(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") or "\nerror: " in error
+    assert message in error
