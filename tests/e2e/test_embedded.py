@@ -1,0 +1,88 @@
+"""The embedded models: they are what the README says, they load, and speculation keeps their tokens."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import draftwing
+from draftwing.api import GenerateOutput, SpeculativeModel
+from draftwing.checkpoint.load import ASSETS
+from draftwing.cli import main
+from draftwing.data.prompts import Prompt, read_prompts
+
+METHODS = {"eagle1": "tiny-eagle1", "eagle2": "tiny-eagle1", "eagle3": "tiny"}
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    return read_prompts(ASSETS / "tiny" / "prompts.jsonl")
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, SpeculativeModel]:
+    """In float64, where equality is exact."""
+    return {
+        method: draftwing.load("tiny", draft=draft, dtype=torch.float64, method=method)
+        for method, draft in METHODS.items()
+    }
+
+
+def decode(model: SpeculativeModel, prompt: Prompt, **options: object) -> GenerateOutput:
+    ids = torch.tensor([prompt.token_ids(model.tokenizer)])
+    output = model.generate(ids, max_new_tokens=48, return_dict_in_generate=True, **options)
+    assert isinstance(output, GenerateOutput)
+    return output
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("method", METHODS)
+def test_speculation_keeps_the_tokens(
+    models: dict[str, SpeculativeModel], prompts: list[Prompt], method: str, temperature: float
+) -> None:
+    for prompt in prompts[:3]:
+        fast = decode(models[method], prompt, temperature=temperature)
+        plain = decode(models[method].with_method("plain"), prompt, temperature=temperature)
+        assert fast.tokens == plain.tokens
+
+
+def test_acceptance_ranks_as_in_the_papers(models: dict[str, SpeculativeModel], prompts: list[Prompt]) -> None:
+    """A regression test of the heads: EAGLE-3 above EAGLE-2 above EAGLE-1, with the same number of nodes for the two."""
+    tau = {}
+    for method, model in models.items():
+        figures = draftwing.Statistics()
+        for prompt in prompts[:6]:
+            figures.merge(decode(model, prompt, plan=None if method == "eagle1" else "tree:4x5x26").statistics)
+        tau[method] = figures.acceptance_length
+    assert tau["eagle3"] > tau["eagle2"] > tau["eagle1"] > 1.5
+    assert tau["eagle3"] > 3
+
+
+def test_the_demo_prints_its_table_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--json", "--prompts", "1", "--max-new-tokens", "12", "--repeats", "1"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["method"], row["temperature"]) for row in rows] == [
+        (method, temperature) for temperature in (0.0, 1.0) for method in ("plain", "eagle1", "eagle2", "eagle3")
+    ]
+    keys = {"method", "temperature", "tokens_per_second", "acceptance_length", "speedup", "identical"}
+    assert all(set(row) == keys and row["identical"] for row in rows)
+
+
+def test_the_demo_shows_completions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--prompts", "1", "--max-new-tokens", "8", "--repeats", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "identical" in shown
+    assert "target passes" in shown
+    assert "NO" not in shown
+
+
+def test_the_assets_are_small_bfloat16_and_licence_clean() -> None:
+    files = list((ASSETS / "tiny").rglob("*"))
+    assert sum(path.stat().st_size for path in files if path.is_file()) < 60e6
+    for name in ("target", "eagle1", "eagle3"):
+        config = json.loads(Path(ASSETS / "tiny" / name / "config.json").read_text(encoding="utf-8"))
+        assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+    card = (ASSETS / "tiny" / "README.md").read_text(encoding="utf-8")
+    for word in ("standard library", "licence", "hardware", "tau"):
+        assert word in card.lower()
