@@ -1,0 +1,66 @@
+"""Tree plans: their text form, the sizes they imply, and what is refused."""
+
+import pytest
+
+from draftwing.decoding.plan import TreePlan
+
+
+@pytest.mark.parametrize(
+    ("text", "plan"),
+    [
+        ("off", TreePlan(width=0, depth=0, num_nodes=1)),
+        ("chain:5", TreePlan(width=1, depth=5, num_nodes=6)),
+        ("tree:10x7x60", TreePlan(width=10, depth=7, num_nodes=60)),
+    ],
+)
+def test_parse(text: str, plan: TreePlan) -> None:
+    assert TreePlan.parse(text) == plan
+
+
+@pytest.mark.parametrize("text", ["", "on", "chain", "chain:", "chain:-1", "tree:3x4", "tree:3x4x5x6", "EAGLE1"])
+def test_other_text_is_refused_and_the_forms_are_named(text: str) -> None:
+    with pytest.raises(ValueError, match=r"plan: expected off, chain:DEPTH, tree:WIDTHxDEPTHxNODES .* or eagle1") as e:
+        TreePlan.parse(text)
+    assert repr(text) in str(e.value)
+
+
+def test_eagle1_is_the_papers_tree() -> None:
+    plan = TreePlan.parse("eagle1")
+    assert [len(level) for level in plan.levels] == [4, 8, 8, 3, 2]
+    assert plan.num_nodes == 26  # 25 draft nodes and the root
+    assert (plan.width, plan.depth) == (4, 5)
+
+
+def test_levels_order_paths_by_depth_then_rank() -> None:
+    plan = TreePlan.static(((1,), (0, 1), (0,), (0, 0)))
+    assert plan.paths == ((0,), (1,), (0, 0), (0, 1))
+    assert plan.levels == (((0,), (1,)), ((0, 0), (0, 1)))
+
+
+@pytest.mark.parametrize(("width", "depth", "candidates"), [(4, 1, 4), (4, 2, 4 + 16), (10, 7, 10 + 6 * 100), (0, 0, 0)])
+def test_a_dynamic_plan_scores_one_level_of_width_and_then_squares(width: int, depth: int, candidates: int) -> None:
+    assert TreePlan(width, depth, 1).num_candidates == candidates
+
+
+def test_a_plan_may_keep_every_candidate_but_no_more() -> None:
+    TreePlan.parse("tree:2x2x7")
+    with pytest.raises(ValueError, match="8 nodes asked for, but width 2 and depth 2 draft only 6 candidates"):
+        TreePlan.parse("tree:2x2x8")
+
+
+@pytest.mark.parametrize("sizes", [(-1, 2, 2), (2, -1, 2), (2, 2, 0)])
+def test_sizes_below_zero_are_refused(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="plan: "):
+        TreePlan(*sizes)
+
+
+def test_a_static_path_needs_its_parent() -> None:
+    with pytest.raises(ValueError, match=r"path \(1, 0\) has no parent"):
+        TreePlan.static(((0,), (1, 0)))
+
+
+@pytest.mark.parametrize(
+    ("text", "is_chain"), [("off", True), ("chain:3", True), ("tree:1x3x4", True), ("tree:2x3x4", False), ("eagle1", False)]
+)
+def test_is_chain(text: str, is_chain: bool) -> None:
+    assert TreePlan.parse(text).is_chain == is_chain
