@@ -9,7 +9,7 @@ demo: setup
 	$(BIN)/draftwing demo
 
 test: check
-	$(BIN)/pytest tests -m "not slow and not gpu"
+	$(BIN)/pytest tests/lossless tests/compat tests/e2e -m "not slow and not gpu"
 
 # The one definition of "clean": format, lint, types, import directions, fast tests.
 check: setup

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 MASK32 = 0xFFFFFFFF
-NOISE_WINDOW = 64
+NOISE_WINDOW = 32
 """Positions whose noise is computed at once; a row's noise of a position is computed once."""
 
 

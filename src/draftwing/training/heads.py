@@ -25,7 +25,9 @@ from draftwing.training.trainer import ResumableTrainer, new_trainer
 def train_head(config: TrainConfig) -> dict[str, float]:
     """Train the recipe's head into `config.output`, in its published format; returns the held-out metrics."""
     torch.manual_seed(config.seed)
-    target = load_target(config.target, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+    is_cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if is_cuda and config.bf16 else torch.float32
+    target = load_target(config.target, dtype, "cuda" if is_cuda else "cpu")
     tokenizer = load_tokenizer(config.target)
     rows = read_rows(config.data, config.max_rows, config.seed)
     train = examples(rows.train, tokenizer, config.sequence_length)
