@@ -1,0 +1,238 @@
+"""Trees grown with caches equal a slow reference that recomputes every node from the whole sequence."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import VOCAB_SIZE, eagle, requests_for
+
+from draftwing.checkpoint.load import DraftNetwork, feature_layers
+from draftwing.decoding.drafters.eagle import EagleDrafter
+from draftwing.decoding.generate import Generation
+from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.tree import DraftTree
+from draftwing.models.target import TargetModel
+
+METHODS = ("eagle1", "eagle3")
+CAPACITY = 120
+Path = tuple[int, ...]
+
+
+def full_causal_attention(
+    layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """An `Attend` without a cache: every slot reads itself and those before it."""
+    groups, length = queries.shape[1] // keys.shape[1], queries.shape[2]
+    keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+    scores = queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5
+    scores = scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf)
+    return (scores.softmax(-1) @ values).transpose(1, 2).flatten(2)
+
+
+@dataclass
+class SlowDraft:
+    """A head over one committed sequence `tokens`, whose last token is the tree's root; `features [S - 1, F]`."""
+
+    head: DraftNetwork
+    tokens: list[int]
+    features: torch.Tensor
+
+    def log_probs(self, path: Path) -> torch.Tensor:
+        """log P(next token) below the drafted `path`, over draft ids: one pass over everything for each of its tokens."""
+        hidden = self.head.fuse(self.features)
+        tokens = self.tokens[1:]
+        for token in (*path, None):
+            positions = torch.arange(len(tokens))[None]
+            output = self.head(hidden[None], torch.tensor([tokens]), positions, full_causal_attention)[0]
+            if token is not None:
+                hidden = torch.cat((hidden, self.head.feed_back(output[-1:])))
+                tokens = [*tokens, token]
+        return self.head.logits(output[-1]).log_softmax(-1)
+
+    def best_children(self, path: Path, width: int) -> list[tuple[Path, float]]:
+        """The `width` likeliest continuations of a path with their log-probabilities, best first."""
+        log_probs = self.log_probs(path)
+        best = sorted(range(len(log_probs)), key=lambda draft_id: -log_probs[draft_id].item())[:width]
+        to_target = self.head.vocab.to_target
+        return [((*path, int(to_target(torch.tensor(i)))), log_probs[i].item()) for i in best]
+
+    def dynamic_tree(self, plan: TreePlan) -> dict[Path, float]:
+        """EAGLE-2: expand the `width` best nodes of each level, keep the best of all candidates."""
+        frontier: dict[Path, float] = {(): 0.0}
+        candidates: dict[Path, float] = {}
+        for _ in range(plan.depth):
+            level = {
+                child: score + log_prob
+                for path, score in frontier.items()
+                for child, log_prob in self.best_children(path, plan.width)
+            }
+            candidates |= level
+            frontier = dict(sorted(level.items(), key=lambda item: -item[1])[: plan.width])
+        return dict(sorted(candidates.items(), key=lambda item: -item[1])[: plan.num_nodes - 1])
+
+    def static_tree(self, plan: TreePlan) -> dict[Path, float]:
+        """EAGLE-1: the node of rank path (.., r) is the r-th best child of its parent."""
+        nodes: dict[Path, tuple[Path, float]] = {(): ((), 0.0)}
+        for ranks in plan.paths:
+            parent, score = nodes[ranks[:-1]]
+            child, log_prob = self.best_children(parent, plan.width)[ranks[-1]]
+            nodes[ranks] = child, score + log_prob
+        return {path: score for path, score in nodes.values() if path}
+
+
+def features_of(target: TargetModel, head: DraftNetwork, tokens: list[int]) -> torch.Tensor:
+    """The target's features `[S, F]` of a sequence, from the stock module."""
+    output = target.model(input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
+    return torch.cat([output.hidden_states[layer][0] for layer in feature_layers(head)], dim=-1)
+
+
+def drafter_that_has_read(target: TargetModel, head: DraftNetwork, sequences: list[list[int]]) -> EagleDrafter:
+    """A fresh drafter that has read all of the sequences but their last tokens, the roots, at once."""
+    drafter = EagleDrafter(
+        head, feature_layers(head), len(sequences), CAPACITY, torch.float64, torch.device("cpu")
+    )
+    longest = max(map(len, sequences))
+    padded = [tokens + [0] * (longest - len(tokens)) for tokens in sequences]
+    features = torch.stack([features_of(target, head, tokens) for tokens in padded])
+    num_new = torch.tensor([len(tokens) - 1 for tokens in sequences])
+    drafter.observe(torch.tensor(padded)[:, 1:], features[:, :-1], num_new, most=longest - 1)
+    return drafter
+
+
+def grow(drafter: EagleDrafter, sequences: list[list[int]], plan: TreePlan) -> DraftTree:
+    root = torch.tensor([tokens[-1] for tokens in sequences])
+    return drafter.grow(root, plan, longest=max(map(len, sequences)) - 1)
+
+
+def nodes_of(tree: DraftTree, row: int) -> dict[Path, float]:
+    """A row's nodes as token paths from the root, with their scores."""
+    paths: list[Path] = [()]
+    for node in range(1, tree.num_nodes):
+        assert tree.parents[row, node] < node, "parents come before children"
+        paths.append((*paths[int(tree.parents[row, node])], int(tree.tokens[row, node])))
+        assert tree.depths[row, node] == len(paths[-1])
+    assert len(set(paths)) == len(paths), "siblings differ"
+    return dict(zip(paths[1:], tree.scores[row, 1:].tolist(), strict=True))
+
+
+def assert_same_nodes(ours: dict[Path, float], reference: dict[Path, float]) -> None:
+    assert ours.keys() == reference.keys()
+    for path, score in reference.items():
+        assert ours[path] == pytest.approx(score, abs=1e-8)
+
+
+@pytest.mark.parametrize("plan", ["chain:1", "chain:4", "tree:3x3x9", "tree:4x3x37", "tree:3x4x12", "tree:4x1x4"])
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_the_dynamic_tree_equals_the_slow_reference(
+    target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]], method: str, plan: str
+) -> None:
+    head, sequences = heads[method], [prompt for prompt in prompts if len(prompt) > 1]
+    tree = grow(drafter_that_has_read(target, head, sequences), sequences, TreePlan.parse(plan))
+    assert tree.valid.all()
+    for row, tokens in enumerate(sequences):
+        slow = SlowDraft(head, tokens, features_of(target, head, tokens)[:-1])
+        assert_same_nodes(nodes_of(tree, row), slow.dynamic_tree(TreePlan.parse(plan)))
+
+
+@pytest.mark.parametrize(
+    "plan", [TreePlan.parse("eagle1"), TreePlan.static(((0,), (2,), (2, 1), (2, 1, 0), (0, 1)))], ids=["eagle1", "small"]
+)
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_the_static_tree_equals_the_slow_reference(
+    target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]], method: str, plan: TreePlan
+) -> None:
+    head, sequences = heads[method], [prompts[0], prompts[3]]
+    tree = grow(drafter_that_has_read(target, head, sequences), sequences, plan)
+    for row, tokens in enumerate(sequences):
+        slow = SlowDraft(head, tokens, features_of(target, head, tokens)[:-1])
+        assert_same_nodes(nodes_of(tree, row), slow.static_tree(plan))
+
+
+@pytest.mark.parametrize("plan", ["chain:3", "tree:3x3x9", "eagle1"])
+@torch.no_grad()
+def test_a_row_that_has_read_nothing_drafts_nothing(
+    target: TargetModel, heads: dict[str, DraftNetwork], plan: str
+) -> None:
+    """A prompt of one token has no feature yet; the row beside it drafts as ever."""
+    sequences = [[7], [1, 2, 3, 4]]
+    tree = grow(drafter_that_has_read(target, heads["eagle3"], sequences), sequences, TreePlan.parse(plan))
+    assert tree.valid[0].tolist() == [True] + [False] * (tree.num_nodes - 1)
+    assert tree.valid[1].all()
+
+
+@torch.no_grad()
+def test_depth_0_is_the_root_alone(target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
+    sequences = [[1, 2, 3]]
+    tree = grow(drafter_that_has_read(target, heads["eagle3"], sequences), sequences, TreePlan.off())
+    assert (tree.num_nodes, tree.max_depth, tree.tokens.tolist()) == (1, 0, [[3]])
+
+
+@pytest.mark.parametrize("plan", ["chain:4", "tree:4x4x16", "eagle1"])
+@pytest.mark.parametrize("method", METHODS)
+def test_after_cycles_with_rejections_the_state_is_that_of_a_fresh_drafter(
+    target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]], method: str, plan: str
+) -> None:
+    head, built = heads[method], []
+
+    def new_drafter(batch_size: int, capacity: int) -> EagleDrafter:
+        built.append(eagle(head)(batch_size, capacity))
+        return built[0]
+
+    generation = Generation(
+        target, requests_for(prompts, max_new_tokens=60, eos=()), new_drafter, TreePlan.parse(plan)
+    )
+    accepted = {count for _, committed in zip(range(6), generation.cycles(), strict=False) for count in committed.num_accepted}
+    assert len(accepted) > 1, "some cycles must accept more than others"
+    sequences = [prompt + output.tokens for prompt, output in zip(prompts, generation.outputs, strict=True)]
+    check = TreePlan.parse("tree:3x3x9")
+    with torch.no_grad():
+        used = grow(built[0], sequences, check)
+        fresh = grow(drafter_that_has_read(target, head, sequences), sequences, check)
+    for row in range(len(prompts)):
+        assert_same_nodes(nodes_of(used, row), nodes_of(fresh, row))
+
+
+def with_logits(head: DraftNetwork, kind: str) -> DraftNetwork:
+    """The head with its logits replaced by hostile ones."""
+    twin = copy.copy(head)
+    size = len(head.vocab)
+
+    def logits(output: torch.Tensor) -> torch.Tensor:
+        shape = (*output.shape[:-1], size)
+        if kind == "all nan":
+            return torch.full(shape, torch.nan)
+        if kind == "some nan":
+            return torch.where(output[..., :1] > 0, head.logits(output), torch.nan)
+        if kind == "all equal":
+            return torch.zeros(shape)
+        certain = torch.zeros(shape)  # log P is exactly 0 for one token at every node: a child ties with its parent
+        certain[..., 5] = 1e6
+        return certain
+
+    object.__setattr__(twin, "logits", logits)
+    return twin
+
+
+@pytest.mark.parametrize("plan", ["chain:4", "tree:4x4x9", "tree:3x4x20"])
+@pytest.mark.parametrize("kind", ["all nan", "some nan", "all equal", "certain"])
+@torch.no_grad()
+def test_ties_and_nan_still_give_a_connected_tree(
+    target: TargetModel, heads: dict[str, DraftNetwork], plan: str, kind: str
+) -> None:
+    head = with_logits(heads["eagle3"], kind)
+    sequences = [[1, 2, 3, 4], [9, 8]]
+    tree = grow(drafter_that_has_read(target, head, sequences), sequences, TreePlan.parse(plan))
+    assert tree.num_nodes == TreePlan.parse(plan).num_nodes
+    assert ((tree.tokens >= 0) & (tree.tokens < VOCAB_SIZE)).all()
+    assert not tree.scores.isnan().any()
+    for row in range(2):
+        scores = nodes_of(tree, row)  # checks order, depths and that siblings differ
+        assert all(path[:-1] in scores or len(path) == 1 for path in scores)
+        for node in range(1, tree.num_nodes):
+            parent = tree.parents[row, node]
+            assert tree.scores[row, node] <= tree.scores[row, parent]
+            assert tree.valid[row, parent] or not tree.valid[row, node]
+    assert tree.valid[:, 1:].any() == (kind != "all nan") or kind == "some nan"

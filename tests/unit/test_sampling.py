@@ -1,0 +1,267 @@
+"""Warping as in transformers, noise that depends on (seed, position, token) alone, and the choice they make."""
+
+import math
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from draftwing.decoding.sampling import NOISE_WINDOW, Noise, Sampler, SamplingParams, gumbel
+
+CPU = torch.device("cpu")
+VOCAB = 50
+
+
+def random_logits(rows: int = 6, vocab_size: int = VOCAB, seed: int = 0) -> torch.Tensor:
+    """`[1, rows, vocab_size]`, spread enough for every filter to bite."""
+    return torch.randn(1, rows, vocab_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+
+
+def sampler_of(*params: SamplingParams, vocab_size: int = VOCAB) -> Sampler:
+    return Sampler(params, vocab_size, CPU)
+
+
+def gumbel_rows(seed: int, positions: list[int], vocab_size: int = VOCAB) -> torch.Tensor:
+    return gumbel(torch.tensor(seed), torch.tensor(positions), torch.arange(vocab_size))
+
+
+def choose_at_root(sampler: Sampler, logits: torch.Tensor, position: int = 0) -> torch.Tensor:
+    """The tokens chosen by plain decoding, `[B]`, from logits `[B, 1, V]`."""
+    batch_size = logits.shape[0]
+    zeros, one = torch.zeros(batch_size, 1, dtype=torch.int64), torch.ones(batch_size, 1, 1, dtype=torch.bool)
+    sampler.reserve([position] * batch_size, 1)
+    return sampler.choose(logits, zeros, one, zeros, torch.full((batch_size,), position)).squeeze(1)
+
+
+class TestWarping:
+    """Which tokens survive, and with what probabilities, is what transformers' own processors say."""
+
+    @pytest.mark.parametrize(
+        ("params", "processors"),
+        [
+            ({"temperature": 0.6}, [TemperatureLogitsWarper(0.6)]),
+            ({"temperature": 1.0, "top_k": 5}, [TopKLogitsWarper(5)]),
+            ({"temperature": 1.0, "top_k": VOCAB + 10}, [TopKLogitsWarper(VOCAB + 10)]),
+            ({"temperature": 1.0, "top_p": 0.8}, [TopPLogitsWarper(0.8)]),
+            ({"temperature": 1.0, "top_p": 1e-6}, [TopPLogitsWarper(1e-6)]),
+            ({"temperature": 1.0, "min_p": 0.1}, [MinPLogitsWarper(0.1)]),
+            ({"temperature": 1.0, "min_p": 1.0}, [MinPLogitsWarper(1.0)]),
+            (
+                {"temperature": 1.7, "top_k": 12, "top_p": 0.7, "min_p": 0.1},
+                [TemperatureLogitsWarper(1.7), TopKLogitsWarper(12), TopPLogitsWarper(0.7), MinPLogitsWarper(0.1)],
+            ),
+        ],
+        ids=lambda value: str(value) if isinstance(value, dict) else "",
+    )
+    def test_equals_transformers(self, params: dict[str, float], processors: list[LogitsProcessor]) -> None:
+        logits = random_logits()
+        ours = sampler_of(SamplingParams(**params))._warp(logits)[0]  # type: ignore[arg-type]
+        theirs = LogitsProcessorList(processors)(torch.zeros(6, 1, dtype=torch.int64), logits[0].clone())
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+        torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1))
+
+    def test_rows_have_their_own_parameters(self) -> None:
+        logits = random_logits(rows=3).transpose(0, 1)  # [3, 1, V]
+        params = [
+            SamplingParams(temperature=1.0, top_k=3),
+            SamplingParams(temperature=0.5, top_p=0.6),
+            SamplingParams(temperature=2.0),
+        ]
+        together = sampler_of(*params)._warp(logits)
+        for row, row_params in enumerate(params):
+            alone = sampler_of(row_params)._warp(logits[row : row + 1])
+            assert torch.equal(together[row].isfinite(), alone[0].isfinite())
+            torch.testing.assert_close(together[row].softmax(-1), alone[0].softmax(-1))
+
+    def test_top_k_1_is_greedy_at_any_temperature(self) -> None:
+        logits = random_logits(rows=1)
+        sampler = sampler_of(SamplingParams(temperature=5.0, top_k=1, seed=3))
+        assert choose_at_root(sampler, logits).tolist() == [int(logits.argmax())]
+
+    def test_bias_then_penalty_in_transformers_order(self) -> None:
+        """A greedy choice is the argmax of the processed scores, so processed scores can be compared through it."""
+        history = [3, 4, 4, 9]
+        for seed in range(20):
+            logits = random_logits(rows=1, seed=seed)
+            theirs = LogitsProcessorList(
+                [SequenceBiasLogitsProcessor({(9,): 6.0, (3,): 7.0}), RepetitionPenaltyLogitsProcessor(1.8)]
+            )(torch.tensor([history]), logits[0].clone())
+            sampler = sampler_of(SamplingParams(repetition_penalty=1.8, logit_bias={9: 6.0, 3: 7.0}))
+            sampler.observe(torch.tensor([history]), torch.ones(1, 4, dtype=torch.bool))
+            root = torch.tensor([[9]])
+            chosen = sampler.choose(
+                logits, root, torch.ones(1, 1, 1, dtype=torch.bool), torch.zeros_like(root), torch.tensor([4])
+            )
+            assert chosen.item() == int(theirs.argmax())
+
+    def test_a_large_bias_decides(self) -> None:
+        sampler = sampler_of(SamplingParams(logit_bias={7: 100.0}), SamplingParams(logit_bias={8: 100.0}))
+        assert choose_at_root(sampler, random_logits(rows=2).transpose(0, 1)).tolist() == [7, 8]
+
+
+class TestRepetitionPenalty:
+    def test_equals_transformers(self) -> None:
+        logits, history = random_logits(rows=1), torch.tensor([[3, 4, 4, 9]])
+        sampler = sampler_of(SamplingParams(repetition_penalty=1.8))
+        sampler.observe(history, torch.ones(1, 4, dtype=torch.bool))
+        ours = sampler._penalise(logits, torch.tensor([[9]]), torch.ones(1, 1, 1, dtype=torch.bool))
+        theirs = RepetitionPenaltyLogitsProcessor(1.8)(history, logits[0].clone())
+        torch.testing.assert_close(ours[0], theirs)
+
+    def test_each_node_reads_its_own_branch(self) -> None:
+        """Root 5 with children 6 and 7: node 1 has said 5 and 6, node 2 has said 5 and 7; the prompt said 2."""
+        logits = torch.ones(1, 3, 10)
+        ancestors = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]], dtype=torch.bool)
+        sampler = sampler_of(SamplingParams(repetition_penalty=2.0), vocab_size=10)
+        sampler.observe(torch.tensor([[2, 8]]), torch.tensor([[True, False]]))  # 8 is padding
+        penalised = sampler._penalise(logits, torch.tensor([[5, 6, 7]]), ancestors)[0] == 0.5
+        assert [node.nonzero().squeeze(1).tolist() for node in penalised] == [[2, 5], [2, 5, 6], [2, 5, 7]]
+
+    def test_a_negative_score_is_made_more_negative(self) -> None:
+        sampler = sampler_of(SamplingParams(repetition_penalty=2.0), vocab_size=2)
+        scores = sampler._penalise(torch.tensor([[[-1.0, 1.0]]]), torch.tensor([[0]]), torch.ones(1, 1, 1).bool())
+        assert scores.tolist() == [[[-2.0, 1.0]]]
+
+
+class TestNoise:
+    def test_is_a_function_of_seed_position_and_token(self) -> None:
+        """The same rows whatever was reserved before, in one step or many, near the start or far from it."""
+        expected = gumbel_rows(7, list(range(300)))
+        for starts in ([0], [0, 1, 2, 3], [0, 63, 64, 65, 127, 128, 129], [0, 200, 201, 290], [250]):
+            noise = Noise([7], VOCAB, CPU)
+            for start in starts:
+                noise.reserve([start], 8)
+                positions = torch.arange(start, start + 8)[None]
+                assert torch.equal(noise.at(positions)[0], expected[start : start + 8])
+
+    def test_rows_advance_each_at_its_own_pace(self) -> None:
+        noise = Noise([1, 2], VOCAB, CPU)
+        for starts in ([0, 100], [5, 100], [70, 164], [NOISE_WINDOW * 3, 165]):
+            noise.reserve(starts, 4)
+            rows = noise.at(torch.tensor(starts)[:, None] + torch.arange(4))
+            for row, (seed, start) in enumerate(zip((1, 2), starts, strict=True)):
+                assert torch.equal(rows[row], gumbel_rows(seed, list(range(start, start + 4))))
+
+    def test_a_position_does_not_depend_on_those_computed_beside_it(self) -> None:
+        assert torch.equal(gumbel_rows(3, [5, 17])[1], gumbel_rows(3, [17])[0])
+
+    @pytest.mark.parametrize("other", [1, 1 + 2**32, 2**62])
+    def test_seeds_differ_in_every_bit_that_they_have(self, other: int) -> None:
+        assert not torch.equal(gumbel_rows(0, [4]), gumbel_rows(other, [4]))
+
+    def test_positions_and_seeds_are_uncorrelated(self) -> None:
+        size = 20_000
+        rows = [gumbel_rows(0, [1, 2], size), gumbel_rows(1, [1, 2], size)]
+        correlations = torch.corrcoef(torch.cat(rows)).fill_diagonal_(0)
+        assert correlations.abs().max() < 4 / math.sqrt(size)
+
+    def test_moments_are_those_of_a_standard_gumbel(self) -> None:
+        noise = gumbel_rows(11, list(range(20)), vocab_size=10_000).double().flatten()
+        assert noise.mean().item() == pytest.approx(0.57722, abs=4 * 1.2825 / math.sqrt(noise.numel()))
+        assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.02)
+
+    def test_distribution_is_gumbel(self) -> None:
+        """Kolmogorov-Smirnov: the largest gap between the empirical and the true distribution function."""
+        noise = gumbel_rows(5, list(range(10)), vocab_size=10_000).double().flatten().sort().values
+        true = torch.exp(-torch.exp(-noise))
+        steps = torch.arange(1, noise.numel() + 1, dtype=torch.float64) / noise.numel()
+        assert (steps - true).abs().max() < 1.63 / math.sqrt(noise.numel())  # the 1 % level
+
+    def test_the_tail_is_finer_than_24_bits(self) -> None:
+        """Over a million draws the largest is about log(1e6) = 13.8 or more; values are finite and hardly ever repeat."""
+        noise = gumbel_rows(2, list(range(4)), vocab_size=500_000).flatten()
+        assert noise.isfinite().all()
+        assert 13 < noise.max() < 25
+        top = noise.topk(1000).values
+        assert top.unique().numel() > 990
+
+    def test_argmax_of_log_p_plus_noise_draws_from_p(self) -> None:
+        probs = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
+        draws = (probs.log() + gumbel_rows(9, list(range(20_000)), vocab_size=5)).argmax(-1)
+        counts, expected = torch.bincount(draws, minlength=5), probs * 20_000
+        chi_square = ((counts - expected) ** 2 / expected).sum().item()
+        assert chi_square < 18.47  # 4 degrees of freedom, the 0.1 % level
+
+
+class TestChoose:
+    def test_greedy_ties_go_to_the_lowest_id(self) -> None:
+        logits = torch.zeros(1, 1, VOCAB)
+        logits[0, 0, [4, 9, 40]] = 1.0
+        assert choose_at_root(sampler_of(SamplingParams()), logits).tolist() == [4]
+
+    def test_noise_is_that_of_the_chosen_tokens_position(self) -> None:
+        """A node at depth d below a root at position L chooses the token of position L + d + 1."""
+        logits, depths = random_logits(rows=3), torch.tensor([[0, 1, 1]])
+        ancestors = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]], dtype=torch.bool)
+        sampler = sampler_of(SamplingParams(temperature=0.8, seed=21))
+        sampler.reserve([30], 2)
+        chosen = sampler.choose(logits, torch.tensor([[1, 2, 3]]), ancestors, depths, torch.tensor([30]))
+        noise = gumbel_rows(21, [31, 32, 32])
+        assert torch.equal(chosen[0], (logits[0] / 0.8 + noise).argmax(-1))
+
+    def test_a_tree_node_chooses_what_plain_decoding_does(self) -> None:
+        logits = random_logits(rows=2)
+        params = SamplingParams(temperature=1.2, top_k=20, seed=4)
+        plain = choose_at_root(sampler_of(params), logits[:, 1:], position=11)
+        sampler = sampler_of(params)
+        sampler.reserve([10], 2)
+        chain = torch.tensor([[[1, 0], [1, 1]]], dtype=torch.bool)
+        in_tree = sampler.choose(logits, torch.tensor([[1, 2]]), chain, torch.tensor([[0, 1]]), torch.tensor([10]))
+        assert in_tree[0, 1] == plain[0]
+
+    def test_a_greedy_row_beside_a_sampled_one_stays_greedy(self) -> None:
+        logits = random_logits(rows=1).expand(2, 1, VOCAB)
+        greedy = int(logits[0].argmax())
+        for position in range(20):
+            sampler = sampler_of(SamplingParams(), SamplingParams(temperature=5.0))
+            chosen = choose_at_root(sampler, logits, position)
+            assert chosen[0] == greedy
+        alone = [
+            int(choose_at_root(sampler_of(SamplingParams(temperature=5.0)), logits[:1], position))
+            for position in range(20)
+        ]
+        assert len(set(alone)) > 5
+
+
+class TestParameters:
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("temperature", -0.1),
+            ("temperature", float("inf")),
+            ("temperature", float("nan")),
+            ("top_k", -1),
+            ("top_k", 2.5),
+            ("top_p", 0.0),
+            ("top_p", 1.1),
+            ("min_p", -0.1),
+            ("min_p", 1.1),
+            ("repetition_penalty", 0.0),
+            ("repetition_penalty", float("inf")),
+            ("seed", -1),
+            ("seed", 2**63),
+            ("seed", 0.5),
+        ],
+    )
+    def test_out_of_range_values_name_the_field(self, field: str, value: float) -> None:
+        with pytest.raises(ValueError, match=f"^{field}: expected .*, got {value!r}".replace("+", r"\+")):
+            SamplingParams(**{field: value})  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        ("field", "value"), [("temperature", 0.0), ("top_p", 1.0), ("min_p", 0.0), ("min_p", 1.0), ("seed", 2**63 - 1)]
+    )
+    def test_the_ends_of_the_ranges_are_allowed(self, field: str, value: float) -> None:
+        assert getattr(SamplingParams(**{field: value}), field) == value  # type: ignore[arg-type]
+
+    def test_a_bias_outside_the_vocabulary_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=f"logit_bias: token {VOCAB} is outside"):
+            sampler_of(SamplingParams(logit_bias={VOCAB: 1.0}))
