@@ -2,10 +2,11 @@
 
 import copy
 from dataclasses import dataclass
+from itertools import islice
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, eagle, requests_for
+from conftest import VOCAB_SIZE, eagle, requests_for, run
 
 from draftwing.checkpoint.load import DraftNetwork, feature_layers
 from draftwing.decoding.drafters.eagle import EagleDrafter
@@ -16,12 +17,11 @@ from draftwing.models.target import TargetModel
 
 METHODS = ("eagle1", "eagle3")
 CAPACITY = 120
+SMALL_TREE = TreePlan.static(((0,), (2,), (2, 1), (2, 1, 0), (0, 1)))
 Path = tuple[int, ...]
 
 
-def full_causal_attention(
-    layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-) -> torch.Tensor:
+def full_causal_attention(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """An `Attend` without a cache: every slot reads itself and those before it."""
     groups, length = queries.shape[1] // keys.shape[1], queries.shape[2]
     keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
@@ -39,7 +39,7 @@ class SlowDraft:
     features: torch.Tensor
 
     def log_probs(self, path: Path) -> torch.Tensor:
-        """log P(next token) below the drafted `path`, over draft ids: one pass over everything for each of its tokens."""
+        """log P(next token) below the drafted `path`, over draft ids: one whole pass for each of its tokens."""
         hidden = self.head.fuse(self.features)
         tokens = self.tokens[1:]
         for token in (*path, None):
@@ -89,9 +89,7 @@ def features_of(target: TargetModel, head: DraftNetwork, tokens: list[int]) -> t
 
 def drafter_that_has_read(target: TargetModel, head: DraftNetwork, sequences: list[list[int]]) -> EagleDrafter:
     """A fresh drafter that has read all of the sequences but their last tokens, the roots, at once."""
-    drafter = EagleDrafter(
-        head, feature_layers(head), len(sequences), CAPACITY, torch.float64, torch.device("cpu")
-    )
+    drafter = EagleDrafter(head, feature_layers(head), len(sequences), CAPACITY, torch.float64, torch.device("cpu"))
     longest = max(map(len, sequences))
     padded = [tokens + [0] * (longest - len(tokens)) for tokens in sequences]
     features = torch.stack([features_of(target, head, tokens) for tokens in padded])
@@ -136,9 +134,7 @@ def test_the_dynamic_tree_equals_the_slow_reference(
         assert_same_nodes(nodes_of(tree, row), slow.dynamic_tree(TreePlan.parse(plan)))
 
 
-@pytest.mark.parametrize(
-    "plan", [TreePlan.parse("eagle1"), TreePlan.static(((0,), (2,), (2, 1), (2, 1, 0), (0, 1)))], ids=["eagle1", "small"]
-)
+@pytest.mark.parametrize("plan", [TreePlan.parse("eagle1"), SMALL_TREE], ids=["eagle1", "small"])
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
 def test_the_static_tree_equals_the_slow_reference(
@@ -181,10 +177,8 @@ def test_after_cycles_with_rejections_the_state_is_that_of_a_fresh_drafter(
         built.append(eagle(head)(batch_size, capacity))
         return built[0]
 
-    generation = Generation(
-        target, requests_for(prompts, max_new_tokens=60, eos=()), new_drafter, TreePlan.parse(plan)
-    )
-    accepted = {count for _, committed in zip(range(6), generation.cycles(), strict=False) for count in committed.num_accepted}
+    generation = Generation(target, requests_for(prompts, max_new_tokens=60, eos=()), new_drafter, TreePlan.parse(plan))
+    accepted = {count for committed in islice(generation.cycles(), 6) for count in committed.num_accepted}
     assert len(accepted) > 1, "some cycles must accept more than others"
     sequences = [prompt + output.tokens for prompt, output in zip(prompts, generation.outputs, strict=True)]
     check = TreePlan.parse("tree:3x3x9")
@@ -235,4 +229,35 @@ def test_ties_and_nan_still_give_a_connected_tree(
             parent = tree.parents[row, node]
             assert tree.scores[row, node] <= tree.scores[row, parent]
             assert tree.valid[row, parent] or not tree.valid[row, node]
-    assert tree.valid[:, 1:].any() == (kind != "all nan") or kind == "some nan"
+    if kind != "some nan":
+        assert tree.valid[:, 1:].all() == tree.valid[:, 1:].any() == (kind != "all nan")
+
+
+@pytest.mark.parametrize(
+    ("plan", "temperature"),
+    [
+        pytest.param(
+            "tree:49x2x60",
+            0.0,
+            id="wider than the draft vocabulary",
+            marks=pytest.mark.xfail(strict=True, raises=RuntimeError, reason="topk: index k out of range"),
+        ),
+        pytest.param(
+            "chain:62",
+            1.0,
+            id="deeper than the noise window",
+            marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason="Noise.reserve asserts 64 positions"),
+        ),
+        pytest.param("chain:62", 0.0, id="deep"),
+    ],
+)
+def test_a_large_plan_works_or_is_refused_by_name(
+    target: TargetModel, heads: dict[str, DraftNetwork], plan: str, temperature: float
+) -> None:
+    requests = requests_for([[1, 2, 3]], max_new_tokens=4, temperature=temperature)
+    try:
+        tokens = run(target, requests, eagle(heads["eagle3"]), plan)
+    except ValueError as error:
+        assert "plan" in str(error)
+    else:
+        assert tokens == run(target, requests)

@@ -37,7 +37,9 @@ def test_levels_order_paths_by_depth_then_rank() -> None:
     assert plan.levels == (((0,), (1,)), ((0, 0), (0, 1)))
 
 
-@pytest.mark.parametrize(("width", "depth", "candidates"), [(4, 1, 4), (4, 2, 4 + 16), (10, 7, 10 + 6 * 100), (0, 0, 0)])
+@pytest.mark.parametrize(
+    ("width", "depth", "candidates"), [(4, 1, 4), (4, 2, 4 + 16), (10, 7, 10 + 6 * 100), (0, 0, 0)]
+)
 def test_a_dynamic_plan_scores_one_level_of_width_and_then_squares(width: int, depth: int, candidates: int) -> None:
     assert TreePlan(width, depth, 1).num_candidates == candidates
 
@@ -60,7 +62,24 @@ def test_a_static_path_needs_its_parent() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "is_chain"), [("off", True), ("chain:3", True), ("tree:1x3x4", True), ("tree:2x3x4", False), ("eagle1", False)]
+    "paths",
+    [
+        pytest.param((), marks=pytest.mark.xfail(strict=True, reason="max() of no paths raises, not naming the plan")),
+        pytest.param(
+            ((0,), (0,)), marks=pytest.mark.xfail(strict=True, reason="twins are taken; siblings must differ")
+        ),
+        pytest.param(((-1,),), marks=pytest.mark.xfail(strict=True, reason="a rank below 0 is taken")),
+    ],
+    ids=str,
+)
+def test_a_static_tree_has_distinct_paths_of_ranks(paths: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(ValueError, match="^plan: "):
+        TreePlan.static(paths)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_chain"),
+    [("off", True), ("chain:3", True), ("tree:1x3x4", True), ("tree:2x3x4", False), ("eagle1", False)],
 )
 def test_is_chain(text: str, is_chain: bool) -> None:
     assert TreePlan.parse(text).is_chain == is_chain

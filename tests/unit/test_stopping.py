@@ -32,7 +32,8 @@ class TestEndOfSequence:
 
 class TestLimit:
     @pytest.mark.parametrize(
-        ("num_emitted", "expected"), [(0, (3, None)), (1, (3, None)), (2, (3, "length")), (3, (2, "length")), (4, (1, "length"))]
+        ("num_emitted", "expected"),
+        [(0, (3, None)), (1, (3, None)), (2, (3, "length")), (3, (2, "length")), (4, (1, "length"))],
     )
     def test_is_exact(self, num_emitted: int, expected: tuple[int, str | None]) -> None:
         assert StopRule(5).check([1] * num_emitted, [1, 1, 1]) == expected

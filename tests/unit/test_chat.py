@@ -1,0 +1,130 @@
+"""Exact loss masks: the assistant's words and its end-of-turn token, nothing else."""
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from draftwing.data.chat import Example, conversation, encode_row, render
+from draftwing.data.corpus import Row
+from draftwing.data.tokenizer import END_OF_TEXT, END_OF_TURN, train_tokenizer
+
+PREFIX_UNSTABLE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' and not loop.last %}(earlier){% else %}{{ message.content }}{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes and a few merges."""
+    return train_tokenizer(["yes sir, yes sir", "hello there, hello you"] * 4, vocab_size=290)
+
+
+def say(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def tokens_of(example: Example, tokenizer: PreTrainedTokenizerFast, supervised: bool) -> str:
+    """The text of the tokens that are (not) supervised."""
+    return tokenizer.decode(example.input_ids[example.loss_mask == supervised])
+
+
+def test_a_conversation_of_one_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    example = encode_row({"messages": [say("user", "hi"), say("assistant", "yes sir")]}, tokenizer)
+    assert tokenizer.decode(example.input_ids) == "<|user|>\nhi<|end|>\n<|assistant|>\nyes sir<|end|>\n"
+    # One entry a token: user, \n, h, i, end, \n, assistant, \n | yes and sir in some pieces, end | \n
+    before, answer = tokenizer("<|user|>\nhi<|end|>\n<|assistant|>\n").input_ids, tokenizer("yes sir<|end|>").input_ids
+    assert example.loss_mask.tolist() == [False] * len(before) + [True] * len(answer) + [False]
+    assert example.input_ids.dtype == torch.int64
+    assert example.loss_mask.dtype == torch.bool
+
+
+def test_every_answer_of_several_turns_is_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
+    messages = [
+        say("system", "yes sir"),
+        say("user", "hello"),
+        say("assistant", "hello you"),
+        say("user", "hello you"),  # the same words, not the model's to say
+        say("assistant", "yes"),
+    ]
+    example = encode_row({"messages": messages}, tokenizer)
+    assert tokens_of(example, tokenizer, supervised=True) == "hello you<|end|>yes<|end|>"
+    assert tokens_of(example, tokenizer, supervised=False) == (
+        "<|system|>\nyes sir<|end|>\n<|user|>\nhello<|end|>\n<|assistant|>\n"
+        "\n<|user|>\nhello you<|end|>\n<|assistant|>\n\n"
+    )
+
+
+@pytest.mark.parametrize("content", ["", "  indented", "ends in spaces  \n", "naïve → 字"])
+def test_any_content_is_supervised_whole(tokenizer: PreTrainedTokenizerFast, content: str) -> None:
+    example = encode_row({"messages": [say("user", "hi"), say("assistant", content)]}, tokenizer)
+    if content.startswith(" "):  # the line break before may share a token with the spaces: that one is not supervised
+        assert tokens_of(example, tokenizer, supervised=True).endswith("indented<|end|>")
+    else:
+        assert tokens_of(example, tokenizer, supervised=True) == content + END_OF_TURN
+
+
+def test_a_conversation_without_an_answer_has_nothing_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert not encode_row({"messages": [say("user", "hi")]}, tokenizer).loss_mask.any()
+
+
+def test_sharegpt_rows_equal_openai_rows(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = [("system", "yes"), ("human", "hello"), ("gpt", "hello you")]
+    row = {"conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
+    messages = [say("system", "yes"), say("user", "hello"), say("assistant", "hello you")]
+    assert conversation(row) == messages
+    ours, theirs = encode_row(row, tokenizer), encode_row({"messages": messages}, tokenizer)
+    assert torch.equal(ours.input_ids, theirs.input_ids)
+    assert torch.equal(ours.loss_mask, theirs.loss_mask)
+
+
+@pytest.mark.xfail(strict=True, raises=KeyError, reason="an unknown ShareGPT speaker is a bare KeyError")
+def test_an_unknown_sharegpt_speaker_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="tool"):
+        encode_row({"conversations": [{"from": "tool", "value": "42"}]}, tokenizer)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    rewriting = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=PREFIX_UNSTABLE)
+    messages = [say("user", "a"), say("assistant", "first"), say("user", "b"), say("assistant", "second")]
+    with pytest.raises(ValueError, match=r"chat_template: not prefix-stable at turn 1 .*first"):
+        encode_row({"messages": messages}, rewriting)
+
+
+def test_plain_text_is_supervised_whole(tokenizer: PreTrainedTokenizerFast) -> None:
+    example = encode_row({"text": "hello there"}, tokenizer)
+    assert tokenizer.decode(example.input_ids) == "hello there"
+    assert example.loss_mask.all()
+    assert len(example) == len(example.input_ids) == len(example.loss_mask)
+
+
+@pytest.mark.parametrize(
+    ("row", "mask"),
+    [
+        ({"input_ids": [5, 6, 7]}, [True, True, True]),
+        ({"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]}, [False, True, True]),
+    ],
+)
+def test_token_ids_are_taken_as_they_are(tokenizer: PreTrainedTokenizerFast, row: Row, mask: list[bool]) -> None:
+    example = encode_row(row, tokenizer)
+    assert example.input_ids.tolist() == [5, 6, 7]
+    assert example.loss_mask.tolist() == mask
+
+
+def test_other_rows_are_refused_and_their_fields_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match=r"expected one of messages, .*; got the fields \['answer', 'question'\]"):
+        encode_row({"question": "a", "answer": "b"}, tokenizer)
+
+
+def test_render_can_open_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    messages = [say("user", "hi")]
+    assert render(messages, tokenizer) == "<|user|>\nhi<|end|>\n"
+    assert render(messages, tokenizer, add_generation_prompt=True) == "<|user|>\nhi<|end|>\n<|assistant|>\n"
+
+
+def test_the_tokenizers_special_tokens_are_single_ids(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert len(tokenizer) <= 290
+    assert (tokenizer.pad_token, tokenizer.eos_token) == (END_OF_TEXT, END_OF_TURN)
+    for special in (END_OF_TEXT, END_OF_TURN, "<|user|>", "<|assistant|>", "<|system|>"):
+        assert len(tokenizer(special).input_ids) == 1

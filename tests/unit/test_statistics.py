@@ -1,0 +1,83 @@
+"""Acceptance figures: tau counts emitted tokens, rates are conditional on the parent."""
+
+import pytest
+import torch
+
+from draftwing.decoding.statistics import STAGES, StageClock, Statistics
+
+
+def counted(*num_accepted: int, depth: int = 3) -> Statistics:
+    statistics = Statistics()
+    for count in num_accepted:
+        statistics.count_cycle(count, depth, count + 1)
+    return statistics
+
+
+def test_tau_is_tokens_per_cycle_with_the_bonus() -> None:
+    assert counted(0, 2, 3, 3).acceptance_length == pytest.approx((1 + 3 + 4 + 4) / 4)
+
+
+def test_no_gain_is_tau_1() -> None:
+    assert counted(0, 0).acceptance_length == 1.0
+
+
+def test_rates_are_conditional_on_the_parent() -> None:
+    statistics = counted(0, 2, 3, 3)
+    # Depth 1: 3 of 4 cycles. Depth 2: 3 of the 3 that got there. Depth 3: 2 of 3.
+    assert statistics.acceptance_rate == [pytest.approx(3 / 4), 1.0, pytest.approx(2 / 3)]
+    assert statistics.reached_at == [4, 3, 3]
+    assert statistics.accepted_at == [3, 3, 2]
+
+
+def test_a_depth_that_no_cycle_reached_has_rate_0() -> None:
+    assert counted(0, 0).acceptance_rate == [0.0, 0.0, 0.0]
+
+
+def test_cut_tokens_are_not_counted() -> None:
+    statistics = Statistics()
+    statistics.count_cycle(num_accepted=3, depth=3, num_emitted=2)  # an end of sequence inside the run
+    assert (statistics.num_tokens, statistics.acceptance_length) == (2, 2.0)
+    assert statistics.acceptance_rate == [1.0, 1.0, 1.0]
+
+
+def test_nothing_generated_yet() -> None:
+    assert Statistics().acceptance_length == 0.0
+    assert Statistics().acceptance_rate == []
+
+
+def test_plain_decoding_has_no_rates() -> None:
+    assert counted(0, 0, depth=0).acceptance_rate == []
+
+
+@pytest.mark.parametrize("depths", [(1, 3), (3, 1)])
+def test_merge_adds_counts_of_different_depths(depths: tuple[int, int]) -> None:
+    first, second = counted(1, depth=depths[0]), counted(0, 1, depth=depths[1])
+    first.seconds["draft"], second.seconds["draft"] = 1.0, 0.5
+    first.merge(second)
+    assert (first.num_cycles, first.num_tokens, first.seconds["draft"]) == (3, 5, 1.5)
+    # The deep one reached depth 2 once (an accepted depth 1) and accepted nothing there.
+    assert first.accepted_at == [2, 0, 0]
+    assert first.reached_at == [3, 1, 0]
+
+
+def test_as_dict_is_the_same_figures() -> None:
+    statistics = counted(0, 2)
+    assert statistics.as_dict() == {
+        "cycles": 2,
+        "tokens": 4,
+        "acceptance_length": 2.0,
+        "acceptance_rate": [0.5, 1.0, 0.0],
+        "seconds": dict.fromkeys(STAGES, 0.0),
+    }
+
+
+def test_the_clock_adds_to_its_stage_alone() -> None:
+    statistics = Statistics()
+    clock = StageClock(statistics, torch.device("cpu"))
+    with clock.stage("verify"):
+        pass
+    before = statistics.seconds["verify"]
+    with clock.stage("verify"):
+        sum(range(10_000))
+    assert statistics.seconds["verify"] > before
+    assert statistics.total_seconds == statistics.seconds["verify"]

@@ -1,0 +1,60 @@
+"""Streaming text: characters come whole, and the pieces join to what decoding everything gives."""
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from draftwing.data.tokenizer import train_tokenizer
+from draftwing.evaluation.text import TextStream
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes and a few merges; any character beyond ASCII takes several tokens."""
+    return train_tokenizer(["hello there, hello you"] * 4, vocab_size=280)
+
+
+def pieces(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
+    stream = TextStream(tokenizer)
+    return [stream.push(token) for token in tokenizer(text).input_ids]
+
+
+@pytest.mark.parametrize("text", ["hello you", "naïve → 字字 🙂🙂!", "\n\n  tabs\tand spaces ", "e\u0301"])
+def test_the_pieces_join_to_the_text(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    assert "".join(pieces(tokenizer, text)) == text
+
+
+def test_a_character_of_several_tokens_comes_with_its_last(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert pieces(tokenizer, "字") == ["", "", "字"]
+    assert pieces(tokenizer, "a🙂") == ["a", "", "", "", "🙂"]
+
+
+def test_no_piece_holds_a_replacement_character(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert not any("\ufffd" in piece for piece in pieces(tokenizer, "→🙂字é"))
+
+
+def test_special_tokens_are_silent(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert "".join(pieces(tokenizer, "a<|end|>b<|user|>")) == "ab"
+
+
+def test_bytes_that_never_become_a_character_are_shown_in_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    stream = TextStream(tokenizer)
+    first, second, _ = tokenizer("字").input_ids
+    assert [stream.push(first), stream.push(second)] == ["", ""]
+    assert stream.flush() == "\ufffd"
+    assert stream.flush() == ""
+
+
+def test_bytes_that_are_no_character_do_not_hold_the_stream_forever(tokenizer: PreTrainedTokenizerFast) -> None:
+    stream = TextStream(tokenizer)
+    (continuation,) = tokenizer("字").input_ids[1:2]
+    shown = [stream.push(continuation) for _ in range(4)]
+    assert shown[:3] == ["", "", ""]
+    assert set(shown[3]) == {"\ufffd"}
+    assert stream.push(tokenizer("a").input_ids[0]) == "a"
+
+
+def test_flush_after_whole_characters_has_nothing_left(tokenizer: PreTrainedTokenizerFast) -> None:
+    stream = TextStream(tokenizer)
+    for token in tokenizer("hello").input_ids:
+        stream.push(token)
+    assert stream.flush() == ""
