@@ -107,10 +107,14 @@ def no_draft(batch_size: int, capacity: int) -> NoDrafter:
 
 
 def generate(
-    target: TargetModel, requests: Sequence[Request], drafter: DrafterFactory = no_draft, plan: str = "off"
+    target: TargetModel,
+    requests: Sequence[Request],
+    drafter: DrafterFactory = no_draft,
+    plan: str = "off",
+    coupled: bool = True,
 ) -> Generation:
     """Run requests to their end."""
-    generation = Generation(target, requests, drafter, TreePlan.parse(plan))
+    generation = Generation(target, requests, drafter, TreePlan.parse(plan), coupled)
     for _ in generation.cycles():
         pass
     return generation

@@ -59,6 +59,8 @@ class GenerateOptions:
     eos_token_id: int | Sequence[int] | None = None
     stop: Sequence[str] | str = ()
     plan: str | TreePlan | None = None
+    coupled: bool = True
+    """Rank draft candidates with the target's own noise: the same output, more of it drafted at temperature > 0."""
 
     def sampling(self, row: int) -> SamplingParams:
         """The sampling parameters of one row."""
@@ -157,7 +159,7 @@ class SpeculativeModel:
         plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
         if self.method == "plain" or plan.depth == 0:
             plan = TreePlan.off(self.target.best_single_row if len(prompts) == 1 else 1)
-        return Generation(self.target, requests, self._new_drafter, plan), settings
+        return Generation(self.target, requests, self._new_drafter, plan, settings.coupled), settings
 
     def _new_drafter(self, batch_size: int, capacity: int) -> Drafter:
         if self.head is None or self.method == "plain":

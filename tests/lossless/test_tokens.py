@@ -67,6 +67,19 @@ def test_sampling_parameters_keep_equality(
     assert run(target, requests, eagle(heads["eagle3"]), "tree:4x4x16") == run(target, requests)
 
 
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+@pytest.mark.parametrize("plan", ["chain:4", "tree:4x4x16", "eagle1"])
+def test_coupled_drafts_change_what_is_accepted_and_nothing_else(
+    target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]], plan: str, temperature: float
+) -> None:
+    """Ranking candidates with the target's noise: the same tokens, with more of them drafted."""
+    requests = requests_for(prompts, max_new_tokens=60, eos=(), temperature=temperature)
+    coupled = generate(target, requests, eagle(heads["eagle3"]), plan)
+    uncoupled = generate(target, requests, eagle(heads["eagle3"]), plan, coupled=False)
+    assert [o.tokens for o in coupled.outputs] == [o.tokens for o in uncoupled.outputs] == run(target, requests)
+    assert coupled.statistics.acceptance_length > uncoupled.statistics.acceptance_length
+
+
 @pytest.mark.parametrize("limit", range(1, 9))
 def test_the_token_limit_is_exact(
     target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]], limit: int

@@ -73,7 +73,7 @@ def test_a_static_path_needs_its_parent() -> None:
     ids=str,
 )
 def test_a_static_tree_has_distinct_paths_of_ranks(paths: tuple[tuple[int, ...], ...]) -> None:
-    with pytest.raises(ValueError, match="^plan: "):
+    with pytest.raises(ValueError, match=r"^plan: "):
         TreePlan.static(paths)
 
 

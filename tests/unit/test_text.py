@@ -32,6 +32,18 @@ def test_no_piece_holds_a_replacement_character(tokenizer: PreTrainedTokenizerFa
     assert not any("\ufffd" in piece for piece in pieces(tokenizer, "→🙂字é"))
 
 
+class WordTokenizer:
+    """Writes a space between words, as SentencePiece decoders do: a word alone has none before it."""
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(f"w{token}" for token in tokens)
+
+
+def test_a_decoder_that_joins_words_sees_the_word_before() -> None:
+    stream = TextStream(WordTokenizer())
+    assert [stream.push(token) for token in (1, 2, 3)] == ["w1", " w2", " w3"]
+
+
 def test_special_tokens_are_silent(tokenizer: PreTrainedTokenizerFast) -> None:
     assert "".join(pieces(tokenizer, "a<|end|>b<|user|>")) == "ab"
 

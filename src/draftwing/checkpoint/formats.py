@@ -86,14 +86,14 @@ def read_head(
     tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED_TENSORS.match(name)}
     head_format = detect_format(values, tensors)
-    layer_values = dict(values["transformer_layer_config"] if head_format == "speculators" else values)
+    layer_values = dict(_required(values, "transformer_layer_config") if head_format == "speculators" else values)
     if rope_theta is not None:
-        layer_values |= {"rope_theta": rope_theta, "rope_parameters": None}
+        layer_values["rope_parameters"] = _rope_parameters(layer_values) | {"rope_theta": rope_theta}
     if head_format == "eagle1":
         tensors.pop("lm_head.weight", None)  # repacks carry the target's; EAGLE-1 always uses the target's own
         return Head(head_format, _eagle1_config(layer_values, tensors), None, tensors)
     tensors = _canonical_names(tensors)
-    target_ids = _take_target_ids(tensors, int(layer_values["vocab_size"]))
+    target_ids = _take_target_ids(tensors, _required(layer_values, "vocab_size"))
     config = _eagle3_config(values, layer_values, tensors, target, aux_layers, head_format)
     return Head(head_format, config, target_ids, tensors)
 
@@ -106,8 +106,8 @@ def detect_format(values: Mapping[str, Any], tensors: Tensors) -> HeadFormat:
         return "speculators"
     if "fc.weight" not in tensors:
         raise ValueError("fc.weight: missing; this is no EAGLE head")
-    has_hidden_norm = any(name in tensors for name in ("midlayer.hidden_norm.weight", "layers.0.hidden_norm.weight"))
-    return "eagle3" if has_hidden_norm else "eagle1"
+    is_eagle3 = any(name == "d2t" or name.startswith("midlayer.") or "hidden_norm" in name for name in tensors)
+    return "eagle3" if is_eagle3 else "eagle1"
 
 
 def _canonical_names(tensors: Tensors) -> Tensors:
@@ -136,11 +136,16 @@ def _take_target_ids(tensors: Tensors, vocab_size: int) -> torch.Tensor | None:
             f"d2t: expected {draft_vocab_size} entries (rows of lm_head.weight), got {tuple(offsets.shape)}"
         )
     target_ids = offsets.to(torch.int64) + torch.arange(draft_vocab_size, device=offsets.device)
-    if mask is not None and not offsets.is_meta:
+    if offsets.is_meta:
+        return target_ids
+    outside = target_ids[(target_ids < 0) | (target_ids >= vocab_size)]
+    if outside.numel():
+        raise ValueError(f"d2t: maps to token {int(outside[0])}, outside the target vocabulary of {vocab_size}")
+    if mask is not None:
         marked = mask.bool().nonzero().squeeze(1)
         if not torch.equal(marked, target_ids.sort().values):
             raise ValueError("t2d: marks other tokens than d2t maps to")
-    return None if not offsets.is_meta and draft_vocab_size == vocab_size and not offsets.any() else target_ids
+    return None if draft_vocab_size == vocab_size and not offsets.any() else target_ids
 
 
 def _eagle1_config(values: Mapping[str, Any], tensors: Tensors) -> DraftConfig:
@@ -162,7 +167,7 @@ def _eagle3_config(
     head_format: HeadFormat,
 ) -> DraftConfig:
     common = _common_config(layer_values, tensors, "midlayer")
-    target_hidden_size = values.get("target_hidden_size") or (target.hidden_size if target else common["hidden_size"])
+    target_hidden_size = values.get("target_hidden_size") or common["hidden_size"]
     num_features, remainder = divmod(tensors["fc.weight"].shape[1], target_hidden_size)
     if remainder or num_features == 0:
         raise ValueError(
@@ -214,8 +219,7 @@ def _stored_aux_layers(values: Mapping[str, Any], head_format: HeadFormat) -> tu
 
 def _common_config(values: Mapping[str, Any], tensors: Tensors, layer: str) -> dict[str, Any]:
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
-        if name not in values:
-            raise ValueError(f"{name}: missing from the head's config.json")
+        _required(values, name)
     for name in ("fc.weight", f"{layer}.self_attn.q_proj.weight"):
         if name not in tensors:
             raise ValueError(f"{name}: missing from the head's file")
@@ -234,6 +238,12 @@ def _common_config(values: Mapping[str, Any], tensors: Tensors, layer: str) -> d
         "fc_bias": "fc.bias" in tensors,
         "qk_norm": f"{layer}.self_attn.q_norm.weight" in tensors,
     }
+
+
+def _required(values: Mapping[str, Any], name: str) -> Any:
+    if name not in values:
+        raise ValueError(f"{name}: missing from the head's config.json")
+    return values[name]
 
 
 def _rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,12 @@ def load_target(
         model = AutoModelForCausalLM.from_pretrained(resolve_target(name), dtype=dtype or "auto", **options)
     except OSError as error:
         raise ValueError(f"target: cannot load {name!r}: {error}") from error
+    except KeyError as error:  # older modules pick their attention from a table of their own (Falcon, GPT-J)
+        if error.args != (options["attn_implementation"],):
+            raise
+        raise ValueError(
+            f"attn_implementation: {name!r} does not know {error}; pass attn_implementation='sdpa' or 'eager'"
+        ) from error
     return TargetModel(model.to(device))
 
 
@@ -78,14 +84,18 @@ def read_head_files(folder: Path) -> tuple[dict[str, Any], Tensors]:
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise ValueError(f"draft: {folder} has no config.json")
-    values = json.loads(config_path.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"draft: cannot read {config_path}: {error}") from error
     tensors: Tensors = {}
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    files = [file for file in files if file.name != "training_args.bin"]  # the Trainer's, beside the weights
     if not files:
         raise ValueError(f"draft: {folder} has neither .safetensors nor .bin files")
     for file in files:
         try:
-            part = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+            part = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"draft: cannot read {file}: {error}") from error
         tensors |= part

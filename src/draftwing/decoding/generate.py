@@ -7,7 +7,7 @@ import torch
 
 from draftwing.decoding.drafters import Drafter
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.sampling import Sampler, SamplingParams
+from draftwing.decoding.sampling import Sampler, SamplingParams, uncoupled_rank
 from draftwing.decoding.statistics import StageClock, Statistics
 from draftwing.decoding.stopping import StopRule
 from draftwing.decoding.tree import Verdict, walk
@@ -48,12 +48,19 @@ DrafterFactory = Callable[[int, int], Drafter]
 class Generation:
     """B rows being decoded together; iterate `cycles()` to run it to the end.
 
+    `coupled` drafts rank their candidates with the target's own noise; the output is the same without.
+
     Raises:
         ValueError: an empty prompt, or a prompt with its new tokens beyond the model's positions.
     """
 
     def __init__(
-        self, target: TargetModel, requests: Sequence[Request], new_drafter: DrafterFactory, plan: TreePlan
+        self,
+        target: TargetModel,
+        requests: Sequence[Request],
+        new_drafter: DrafterFactory,
+        plan: TreePlan,
+        coupled: bool = True,
     ) -> None:
         _check_lengths(target, requests)
         self.outputs = [RowOutput() for _ in requests]
@@ -67,6 +74,7 @@ class Generation:
         self._drafter = new_drafter(len(requests), capacity)
         params = [request.sampling for request in requests]
         self._sampler = Sampler(params, target.vocab_size, target.device)
+        self._rank = self._sampler.rank if coupled else uncoupled_rank
         self._lengths = [len(request.prompt) - 1 for request in requests]  # committed tokens before the root
         self._active = torch.ones(len(requests), dtype=torch.bool, device=target.device)
         with self._clock.stage("prefill"), torch.inference_mode():
@@ -83,7 +91,7 @@ class Generation:
         with self._clock.stage("draft"):
             longest = max(self._lengths)
             self._sampler.reserve(self._lengths, self._plan.depth + 1)
-            tree = self._drafter.grow(self._root, self._plan, longest)
+            tree = self._drafter.grow(self._root, self._plan, longest, self._rank)
         with self._clock.stage("verify"):
             self._cache.bound = longest
             ancestors = tree.ancestors()

@@ -12,6 +12,7 @@ import torch
 MASK32 = 0xFFFFFFFF
 NOISE_WINDOW = 32
 """Positions whose noise is computed at once; a row's noise of a position is computed once."""
+COUPLING_SHARPNESS = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,16 @@ class SamplingParams:
 def _require(name: str, value: object, ok: bool, expected: str) -> None:
     if not ok:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Log-softmax in float32, or in float64 if the logits are."""
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+
+
+def uncoupled_rank(logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> torch.Tensor:
+    """The papers' ranking: the draft's log-probabilities at temperature 1, whatever the target's sampling."""
+    return log_probabilities(logits)
 
 
 class Noise:
@@ -157,6 +168,26 @@ class Sampler:
         noise = self._noise.at(lengths[:, None] + depths + 1)
         sampled = (self._warp(scores) + noise).argmax(-1)
         return torch.where(self._is_greedy, greedy, sampled)
+
+    def rank(self, logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> torch.Tensor:
+        """Log-probability that the target's draw is each candidate, given the noise that the target will use.
+
+        The draft's distribution is warped as the target's will be and perturbed with the same noise; what is left
+        uncertain is how far the draft's log-probabilities are off. Greedy rows have no noise: plain log-probabilities.
+
+        Args:
+            logits: `[B, K, Vd]` of the draft.
+            positions: `[B, 1]` of the token that these candidates are for.
+            target_ids: `[Vd]` target ids of the draft's tokens, None if it has the whole vocabulary.
+        """
+        log_probs = log_probabilities(logits)
+        if self._noise is None:
+            return log_probs
+        noise = self._noise.at(positions)
+        noise = noise if target_ids is None else noise[..., target_ids]
+        perturbed = self._warp(log_probs).log_softmax(-1) + noise
+        coupled = (perturbed * COUPLING_SHARPNESS).log_softmax(-1)
+        return torch.where(self._is_greedy[..., None], log_probs, coupled)
 
     def _penalise(self, scores: torch.Tensor, tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
         """Repetition penalty with each node's own history: the row's tokens and the node's ancestors."""

@@ -8,6 +8,14 @@ from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.tree import DraftTree, root_tree
 
 
+class Ranking(Protocol):
+    """Scores a draft's candidates: logits `[B, K, Vd]` for tokens at `positions [B, 1]` -> log-probabilities."""
+
+    def __call__(
+        self, logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None
+    ) -> torch.Tensor: ...
+
+
 class Drafter(Protocol):
     """The drafting side of a cycle, for B rows. Speculation methods differ only here."""
 
@@ -21,10 +29,11 @@ class Drafter(Protocol):
         `most` bounds num_new on the host.
         """
 
-    def grow(self, root: torch.Tensor, plan: TreePlan, longest: int) -> DraftTree:
+    def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
         """Grow a tree below `root [B]`, the last committed token, with the plan's fixed shapes.
 
-        `longest` is the host's count of the longest row's committed tokens, the root not included.
+        `longest` is the host's count of the longest row's committed tokens, the root not included; `rank` scores
+        candidates with what is known of the target's sampling.
         """
 
 
@@ -36,5 +45,5 @@ class NoDrafter:
     def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor, most: int) -> None:
         pass
 
-    def grow(self, root: torch.Tensor, plan: TreePlan, longest: int) -> DraftTree:
+    def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
         return root_tree(root, plan.num_nodes)

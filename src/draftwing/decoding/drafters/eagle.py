@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from draftwing.decoding.drafters import Ranking
 from draftwing.decoding.plan import RankPath, TreePlan
 from draftwing.decoding.tree import DraftTree, root_tree
 from draftwing.models.draft_vocab import DraftVocab
@@ -65,27 +66,27 @@ class EagleDrafter:
         self._last_output = torch.where((num_new > 0)[:, None], last, self._last_output)
         self._cache.commit(None, num_new, most)
 
-    def grow(self, root: torch.Tensor, plan: TreePlan, longest: int) -> DraftTree:
+    def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
         if plan.depth == 0:
             return root_tree(root, plan.num_nodes)
         self._cache.bound = longest
-        tree = self._grow_static(root, plan) if plan.paths else self._grow_dynamic(root, plan)
+        tree = self._grow_static(root, plan, rank) if plan.paths else self._grow_dynamic(root, plan, rank)
         # A row with nothing read yet (a prompt of one token) has no state to draft from.
         can_draft = (self._cache.lengths > 0)[:, None] | (tree.depths == 0)
         return DraftTree(tree.tokens, tree.parents, tree.depths, tree.valid & can_draft, tree.scores, tree.max_depth)
 
-    def _grow_dynamic(self, root: torch.Tensor, plan: TreePlan) -> DraftTree:
+    def _grow_dynamic(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
         """EAGLE-2's expand and rerank (arXiv 2406.16858, 4.1-4.2): scores are sums of log-probabilities."""
         width, levels = plan.width, _Levels(self._cache, plan.width * (plan.depth - 1))
         output = self._last_output[:, None]
-        scores, tokens = (t.squeeze(1) for t in self._best_children(output, width))  # [B, K]
+        scores, tokens = (t.squeeze(1) for t in self._best_children(output, width, 0, rank))  # [B, K]
         parent = torch.zeros_like(tokens)  # index into the previous level's frontier
         frontier = torch.arange(width, device=root.device).expand_as(tokens)  # candidate index of each
         all_tokens, all_scores = [tokens], [scores]
         all_parents = [torch.full_like(tokens, -1)]  # candidate index, -1 for the root
         for level in range(1, plan.depth):
             output = self._draft_step(output, parent, tokens, levels)
-            child_scores, child_tokens = self._best_children(output, width)  # [B, K, K]
+            child_scores, child_tokens = self._best_children(output, width, level, rank)  # [B, K, K]
             child_scores = (scores[:, :, None] + child_scores).flatten(1)
             child_tokens = child_tokens.flatten(1)
             all_tokens.append(child_tokens)
@@ -98,7 +99,7 @@ class EagleDrafter:
                 parent = chosen // width
         return _best_subtree(root, torch.cat(all_tokens, 1), torch.cat(all_scores, 1), torch.cat(all_parents, 1), plan)
 
-    def _grow_static(self, root: torch.Tensor, plan: TreePlan) -> DraftTree:
+    def _grow_static(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
         """EAGLE-1's fixed tree: node (.., r) is the r-th best child of its parent."""
         inner = {path[:-1] for path in plan.paths}
         levels = _Levels(self._cache, len(inner) - 1)
@@ -106,7 +107,7 @@ class EagleDrafter:
         output, scores = self._last_output[:, None], torch.zeros_like(root, dtype=torch.float32)[:, None]
         all_tokens, all_scores = [root[:, None]], [scores]
         for level, paths in enumerate(plan.levels, 1):
-            child_scores, child_tokens = self._best_children(output, plan.width)  # [B, E, K]
+            child_scores, child_tokens = self._best_children(output, plan.width, level - 1, rank)  # [B, E, K]
             picks = [expanded.index(path[:-1]) * plan.width + path[-1] for path in paths]
             level_scores = (scores[:, :, None] + child_scores).flatten(1)[:, picks]
             level_tokens = child_tokens.flatten(1)[:, picks]
@@ -131,10 +132,12 @@ class EagleDrafter:
             max_depth=plan.depth,
         )
 
-    def _best_children(self, output: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and target ids of the `width` best next tokens, `[B, K, width]` each."""
-        logits = self._model.logits(output)
-        log_probs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    def _best_children(
+        self, output: torch.Tensor, width: int, depth: int, rank: Ranking
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and target ids of the `width` best children of nodes at `depth`, `[B, K, width]` each."""
+        positions = self._cache.lengths[:, None] + depth + 1
+        log_probs = rank(self._model.logits(output), positions, self._vocab.target_ids)
         scores, draft_ids = log_probs.topk(width)
         return scores, self._vocab.to_target(draft_ids)
 
