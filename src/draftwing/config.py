@@ -5,17 +5,22 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 
 Config = TypeVar("Config")
-Objective = Literal["language_model", "eagle1", "eagle3"]
+Objective = Literal["language_model", "self_generated", "eagle1", "eagle3"]
+OBJECTIVES = get_args(Objective)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training stage: what is trained, on which data, for how long. Lengths are in tokens."""
+    """One stage of a recipe: what is made, from which data, for how long. Lengths are in tokens.
+
+    `language_model` trains a target, `self_generated` writes rows that a target says itself (to the file `output`),
+    `eagle1` and `eagle3` train a head for a target.
+    """
 
     objective: Objective
     output: str
@@ -47,6 +52,10 @@ class TrainConfig:
     evaluate_rows: int = 64
     """Held-out rows (blocks, for a language model) that an evaluation uses."""
     save_every: int = 500
+    prompt_length: int = 64
+    """Tokens of a plain text that `self_generated` gives as a prompt."""
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    """Sampling temperatures of `self_generated`, in turn."""
     ttt_steps: int = 7
     ttt_decay: float = 0.8
     feature_noise: float = 0.1
@@ -56,10 +65,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "aux_layers", tuple(self.aux_layers))
-        if self.objective not in ("language_model", "eagle1", "eagle3"):
-            raise ValueError(f"objective: expected language_model, eagle1 or eagle3, got {self.objective!r}")
+        object.__setattr__(self, "temperatures", tuple(self.temperatures))
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         if self.objective != "language_model" and not self.target:
-            raise ValueError(f"target: a {self.objective} head needs the model that it drafts for")
+            raise ValueError(f"target: {self.objective} needs the model that the head drafts for")
         for name in ("sequence_length", "batch_size", "max_steps", "ttt_steps", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -85,7 +95,20 @@ def from_mapping(config_class: type[Config], values: Mapping[str, Any]) -> Confi
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise ValueError(f"{name}: missing")
-    return config_class(**values)
+    hints = get_type_hints(config_class)
+    return config_class(**{name: _checked(name, hints[name], value) for name, value in values.items()})
+
+
+def _checked(name: str, hint: Any, value: Any) -> Any:
+    """The value if its type is the field's; numbers that YAML reads as text (1e-3) are converted."""
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif hint not in (int, bool, str, float) or type(value) is hint:
+        return value
+    raise ValueError(f"{name}: expected {hint.__name__}, got {value!r}")
 
 
 def read_recipe(path: str | Path) -> list[TrainConfig]:
@@ -102,5 +125,9 @@ def read_recipe(path: str | Path) -> list[TrainConfig]:
         raise ValueError(f"recipe: {path} is no YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of keys to values, or `stages`, a list of mappings")
+    if "stages" in values and len(values) > 1:
+        raise ValueError(
+            f"{next(key for key in values if key != 'stages')}: unknown key beside `stages`; put it in a stage"
+        )
     stages = values.get("stages", [values])
     return [from_mapping(TrainConfig, stage) for stage in stages]

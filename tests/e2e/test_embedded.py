@@ -48,7 +48,7 @@ def test_speculation_keeps_the_tokens(
 
 
 def test_acceptance_ranks_as_in_the_papers(models: dict[str, SpeculativeModel], prompts: list[Prompt]) -> None:
-    """A regression test of the heads: EAGLE-3 above EAGLE-2 above EAGLE-1, with the same number of nodes for the two."""
+    """A regression test of the heads: EAGLE-3 above EAGLE-2 above EAGLE-1, all with 26 nodes."""
     tau = {}
     for method, model in models.items():
         figures = draftwing.Statistics()

@@ -79,7 +79,6 @@ def test_sharegpt_rows_equal_openai_rows(tokenizer: PreTrainedTokenizerFast) -> 
     assert torch.equal(ours.loss_mask, theirs.loss_mask)
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="an unknown ShareGPT speaker is a bare KeyError")
 def test_an_unknown_sharegpt_speaker_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="tool"):
         encode_row({"conversations": [{"from": "tool", "value": "42"}]}, tokenizer)

@@ -80,13 +80,11 @@ class TestRecipe:
         with pytest.raises(ValueError, match="expected a mapping of keys to values"):
             read_recipe(recipe(tmp_path, text))
 
-    @pytest.mark.xfail(strict=True, reason="read_recipe ignores the keys beside `stages`")
     def test_keys_beside_stages_are_not_ignored(self, tmp_path: Path) -> None:
         text = "stages:\n- {objective: language_model, output: a}\nlearning_rate: 0.5\n"
         with pytest.raises(ValueError, match="learning_rate"):
             read_recipe(recipe(tmp_path, text))
 
-    @pytest.mark.xfail(strict=True, reason="values' types are not checked; YAML reads 1e-3 as text")
     def test_a_number_written_without_a_dot_is_not_taken_as_text(self, tmp_path: Path) -> None:
         path = recipe(tmp_path, "objective: eagle3\noutput: out\ntarget: tiny\nlearning_rate: 1e-3\n")
         try:

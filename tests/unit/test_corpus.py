@@ -81,19 +81,16 @@ class TestChatRows:
     def test_syntax_errors_are_skipped(self, source: str) -> None:
         assert list(chat_rows(source)) == []
 
-    @pytest.mark.xfail(strict=True, reason="splitlines() splits at form feeds, which ast's line numbers do not count")
     @pytest.mark.parametrize("character", ["\f", "\x1c", "\u2028"])
     def test_only_line_breaks_count_as_such(self, character: str) -> None:
         """The standard library has form feeds between sections."""
         (row,) = chat_rows(f"# one{character}two\n{ADD}")
         assert answer(row) == "def add(a, b):\n    total = a + b\n    return total"
 
-    @pytest.mark.xfail(strict=True, reason="what follows the docstring on its own line is dropped")
     def test_a_statement_on_the_docstrings_line_is_kept(self) -> None:
         rows = list(chat_rows('def f():\n    """Say f."""; x = 1\n    return x\n'))
         assert not rows or "x = 1" in answer(rows[0])
 
-    @pytest.mark.xfail(strict=True, reason="dedenting by columns cuts the text of strings that start further left")
     def test_dedenting_leaves_strings_alone(self) -> None:
         source = 'class A:\n    def f(self):\n        """Say f."""\n        return """one\ntwo"""\n'
         rows = list(chat_rows(source))

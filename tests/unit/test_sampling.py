@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from draftwing.decoding.sampling import NOISE_WINDOW, Noise, Sampler, SamplingParams, gumbel
+from draftwing.decoding.sampling import NOISE_WINDOW, Noise, Sampler, SamplingParams, gumbel, uncoupled_rank
 
 CPU = torch.device("cpu")
 VOCAB = 50
@@ -136,7 +136,9 @@ class TestNoise:
     def test_is_a_function_of_seed_position_and_token(self) -> None:
         """The same rows whatever was reserved before, in one step or many, near the start or far from it."""
         expected = gumbel_rows(7, list(range(300)))
-        for starts in ([0], [0, 1, 2, 3], [0, 63, 64, 65, 127, 128, 129], [0, 200, 201, 290], [250]):
+        window = NOISE_WINDOW
+        around_its_ends = [0, window - 8, window - 1, window, window + 1, 2 * window - 1, 2 * window, 2 * window + 1]
+        for starts in ([0], [0, 1, 2, 3], around_its_ends, [0, 200, 201, 290], [250]):
             noise = Noise([7], VOCAB, CPU)
             for start in starts:
                 noise.reserve([start], 8)
@@ -230,6 +232,56 @@ class TestChoose:
             for position in range(20)
         ]
         assert len(set(alone)) > 5
+
+
+class TestRank:
+    """How a draft's candidates are scored: with the very noise that the target will use."""
+
+    @pytest.mark.parametrize(
+        "params",
+        [
+            {"temperature": 1.0},
+            {"temperature": 0.3},
+            {"temperature": 1.4, "top_k": 10},
+            {"temperature": 0.9, "top_p": 0.7, "min_p": 0.05},
+        ],
+        ids=str,
+    )
+    def test_a_perfect_draft_ranks_the_targets_own_token_first(self, params: dict[str, float]) -> None:
+        for position in range(20):
+            logits = random_logits(rows=1, seed=position)
+            sampler = sampler_of(SamplingParams(**params, seed=8))  # type: ignore[arg-type]
+            chosen = choose_at_root(sampler, logits, position)
+            ranked = sampler.rank(logits, torch.tensor([[position + 1]]), None)
+            assert ranked.argmax(-1).item() == chosen.item()
+
+    def test_scores_are_log_probabilities(self) -> None:
+        sampler = sampler_of(SamplingParams(temperature=0.8, top_k=9))
+        sampler.reserve([0], 1)
+        ranked = sampler.rank(random_logits(), torch.tensor([[1]]), None)
+        torch.testing.assert_close(ranked.exp().sum(-1), torch.ones(1, 6, dtype=torch.float64))
+        assert (ranked.isfinite().sum(-1) == 9).all()
+
+    def test_a_draft_vocabulary_reads_the_noise_of_its_target_ids(self) -> None:
+        """With equal logits the noise alone ranks."""
+        target_ids = torch.tensor([3, 8, 21, 40])
+        sampler = sampler_of(SamplingParams(temperature=1.0, seed=6))
+        sampler.reserve([0], 1)
+        ranked = sampler.rank(torch.zeros(1, 1, 4), torch.tensor([[1]]), target_ids)
+        noise = gumbel_rows(6, [1])[0, target_ids]
+        assert ranked[0, 0].argsort().tolist() == noise.argsort().tolist()
+
+    def test_greedy_rows_have_the_papers_ranking(self) -> None:
+        logits = random_logits(rows=2).transpose(0, 1)
+        positions = torch.tensor([[1], [1]])
+        papers = uncoupled_rank(logits, positions, None)
+        torch.testing.assert_close(papers, logits.log_softmax(-1))
+        assert torch.equal(sampler_of(SamplingParams(), SamplingParams()).rank(logits, positions, None), papers)
+        mixed = sampler_of(SamplingParams(), SamplingParams(temperature=1.0))
+        mixed.reserve([0, 0], 1)
+        ranked = mixed.rank(logits, positions, None)
+        assert torch.equal(ranked[0], papers[0])
+        assert not torch.equal(ranked[1], papers[1])
 
 
 class TestParameters:

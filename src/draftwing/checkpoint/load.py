@@ -118,8 +118,9 @@ def load_head(
     head = read_head(values, tensors, sizes_of(target), aux_layers, rope_theta)
     check_fit(head, sizes_of(target))
     network = build_network(head.config, target, head.target_ids, own_embedding="embed_tokens.weight" in head.tensors)
+    network = network.to(device=target.device, dtype=dtype or target.dtype)  # before filling it: float64 files stay exact
     load_strictly(network, head.tensors)
-    return network.to(device=target.device, dtype=dtype or target.dtype).eval()
+    return network.eval()
 
 
 def sizes_of(target: TargetModel) -> TargetSizes:

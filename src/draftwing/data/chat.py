@@ -33,6 +33,8 @@ def encode_row(row: Row, tokenizer: PreTrainedTokenizerFast) -> Example:
     if "input_ids" in row:
         input_ids = torch.tensor(row["input_ids"], dtype=torch.int64)
         mask = row.get("loss_mask", [True] * len(input_ids))
+        if len(mask) != len(input_ids):
+            raise ValueError(f"loss_mask: expected {len(input_ids)} entries as in input_ids, got {len(mask)}")
         return Example(input_ids, torch.tensor(mask, dtype=torch.bool))
     if "text" in row:
         ids = tokenizer(row["text"], add_special_tokens=True)["input_ids"]
@@ -47,6 +49,9 @@ def conversation(row: Row) -> list[dict[str, str]]:
         return messages
     if "conversations" in row:
         roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+        for turn in row["conversations"]:
+            if turn["from"] not in roles:
+                raise ValueError(f"conversations: expected a speaker of {', '.join(roles)}, got {turn['from']!r}")
         return [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
     raise ValueError(f"row: expected one of messages, conversations, text, input_ids; got the fields {sorted(row)}")
 

@@ -77,11 +77,16 @@ def _source_without_docstring(source: str, node: ast.FunctionDef | ast.AsyncFunc
     """The function's lines, dedented, docstring removed; empty if nothing but the docstring is there."""
     if len(node.body) < 2:
         return ""
-    lines = source.splitlines()
+    lines = source.split("\n")  # as ast counts lines; splitlines() also splits at form feeds
     docstring = node.body[0]
     signature = lines[node.lineno - 1 : docstring.lineno - 1]
-    body = lines[docstring.end_lineno or docstring.lineno : node.end_lineno]
-    kept = [line[node.col_offset :] for line in (*signature, *body)]
+    docstring_end = docstring.end_lineno or docstring.lineno
+    if node.body[1].lineno == docstring_end:  # a statement on the docstring's last line
+        return ""
+    kept = [*signature, *lines[docstring_end : node.end_lineno]]
+    if any(line[: node.col_offset].strip() for line in kept):  # text inside a string that starts further left
+        return ""
+    kept = [line[node.col_offset :] for line in kept]
     return "\n".join(line.rstrip() for line in kept).strip("\n")
 
 

@@ -11,7 +11,9 @@ HELD_OUT_SHARE = 0.02
 
 
 def read_rows(source: str, max_rows: int | None = None, seed: int = 0) -> Corpus:
-    """Read the rows of `stdlib` or of a JSONL file; a file's last 2% (at least one row) are held out.
+    """Read the rows of `stdlib` or of a JSONL file.
+
+    Held out are a file's rows with `"held_out": true`, or if it has none its last 2% (at least one row).
 
     The training rows come shuffled with `seed`, so that `max_rows` is a fair sample.
 
@@ -25,6 +27,9 @@ def read_rows(source: str, max_rows: int | None = None, seed: int = 0) -> Corpus
 
 
 def _split(rows: list[Row], source: str) -> Corpus:
+    marked = [row for row in rows if row.get("held_out")]
+    if marked:
+        return Corpus([row for row in rows if not row.get("held_out")], marked)
     if len(rows) < 2:
         raise ValueError(f"data: {source} has {len(rows)} rows; at least 2 are needed (one is held out)")
     num_held_out = max(1, int(len(rows) * HELD_OUT_SHARE))

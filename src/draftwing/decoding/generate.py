@@ -73,7 +73,7 @@ class Generation:
         self._cache = target.new_cache(len(requests), capacity)
         self._drafter = new_drafter(len(requests), capacity)
         params = [request.sampling for request in requests]
-        self._sampler = Sampler(params, target.vocab_size, target.device)
+        self._sampler = Sampler(params, target.vocab_size, target.device, plan.depth)
         self._rank = self._sampler.rank if coupled else uncoupled_rank
         self._lengths = [len(request.prompt) - 1 for request in requests]  # committed tokens before the root
         self._active = torch.ones(len(requests), dtype=torch.bool, device=target.device)
@@ -90,7 +90,7 @@ class Generation:
     def _cycle(self) -> Verdict:
         with self._clock.stage("draft"):
             longest = max(self._lengths)
-            self._sampler.reserve(self._lengths, self._plan.depth + 1)
+            self._sampler.reserve(self._lengths, self._plan.depth)
             tree = self._drafter.grow(self._root, self._plan, longest, self._rank)
         with self._clock.stage("verify"):
             self._cache.bound = longest

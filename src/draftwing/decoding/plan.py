@@ -34,7 +34,7 @@ class TreePlan:
     paths: tuple[RankPath, ...] = ()
 
     def __post_init__(self) -> None:
-        if min(self.width, self.depth) < 0 or self.num_nodes < 1:
+        if min(self.width, self.depth) < (1 if self.depth else 0) or self.num_nodes < 1:
             raise ValueError(f"plan: width, depth and nodes must be positive, got {self}")
         if self.depth and not self.paths and self.num_nodes - 1 > self.num_candidates:
             raise ValueError(
@@ -65,6 +65,8 @@ class TreePlan:
     def static(paths: tuple[RankPath, ...]) -> "TreePlan":
         """A tree of fixed rank paths (each path's prefix must be in the list too)."""
         known = {(), *paths}
+        if not paths or len(known) != len(paths) + 1 or min(min(path, default=-1) for path in paths) < 0:
+            raise ValueError("plan: expected one or more different paths of ranks from 0 on")
         for path in paths:
             if path[:-1] not in known:
                 raise ValueError(f"plan: path {path} has no parent in the tree")

@@ -4,14 +4,16 @@ At temperature > 0 the choice is `argmax(log p + g)` (the Gumbel-max trick), wit
 token id) alone. It draws exactly from p, and plain and speculative decoding draw the very same tokens.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 MASK32 = 0xFFFFFFFF
 NOISE_WINDOW = 32
-"""Positions whose noise is computed at once; a row's noise of a position is computed once."""
+"""Positions whose noise is computed at once, or a cycle's if those are more; each is computed once."""
 COUPLING_SHARPNESS = 1.0
 
 
@@ -37,18 +39,19 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require("temperature", self.temperature, 0 <= self.temperature < float("inf"), "at least 0")
-        _require("top_k", self.top_k, isinstance(self.top_k, int) and self.top_k >= 0, "an integer of at least 0")
-        _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
-        _require("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < float("inf"), "above 0")
-        _require(
-            "seed", self.seed, isinstance(self.seed, int) and 0 <= self.seed < 2**63, "an integer from 0 to 2^63-1"
-        )
+        penalty = self.repetition_penalty
+        _require("temperature", self.temperature, lambda t: 0 <= t < math.inf, "at least 0")
+        _require("top_k", self.top_k, lambda k: isinstance(k, int) and k >= 0, "an integer of at least 0")
+        _require("top_p", self.top_p, lambda p: 0 < p <= 1, "above 0 and at most 1")
+        _require("min_p", self.min_p, lambda p: 0 <= p <= 1, "from 0 to 1")
+        _require("repetition_penalty", penalty, lambda r: 0 < r < math.inf, "above 0")
+        _require("seed", self.seed, lambda s: isinstance(s, int) and 0 <= s < 2**63, "an integer from 0 to 2^63-1")
+        for token, bias in self.logit_bias.items():
+            _require(f"logit_bias[{token}]", bias, lambda b: b < math.inf, "a number below infinity")
 
 
-def _require(name: str, value: object, ok: bool, expected: str) -> None:
-    if not ok:
+def _require(name: str, value: object, ok: Callable[[Any], bool], expected: str) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not ok(value):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
@@ -65,22 +68,23 @@ def uncoupled_rank(logits: torch.Tensor, positions: torch.Tensor, target_ids: to
 class Noise:
     """Gumbel noise rows of B seeds, kept for a window of positions around each row's end."""
 
-    def __init__(self, seeds: Sequence[int], vocab_size: int, device: torch.device) -> None:
+    def __init__(self, seeds: Sequence[int], vocab_size: int, device: torch.device, most_positions: int = 1) -> None:
         self._tokens = torch.arange(vocab_size, device=device)
         self._seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
-        self._window = torch.empty(len(seeds), 2 * NOISE_WINDOW, vocab_size, device=device)
+        self._num_ahead = max(NOISE_WINDOW, most_positions)
+        self._window = torch.empty(len(seeds), 2 * self._num_ahead, vocab_size, device=device)
         self._filled_to = [0] * len(seeds)
 
     def reserve(self, starts: Sequence[int], num_positions: int) -> None:
         """Make positions `starts[b] .. starts[b] + num_positions - 1` of each row readable. Starts never fall."""
-        assert num_positions <= NOISE_WINDOW
+        assert num_positions <= self._num_ahead
         for row, start in enumerate(starts):
             first = max(start, self._filled_to[row])
             if start + num_positions > self._filled_to[row]:
-                positions = torch.arange(first, start + NOISE_WINDOW, device=self._tokens.device)
+                positions = torch.arange(first, start + self._num_ahead, device=self._tokens.device)
                 rows = gumbel(self._seeds[row], positions, self._tokens)
                 self._window[row, positions % self._window.shape[1]] = rows
-                self._filled_to[row] = start + NOISE_WINDOW
+                self._filled_to[row] = start + self._num_ahead
 
     def at(self, positions: torch.Tensor) -> torch.Tensor:
         """Noise rows `[B, P, V]` of `positions [B, P]`, which must have been reserved."""
@@ -96,8 +100,9 @@ def gumbel(seed: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) ->
     key = _hash32(_hash32(seed & MASK32) ^ (seed >> 32))
     row_key = _hash32(_hash32(positions ^ key) + positions)[:, None]
     bits = _hash32(_hash32(tokens ^ row_key) + key)
-    uniform = (bits.double() + 0.5) * 2.0**-32
-    return -torch.log(-torch.log1p(-uniform)).float()
+    # float32 keeps all bits of small uniforms, which make the large noise; those that would round to 1 are held below.
+    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
 def _hash32(x: torch.Tensor) -> torch.Tensor:
@@ -111,10 +116,11 @@ def _hash32(x: torch.Tensor) -> torch.Tensor:
 class Sampler:
     """Chooses the target's token at every node for B rows with their own parameters.
 
-    Owns the rows' noise and, when a repetition penalty asks for it, which tokens each row has seen.
+    Owns the rows' noise and, when a repetition penalty asks for it, which tokens each row has seen. `depth` is that of
+    the deepest tree to choose on.
     """
 
-    def __init__(self, params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> None:
+    def __init__(self, params: Sequence[SamplingParams], vocab_size: int, device: torch.device, depth: int = 0) -> None:
         def column(name: str) -> torch.Tensor:
             return torch.tensor([getattr(p, name) for p in params], device=device)[:, None, None]
 
@@ -129,12 +135,13 @@ class Sampler:
         self._any_penalty = any(p.repetition_penalty != 1 for p in params)
         self._any_top_k, self._any_top_p = any(p.top_k for p in params), any(p.top_p < 1 for p in params)
         self._any_min_p = any(p.min_p > 0 for p in params)
-        self._noise = Noise([p.seed for p in params], vocab_size, device) if self._any_sampled else None
+        seeds = [p.seed for p in params]
+        self._noise = Noise(seeds, vocab_size, device, depth + 2) if self._any_sampled else None
 
     def reserve(self, lengths: Sequence[int], depth: int) -> None:
-        """Prepare the noise for tokens up to `depth` levels below rows that hold `lengths` tokens."""
+        """Prepare the noise for a tree of `depth` whose roots have positions `lengths`."""
         if self._noise is not None:
-            self._noise.reserve(lengths, depth + 1)
+            self._noise.reserve(lengths, depth + 2)
 
     def observe(self, tokens: torch.Tensor, valid: torch.Tensor) -> None:
         """Record prompt or emitted tokens `[B, L]` where `valid`; the repetition penalty reads them."""

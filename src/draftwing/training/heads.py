@@ -28,6 +28,7 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     is_cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if is_cuda and config.bf16 else torch.float32
     target = load_target(config.target, dtype, "cuda" if is_cuda else "cpu")
+    target.model.requires_grad_(False)  # the head shares its embedding or output head
     tokenizer = load_tokenizer(config.target)
     rows = read_rows(config.data, config.max_rows, config.seed)
     train = examples(rows.train, tokenizer, config.sequence_length)

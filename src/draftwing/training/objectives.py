@@ -62,10 +62,10 @@ class HeadTraining(nn.Module):
         """Means over the batches since the last call: loss and top-1 accuracy of each step, tau_sim."""
         count = max(1, self._num_batches)
         metrics = {name: total / count for name, total in self._sums.items()}
-        steps = [metrics[name] for name in sorted(metrics) if name.startswith("accuracy_")]
-        product, tau = 1.0, 1.0
-        for accuracy in steps:
-            product *= accuracy
+        product, tau, step = 1.0, 1.0, 0
+        while f"accuracy_{step}" in metrics:
+            product *= metrics[f"accuracy_{step}"]
+            step += 1
             tau += product
         self._sums.clear()
         self._num_batches = 0

@@ -69,6 +69,8 @@ class EagleDrafter:
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
         if plan.depth == 0:
             return root_tree(root, plan.num_nodes)
+        if plan.width > len(self._vocab):
+            raise ValueError(f"plan: width {plan.width} exceeds the draft vocabulary of {len(self._vocab)} tokens")
         self._cache.bound = longest
         tree = self._grow_static(root, plan, rank) if plan.paths else self._grow_dynamic(root, plan, rank)
         # A row with nothing read yet (a prompt of one token) has no state to draft from.

@@ -1,0 +1,247 @@
+"""One published EAGLE-3 head drafted by our engine and by a straight-line reading of the reference code: same tokens.
+
+The second implementation (`notes`: EAGLE's cnets.py) has no caches, no batch and no shared code: for every draft step it
+recomputes the whole sequence in plain torch. What both propose is also kept in `agreement.json`; to record it again
+after a deliberate change, run this file as a script.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from conftest import Request, generate, requests_for, tiny_llama
+from published import TINY, eagle3_shapes, random_tensors
+from safetensors.torch import save_file
+
+from draftwing.checkpoint.load import DraftNetwork, feature_layers, load_head, sizes_of
+from draftwing.checkpoint.save import save_head, to_head
+from draftwing.decoding.drafters import Drafter
+from draftwing.decoding.drafters.eagle import EagleDrafter
+from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.tree import DraftTree
+from draftwing.models.target import TargetModel
+
+Tensors = dict[str, torch.Tensor]
+
+FIXTURE = Path(__file__).with_name("agreement.json")
+PROMPT = [5, 17, 33, 2, 60, 41, 9]
+NUM_NEW = 30
+CHAIN = 3
+FEATURES = (2, 4, 5)
+"""hidden_states[2], [n // 2], [n - 3] of the target's 8 layers: the reference code's, named nowhere in the file."""
+EPS = 1e-5
+THETA = 10000.0
+"""Not in the file either: the reference training code always uses it."""
+CONFIG = {**TINY.values(), "draft_vocab_size": 48, "rms_norm_eps": EPS, "architectures": ["LlamaForCausalLMEagle3"]}
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """RoPE over `x [heads, T, dim]` at positions 0..T-1: dimension i turns with dimension i + dim / 2."""
+    half = x.shape[-1] // 2
+    frequencies = THETA ** -(torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * frequencies
+    first, second = x[..., :half], x[..., half:]
+    turned = (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin())
+    return torch.cat(turned, dim=-1)
+
+
+def draft_layer(head: Tensors, embedding: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """EAGLE-3's layer over `[T, D]` embeddings of tokens one ahead and states -> `[T, D]`, before the last norm."""
+    layer = {name.removeprefix("midlayer."): tensor for name, tensor in head.items()}
+    e = rms_norm(embedding, layer["input_layernorm.weight"])
+    g = rms_norm(states, layer["hidden_norm.weight"])
+    x = torch.cat((e, g), dim=-1)
+
+    def heads(name: str) -> torch.Tensor:
+        return (x @ layer[f"self_attn.{name}_proj.weight"].T).unflatten(-1, (-1, TINY.head_dim)).transpose(0, 1)
+
+    groups = TINY.heads // TINY.kv_heads
+    queries, keys = rotate(heads("q")), rotate(heads("k")).repeat_interleave(groups, dim=0)
+    scores = queries @ keys.transpose(1, 2) / TINY.head_dim**0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    attended = (weights @ heads("v").repeat_interleave(groups, dim=0)).transpose(0, 1).flatten(1)
+    y = states + attended @ layer["self_attn.o_proj.weight"].T
+    z = rms_norm(y, layer["post_attention_layernorm.weight"])
+    gate, up = z @ layer["mlp.gate_proj.weight"].T, z @ layer["mlp.up_proj.weight"].T
+    return y + (gate * gate.sigmoid() * up) @ layer["mlp.down_proj.weight"].T
+
+
+def draft_chain(
+    head: Tensors, embed: torch.Tensor, features: torch.Tensor, tokens: list[int]
+) -> tuple[list[int], list[torch.Tensor]]:
+    """CHAIN greedy draft tokens after `tokens`, whose last has no feature yet, and the normed output behind each."""
+    states = features[: len(tokens) - 1] @ head["fc.weight"].T  # slot t: feature t with token t + 1
+    ahead = tokens[1:]
+    drafted, outputs = [], []
+    for _ in range(CHAIN):
+        output = draft_layer(head, embed[torch.tensor(ahead)], states)[-1]
+        outputs.append(rms_norm(output, head["norm.weight"]))
+        draft_id = int((outputs[-1] @ head["lm_head.weight"].T).argmax())
+        token = draft_id + int(head["d2t"][draft_id])
+        drafted.append(token)
+        ahead = ahead + [token]
+        states = torch.cat((states, output[None]))  # the raw output is fed back; no fc
+    return drafted, outputs
+
+
+@torch.no_grad()
+def reference_run(head: Tensors, model: Any) -> tuple[list[int], list[list[int]], list[int]]:
+    """The tokens, each cycle's draft, and the tokens that each cycle emits."""
+    truth, features = greedy_with_features(model)
+    tokens, drafts, emitted = list(PROMPT), [], []
+    while len(tokens) < len(PROMPT) + NUM_NEW:
+        draft, _ = draft_chain(head, model.get_input_embeddings().weight, features, tokens)
+        expected = truth[len(tokens) :]
+        num_accepted = next((i for i in range(CHAIN) if draft[i] != expected[i]), CHAIN)
+        new = expected[: num_accepted + 1][: len(PROMPT) + NUM_NEW - len(tokens)]
+        drafts.append(draft)
+        emitted.append(len(new))
+        tokens += new
+    return tokens[len(PROMPT) :], drafts, emitted
+
+
+@torch.no_grad()
+def greedy_with_features(model: Any) -> tuple[list[int], torch.Tensor]:
+    """The target's greedy continuation, from a fresh forward pass for each token, and its three features `[T, 3D]`."""
+    tokens = list(PROMPT)
+    for _ in range(NUM_NEW + CHAIN):
+        tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    hidden = model(torch.tensor([tokens]), use_cache=False, output_hidden_states=True).hidden_states
+    return tokens, torch.cat([hidden[index][0] for index in FEATURES], dim=-1)
+
+
+@torch.no_grad()
+def make_target() -> TargetModel:
+    """A target of 8 layers; its weights come from a generator here, whatever transformers' initialisation draws."""
+    model = tiny_llama(num_hidden_layers=8)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in sorted(model.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.25 * noise)
+    return TargetModel(model)
+
+
+@torch.no_grad()
+def make_head(model: Any) -> Tensors:
+    """A random head whose output layer is fitted (ridge regression) to every other position, so that it often hits."""
+    target_ids = torch.arange(64)[torch.arange(64) % 4 != 3]
+    head = random_tensors(eagle3_shapes(TINY), target_ids)
+    head["lm_head.weight"] = torch.zeros_like(head["lm_head.weight"])
+    truth, features = greedy_with_features(model)
+    draft_id_of = {int(token): index for index, token in enumerate(target_ids)}
+    inputs, labels = [], []
+    for end in range(len(PROMPT), len(truth) - 1, 2):
+        _, outputs = draft_chain(head, model.get_input_embeddings().weight, features, truth[:end])
+        if truth[end] in draft_id_of:
+            inputs.append(outputs[0])
+            labels.append(draft_id_of[truth[end]])
+    x, y = torch.stack(inputs), torch.nn.functional.one_hot(torch.tensor(labels), 48).double()
+    head["lm_head.weight"] = torch.linalg.solve(x.T @ x + 0.1 * torch.eye(32), x.T @ y).T.contiguous()
+    return head
+
+
+class RecordingDrafter(EagleDrafter):
+    """Keeps what it proposes."""
+
+    drafts: list[list[int]]
+
+    def grow(self, root: torch.Tensor, plan: TreePlan, longest: int) -> DraftTree:
+        tree = super().grow(root, plan, longest)
+        self.drafts.append(tree.tokens[0, 1:].tolist())
+        return tree
+
+
+def our_run(network: DraftNetwork, target: TargetModel) -> tuple[list[int], list[list[int]], float]:
+    """The tokens, each cycle's draft, and tokens per cycle."""
+    drafts: list[list[int]] = []
+
+    def new_drafter(batch_size: int, capacity: int) -> Drafter:
+        drafter = RecordingDrafter(
+            network, feature_layers(network), batch_size, capacity, torch.float64, torch.device("cpu")
+        )
+        drafter.drafts = drafts
+        return drafter
+
+    requests: list[Request] = requests_for([PROMPT], NUM_NEW, eos=())
+    generation = generate(target, requests, new_drafter, f"chain:{CHAIN}")
+    return generation.outputs[0].tokens, drafts, generation.statistics.acceptance_length
+
+
+@pytest.fixture(scope="module")
+def deep_target() -> TargetModel:
+    return make_target()
+
+
+@pytest.fixture(scope="module")
+def head(deep_target: TargetModel) -> Tensors:
+    return make_head(deep_target.model)
+
+
+@pytest.fixture
+def folder(head: Tensors, tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    save_file(head, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_our_drafts_are_the_reference_drafts(deep_target: TargetModel, head: Tensors, folder: Path) -> None:
+    tokens, drafts, emitted = reference_run(head, deep_target.model)
+    ours = our_run(load_head(str(folder), deep_target), deep_target)
+    assert ours == (tokens, drafts, len(tokens) / len(emitted))
+
+
+def test_they_agree_after_our_own_files_too(deep_target: TargetModel, head: Tensors, folder: Path) -> None:
+    network = load_head(str(folder), deep_target)
+    _, drafts, _ = reference_run(head, deep_target.model)
+    for head_format in ("eagle3", "speculators"):
+        written = folder / head_format
+        save_head(to_head(network, head_format), written, sizes_of(deep_target))  # type: ignore[arg-type]
+        assert our_run(load_head(str(written), deep_target), deep_target)[1] == drafts
+
+
+def test_drafts_are_the_recorded_ones(deep_target: TargetModel, head: Tensors, folder: Path) -> None:
+    recorded = json.loads(FIXTURE.read_text(encoding="utf-8"))
+    tokens, drafts, acceptance_length = our_run(load_head(str(folder), deep_target), deep_target)
+    assert tokens == recorded["tokens"]
+    assert drafts == recorded["drafts"]
+    assert acceptance_length == len(recorded["tokens"]) / len(recorded["emitted"])
+
+
+def test_the_comparison_is_worth_something(deep_target: TargetModel, head: Tensors) -> None:
+    """Some drafts are accepted, some are not, and the map of the draft vocabulary moves most ids."""
+    _, drafts, emitted = reference_run(head, deep_target.model)
+    assert len(set(emitted)) > 1
+    assert NUM_NEW / len(emitted) > 1.3
+    assert len({tuple(draft) for draft in drafts}) > 3
+    assert head["d2t"].count_nonzero() > 30
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides"),
+    [({"rope_theta": 100.0}, {}), ({}, {"aux_layers": (1, 3, 4)}), ({"norm_output": True}, {})],
+    ids=["rope_theta", "aux_layers", "norm_output"],
+)
+def test_a_misread_option_would_show(
+    changes: dict[str, Any], overrides: dict[str, Any], deep_target: TargetModel, head: Tensors, folder: Path
+) -> None:
+    (folder / "config.json").write_text(json.dumps(CONFIG | changes), encoding="utf-8")
+    _, drafts, _ = reference_run(head, deep_target.model)
+    assert our_run(load_head(str(folder), deep_target, **overrides), deep_target)[1] != drafts
+
+
+if __name__ == "__main__":
+    model = make_target().model
+    tokens, drafts, emitted = reference_run(make_head(model), model)
+    FIXTURE.write_text(json.dumps({"tokens": tokens, "drafts": drafts, "emitted": emitted}) + "\n", encoding="utf-8")

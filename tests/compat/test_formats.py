@@ -1,0 +1,686 @@
+"""The published head formats: names and shapes, round trips, conventions, and what is refused."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_llama
+from published import (
+    LLAMA_8B,
+    LLAMA_70B,
+    NARROW,
+    QWEN3_32B,
+    TINY,
+    VICUNA_7B,
+    VICUNA_13B,
+    Shapes,
+    eagle1_shapes,
+    eagle3_shapes,
+    on_meta,
+    random_tensors,
+    speculators_values,
+)
+from safetensors.torch import load_file, save_file
+
+from draftwing.checkpoint.formats import Head, TargetSizes, default_aux_layers, read_head
+from draftwing.checkpoint.load import (
+    DraftNetwork,
+    check_fit,
+    expected_shapes,
+    load_head,
+    read_head_files,
+    sizes_of,
+    tensor_problems,
+)
+from draftwing.checkpoint.save import save_head, to_head
+from draftwing.models.target import TargetModel
+
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LLAMA3_SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+
+# Manifests: files as they are published, at their true sizes.
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A published head, the target it is for, and what reading it must give."""
+
+    values: dict[str, Any]
+    shapes: Shapes
+    target: TargetSizes
+    format: str
+    expected: dict[str, Any]
+    """Fields of the DraftConfig."""
+    millions: float | None = None
+    """Parameters, from the size of the published file."""
+
+
+def norm_shapes(names: tuple[str, ...], size: int) -> Shapes:
+    return {f"{name}.weight": (size,) for name in names}
+
+
+MANIFESTS = {
+    "eagle1-llama3.1-8b": Manifest(
+        {**LLAMA_8B.values(), "bias": False, "rope_theta": 500000.0, "rms_norm_eps": 1e-5},
+        eagle1_shapes(LLAMA_8B),
+        TargetSizes(4096, 32, 128256),
+        "eagle1",
+        {"fc_bias": False, "num_key_value_heads": 8, "rope_parameters": {**DEFAULT_ROPE, "rope_theta": 500000.0}},
+    ),
+    "eagle1-vicuna-7b": Manifest(
+        {k: v for k, v in VICUNA_7B.values().items() if k != "num_key_value_heads"},  # absent means one per head
+        eagle1_shapes(VICUNA_7B, fc_bias=True),
+        TargetSizes(4096, 32, 32000),
+        "eagle1",
+        {"fc_bias": True, "num_key_value_heads": 32, "head_dim": 128, "draft_vocab_size": 32000, "aux_layers": ()},
+    ),
+    "eagle1-vicuna-13b": Manifest(
+        VICUNA_13B.values(),
+        eagle1_shapes(VICUNA_13B, fc_bias=True),
+        TargetSizes(5120, 40, 32000),
+        "eagle1",
+        {"max_position_embeddings": 2048},
+        millions=533,
+    ),
+    "eagle1-qwen2": Manifest(
+        {**LLAMA_8B.values(), "qkv_bias": True},
+        eagle1_shapes(LLAMA_8B)
+        | {f"layers.0.self_attn.{name}_proj.bias": (size,) for name, size in (("q", 4096), ("k", 1024), ("v", 1024))},
+        TargetSizes(4096, 32, 128256),
+        "eagle1",
+        {"attention_bias": True},
+    ),
+    "eagle3-llama3.1-8b": Manifest(
+        {**LLAMA_8B.values(), "draft_vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        eagle3_shapes(LLAMA_8B),
+        TargetSizes(4096, 32, 128256),
+        "eagle3",
+        {
+            "aux_layers": (2, 16, 29),
+            "draft_vocab_size": 32000,
+            "vocab_size": 128256,
+            "head_dim": 128,
+            "rope_parameters": DEFAULT_ROPE,  # the file names no rope_theta
+            "norm_before_residual": False,
+            "norm_output": False,
+            "fc_norm": False,
+            "norm_before_fc": False,
+        },
+        millions=425,
+    ),
+    "eagle3-llama3.3-70b": Manifest(
+        {**LLAMA_70B.values(), "draft_vocab_size": 32000},
+        eagle3_shapes(LLAMA_70B),
+        TargetSizes(8192, 80, 128256),
+        "eagle3",
+        {"aux_layers": (2, 40, 77)},
+        millions=1403,
+    ),
+    "eagle3-vicuna-13b": Manifest(
+        {**VICUNA_13B.values(), "draft_vocab_size": 32000, "num_hidden_layers": 40},  # as published; there is one
+        eagle3_shapes(VICUNA_13B, vocab_maps=()),
+        TargetSizes(5120, 40, 32000),
+        "eagle3",
+        {"num_hidden_layers": 1, "aux_layers": (2, 20, 37), "draft_vocab_size": 32000},
+        millions=638,
+    ),
+    "eagle3-qwen3-32b": Manifest(
+        {**QWEN3_32B.values(), "draft_vocab_size": 32000, "head_dim": 128, "rope_theta": 1000000},
+        eagle3_shapes(QWEN3_32B),
+        TargetSizes(5120, 64, 151936),
+        "eagle3",
+        {"head_dim": 128, "num_attention_heads": 64, "hidden_size": 5120},
+    ),
+    "eagle3-narrow-with-own-embedding": Manifest(
+        {**NARROW.values(), "draft_vocab_size": 32000, "head_dim": 128, "target_hidden_size": 5120},
+        eagle3_shapes(NARROW) | {"embed_tokens.weight": (151936, 2048)},
+        TargetSizes(5120, 64, 151936),
+        "eagle3",
+        {"hidden_size": 2048, "target_hidden_size": 5120},
+    ),
+    "eagle3-model-optimizer": Manifest(
+        {
+            **LLAMA_8B.values(),
+            "draft_vocab_size": 32000,
+            "eagle_config": {
+                "eagle_aux_hidden_state_layer_ids": [1, 15, 28],
+                "use_aux_hidden_state": True,
+                "use_input_layernorm_in_first_layer": True,
+                "use_last_layernorm": True,
+                "next_layer_regular": True,
+            },
+        },
+        eagle3_shapes(LLAMA_8B, "layers.0", vocab_maps=("d2t",)),
+        TargetSizes(4096, 32, 128256),
+        "eagle3",
+        {"aux_layers": (2, 16, 29)},
+        millions=425,
+    ),
+    "speculators": Manifest(
+        speculators_values({**LLAMA_8B.values(), "head_dim": 128, "rms_norm_eps": 1e-5}, draft_vocab_size=32000),
+        eagle3_shapes(LLAMA_8B, "layers.0")
+        | {"embed_tokens.weight": (128256, 4096)}
+        | norm_shapes(("input_norm",), 3 * 4096),
+        TargetSizes(4096, 32, 128256),
+        "speculators",
+        {"norm_before_residual": True, "norm_before_fc": True, "fc_norm": False, "aux_layers": (2, 16, 29)},
+    ),
+    "speculators-qwen3-layer": Manifest(
+        speculators_values(
+            {**QWEN3_32B.values(), "model_type": "qwen3", "head_dim": 128},
+            draft_vocab_size=32000,
+            norm_before_residual=False,
+            target_hidden_size=None,
+            eagle_aux_hidden_state_layer_ids=[2, 32, 61],
+        ),
+        eagle3_shapes(QWEN3_32B, "layers.0")
+        | norm_shapes(("layers.0.self_attn.q_norm", "layers.0.self_attn.k_norm"), 128),
+        TargetSizes(5120, 64, 151936),
+        "speculators",
+        {"norm_before_residual": False, "qk_norm": True, "aux_layers": (2, 32, 61), "target_hidden_size": 5120},
+    ),
+    "eagle3.1": Manifest(
+        {**LLAMA_8B.values(), "draft_vocab_size": 32000, "fc_norm": True, "norm_output": True},
+        eagle3_shapes(LLAMA_8B) | norm_shapes(("fc_norm.0", "fc_norm.1", "fc_norm.2"), 4096),
+        TargetSizes(4096, 32, 128256),
+        "eagle3",
+        {"fc_norm": True, "norm_output": True, "norm_before_residual": False},
+    ),
+    "eagle3.1-sglang-names": Manifest(
+        {**LLAMA_8B.values(), "draft_vocab_size": 32000, "use_aux_norm": True},
+        eagle3_shapes(LLAMA_8B) | norm_shapes(("aux_norm_low", "aux_norm_mid", "aux_norm_high"), 4096),
+        TargetSizes(4096, 32, 128256),
+        "eagle3",
+        {"fc_norm": True, "norm_output": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS.values(), ids=MANIFESTS)
+def test_published_manifest_is_read(manifest: Manifest) -> None:
+    head = read_head(manifest.values, on_meta(manifest.shapes), manifest.target)
+    assert head.format == manifest.format
+    assert {name: getattr(head.config, name) for name in manifest.expected} == manifest.expected
+    assert tensor_problems(expected_shapes(head), head.tensors) == []
+    check_fit(head, manifest.target)
+    if manifest.millions is not None:
+        assert round(head.num_parameters / 1e6) == manifest.millions
+
+
+def test_prefix_and_stray_buffers_are_dropped() -> None:
+    manifest = MANIFESTS["eagle3-llama3.1-8b"]
+    tensors = {"model." + name: tensor for name, tensor in on_meta(manifest.shapes).items()}
+    tensors["model.midlayer.self_attn.rotary_emb.inv_freq"] = torch.empty(64, device="meta")
+    head = read_head(manifest.values, tensors, manifest.target)
+    assert tensor_problems(expected_shapes(head), head.tensors) == []
+
+
+def test_the_output_head_in_an_eagle1_repack_is_ignored() -> None:
+    manifest = MANIFESTS["eagle1-vicuna-7b"]
+    tensors = on_meta(manifest.shapes | {"lm_head.weight": (32000, 4096)})
+    head = read_head(manifest.values, tensors, manifest.target)
+    assert tensor_problems(expected_shapes(head), head.tensors) == []
+
+
+# Round trips: a network, its files, and the network again.
+
+AUX_LAYERS = (1, 3, 5)
+TINY_TARGET = TargetSizes(hidden_size=32, num_layers=6, vocab_size=64)
+TARGET_IDS = torch.arange(64)[torch.arange(64) % 4 != 2]
+"""48 of the 64 tokens."""
+TINY_VALUES = {**TINY.values(), "draft_vocab_size": 48, "rope_theta": 10000.0}
+AUX_VALUES = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 4]}}
+TINY_HEADS: dict[str, tuple[dict[str, Any], Shapes]] = {
+    "eagle1": (TINY.values(), eagle1_shapes(TINY, fc_bias=True)),
+    "eagle3": ({**TINY_VALUES, **AUX_VALUES}, eagle3_shapes(TINY)),
+    "eagle3.1": (
+        {**TINY_VALUES, **AUX_VALUES, "fc_norm": True, "norm_output": True},
+        eagle3_shapes(TINY) | norm_shapes(("fc_norm.0", "fc_norm.1", "fc_norm.2"), 32),
+    ),
+    "speculators": (
+        speculators_values(TINY_VALUES, draft_vocab_size=48, eagle_aux_hidden_state_layer_ids=[1, 3, 5]),
+        eagle3_shapes(TINY, "layers.0") | norm_shapes(("input_norm",), 96) | {"embed_tokens.weight": (64, 32)},
+    ),
+}
+
+
+def write_files(folder: Path, values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(params=TINY_HEADS)
+def head_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Each tiny head in its published format, with numbers in it."""
+    values, shapes = TINY_HEADS[request.param]
+    return write_files(tmp_path / "published", values, random_tensors(shapes, TARGET_IDS))
+
+
+def assert_same_network(one: DraftNetwork, other: DraftNetwork) -> None:
+    assert type(one) is type(other)
+    assert one.config == other.config
+    parameters, others = dict(one.named_parameters()), dict(other.named_parameters())
+    assert parameters.keys() == others.keys()
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, others[name]), name
+    ids, other_ids = one.vocab.target_ids, other.vocab.target_ids
+    assert (ids is None and other_ids is None) or torch.equal(ids, other_ids)  # type: ignore[arg-type]
+
+
+def test_reading_writing_and_reading_gives_the_same_network(
+    head_folder: Path, target: TargetModel, tmp_path: Path
+) -> None:
+    network = load_head(str(head_folder), target)
+    values, tensors = read_head_files(head_folder)
+    head = to_head(network, read_head(values, tensors, TINY_TARGET).format)
+    save_head(head, tmp_path / "written", sizes_of(target), verifier="org/target")
+    assert_same_network(load_head(str(tmp_path / "written"), target), network)
+    written = load_file(tmp_path / "written" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("head_format", ["eagle3", "speculators"])
+@pytest.mark.parametrize("name", ["eagle3", "speculators"])
+def test_either_format_holds_either_head(name: str, head_format: Any, target: TargetModel, tmp_path: Path) -> None:
+    """The options that only speculators' files have are written to EAGLE-3 files too."""
+    values, shapes = TINY_HEADS[name]
+    network = load_head(str(write_files(tmp_path / "in", values, random_tensors(shapes, TARGET_IDS))), target)
+    save_head(to_head(network, head_format), tmp_path / "out", sizes_of(target))
+    assert_same_network(load_head(str(tmp_path / "out"), target), network)
+
+
+def test_several_layers_survive_the_round_trip(target: TargetModel, tmp_path: Path) -> None:
+    """Layers behind the first are plain ones, layers.1 and on in every file."""
+    values, shapes = TINY_HEADS["eagle3"]
+    second = {name.replace("layers.0", "layers.1"): shape for name, shape in eagle1_shapes(TINY).items()}
+    second = {name: shape for name, shape in second.items() if name.startswith("layers.1")}
+    shapes = shapes | second | norm_shapes(("layers.1.input_layernorm",), 32)
+    tensors = random_tensors(shapes, TARGET_IDS)
+    network = load_head(str(write_files(tmp_path / "in", values, tensors)), target)
+    assert network.config.num_hidden_layers == 2
+    for head_format, prefix in (("eagle3", "midlayer."), ("speculators", "layers.0.")):
+        folder = tmp_path / head_format
+        save_head(to_head(network, head_format), folder, sizes_of(target))  # type: ignore[arg-type]
+        assert_same_network(load_head(str(folder), target), network)
+        names = load_file(folder / "model.safetensors").keys()
+        assert {name.replace("midlayer.", prefix) for name in shapes} == names
+
+
+def test_dtype_of_the_written_files(target: TargetModel, tmp_path: Path) -> None:
+    values, shapes = TINY_HEADS["eagle3"]
+    network = load_head(str(write_files(tmp_path / "in", values, random_tensors(shapes, TARGET_IDS))), target)
+    save_head(to_head(network, "eagle3"), tmp_path / "out", sizes_of(target), dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors.pop("d2t").dtype == torch.int64
+    assert tensors.pop("t2d").dtype == torch.bool
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def as_bin(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    torch.save({"not": "weights"}, folder / "training_args.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def as_shards(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, held in shards.items():
+        save_file({name: tensors[name] for name in held}, folder / file)
+    weight_map = {name: file for file, held in shards.items() for name in held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+
+
+def with_prefix(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"model.{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("rewrite", [as_bin, as_shards, with_prefix])
+def test_other_files_give_the_same_network(
+    rewrite: Callable[[Path], None], head_folder: Path, target: TargetModel
+) -> None:
+    network = load_head(str(head_folder), target)
+    rewrite(head_folder)
+    assert_same_network(load_head(str(head_folder), target), network)
+
+
+# Conventions.
+
+
+def read_tiny(
+    name: str = "eagle3",
+    changes: dict[str, Any] | None = None,
+    target: TargetSizes | None = TINY_TARGET,
+    tensors: dict[str, torch.Tensor | None] | None = None,
+    **overrides: Any,
+) -> Head:
+    """A tiny head with changed values (None removes) and tensors (None removes)."""
+    values, shapes = TINY_HEADS[name]
+    held: dict[str, Any] = random_tensors(shapes, TARGET_IDS) | (tensors or {})
+    values = {key: value for key, value in (values | (changes or {})).items() if value is not None}
+    return read_head(values, {key: value for key, value in held.items() if value is not None}, target, **overrides)
+
+
+def test_d2t_holds_offsets_and_memory_holds_ids() -> None:
+    assert torch.equal(read_tiny().target_ids, TARGET_IDS)  # type: ignore[arg-type]
+    offsets = random_tensors(TINY_HEADS["eagle3"][1], TARGET_IDS)["d2t"]
+    assert offsets[:5].tolist() == [0, 0, 1, 1, 1]  # tokens 0, 1, 3, 4, 5
+
+
+def test_t2d_may_be_absent() -> None:
+    assert torch.equal(read_tiny(tensors={"t2d": None}).target_ids, TARGET_IDS)  # type: ignore[arg-type]
+
+
+def test_a_whole_vocabulary_needs_no_maps() -> None:
+    whole = torch.zeros(64, 32, dtype=torch.float64)
+    zeros = torch.zeros(64, dtype=torch.int64)
+    ones = torch.ones(64, dtype=torch.bool)
+    for maps in ({"d2t": None, "t2d": None}, {"d2t": zeros, "t2d": ones}):
+        head = read_tiny(tensors={"lm_head.weight": whole, **maps})
+        assert head.target_ids is None
+        assert head.config.draft_vocab_size == 64
+
+
+def test_a_permuted_whole_vocabulary_keeps_its_map() -> None:
+    ids = torch.arange(63, -1, -1)
+    maps = {"d2t": ids - torch.arange(64), "t2d": torch.ones(64, dtype=torch.bool)}
+    head = read_tiny(tensors={"lm_head.weight": torch.zeros(64, 32), **maps})
+    assert torch.equal(head.target_ids, ids)  # type: ignore[arg-type]
+
+
+def shifted(by: int) -> torch.Tensor:
+    return TARGET_IDS - torch.arange(48) + by
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"t2d": torch.arange(64) < 48}, "t2d: marks other tokens"),
+        ({"t2d": torch.ones(64, dtype=torch.bool)}, "t2d: marks other tokens"),
+        ({"d2t": shifted(40)}, "d2t: maps to token 64, outside the target vocabulary of 64"),
+        ({"d2t": shifted(-1), "t2d": None}, "d2t: maps to token -1, outside"),
+        ({"d2t": None, "t2d": None}, "d2t: missing, and lm_head.weight has 48 rows for 64 tokens"),
+        ({"d2t": torch.zeros(47, dtype=torch.int64)}, "d2t: expected 48 entries"),
+        ({"lm_head.weight": None}, "lm_head.weight: missing"),
+    ],
+)
+def test_a_broken_vocabulary_map_is_named(tensors: dict[str, torch.Tensor | None], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_tiny(tensors=tensors)
+
+
+def test_two_draft_tokens_for_one_target_token_are_refused(target: TargetModel, tmp_path: Path) -> None:
+    values, shapes = TINY_HEADS["eagle3"]
+    tensors = random_tensors(shapes, TARGET_IDS)
+    tensors["d2t"][1] -= 1
+    del tensors["t2d"]
+    with pytest.raises(ValueError, match="d2t: maps two draft tokens to one target token"):
+        load_head(str(write_files(tmp_path, values, tensors)), target)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("eagle3", {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}}, (2, 3, 4)),  # output ids
+        ("eagle3", {"eagle_config": None, "eagle_aux_hidden_state_layer_ids": [1, 2, 4]}, (1, 2, 4)),  # as they are
+        ("speculators", {"eagle_aux_hidden_state_layer_ids": [2, 3, 6]}, (2, 3, 6)),
+    ],
+)
+def test_feature_layers_in_each_convention(name: str, changes: dict[str, Any], expected: tuple[int, ...]) -> None:
+    assert read_tiny(name, changes).config.aux_layers == expected
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "expected"), [(8, (2, 4, 5)), (28, (2, 14, 25)), (32, (2, 16, 29)), (36, (2, 18, 33)), (61, (2, 30, 58))]
+)
+def test_default_feature_layers(num_layers: int, expected: tuple[int, ...]) -> None:
+    assert default_aux_layers(num_layers) == expected
+    deep = dataclasses.replace(TINY_TARGET, num_layers=num_layers)
+    assert read_tiny(changes={"eagle_config": None}, target=deep).config.aux_layers == expected
+
+
+def test_a_shallow_target_has_no_default_feature_layers() -> None:
+    with pytest.raises(ValueError, match="aux_layers: a target of 6 layers has no default"):
+        read_tiny(changes={"eagle_config": None})
+
+
+def test_feature_layers_can_be_overridden() -> None:
+    assert read_tiny(aux_layers=(2, 4, 6)).config.aux_layers == (2, 4, 6)
+    with pytest.raises(ValueError, match="aux_layers: fc.weight reads 3 layers"):
+        read_tiny(aux_layers=(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, DEFAULT_ROPE),
+        ({"rope_theta": None, "rope_scaling": None}, DEFAULT_ROPE),
+        ({"rope_theta": 1e6}, {"rope_type": "default", "rope_theta": 1e6}),
+        (
+            {"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0},
+        ),
+        ({"rope_theta": 5e5, "rope_scaling": LLAMA3_SCALING}, {**LLAMA3_SCALING, "rope_theta": 5e5}),
+        ({"rope_parameters": {**LLAMA3_SCALING, "rope_theta": 5e5}}, {**LLAMA3_SCALING, "rope_theta": 5e5}),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 1e6},
+            {"rope_type": "default", "rope_theta": 5e5},
+        ),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_rope_settings_old_and_new(values: dict[str, Any], expected: dict[str, Any], nested: bool) -> None:
+    values = {**TINY.values(), **values}
+    name = "speculators" if nested else "eagle3"
+    changes = {"transformer_layer_config": values} if nested else {"rope_theta": None} | values
+    assert read_tiny(name, changes).config.rope_parameters == expected
+
+
+@pytest.mark.parametrize("name", TINY_HEADS)
+def test_rope_theta_can_be_overridden(name: str) -> None:
+    assert read_tiny(name, rope_theta=1e4).config.rope_parameters == DEFAULT_ROPE
+    assert read_tiny(name, rope_theta=5e5).config.rope_parameters == {**DEFAULT_ROPE, "rope_theta": 5e5}
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_overriding_rope_theta_keeps_the_scaling(key: str) -> None:
+    head = read_tiny(changes={"rope_theta": 1e6, key: dict(LLAMA3_SCALING)}, rope_theta=1e4)
+    assert head.config.rope_parameters == {**LLAMA3_SCALING, "rope_theta": 1e4}
+
+
+def test_written_rope_settings_are_there_for_old_and_new_readers(target: TargetModel, tmp_path: Path) -> None:
+    values, shapes = TINY_HEADS["eagle3"]
+    values = {**values, "rope_theta": 5e5, "rope_scaling": LLAMA3_SCALING}
+    network = load_head(str(write_files(tmp_path / "in", values, random_tensors(shapes, TARGET_IDS))), target)
+    save_head(to_head(network, "eagle3"), tmp_path / "out", sizes_of(target))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rope_parameters"] == {**LLAMA3_SCALING, "rope_theta": 5e5}
+    assert written["rope_theta"] == 5e5
+    assert written["rope_scaling"] == LLAMA3_SCALING
+
+
+def test_an_unsupported_rope_type_is_named(target: TargetModel, tmp_path: Path) -> None:
+    values, shapes = TINY_HEADS["eagle3"]
+    values = {**values, "rope_scaling": {"rope_type": "yarn", "factor": 32.0}}
+    with pytest.raises(ValueError, match="rope_type: expected default, linear or llama3, got 'yarn'"):
+        load_head(str(write_files(tmp_path, values, random_tensors(shapes, TARGET_IDS))), target)
+
+
+def test_defaults_of_the_residual_option_differ_by_format() -> None:
+    assert not read_tiny("eagle3").config.norm_before_residual
+    assert read_tiny("eagle3", {"norm_before_residual": True}).config.norm_before_residual
+    assert read_tiny("speculators").config.norm_before_residual
+    assert not read_tiny("speculators", {"norm_before_residual": False}).config.norm_before_residual
+
+
+def test_written_feature_layers_follow_each_format(target: TargetModel, tmp_path: Path) -> None:
+    values, shapes = TINY_HEADS["eagle3"]
+    network = load_head(str(write_files(tmp_path / "in", values, random_tensors(shapes, TARGET_IDS))), target)
+    key = "eagle_aux_hidden_state_layer_ids"
+    save_head(to_head(network, "eagle3"), tmp_path / "eagle3", sizes_of(target))
+    assert json.loads((tmp_path / "eagle3" / "config.json").read_text())["eagle_config"][key] == [0, 2, 4]
+    save_head(to_head(network, "speculators"), tmp_path / "speculators", sizes_of(target))
+    assert json.loads((tmp_path / "speculators" / "config.json").read_text())[key] == [1, 3, 5]
+
+
+# Strictness.
+
+
+@pytest.mark.parametrize("name", ["eagle1", "eagle3", "eagle3.1", "speculators"])
+def test_every_missing_tensor_is_named(name: str, target: TargetModel, tmp_path: Path) -> None:
+    values, shapes = TINY_HEADS[name]
+    optional = ("t2d", "fc.bias", "input_norm.weight", "fc_norm.0.weight")  # their presence is what decides
+    if name == "speculators":
+        optional += ("embed_tokens.weight",)
+    for lost in shapes.keys() - set(optional):
+        tensors = random_tensors(shapes, TARGET_IDS)
+        del tensors[lost]
+        with pytest.raises(ValueError, match="missing") as caught:
+            load_head(str(write_files(tmp_path, values, tensors)), target)
+        ours = lost.replace("layers.0.", "midlayer.") if name == "speculators" else lost
+        assert str(caught.value).startswith((f"{lost}:", f"{ours}:")), lost
+
+
+def test_an_unknown_tensor_is_named(head_folder: Path, target: TargetModel) -> None:
+    tensors = load_file(head_folder / "model.safetensors")
+    save_file(tensors | {"mask_hidden": torch.zeros(1, 32)}, head_folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"mask_hidden: unknown tensor of shape \(1, 32\)"):
+        load_head(str(head_folder), target)
+
+
+def test_an_input_norm_in_an_eagle1_file_is_refused(target: TargetModel, tmp_path: Path) -> None:
+    values, shapes = TINY_HEADS["eagle1"]
+    tensors = random_tensors(shapes | norm_shapes(("layers.0.input_layernorm",), 32))
+    with pytest.raises(ValueError, match=r"layers.0.input_layernorm.weight: unknown tensor"):
+        load_head(str(write_files(tmp_path, values, tensors)), target)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "expected"),
+    [
+        ("mlp.gate_proj.weight", (47, 32), (48, 32)),
+        ("mlp.down_proj.weight", (32, 47), (32, 48)),
+        ("self_attn.k_proj.weight", (8, 64), (16, 64)),
+        ("self_attn.o_proj.weight", (31, 32), (32, 32)),
+        ("hidden_norm.weight", (33,), (32,)),
+    ],
+)
+def test_a_misshapen_tensor_is_named(
+    name: str, wrong: tuple[int, ...], expected: tuple[int, ...], target: TargetModel, tmp_path: Path
+) -> None:
+    values, shapes = TINY_HEADS["eagle3"]
+    tensors = random_tensors(shapes | {f"midlayer.{name}": wrong}, TARGET_IDS)
+    with pytest.raises(ValueError) as caught:
+        load_head(str(write_files(tmp_path, values, tensors)), target)
+    assert str(caught.value) == f"midlayer.{name}: expected shape {expected}, got {wrong}"
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"])
+@pytest.mark.parametrize("name", ["eagle1", "eagle3"])
+def test_a_missing_configuration_key_is_named(name: str, key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key}: missing from the head's config.json"):
+        read_tiny(name, {key: None})
+
+
+def test_a_speculators_file_without_its_layer_configuration_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"transformer_layer_config: missing from the head's config\.json"):
+        read_tiny("speculators", {"transformer_layer_config": None})
+
+
+def test_another_speculators_algorithm_is_refused() -> None:
+    with pytest.raises(ValueError, match="speculators_model_type: expected eagle3, got 'dflash'"):
+        read_tiny("speculators", {"speculators_model_type": "dflash"})
+
+
+def test_a_file_that_is_no_head_is_refused() -> None:
+    with pytest.raises(ValueError, match="fc.weight: missing; this is no EAGLE head"):
+        read_head({}, {"model.layers.0.self_attn.q_proj.weight": torch.zeros(1, 1)})
+
+
+OTHER_TARGETS: dict[str, tuple[dict[str, int], str]] = {
+    "hidden size": ({"hidden_size": 48, "num_attention_heads": 6}, "hidden_size: .* width 32, the target's have 48"),
+    "vocabulary": ({"vocab_size": 72}, "vocab_size: .* made for 64 tokens, the target has 72"),
+}
+
+
+@pytest.mark.parametrize(("sizes", "message"), OTHER_TARGETS.values(), ids=OTHER_TARGETS)
+def test_a_head_for_another_target_is_refused(sizes: dict[str, int], message: str, head_folder: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_head(str(head_folder), TargetModel(tiny_llama(**sizes)))
+
+
+@pytest.mark.parametrize("name", ["eagle3", "eagle3.1", "speculators"])
+def test_a_target_with_too_few_layers_is_refused(name: str, tmp_path: Path) -> None:
+    values, shapes = TINY_HEADS[name]
+    folder = write_files(tmp_path, values, random_tensors(shapes, TARGET_IDS))
+    with pytest.raises(ValueError, match=r"aux_layers: \(1, 3, 5\) go beyond the target's 4 layers"):
+        load_head(str(folder), TargetModel(tiny_llama(num_hidden_layers=4)))
+
+
+def test_a_narrow_head_needs_its_own_embedding(target: TargetModel, tmp_path: Path) -> None:
+    sizes = dataclasses.replace(TINY, hidden=16)
+    values = {**TINY_VALUES, **AUX_VALUES, "hidden_size": 16, "head_dim": 8, "target_hidden_size": 32}
+    with pytest.raises(ValueError, match="embed_tokens.weight: missing, .* width 32 instead of the head's 16"):
+        load_head(str(write_files(tmp_path, values, random_tensors(eagle3_shapes(sizes), TARGET_IDS))), target)
+    shapes = eagle3_shapes(sizes) | {"embed_tokens.weight": (64, 16)}
+    network = load_head(str(write_files(tmp_path, values, random_tensors(shapes, TARGET_IDS))), target)
+    assert network.config.hidden_size == 16
+
+
+def truncate(folder: Path) -> str:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return "cannot read .*model.safetensors"
+
+
+def empty(folder: Path) -> str:
+    (folder / "model.safetensors").write_bytes(b"")
+    return "cannot read .*model.safetensors"
+
+
+def lfs_pointer(folder: Path) -> str:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    return "cannot read .*pytorch_model.bin"
+
+
+def broken_config(folder: Path) -> str:
+    (folder / "config.json").write_text('{"hidden_size": 32,')
+    return "cannot read .*config.json"
+
+
+def no_config(folder: Path) -> str:
+    (folder / "config.json").unlink()
+    return "has no config.json"
+
+
+def no_weights(folder: Path) -> str:
+    (folder / "model.safetensors").unlink()
+    return "has neither .safetensors nor .bin files"
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, lfs_pointer, broken_config, no_config, no_weights])
+def test_damaged_files_are_named(damage: Callable[[Path], str], target: TargetModel, tmp_path: Path) -> None:
+    values, shapes = TINY_HEADS["eagle3"]
+    message = damage(write_files(tmp_path, values, random_tensors(shapes, TARGET_IDS)))
+    with pytest.raises(ValueError, match=f"draft: .*{message}"):
+        load_head(str(tmp_path), target)
