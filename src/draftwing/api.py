@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from draftwing.checkpoint.load import (
     DraftNetwork,
@@ -42,9 +43,10 @@ class GenerateOutput:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Everything `generate` takes beside the prompts. None means: from the model's generation config, or neutral.
+    """Everything `generate` takes beside the prompts; None is neutral, and without a temperature decoding is greedy.
 
-    `seed` may name one seed per row; a single one gives row b the seed `seed + b`.
+    `eos_token_id` comes from the model's generation config unless given. `seed` may name one seed per row; a single one
+    gives row b the seed `seed + b`.
     """
 
     max_new_tokens: int = 128
@@ -76,8 +78,15 @@ class GenerateOptions:
             min_p=self.min_p or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             logit_bias=self.logit_bias,
-            seed=self.seed + row if isinstance(self.seed, int) else self.seed[row],
+            seed=self._seed_of(row),
         )
+
+    def _seed_of(self, row: int) -> int:
+        if isinstance(self.seed, int):
+            return (self.seed + row) % 2**63 if self.seed >= 0 else self.seed
+        if row >= len(self.seed):
+            raise ValueError(f"seed: {len(self.seed)} seeds for more rows; expected one per row")
+        return self.seed[row]
 
 
 class SpeculativeModel:
@@ -210,12 +219,21 @@ def load(
     Raises:
         ValueError: a name that cannot be loaded, a head that does not fit, a target whose cache cannot be rolled back.
     """
+    check_device(device)
     chosen = parse_dtype(dtype, device)
     loaded = load_target(target, chosen, device, **options)
     if draft == "tiny" and method in ("eagle1", "eagle2"):
         draft = "tiny-eagle1"
     head = None if draft is None or method == "plain" else load_head(draft, loaded, chosen, aux_layers, rope_theta)
     return SpeculativeModel(loaded, head, load_tokenizer(target), method)
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise a ValueError for a device that torch does not know or does not see."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
 
 
 def parse_dtype(dtype: torch.dtype | str | None, device: str | torch.device) -> torch.dtype | None:
@@ -250,13 +268,13 @@ def custom_generate(
 ) -> Callable[..., Any]:
     """A drop-in for transformers: `hf_model.generate(..., custom_generate=draftwing.custom_generate(draft))`.
 
-    The generation config's sampling parameters, EOS ids, stop strings and stopping criteria are honoured. With
-    `seed=None` each call draws its seed from torch's generator, so `torch.manual_seed` makes it reproducible.
+    Sampling parameters, EOS ids, stop strings, stopping criteria and streamers are honoured as `generate` has prepared
+    them. With `seed=None` each call draws its seed from torch's generator, so `torch.manual_seed` makes it reproducible.
 
     Raises:
-        ValueError: on use, a generation setting that is not supported (the message names it).
+        ValueError: on use, a setting that is not supported (the message names it).
     """
-    loaded: weakref.WeakKeyDictionary[Any, SpeculativeModel] = weakref.WeakKeyDictionary()
+    heads: weakref.WeakKeyDictionary[Any, DraftNetwork] = weakref.WeakKeyDictionary()
 
     def generate(
         model: Any,
@@ -266,75 +284,87 @@ def custom_generate(
         generation_config: Any = None,
         streamer: Any = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
-        if model not in loaded:
+    ) -> Any:
+        _check_generation_config(generation_config)
+        was_training = model.training
+        model.eval()
+        try:
             target = TargetModel(model)
-            head = load_head(str(draft), target) if isinstance(draft, str | Path) else draft
-            loaded[model] = SpeculativeModel(target, head)
-        return _run_for_transformers(
-            loaded[model],
-            input_ids,
-            kwargs.get("attention_mask"),
-            generation_config,
-            (logits_processor, stopping_criteria, streamer),
-            plan,
-            int(torch.randint(2**31, ())) if seed is None else seed,
+            if model not in heads:
+                heads[model] = load_head(str(draft), target) if isinstance(draft, str | Path) else draft
+            generation = SpeculativeModel(target, heads[model]).start(
+                unpad(input_ids, kwargs.get("attention_mask")),
+                plan=plan,
+                seed=int(torch.randint(2**31, ())) if seed is None else seed,
+                **_sampling_of(logits_processor, bool(generation_config.do_sample)),
+                **_stop_of(stopping_criteria, input_ids),
+            )
+            for committed in generation.cycles():
+                for token in committed.tokens[0] if streamer is not None else ():
+                    streamer.put(torch.tensor([token]))
+        finally:
+            model.train(was_training)
+        if streamer is not None:
+            streamer.end()
+        pad = (_as_ids(generation_config.pad_token_id) or _as_ids(generation_config.eos_token_id) or [0])[0]
+        sequences = append_padded(input_ids, [output.tokens for output in generation.outputs], pad)
+        return (
+            GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
         )
 
     return generate
 
 
-# Logits processors that SamplingParams expresses; transformers makes them from the generation config.
-KNOWN_PROCESSORS = frozenset(
-    ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
-    + ("RepetitionPenaltyLogitsProcessor",)
-)
-
-
-def _run_for_transformers(
-    model: SpeculativeModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    config: Any,
-    hooks: tuple[Any, Any, Any],
-    plan: str | None,
-    seed: int,
-) -> torch.Tensor:
-    processors, criteria, streamer = hooks
-    for processor in processors or ():
-        if type(processor).__name__ not in KNOWN_PROCESSORS:
-            raise ValueError(f"logits_processor: {type(processor).__name__} is not supported by draftwing")
+def _check_generation_config(config: Any) -> None:
     if (config.num_beams or 1) > 1:
         raise ValueError(f"num_beams: speculative decoding has one beam, got {config.num_beams}")
-    sampled = bool(config.do_sample)
-    extra = [c for c in criteria or () if type(c).__name__ not in ("MaxLengthCriteria", "EosTokenCriteria")]
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(config, name, None):
+            raise ValueError(f"{name}: not supported by draftwing")
+
+
+# What transformers' logits processors are to us: their class, our option, their attribute.
+PROCESSORS = {
+    "TemperatureLogitsWarper": ("temperature", "temperature"),
+    "TopKLogitsWarper": ("top_k", "top_k"),
+    "TopPLogitsWarper": ("top_p", "top_p"),
+    "MinPLogitsWarper": ("min_p", "min_p"),
+    "RepetitionPenaltyLogitsProcessor": ("repetition_penalty", "penalty"),
+}
+
+
+def _sampling_of(processors: Any, is_sampled: bool) -> dict[str, Any]:
+    """Our sampling options from the logits processors that transformers prepared."""
+    options: dict[str, Any] = {"temperature": 1.0 if is_sampled else 0.0}
+    for processor in processors or ():
+        kind = type(processor).__name__
+        if kind not in PROCESSORS:
+            raise ValueError(f"logits_processor: {kind} is not supported by draftwing")
+        name, attribute = PROCESSORS[kind]
+        if is_sampled or name == "repetition_penalty":
+            options[name] = getattr(processor, attribute)
+    return options
+
+
+def _stop_of(criteria: Any, input_ids: torch.Tensor) -> dict[str, Any]:
+    """Our stop options from the stopping criteria that transformers prepared; unknown ones are run after each token."""
+    limits, eos, others = [], [], []
+    for criterion in criteria or ():
+        kind = type(criterion).__name__
+        if kind == "MaxLengthCriteria":
+            limits.append(criterion.max_length - input_ids.shape[1])
+        elif kind == "EosTokenCriteria":
+            eos += _as_ids(criterion.eos_token_id)
+        else:
+            others.append(criterion)
 
     def is_done(row: int, emitted: Sequence[int]) -> bool:
         ids = torch.cat((input_ids[row], torch.tensor(emitted, device=input_ids.device)))[None]
-        return any(bool(criterion(ids, None).any()) for criterion in extra)
+        return any(bool(criterion(ids, None).any()) for criterion in others)
 
-    generation = model.start(
-        unpad(input_ids, attention_mask),
-        max_new_tokens=config.max_length - input_ids.shape[1],
-        temperature=(1.0 if config.temperature is None else config.temperature) if sampled else 0.0,
-        top_k=config.top_k if sampled else 0,
-        top_p=config.top_p if sampled else None,
-        min_p=config.min_p if sampled else None,
-        repetition_penalty=config.repetition_penalty,
-        eos_token_id=_as_ids(config.eos_token_id),
-        seed=seed,
-        plan=plan,
-        is_done=is_done if extra else None,
-    )
-    for committed in generation.cycles():
-        if streamer is not None:
-            for token in committed.tokens[0]:
-                streamer.put(torch.tensor([token]))
-    if streamer is not None:
-        streamer.end()
-    eos = _as_ids(config.eos_token_id) or [0]
-    pad = config.pad_token_id if config.pad_token_id is not None else eos[0]
-    return append_padded(input_ids, [output.tokens for output in generation.outputs], int(pad))
+    if not limits:
+        raise ValueError("max_new_tokens: expected a limit (max_new_tokens, max_length or a MaxLengthCriteria)")
+    return {"max_new_tokens": min(limits), "eos_token_id": eos, "is_done": is_done if others else None}
 
 
 def _as_ids(value: Any) -> list[int]:

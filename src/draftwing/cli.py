@@ -140,9 +140,11 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def _print_comparison(model: Any, ids: list[int], settings: dict[str, Any], as_json: bool) -> None:
+    from draftwing.evaluation.compare import warm_up
+
     plain_model = model.with_method("plain")
-    for warm in (plain_model, model):
-        _timed_run(warm, ids, settings | {"max_new_tokens": 8})
+    warm_up(plain_model.start, ids, **settings)
+    warm_up(model.start, ids, **settings)
     _, plain = _timed_run(plain_model, ids, settings)
     generation, speculative = _timed_run(model, ids, settings)
     result = {
@@ -182,6 +184,13 @@ def _timed_run(model: Any, ids: list[int], settings: dict[str, Any]) -> tuple[An
     }
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
 def _add_command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -207,9 +216,11 @@ def _add_demo(commands: Any) -> None:
         commands, "demo", run_demo, "Watch plain and EAGLE decoding of the embedded models side by side."
     )
     _add_device(parser)
-    parser.add_argument("--prompts", type=int, default=8, help="how many of the held-out prompts (default: 8)")
+    parser.add_argument("--prompts", type=_positive, default=8, help="how many of the held-out prompts (default: 8)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="per prompt (default: 128)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each prompt; the median counts (default: 3)")
+    parser.add_argument(
+        "--repeats", type=_positive, default=3, help="runs of each prompt; the median counts (default: 3)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the runs at temperature 1 (default: 0)")
 
 

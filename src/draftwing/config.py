@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -86,17 +86,23 @@ def from_mapping(config_class: type[Config], values: Mapping[str, Any]) -> Confi
         ValueError: a key is unknown (the nearest known key is named) or a required one is missing.
     """
     fields = {f.name: f for f in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            nearest = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(fields)}"
-            raise ValueError(f"{key}: unknown key{hint}")
+    check_keys(values, fields)
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise ValueError(f"{name}: missing")
     hints = get_type_hints(config_class)
     return config_class(**{name: _checked(name, hints[name], value) for name, value in values.items()})
+
+
+def check_keys(values: Iterable[str], known: Iterable[str]) -> None:
+    """Raise a ValueError for the first key that is not known, naming the nearest that is."""
+    known = list(known)
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"
+            raise ValueError(f"{key}: unknown key{hint}")
 
 
 def _checked(name: str, hint: Any, value: Any) -> Any:

@@ -268,7 +268,7 @@ def test_chunked_attention_is_refused() -> None:
 @pytest.mark.xfail(strict=True, raises=IndexError, reason="models/target.py: layer types are read after the probe")
 def test_convolution_layers_are_refused() -> None:
     lfm2 = build(family("Lfm2", layer_types=["conv", "full_attention", "conv"]), ATTENTION)
-    with pytest.raises(ValueError, match="recurrent state|layers of type 'conv'"):
+    with pytest.raises(ValueError, match=r"recurrent state|layers of type 'conv'"):
         TargetModel(lfm2)
 
 
@@ -298,6 +298,6 @@ def test_an_attention_that_takes_no_tree_mask_is_refused() -> None:
 def test_a_family_with_closed_attention_loads_with_its_own(tmp_path: Path) -> None:
     """Falcon picks its attention from a table of its own, which ours is not in; the error says what to pass."""
     build(FAMILIES["falcon"], "sdpa").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="attn_implementation: .*sdpa"):
+    with pytest.raises(ValueError, match=r"attn_implementation: .*sdpa"):
         load_target(str(tmp_path), torch.float32)
     assert load_target(str(tmp_path), torch.float32, attn_implementation="sdpa").num_layers == 3

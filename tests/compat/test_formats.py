@@ -450,7 +450,8 @@ def test_feature_layers_in_each_convention(name: str, changes: dict[str, Any], e
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "expected"), [(8, (2, 4, 5)), (28, (2, 14, 25)), (32, (2, 16, 29)), (36, (2, 18, 33)), (61, (2, 30, 58))]
+    ("num_layers", "expected"),
+    [(8, (2, 4, 5)), (28, (2, 14, 25)), (32, (2, 16, 29)), (36, (2, 18, 33)), (61, (2, 30, 58))],
 )
 def test_default_feature_layers(num_layers: int, expected: tuple[int, ...]) -> None:
     assert default_aux_layers(num_layers) == expected
@@ -465,7 +466,7 @@ def test_a_shallow_target_has_no_default_feature_layers() -> None:
 
 def test_feature_layers_can_be_overridden() -> None:
     assert read_tiny(aux_layers=(2, 4, 6)).config.aux_layers == (2, 4, 6)
-    with pytest.raises(ValueError, match="aux_layers: fc.weight reads 3 layers"):
+    with pytest.raises(ValueError, match=r"aux_layers: fc\.weight reads 3 layers"):
         read_tiny(aux_layers=(2, 4))
 
 
@@ -612,7 +613,7 @@ def test_another_speculators_algorithm_is_refused() -> None:
 
 
 def test_a_file_that_is_no_head_is_refused() -> None:
-    with pytest.raises(ValueError, match="fc.weight: missing; this is no EAGLE head"):
+    with pytest.raises(ValueError, match=r"fc\.weight: missing; this is no EAGLE head"):
         read_head({}, {"model.layers.0.self_attn.q_proj.weight": torch.zeros(1, 1)})
 
 
@@ -639,7 +640,7 @@ def test_a_target_with_too_few_layers_is_refused(name: str, tmp_path: Path) -> N
 def test_a_narrow_head_needs_its_own_embedding(target: TargetModel, tmp_path: Path) -> None:
     sizes = dataclasses.replace(TINY, hidden=16)
     values = {**TINY_VALUES, **AUX_VALUES, "hidden_size": 16, "head_dim": 8, "target_hidden_size": 32}
-    with pytest.raises(ValueError, match="embed_tokens.weight: missing, .* width 32 instead of the head's 16"):
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight: missing, .* width 32 instead of the head's 16"):
         load_head(str(write_files(tmp_path, values, random_tensors(eagle3_shapes(sizes), TARGET_IDS))), target)
     shapes = eagle3_shapes(sizes) | {"embed_tokens.weight": (64, 16)}
     network = load_head(str(write_files(tmp_path, values, random_tensors(shapes, TARGET_IDS))), target)

@@ -3,12 +3,26 @@
 import pytest
 import torch
 from conftest import EOS, VOCAB_SIZE, requests_for, run, tiny_llama
-from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, StoppingCriteria
+from transformers import (
+    EosTokenCriteria,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import draftwing
 from draftwing.api import GenerateOutput, SpeculativeModel
 from draftwing.checkpoint.load import DraftNetwork
+from draftwing.config import TrainConfig
 from draftwing.models.target import TargetModel
+from draftwing.training.heads import new_head
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +134,34 @@ def test_drop_in_runs_custom_stopping_criteria(heads: dict[str, DraftNetwork]) -
         ids, max_new_tokens=20, pad_token_id=0, stopping_criteria=[StopAfter()], custom_generate=generate
     )
     assert output.shape == (1, 8)
-    assert MaxLengthCriteria  # the built-in criteria are handled by their settings
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(3.0)])},
+        {"repetition_penalty": 1.4},
+        {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(8)])},
+        {"stopping_criteria": StoppingCriteriaList([EosTokenCriteria([7, 16])])},
+    ],
+    ids=["a processor's own value", "the config's value", "a length criterion", "an end-of-sequence criterion"],
+)
+def test_drop_in_honours_what_transformers_prepared(heads: dict[str, DraftNetwork], options: dict[str, object]) -> None:
+    stock = tiny_llama()
+    common = {"max_new_tokens": 12, "pad_token_id": 0, "do_sample": False, **options}
+    ids = torch.tensor([[5, 6, 7]])
+    fast = stock.generate(ids, custom_generate=draftwing.custom_generate(heads["eagle3"]), **common)
+    assert fast.tolist() == stock.generate(ids, **common).tolist()
+
+
+def test_drop_in_leaves_the_training_mode(heads: dict[str, DraftNetwork]) -> None:
+    stock = tiny_llama().train()
+    generate = draftwing.custom_generate(heads["eagle3"])
+    output = stock.generate(
+        torch.tensor([[5, 6]]), max_new_tokens=4, pad_token_id=0, custom_generate=generate, return_dict_in_generate=True
+    )
+    assert output.sequences.shape == (1, 6)
+    assert stock.training
 
 
 class Custom(LogitsProcessor):
@@ -130,7 +171,11 @@ class Custom(LogitsProcessor):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_beams": 2}, "num_beams"), ({"logits_processor": LogitsProcessorList([Custom()])}, "Custom")],
+    [
+        ({"num_beams": 2}, "num_beams"),
+        ({"logits_processor": LogitsProcessorList([Custom()])}, "Custom"),
+        ({"output_scores": True}, "output_scores"),
+    ],
 )
 def test_drop_in_refuses_what_it_cannot_honour(
     heads: dict[str, DraftNetwork], options: dict[str, object], message: str
@@ -154,6 +199,7 @@ def test_drop_in_refuses_what_it_cannot_honour(
         ({"min_p": 1.5}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"seed": -1}, "seed"),
+        ({"seed": []}, "seed"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": 255}, "max_new_tokens.*256 positions"),
         ({"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias"),
@@ -182,6 +228,33 @@ def test_bad_prompts_name_the_field(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         model.generate(ids, mask)
+
+
+def test_positions_that_depend_on_the_length_are_refused() -> None:
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8,
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="'dynamic' positions"):
+        TargetModel(LlamaForCausalLM(config))
+
+
+def test_a_tree_may_reach_past_the_last_position() -> None:
+    """Learned positions are a table; near its end, drafted nodes would index past it."""
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=32, bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(0)
+    target = TargetModel(GPT2LMHeadModel(config).double().eval())
+    head = new_head(TrainConfig(objective="eagle1", output="", target="x"), target, []).double()
+    ids = torch.tensor([[1, 2, 3]])
+    options = {"max_new_tokens": 29, "eos_token_id": []}
+    fast = SpeculativeModel(target, head).generate(ids, plan="tree:4x4x16", **options)
+    assert isinstance(fast, torch.Tensor)
+    assert fast.equal(SpeculativeModel(target).generate(ids, **options))
+
+
+def test_an_unknown_device_is_named() -> None:
+    with pytest.raises(ValueError, match="device: 'warp'"):
+        draftwing.load("tiny", device="warp")
 
 
 def test_a_method_must_suit_its_head(model: SpeculativeModel, target: TargetModel) -> None:

@@ -42,7 +42,7 @@ def test_a_missing_key_is_named(key: str) -> None:
 
 @pytest.mark.parametrize("objective", ["eagle1", "eagle3"])
 def test_a_head_needs_a_target(objective: str) -> None:
-    with pytest.raises(ValueError, match=f"^target: a {objective} head needs the model"):
+    with pytest.raises(ValueError, match=f"^target: {objective} needs the model"):
         from_mapping(TrainConfig, {"objective": objective, "output": "out"})
 
 
@@ -57,7 +57,7 @@ def test_counts_are_at_least_1(key: str) -> None:
 
 
 def test_an_unknown_objective_names_the_known() -> None:
-    with pytest.raises(ValueError, match="objective: expected language_model, eagle1 or eagle3, got 'eagle2'"):
+    with pytest.raises(ValueError, match="objective: expected one of language_model, .*, eagle3, got 'eagle2'"):
         from_mapping(TrainConfig, VALID | {"objective": "eagle2"})
 
 

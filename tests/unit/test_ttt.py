@@ -147,7 +147,7 @@ class TestEagle3Loss:
         training = HeadTraining(head, target, EAGLE3)
         loss = training(input_ids, loss_mask)["loss"].item()
         assert loss == pytest.approx(sum(0.5**step * mean for step, mean in enumerate(means)), rel=1e-5)
-        metrics = training.pop_metrics()
+        metrics = training.pop_metrics(training=True)
         for step in range(STEPS):
             assert metrics[f"loss_{step}"] == pytest.approx(means[step], rel=1e-5)
             assert metrics[f"accuracy_{step}"] == pytest.approx(sum(hits[step]) / len(hits[step]))
@@ -261,7 +261,7 @@ class TestMetrics:
     def test_tau_sim_multiplies_the_steps_accuracies(self, target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
         training = HeadTraining(heads["eagle3"], target, EAGLE3)
         training(*random_batch())
-        metrics = training.pop_metrics()
+        metrics = training.pop_metrics(training=True)
         a, b, c, d = (metrics[f"accuracy_{step}"] for step in range(STEPS))
         assert metrics["tau_sim"] == pytest.approx(1 + a + a * b + a * b * c + a * b * c * d)
 
@@ -271,18 +271,18 @@ class TestMetrics:
     ) -> None:
         training, (input_ids, loss_mask) = HeadTraining(heads["eagle3"], target, EAGLE3), random_batch()
         losses = [training(input_ids[row : row + 1], loss_mask[row : row + 1])["loss"].item() for row in range(2)]
-        assert training.pop_metrics()["loss"] == pytest.approx(sum(losses) / 2)
+        assert training.pop_metrics(training=True)["loss"] == pytest.approx(sum(losses) / 2)
         training(input_ids[:1], loss_mask[:1])
-        assert training.pop_metrics()["loss"] == pytest.approx(losses[0])
+        assert training.pop_metrics(training=True)["loss"] == pytest.approx(losses[0])
 
     @torch.no_grad()
     def test_tau_sim_takes_more_than_ten_steps_in_order(self, heads: dict[str, DraftNetwork]) -> None:
         config = TrainConfig(objective="eagle3", output="", target="unused", ttt_steps=12)
         training = HeadTraining(heads["eagle3"], TargetModel(tiny_llama()), config)
         for step in range(12):
-            training._sums[f"accuracy_{step}"] = 1 - step / 12
+            training._sums[True][f"accuracy_{step}"] = 1 - step / 12
         product, tau = 1.0, 1.0
         for step in range(12):
             product *= 1 - step / 12
             tau += product
-        assert training.pop_metrics()["tau_sim"] == pytest.approx(tau)
+        assert training.pop_metrics(training=True)["tau_sim"] == pytest.approx(tau)

@@ -67,7 +67,7 @@ def load_target(
         raise ValueError(
             f"attn_implementation: {name!r} does not know {error}; pass attn_implementation='sdpa' or 'eager'"
         ) from error
-    return TargetModel(model.to(device))
+    return TargetModel(model.to(device).eval())
 
 
 def load_tokenizer(name: str) -> Any:
@@ -118,7 +118,8 @@ def load_head(
     head = read_head(values, tensors, sizes_of(target), aux_layers, rope_theta)
     check_fit(head, sizes_of(target))
     network = build_network(head.config, target, head.target_ids, own_embedding="embed_tokens.weight" in head.tensors)
-    network = network.to(device=target.device, dtype=dtype or target.dtype)  # before filling it: float64 files stay exact
+    # Converted before it is filled: a float64 file stays exact.
+    network = network.to(device=target.device, dtype=dtype or target.dtype)
     load_strictly(network, head.tensors)
     return network.eval()
 

@@ -98,8 +98,10 @@ def gumbel(seed: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) ->
     Exponentials come from 32 bits: uniforms of 24 bits saturate at large vocabularies and bias the tail.
     """
     key = _hash32(_hash32(seed & MASK32) ^ (seed >> 32))
-    row_key = _hash32(_hash32(positions ^ key) + positions)[:, None]
-    bits = _hash32(_hash32(tokens ^ row_key) + key)
+    # Two keys a row: with one, the rows of two positions could be permutations of each other.
+    first = _hash32(_hash32(positions ^ key) + positions)[:, None]
+    second = _hash32(_hash32(positions + key) ^ 0x9E3779B9)[:, None]
+    bits = _hash32(_hash32(tokens ^ first) + second)
     # float32 keeps all bits of small uniforms, which make the large noise; those that would round to 1 are held below.
     uniform = ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_().log_().neg_()

@@ -18,8 +18,8 @@ class Statistics:
     Attributes:
         num_cycles: cycles in which a row was still generating, summed over rows.
         num_tokens: tokens emitted; cut ones are neither returned nor counted.
-        accepted_at: `[d]` cycles that accepted a node at depth d + 1; `reached_at` those that drafted one there and had
-            accepted its parent.
+        accepted_at: `[d]` cycles that accepted a node at depth d + 1; `reached_at` those that had accepted d nodes (or
+            more) of a plan at least d + 1 deep.
         seconds: by stage: prefill, draft, verify, commit, host (reading tokens back, stop checks).
     """
 

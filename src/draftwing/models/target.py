@@ -17,6 +17,7 @@ from draftwing.models.layers import grouped_attention
 
 ATTENTION = "draftwing"
 TREE_ATTENTIONS = (ATTENTION, "sdpa", "eager")
+LENGTH_DEPENDENT_ROPE = frozenset(("dynamic", "longrope"))
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class TargetModel:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model.eval()
+        self.model = model
         self.config = model.config.get_text_config()
         self.device = model.device
         self.dtype = model.dtype
@@ -106,6 +107,8 @@ class TargetModel:
         """
         num_read = cache.num_read(tokens.shape[1])
         positions = cache.lengths[:, None] + depths
+        if self.max_positions is not None:  # nodes past the limit cannot be emitted, but must not index past a table
+            positions = positions.clamp(max=self.max_positions - 1)
         visible = visible_slots(cache.lengths, ancestors, num_read)
         output = self.model(
             input_ids=tokens,
@@ -157,6 +160,11 @@ class TargetModel:
             )
         if "position_ids" not in inspect.signature(self.model.forward).parameters:
             raise ValueError(f"target: {name} takes no position_ids, so tree nodes cannot be placed")
+        for rope_type in LENGTH_DEPENDENT_ROPE & _rope_types(self.config):
+            raise ValueError(
+                f"target: {name} has {rope_type!r} positions, which depend on the longest row of a pass, so its "
+                "tokens would depend on the tree and the batch"
+            )
         attention = self.model.config._attn_implementation
         if attention not in TREE_ATTENTIONS:
             raise ValueError(
@@ -219,6 +227,13 @@ def _slot_positions(lengths: torch.Tensor, depths: torch.Tensor, num_slots: int)
     return torch.where(behind < 0, slots, in_tree)
 
 
+def _rope_types(config: Any) -> set[str]:
+    """The RoPE types of a model's layers; its parameters are one mapping, or one per layer type."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    mappings = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return {str(mapping.get("rope_type", mapping.get("type"))) for mapping in mappings}
+
+
 def _attention_windows(config: Any) -> dict[str, int | None]:
     """The attention kinds of a model's layers and their sliding windows (None: all of the context).
 
@@ -273,7 +288,8 @@ def _explicit_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        num_queries, num_keys = scores.shape[-2:]
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores.device).tril(num_keys - num_queries)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if sinks is not None:
         column = sinks.reshape(1, -1, 1, 1).to(scores.dtype).expand(*scores.shape[:3], 1)

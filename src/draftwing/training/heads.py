@@ -1,17 +1,19 @@
 """Train an EAGLE head for a frozen target, in one process."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from draftwing.checkpoint.formats import HeadFormat, default_aux_layers
 from draftwing.checkpoint.load import DraftNetwork, build_network, load_target, load_tokenizer, sizes_of
 from draftwing.checkpoint.save import save_head, to_head
-from draftwing.config import TrainConfig
+from draftwing.config import TrainConfig, check_keys
 from draftwing.data.chat import Example, encode_row
 from draftwing.data.corpus import Row
 from draftwing.data.rows import read_rows
@@ -28,7 +30,6 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     is_cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if is_cuda and config.bf16 else torch.float32
     target = load_target(config.target, dtype, "cuda" if is_cuda else "cpu")
-    target.model.requires_grad_(False)  # the head shares its embedding or output head
     tokenizer = load_tokenizer(config.target)
     rows = read_rows(config.data, config.max_rows, config.seed)
     train = examples(rows.train, tokenizer, config.sequence_length)
@@ -45,14 +46,18 @@ def train_head(config: TrainConfig) -> dict[str, float]:
 
 def new_head(config: TrainConfig, target: TargetModel, train: Sequence[Example]) -> DraftNetwork:
     """A head shaped like one layer of its target (unless `architecture` says otherwise), started from the target."""
-    target_config = target.config
+
+    def of_target(name: str, otherwise: Any) -> Any:
+        return getattr(target.config, name, None) or otherwise
+
+    num_heads = target.config.num_attention_heads
     sizes: dict[str, Any] = {
         "hidden_size": target.hidden_size,
-        "intermediate_size": target_config.intermediate_size,
-        "num_attention_heads": target_config.num_attention_heads,
-        "num_key_value_heads": target_config.num_key_value_heads,
-        "head_dim": getattr(target_config, "head_dim", None) or target.hidden_size // target_config.num_attention_heads,
-        "rms_norm_eps": target_config.rms_norm_eps,
+        "intermediate_size": of_target("intermediate_size", 4 * target.hidden_size),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": of_target("num_key_value_heads", num_heads),
+        "head_dim": of_target("head_dim", target.hidden_size // num_heads),
+        "rms_norm_eps": of_target("rms_norm_eps", 1e-5),
         "max_position_embeddings": target.max_positions or 2048,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "vocab_size": target.vocab_size,
@@ -60,6 +65,7 @@ def new_head(config: TrainConfig, target: TargetModel, train: Sequence[Example])
         "target_hidden_size": target.hidden_size,
         **config.architecture,
     }
+    check_keys(config.architecture, {field.name for field in dataclasses.fields(DraftConfig)})
     if config.objective == "eagle1":
         head = build_network(DraftConfig(**sizes), target, None)
         assert isinstance(head, EagleModel)
@@ -114,20 +120,37 @@ class Collator:
         return {"input_ids": ids, "loss_mask": mask}
 
 
+class LengthGroupedOrder(Sampler[int]):
+    """An order of rows by epoch that puts rows of like length together; a function of (seed, epoch), so it resumes."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
+
+
 class HeadTrainer(ResumableTrainer):
     """Batches rows of like length, and logs each step's loss and accuracy beside the total."""
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> "LengthGroupedOrder":
         lengths = [len(example) for example in self.train_dataset]
-        generator = torch.Generator().manual_seed(int(self.args.seed))
-        return LengthGroupedSampler(self.args.per_device_train_batch_size, lengths=lengths, generator=generator)
+        return LengthGroupedOrder(lengths, self.args.per_device_train_batch_size, int(self.args.seed))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         module = self.model
         assert isinstance(module, HeadTraining)
         prefix = "eval_" if "eval_loss" in logs else ""
         if "loss" in logs or prefix:
-            logs |= {prefix + name: round(value, 4) for name, value in module.pop_metrics().items() if name != "loss"}
+            metrics = module.pop_metrics(training=not prefix)
+            logs |= {prefix + name: round(value, 4) for name, value in metrics.items() if name != "loss"}
         super().log(logs, *args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from draftwing.config import TrainConfig
+from draftwing.config import TrainConfig, check_keys
 from draftwing.data.chat import encode_row
 from draftwing.data.corpus import Row
 from draftwing.data.prompts import write_held_out_prompts
@@ -43,6 +43,7 @@ def train_language_model(config: TrainConfig) -> dict[str, float]:
 def new_target(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A randomly initialised Llama with the recipe's architecture and the tokenizer's special tokens."""
     end_of_turn, end_of_text = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    check_keys(config.architecture, LlamaConfig().to_dict())
     llama_config = LlamaConfig(
         vocab_size=len(tokenizer),
         bos_token_id=None,

@@ -33,10 +33,11 @@ class HeadTraining(nn.Module):
     def __init__(self, head: EagleModel | Eagle3Model, target: TargetModel, config: TrainConfig) -> None:
         super().__init__()
         self.head = head
-        self._target = target  # a TargetModel is no module, so its weights are neither trained nor saved
+        self._target = target  # a TargetModel is no module, so its weights are not saved
+        target.model.requires_grad_(False)  # nor trained, though the head shares its embedding or output head
         self._config = config
-        self._sums: dict[str, float] = defaultdict(float)
-        self._num_batches = 0
+        # Sums over the batches since they were last read, apart for training and evaluation.
+        self._sums: dict[bool, dict[str, float]] = {True: defaultdict(float), False: defaultdict(float)}
         if isinstance(head, Eagle3Model) and head.vocab.target_ids is not None:
             in_vocab = torch.zeros(target.vocab_size, dtype=torch.bool)
             self._in_vocab = in_vocab.index_fill_(0, head.vocab.target_ids, True)
@@ -54,21 +55,20 @@ class HeadTraining(nn.Module):
             loss = self._regression_loss(self.head, input_ids, loss_mask, features, output.logits)
         else:
             loss = self._ttt_loss(self.head, input_ids, loss_mask, features, output.logits)
-        self._sums["loss"] += float(loss.detach())
-        self._num_batches += 1
+        self._add("loss", loss)
         return {"loss": loss}
 
-    def pop_metrics(self) -> dict[str, float]:
-        """Means over the batches since the last call: loss and top-1 accuracy of each step, tau_sim."""
-        count = max(1, self._num_batches)
-        metrics = {name: total / count for name, total in self._sums.items()}
+    def pop_metrics(self, training: bool) -> dict[str, float]:
+        """Means over the training or evaluation batches since the last call: loss, each step's figures, tau_sim."""
+        sums = self._sums[training]
+        count = sums.pop("batches", 1)
+        metrics = {name: total / count for name, total in sums.items()}
         product, tau, step = 1.0, 1.0, 0
         while f"accuracy_{step}" in metrics:
             product *= metrics[f"accuracy_{step}"]
             step += 1
             tau += product
-        self._sums.clear()
-        self._num_batches = 0
+        sums.clear()
         return metrics | {"tau_sim": tau}
 
     def _regression_loss(
@@ -87,7 +87,7 @@ class HeadTraining(nn.Module):
         teacher = shift_left(logits, 1).float().softmax(-1)
         regression = masked_mean(feature_regression(predicted, shift_left(features, 1)), mask)
         cross_entropy = masked_mean(soft_cross_entropy(draft_logits, teacher), mask)
-        self._sums["regression"] += float(regression.detach())
+        self._add("regression", regression)
         self._record(0, cross_entropy, draft_logits.argmax(-1), teacher.argmax(-1), mask)
         return regression + config.token_loss_weight * cross_entropy
 
@@ -124,8 +124,12 @@ class HeadTraining(nn.Module):
     def _record(
         self, step: int, loss: torch.Tensor, choice: torch.Tensor, best: torch.Tensor, mask: torch.Tensor
     ) -> None:
-        self._sums[f"loss_{step}"] += float(loss.detach())
-        self._sums[f"accuracy_{step}"] += float(masked_mean((choice == best).float(), mask))
+        self._add(f"loss_{step}", loss)
+        self._add(f"accuracy_{step}", masked_mean((choice == best).float(), mask))
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        self._sums[self.training][name] += float(value.detach())
+        self._sums[self.training]["batches"] += name == "loss"
 
 
 def _positions(input_ids: torch.Tensor) -> torch.Tensor:

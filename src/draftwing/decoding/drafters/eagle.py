@@ -202,7 +202,7 @@ def _best_subtree(
     A candidate scores at most what its parent does and comes after it, so a stable order takes parents first.
     """
     batch_size, num_candidates = tokens.shape
-    scores = scores.nan_to_num(nan=-torch.inf)
+    scores = scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
     order = scores.sort(dim=1, descending=True, stable=True).indices
     chosen = order[:, : plan.num_nodes - 1].sort(dim=1).values
     numbers = torch.arange(1, plan.num_nodes, device=root.device).expand_as(chosen)
