@@ -250,7 +250,6 @@ def test_a_model_without_positions_is_refused(prefix: str) -> None:
         TargetModel(build(family(prefix), "eager"))
 
 
-@pytest.mark.xfail(strict=True, reason="models/target.py: _check_interface accepts Falcon's alibi; the prefill crashes")
 def test_falcon_with_alibi_is_refused() -> None:
     """It takes position_ids and ignores them: its position bias comes from the mask."""
     model = build(family("Falcon", alibi=True), "sdpa")
@@ -265,14 +264,12 @@ def test_chunked_attention_is_refused() -> None:
         TargetModel(build(llama4, ATTENTION))
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="models/target.py: layer types are read after the probe")
 def test_convolution_layers_are_refused() -> None:
     lfm2 = build(family("Lfm2", layer_types=["conv", "full_attention", "conv"]), ATTENTION)
     with pytest.raises(ValueError, match=r"recurrent state|layers of type 'conv'"):
         TargetModel(lfm2)
 
 
-@pytest.mark.xfail(strict=True, reason="models/target.py: CodeGen ignores our attention and adds the bool mask: wrong")
 def test_a_model_that_ignores_our_attention_is_refused() -> None:
     """CodeGen's modules compute their own attention whatever the configuration says, with an additive mask."""
     model = build(FAMILIES["codegen"], ATTENTION)
@@ -280,7 +277,6 @@ def test_a_model_that_ignores_our_attention_is_refused() -> None:
         TargetModel(model)
 
 
-@pytest.mark.xfail(strict=True, reason="models/target.py: GPT-Neo's local layers count slots, not positions: wrong")
 def test_a_window_over_slots_is_refused() -> None:
     overrides = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW}
     model = build(Family("GPTNeoForCausalLM", "GPTNeoConfig", overrides), "eager")

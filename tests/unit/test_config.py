@@ -57,7 +57,7 @@ def test_counts_are_at_least_1(key: str) -> None:
 
 
 def test_an_unknown_objective_names_the_known() -> None:
-    with pytest.raises(ValueError, match="objective: expected one of language_model, .*, eagle3, got 'eagle2'"):
+    with pytest.raises(ValueError, match=r"objective: expected one of language_model, .*, eagle3, got 'eagle2'"):
         from_mapping(TrainConfig, VALID | {"objective": "eagle2"})
 
 

@@ -42,8 +42,8 @@ class TargetModel:
         self.device = model.device
         self.dtype = model.dtype
         self._check_interface()
-        self._layers = self._probe_layers()
         self._windows = _attention_windows(self.config)
+        self._layers = self._probe_layers()
 
     @property
     def hidden_size(self) -> int:
@@ -165,7 +165,13 @@ class TargetModel:
                 f"target: {name} has {rope_type!r} positions, which depend on the longest row of a pass, so its "
                 "tokens would depend on the tree and the batch"
             )
+        if getattr(self.config, "alibi", False):
+            raise ValueError(f"target: {name} has alibi position biases, which do not follow a tree's positions")
+        if "local" in getattr(self.config, "attention_layers", ()):
+            raise ValueError(f"target: {name} has local attention layers that count slots instead of positions")
         attention = self.model.config._attn_implementation
+        if attention == ATTENTION and not (self.model._supports_attention_backend or self.model._supports_sdpa):
+            raise ValueError(f"attn_implementation: {name} has its own attention; load it with 'eager'")
         if attention not in TREE_ATTENTIONS:
             raise ValueError(
                 f"attn_implementation: {attention!r} cannot take a tree mask; load {name} with one of {TREE_ATTENTIONS}"
