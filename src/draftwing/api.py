@@ -269,7 +269,7 @@ def custom_generate(
     """A drop-in for transformers: `hf_model.generate(..., custom_generate=draftwing.custom_generate(draft))`.
 
     Sampling parameters, EOS ids, stop strings, stopping criteria and streamers are honoured as `generate` has prepared
-    them. With `seed=None` each call draws its seed from torch's generator, so `torch.manual_seed` makes it reproducible.
+    them. With `seed=None` each call draws its seed from torch's generator, so that `torch.manual_seed` repeats it.
 
     Raises:
         ValueError: on use, a setting that is not supported (the message names it).

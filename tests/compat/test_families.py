@@ -278,7 +278,7 @@ def test_a_model_that_ignores_our_attention_is_refused() -> None:
 
 
 def test_a_window_over_slots_is_refused() -> None:
-    overrides = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW}
+    overrides = {"attention_types": [[["global", "local", "global"], 1]], "window_size": WINDOW}
     model = build(Family("GPTNeoForCausalLM", "GPTNeoConfig", overrides), "eager")
     with pytest.raises(ValueError, match="local"):
         TargetModel(model)
