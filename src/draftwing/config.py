@@ -33,6 +33,8 @@ class TrainConfig:
     """Overrides of the trained network's configuration (Hugging Face names: `hidden_size`, ...)."""
     vocab_size: int = 4096
     """Tokenizer entries; `language_model` only."""
+    init_from: str = ""
+    """A trained head to continue from; its shape and draft vocabulary are kept. Empty starts a new one."""
     draft_vocab_size: int | None = None
     """EAGLE-3's output vocabulary, the data's most frequent tokens; None keeps the whole target vocabulary."""
     aux_layers: tuple[int, ...] = ()

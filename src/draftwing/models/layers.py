@@ -83,7 +83,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed: torch.Tensor = functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # The fused kernel wants one dtype; under autocast the weight has another.
+        normed: torch.Tensor = functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         return normed
 
 

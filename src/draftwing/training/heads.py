@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from draftwing.checkpoint.formats import HeadFormat, default_aux_layers
-from draftwing.checkpoint.load import DraftNetwork, build_network, load_target, load_tokenizer, sizes_of
+from draftwing.checkpoint.load import DraftNetwork, build_network, load_head, load_target, load_tokenizer, sizes_of
 from draftwing.checkpoint.save import save_head, to_head
 from draftwing.config import TrainConfig, check_keys
 from draftwing.data.chat import Example, encode_row
@@ -34,7 +34,10 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     rows = read_rows(config.data, config.max_rows, config.seed)
     train = examples(rows.train, tokenizer, config.sequence_length)
     held_out = examples(rows.held_out, tokenizer, config.sequence_length)[: config.evaluate_rows]
-    head = new_head(config, target, train).to(target.device)
+    if config.init_from:
+        head = load_head(config.init_from, target, torch.float32).train()
+    else:
+        head = new_head(config, target, train).to(target.device)
     module = HeadTraining(head, target, config)
     trainer = new_trainer(config, module, train, held_out, Collator(tokenizer.pad_token_id or 0), HeadTrainer)
     trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
