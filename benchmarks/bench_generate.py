@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoModelForCausalLM
 
 from draftwing.api import DEFAULT_PLANS, load
-from draftwing.checkpoint.load import ASSETS
+from draftwing.checkpoint.load import ASSETS, resolve_target
 from draftwing.data.prompts import read_prompts
 from draftwing.evaluation.compare import compare_methods
 from draftwing.provenance import provenance
@@ -69,10 +70,6 @@ def with_plan(model: Any, plan: str) -> Any:
 
 def transformers_speed(model: Any, prompts: list[list[int]], options: argparse.Namespace) -> float:
     """Tokens per second of the stock greedy `generate` on the same weights, with transformers' own attention."""
-    from transformers import AutoModelForCausalLM
-
-    from draftwing.checkpoint.load import resolve_target
-
     stock = AutoModelForCausalLM.from_pretrained(resolve_target(options.target), dtype=model.target.dtype)
     stock = stock.to(options.device).eval()
     num_tokens, total = 0, 0.0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from draftwing.checkpoint.load import DraftNetwork, feature_layers
+from draftwing.checkpoint.load import DraftNetwork
 from draftwing.config import TrainConfig
 from draftwing.data.chat import Example
 from draftwing.decoding.drafters import NoDrafter
@@ -97,9 +97,7 @@ def train_briefly(
 def eagle(head: DraftNetwork) -> DrafterFactory:
     """Builds the drafter of a head for the engine."""
     dtype = next(head.parameters()).dtype
-    return lambda batch_size, capacity: EagleDrafter(
-        head, feature_layers(head), batch_size, capacity, dtype, torch.device("cpu")
-    )
+    return lambda batch_size, capacity: EagleDrafter(head, batch_size, capacity, dtype, torch.device("cpu"))
 
 
 def no_draft(batch_size: int, capacity: int) -> NoDrafter:

@@ -1,12 +1,16 @@
 """draftwing: speculative decoding with EAGLE heads that returns exactly what plain decoding would have returned."""
 
-from draftwing.api import GenerateOutput, SpeculativeModel, custom_generate, load
+from draftwing.api import GenerateOptions, GenerateOutput, SpeculativeModel, load
+from draftwing.decoding.generate import Committed
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.statistics import Statistics
+from draftwing.drop_in import custom_generate
 
 __version__ = "0.1.0"
 __all__ = [
+    "Committed",
+    "GenerateOptions",
     "GenerateOutput",
     "SamplingParams",
     "SpeculativeModel",

@@ -1,21 +1,19 @@
-"""The Python API: `load` a target with a draft, then `generate` or `stream`; `custom_generate` for transformers."""
+"""The Python API: `load` a target with a draft, then `generate` or `stream`."""
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from transformers.generation import GenerateDecoderOnlyOutput
 
 from draftwing.checkpoint.load import (
     DraftNetwork,
-    feature_layers,
     load_head,
     load_target,
     load_tokenizer,
 )
+from draftwing.config import check_keys
 from draftwing.decoding.drafters import Drafter, NoDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.generate import Committed, Generation, Request
@@ -45,8 +43,14 @@ class GenerateOutput:
 class GenerateOptions:
     """Everything `generate` takes beside the prompts; None is neutral, and without a temperature decoding is greedy.
 
-    `eos_token_id` comes from the model's generation config unless given. `seed` may name one seed per row; a single one
-    gives row b the seed `seed + b`.
+    Of the model's generation config only end-of-sequence and padding ids are read; its temperature, top_p, ... are not.
+
+    Attributes:
+        seed: one seed per row, or a single one, which gives row b the seed `seed + b`.
+        stop: stop strings; a row ends with the token that completes one.
+        plan: `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `eagle1` or a TreePlan; None is the method's default.
+        coupled: rank draft candidates with the target's own noise; the same output, more of it drafted when sampling.
+        is_done: a further end, called with a row and its new tokens after each (slow).
     """
 
     max_new_tokens: int = 128
@@ -62,7 +66,7 @@ class GenerateOptions:
     stop: Sequence[str] | str = ()
     plan: str | TreePlan | None = None
     coupled: bool = True
-    """Rank draft candidates with the target's own noise: the same output, more of it drafted at temperature > 0."""
+    is_done: Callable[[int, Sequence[int]], bool] | None = None
 
     def sampling(self, row: int) -> SamplingParams:
         """The sampling parameters of one row."""
@@ -96,7 +100,7 @@ class SpeculativeModel:
         self, target: TargetModel, head: DraftNetwork | None = None, tokenizer: Any = None, method: str | None = None
     ) -> None:
         self.target, self.head, self.tokenizer = target, head, tokenizer
-        self.method = check_method(method, head)
+        self.method = resolve_method(method, head)
 
     def with_method(self, method: str) -> "SpeculativeModel":
         """The same weights, decoding another way."""
@@ -119,8 +123,8 @@ class SpeculativeModel:
         Raises:
             ValueError: an option out of range, an empty or too long prompt; the message names the field.
         """
-        prompts = unpad(input_ids, attention_mask)
-        generation, settings = self._start(prompts, **options)
+        settings = _read_options(options)
+        generation = self._start(unpad(input_ids, attention_mask), settings)
         for _ in generation.cycles():
             pass
         rows = [output.tokens for output in generation.outputs]
@@ -134,20 +138,13 @@ class SpeculativeModel:
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any
     ) -> Iterator[Committed]:
         """Generate as `generate` does, yielding the tokens that each cycle commits, per row."""
-        generation, _ = self._start(unpad(input_ids, attention_mask), **options)
-        yield from generation.cycles()
+        yield from self.start(unpad(input_ids, attention_mask), **options).cycles()
 
     def start(self, prompts: Sequence[Sequence[int]], **options: Any) -> Generation:
         """A generation over prompts given as token ids, prefilled and ready to cycle."""
-        return self._start(prompts, **options)[0]
+        return self._start(prompts, _read_options(options))
 
-    def _start(
-        self,
-        prompts: Sequence[Sequence[int]],
-        is_done: Callable[[int, Sequence[int]], bool] | None = None,
-        **options: Any,
-    ) -> tuple[Generation, GenerateOptions]:
-        settings = GenerateOptions(**self._check_names(options))
+    def _start(self, prompts: Sequence[Sequence[int]], settings: GenerateOptions) -> Generation:
         stop = (settings.stop,) if isinstance(settings.stop, str) else tuple(settings.stop)
         eos = self._eos_token_ids(settings)
         requests = [
@@ -159,7 +156,7 @@ class SpeculativeModel:
                     eos_token_ids=eos,
                     stop_strings=stop,
                     decode=None if self.tokenizer is None else self.tokenizer.decode,
-                    is_done=None if is_done is None else _bind_row(is_done, row),
+                    is_done=settings.is_done and partial(settings.is_done, row),
                 ),
             )
             for row, prompt in enumerate(prompts)
@@ -168,32 +165,28 @@ class SpeculativeModel:
         plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
         if self.method == "plain" or plan.depth == 0:
             plan = TreePlan.off(self.target.best_single_row if len(prompts) == 1 else 1)
-        return Generation(self.target, requests, self._new_drafter, plan, settings.coupled), settings
+        return Generation(self.target, requests, self._new_drafter, plan, settings.coupled)
 
     def _new_drafter(self, batch_size: int, capacity: int) -> Drafter:
         if self.head is None or self.method == "plain":
             return NoDrafter()
-        target = self.target
         dtype = next(self.head.parameters()).dtype
-        return EagleDrafter(self.head, feature_layers(self.head), batch_size, capacity, dtype, target.device)
-
-    def _check_names(self, options: dict[str, Any]) -> dict[str, Any]:
-        for name in options:
-            if name not in GenerateOptions.__dataclass_fields__:
-                raise ValueError(f"{name}: unknown option; known: {', '.join(GenerateOptions.__dataclass_fields__)}")
-        return options
+        return EagleDrafter(self.head, batch_size, capacity, dtype, self.target.device)
 
     def _eos_token_ids(self, settings: GenerateOptions) -> tuple[int, ...]:
         eos = settings.eos_token_id
         if eos is None:
-            eos = self.target.model.generation_config.eos_token_id
-        if eos is None:
-            return ()
+            return self.target.eos_token_ids
         return (eos,) if isinstance(eos, int) else tuple(eos)
 
     def _pad_token_id(self, settings: GenerateOptions) -> int:
         pad = self.target.model.generation_config.pad_token_id
         return pad if pad is not None else (self._eos_token_ids(settings) or (0,))[0]
+
+
+def _read_options(options: dict[str, Any]) -> GenerateOptions:
+    check_keys(options, GenerateOptions.__dataclass_fields__)
+    return GenerateOptions(**options)
 
 
 def load(
@@ -210,7 +203,7 @@ def load(
 
     Args:
         target: `tiny` (the embedded model), a folder or a hub id.
-        draft: `tiny`, a folder or a hub id of an EAGLE head; None decodes plainly.
+        draft: `tiny` (the embedded head that suits `method`), `tiny-eagle1`, a folder or a hub id; None: no head.
         dtype: of both models, `torch.float32` or "float32"; default: float32 on a CPU, the file's dtype elsewhere.
         method: plain, eagle1, eagle2 or eagle3; default: what the head is made for (eagle2 for an EAGLE-1 file).
         aux_layers, rope_theta: override what a head's file says (see `draftwing inspect`).
@@ -248,7 +241,7 @@ def parse_dtype(dtype: torch.dtype | str | None, device: str | torch.device) -> 
     return known[dtype]
 
 
-def check_method(method: str | None, head: DraftNetwork | None) -> str:
+def resolve_method(method: str | None, head: DraftNetwork | None) -> str:
     """The method to decode with, checked against the head at hand."""
     if method is None:
         return "plain" if head is None else "eagle3" if isinstance(head, Eagle3Model) else "eagle2"
@@ -261,122 +254,6 @@ def check_method(method: str | None, head: DraftNetwork | None) -> str:
             kind = "EAGLE-3" if isinstance(head, Eagle3Model) else "EAGLE-1/2"
             raise ValueError(f"method: {method} cannot use this head, which is an {kind} one")
     return method
-
-
-def custom_generate(
-    draft: str | Path | DraftNetwork, plan: str | None = None, seed: int | None = None
-) -> Callable[..., Any]:
-    """A drop-in for transformers: `hf_model.generate(..., custom_generate=draftwing.custom_generate(draft))`.
-
-    Sampling parameters, EOS ids, stop strings, stopping criteria and streamers are honoured as `generate` has prepared
-    them. With `seed=None` each call draws its seed from torch's generator, so that `torch.manual_seed` repeats it.
-
-    Raises:
-        ValueError: on use, a setting that is not supported (the message names it).
-    """
-    heads: weakref.WeakKeyDictionary[Any, DraftNetwork] = weakref.WeakKeyDictionary()
-
-    def generate(
-        model: Any,
-        input_ids: torch.Tensor,
-        logits_processor: Any = (),
-        stopping_criteria: Any = (),
-        generation_config: Any = None,
-        streamer: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        _check_generation_config(generation_config)
-        was_training = model.training
-        model.eval()
-        try:
-            target = TargetModel(model)
-            if model not in heads:
-                heads[model] = load_head(str(draft), target) if isinstance(draft, str | Path) else draft
-            generation = SpeculativeModel(target, heads[model]).start(
-                unpad(input_ids, kwargs.get("attention_mask")),
-                plan=plan,
-                seed=int(torch.randint(2**31, ())) if seed is None else seed,
-                **_sampling_of(logits_processor, bool(generation_config.do_sample)),
-                **_stop_of(stopping_criteria, input_ids),
-            )
-            for committed in generation.cycles():
-                for token in committed.tokens[0] if streamer is not None else ():
-                    streamer.put(torch.tensor([token]))
-        finally:
-            model.train(was_training)
-        if streamer is not None:
-            streamer.end()
-        pad = (_as_ids(generation_config.pad_token_id) or _as_ids(generation_config.eos_token_id) or [0])[0]
-        sequences = append_padded(input_ids, [output.tokens for output in generation.outputs], pad)
-        return (
-            GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
-        )
-
-    return generate
-
-
-def _check_generation_config(config: Any) -> None:
-    if (config.num_beams or 1) > 1:
-        raise ValueError(f"num_beams: speculative decoding has one beam, got {config.num_beams}")
-    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        if getattr(config, name, None):
-            raise ValueError(f"{name}: not supported by draftwing")
-
-
-# What transformers' logits processors are to us: their class, our option, their attribute.
-PROCESSORS = {
-    "TemperatureLogitsWarper": ("temperature", "temperature"),
-    "TopKLogitsWarper": ("top_k", "top_k"),
-    "TopPLogitsWarper": ("top_p", "top_p"),
-    "MinPLogitsWarper": ("min_p", "min_p"),
-    "RepetitionPenaltyLogitsProcessor": ("repetition_penalty", "penalty"),
-}
-
-
-def _sampling_of(processors: Any, is_sampled: bool) -> dict[str, Any]:
-    """Our sampling options from the logits processors that transformers prepared."""
-    options: dict[str, Any] = {"temperature": 1.0 if is_sampled else 0.0}
-    for processor in processors or ():
-        kind = type(processor).__name__
-        if kind not in PROCESSORS:
-            raise ValueError(f"logits_processor: {kind} is not supported by draftwing")
-        name, attribute = PROCESSORS[kind]
-        if is_sampled or name == "repetition_penalty":
-            options[name] = getattr(processor, attribute)
-    return options
-
-
-def _stop_of(criteria: Any, input_ids: torch.Tensor) -> dict[str, Any]:
-    """Our stop options from the stopping criteria that transformers prepared; unknown ones are run after each token."""
-    limits, eos, others = [], [], []
-    for criterion in criteria or ():
-        kind = type(criterion).__name__
-        if kind == "MaxLengthCriteria":
-            limits.append(criterion.max_length - input_ids.shape[1])
-        elif kind == "EosTokenCriteria":
-            eos += _as_ids(criterion.eos_token_id)
-        else:
-            others.append(criterion)
-
-    def is_done(row: int, emitted: Sequence[int]) -> bool:
-        ids = torch.cat((input_ids[row], torch.tensor(emitted, device=input_ids.device)))[None]
-        return any(bool(criterion(ids, None).any()) for criterion in others)
-
-    if not limits:
-        raise ValueError("max_new_tokens: expected a limit (max_new_tokens, max_length or a MaxLengthCriteria)")
-    return {"max_new_tokens": min(limits), "eos_token_id": eos, "is_done": is_done if others else None}
-
-
-def _as_ids(value: Any) -> list[int]:
-    if value is None:
-        return []
-    if isinstance(value, torch.Tensor):
-        return [int(token) for token in value.flatten()]
-    return [value] if isinstance(value, int) else list(value)
-
-
-def _bind_row(is_done: Callable[[int, Sequence[int]], bool], row: int) -> Callable[[Sequence[int]], bool]:
-    return lambda emitted: is_done(row, emitted)
 
 
 def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:

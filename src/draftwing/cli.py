@@ -96,15 +96,17 @@ def run_generate(options: argparse.Namespace) -> None:
     ids = prompt.token_ids(model.tokenizer)
     settings = {
         name: getattr(options, name)
-        for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
-    } | {"plan": options.plan}
+        for name in (
+            *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+            *("seed", "stop", "plan"),
+        )
+    }
     if options.compare:
         _print_comparison(model, ids, settings, options.json)
     elif options.json:
         generation, run = _timed_run(model, ids, settings)
-        print(
-            json.dumps(run | generation.statistics.as_dict() | {"finish_reason": generation.outputs[0].finish_reason})
-        )
+        reason = generation.outputs[0].finish_reason
+        print(json.dumps(run | {"finish_reason": reason, "statistics": generation.statistics.as_dict()}))
     else:
         console = Console(highlight=False)
         generation = model.start([ids], **settings)
@@ -242,7 +244,12 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--min-p", type=float, default=0.0, help="default: 0 (off)")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="default: 1 (off)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        help="end at this text, which --json and --compare cut off; may be given several times",
+    )
     parser.add_argument("--compare", action="store_true", help="decode plainly too, and compare tokens and speed")
 
 

@@ -20,7 +20,7 @@ from conftest import Request, generate, requests_for, tiny_llama
 from published import TINY, eagle3_shapes, random_tensors
 from safetensors.torch import save_file
 
-from draftwing.checkpoint.load import DraftNetwork, feature_layers, load_head, sizes_of
+from draftwing.checkpoint.load import DraftNetwork, load_head, sizes_of
 from draftwing.checkpoint.save import save_head, to_head
 from draftwing.decoding.drafters import Drafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
@@ -173,9 +173,7 @@ def our_run(network: DraftNetwork, target: TargetModel) -> tuple[list[int], list
     drafts: list[list[int]] = []
 
     def new_drafter(batch_size: int, capacity: int) -> Drafter:
-        drafter = RecordingDrafter(
-            network, feature_layers(network), batch_size, capacity, torch.float64, torch.device("cpu")
-        )
+        drafter = RecordingDrafter(network, batch_size, capacity, torch.float64, torch.device("cpu"))
         drafter.drafts = drafts
         return drafter
 

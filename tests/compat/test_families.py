@@ -200,7 +200,7 @@ def test_every_node_gets_the_logits_of_its_own_branch(family: Family, attention:
 
     num_kept = torch.tensor([len(path) for path in ACCEPTED])
     path = torch.tensor([path + [0] * (4 - len(path)) for path in ACCEPTED])
-    cache.commit(path, num_kept, most=4)
+    cache.commit(path, num_kept, max_kept=4)
     following = torch.tensor([[31], [52]])
     one_node = torch.ones(len(PROMPTS), 1, 1, dtype=torch.bool)
     output = target.forward_tree(following, torch.zeros_like(following), one_node, cache)

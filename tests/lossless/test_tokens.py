@@ -137,7 +137,7 @@ def test_prompts_longer_than_a_prefill_chunk(
 # Sabotaged twins: each breaks one thing that equality rests on, and the comparison above must notice.
 
 
-def accept_always(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tensor) -> Verdict:
+def accept_always(tree: DraftTree, chosen: torch.Tensor) -> Verdict:
     """Accepts the best-scored branch without asking the target."""
     depths = torch.where(tree.valid, tree.depths, -1)
     leaf = depths.argmax(1, keepdim=True)
@@ -156,7 +156,7 @@ def break_acceptance(monkeypatch: pytest.MonkeyPatch) -> None:
 def break_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps the first nodes instead of the accepted ones."""
     original = KVCache.commit
-    monkeypatch.setattr(KVCache, "commit", lambda self, path, kept, most: original(self, None, kept, most))
+    monkeypatch.setattr(KVCache, "commit", lambda self, path, num_kept, max_kept: original(self, None, num_kept, max_kept))
 
 
 def break_mask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE, eagle, requests_for, run
 
-from draftwing.checkpoint.load import DraftNetwork, feature_layers
+from draftwing.checkpoint.load import DraftNetwork
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.generate import Generation
 from draftwing.decoding.plan import TreePlan
@@ -85,17 +85,17 @@ class SlowDraft:
 def features_of(target: TargetModel, head: DraftNetwork, tokens: list[int]) -> torch.Tensor:
     """The target's features `[S, F]` of a sequence, from the stock module."""
     output = target.model(input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
-    return torch.cat([output.hidden_states[layer][0] for layer in feature_layers(head)], dim=-1)
+    return torch.cat([output.hidden_states[layer][0] for layer in head.config.feature_layers], dim=-1)
 
 
 def drafter_that_has_read(target: TargetModel, head: DraftNetwork, sequences: list[list[int]]) -> EagleDrafter:
     """A fresh drafter that has read all of the sequences but their last tokens, the roots, at once."""
-    drafter = EagleDrafter(head, feature_layers(head), len(sequences), CAPACITY, torch.float64, torch.device("cpu"))
+    drafter = EagleDrafter(head, len(sequences), CAPACITY, torch.float64, torch.device("cpu"))
     longest = max(map(len, sequences))
     padded = [tokens + [0] * (longest - len(tokens)) for tokens in sequences]
     features = torch.stack([features_of(target, head, tokens) for tokens in padded])
     num_new = torch.tensor([len(tokens) - 1 for tokens in sequences])
-    drafter.observe(torch.tensor(padded)[:, 1:], features[:, :-1], num_new, most=longest - 1)
+    drafter.observe(torch.tensor(padded)[:, 1:], features[:, :-1], num_new)
     return drafter
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from draftwing.models.kv_cache import KVCache, LayerShape
-from draftwing.models.target import TargetModel, visible_slots
+from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
+from draftwing.models.target import TargetModel
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ def write(cache: KVCache, num_new: int, first: int) -> tuple[torch.Tensor, torch
 def test_commit_gathers_the_path() -> None:
     cache = positions_cache(batch_size=2, capacity=10, num_new=5)
     # Row 0 keeps nodes 0, 2, 4; row 1 keeps its root. Entries past num_kept are 0, as walk() makes them.
-    cache.commit(torch.tensor([[0, 2, 4], [0, 0, 0]]), torch.tensor([3, 1]), most=3)
+    cache.commit(torch.tensor([[0, 2, 4], [0, 0, 0]]), torch.tensor([3, 1]), max_kept=3)
     assert cache.lengths.tolist() == [3, 1]
     keys, values = write(cache, num_new=1, first=7)
     assert keys[0, 0, :4, 0].tolist() == [100, 102, 104, 7]
@@ -33,7 +33,7 @@ def test_commit_gathers_the_path() -> None:
 
 def test_commit_without_a_path_keeps_the_first_nodes() -> None:
     cache = positions_cache(batch_size=2, capacity=10, num_new=4)
-    cache.commit(None, torch.tensor([0, 3]), most=3)
+    cache.commit(None, torch.tensor([0, 3]), max_kept=3)
     keys, _ = write(cache, num_new=1, first=7)
     assert keys[0, 0, 0, 0] == 7
     assert keys[1, 0, :4, 0].tolist() == [100, 101, 102, 7]
@@ -42,16 +42,16 @@ def test_commit_without_a_path_keeps_the_first_nodes() -> None:
 def test_the_host_bound_follows_commits_and_stays_within_capacity() -> None:
     cache = positions_cache(batch_size=1, capacity=6, num_new=3)
     assert cache.num_read(3) == 3
-    cache.commit(None, torch.tensor([2]), most=3)
+    cache.commit(None, torch.tensor([2]), max_kept=3)
     assert (cache.bound, cache.num_read(2)) == (3, 5)
-    cache.commit(None, torch.tensor([0]), most=9)
+    cache.commit(None, torch.tensor([0]), max_kept=9)
     assert (cache.bound, cache.num_read(2)) == (6, 6)
 
 
 def test_writes_past_the_capacity_land_in_the_rows_trash_slot() -> None:
     """Padding of a short row may lie beyond its slots; neither its own nor its neighbour's tokens may suffer."""
     cache = positions_cache(batch_size=2, capacity=4, num_new=4)
-    cache.commit(None, torch.tensor([3, 4]), most=4)
+    cache.commit(None, torch.tensor([3, 4]), max_kept=4)
     keys, _ = write(cache, num_new=3, first=7)  # row 0 has one slot left, row 1 none
     assert keys.shape[2] == 4
     assert keys[0, 0, :, 0].tolist() == [100, 101, 102, 7]
@@ -66,16 +66,11 @@ def test_layers_of_different_shapes_are_committed_alike() -> None:
         keys, values = torch.randn(1, heads, 3, key_dim).double(), torch.randn(1, heads, 3, value_dim).double()
         cache.write(layer, keys, values, slots, 3)
         stored.append((keys, values))
-    cache.commit(torch.tensor([[0, 2]]), torch.tensor([2]), most=2)
+    cache.commit(torch.tensor([[0, 2]]), torch.tensor([2]), max_kept=2)
     for layer, (keys, values) in enumerate(stored):
         read_keys, read_values = cache.write(layer, keys[:, :, :1], values[:, :, :1], cache.slots_behind(1), 3)
         assert torch.equal(read_keys[:, :, :2], keys[:, :, [0, 2]])
         assert torch.equal(read_values[:, :, :2], values[:, :, [0, 2]])
-
-
-def test_num_bytes_counts_keys_and_values_and_the_trash_slot() -> None:
-    cache = KVCache([LayerShape(2, 4, 4)] * 3, batch_size=2, capacity=9, dtype=torch.float64, device=CPU)
-    assert cache.num_bytes == 3 * 2 * (2 * 10 * 2 * 4) * 8
 
 
 def test_visible_slots() -> None:
@@ -113,7 +108,7 @@ def test_a_committed_path_equals_recomputing_from_scratch(target: TargetModel) -
         tokens = torch.arange(18).reshape(3, 6) + 20 + cycle
         target.forward_tree(tokens, depths, ancestors, cache)
         path = torch.tensor([row + [0] * (4 - len(row)) for row in paths])
-        cache.commit(path, torch.tensor([len(row) for row in paths]), most=4)
+        cache.commit(path, torch.tensor([len(row) for row in paths]), max_kept=4)
         for row, nodes in enumerate(paths):
             sequences[row] += tokens[row, nodes].tolist()
 

@@ -96,7 +96,7 @@ class TestWarping:
                 [SequenceBiasLogitsProcessor({(9,): 6.0, (3,): 7.0}), RepetitionPenaltyLogitsProcessor(1.8)]
             )(torch.tensor([history]), logits[0].clone())
             sampler = sampler_of(SamplingParams(repetition_penalty=1.8, logit_bias={9: 6.0, 3: 7.0}))
-            sampler.observe(torch.tensor([history]), torch.ones(1, 4, dtype=torch.bool))
+            sampler.observe(torch.tensor([history]), torch.tensor([4]))
             root = torch.tensor([[9]])
             chosen = sampler.choose(
                 logits, root, torch.ones(1, 1, 1, dtype=torch.bool), torch.zeros_like(root), torch.tensor([4])
@@ -112,7 +112,7 @@ class TestRepetitionPenalty:
     def test_equals_transformers(self) -> None:
         logits, history = random_logits(rows=1), torch.tensor([[3, 4, 4, 9]])
         sampler = sampler_of(SamplingParams(repetition_penalty=1.8))
-        sampler.observe(history, torch.ones(1, 4, dtype=torch.bool))
+        sampler.observe(history, torch.tensor([4]))
         ours = sampler._penalise(logits, torch.tensor([[9]]), torch.ones(1, 1, 1, dtype=torch.bool))
         theirs = RepetitionPenaltyLogitsProcessor(1.8)(history, logits[0].clone())
         torch.testing.assert_close(ours[0], theirs)
@@ -122,7 +122,7 @@ class TestRepetitionPenalty:
         logits = torch.ones(1, 3, 10)
         ancestors = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]], dtype=torch.bool)
         sampler = sampler_of(SamplingParams(repetition_penalty=2.0), vocab_size=10)
-        sampler.observe(torch.tensor([[2, 8]]), torch.tensor([[True, False]]))  # 8 is padding
+        sampler.observe(torch.tensor([[2, 8]]), torch.tensor([1]))  # 8 is padding
         penalised = sampler._penalise(logits, torch.tensor([[5, 6, 7]]), ancestors)[0] == 0.5
         assert [node.nonzero().squeeze(1).tolist() for node in penalised] == [[2, 5], [2, 5, 6], [2, 5, 7]]
 

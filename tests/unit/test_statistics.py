@@ -63,8 +63,8 @@ def test_merge_adds_counts_of_different_depths(depths: tuple[int, int]) -> None:
 def test_as_dict_is_the_same_figures() -> None:
     statistics = counted(0, 2)
     assert statistics.as_dict() == {
-        "cycles": 2,
-        "tokens": 4,
+        "num_cycles": 2,
+        "num_tokens": 4,
         "acceptance_length": 2.0,
         "acceptance_rate": [0.5, 1.0, 0.0],
         "seconds": dict.fromkeys(STAGES, 0.0),

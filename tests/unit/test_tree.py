@@ -27,7 +27,7 @@ def tree_of(tokens: list[list[int]], parents: list[list[int]], valid: list[list[
 
 
 def verdict_of(tree: DraftTree, chosen: list[list[int]]) -> Verdict:
-    return walk(tree, tree.ancestors(), torch.tensor(chosen))
+    return walk(tree, torch.tensor(chosen))
 
 
 #      0         tokens: 0:10  1:11  2:12  3:13  4:14  5:15
@@ -41,7 +41,7 @@ PARENTS = [0, 0, 0, 1, 1, 2]
 
 class TestAncestors:
     def test_branching_tree(self) -> None:
-        assert tree_of([TOKENS], [PARENTS]).ancestors().int().tolist() == [
+        assert tree_of([TOKENS], [PARENTS]).ancestors.int().tolist() == [
             [
                 [1, 0, 0, 0, 0, 0],
                 [1, 1, 0, 0, 0, 0],
@@ -55,16 +55,16 @@ class TestAncestors:
     def test_a_chain_is_the_causal_mask(self) -> None:
         for length in range(1, 11):  # every count of doublings, and one past each
             chain = tree_of([list(range(length))], [[max(0, node - 1) for node in range(length)]])
-            assert torch.equal(chain.ancestors()[0], torch.ones(length, length, dtype=torch.bool).tril())
+            assert torch.equal(chain.ancestors[0], torch.ones(length, length, dtype=torch.bool).tril())
 
     def test_rows_have_their_own_masks(self) -> None:
-        masks = tree_of([[1, 2, 3], [1, 2, 3]], [[0, 0, 1], [0, 0, 0]]).ancestors().int().tolist()
+        masks = tree_of([[1, 2, 3], [1, 2, 3]], [[0, 0, 1], [0, 0, 0]]).ancestors.int().tolist()
         assert masks == [[[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 0], [1, 0, 1]]]
 
     def test_plain_decoding_has_a_root_that_sees_itself(self) -> None:
         tree = root_tree(torch.tensor([5, 6]))
         assert tree.tokens.tolist() == [[5], [6]]
-        assert tree.ancestors().tolist() == [[[True]], [[True]]]
+        assert tree.ancestors.tolist() == [[[True]], [[True]]]
 
 
 class TestWalk:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from draftwing.checkpoint.load import DraftNetwork, feature_layers
+from draftwing.checkpoint.load import DraftNetwork
 from draftwing.config import TrainConfig
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.plan import TreePlan
@@ -124,7 +124,7 @@ class TestEagle3Loss:
     def test_equals_a_slow_loop_over_slots(self, target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
         head, (input_ids, loss_mask) = heads["eagle3"], random_batch()
         output = target.model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
-        features = torch.cat([output.hidden_states[layer] for layer in feature_layers(head)], dim=-1)
+        features = torch.cat([output.hidden_states[layer] for layer in head.config.feature_layers], dim=-1)
         draft_ids = head.vocab.target_ids
         assert draft_ids is not None
         assert len(draft_ids) < target.vocab_size
@@ -201,9 +201,9 @@ def test_training_computes_what_drafting_computes(
     head = heads["eagle3"]
     observed = random_batch()[0][:1, : slot + 2]  # slots <= t have read x_0 .. x_{t+1}
     output = target.model(input_ids=observed, use_cache=False, output_hidden_states=True)
-    features = torch.cat([output.hidden_states[layer] for layer in feature_layers(head)], dim=-1)
-    drafter = EagleDrafter(head, feature_layers(head), 1, 40, torch.float64, torch.device("cpu"))
-    drafter.observe(observed[:, 1:], features[:, :-1], torch.tensor([slot + 1]), most=slot + 1)
+    features = torch.cat([output.hidden_states[layer] for layer in head.config.feature_layers], dim=-1)
+    drafter = EagleDrafter(head, 1, 40, torch.float64, torch.device("cpu"))
+    drafter.observe(observed[:, 1:], features[:, :-1], torch.tensor([slot + 1]))
     tree = drafter.grow(observed[:, -1], TreePlan.chain(STEPS), longest=slot + 1, rank=uncoupled_rank)
 
     recorded: list[torch.Tensor] = []

@@ -141,6 +141,8 @@ def _take_target_ids(tensors: Tensors, vocab_size: int) -> torch.Tensor | None:
     outside = target_ids[(target_ids < 0) | (target_ids >= vocab_size)]
     if outside.numel():
         raise ValueError(f"d2t: maps to token {int(outside[0])}, outside the target vocabulary of {vocab_size}")
+    if target_ids.unique().numel() != target_ids.numel():
+        raise ValueError("d2t: maps two draft tokens to one target token")
     if mask is not None:
         marked = mask.bool().nonzero().squeeze(1)
         if not torch.equal(marked, target_ids.sort().values):
@@ -174,7 +176,7 @@ def _eagle3_config(
             f"fc.weight: reads {tensors['fc.weight'].shape[1]} features, no multiple of the target's hidden size "
             f"{target_hidden_size}"
         )
-    aux_layers = aux_layers or _stored_aux_layers(values, head_format)
+    aux_layers = aux_layers or _stored_aux_layers(values)
     if aux_layers is None and target is not None and num_features == 3:
         aux_layers = default_aux_layers(target.num_layers)
     if aux_layers and len(aux_layers) != num_features:
@@ -187,12 +189,12 @@ def _eagle3_config(
         aux_layers=tuple(aux_layers or ()),
         fc_norm="fc_norm.0.weight" in tensors,
         norm_before_fc="input_norm.weight" in tensors,
-        norm_output=_norm_output(values, head_format),
+        norm_output=_norm_output(values),
         norm_before_residual=_norm_before_residual(values, head_format),
     )
 
 
-def _norm_output(values: Mapping[str, Any], head_format: HeadFormat) -> bool:
+def _norm_output(values: Mapping[str, Any]) -> bool:
     """Whether the normed output is fed back; absent means no in every format."""
     nested = values.get("eagle_config") or {}
     return bool(values.get("norm_output", nested.get("norm_output", False)))
@@ -203,7 +205,7 @@ def _norm_before_residual(values: Mapping[str, Any], head_format: HeadFormat) ->
     return bool(values.get("norm_before_residual", head_format == "speculators"))
 
 
-def _stored_aux_layers(values: Mapping[str, Any], head_format: HeadFormat) -> tuple[int, ...] | None:
+def _stored_aux_layers(values: Mapping[str, Any]) -> tuple[int, ...] | None:
     """The file's feature layers as hidden_states indices.
 
     speculators (and vLLM) store those indices; `eagle_config` (SpecForge, Model-Optimizer) stores the numbers of the

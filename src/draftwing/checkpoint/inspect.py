@@ -16,6 +16,16 @@ from draftwing.checkpoint.load import (
     tensor_problems,
 )
 
+NETWORK_OPTIONS = (
+    "fc_norm",
+    "norm_output",
+    "norm_before_residual",
+    "norm_before_fc",
+    "attention_bias",
+    "fc_bias",
+    "qk_norm",
+)
+
 
 @dataclass(frozen=True)
 class HeadReport:
@@ -48,7 +58,7 @@ def inspect_head(name: str, target: str | None = None) -> HeadReport:
     config = head.config
     problems = [] if sizes is None else fit_problems(head, sizes)
     problems += tensor_problems(expected_shapes(head), head.tensors)
-    options = [option for option in OPTIONS if getattr(config, option)]
+    options = [option for option in NETWORK_OPTIONS if getattr(config, option)]
     weights = next(iter(head.tensors.values()))
     return HeadReport(
         folder=str(folder),
@@ -68,9 +78,6 @@ def inspect_head(name: str, target: str | None = None) -> HeadReport:
         problems=problems,
         notes=_notes(values, head.is_eagle3, bool(config.aux_layers)),
     )
-
-
-OPTIONS = ("fc_norm", "norm_output", "norm_before_residual", "norm_before_fc", "attention_bias", "fc_bias", "qk_norm")
 
 
 def _notes(values: dict[str, Any], is_eagle3: bool, has_aux_layers: bool) -> list[str]:

@@ -37,7 +37,7 @@ def resolve_head(name: str) -> Path:
     Raises:
         ValueError: no such folder, and the hub has no such head or cannot be reached.
     """
-    if name in ("tiny", "tiny-eagle3"):
+    if name == "tiny":
         return EMBEDDED["eagle3"]
     if name == "tiny-eagle1":
         return EMBEDDED["eagle1"]
@@ -202,8 +202,3 @@ def fit_problems(head: Head, target: TargetSizes) -> list[str]:
     if head.is_eagle3 and not config.aux_layers:
         problems.append("aux_layers: the file names none and the target has no default")
     return problems
-
-
-def feature_layers(network: DraftNetwork) -> tuple[int, ...]:
-    """The hidden_states indices that a head reads; -1 is the output of the target's final norm."""
-    return network.config.aux_layers or (-1,)

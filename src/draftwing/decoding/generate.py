@@ -51,7 +51,7 @@ class Generation:
     `coupled` drafts rank their candidates with the target's own noise; the output is the same without.
 
     Raises:
-        ValueError: an empty prompt, or a prompt with its new tokens beyond the model's positions.
+        ValueError: an empty prompt, ids outside the vocabulary, or more tokens than the model has positions.
     """
 
     def __init__(
@@ -62,13 +62,14 @@ class Generation:
         plan: TreePlan,
         coupled: bool = True,
     ) -> None:
-        _check_lengths(target, requests)
+        _check_prompts(target, requests)
         self.outputs = [RowOutput() for _ in requests]
         self.statistics = Statistics()
         self._target, self._plan = target, plan
         self._stops = [request.stop for request in requests]
         self._clock = StageClock(self.statistics, target.device)
         longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
+        # Behind the committed tokens: the verified tree or the draft's levels, and what a last cycle commits too much.
         capacity = longest + max(plan.num_nodes, plan.width * plan.depth) + plan.depth + 1
         self._cache = target.new_cache(len(requests), capacity)
         self._drafter = new_drafter(len(requests), capacity)
@@ -94,23 +95,18 @@ class Generation:
             tree = self._drafter.grow(self._root, self._plan, longest, self._rank)
         with self._clock.stage("verify"):
             self._cache.bound = longest
-            ancestors = tree.ancestors()
             output = self._target.forward_tree(
-                tree.tokens, tree.depths, ancestors, self._cache, self._drafter.feature_layers
+                tree.tokens, tree.depths, tree.ancestors, self._cache, self._drafter.feature_layers
             )
-            assert output.logits is not None
-            chosen = self._sampler.choose(output.logits, tree.tokens, ancestors, tree.depths, self._cache.lengths)
-            verdict = walk(tree, ancestors, chosen)
+            chosen = self._sampler.choose(output.logits, tree.tokens, tree.ancestors, tree.depths, self._cache.lengths)
+            verdict = walk(tree, chosen)
         with self._clock.stage("commit"):
             num_kept = torch.where(self._active, verdict.num_accepted + 1, 0)
             path = None if self._plan.is_chain else verdict.path
-            self._cache.commit(path, num_kept, most=tree.max_depth + 1)
-            features = output.features
-            if features is not None:
-                features = features.gather(1, verdict.path[..., None].expand(-1, -1, features.shape[-1]))
-            self._drafter.observe(verdict.tokens, features, num_kept, most=tree.max_depth + 1)
-            steps = torch.arange(tree.max_depth + 1, device=num_kept.device)
-            self._sampler.observe(verdict.tokens, steps < num_kept[:, None])
+            self._cache.commit(path, num_kept, max_kept=tree.max_depth + 1)
+            features = None if output.features is None else verdict.along_path(output.features)
+            self._drafter.observe(verdict.tokens, features, num_kept)
+            self._sampler.observe(verdict.tokens, num_kept)
             self._root = torch.where(self._active, verdict.bonus, self._root)
         return verdict
 
@@ -119,25 +115,25 @@ class Generation:
         with self._clock.stage("host"):
             rows = torch.cat((verdict.num_accepted[:, None], verdict.tokens), dim=1).tolist()
             emitted: list[list[int]] = []
-            num_drafted = []
+            num_accepted_emitted = []
             for row, (num_accepted, *tokens) in enumerate(rows):
                 output = self.outputs[row]
                 if output.finish_reason:
                     emitted.append([])
-                    num_drafted.append(0)
+                    num_accepted_emitted.append(0)
                     continue
                 new = tokens[: num_accepted + 1]
                 self._lengths[row] += len(new)
-                num_kept, output.finish_reason = self._stops[row].check(output.tokens, new)
-                output.tokens += new[:num_kept]
-                emitted.append(new[:num_kept])
-                num_drafted.append(min(num_accepted, num_kept))
-                self.statistics.count_cycle(num_accepted, self._plan.depth, num_kept)
+                num_emitted, output.finish_reason = self._stops[row].check(output.tokens, new)
+                output.tokens += new[:num_emitted]
+                emitted.append(new[:num_emitted])
+                num_accepted_emitted.append(min(num_accepted, num_emitted))
+                self.statistics.count_cycle(num_accepted, self._plan.depth, num_emitted)
             if any(output.finish_reason for output in self.outputs):
                 running = [output.finish_reason is None for output in self.outputs]
                 self._active = torch.tensor(running, device=self._active.device)
         self._clock.settle()
-        return Committed(emitted, num_drafted)
+        return Committed(emitted, num_accepted_emitted)
 
     def _prefill(self, prompts: list[list[int]]) -> torch.Tensor:
         """Read all of the prompts but their last tokens, which become the roots of the first trees."""
@@ -145,17 +141,17 @@ class Generation:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         longest = max(map(len, prompts))
         tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
-        self._sampler.observe(tokens, torch.arange(longest, device=device) < lengths[:, None])
+        self._sampler.observe(tokens, lengths)
         for start in range(0, longest - 1, PREFILL_CHUNK):
             chunk = tokens[:, start : min(start + PREFILL_CHUNK, longest - 1)]
             num_valid = (lengths - 1 - start).clamp(0, chunk.shape[1])
             features = self._target.prefill(chunk, num_valid, self._cache, self._drafter.feature_layers)
             following = tokens[:, start + 1 : start + 1 + chunk.shape[1]]
-            self._drafter.observe(following, features, num_valid, most=chunk.shape[1])
+            self._drafter.observe(following, features, num_valid)
         return tokens.gather(1, lengths[:, None] - 1).squeeze(1)
 
 
-def _check_lengths(target: TargetModel, requests: Sequence[Request]) -> None:
+def _check_prompts(target: TargetModel, requests: Sequence[Request]) -> None:
     if not requests:
         raise ValueError("requests: expected at least one prompt")
     limit = target.max_positions

@@ -42,13 +42,18 @@ class TreePlan:
                 f"draft only {self.num_candidates} candidates and the root"
             )
 
+    def num_candidates_to(self, level: int) -> int:
+        """Draft nodes that a dynamic plan scores down to a level: `width` at the first, `width**2` at each further."""
+        return self.width + (level - 1) * self.width**2 if level else 0
+
     @property
     def num_candidates(self) -> int:
         """Draft nodes that a dynamic plan scores."""
-        return self.width + (self.depth - 1) * self.width**2 if self.depth else 0
+        return self.num_candidates_to(self.depth)
 
     @property
     def is_chain(self) -> bool:
+        """Whether the accepted nodes are always the first ones, so that a commit moves nothing (true of `off` too)."""
         return not self.paths and self.width <= 1
 
     @staticmethod

@@ -143,11 +143,12 @@ class Sampler:
     def reserve(self, lengths: Sequence[int], depth: int) -> None:
         """Prepare the noise for a tree of `depth` whose roots have positions `lengths`."""
         if self._noise is not None:
-            self._noise.reserve(lengths, depth + 2)
+            self._noise.reserve(lengths, depth + 2)  # the root's own position (never read), the levels, the bonus
 
-    def observe(self, tokens: torch.Tensor, valid: torch.Tensor) -> None:
-        """Record prompt or emitted tokens `[B, L]` where `valid`; the repetition penalty reads them."""
+    def observe(self, tokens: torch.Tensor, num_valid: torch.Tensor) -> None:
+        """Record the first `num_valid [B]` of the prompt or emitted tokens `[B, L]`, for the repetition penalty."""
         if self._any_penalty:
+            valid = torch.arange(tokens.shape[1], device=tokens.device) < num_valid[:, None]
             counts = torch.zeros(self._seen.shape, dtype=torch.int32, device=tokens.device)
             self._seen |= counts.scatter_add_(1, tokens, valid.int()) > 0
 

@@ -71,8 +71,8 @@ class Statistics:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready figures."""
         return {
-            "cycles": self.num_cycles,
-            "tokens": self.num_tokens,
+            "num_cycles": self.num_cycles,
+            "num_tokens": self.num_tokens,
             "acceptance_length": self.acceptance_length,
             "acceptance_rate": self.acceptance_rate,
             "seconds": dict(self.seconds),

@@ -5,6 +5,7 @@ parent is and the parent's chosen token is this node's token. The last accepted 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -33,6 +34,7 @@ class DraftTree:
     def num_nodes(self) -> int:
         return self.tokens.shape[1]
 
+    @cached_property
     def ancestors(self) -> torch.Tensor:
         """`[B, N, N]` bool: True where the column's node is the row's node or an ancestor of it."""
         num_nodes, device = self.num_nodes, self.tokens.device
@@ -63,6 +65,10 @@ class Verdict:
         """`[B]` the token that the target chose at the last accepted node."""
         return self.tokens.gather(1, self.num_accepted[:, None]).squeeze(1)
 
+    def along_path(self, features: torch.Tensor) -> torch.Tensor:
+        """The rows of `features [B, N, F]` that belong to the path, `[B, L, F]`."""
+        return features.gather(1, self.path[..., None].expand(-1, -1, features.shape[-1]))
+
 
 def root_tree(root: torch.Tensor, num_nodes: int = 1) -> DraftTree:
     """The tree of plain decoding: `root [B]` alone, padded with copies of it that are never accepted."""
@@ -72,16 +78,11 @@ def root_tree(root: torch.Tensor, num_nodes: int = 1) -> DraftTree:
     return DraftTree(tokens, zeros, zeros, is_root.expand_as(tokens), torch.zeros_like(tokens, dtype=torch.float32), 0)
 
 
-def walk(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tensor) -> Verdict:
-    """Accept the longest branch that the target itself produces.
-
-    Args:
-        ancestors: `[B, N, N]` of the tree.
-        chosen: `[B, N]` the target's own token at each node.
-    """
+def walk(tree: DraftTree, chosen: torch.Tensor) -> Verdict:
+    """Accept the longest branch that the target itself produces; `chosen [B, N]` is its own token at each node."""
     matches = tree.valid & (chosen.gather(1, tree.parents) == tree.tokens)
     matches[:, 0] = True
-    accepted = ~(ancestors & ~matches[:, None, :]).any(-1)
+    accepted = ~(tree.ancestors & ~matches[:, None, :]).any(-1)
     # Siblings differ, so at most one node is accepted at each depth; rejected ones are sent past the end.
     length = tree.max_depth + 1
     depth = torch.where(accepted, tree.depths, length)

@@ -30,7 +30,7 @@ class MethodResult:
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """A line of the comparison table."""
 
     method: str
@@ -90,11 +90,11 @@ def timed(start: Start, prompt: Sequence[int], **options: Any) -> tuple[Generati
     return generation, time.perf_counter() - begin
 
 
-def as_rows(results: Sequence[MethodResult]) -> list[Row]:
+def compare_to_plain(results: Sequence[MethodResult]) -> list[Comparison]:
     """Table rows of one temperature, with speed-ups over its plain row."""
     plain = next(result for result in results if result.method == "plain")
     return [
-        Row(
+        Comparison(
             result.method,
             result.temperature,
             round(result.tokens_per_second, 2),

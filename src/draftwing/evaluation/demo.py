@@ -9,7 +9,7 @@ from rich.table import Table
 
 from draftwing.data.prompts import Prompt
 from draftwing.decoding.generate import Committed
-from draftwing.evaluation.compare import Row, Start, as_rows, compare_methods
+from draftwing.evaluation.compare import Comparison, Start, compare_methods, compare_to_plain
 from draftwing.evaluation.text import TextStream
 
 DRAFTED, CHOSEN = "green", "default"
@@ -50,20 +50,20 @@ def measure(
     temperatures: Sequence[float],
     repeats: int,
     **options: Any,
-) -> list[Row]:
+) -> list[Comparison]:
     """The table's rows: every method at every temperature over all prompts."""
     ids = [prompt.token_ids(tokenizer) for prompt in prompts]
-    rows: list[Row] = []
+    rows: list[Comparison] = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=len(temperatures) * len(ids) * len(methods) * repeats)
         advance: Callable[[str], None] = lambda method: progress.advance(task)
         for temperature in temperatures:
             results = compare_methods(methods, ids, temperature, repeats, advance, **options)
-            rows += as_rows(results)
+            rows += compare_to_plain(results)
     return rows
 
 
-def as_table(rows: Sequence[Row], title: str) -> Table:
+def as_table(rows: Sequence[Comparison], title: str) -> Table:
     """The rows as people read them."""
     table = Table(title=title)
     for column in ("method", "temperature", "tokens/s", "tau", "speed-up", "identical"):

@@ -51,11 +51,6 @@ class KVCache:
         self._keys, self._values = views[: len(layers)], views[len(layers) :]
         self._row_starts = torch.arange(batch_size, device=device)[:, None] * self._num_slots
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory that the slots take."""
-        return sum(slab.numel() * slab.element_size() for slab in self._slabs.values())
-
     def slots_behind(self, num_new: int) -> torch.Tensor:
         """The `num_new` slots behind each row's committed tokens, `[B, num_new]`, in the form `write` takes."""
         return self._flat(self.lengths[:, None] + torch.arange(num_new, device=self.lengths.device))
@@ -74,10 +69,10 @@ class KVCache:
             self._write_one(self._values[layer], values, slots, num_read),
         )
 
-    def commit(self, path: torch.Tensor | None, num_kept: torch.Tensor, most: int) -> None:
+    def commit(self, path: torch.Tensor | None, num_kept: torch.Tensor, max_kept: int) -> None:
         """Keep `num_kept [B]` of the nodes written last: those at `path [B, L]`, or the first ones if it is None.
 
-        `most` bounds num_kept on the host. A path's nodes have increasing indices (parents come before children).
+        `max_kept` bounds num_kept on the host. A path's nodes have increasing indices (parents come before children).
         """
         if path is not None:
             source = self._flat(self.lengths[:, None] + path).flatten()
@@ -85,7 +80,7 @@ class KVCache:
             for slab in self._slabs.values():
                 slab.index_copy_(1, goal, slab.index_select(1, source))
         self.lengths = self.lengths + num_kept
-        self.bound = min(self.bound + most, self.capacity)
+        self.bound = min(self.bound + max_kept, self.capacity)
 
     def _flat(self, slots: torch.Tensor) -> torch.Tensor:
         return slots.clamp(max=self.capacity) + self._row_starts
@@ -93,3 +88,15 @@ class KVCache:
     def _write_one(self, buffer: torch.Tensor, new: torch.Tensor, slots: torch.Tensor, num_read: int) -> torch.Tensor:
         buffer.index_copy_(0, slots, new.transpose(1, 2).flatten(0, 1))
         return buffer.view(self.batch_size, self._num_slots, *buffer.shape[1:])[:, :num_read].transpose(1, 2)
+
+
+def visible_slots(lengths: torch.Tensor, ancestors: torch.Tensor, num_read: int) -> torch.Tensor:
+    """Which slots each new node reads: every committed one and its ancestors among the new ones.
+
+    lengths `[B]`, ancestors `[B, N, M]` over the M slots behind the committed ones -> bool `[B, N, num_read]`.
+    """
+    num_behind = ancestors.shape[-1]
+    behind = torch.arange(num_read, device=lengths.device) - lengths[:, None]  # [B, S], 0 at the first new slot
+    index = behind.clamp(0, num_behind - 1)[:, None, :].expand(-1, ancestors.shape[1], -1)
+    in_tree = ancestors.gather(2, index) & (behind < num_behind)[:, None, :]
+    return in_tree | (behind < 0)[:, None, :]

@@ -39,6 +39,11 @@ class DraftConfig:
     norm_before_fc: bool = False
     """speculators: one norm over the concatenated features before `fc`."""
 
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """The hidden_states indices that are read: `aux_layers`, or -1, the final norm's output (EAGLE-1/2)."""
+        return self.aux_layers or (-1,)
+
 
 class Attend(Protocol):
     """How a layer's queries meet keys: stores the new ones, returns the attention output.

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from draftwing.models.kv_cache import KVCache, LayerShape
+from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.models.layers import grouped_attention
 
 ATTENTION = "draftwing"
@@ -22,9 +22,9 @@ LENGTH_DEPENDENT_ROPE = frozenset(("dynamic", "longrope"))
 
 @dataclass(frozen=True)
 class TargetOutput:
-    """`logits [B, N, V]` (None when not asked for) and `features [B, N, F]` (None without feature layers)."""
+    """`logits [B, N, V]` (or only the last node's) and `features [B, N, F]` (None without feature layers)."""
 
-    logits: torch.Tensor | None
+    logits: torch.Tensor
     features: torch.Tensor | None
 
 
@@ -71,6 +71,12 @@ class TargetModel:
         return 2 if self.device.type == "cpu" and self.dtype == torch.float32 else 1
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The end-of-sequence ids of the model's generation config."""
+        eos = self.model.generation_config.eos_token_id
+        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+    @property
     def output_head(self) -> nn.Linear:
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear)
@@ -93,7 +99,7 @@ class TargetModel:
         ancestors: torch.Tensor,
         cache: KVCache,
         feature_layers: tuple[int, ...] = (),
-        want_logits: bool = True,
+        last_logits_only: bool = False,
     ) -> TargetOutput:
         """One pass over a tree that continues each row's committed tokens.
 
@@ -103,7 +109,7 @@ class TargetModel:
             ancestors: `[B, N, N]` bool, True where the column's node is the row's node or an ancestor of it.
             feature_layers: hidden_states indices whose values are concatenated into the features; the last index
                 is the output of the final norm.
-            want_logits: False skips the output head (prompt positions need none).
+            last_logits_only: run the output head on the last node alone (prompt positions need no logits).
         """
         num_read = cache.num_read(tokens.shape[1])
         positions = cache.lengths[:, None] + depths
@@ -117,12 +123,12 @@ class TargetModel:
             past_key_values=SlotCacheView(cache, cache.slots_behind(tokens.shape[1]), num_read),
             use_cache=True,
             output_hidden_states=bool(feature_layers),
-            logits_to_keep=0 if want_logits else 1,
+            logits_to_keep=1 if last_logits_only else 0,
         )
         features = None
         if feature_layers:
             features = torch.cat([output.hidden_states[index] for index in feature_layers], dim=-1)
-        return TargetOutput(output.logits if want_logits else None, features)
+        return TargetOutput(output.logits, features)
 
     def prefill(
         self, tokens: torch.Tensor, num_valid: torch.Tensor, cache: KVCache, feature_layers: tuple[int, ...] = ()
@@ -132,8 +138,8 @@ class TargetModel:
         depths = torch.arange(length, device=self.device).expand(batch_size, length)
         causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
         ancestors = causal.expand(batch_size, length, length)
-        output = self.forward_tree(tokens, depths, ancestors, cache, feature_layers, want_logits=False)
-        cache.commit(None, num_valid, most=length)
+        output = self.forward_tree(tokens, depths, ancestors, cache, feature_layers, last_logits_only=True)
+        cache.commit(None, num_valid, max_kept=length)
         return output.features
 
     def _masks(
@@ -211,18 +217,6 @@ class SlotCacheView(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._cache.bound
-
-
-def visible_slots(lengths: torch.Tensor, ancestors: torch.Tensor, num_read: int) -> torch.Tensor:
-    """Which slots each new node reads: every committed one and its ancestors among the new ones.
-
-    lengths `[B]`, ancestors `[B, N, M]` over the M slots behind the committed ones -> bool `[B, N, num_read]`.
-    """
-    num_behind = ancestors.shape[-1]
-    behind = torch.arange(num_read, device=lengths.device) - lengths[:, None]  # [B, S], 0 at the first new slot
-    index = behind.clamp(0, num_behind - 1)[:, None, :].expand(-1, ancestors.shape[1], -1)
-    in_tree = ancestors.gather(2, index) & (behind < num_behind)[:, None, :]
-    return in_tree | (behind < 0)[:, None, :]
 
 
 def _slot_positions(lengths: torch.Tensor, depths: torch.Tensor, num_slots: int) -> torch.Tensor:

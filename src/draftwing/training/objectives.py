@@ -46,10 +46,9 @@ class HeadTraining(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, loss_mask: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
         """`input_ids [B, S]` right-padded, `loss_mask [B, S]` -> the batch's `loss`."""
-        layers = self.head.config.aux_layers or (-1,)
         with torch.no_grad():
             output = self._target.model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
-            features = torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)
+            features = torch.cat([output.hidden_states[layer] for layer in self.head.config.feature_layers], dim=-1)
             features = features.to(self.head.fc.weight.dtype)  # the target may be in bf16, the head's weights are not
         if isinstance(self.head, EagleModel):
             loss = self._regression_loss(self.head, input_ids, loss_mask, features, output.logits)

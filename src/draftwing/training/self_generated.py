@@ -74,13 +74,11 @@ def prompts(rows: Sequence[Row], tokenizer: Any, config: TrainConfig) -> list[li
 def _answer(
     target: TargetModel, batch: Sequence[tuple[list[int], bool]], first: int, config: TrainConfig
 ) -> Iterator[Row]:
-    eos = target.model.generation_config.eos_token_id or ()
-    eos_ids = (eos,) if isinstance(eos, int) else tuple(eos)
     requests = [
         Request(
             prompt,
             SamplingParams(config.temperatures[index % len(config.temperatures)], seed=index),
-            StopRule(config.sequence_length - len(prompt), eos_ids),
+            StopRule(config.sequence_length - len(prompt), target.eos_token_ids),
         )
         for index, (prompt, _) in enumerate(batch, first)
     ]

@@ -9,7 +9,10 @@ from draftwing.decoding.tree import DraftTree, root_tree
 
 
 class Ranking(Protocol):
-    """Scores a draft's candidates: logits `[B, K, Vd]` for tokens at `positions [B, 1]` -> log-probabilities."""
+    """Scores a draft's candidates: log-probabilities `[B, K, Vd]` of being the target's token at `positions [B, 1]`.
+
+    `logits [B, K, Vd]` are the draft's; `target_ids [Vd]` its tokens' target ids (None: the whole vocabulary).
+    """
 
     def __call__(
         self, logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None
@@ -22,11 +25,10 @@ class Drafter(Protocol):
     feature_layers: tuple[int, ...]
     """The target's hidden_states indices that `observe` wants; none for drafters that read tokens only."""
 
-    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor, most: int) -> None:
+    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         """Take in committed positions: the next `num_new [B]` of them, right-padded.
 
         `features [B, L, F]` are the target's at those positions and `tokens [B, L]` the tokens one position later.
-        `most` bounds num_new on the host.
         """
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
@@ -42,7 +44,7 @@ class NoDrafter:
 
     feature_layers: tuple[int, ...] = ()
 
-    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor, most: int) -> None:
+    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         pass
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:

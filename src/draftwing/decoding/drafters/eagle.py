@@ -4,6 +4,7 @@ The draft's cache holds slot t for every committed token but the last: slot t ha
 the token at t + 1. Tree nodes are written behind and dropped; `observe` replaces them with slots of true features.
 """
 
+import dataclasses
 from typing import Protocol
 
 import torch
@@ -12,9 +13,8 @@ from draftwing.decoding.drafters import Ranking
 from draftwing.decoding.plan import RankPath, TreePlan
 from draftwing.decoding.tree import DraftTree, root_tree
 from draftwing.models.draft_vocab import DraftVocab
-from draftwing.models.kv_cache import KVCache, LayerShape
+from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.models.layers import Attend, DraftConfig, Rotary, grouped_attention
-from draftwing.models.target import visible_slots
 
 
 class DraftModel(Protocol):
@@ -38,13 +38,12 @@ class EagleDrafter:
     def __init__(
         self,
         model: DraftModel,
-        feature_layers: tuple[int, ...],
         batch_size: int,
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.feature_layers = feature_layers
+        self.feature_layers = model.config.feature_layers
         self._model = model
         self._vocab = model.vocab.to(device)
         config = model.config
@@ -53,7 +52,7 @@ class EagleDrafter:
         model.rotary.reserve(capacity + 1)
         self._last_output = torch.zeros(batch_size, config.hidden_size, dtype=dtype, device=device)
 
-    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor, most: int) -> None:
+    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         assert features is not None
         length = tokens.shape[1]
         steps = torch.arange(length, device=tokens.device)
@@ -64,7 +63,7 @@ class EagleDrafter:
         output = self._forward(self._model.fuse(features), tokens, positions, visible, slots)
         last = output.gather(1, (num_new - 1).clamp(min=0)[:, None, None].expand(-1, 1, output.shape[-1])).squeeze(1)
         self._last_output = torch.where((num_new > 0)[:, None], last, self._last_output)
-        self._cache.commit(None, num_new, most)
+        self._cache.commit(None, num_new, max_kept=length)
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
         if plan.depth == 0:
@@ -75,7 +74,7 @@ class EagleDrafter:
         tree = self._grow_static(root, plan, rank) if plan.paths else self._grow_dynamic(root, plan, rank)
         # A row with nothing read yet (a prompt of one token) has no state to draft from.
         can_draft = (self._cache.lengths > 0)[:, None] | (tree.depths == 0)
-        return DraftTree(tree.tokens, tree.parents, tree.depths, tree.valid & can_draft, tree.scores, tree.max_depth)
+        return dataclasses.replace(tree, valid=tree.valid & can_draft)
 
     def _grow_dynamic(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
         """EAGLE-2's expand and rerank (arXiv 2406.16858, 4.1-4.2): scores are sums of log-probabilities."""
@@ -97,7 +96,7 @@ class EagleDrafter:
             if level + 1 < plan.depth:
                 scores, chosen = child_scores.topk(width)
                 tokens = child_tokens.gather(1, chosen)
-                frontier = chosen + (width + (level - 1) * width**2)
+                frontier = chosen + plan.num_candidates_to(level)
                 parent = chosen // width
         return _best_subtree(root, torch.cat(all_tokens, 1), torch.cat(all_scores, 1), torch.cat(all_parents, 1), plan)
 
@@ -210,7 +209,7 @@ def _best_subtree(
     node_of.scatter_(1, chosen + 1, numbers)  # column 0 is the root, for parent -1
     depth_of = torch.ones(num_candidates, dtype=torch.int64, device=root.device)
     for level in range(1, plan.depth):
-        depth_of[plan.width + (level - 1) * plan.width**2 :] += 1
+        depth_of[plan.num_candidates_to(level) :] += 1
     root_column = torch.zeros_like(root)[:, None]
     tree_scores = torch.cat((root_column.to(scores.dtype), scores.gather(1, chosen)), 1)
     return DraftTree(

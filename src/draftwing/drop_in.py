@@ -1,0 +1,127 @@
+"""Drop-in for transformers: our decoding inside `hf_model.generate`, with what transformers has prepared."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from draftwing.api import SpeculativeModel, append_padded, unpad
+from draftwing.checkpoint.load import DraftNetwork, load_head
+from draftwing.models.target import TargetModel
+
+
+def custom_generate(
+    draft: str | Path | DraftNetwork, plan: str | None = None, seed: int | None = None
+) -> Callable[..., Any]:
+    """A drop-in for transformers: `hf_model.generate(..., custom_generate=draftwing.custom_generate(draft))`.
+
+    Sampling parameters, EOS ids, stop strings, stopping criteria and streamers are honoured as `generate` has prepared
+    them. With `seed=None` each call draws its seed from torch's generator, so that `torch.manual_seed` repeats it.
+
+    Keep the returned function: it loads the head once per model.
+
+    Raises:
+        ValueError: on use, a setting that is not supported (the message names it).
+    """
+    heads: weakref.WeakKeyDictionary[Any, DraftNetwork] = weakref.WeakKeyDictionary()
+
+    def generate(
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Any = (),
+        stopping_criteria: Any = (),
+        generation_config: Any = None,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        _check_generation_config(generation_config)
+        was_training = model.training
+        model.eval()
+        try:
+            target = TargetModel(model)
+            if model not in heads:
+                heads[model] = load_head(str(draft), target) if isinstance(draft, str | Path) else draft
+            generation = SpeculativeModel(target, heads[model]).start(
+                unpad(input_ids, kwargs.get("attention_mask")),
+                plan=plan,
+                seed=int(torch.randint(2**31, ())) if seed is None else seed,
+                **_sampling_of(logits_processor, bool(generation_config.do_sample)),
+                **_stop_of(stopping_criteria, input_ids),
+            )
+            for committed in generation.cycles():
+                for token in committed.tokens[0] if streamer is not None else ():
+                    streamer.put(torch.tensor([token]))
+        finally:
+            model.train(was_training)
+        if streamer is not None:
+            streamer.end()
+        pad = (_as_ids(generation_config.pad_token_id) or _as_ids(generation_config.eos_token_id) or [0])[0]
+        sequences = append_padded(input_ids, [output.tokens for output in generation.outputs], pad)
+        return (
+            GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
+        )
+
+    return generate
+
+
+def _check_generation_config(config: Any) -> None:
+    if (config.num_beams or 1) > 1:
+        raise ValueError(f"num_beams: speculative decoding has one beam, got {config.num_beams}")
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(config, name, None):
+            raise ValueError(f"{name}: not supported by draftwing")
+
+
+# What transformers' logits processors are to us: their class, our option, their attribute.
+PROCESSORS = {
+    "TemperatureLogitsWarper": ("temperature", "temperature"),
+    "TopKLogitsWarper": ("top_k", "top_k"),
+    "TopPLogitsWarper": ("top_p", "top_p"),
+    "MinPLogitsWarper": ("min_p", "min_p"),
+    "RepetitionPenaltyLogitsProcessor": ("repetition_penalty", "penalty"),
+}
+
+
+def _sampling_of(processors: Any, is_sampled: bool) -> dict[str, Any]:
+    """Our sampling options from the logits processors that transformers prepared."""
+    options: dict[str, Any] = {"temperature": 1.0 if is_sampled else 0.0}
+    for processor in processors or ():
+        kind = type(processor).__name__
+        if kind not in PROCESSORS:
+            raise ValueError(f"logits_processor: {kind} is not supported by draftwing")
+        name, attribute = PROCESSORS[kind]
+        if is_sampled or name == "repetition_penalty":
+            options[name] = getattr(processor, attribute)
+    return options
+
+
+def _stop_of(criteria: Any, input_ids: torch.Tensor) -> dict[str, Any]:
+    """Our stop options from the stopping criteria that transformers prepared; unknown ones are run after each token."""
+    limits, eos, others = [], [], []
+    for criterion in criteria or ():
+        kind = type(criterion).__name__
+        if kind == "MaxLengthCriteria":
+            limits.append(criterion.max_length - input_ids.shape[1])
+        elif kind == "EosTokenCriteria":
+            eos += _as_ids(criterion.eos_token_id)
+        else:
+            others.append(criterion)
+
+    def is_done(row: int, emitted: Sequence[int]) -> bool:
+        ids = torch.cat((input_ids[row], torch.tensor(emitted, device=input_ids.device)))[None]
+        return any(bool(criterion(ids, None).any()) for criterion in others)
+
+    if not limits:
+        raise ValueError("max_new_tokens: expected a limit (max_new_tokens, max_length or a MaxLengthCriteria)")
+    return {"max_new_tokens": min(limits), "eos_token_id": eos, "is_done": is_done if others else None}
+
+
+def _as_ids(value: Any) -> list[int]:
+    if value is None:
+        return []
+    if isinstance(value, torch.Tensor):
+        return [int(token) for token in value.flatten()]
+    return [value] if isinstance(value, int) else list(value)
