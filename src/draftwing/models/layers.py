@@ -64,21 +64,29 @@ def grouped_attention(
 ) -> torch.Tensor:
     """Attention that reads grouped key/value heads without copying them.
 
-    queries `[B, Hq, N, dim]`, keys and values `[B, Hk, S, dim]`, mask `[B, 1, N, S]` (bool or additive) or None
-    (every key is visible, or the causal ones) -> `[B, Hq, N, value_dim]`.
+    queries `[B, Hq, N, dim]`, keys and values `[B, Hk, S, dim]`, mask `[B, 1, N, S]` (bool or additive), the same
+    packed by `pack_mask`, or None (every key is visible, or the causal ones) -> `[B, Hq, N, value_dim]`.
     """
     batch_size, num_heads, num_queries, _ = queries.shape
     groups = num_heads // keys.shape[1]
+    if mask is not None and mask.shape[2] not in (1, groups * num_queries):
+        mask = pack_mask(mask[:, :, :num_queries], groups)
     if groups == 1 or is_causal:
         return functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, scale=scale, is_causal=is_causal, enable_gqa=groups > 1
         )
     # The query heads of one key/value head become further query rows of it.
     packed = queries.reshape(batch_size, keys.shape[1], groups * num_queries, queries.shape[-1])
-    if mask is not None and mask.shape[2] > 1:
-        mask = mask.repeat(1, 1, groups, 1)
     output = functional.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scale)
     return output.reshape(batch_size, num_heads, num_queries, values.shape[-1])
+
+
+def pack_mask(mask: torch.Tensor, groups: int) -> torch.Tensor:
+    """A mask `[B, 1, N, S]` for `groups` query heads packed as rows of one key/value head: `[B, 1, groups * N, S]`.
+
+    Callers with many layers pack once for all of them.
+    """
+    return mask.repeat(1, 1, groups, 1)
 
 
 class RMSNorm(nn.Module):

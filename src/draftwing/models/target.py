@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Dyna
 from transformers.masking_utils import sdpa_mask
 
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
-from draftwing.models.layers import grouped_attention
+from draftwing.models.layers import grouped_attention, pack_mask
 
 ATTENTION = "draftwing"
 TREE_ATTENTIONS = (ATTENTION, "sdpa", "eager")
@@ -44,6 +44,7 @@ class TargetModel:
         self._check_interface()
         self._windows = _attention_windows(self.config)
         self._layers = self._probe_layers()
+        self._query_groups = getattr(self.config, "num_attention_heads", 1) // self._layers[0].num_heads
 
     @property
     def hidden_size(self) -> int:
@@ -152,9 +153,12 @@ class TargetModel:
                 slot_positions = _slot_positions(cache.lengths, depths, visible.shape[-1])
                 mask = visible & (positions[:, :, None] - slot_positions[:, None, :] < window)
             mask = mask.unsqueeze(1)
-            if self.model.config._attn_implementation == "eager":
-                blocked = torch.finfo(self.dtype).min
-                mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, blocked)
+            attention = self.model.config._attn_implementation
+            if attention == "eager":
+                mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
+            elif attention == ATTENTION and self._query_groups > 1:
+                mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, -torch.inf)
+                mask = pack_mask(mask, self._query_groups)
             masks[layer_type] = mask
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
@@ -290,7 +294,10 @@ def _explicit_attention(
     if mask is None:
         num_queries, num_keys = scores.shape[-2:]
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores.device).tril(num_keys - num_queries)
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:  # packed for grouped_attention: the first rows are one query head's
+        scores = scores + mask[:, :, : scores.shape[2]]
     if sinks is not None:
         column = sinks.reshape(1, -1, 1, 1).to(scores.dtype).expand(*scores.shape[:3], 1)
         return torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1].to(value.dtype) @ value
