@@ -14,7 +14,6 @@ import torch
 MASK32 = 0xFFFFFFFF
 NOISE_WINDOW = 32
 """Positions whose noise is computed at once, or a cycle's if those are more; each is computed once."""
-COUPLING_SHARPNESS = 1.0
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ class Sampler:
         noise = self._noise.at(positions)
         noise = noise if target_ids is None else noise[..., target_ids]
         perturbed = self._warp(log_probs).log_softmax(-1) + noise
-        coupled = (perturbed * COUPLING_SHARPNESS).log_softmax(-1)
+        coupled = perturbed.log_softmax(-1)
         return torch.where(self._is_greedy[..., None], log_probs, coupled)
 
     def _penalise(self, scores: torch.Tensor, tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:

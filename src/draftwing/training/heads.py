@@ -35,7 +35,7 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     train = examples(rows.train, tokenizer, config.sequence_length)
     held_out = examples(rows.held_out, tokenizer, config.sequence_length)[: config.evaluate_rows]
     if config.init_from:
-        head = load_head(config.init_from, target, torch.float32).train()
+        head = load_head(config.init_from, target, torch.float32, config.aux_layers or None).train()
     else:
         head = new_head(config, target, train).to(target.device)
     module = HeadTraining(head, target, config)
