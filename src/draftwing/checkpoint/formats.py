@@ -266,10 +266,35 @@ def _count_layers(tensors: Tensors) -> int:
 
 def write_head(head: Head, target: TargetSizes, verifier: str = "") -> tuple[dict[str, Any], Tensors]:
     """A head's config.json and tensors in its format. `verifier` names the target in a speculators file."""
-    config = head.config
-    layer_values: dict[str, Any] = {
+    config, tensors = head.config, dict(head.tensors)
+    layer_values = _layer_values(config, "LlamaForCausalLMEagle3" if head.is_eagle3 else "LlamaForCausalLM")
+    if not head.is_eagle3:
+        return layer_values | {"bias": config.fc_bias}, tensors
+    if head.target_ids is not None:
+        tensors["d2t"] = head.target_ids - torch.arange(head.target_ids.numel())
+        tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, head.target_ids, True)
+    options: dict[str, Any] = {
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.target_hidden_size,
+        "fc_norm": config.fc_norm,
+        "norm_output": config.norm_output,
+    }
+    if head.format == "speculators":
+        return options | _speculators_values(config, layer_values, verifier), _file_names(tensors, "layers.0")
+    for name in ("norm_before_residual", "norm_before_fc"):
+        if getattr(config, name):
+            options[name] = True  # no published EAGLE-3 engine but vLLM reads it; written only where it matters
+    if config.aux_layers and config.aux_layers != _default_or_none(target.num_layers):
+        output_ids = [layer - 1 for layer in config.aux_layers]
+        options["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": output_ids, "use_aux_hidden_state": True}
+    return layer_values | options, _file_names(tensors, "midlayer")
+
+
+def _layer_values(config: DraftConfig, architecture: str) -> dict[str, Any]:
+    """The Llama part of a config.json."""
+    return {
         "model_type": "llama",
-        "architectures": ["LlamaForCausalLMEagle3" if head.is_eagle3 else "LlamaForCausalLM"],
+        "architectures": [architecture],
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -287,28 +312,12 @@ def write_head(head: Head, target: TargetSizes, verifier: str = "") -> tuple[dic
         "attention_bias": config.attention_bias,
         "tie_word_embeddings": False,
     }
-    tensors = dict(head.tensors)
-    if not head.is_eagle3:
-        return layer_values | {"bias": config.fc_bias}, tensors
-    target_ids = head.target_ids
-    if target_ids is not None:
-        tensors["d2t"] = target_ids - torch.arange(target_ids.numel())
-        tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, target_ids, True)
-    options: dict[str, Any] = {
-        "draft_vocab_size": config.draft_vocab_size,
-        "target_hidden_size": config.target_hidden_size,
-        "fc_norm": config.fc_norm,
-        "norm_output": config.norm_output,
-    }
-    if head.format == "eagle3":
-        for name in ("norm_before_residual", "norm_before_fc"):
-            if getattr(config, name):
-                options[name] = True  # no published EAGLE-3 engine but vLLM reads it; written only where it matters
-        if config.aux_layers and config.aux_layers != _default_or_none(target.num_layers):
-            output_ids = [layer - 1 for layer in config.aux_layers]
-            options["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": output_ids, "use_aux_hidden_state": True}
-        return layer_values | options, _file_names(tensors, "midlayer")
-    speculators_values = options | {
+
+
+def _speculators_values(config: DraftConfig, layer_values: dict[str, Any], verifier: str) -> dict[str, Any]:
+    """What a speculators config.json says beside the options it shares with EAGLE-3 files."""
+    proposal = {"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}
+    return {
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
         "speculators_version": "0.9.0",
@@ -319,13 +328,10 @@ def write_head(head: Head, target: TargetSizes, verifier: str = "") -> tuple[dic
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
-            "proposal_methods": [
-                {"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}
-            ],
+            "proposal_methods": [proposal],
             "verifier": {"name_or_path": verifier, "architectures": []},
         },
     }
-    return speculators_values, _file_names(tensors, "layers.0")
 
 
 def _file_names(tensors: Tensors, first_layer: str) -> Tensors:
