@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+import draftwing
 from draftwing.cli import main
 
 SIZES = {
@@ -91,6 +93,28 @@ def test_generate_compares_with_plain(
         assert run["num_tokens"] == len(run["token_ids"])
         assert run["tokens_per_second"] == pytest.approx(run["num_tokens"] / run["seconds"])
     assert result["acceptance_length"] >= 1
+
+
+def test_self_generated_rows_are_what_the_target_says_and_resume(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = folder / "self.jsonl"
+    recipe = {"objective": "self_generated", "output": str(output), "target": str(folder / "target"), "bf16": False}
+    recipe |= {"data": str(folder / "data.jsonl"), "sequence_length": 48, "prompt_length": 8, "batch_size": 8}
+    (folder / "self.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    call(capsys, "train", str(folder / "self.yaml"))
+    whole = output.read_bytes()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert any(row["held_out"] for row in rows)
+    assert all(len(row["input_ids"]) == len(row["loss_mask"]) <= 48 for row in rows)
+    greedy = next(row for index, row in enumerate(rows) if index % 2 == 0)
+    prompt = torch.tensor([greedy["input_ids"][: greedy["loss_mask"].index(1)]])
+    expected = draftwing.load(str(folder / "target")).generate(prompt, max_new_tokens=48 - prompt.shape[1])
+    assert isinstance(expected, torch.Tensor)
+    assert expected[0].tolist() == greedy["input_ids"]
+    output.write_bytes(b"".join(whole.splitlines(keepends=True)[:8]) + b'{"input_ids": [1, ')  # cut while writing
+    call(capsys, "train", str(folder / "self.yaml"))
+    assert output.read_bytes() == whole
 
 
 def test_generate_stops_before_a_stop_string(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,7 +156,9 @@ def break_acceptance(monkeypatch: pytest.MonkeyPatch) -> None:
 def break_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps the first nodes instead of the accepted ones."""
     original = KVCache.commit
-    monkeypatch.setattr(KVCache, "commit", lambda self, path, num_kept, max_kept: original(self, None, num_kept, max_kept))
+    monkeypatch.setattr(
+        KVCache, "commit", lambda self, path, num_kept, max_kept: original(self, None, num_kept, max_kept)
+    )
 
 
 def break_mask(monkeypatch: pytest.MonkeyPatch) -> None:
