@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from draftwing.api import DEFAULT_PLANS, load
+from draftwing.api import default_plan, load
 from draftwing.checkpoint.load import ASSETS, resolve_target
 from draftwing.data.prompts import read_prompts
 from draftwing.evaluation.compare import compare_methods
@@ -122,7 +122,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--eagle3", default="tiny")
     parser.add_argument("--prompts", default=ASSETS / "tiny" / "prompts.jsonl")
     parser.add_argument("--num-prompts", type=int, default=8)
-    parser.add_argument("--plans", nargs="+", default=[DEFAULT_PLANS["eagle3"]])
+    parser.add_argument("--plans", nargs="+", default=[default_plan("eagle3", torch.device("cpu"))])
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)

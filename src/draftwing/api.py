@@ -25,8 +25,6 @@ from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.target import TargetModel
 
 METHODS = ("plain", "eagle1", "eagle2", "eagle3")
-DEFAULT_DYNAMIC_PLAN = "tree:4x5x20"
-DEFAULT_PLANS = {"plain": "off", "eagle1": "eagle1", "eagle2": DEFAULT_DYNAMIC_PLAN, "eagle3": DEFAULT_DYNAMIC_PLAN}
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,7 @@ class SpeculativeModel:
             )
             for row, prompt in enumerate(prompts)
         ]
-        plan = settings.plan or DEFAULT_PLANS[self.method]
+        plan = settings.plan or default_plan(self.method, self.target.device)
         plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
         if self.method == "plain" or plan.depth == 0:
             plan = TreePlan.off(self.target.best_single_row if len(prompts) == 1 else 1)
@@ -219,6 +217,13 @@ def load(
         draft = "tiny-eagle1"
     head = None if draft is None or method == "plain" else load_head(draft, loaded, chosen, aux_layers, rope_theta)
     return SpeculativeModel(loaded, head, load_tokenizer(target), method)
+
+
+def default_plan(method: str, device: torch.device) -> str:
+    """A method's plan unless one is named: the papers' trees, and a smaller one on a CPU, where nodes cost more."""
+    if method in ("plain", "eagle1"):
+        return {"plain": "off", "eagle1": "eagle1"}[method]
+    return "tree:4x5x20" if device.type == "cpu" else "tree:10x8x60"
 
 
 def check_device(device: str | torch.device) -> None:

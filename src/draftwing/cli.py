@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    from draftwing.api import DEFAULT_PLANS, load
+    from draftwing.api import default_plan, load
     from draftwing.checkpoint.load import ASSETS
     from draftwing.data.prompts import read_prompts
     from draftwing.evaluation.demo import as_table, measure, show_completions
@@ -80,7 +80,7 @@ def run_demo(options: argparse.Namespace) -> None:
         return
     dtype = str(eagle3.target.dtype).removeprefix("torch.")
     console.print(as_table(rows, f"embedded models, {dtype} on {options.device}, {len(prompts)} held-out prompts"))
-    plans = ", ".join(f"{method} {plan}" for method, plan in DEFAULT_PLANS.items())
+    plans = ", ".join(f"{method} {default_plan(method, eagle3.target.device)}" for method in methods)
     console.print(f"tau: tokens per target pass. Speed-ups are over plain decoding by the same engine. Plans: {plans}.")
 
 
