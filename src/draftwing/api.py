@@ -223,7 +223,7 @@ def default_plan(method: str, device: torch.device) -> str:
     """A method's plan unless one is named: the papers' trees, and a smaller one on a CPU, where nodes cost more."""
     if method in ("plain", "eagle1"):
         return {"plain": "off", "eagle1": "eagle1"}[method]
-    return "tree:4x5x20" if device.type == "cpu" else "tree:10x8x60"
+    return "tree:2x4x8" if device.type == "cpu" else "tree:10x8x60"
 
 
 def check_device(device: str | torch.device) -> None:
