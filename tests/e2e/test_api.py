@@ -70,7 +70,9 @@ def test_streamed_tokens_are_the_generated_ones(model: SpeculativeModel, prompts
 
 
 def test_statistics_add_up(model: SpeculativeModel) -> None:
-    output = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=20, eos_token_id=[], return_dict_in_generate=True)
+    output = model.generate(
+        torch.tensor([[1, 2, 3]]), max_new_tokens=20, plan="chain:5", eos_token_id=[], return_dict_in_generate=True
+    )
     assert isinstance(output, GenerateOutput)
     figures = output.statistics
     assert figures.num_tokens == 20
