@@ -61,12 +61,13 @@ def run_demo(options: argparse.Namespace) -> None:
     from draftwing.api import default_plan, load
     from draftwing.checkpoint.load import ASSETS
     from draftwing.data.prompts import read_prompts
+    from draftwing.evaluation.compare import Start
     from draftwing.evaluation.demo import as_table, measure, show_completions
 
     console = Console(stderr=options.json)
     eagle3 = load("tiny", draft="tiny", dtype=options.dtype, device=options.device)
     eagle1 = load("tiny", draft="tiny", dtype=options.dtype, device=options.device, method="eagle1")
-    methods = {
+    methods: dict[str, Start] = {
         "plain": eagle3.with_method("plain").start,
         "eagle1": eagle1.start,
         # As many nodes as EAGLE-1's tree has: the same head, and what a dynamic tree adds.
