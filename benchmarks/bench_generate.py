@@ -7,6 +7,7 @@ All run in one process, interleaved prompt by prompt; a figure is the median ove
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -59,7 +60,8 @@ def main() -> int:
                          "speedup": speed / plain})  # fmt: skip
     print_table(rows, options)
     if options.output:
-        record = {"rows": rows, "options": vars(options), "provenance": provenance()}
+        settings = vars(options) | {"prompts": os.path.relpath(options.prompts)}  # no path of this machine alone
+        record = {"rows": rows, "options": settings, "provenance": provenance()}
         Path(options.output).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
     return 0
 
