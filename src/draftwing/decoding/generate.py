@@ -116,6 +116,7 @@ class Generation:
             rows = torch.cat((verdict.num_accepted[:, None], verdict.tokens), dim=1).tolist()
             emitted: list[list[int]] = []
             num_accepted_emitted = []
+            some_row_ended = False
             for row, (num_accepted, *tokens) in enumerate(rows):
                 output = self.outputs[row]
                 if output.finish_reason:
@@ -129,7 +130,8 @@ class Generation:
                 emitted.append(new[:num_emitted])
                 num_accepted_emitted.append(min(num_accepted, num_emitted))
                 self.statistics.count_cycle(num_accepted, self._plan.depth, num_emitted)
-            if any(output.finish_reason for output in self.outputs):
+                some_row_ended |= output.finish_reason is not None
+            if some_row_ended:  # the device learns it once, not in every cycle after
                 running = [output.finish_reason is None for output in self.outputs]
                 self._active = torch.tensor(running, device=self._active.device)
         self._clock.settle()
