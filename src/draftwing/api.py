@@ -22,6 +22,7 @@ from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.statistics import Statistics
 from draftwing.decoding.stopping import StopRule
 from draftwing.models.eagle3 import Eagle3Model
+from draftwing.models.packed import pack_linears
 from draftwing.models.target import TargetModel
 
 METHODS = ("plain", "eagle1", "eagle2", "eagle3")
@@ -202,7 +203,8 @@ def load(
     Args:
         target: `tiny` (the embedded model), a folder or a hub id.
         draft: `tiny` (the embedded head that suits `method`), `tiny-eagle1`, a folder or a hub id; None: no head.
-        dtype: of both models, `torch.float32` or "float32"; default: float32 on a CPU, the file's dtype elsewhere.
+        dtype: of both models, `torch.float32` or "float32"; default: the target file's, but float32 on a CPU that has
+            no bf16 products.
         method: plain, eagle1, eagle2 or eagle3; default: what the head is made for (eagle2 for an EAGLE-1 file).
         aux_layers, rope_theta: override what a head's file says (see `draftwing inspect`).
         options: passed on to transformers' `from_pretrained`.
@@ -211,11 +213,14 @@ def load(
         ValueError: a name that cannot be loaded, a head that does not fit, a target whose cache cannot be rolled back.
     """
     check_device(device)
-    chosen = parse_dtype(dtype, device)
+    chosen = parse_dtype(dtype)
     loaded = load_target(target, chosen, device, **options)
+    pack_linears(loaded.model)
     if draft == "tiny" and method in ("eagle1", "eagle2"):
         draft = "tiny-eagle1"
     head = None if draft is None or method == "plain" else load_head(draft, loaded, chosen, aux_layers, rope_theta)
+    if head is not None:
+        pack_linears(head)
     return SpeculativeModel(loaded, head, load_tokenizer(target), method)
 
 
@@ -234,11 +239,9 @@ def check_device(device: str | torch.device) -> None:
         raise ValueError(f"device: {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
 
 
-def parse_dtype(dtype: torch.dtype | str | None, device: str | torch.device) -> torch.dtype | None:
-    """A dtype from its name; None stays None (the file's) except on a CPU, where it is float32."""
-    if dtype is None:
-        return torch.float32 if str(device) == "cpu" else None
-    if isinstance(dtype, torch.dtype):
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype from its name; None stays None."""
+    if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
     if dtype not in known:

@@ -214,7 +214,7 @@ def _add_command(commands: Any, name: str, run: Any, summary: str) -> argparse.A
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument(
-        "--dtype", help="float32, bfloat16, float16 or float64 (default: float32 on a CPU, else the file's)"
+        "--dtype", help="float32, bfloat16, float16 or float64 (default: the file's; float32 on a CPU without bf16)"
     )
 
 

@@ -15,6 +15,7 @@ from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.eagle import EagleModel
 from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.layers import DraftConfig
+from draftwing.models.packed import multiplies_bfloat16
 from draftwing.models.target import ATTENTION, TargetModel
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -55,7 +56,10 @@ def resolve_head(name: str) -> Path:
 def load_target(
     name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", **options: Any
 ) -> TargetModel:
-    """Load a target with our attention function. `options` go to transformers' `from_pretrained`."""
+    """Load a target with our attention function. `options` go to transformers' `from_pretrained`.
+
+    Without a `dtype` it is the file's; on a CPU without bf16 products, and for float16 files there, float32.
+    """
     options.setdefault("attn_implementation", ATTENTION)
     try:
         model = AutoModelForCausalLM.from_pretrained(resolve_target(name), dtype=dtype or "auto", **options)
@@ -67,6 +71,9 @@ def load_target(
         raise ValueError(
             f"attn_implementation: {name!r} does not know {error}; pass attn_implementation='sdpa' or 'eager'"
         ) from error
+    is_slow = model.dtype == torch.float16 or (model.dtype == torch.bfloat16 and not multiplies_bfloat16())
+    if dtype is None and torch.device(device).type == "cpu" and is_slow:
+        model = model.float()
     return TargetModel(model.to(device).eval())
 
 

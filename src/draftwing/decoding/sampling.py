@@ -56,7 +56,7 @@ def _require(name: str, value: object, ok: Callable[[Any], bool], expected: str)
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     """Log-softmax in float32, or in float64 if the logits are."""
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    return logits.log_softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
 
 def uncoupled_rank(logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> torch.Tensor:

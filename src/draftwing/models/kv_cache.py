@@ -35,6 +35,7 @@ class KVCache:
     ) -> None:
         self.batch_size = batch_size
         self.capacity = capacity
+        self.dtype = dtype
         self.bound = 0
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         # Layers of one shape share a slab [layers, B * slots, heads, dim], so that a commit is one gather and one copy.
@@ -62,7 +63,10 @@ class KVCache:
     def write(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, num_read: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store `[B, H, N, dim]` keys and values in `slots [B, N]`; returns views `[B, H, num_read, dim]`."""
+        """Store `[B, H, N, dim]` keys and values in `slots [B, N]`; returns views `[B, H, num_read, dim]`.
+
+        They are kept in the cache's dtype, whatever theirs.
+        """
         slots = slots.flatten()
         return (
             self._write_one(self._keys[layer], keys, slots, num_read),
@@ -86,7 +90,7 @@ class KVCache:
         return slots.clamp(max=self.capacity) + self._row_starts
 
     def _write_one(self, buffer: torch.Tensor, new: torch.Tensor, slots: torch.Tensor, num_read: int) -> torch.Tensor:
-        buffer.index_copy_(0, slots, new.transpose(1, 2).flatten(0, 1))
+        buffer.index_copy_(0, slots, new.transpose(1, 2).flatten(0, 1).to(buffer.dtype))
         return buffer.view(self.batch_size, self._num_slots, *buffer.shape[1:])[:, :num_read].transpose(1, 2)
 
 

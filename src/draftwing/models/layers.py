@@ -86,7 +86,7 @@ def pack_mask(mask: torch.Tensor, groups: int) -> torch.Tensor:
 
     Callers with many layers pack once for all of them.
     """
-    return mask.repeat(1, 1, groups, 1)
+    return torch.cat([mask] * groups, dim=2)
 
 
 class RMSNorm(nn.Module):

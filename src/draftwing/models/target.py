@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.models.layers import grouped_attention, pack_mask
+from draftwing.models.packed import PackedLinear
 
 ATTENTION = "draftwing"
 TREE_ATTENTIONS = (ATTENTION, "sdpa", "eager")
@@ -52,7 +53,7 @@ class TargetModel:
 
     @property
     def vocab_size(self) -> int:
-        return int(self.output_head.weight.shape[0])
+        return self.output_head.out_features
 
     @property
     def num_layers(self) -> int:
@@ -78,9 +79,9 @@ class TargetModel:
         return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
     @property
-    def output_head(self) -> nn.Linear:
+    def output_head(self) -> nn.Linear | PackedLinear:
         head = self.model.get_output_embeddings()
-        assert isinstance(head, nn.Linear)
+        assert isinstance(head, nn.Linear | PackedLinear)
         return head
 
     @property
@@ -91,7 +92,18 @@ class TargetModel:
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """Slots for `batch_size` rows of at most `capacity` tokens, tree nodes included."""
-        return KVCache(self._layers, batch_size, capacity, self.dtype, self.device)
+        return KVCache(self._layers, batch_size, capacity, self.attention_dtype, self.device)
+
+    @property
+    def attention_dtype(self) -> torch.dtype:
+        """What keys and values are kept and attended in.
+
+        A branch's keys do not lie in a tree in the order in which plain decoding has them, so sums over them round
+        differently. On a CPU they are taken in float64, whose differences vanish when the result is rounded. Not so
+        with another attention than ours, nor where the cache keeps latents that the model expands after reading (MLA).
+        """
+        is_ours = self.model.config._attn_implementation == ATTENTION and not getattr(self.config, "kv_lora_rank", None)
+        return torch.float64 if is_ours and self.device.type == "cpu" else self.dtype
 
     def forward_tree(
         self,
@@ -157,7 +169,7 @@ class TargetModel:
             if attention == "eager":
                 mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
             elif attention == ATTENTION and self._query_groups > 1:
-                mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, -torch.inf)
+                mask = torch.zeros_like(mask, dtype=cache.dtype).masked_fill_(~mask, -torch.inf)
                 mask = pack_mask(mask, self._query_groups)
             masks[layer_type] = mask
         return masks if len(masks) > 1 else next(iter(masks.values()))
@@ -268,12 +280,13 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function that models loaded by draftwing use, in the signature of transformers."""
+    dtype, query = query.dtype, query.to(key.dtype)
     if softcap is not None or s_aux is not None:
         output = _explicit_attention(query, key, value, attention_mask, scaling, softcap, s_aux)
     else:
         is_causal = attention_mask is None and query.shape[2] > 1
         output = grouped_attention(query, key, value, attention_mask, scaling, is_causal)
-    return output.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format), None
 
 
 def _explicit_attention(

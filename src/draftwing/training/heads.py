@@ -84,7 +84,7 @@ def new_head(config: TrainConfig, target: TargetModel, train: Sequence[Example])
     assert not isinstance(head, EagleModel)
     _initialise(head)
     with torch.no_grad():
-        rows = target.output_head.weight
+        rows = next(target.output_head.parameters())
         head.lm_head.weight.copy_(rows if target_ids is None else rows[target_ids])
     return head
 
