@@ -4,7 +4,8 @@ Acceptance is one rule for every method: the target chooses its own token at eac
 parent is and the parent's chosen token is this node's token. The last accepted node's choice is the bonus token.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -44,6 +45,52 @@ class DraftTree:
             reach = (reach @ reach).clamp(max=1.0)
             steps *= 2
         return reach > 0
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """M drafted nodes a row, of which a tree keeps the best. Parents come before children.
+
+    Attributes:
+        tokens: `[B, M]` token ids; siblings differ.
+        scores: `[B, M]` estimates of log P(the node is accepted), at most the parent's.
+        parents: `[B, M]` candidate indices; -1 is the root.
+        depths: `[B, M]` distance from the root, from 1 on.
+    """
+
+    tokens: torch.Tensor
+    scores: torch.Tensor
+    parents: torch.Tensor
+    depths: torch.Tensor
+
+
+def join(parts: Sequence[Candidates]) -> Candidates:
+    """The candidates of all parts in their order; parents already count from the first part's first."""
+    return Candidates(*(torch.cat([getattr(part, field.name) for part in parts], 1) for field in fields(Candidates)))
+
+
+def best_subtree(root: torch.Tensor, candidates: Candidates, num_nodes: int, max_depth: int) -> DraftTree:
+    """The tree of `root [B]` and the best `num_nodes - 1` candidates.
+
+    A candidate scores at most what its parent does and comes after it, so a stable order takes parents first.
+    """
+    scores = candidates.scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    chosen = order[:, : num_nodes - 1].sort(dim=1).values
+    numbers = torch.arange(1, num_nodes, device=root.device).expand_as(chosen)
+    # Node numbers by candidate; column 0 is the root, for parent -1.
+    node_of = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.int64, device=root.device)
+    node_of.scatter_(1, chosen + 1, numbers)
+    zero = torch.zeros_like(root)[:, None]
+    tree_scores = torch.cat((zero.to(scores.dtype), scores.gather(1, chosen)), 1)
+    return DraftTree(
+        tokens=torch.cat((root[:, None], candidates.tokens.gather(1, chosen)), 1),
+        parents=torch.cat((zero, node_of.gather(1, candidates.parents.gather(1, chosen) + 1)), 1),
+        depths=torch.cat((zero, candidates.depths.gather(1, chosen)), 1),
+        valid=tree_scores.isfinite(),
+        scores=tree_scores,
+        max_depth=max_depth,
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from draftwing.decoding.drafters import Ranking
 from draftwing.decoding.plan import RankPath, TreePlan
-from draftwing.decoding.tree import DraftTree, root_tree
+from draftwing.decoding.tree import Candidates, DraftTree, best_subtree, join, root_tree
 from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.models.layers import Attend, DraftConfig, Rotary, grouped_attention
@@ -83,22 +83,22 @@ class EagleDrafter:
         scores, tokens = (t.squeeze(1) for t in self._best_children(output, width, 0, rank))  # [B, K]
         parent = torch.zeros_like(tokens)  # index into the previous level's frontier
         frontier = torch.arange(width, device=root.device).expand_as(tokens)  # candidate index of each
-        all_tokens, all_scores = [tokens], [scores]
-        all_parents = [torch.full_like(tokens, -1)]  # candidate index, -1 for the root
+        drafted = [Candidates(tokens, scores, torch.full_like(tokens, -1), torch.ones_like(tokens))]
         for level in range(1, plan.depth):
             output = self._draft_step(output, parent, tokens, levels)
             child_scores, child_tokens = self._best_children(output, width, level, rank)  # [B, K, K]
             child_scores = (scores[:, :, None] + child_scores).flatten(1)
             child_tokens = child_tokens.flatten(1)
-            all_tokens.append(child_tokens)
-            all_scores.append(child_scores)
-            all_parents.append(frontier.repeat_interleave(width, dim=1))
+            child_parents = frontier.repeat_interleave(width, dim=1)
+            drafted.append(
+                Candidates(child_tokens, child_scores, child_parents, torch.full_like(child_tokens, level + 1))
+            )
             if level + 1 < plan.depth:
                 scores, chosen = child_scores.topk(width)
                 tokens = child_tokens.gather(1, chosen)
                 frontier = chosen + plan.num_candidates_to(level)
                 parent = chosen // width
-        return _best_subtree(root, torch.cat(all_tokens, 1), torch.cat(all_scores, 1), torch.cat(all_parents, 1), plan)
+        return best_subtree(root, join(drafted), plan.num_nodes, plan.depth)
 
     def _grow_static(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
         """EAGLE-1's fixed tree: node (.., r) is the r-th best child of its parent."""
@@ -191,32 +191,3 @@ class _Levels:
         own = self._lengths + torch.arange(first, self._num_used, device=parent.device)
         self.visible = inherited.scatter(2, own.clamp(max=inherited.shape[-1] - 1)[..., None], True)
         return self._slots[:, first : self._num_used]
-
-
-def _best_subtree(
-    root: torch.Tensor, tokens: torch.Tensor, scores: torch.Tensor, parents: torch.Tensor, plan: TreePlan
-) -> DraftTree:
-    """The root and the best `num_nodes - 1` candidates `[B, M]`, which form a tree.
-
-    A candidate scores at most what its parent does and comes after it, so a stable order takes parents first.
-    """
-    batch_size, num_candidates = tokens.shape
-    scores = scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
-    order = scores.sort(dim=1, descending=True, stable=True).indices
-    chosen = order[:, : plan.num_nodes - 1].sort(dim=1).values
-    numbers = torch.arange(1, plan.num_nodes, device=root.device).expand_as(chosen)
-    node_of = torch.zeros(batch_size, num_candidates + 1, dtype=torch.int64, device=root.device)
-    node_of.scatter_(1, chosen + 1, numbers)  # column 0 is the root, for parent -1
-    depth_of = torch.ones(num_candidates, dtype=torch.int64, device=root.device)
-    for level in range(1, plan.depth):
-        depth_of[plan.num_candidates_to(level) :] += 1
-    root_column = torch.zeros_like(root)[:, None]
-    tree_scores = torch.cat((root_column.to(scores.dtype), scores.gather(1, chosen)), 1)
-    return DraftTree(
-        tokens=torch.cat((root[:, None], tokens.gather(1, chosen)), 1),
-        parents=torch.cat((root_column, node_of.gather(1, parents.gather(1, chosen) + 1)), 1),
-        depths=torch.cat((root_column, depth_of[chosen]), 1),
-        valid=tree_scores.isfinite(),
-        scores=tree_scores,
-        max_depth=plan.depth,
-    )
