@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from draftwing.api import default_plan, load
+from draftwing.api import load
 from draftwing.checkpoint.load import ASSETS, resolve_target
 from draftwing.data.prompts import read_prompts
 from draftwing.evaluation.compare import compare_methods
@@ -124,7 +124,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--eagle3", default="tiny")
     parser.add_argument("--prompts", default=ASSETS / "tiny" / "prompts.jsonl")
     parser.add_argument("--num-prompts", type=int, default=8)
-    parser.add_argument("--plans", nargs="+", default=[default_plan("eagle3", torch.device("cpu"))])
+    parser.add_argument("--plans", nargs="+", default=["auto"])
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)

@@ -1,6 +1,6 @@
 """Shared models: tiny, random, float64, made here; the heads are trained for a few seconds so that they draft well."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -9,10 +9,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.config import TrainConfig
 from draftwing.data.chat import Example
+from draftwing.decoding.auto_plan import AutoPlan, Experience
+from draftwing.decoding.costs import CycleCosts
 from draftwing.decoding.drafters import NoDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.generate import DrafterFactory, Generation, Request
-from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
 from draftwing.models.target import ATTENTION, TargetModel
@@ -39,6 +41,14 @@ def tiny_llama(seed: int = 0, **overrides: int) -> LlamaForCausalLM:
     } | overrides
     config = LlamaConfig(**sizes, initializer_range=0.25, attn_implementation=ATTENTION)
     return LlamaForCausalLM(config).double().eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _measurements_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither read nor write the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DRAFTWING_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -104,22 +114,56 @@ def no_draft(batch_size: int, capacity: int) -> NoDrafter:
     return NoDrafter()
 
 
+def costs(plain: float = 1.0, node: float = 0.02, step: float = 0.1) -> CycleCosts:
+    """Invented costs: a target's pass of `plain` seconds and `node` more for each further node, steps of `step`."""
+    return CycleCosts(
+        contexts=[0],
+        plain=[plain],
+        num_nodes=[1, 101],
+        verify=[[plain, plain + 100 * node]],
+        widths=[1, 10],
+        draft_step=[[step, step]],
+        extend=[step],
+        fixed=[0.0],
+    )
+
+
+def auto_plan(
+    batch_size: int,
+    experience: Experience | None = None,
+    largest: str = "tree:4x6x24",
+    fixed_shapes: Sequence[str] = (),
+    **seconds: float,
+) -> AutoPlan:
+    """A plan that sizes itself by invented costs."""
+    return AutoPlan(
+        costs(**seconds),
+        experience or Experience(),
+        batch_size,
+        TreePlan.parse(largest),
+        TreePlan.off(),
+        torch.device("cpu"),
+        [TreePlan.parse(shape) for shape in fixed_shapes],
+    )
+
+
 def generate(
     target: TargetModel,
     requests: Sequence[Request],
     drafter: DrafterFactory = no_draft,
-    plan: str = "off",
+    plan: str | Plan = "off",
     coupled: bool = True,
 ) -> Generation:
     """Run requests to their end."""
-    generation = Generation(target, requests, drafter, TreePlan.parse(plan), coupled)
+    plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
+    generation = Generation(target, requests, drafter, plan, coupled)
     for _ in generation.cycles():
         pass
     return generation
 
 
 def run(
-    target: TargetModel, requests: Sequence[Request], drafter: DrafterFactory = no_draft, plan: str = "off"
+    target: TargetModel, requests: Sequence[Request], drafter: DrafterFactory = no_draft, plan: str | Plan = "off"
 ) -> list[list[int]]:
     """The tokens of each request."""
     return [output.tokens for output in generate(target, requests, drafter, plan).outputs]

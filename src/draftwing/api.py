@@ -1,5 +1,6 @@
 """The Python API: `load` a target with a draft, then `generate` or `stream`."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,17 +15,25 @@ from draftwing.checkpoint.load import (
     load_tokenizer,
 )
 from draftwing.config import check_keys
+from draftwing.decoding.auto_plan import AutoPlan, Experience
+from draftwing.decoding.costs import CycleCosts, cached_costs, measure_costs
 from draftwing.decoding.drafters import Drafter, NoDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.generate import Committed, Generation, Request
-from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.statistics import Statistics
 from draftwing.decoding.stopping import StopRule
 from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.packed import pack_linears
 from draftwing.models.target import TargetModel
+from draftwing.provenance import provenance
 
+LARGEST_ON_CPU = TreePlan(width=4, depth=8, num_nodes=32)
+FIXED_SHAPES = tuple(
+    map(TreePlan.parse, ("chain:2", "chain:4", "tree:4x4x16", "tree:6x5x30", "tree:8x6x48", "tree:10x8x60"))
+)
+"""Where every shape is worth capturing: what `auto` chooses among, the largest last."""
 METHODS = ("plain", "eagle1", "eagle2", "eagle3")
 
 
@@ -47,7 +56,9 @@ class GenerateOptions:
     Attributes:
         seed: one seed per row, or a single one, which gives row b the seed `seed + b`.
         stop: stop strings; a row ends with the token that completes one.
-        plan: `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `eagle1` or a TreePlan; None is the method's default.
+        plan: `auto`, `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `eagle1` or a TreePlan; None is the method's
+            default. `auto` sizes each tree by what it is expected to bring; the first time on a machine it measures
+            what a cycle costs, for a second or two.
         coupled: rank draft candidates with the target's own noise; the same output, more of it drafted when sampling.
         is_done: a further end, called with a row and its new tokens after each (slow).
     """
@@ -100,6 +111,8 @@ class SpeculativeModel:
     ) -> None:
         self.target, self.head, self.tokenizer = target, head, tokenizer
         self.method = resolve_method(method, head)
+        self._costs: dict[int, CycleCosts] = {}
+        self._experience: dict[tuple[int, bool], Experience] = {}
 
     def with_method(self, method: str) -> "SpeculativeModel":
         """The same weights, decoding another way."""
@@ -160,11 +173,52 @@ class SpeculativeModel:
             )
             for row, prompt in enumerate(prompts)
         ]
-        plan = settings.plan or default_plan(self.method, self.target.device)
-        plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
-        if self.method == "plain" or plan.depth == 0:
-            plan = TreePlan.off(self.target.best_single_row if len(prompts) == 1 else 1)
+        plan = self._plan(settings.plan or default_plan(self.method), requests)
         return Generation(self.target, requests, self._new_drafter, plan, settings.coupled)
+
+    def costs(self, batch_size: int) -> CycleCosts:
+        """What a cycle of so many rows costs with this head, from this process, the disk's cache or a measurement."""
+        bucket = 1 << (batch_size - 1).bit_length()
+        if bucket not in self._costs:
+            key = self._identity() | {"batch_size": bucket}
+            width = self._largest_plan().width
+            self._costs[bucket] = cached_costs(
+                key, lambda: measure_costs(self.target, self._new_drafter, bucket, width)
+            )
+        return self._costs[bucket]
+
+    def experience(self, batch_size: int, sampled: bool) -> Experience:
+        """What earlier generations of this model, with as many rows, have taught those that follow."""
+        return self._experience.setdefault((1 << (batch_size - 1).bit_length(), sampled), Experience())
+
+    def _plan(self, plan: str | TreePlan, requests: Sequence[Request]) -> Plan:
+        batch_size, device = len(requests), self.target.device
+        off = TreePlan.off(self.target.best_single_row if batch_size == 1 else 1)
+        if self.method == "plain":
+            return off
+        if plan != "auto":
+            plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
+            return plan if plan.depth else off
+        sampled = any(request.sampling.temperature > 0 for request in requests)
+        return AutoPlan(
+            self.costs(batch_size),
+            self.experience(batch_size, sampled),
+            batch_size,
+            self._largest_plan(),
+            off,
+            device,
+            fixed_shapes=() if device.type == "cpu" else FIXED_SHAPES,
+        )
+
+    def _largest_plan(self) -> TreePlan:
+        return LARGEST_ON_CPU if self.target.device.type == "cpu" else FIXED_SHAPES[-1]
+
+    def _identity(self) -> dict[str, Any]:
+        """What a cycle's seconds depend on."""
+        made_by = provenance()
+        machine = {name: made_by[name] for name in ("device", "threads", "cores", "torch", "transformers")}
+        head = None if self.head is None else dataclasses.asdict(self.head.config)
+        return machine | {"target": self.target.config.to_dict(), "dtype": str(self.target.dtype), "head": head}
 
     def _new_drafter(self, batch_size: int, capacity: int) -> Drafter:
         if self.head is None or self.method == "plain":
@@ -224,11 +278,9 @@ def load(
     return SpeculativeModel(loaded, head, load_tokenizer(target), method)
 
 
-def default_plan(method: str, device: torch.device) -> str:
-    """A method's plan unless one is named: the papers' trees, and a smaller one on a CPU, where nodes cost more."""
-    if method in ("plain", "eagle1"):
-        return {"plain": "off", "eagle1": "eagle1"}[method]
-    return "tree:2x4x8" if device.type == "cpu" else "tree:10x8x60"
+def default_plan(method: str) -> str:
+    """A method's plan unless one is named: the paper's tree for EAGLE-1, else trees that size themselves."""
+    return {"plain": "off", "eagle1": "eagle1"}.get(method, "auto")
 
 
 def check_device(device: str | torch.device) -> None:

@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    from draftwing.api import default_plan, load
+    from draftwing.api import load
     from draftwing.checkpoint.load import ASSETS
     from draftwing.data.prompts import read_prompts
     from draftwing.evaluation.compare import Start
@@ -85,8 +85,7 @@ def run_demo(options: argparse.Namespace) -> None:
     dtype = str(eagle3.target.dtype).removeprefix("torch.")
     console.print(as_table(rows, f"embedded models, {dtype} on {options.device}, {len(prompts)} held-out prompts"))
     console.print("tau: tokens per target pass. Speed-ups are over plain decoding by the same engine.")
-    eagle3_plan = default_plan("eagle3", eagle3.target.device)
-    console.print(f"Trees: EAGLE-1 the paper's of 26 nodes, EAGLE-2 {DEMO_EAGLE2_PLAN}, EAGLE-3 {eagle3_plan}.")
+    console.print(f"Trees: EAGLE-1 the paper's of 26 nodes, EAGLE-2 {DEMO_EAGLE2_PLAN}, EAGLE-3 sized by themselves.")
 
 
 def run_generate(options: argparse.Namespace) -> None:
@@ -241,7 +240,9 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument(
         "--method", choices=("plain", "eagle1", "eagle2", "eagle3"), help="default: what the head is made for"
     )
-    parser.add_argument("--plan", help="off, chain:DEPTH, tree:WIDTHxDEPTHxNODES or eagle1 (the paper's static tree)")
+    parser.add_argument(
+        "--plan", help="auto (default), off, chain:DEPTH, tree:WIDTHxDEPTHxNODES or eagle1 (EAGLE-1's tree)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="default: 1 (off)")

@@ -28,7 +28,8 @@ def packed_target(dtype: torch.dtype) -> TargetModel:
 def tree_logits(target: TargetModel) -> torch.Tensor:
     """Logits of every node, from one pass over the tree."""
     tokens, parents, depths = (torch.tensor([values]) for values in (TOKENS, PARENTS, DEPTHS))
-    tree = DraftTree(tokens, parents, depths, depths >= 0, torch.zeros_like(tokens).float(), max_depth=3)
+    zeros = torch.zeros_like(tokens).float()
+    tree = DraftTree(tokens, parents, depths, depths >= 0, zeros, zeros, max_depth=3)
     cache = prefilled(target)
     return target.forward_tree(tokens, depths, tree.ancestors, cache).logits[0]
 

@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import EOS, eagle, generate, requests_for, run
+from conftest import EOS, auto_plan, eagle, generate, requests_for, run
 
 from draftwing.checkpoint.load import DraftNetwork
+from draftwing.decoding.auto_plan import Experience
 from draftwing.decoding.sampling import Noise, SamplingParams
 from draftwing.decoding.tree import DraftTree, Verdict
 from draftwing.models import target as target_module
@@ -39,6 +40,29 @@ def test_tokens_equal_plain_decoding(
 ) -> None:
     requests = requests_for(prompts, temperature=temperature)
     assert run(target, requests, eagle(heads[method]), plan) == run(target, requests)
+
+
+@pytest.mark.parametrize("step", [0.05, 3.0])
+@pytest.mark.parametrize("fixed_shapes", [(), ("chain:2", "tree:4x6x24")])
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+@pytest.mark.parametrize("method", METHODS)
+def test_trees_that_size_themselves_change_no_token(
+    target: TargetModel,
+    heads: dict[str, DraftNetwork],
+    prompts: list[list[int]],
+    method: str,
+    temperature: float,
+    fixed_shapes: tuple[str, ...],
+    step: float,
+) -> None:
+    """Neither while drafting pays, nor when it does not, so that it pauses and is tried again."""
+    requests = requests_for(prompts, temperature=temperature)
+    experience = Experience(pause=3)
+    plan = auto_plan(len(prompts), experience, fixed_shapes=fixed_shapes, step=step)
+    generation = generate(target, requests, eagle(heads[method]), plan)
+    assert [output.tokens for output in generation.outputs] == run(target, requests)
+    assert generation.statistics.acceptance_length > 1
+    assert (experience.pause > 3) == (step > 1)
 
 
 def test_the_heads_of_these_tests_draft_well(
@@ -146,7 +170,7 @@ def accept_always(tree: DraftTree, chosen: torch.Tensor) -> Verdict:
         path = torch.cat((tree.parents.gather(1, path[:, :1]), path), 1)
     num_accepted = torch.full_like(leaf.squeeze(1), tree.max_depth)
     tokens = torch.cat((tree.tokens.gather(1, path[:, 1:]), chosen.gather(1, leaf)), 1)
-    return Verdict(path, num_accepted, tokens)
+    return Verdict(tree.valid, path, num_accepted, tokens)
 
 
 def break_acceptance(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,3 +284,25 @@ def test_a_large_plan_works_or_is_refused_by_name(
         assert "plan" in str(error)
     else:
         assert tokens == run(target, requests)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_positions_that_waited_unread_are_read_as_if_at_once(
+    target: TargetModel, heads: dict[str, DraftNetwork], method: str
+) -> None:
+    """A prompt, seven cycles without drafts, of which the second row ends after four, then a draft."""
+    head, plan = heads[method], TreePlan.parse("tree:3x3x9")
+    rows = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [9, 8, 7, 6, 5, 4, 3, 2, 1]]
+    features = torch.stack([features_of(target, head, row + [0] * (12 - len(row))) for row in rows])
+    ids = torch.tensor([row + [0] * (12 - len(row)) for row in rows])
+    drafter = drafter_that_has_read(target, head, [row[:5] for row in rows])
+    for start in range(4, 11):
+        num_new = torch.tensor([1, int(start < 8)])
+        drafter.observe(ids[:, start + 1 : start + 2], features[:, start : start + 1], num_new)
+    at_once = drafter_that_has_read(target, head, rows)
+    for row in range(2):
+        assert_same_nodes(
+            nodes_of(grow(drafter, rows, plan), row),
+            nodes_of(grow(at_once, rows, plan), row),
+        )

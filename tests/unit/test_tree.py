@@ -22,6 +22,7 @@ def tree_of(tokens: list[list[int]], parents: list[list[int]], valid: list[list[
         depths=torch.tensor(depths),
         valid=torch.ones_like(token_ids, dtype=torch.bool) if valid is None else torch.tensor(valid),
         scores=torch.zeros(token_ids.shape),
+        log_probs=torch.zeros(token_ids.shape),
         max_depth=max(map(max, depths)),
     )
 

@@ -3,14 +3,15 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from draftwing.decoding.drafters import Drafter
-from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.plan import Plan
 from draftwing.decoding.sampling import Sampler, SamplingParams, uncoupled_rank
 from draftwing.decoding.statistics import StageClock, Statistics
 from draftwing.decoding.stopping import StopRule
-from draftwing.decoding.tree import Verdict, walk
+from draftwing.decoding.tree import Array, DraftTree, Verdict, facts_tensor, read_facts, walk
 from draftwing.models.target import TargetModel
 
 PREFILL_CHUNK = 512
@@ -59,7 +60,7 @@ class Generation:
         target: TargetModel,
         requests: Sequence[Request],
         new_drafter: DrafterFactory,
-        plan: TreePlan,
+        plan: Plan,
         coupled: bool = True,
     ) -> None:
         _check_prompts(target, requests)
@@ -70,11 +71,12 @@ class Generation:
         self._clock = StageClock(self.statistics, target.device)
         longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
         # Behind the committed tokens: the verified tree or the draft's levels, and what a last cycle commits too much.
-        capacity = longest + max(plan.num_nodes, plan.width * plan.depth) + plan.depth + 1
+        tree = plan.largest
+        capacity = longest + max(tree.num_nodes, tree.width * tree.depth) + tree.depth + 1
         self._cache = target.new_cache(len(requests), capacity)
         self._drafter = new_drafter(len(requests), capacity)
         params = [request.sampling for request in requests]
-        self._sampler = Sampler(params, target.vocab_size, target.device, plan.depth)
+        self._sampler = Sampler(params, target.vocab_size, target.device, tree.depth)
         self._rank = self._sampler.rank if coupled else uncoupled_rank
         self._lengths = [len(request.prompt) - 1 for request in requests]  # committed tokens before the root
         self._active = torch.ones(len(requests), dtype=torch.bool, device=target.device)
@@ -84,15 +86,16 @@ class Generation:
     def cycles(self) -> Iterator[Committed]:
         """Run cycles until every row has stopped, yielding what each commits."""
         while not all(output.finish_reason for output in self.outputs):
-            yield self._emit(self._cycle())
+            yield self._emit(*self._cycle())
         self._clock.settle()
 
     @torch.inference_mode()
-    def _cycle(self) -> Verdict:
+    def _cycle(self) -> tuple[DraftTree, Verdict]:
         with self._clock.stage("draft"):
             longest = max(self._lengths)
-            self._sampler.reserve(self._lengths, self._plan.depth)
-            tree = self._drafter.grow(self._root, self._plan, longest, self._rank)
+            plan = self._plan.next(longest)
+            self._sampler.reserve(self._lengths, plan.depth)
+            tree = self._drafter.grow(self._root, plan, longest, self._rank)
         with self._clock.stage("verify"):
             self._cache.bound = longest
             output = self._target.forward_tree(
@@ -102,18 +105,18 @@ class Generation:
             verdict = walk(tree, chosen)
         with self._clock.stage("commit"):
             num_kept = torch.where(self._active, verdict.num_accepted + 1, 0)
-            path = None if self._plan.is_chain else verdict.path
+            path = None if plan.is_chain else verdict.path
             self._cache.commit(path, num_kept, max_kept=tree.max_depth + 1)
             features = None if output.features is None else verdict.along_path(output.features)
             self._drafter.observe(verdict.tokens, features, num_kept)
             self._sampler.observe(verdict.tokens, num_kept)
             self._root = torch.where(self._active, verdict.bonus, self._root)
-        return verdict
+        return tree, verdict
 
-    def _emit(self, verdict: Verdict) -> Committed:
+    def _emit(self, tree: DraftTree, verdict: Verdict) -> Committed:
         """Read the verdict, the cycle's one device-to-host copy, and hand out tokens up to each row's stop."""
         with self._clock.stage("host"):
-            rows = torch.cat((verdict.num_accepted[:, None], verdict.tokens), dim=1).tolist()
+            rows = self._read(tree, verdict).tolist()
             emitted: list[list[int]] = []
             num_accepted_emitted = []
             some_row_ended = False
@@ -129,13 +132,23 @@ class Generation:
                 output.tokens += new[:num_emitted]
                 emitted.append(new[:num_emitted])
                 num_accepted_emitted.append(min(num_accepted, num_emitted))
-                self.statistics.count_cycle(num_accepted, self._plan.depth, num_emitted)
+                self.statistics.count_cycle(num_accepted, tree.max_depth, num_emitted)
                 some_row_ended |= output.finish_reason is not None
             if some_row_ended:  # the device learns it once, not in every cycle after
                 running = [output.finish_reason is None for output in self.outputs]
                 self._active = torch.tensor(running, device=self._active.device)
         self._clock.settle()
         return Committed(emitted, num_accepted_emitted)
+
+    def _read(self, tree: DraftTree, verdict: Verdict) -> Array:
+        """`[B, 1 + L]` on the host: accepted draft tokens and tokens to emit. A plan that learns is told the rest."""
+        result = torch.cat((verdict.num_accepted[:, None], verdict.tokens), dim=1)
+        if not self._plan.learns:
+            return result.numpy(force=True)
+        values = torch.cat((result.double(), facts_tensor(tree, verdict)), dim=1).numpy(force=True)
+        running = [output.finish_reason is None for output in self.outputs]
+        self._plan.learn(read_facts(values[running, result.shape[1] :], tree.max_depth))
+        return values[:, : result.shape[1]].astype(np.int64)
 
     def _prefill(self, prompts: list[list[int]]) -> torch.Tensor:
         """Read all of the prompts but their last tokens, which become the roots of the first trees."""

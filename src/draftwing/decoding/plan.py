@@ -4,8 +4,13 @@ N counts the root. The reference code's `depth=d` makes d + 1 levels; here the d
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
+
+import torch
+
+from draftwing.decoding.tree import CycleFacts
 
 RankPath = tuple[int, ...]
 
@@ -20,18 +25,64 @@ EAGLE1_PATHS: tuple[RankPath, ...] = (
 )  # fmt: skip
 
 
+class Sizing(Protocol):
+    """What growth asks while it drafts a tree: the worth of a node, and whether more of them pay."""
+
+    def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
+        """Estimates of log P(a child is accepted | its parent is) from the drafter's own, any shape; at most 0."""
+
+    def goes_on(self, scores: torch.Tensor, depth: int) -> bool:
+        """Whether to draft children of the nodes at `depth` with these scores `[B, K]`."""
+
+    def num_nodes(self, scores: torch.Tensor, limit: int) -> int:
+        """How many nodes of a tree to keep, the root included, given its candidates' scores `[B, M]`."""
+
+
+class FixedSize:
+    """The papers' sizing: drafters are believed, and trees always have the plan's shape."""
+
+    def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
+        return log_probs
+
+    def goes_on(self, scores: torch.Tensor, depth: int) -> bool:
+        return True
+
+    def num_nodes(self, scores: torch.Tensor, limit: int) -> int:
+        return limit
+
+
+class Plan(Protocol):
+    """What the cycle asks: a TreePlan, which always gives itself, or an AutoPlan."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether `learn` is to be called after each cycle."""
+
+    @property
+    def largest(self) -> "TreePlan":
+        """The largest plan that `next` gives."""
+
+    def next(self, longest: int) -> "TreePlan":
+        """The next cycle's plan, given the committed tokens of the longest row."""
+
+    def learn(self, facts: CycleFacts) -> None:
+        """Take in what became of the cycle's tree."""
+
+
 @dataclass(frozen=True)
 class TreePlan:
     """How a draft tree is shaped.
 
     A dynamic plan (EAGLE-2, arXiv 2406.16858, section 4) expands the `width` best nodes of each of `depth` levels and
     keeps the best `num_nodes - 1` of all candidates. A static plan has fixed rank `paths` instead. Depth 0 is no draft.
+    With a `sizing` of its own, width, depth and nodes are upper bounds (dynamic plans only).
     """
 
     width: int
     depth: int
     num_nodes: int
     paths: tuple[RankPath, ...] = ()
+    sizing: Sizing = field(default=FixedSize(), compare=False)
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth) < (1 if self.depth else 0) or self.num_nodes < 1:
@@ -50,6 +101,20 @@ class TreePlan:
     def num_candidates(self) -> int:
         """Draft nodes that a dynamic plan scores."""
         return self.num_candidates_to(self.depth)
+
+    @property
+    def learns(self) -> bool:
+        return False
+
+    @property
+    def largest(self) -> "TreePlan":
+        return self
+
+    def next(self, longest: int) -> "TreePlan":
+        return self
+
+    def learn(self, facts: CycleFacts) -> None:
+        pass
 
     @property
     def is_chain(self) -> bool:

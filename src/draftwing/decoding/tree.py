@@ -7,8 +7,12 @@ parent is and the parent's chosen token is this node's token. The last accepted 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,8 @@ class DraftTree:
         parents: `[B, N]` node indices; the root is its own parent.
         depths: `[B, N]` distance from the root.
         valid: `[B, N]` False on padding nodes, which are never accepted.
-        scores: `[B, N]` the drafter's estimate of log P(the node is accepted); 0 at the root.
+        scores: `[B, N]` estimates of log P(the node is accepted); 0 at the root.
+        log_probs: `[B, N]` the drafter's own log-probability of each node given its parent; 0 at the root.
         max_depth: host-side bound of the depths.
     """
 
@@ -29,6 +34,7 @@ class DraftTree:
     depths: torch.Tensor
     valid: torch.Tensor
     scores: torch.Tensor
+    log_probs: torch.Tensor
     max_depth: int
 
     @property
@@ -54,12 +60,14 @@ class Candidates:
     Attributes:
         tokens: `[B, M]` token ids; siblings differ.
         scores: `[B, M]` estimates of log P(the node is accepted), at most the parent's.
+        log_probs: `[B, M]` the drafter's own log-probability of each node given its parent.
         parents: `[B, M]` candidate indices; -1 is the root.
         depths: `[B, M]` distance from the root, from 1 on.
     """
 
     tokens: torch.Tensor
     scores: torch.Tensor
+    log_probs: torch.Tensor
     parents: torch.Tensor
     depths: torch.Tensor
 
@@ -89,6 +97,7 @@ def best_subtree(root: torch.Tensor, candidates: Candidates, num_nodes: int, max
         depths=torch.cat((zero, candidates.depths.gather(1, chosen)), 1),
         valid=tree_scores.isfinite(),
         scores=tree_scores,
+        log_probs=torch.cat((zero.to(scores.dtype), candidates.log_probs.gather(1, chosen)), 1),
         max_depth=max_depth,
     )
 
@@ -98,11 +107,13 @@ class Verdict:
     """The accepted path of each row.
 
     Attributes:
+        accepted: `[B, N]` bool, the root among them.
         path: `[B, L]` node indices from the root on, L = max_depth + 1; entries past the accepted ones are 0.
         num_accepted: `[B]` accepted draft tokens, without the bonus token.
         tokens: `[B, L]` the tokens to emit: `num_accepted` accepted ones, then the bonus token, then padding.
     """
 
+    accepted: torch.Tensor
     path: torch.Tensor
     num_accepted: torch.Tensor
     tokens: torch.Tensor
@@ -122,7 +133,8 @@ def root_tree(root: torch.Tensor, num_nodes: int = 1) -> DraftTree:
     tokens = root[:, None].repeat(1, num_nodes)
     zeros = torch.zeros_like(tokens)
     is_root = torch.arange(num_nodes, device=root.device) == 0
-    return DraftTree(tokens, zeros, zeros, is_root.expand_as(tokens), torch.zeros_like(tokens, dtype=torch.float32), 0)
+    no_scores = torch.zeros_like(tokens, dtype=torch.float32)
+    return DraftTree(tokens, zeros, zeros, is_root.expand_as(tokens), no_scores, no_scores, 0)
 
 
 def walk(tree: DraftTree, chosen: torch.Tensor) -> Verdict:
@@ -139,4 +151,39 @@ def walk(tree: DraftTree, chosen: torch.Tensor) -> Verdict:
     num_accepted = accepted.sum(1) - 1
     in_path = torch.arange(length, device=path.device) <= num_accepted[:, None]
     path = torch.where(in_path, path, 0)
-    return Verdict(path, num_accepted, chosen.gather(1, path))
+    return Verdict(accepted, path, num_accepted, chosen.gather(1, path))
+
+
+@dataclass(frozen=True)
+class CycleFacts:
+    """What became of the running rows' trees, on the host: arrays `[rows, N]` as in DraftTree and Verdict."""
+
+    accepted: Array
+    parents: Array
+    depths: Array
+    drafted: Array
+    scores: Array
+    log_probs: Array
+    max_depth: int
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.depths.shape[0])
+
+    @property
+    def num_nodes(self) -> int:
+        return int(self.depths.shape[1])
+
+
+def facts_tensor(tree: DraftTree, verdict: Verdict) -> torch.Tensor:
+    """What CycleFacts holds as one tensor `[B, 6 * N]` (float64), to be read by the host in one go."""
+    parts = (verdict.accepted, tree.parents, tree.depths, tree.valid, tree.scores, tree.log_probs)
+    return torch.cat([part.double() for part in parts], dim=1)
+
+
+def read_facts(values: Array, max_depth: int) -> CycleFacts:
+    """The facts of the rows in `facts_tensor`'s values."""
+    accepted, parents, depths, valid, scores, log_probs = np.split(values, 6, axis=1)
+    depths = depths.astype(np.int64)
+    drafted = (valid > 0) & (depths > 0)
+    return CycleFacts(accepted > 0, parents.astype(np.int64), depths, drafted, scores, log_probs, max_depth)

@@ -5,6 +5,7 @@ the token at t + 1. Tree nodes are written behind and dropped; `observe` replace
 """
 
 import dataclasses
+import itertools
 from typing import Protocol
 
 import torch
@@ -15,6 +16,9 @@ from draftwing.decoding.tree import Candidates, DraftTree, best_subtree, join, r
 from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.models.layers import Attend, DraftConfig, Rotary, grouped_attention
+
+MOST_UNREAD = 64
+"""Observed positions that may wait until a draft needs them; their features take memory."""
 
 
 class DraftModel(Protocol):
@@ -51,9 +55,26 @@ class EagleDrafter:
         self._cache = KVCache([shape] * config.num_hidden_layers, batch_size, capacity, dtype, device)
         model.rotary.reserve(capacity + 1)
         self._last_output = torch.zeros(batch_size, config.hidden_size, dtype=dtype, device=device)
+        self._unread: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         assert features is not None
+        self._unread.append((tokens, features, num_new))
+        if sum(part[0].shape[1] for part in self._unread) >= MOST_UNREAD:
+            self._read()
+
+    def _read(self) -> None:
+        """Enter what was observed into the cache. Single tokens, as cycles without drafts leave them, go together."""
+        for is_single, parts in itertools.groupby(self._unread, key=lambda part: part[0].shape[1] == 1):
+            pieces = list(parts)
+            if is_single:  # a row that has ended is never continued, so what comes first is valid
+                tokens, features, num_new = zip(*pieces, strict=True)
+                pieces = [(torch.cat(tokens, 1), torch.cat(features, 1), torch.stack(num_new).sum(0))]
+            for piece in pieces:
+                self._extend(*piece)
+        self._unread = []
+
+    def _extend(self, tokens: torch.Tensor, features: torch.Tensor, num_new: torch.Tensor) -> None:
         length = tokens.shape[1]
         steps = torch.arange(length, device=tokens.device)
         causal = (steps[:, None] >= steps).expand(tokens.shape[0], length, length)
@@ -68,6 +89,7 @@ class EagleDrafter:
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
         if plan.depth == 0:
             return root_tree(root, plan.num_nodes)
+        self._read()
         if plan.width > len(self._vocab):
             raise ValueError(f"plan: width {plan.width} exceeds the draft vocabulary of {len(self._vocab)} tokens")
         self._cache.bound = longest
@@ -78,27 +100,32 @@ class EagleDrafter:
 
     def _grow_dynamic(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
         """EAGLE-2's expand and rerank (arXiv 2406.16858, 4.1-4.2): scores are sums of log-probabilities."""
-        width, levels = plan.width, _Levels(self._cache, plan.width * (plan.depth - 1))
+        width, levels, sizing = plan.width, _Levels(self._cache, plan.width * (plan.depth - 1)), plan.sizing
         output = self._last_output[:, None]
-        scores, tokens = (t.squeeze(1) for t in self._best_children(output, width, 0, rank))  # [B, K]
+        log_probs, tokens = (t.squeeze(1) for t in self._best_children(output, width, 0, rank))  # [B, K]
+        scores = sizing.worth(log_probs, 1)
         parent = torch.zeros_like(tokens)  # index into the previous level's frontier
         frontier = torch.arange(width, device=root.device).expand_as(tokens)  # candidate index of each
-        drafted = [Candidates(tokens, scores, torch.full_like(tokens, -1), torch.ones_like(tokens))]
+        to_root = torch.full_like(tokens, -1)
+        drafted = [Candidates(tokens, scores, log_probs, to_root, torch.ones_like(tokens))]
         for level in range(1, plan.depth):
+            if not sizing.goes_on(scores, level):
+                break
             output = self._draft_step(output, parent, tokens, levels)
-            child_scores, child_tokens = self._best_children(output, width, level, rank)  # [B, K, K]
-            child_scores = (scores[:, :, None] + child_scores).flatten(1)
+            log_probs, child_tokens = self._best_children(output, width, level, rank)  # [B, K, K]
+            child_scores = (scores[:, :, None] + sizing.worth(log_probs, level + 1)).flatten(1)
             child_tokens = child_tokens.flatten(1)
             child_parents = frontier.repeat_interleave(width, dim=1)
-            drafted.append(
-                Candidates(child_tokens, child_scores, child_parents, torch.full_like(child_tokens, level + 1))
-            )
+            depths = torch.full_like(child_tokens, level + 1)
+            drafted.append(Candidates(child_tokens, child_scores, log_probs.flatten(1), child_parents, depths))
             if level + 1 < plan.depth:
                 scores, chosen = child_scores.topk(width)
                 tokens = child_tokens.gather(1, chosen)
                 frontier = chosen + plan.num_candidates_to(level)
                 parent = chosen // width
-        return best_subtree(root, join(drafted), plan.num_nodes, plan.depth)
+        candidates = join(drafted)
+        num_nodes = sizing.num_nodes(candidates.scores, plan.num_nodes)
+        return best_subtree(root, candidates, num_nodes, max_depth=len(drafted))
 
     def _grow_static(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
         """EAGLE-1's fixed tree: node (.., r) is the r-th best child of its parent."""
@@ -130,6 +157,7 @@ class EagleDrafter:
             depths=depths.expand_as(tokens),
             valid=tree_scores.isfinite(),
             scores=tree_scores,
+            log_probs=tree_scores - tree_scores.gather(1, parents.expand_as(tokens)),
             max_depth=plan.depth,
         )
 

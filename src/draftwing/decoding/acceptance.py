@@ -1,0 +1,99 @@
+"""How often a drafter's tokens are accepted, learnt while decoding: what a draft node's score is worth."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from draftwing.decoding.tree import Array, CycleFacts
+
+EDGES = np.log([0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97])
+"""Between the bins of a node's log-probability given its parent."""
+NUM_DEPTHS = 3
+"""Depths are told apart up to this one; deeper nodes count as it."""
+TRUST = 2.0
+"""Accepted nodes that a bin must have been wrong by before its correction outweighs the drafter's own word."""
+MEMORY = 400.0
+"""Expected acceptances a bin remembers; older ones fade."""
+
+
+class AcceptanceTable:
+    """P(a node is accepted | its parent is), by what the drafter says of it and by its depth.
+
+    The drafter's log-probability is corrected by log(accepted / expected) of its bin: nothing is changed for a
+    calibrated drafter, and bins that were seen seldom are hardly corrected.
+    """
+
+    def __init__(self) -> None:
+        shape = NUM_DEPTHS, len(EDGES) + 1
+        self.accepted, self.expected = np.zeros(shape), np.zeros(shape)
+        self._extended, self._parents = np.zeros(NUM_DEPTHS), np.zeros(NUM_DEPTHS)
+
+    @property
+    def correction(self) -> Array:
+        """What is added to a node's log-probability, `[depths, bins]`."""
+        corrected: Array = np.log((self.accepted + TRUST) / (self.expected + TRUST))
+        return corrected
+
+    @property
+    def continuation(self) -> Array:
+        """P(some child is accepted | the node is and has drafted children), by the children's depth."""
+        rate: Array = (self._extended + 0.6 * TRUST) / (self._parents + TRUST)
+        return rate
+
+    def update(self, facts: CycleFacts) -> None:
+        """Count what became of the nodes whose parent was accepted."""
+        depths, accepted, parents = facts.depths, facts.accepted, facts.parents
+        tried = facts.drafted & np.take_along_axis(accepted, parents, 1)
+        group = np.minimum(depths[tried], NUM_DEPTHS) - 1
+        index = group, np.searchsorted(EDGES, facts.log_probs[tried])
+        np.add.at(self.accepted, index, accepted[tried])
+        np.add.at(self.expected, index, np.exp(facts.log_probs[tried]))
+        np.add.at(self._extended, group, accepted[tried])
+        rows, nodes = np.nonzero(tried)
+        _, firsts = np.unique(rows * depths.shape[1] + parents[rows, nodes], return_index=True)
+        np.add.at(self._parents, group[firsts], 1.0)
+        self._fade(MEMORY)
+
+    def copy(self, memory: float) -> "AcceptanceTable":
+        """A table that starts from this one's rates, but trusts them like `memory` expected acceptances at most."""
+        table = AcceptanceTable()
+        table.accepted, table.expected = self.accepted.copy(), self.expected.copy()
+        table._extended, table._parents = self._extended.copy(), self._parents.copy()
+        table._fade(memory)
+        return table
+
+    def _fade(self, memory: float) -> None:
+        scale = memory / np.maximum(np.maximum(self.expected, self.accepted), memory)
+        self.accepted *= scale
+        self.expected *= scale
+        scale = memory / np.maximum(self._parents, memory)
+        self._extended *= scale
+        self._parents *= scale
+
+    def as_dict(self) -> dict[str, list[Any]]:
+        """JSON-ready counts."""
+        return {
+            "accepted": self.accepted.round(2).tolist(),
+            "expected": self.expected.round(2).tolist(),
+            "extended": self._extended.round(2).tolist(),
+            "parents": self._parents.round(2).tolist(),
+        }
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Sequence[Any]]) -> "AcceptanceTable":
+        """The table that `as_dict` described.
+
+        Raises:
+            ValueError: counts are missing, or of another shape.
+        """
+        table = AcceptanceTable()
+        try:
+            counts = [np.array(values[name], dtype=float) for name in ("accepted", "expected", "extended", "parents")]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"acceptance: malformed counts: {error}") from None
+        for mine, read in zip((table.accepted, table.expected, table._extended, table._parents), counts, strict=True):
+            if read.shape != mine.shape or not (read >= 0).all():
+                raise ValueError(f"acceptance: expected counts of shape {mine.shape}, got {read.shape}")
+            mine[...] = read
+        return table

@@ -1,0 +1,183 @@
+"""Trees that size themselves: as many levels and nodes as pay, or none, from measured costs and learnt acceptance.
+
+Decoding turns seconds into tokens. The policy that brings most tokens per second spends a second wherever it brings
+more than the rate reached so far (a level, a node), and drafts nothing where that rate is below plain decoding's.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from draftwing.decoding.acceptance import EDGES, NUM_DEPTHS, AcceptanceTable
+from draftwing.decoding.costs import CycleCosts
+from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.tree import CycleFacts
+
+REQUEST_MEMORY = 30.0
+"""Expected acceptances per bin that a request takes over from those before it."""
+RATE_MEMORY = 40.0
+"""Cycles over which speculation's rate is averaged."""
+TRIAL = 4
+"""Cycles that speculation is tried for before it is judged."""
+SHORTEST_PAUSE, LONGEST_PAUSE = 16, 1024
+"""Cycles without drafts after speculation did not pay; a pause that was right is followed by one twice as long."""
+SWITCH_GAIN = 1.03
+"""What another fixed shape must promise before it replaces the present one."""
+LESSON = 8
+"""Cycles after which what was learnt is put to use."""
+CONTEXT_STEP = 64
+"""Tokens after which the costs are looked up anew."""
+
+
+@dataclass
+class Experience:
+    """What generations have taught those that follow: one for each (head, sampled or greedy, batch size)."""
+
+    acceptance: AcceptanceTable = field(default_factory=AcceptanceTable)
+    gain: float = 1.1
+    """Speculation's tokens per second over plain decoding's; at first a hope that makes it worth a trial."""
+    pause: int = SHORTEST_PAUSE
+    """Cycles of the next pause, and of the present one how many are `left`."""
+    left: int = 0
+
+
+class AutoPlan:
+    """Plans the cycles of one generation and learns from each.
+
+    `largest` bounds the trees. Without `fixed_shapes`, levels and nodes are decided tree by tree, which reads scores
+    while a tree grows: free on a CPU. With them every tree has one of these shapes (`largest` among them), so that each
+    can be captured, and the drafter is asked nothing.
+    """
+
+    learns = True
+
+    def __init__(
+        self,
+        costs: CycleCosts,
+        experience: Experience,
+        batch_size: int,
+        largest: TreePlan,
+        off: TreePlan,
+        device: torch.device,
+        fixed_shapes: Sequence[TreePlan] = (),
+    ) -> None:
+        self.largest = largest
+        self._all_costs, self._experience, self._batch_size, self._off = costs, experience, batch_size, off
+        self._table = experience.acceptance.copy(REQUEST_MEMORY)
+        self._edges = torch.tensor(EDGES, dtype=torch.float32, device=device)
+        self._shapes, self._shape = tuple(fixed_shapes), largest
+        self._values: dict[TreePlan, float] = {}
+        self._tokens, self._seconds = 0.0, 0.0  # what speculation has brought and cost of late
+        self._costs_until = self._num_cycles = 0
+        self._look_up_costs(0)
+        self._use_lessons()
+        self._start_trial(experience.gain)
+
+    def next(self, longest: int) -> TreePlan:
+        """The next cycle's plan, given the committed tokens of the longest row."""
+        if longest >= self._costs_until:
+            self._look_up_costs(longest)
+        if self._experience.left > 0:
+            self._experience.left -= 1
+            return self._off
+        return dataclasses.replace(self._shape, sizing=self)
+
+    def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
+        """The drafter's log-probabilities, corrected by how often such nodes at `depth` were accepted."""
+        correction = self._correction[min(depth, NUM_DEPTHS) - 1]
+        return (log_probs + correction[torch.bucketize(log_probs, self._edges)]).clamp(max=-1e-3)
+
+    def goes_on(self, scores: torch.Tensor, depth: int) -> bool:
+        """Whether children of the nodes at `depth` with these scores `[B, K]` bring enough for their seconds."""
+        if self._shapes:
+            return True
+        tokens = float(scores.exp().sum()) * self._continuation[min(depth + 1, NUM_DEPTHS) - 1]
+        return bool(tokens > self._rate * (self._costs.step(scores.shape[1]) + self._node_seconds[0]))
+
+    def num_nodes(self, scores: torch.Tensor, limit: int) -> int:
+        """How many of the candidates with these scores `[B, M]` bring enough for their seconds, the root included."""
+        if self._shapes:
+            return limit
+        tokens = scores.exp().sort(dim=1, descending=True).values.sum(0).numpy()[: limit - 1]
+        return 1 + max(1, int((tokens > self._rate * self._node_seconds[: len(tokens)]).sum()))
+
+    def learn(self, facts: CycleFacts) -> None:
+        """Take in what became of a cycle's tree."""
+        if facts.max_depth == 0:
+            return
+        for table in (self._table, self._experience.acceptance):
+            table.update(facts)
+        width = min(self._shape.width, facts.num_nodes)
+        fade = 1 - 1 / RATE_MEMORY
+        self._tokens = self._tokens * fade + float(facts.accepted.sum()) * self._batch_size / facts.num_rows
+        self._seconds = self._seconds * fade + self._costs.cycle(TreePlan(width, facts.max_depth, facts.num_nodes))
+        self._num_cycles += 1
+        if self._shapes:
+            self._weigh_shapes(facts)
+        if self._num_cycles >= TRIAL:
+            self._judge()
+        if self._num_cycles % LESSON == 0:
+            self._use_lessons()
+
+    @property
+    def _rate(self) -> float:
+        """Tokens per second that a further second must bring."""
+        return float(max(self._plain_rate, self._tokens / self._seconds))
+
+    def _judge(self) -> None:
+        experience = self._experience
+        experience.gain = self._tokens / self._seconds / self._plain_rate
+        if experience.gain < 1:
+            experience.left = experience.pause
+            experience.pause = min(2 * experience.pause, LONGEST_PAUSE)
+            self._start_trial(1.0)
+        elif self._num_cycles > RATE_MEMORY:
+            experience.pause = SHORTEST_PAUSE
+
+    def _start_trial(self, gain: float) -> None:
+        """Begin to measure the rate anew, expecting this gain over plain decoding."""
+        self._num_cycles = 0
+        self._seconds = TRIAL * self._costs.cycle(self._shape)
+        self._tokens = gain * self._plain_rate * self._seconds
+
+    def _look_up_costs(self, longest: int) -> None:
+        self._costs_until = longest + CONTEXT_STEP
+        self._costs = self._all_costs.at(longest)
+        self._plain_rate = self._batch_size / self._costs.plain[0]
+        nodes = np.arange(1, self.largest.num_nodes + 1)
+        verify = np.interp(nodes, self._costs.num_nodes, self._costs.verify[0])
+        self._node_seconds = np.maximum(np.diff(verify), 0.0)  # of the second node, the third, ...
+
+    def _use_lessons(self) -> None:
+        self._correction = torch.tensor(self._table.correction, dtype=torch.float32, device=self._edges.device)
+        self._continuation = self._table.continuation
+
+    def _weigh_shapes(self, facts: CycleFacts) -> None:
+        """Estimate what each shape would have brought, and take the one with the best rate."""
+        deepest = min(facts.max_depth, NUM_DEPTHS) - 1
+        for shape in self._shapes:
+            brought = _expected_tokens(facts, shape, float(self._continuation[deepest]))
+            self._values[shape] = brought + (self._values.get(shape, brought) - brought) * (1 - 1 / RATE_MEMORY)
+        rates = {shape: (1 + value) / self._costs.cycle(shape) for shape, value in self._values.items()}
+        best = max(rates, key=rates.__getitem__)
+        if rates[best] > SWITCH_GAIN * rates[self._shape]:
+            self._shape = best
+
+
+def _expected_tokens(facts: CycleFacts, shape: TreePlan, continuation: float) -> float:
+    """Draft tokens that a row of this shape is expected to have accepted, judged from another shape's tree.
+
+    What the tree shows is summed; what lies beyond it is judged kindly, so that a larger shape gets its trial: nodes
+    are as good as the worst one shown, further levels continue as the deepest one does.
+    """
+    probs = np.where(facts.drafted & (facts.depths <= shape.depth), np.exp(facts.scores), 0.0)
+    ordered = -np.sort(-probs, axis=1)[:, : shape.num_nodes - 1]
+    further_nodes = max(0, shape.num_nodes - facts.num_nodes)
+    expected = ordered.sum(1) + further_nodes * ordered[:, -1]
+    if shape.depth > facts.max_depth:
+        leaves = np.where(facts.depths == facts.max_depth, probs, 0.0).sum(1)
+        expected += leaves * sum(continuation**level for level in range(1, shape.depth - facts.max_depth + 1))
+    return float(np.minimum(expected, shape.depth).mean())

@@ -1,0 +1,199 @@
+"""What a cycle costs on this machine: seconds of each stage, measured once with the engine itself."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from draftwing.decoding.generate import DrafterFactory, Generation, Request
+from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.sampling import SamplingParams
+from draftwing.decoding.statistics import STAGES
+from draftwing.decoding.stopping import StopRule
+from draftwing.decoding.tree import CycleFacts
+from draftwing.models.target import TargetModel
+
+NUM_NODES = (2, 4, 8, 16, 32, 64)
+WIDTHS = (1, 4, 8)
+CONTEXTS = (64, 512)
+WARM_UP = 2
+STEPS = 3
+"""Draft levels beyond the first that a draft step's seconds are taken from."""
+
+
+@dataclass(frozen=True)
+class CycleCosts:
+    """Seconds of a cycle's parts for one batch size, by context length; linear in between.
+
+    Attributes:
+        contexts: committed tokens a row at which the rest was measured, `[C]`.
+        plain: a cycle without drafts, `[C]`.
+        num_nodes, verify: the target's pass and choice over a tree of so many nodes a row, `[C][N]`.
+        widths, draft_step: one further level of so many nodes, `[C][W]`.
+        extend: reading the committed tokens into the draft, and the first level, `[C]`.
+        fixed: commit and host, `[C]`.
+    """
+
+    contexts: Sequence[int]
+    plain: Sequence[float]
+    num_nodes: Sequence[int]
+    verify: Sequence[Sequence[float]]
+    widths: Sequence[int]
+    draft_step: Sequence[Sequence[float]]
+    extend: Sequence[float]
+    fixed: Sequence[float]
+
+    def at(self, context: int) -> "CycleCosts":
+        """The costs at one context length (held constant beyond the measured ones)."""
+
+        def between(values: Sequence[Any]) -> Any:
+            columns = np.array(values, dtype=float)
+            if columns.ndim == 1:
+                return [float(np.interp(context, self.contexts, columns))]
+            return [[float(np.interp(context, self.contexts, column)) for column in columns.T]]
+
+        return CycleCosts(
+            contexts=[context],
+            plain=between(self.plain),
+            num_nodes=self.num_nodes,
+            verify=between(self.verify),
+            widths=self.widths,
+            draft_step=between(self.draft_step),
+            extend=between(self.extend),
+            fixed=between(self.fixed),
+        )
+
+    def cycle(self, plan: TreePlan) -> float:
+        """Seconds of a cycle of this plan, at the first context."""
+        if plan.depth == 0:
+            return self.plain[0]
+        verify = float(np.interp(plan.num_nodes, self.num_nodes, self.verify[0]))
+        return self.extend[0] + (plan.depth - 1) * self.step(plan.width) + verify + self.fixed[0]
+
+    def step(self, width: int) -> float:
+        """Seconds of one further draft level of `width` nodes, at the first context."""
+        return float(np.interp(width, self.widths, self.draft_step[0]))
+
+    @property
+    def node(self) -> float:
+        """Seconds of one more node in the target's pass, at the first context, over the range of CPU trees."""
+        last = self.num_nodes.index(32) if 32 in self.num_nodes else len(self.num_nodes) - 1
+        return max(0.0, (self.verify[0][last] - self.verify[0][0]) / (self.num_nodes[last] - self.num_nodes[0]))
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> "CycleCosts":
+        """The costs that `as_dict` described.
+
+        Raises:
+            ValueError: a field is missing or unknown.
+        """
+        try:
+            return CycleCosts(**values)
+        except TypeError as error:
+            raise ValueError(f"costs: {error}") from None
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept: $DRAFTWING_CACHE, or draftwing in the user's cache folder."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("DRAFTWING_CACHE") or user / "draftwing")
+
+
+def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts]) -> CycleCosts:
+    """The costs measured earlier under the same key, or measured now and kept on disk if that can be written."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    file = cache_folder() / "costs" / f"{digest}.json"
+    try:
+        return CycleCosts.from_dict(json.loads(file.read_text(encoding="utf-8"))["costs"])
+    except (OSError, ValueError, KeyError, TypeError):  # not measured yet, or a file that something else wrote
+        costs = measure()
+    record = json.dumps({"key": key, "costs": costs.as_dict()}, indent=2, default=str)
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(record, encoding="utf-8")
+    return costs
+
+
+def measure_costs(
+    target: TargetModel, new_drafter: DrafterFactory, batch_size: int, max_width: int, cycles: int = 10
+) -> CycleCosts:
+    """Time the engine's own stages with the plans that tell them apart, on random text (seeded, the same each time)."""
+    limit = target.max_positions or 4 * CONTEXTS[-1]
+    contexts = sorted({min(context, limit // 4) for context in CONTEXTS})
+    widths = [width for width in WIDTHS if width <= max_width]
+    plans = [TreePlan.off(target.best_single_row if batch_size == 1 else 1)]
+    plans += [_shallowest(num_nodes, widths[-1]) for num_nodes in NUM_NODES]
+    plans += [TreePlan(width, 1 + STEPS, 2) for width in widths]
+    measured: dict[str, list[Any]] = defaultdict(list)
+    for context in contexts:
+        plain, *stages = _stage_seconds(target, new_drafter, batch_size, context, plans, cycles)
+        by_nodes, by_width = stages[: len(NUM_NODES)], stages[len(NUM_NODES) :]
+        first = by_nodes[0]
+        measured["plain"].append(sum(plain.values()))
+        measured["verify"].append([stage["verify"] for stage in by_nodes])
+        measured["draft_step"].append([max(0.0, stage["draft"] - first["draft"]) / STEPS for stage in by_width])
+        measured["extend"].append(first["draft"])
+        measured["fixed"].append(first["commit"] + first["host"])
+    return CycleCosts(contexts=contexts, num_nodes=NUM_NODES, widths=widths, **measured)
+
+
+def _shallowest(num_nodes: int, width: int) -> TreePlan:
+    """The plan of so many nodes that has the fewest levels."""
+    depth = 1
+    while TreePlan(width, depth, 1).num_candidates < num_nodes - 1:
+        depth += 1
+    return TreePlan(width, depth, num_nodes)
+
+
+class _Schedule:
+    """Plans in turn, each for so many cycles."""
+
+    learns = False
+
+    def __init__(self, plans: Sequence[TreePlan], cycles: int) -> None:
+        self._turns = (plan for plan in plans for _ in range(cycles))
+        self.largest = max(plans, key=lambda plan: (plan.num_nodes, plan.depth))
+
+    def next(self, longest: int) -> TreePlan:
+        return next(self._turns)
+
+    def learn(self, facts: CycleFacts) -> None:
+        pass
+
+
+def _stage_seconds(
+    target: TargetModel,
+    new_drafter: DrafterFactory,
+    batch_size: int,
+    context: int,
+    plans: Sequence[TreePlan],
+    cycles: int,
+) -> list[dict[str, float]]:
+    """Median seconds of each stage of a cycle, for each plan."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(target.vocab_size, (batch_size, context), generator=generator).tolist()
+    room = (target.max_positions or 10**6) - context
+    per_plan = max(3, min(cycles + WARM_UP, room // (2 * len(plans))))  # random text has hardly a draft accepted
+    stop = StopRule(min(room, per_plan * sum(plan.depth + 1 for plan in plans)), ())
+    requests = [Request(prompt, SamplingParams(), stop) for prompt in prompts]
+    generation = Generation(target, requests, new_drafter, _Schedule(plans, per_plan))
+    clock = [dict(generation.statistics.seconds)]
+    for _ in itertools.islice(generation.cycles(), per_plan * len(plans)):
+        clock.append(dict(generation.statistics.seconds))
+    steps = [{name: b[name] - a[name] for name in STAGES} for a, b in itertools.pairwise(clock)]
+    turns = [steps[start + WARM_UP : start + per_plan] for start in range(0, len(steps), per_plan)]
+    return [{name: statistics.median(step[name] for step in turn) for name in STAGES} for turn in turns]

@@ -1,0 +1,115 @@
+"""Trees that size themselves: what pays, what does not, and when drafting pauses."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import auto_plan, costs
+
+from draftwing.decoding.acceptance import EDGES
+from draftwing.decoding.auto_plan import LONGEST_PAUSE, TRIAL, AutoPlan, Experience
+from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.tree import CycleFacts
+
+
+def chain_facts(num_accepted: int, depth: int = 4, probability: float = 0.75) -> CycleFacts:
+    """A cycle of one row with a chain of draft tokens, of which the first ones were accepted."""
+    nodes = np.arange(depth + 1)[None]
+    return CycleFacts(
+        accepted=nodes <= num_accepted,
+        parents=np.maximum(nodes - 1, 0),
+        depths=nodes,
+        drafted=nodes > 0,
+        scores=nodes * np.log(probability),
+        log_probs=np.where(nodes > 0, np.log(probability), 0.0),
+        max_depth=depth,
+    )
+
+
+def run_cycles(plan: AutoPlan, num_accepted: int, count: int) -> list[bool]:
+    """Whether each of the next cycles drafts; those that do have this many draft tokens accepted."""
+    drafts = []
+    for _ in range(count):
+        drafts.append(plan.next(longest=10).depth > 0)
+        if drafts[-1]:
+            plan.learn(chain_facts(num_accepted))
+    return drafts
+
+
+def test_a_level_is_drafted_while_it_brings_more_than_its_seconds() -> None:
+    plan = auto_plan(1, step=0.1, node=0.01)
+    likely, unlikely = torch.log(torch.tensor([[0.6, 0.2]])), torch.log(torch.tensor([[0.02, 0.01]]))
+    assert plan.goes_on(likely, depth=1)
+    assert not plan.goes_on(unlikely, depth=1)
+    assert auto_plan(1, step=0.0, node=0.0).goes_on(unlikely, depth=1), "what costs nothing pays"
+
+
+def test_nodes_are_kept_while_they_bring_more_than_their_seconds() -> None:
+    scores = torch.log(torch.tensor([[0.5, 0.3, 0.1, 0.05, 0.01]]))
+    assert auto_plan(1, node=0.001).num_nodes(scores, limit=24) == 6
+    assert auto_plan(1, node=0.07).num_nodes(scores, limit=24) == 4
+    assert auto_plan(1, node=0.9).num_nodes(scores, limit=24) == 2, "a tree that was drafted is worth one node"
+    assert auto_plan(1, node=0.001).num_nodes(scores, limit=3) == 3
+
+
+def test_rows_of_a_batch_share_a_shape_by_their_sum() -> None:
+    sure, unsure = [0.9, 0.05], [0.3, 0.2]
+    node = 0.3
+    assert auto_plan(1, node=node).num_nodes(torch.log(torch.tensor([unsure])), limit=9) == 2
+    both = torch.log(torch.tensor([sure, unsure]))
+    assert auto_plan(2, node=node).num_nodes(both, limit=9) == 2
+    assert auto_plan(2, node=0.1).num_nodes(both, limit=9) == 3
+
+
+def test_worth_follows_what_was_accepted() -> None:
+    plan, log_probs = auto_plan(1), torch.log(torch.tensor([[0.75]]))
+    before = plan.worth(log_probs, depth=1)
+    assert before.item() == pytest.approx(np.log(0.75)), "nothing learnt yet: the drafter is believed"
+    run_cycles(plan, num_accepted=0, count=TRIAL)
+    run_cycles(plan, num_accepted=1, count=40)
+    after = plan.worth(log_probs, depth=1), plan.worth(log_probs, depth=2)
+    assert after[1] < after[0] < 0
+    assert plan.worth(torch.tensor([[-torch.inf]]), depth=1).item() == -torch.inf
+    assert plan.worth(torch.tensor([[float(EDGES[-1]) / 2]]), depth=1).item() < 0
+
+
+def test_a_useless_drafter_is_paused_for_longer_and_longer() -> None:
+    experience = Experience()
+    drafts = run_cycles(auto_plan(1, experience), num_accepted=0, count=2000)
+    assert drafts[:TRIAL] == [True] * TRIAL
+    assert sum(drafts) < 0.03 * len(drafts)
+    assert experience.gain < 1
+    assert experience.pause == LONGEST_PAUSE
+
+
+def test_the_next_request_starts_where_the_last_one_ended() -> None:
+    experience = Experience()
+    run_cycles(auto_plan(1, experience), num_accepted=0, count=6)
+    assert not any(run_cycles(auto_plan(1, experience), num_accepted=0, count=8))
+
+
+def test_a_good_drafter_is_never_paused_and_one_that_turns_good_is_found_out() -> None:
+    assert all(run_cycles(auto_plan(1), num_accepted=3, count=200))
+    plan = auto_plan(1)
+    run_cycles(plan, num_accepted=0, count=100)
+    assert all(run_cycles(plan, num_accepted=3, count=300)[-40:])
+
+
+def test_every_tree_has_one_of_the_fixed_shapes_and_the_best_is_found() -> None:
+    shapes = ["chain:1", "chain:4", "tree:4x6x24"]
+    plan = auto_plan(1, fixed_shapes=shapes, node=0.05)
+    seen = set()
+    for _ in range(60):
+        cycle = plan.next(longest=10)
+        seen.add(cycle)
+        plan.learn(chain_facts(num_accepted=4, depth=min(cycle.depth, 4), probability=0.95))
+    assert plan.next(longest=10) == TreePlan.parse("chain:4")
+    assert seen <= {TreePlan.parse(shape) for shape in shapes}
+    assert plan.goes_on(torch.tensor([[-50.0]]), depth=1)
+    assert plan.num_nodes(torch.tensor([[-50.0]]), limit=7) == 7
+
+
+def test_costs_are_linear_between_what_was_measured() -> None:
+    measured = costs(plain=1.0, node=0.02, step=0.1)
+    assert measured.cycle(TreePlan.off()) == 1.0
+    # extend, three further levels, and a pass over nine nodes
+    assert measured.cycle(TreePlan.parse("tree:4x4x9")) == pytest.approx(0.1 + 3 * 0.1 + 1.0 + 8 * 0.02)

@@ -1,0 +1,60 @@
+"""Measured costs: the engine's own stages, kept on disk."""
+
+from pathlib import Path
+
+import pytest
+from conftest import costs, eagle
+
+from draftwing.checkpoint.load import DraftNetwork
+from draftwing.decoding.costs import CycleCosts, cache_folder, cached_costs, measure_costs
+from draftwing.models.target import TargetModel
+
+
+def test_every_part_of_a_cycle_is_measured(target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
+    measured = measure_costs(target, eagle(heads["eagle3"]), batch_size=2, max_width=4, cycles=3)
+    assert measured.contexts == [64]  # this target has 256 positions
+    assert min(measured.plain + measured.extend + measured.fixed) > 0
+    assert len(measured.verify[0]) == len(measured.num_nodes)
+    assert min(measured.verify[0]) > 0
+    assert len(measured.draft_step[0]) == len(measured.widths) == 2
+
+
+def test_between_two_contexts_costs_are_interpolated() -> None:
+    near, far = costs(plain=1.0), costs(plain=3.0)
+    both = CycleCosts(
+        contexts=[0, 100],
+        plain=[near.plain[0], far.plain[0]],
+        num_nodes=near.num_nodes,
+        verify=[near.verify[0], far.verify[0]],
+        widths=near.widths,
+        draft_step=[near.draft_step[0], far.draft_step[0]],
+        extend=[near.extend[0], far.extend[0]],
+        fixed=[0.0, 0.0],
+    )
+    assert both.at(50).plain == [2.0]
+    assert both.at(50).verify[0][0] == 2.0
+    assert both.at(900).plain == [3.0], "beyond what was measured they are held"
+
+
+def test_costs_are_measured_once_per_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path))
+    measured: list[str] = []
+
+    def measure() -> CycleCosts:
+        measured.append("once more")
+        return costs()
+
+    for _ in range(2):
+        assert cached_costs({"dtype": "float32"}, measure) == costs()
+    cached_costs({"dtype": "bfloat16"}, measure)
+    assert len(measured) == 2
+    for file in (cache_folder() / "costs").iterdir():
+        file.write_text("{half a file", encoding="utf-8")
+    assert cached_costs({"dtype": "float32"}, measure) == costs(), "a broken file is measured anew"
+    assert len(measured) == 3
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path / "file"))
+    assert cached_costs({}, costs) == costs()
