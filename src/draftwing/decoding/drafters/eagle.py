@@ -1,4 +1,4 @@
-"""EAGLE drafting: chain, static tree (EAGLE-1) and dynamic tree (EAGLE-2, EAGLE-3) over one draft network.
+"""EAGLE drafting: one draft network run down the trees of growth.py.
 
 The draft's cache holds slot t for every committed token but the last: slot t has read the target's feature at t and
 the token at t + 1. Tree nodes are written behind and dropped; `observe` replaces them with slots of true features.
@@ -10,8 +10,9 @@ from typing import Protocol
 import torch
 
 from draftwing.decoding.drafters import Ranking
-from draftwing.decoding.plan import RankPath, TreePlan
-from draftwing.decoding.tree import Candidates, DraftTree, best_subtree, join, root_tree
+from draftwing.decoding.drafters.growth import RootedDraft, grow_tree
+from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.tree import DraftTree, root_tree
 from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.models.layers import Attend, DraftConfig, Rotary, grouped_attention
@@ -68,79 +69,19 @@ class EagleDrafter:
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
         if plan.depth == 0:
             return root_tree(root, plan.num_nodes)
-        if plan.width > len(self._vocab):
-            raise ValueError(f"plan: width {plan.width} exceeds the draft vocabulary of {len(self._vocab)} tokens")
         self._cache.bound = longest
-        tree = self._grow_static(root, plan, rank) if plan.paths else self._grow_dynamic(root, plan, rank)
+        levels, output = _Levels(self._cache, plan.num_inner), self._last_output[:, None]
+
+        def step(parent: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+            nonlocal output
+            output = self._draft_step(output, parent, tokens, levels)
+            return self._model.logits(output)
+
+        draft = RootedDraft(self._model.logits(output), step, self._cache.lengths[:, None], self._vocab, rank)
+        tree = grow_tree(root, plan, draft)
         # A row with nothing read yet (a prompt of one token) has no state to draft from.
         can_draft = (self._cache.lengths > 0)[:, None] | (tree.depths == 0)
         return dataclasses.replace(tree, valid=tree.valid & can_draft)
-
-    def _grow_dynamic(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
-        """EAGLE-2's expand and rerank (arXiv 2406.16858, 4.1-4.2): scores are sums of log-probabilities."""
-        width, levels = plan.width, _Levels(self._cache, plan.width * (plan.depth - 1))
-        output = self._last_output[:, None]
-        scores, tokens = (t.squeeze(1) for t in self._best_children(output, width, 0, rank))  # [B, K]
-        parent = torch.zeros_like(tokens)  # index into the previous level's frontier
-        frontier = torch.arange(width, device=root.device).expand_as(tokens)  # candidate index of each
-        drafted = [Candidates(tokens, scores, torch.full_like(tokens, -1), torch.ones_like(tokens))]
-        for level in range(1, plan.depth):
-            output = self._draft_step(output, parent, tokens, levels)
-            child_scores, child_tokens = self._best_children(output, width, level, rank)  # [B, K, K]
-            child_scores = (scores[:, :, None] + child_scores).flatten(1)
-            child_tokens = child_tokens.flatten(1)
-            child_parents = frontier.repeat_interleave(width, dim=1)
-            drafted.append(
-                Candidates(child_tokens, child_scores, child_parents, torch.full_like(child_tokens, level + 1))
-            )
-            if level + 1 < plan.depth:
-                scores, chosen = child_scores.topk(width)
-                tokens = child_tokens.gather(1, chosen)
-                frontier = chosen + plan.num_candidates_to(level)
-                parent = chosen // width
-        return best_subtree(root, join(drafted), plan.num_nodes, plan.depth)
-
-    def _grow_static(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
-        """EAGLE-1's fixed tree: node (.., r) is the r-th best child of its parent."""
-        inner = {path[:-1] for path in plan.paths}
-        levels = _Levels(self._cache, len(inner) - 1)
-        expanded: list[RankPath] = [()]  # the nodes whose children are being drafted
-        output, scores = self._last_output[:, None], torch.zeros_like(root, dtype=torch.float32)[:, None]
-        all_tokens, all_scores = [root[:, None]], [scores]
-        for level, paths in enumerate(plan.levels, 1):
-            child_scores, child_tokens = self._best_children(output, plan.width, level - 1, rank)  # [B, E, K]
-            picks = [expanded.index(path[:-1]) * plan.width + path[-1] for path in paths]
-            level_scores = (scores[:, :, None] + child_scores).flatten(1)[:, picks]
-            level_tokens = child_tokens.flatten(1)[:, picks]
-            all_scores.append(level_scores)
-            all_tokens.append(level_tokens)
-            if level < plan.depth:
-                kept = [index for index, path in enumerate(paths) if path in inner]
-                parent = torch.tensor([expanded.index(paths[index][:-1]) for index in kept], device=root.device)
-                expanded, scores = [paths[index] for index in kept], level_scores[:, kept]
-                parent = parent.expand(root.shape[0], -1)
-                output = self._draft_step(output, parent, level_tokens[:, kept], levels)
-        number_of = {(): 0} | {path: number for number, path in enumerate(plan.paths, 1)}
-        tokens, tree_scores = torch.cat(all_tokens, 1), torch.cat(all_scores, 1)
-        parents = torch.tensor([0] + [number_of[path[:-1]] for path in plan.paths], device=root.device)
-        depths = torch.tensor([0] + [len(path) for path in plan.paths], device=root.device)
-        return DraftTree(
-            tokens=tokens,
-            parents=parents.expand_as(tokens),
-            depths=depths.expand_as(tokens),
-            valid=tree_scores.isfinite(),
-            scores=tree_scores,
-            max_depth=plan.depth,
-        )
-
-    def _best_children(
-        self, output: torch.Tensor, width: int, depth: int, rank: Ranking
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores and target ids of the `width` best children of nodes at `depth`, `[B, K, width]` each."""
-        positions = self._cache.lengths[:, None] + depth + 1
-        log_probs = rank(self._model.logits(output), positions, self._vocab.target_ids)
-        scores, draft_ids = log_probs.topk(width)
-        return scores, self._vocab.to_target(draft_ids)
 
     def _draft_step(
         self, output: torch.Tensor, parent: torch.Tensor, tokens: torch.Tensor, levels: "_Levels"
