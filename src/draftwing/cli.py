@@ -124,9 +124,9 @@ def run_generate(options: argparse.Namespace) -> None:
 
 
 def run_inspect(options: argparse.Namespace) -> None:
-    from draftwing.checkpoint.inspect import inspect_head, report_table
+    from draftwing.checkpoint.inspect import inspect_draft, report_table
 
-    report = inspect_head(options.draft, options.target)
+    report = inspect_draft(options.draft, options.target)
     if options.json:
         print(json.dumps(asdict(report)))
     else:
@@ -232,14 +232,20 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_generate(commands: Any) -> None:
-    parser = _add_command(commands, "generate", run_generate, "Generate text with a target and a draft head.")
+    parser = _add_command(
+        commands, "generate", run_generate, "Generate text with a target and a draft: an EAGLE head or a smaller model."
+    )
     parser.add_argument("--target", required=True, help="tiny (embedded), a folder or a hub id")
-    parser.add_argument("--draft", help="tiny, a folder or a hub id of an EAGLE head; without it, plain decoding")
+    parser.add_argument(
+        "--draft", help="tiny, a folder or a hub id, of an EAGLE head or a small model; without it, plain"
+    )
     parser.add_argument("--prompt", required=True, help="the text to continue, or with --chat the user's message")
     parser.add_argument("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
     _add_device(parser)
     parser.add_argument(
-        "--method", choices=("plain", "eagle1", "eagle2", "eagle3"), help="default: what the head is made for"
+        "--method",
+        choices=("plain", "eagle1", "eagle2", "eagle3", "draft_model"),
+        help="default: what the draft is made for",
     )
     parser.add_argument("--plan", help="off, chain:DEPTH, tree:WIDTHxDEPTHxNODES or eagle1 (the paper's static tree)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
@@ -259,9 +265,11 @@ def _add_generate(commands: Any) -> None:
 
 
 def _add_inspect(commands: Any) -> None:
-    parser = _add_command(commands, "inspect", run_inspect, "Say what a draft head is, and what does not fit.")
+    parser = _add_command(
+        commands, "inspect", run_inspect, "Say what a draft head or draft model is, and what does not fit."
+    )
     parser.add_argument("draft", help="tiny, tiny-eagle1, a folder or a hub id")
-    parser.add_argument("--target", help="also check the head against this target (its config is enough)")
+    parser.add_argument("--target", help="also check the draft against this target (config and tokenizer are enough)")
 
 
 def _add_train(commands: Any) -> None:

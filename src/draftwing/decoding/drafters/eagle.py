@@ -53,6 +53,9 @@ class EagleDrafter:
         model.rotary.reserve(capacity + 1)
         self._last_output = torch.zeros(batch_size, config.hidden_size, dtype=dtype, device=device)
 
+    def start(self, tokens: torch.Tensor) -> None:
+        """Nothing: the first slot has read the first feature and the second token."""
+
     def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         assert features is not None
         length = tokens.shape[1]
