@@ -173,7 +173,8 @@ def report_table(report: HeadReport | ModelReport) -> Table:
         verdict = "complete", "every tensor is there, known and of the expected shape"
     else:
         _add_model_rows(table, report)
-        verdict = "can draft", "its cache can be rolled back, and nothing contradicts the target's vocabulary"
+        checked = "" if report.target_vocab_size is None else ", and nothing contradicts the target's vocabulary"
+        verdict = "can draft", f"its cache can be rolled back{checked}"
     for problem in report.problems:
         table.add_row("[red]does not fit[/red]", problem)
     if not report.problems:

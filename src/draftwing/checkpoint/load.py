@@ -172,14 +172,15 @@ def vocabulary_problems(draft_size: int, target_size: int, draft_tokenizer: Any,
             f"vocab_size: the draft model has {draft_size} tokens and the target {target_size}, "
             "and without the tokenizers of both their ids cannot be compared"
         ]
-    target_ids = target_tokenizer.get_vocab()
-    for token, draft_id in draft_tokenizer.get_vocab().items():
-        if target_ids.get(token, draft_id) != draft_id:
-            return [
-                f"vocab_size: the draft model (of {draft_size} tokens) and the target (of {target_size}) have "
-                f"different tokenizers: {token!r} is {draft_id} in the one and {target_ids[token]} in the other"
-            ]
-    return []
+    draft_ids, target_ids = draft_tokenizer.get_vocab(), target_tokenizer.get_vocab()
+    differing = [token for token, draft_id in draft_ids.items() if target_ids.get(token, draft_id) != draft_id]
+    if not differing:
+        return []
+    first = min(differing, key=draft_ids.__getitem__)
+    return [
+        f"vocab_size: the draft model (of {draft_size} tokens) and the target (of {target_size}) have different "
+        f"tokenizers: {first!r} is {draft_ids[first]} in the one and {target_ids[first]} in the other"
+    ]
 
 
 def load_head(
