@@ -18,11 +18,13 @@ EXAMPLES = {
   draftwing demo --dtype bfloat16 --repeats 5""",
     "generate": """examples:
   draftwing generate --target tiny --draft tiny --prompt "def main(args):"
+  draftwing generate --target path/to/large-model --draft path/to/small-model --prompt "def main(args):"
   draftwing generate --target tiny --draft tiny --chat --prompt "Write the Python function clamp." --compare
   draftwing generate --target meta-llama/Llama-3.1-8B-Instruct --draft yuhuili/EAGLE3-LLaMA3.1-Instruct-8B \\
       --device cuda --chat --prompt "Why is the sky blue?" --temperature 0.7 --seed 1""",
     "inspect": """examples:
   draftwing inspect tiny
+  draftwing inspect path/to/small-model --target path/to/large-model
   draftwing inspect path/to/head --target meta-llama/Llama-3.1-8B-Instruct --json""",
     "train": """examples:
   draftwing train recipes/tiny.yaml            # all stages; a stopped run continues where it was
