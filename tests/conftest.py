@@ -12,17 +12,21 @@ from draftwing.data.chat import Example
 from draftwing.decoding.auto_plan import AutoPlan, Experience
 from draftwing.decoding.costs import CycleCosts
 from draftwing.decoding.drafters import NoDrafter
+from draftwing.decoding.drafters.draft_model import DraftModelDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.generate import DrafterFactory, Generation, Request
 from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
+from draftwing.decoding.tree import DraftTree
 from draftwing.models.target import ATTENTION, TargetModel
 from draftwing.training.heads import new_head
 from draftwing.training.objectives import HeadTraining
 
 VOCAB_SIZE = 64
 EOS = 11
+Path = tuple[int, ...]
+"""The tokens from a tree's root, which is left out, to a node."""
 
 torch.set_num_threads(1)  # the models are tiny; threads only add noise
 
@@ -54,6 +58,23 @@ def _measurements_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(scope="session")
 def target() -> TargetModel:
     return TargetModel(tiny_llama())
+
+
+@pytest.fixture(scope="session")
+def draft_model() -> TargetModel:
+    """A second model that often says what `target` says: the same weights with some noise."""
+    model = tiny_llama()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return TargetModel(model, role="draft")
+
+
+@pytest.fixture(scope="session")
+def drafters(heads: dict[str, DraftNetwork], draft_model: TargetModel) -> dict[str, DrafterFactory]:
+    """Every method's drafter for `target`."""
+    return {name: eagle(head) for name, head in heads.items()} | {"draft_model": language_model(draft_model)}
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +129,11 @@ def eagle(head: DraftNetwork) -> DrafterFactory:
     """Builds the drafter of a head for the engine."""
     dtype = next(head.parameters()).dtype
     return lambda batch_size, capacity: EagleDrafter(head, batch_size, capacity, dtype, torch.device("cpu"))
+
+
+def language_model(model: TargetModel) -> DrafterFactory:
+    """Builds the drafter of a draft model, for a target of VOCAB_SIZE tokens."""
+    return lambda batch_size, capacity: DraftModelDrafter(model, VOCAB_SIZE, batch_size, capacity)
 
 
 def no_draft(batch_size: int, capacity: int) -> NoDrafter:
@@ -177,3 +203,14 @@ def requests_for(
         Request(prompt, SamplingParams(**sampling, seed=row), StopRule(max_new_tokens, eos))  # type: ignore[arg-type]
         for row, prompt in enumerate(prompts)
     ]
+
+
+def nodes_of(tree: DraftTree, row: int) -> dict[Path, float]:
+    """A row's nodes as token paths from the root, with their scores."""
+    paths: list[Path] = [()]
+    for node in range(1, tree.num_nodes):
+        assert tree.parents[row, node] < node, "parents come before children"
+        paths.append((*paths[int(tree.parents[row, node])], int(tree.tokens[row, node])))
+        assert tree.depths[row, node] == len(paths[-1])
+    assert len(set(paths)) == len(paths), "siblings differ"
+    return dict(zip(paths[1:], tree.scores[row, 1:].tolist(), strict=True))

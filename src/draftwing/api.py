@@ -1,6 +1,5 @@
 """The Python API: `load` a target with a draft, then `generate` or `stream`."""
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,8 +8,8 @@ from typing import Any
 import torch
 
 from draftwing.checkpoint.load import (
-    DraftNetwork,
-    load_head,
+    Draft,
+    load_draft,
     load_target,
     load_tokenizer,
 )
@@ -18,6 +17,7 @@ from draftwing.config import check_keys
 from draftwing.decoding.auto_plan import AutoPlan, Experience
 from draftwing.decoding.costs import CycleCosts, cached_costs, measure_costs
 from draftwing.decoding.drafters import Drafter, NoDrafter
+from draftwing.decoding.drafters.draft_model import DraftModelDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.generate import Committed, Generation, Request
 from draftwing.decoding.plan import Plan, TreePlan
@@ -34,7 +34,7 @@ FIXED_SHAPES = tuple(
     map(TreePlan.parse, ("chain:2", "chain:4", "tree:4x4x16", "tree:6x5x30", "tree:8x6x48", "tree:10x8x60"))
 )
 """Where every shape is worth capturing: what `auto` chooses among, the largest last."""
-METHODS = ("plain", "eagle1", "eagle2", "eagle3")
+METHODS = ("plain", "eagle1", "eagle2", "eagle3", "draft_model")
 
 
 @dataclass(frozen=True)
@@ -104,19 +104,19 @@ class GenerateOptions:
 
 
 class SpeculativeModel:
-    """A target, optionally with a draft head, that generates. `method` names how: plain, eagle1, eagle2 or eagle3."""
+    """A target that generates, optionally with a draft (an EAGLE head or a smaller model) by one of METHODS."""
 
     def __init__(
-        self, target: TargetModel, head: DraftNetwork | None = None, tokenizer: Any = None, method: str | None = None
+        self, target: TargetModel, draft: Draft | None = None, tokenizer: Any = None, method: str | None = None
     ) -> None:
-        self.target, self.head, self.tokenizer = target, head, tokenizer
-        self.method = resolve_method(method, head)
+        self.target, self.draft, self.tokenizer = target, draft, tokenizer
+        self.method = resolve_method(method, draft)
         self._costs: dict[int, CycleCosts] = {}
         self._experience: dict[tuple[int, bool], Experience] = {}
 
     def with_method(self, method: str) -> "SpeculativeModel":
         """The same weights, decoding another way."""
-        return SpeculativeModel(self.target, self.head, self.tokenizer, method)
+        return SpeculativeModel(self.target, self.draft, self.tokenizer, method)
 
     def generate(
         self,
@@ -173,11 +173,12 @@ class SpeculativeModel:
             )
             for row, prompt in enumerate(prompts)
         ]
+        self._check_draft_positions(max(map(len, prompts), default=0) + settings.max_new_tokens)
         plan = self._plan(settings.plan or default_plan(self.method), requests)
         return Generation(self.target, requests, self._new_drafter, plan, settings.coupled)
 
     def costs(self, batch_size: int) -> CycleCosts:
-        """What a cycle of so many rows costs with this head, from this process, the disk's cache or a measurement."""
+        """What a cycle of so many rows costs with this draft, from this process, the disk's cache or a measurement."""
         bucket = 1 << (batch_size - 1).bit_length()
         if bucket not in self._costs:
             key = self._identity() | {"batch_size": bucket}
@@ -215,16 +216,31 @@ class SpeculativeModel:
 
     def _identity(self) -> dict[str, Any]:
         """What a cycle's seconds depend on."""
+        assert self.draft is not None
         made_by = provenance()
         machine = {name: made_by[name] for name in ("device", "threads", "cores", "torch", "transformers")}
-        head = None if self.head is None else dataclasses.asdict(self.head.config)
-        return machine | {"target": self.target.config.to_dict(), "dtype": str(self.target.dtype), "head": head}
+        draft = self.draft.config.to_dict() if isinstance(self.draft, TargetModel) else vars(self.draft.config)
+        return machine | {"target": self.target.config.to_dict(), "dtype": str(self.target.dtype), "draft": draft}
 
     def _new_drafter(self, batch_size: int, capacity: int) -> Drafter:
-        if self.head is None or self.method == "plain":
+        if self.draft is None or self.method == "plain":
             return NoDrafter()
-        dtype = next(self.head.parameters()).dtype
-        return EagleDrafter(self.head, batch_size, capacity, dtype, self.target.device)
+        if isinstance(self.draft, TargetModel):
+            return DraftModelDrafter(self.draft, self.target.vocab_size, batch_size, capacity)
+        dtype = next(self.draft.parameters()).dtype
+        return EagleDrafter(self.draft, batch_size, capacity, dtype, self.target.device)
+
+    def _check_draft_positions(self, num_tokens: int) -> None:
+        """Raise a ValueError where a draft model would have to read more tokens than it has positions."""
+        if self.method != "draft_model":
+            return
+        assert isinstance(self.draft, TargetModel)
+        limit = self.draft.max_positions
+        if limit is not None and num_tokens > limit:
+            raise ValueError(
+                f"max_new_tokens: prompt and new tokens may be {num_tokens} together, which would pass the draft "
+                f"model's {limit} positions"
+            )
 
     def _eos_token_ids(self, settings: GenerateOptions) -> tuple[int, ...]:
         eos = settings.eos_token_id
@@ -252,19 +268,20 @@ def load(
     rope_theta: float | None = None,
     **options: Any,
 ) -> SpeculativeModel:
-    """Load a target and a draft head, ready to generate.
+    """Load a target and a draft, ready to generate.
 
     Args:
         target: `tiny` (the embedded model), a folder or a hub id.
-        draft: `tiny` (the embedded head that suits `method`), `tiny-eagle1`, a folder or a hub id; None: no head.
+        draft: `tiny` (the embedded head that suits `method`), `tiny-eagle1`, a folder or a hub id of an EAGLE head or
+            of a smaller causal language model with the same tokenizer; None: no draft.
         dtype: of both models, `torch.float32` or "float32"; default: the target file's, but float32 on a CPU that has
             no bf16 products.
-        method: plain, eagle1, eagle2 or eagle3; default: what the head is made for (eagle2 for an EAGLE-1 file).
+        method: one of METHODS; default: what the draft is made for (eagle2 for an EAGLE-1 file).
         aux_layers, rope_theta: override what a head's file says (see `draftwing inspect`).
         options: passed on to transformers' `from_pretrained`.
 
     Raises:
-        ValueError: a name that cannot be loaded, a head that does not fit, a target whose cache cannot be rolled back.
+        ValueError: a name that cannot be loaded, a draft that does not fit, a model whose cache cannot be rolled back.
     """
     check_device(device)
     chosen = parse_dtype(dtype)
@@ -272,10 +289,12 @@ def load(
     pack_linears(loaded.model)
     if draft == "tiny" and method in ("eagle1", "eagle2"):
         draft = "tiny-eagle1"
-    head = None if draft is None or method == "plain" else load_head(draft, loaded, chosen, aux_layers, rope_theta)
-    if head is not None:
-        pack_linears(head)
-    return SpeculativeModel(loaded, head, load_tokenizer(target), method)
+    tokenizer = load_tokenizer(target)
+    if draft is None or method == "plain":
+        return SpeculativeModel(loaded, None, tokenizer, method)
+    drafting = load_draft(draft, loaded, chosen, aux_layers, rope_theta, tokenizer)
+    pack_linears(drafting.model if isinstance(drafting, TargetModel) else drafting)
+    return SpeculativeModel(loaded, drafting, tokenizer, method)
 
 
 def default_plan(method: str) -> str:
@@ -301,19 +320,27 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return known[dtype]
 
 
-def resolve_method(method: str | None, head: DraftNetwork | None) -> str:
-    """The method to decode with, checked against the head at hand."""
-    if method is None:
-        return "plain" if head is None else "eagle3" if isinstance(head, Eagle3Model) else "eagle2"
-    if method not in METHODS:
+def resolve_method(method: str | None, draft: Draft | None) -> str:
+    """The method to decode with, checked against the draft at hand."""
+    if method is not None and method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if method != "plain":
-        if head is None:
-            raise ValueError(f"method: {method} needs a draft head")
-        if (method == "eagle3") != isinstance(head, Eagle3Model):
-            kind = "EAGLE-3" if isinstance(head, Eagle3Model) else "EAGLE-1/2"
-            raise ValueError(f"method: {method} cannot use this head, which is an {kind} one")
-    return method
+    if draft is None:
+        if method not in (None, "plain"):
+            raise ValueError(f"method: {method} needs a draft head or a draft model")
+        return "plain"
+    kind, methods = _methods_of(draft)
+    if method not in (None, "plain", *methods):
+        raise ValueError(f"method: {method} cannot use this draft, which is {kind}")
+    return method or methods[0]
+
+
+def _methods_of(draft: Draft) -> tuple[str, tuple[str, ...]]:
+    """What a draft is, and the methods that use it, the default first."""
+    if isinstance(draft, TargetModel):
+        return "a language model", ("draft_model",)
+    if isinstance(draft, Eagle3Model):
+        return "an EAGLE-3 head", ("eagle3",)
+    return "an EAGLE-1/2 head", ("eagle2", "eagle1")
 
 
 def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:

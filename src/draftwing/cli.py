@@ -18,11 +18,13 @@ EXAMPLES = {
   draftwing demo --dtype bfloat16 --repeats 5""",
     "generate": """examples:
   draftwing generate --target tiny --draft tiny --prompt "def main(args):"
+  draftwing generate --target path/to/large-model --draft path/to/small-model --prompt "def main(args):"
   draftwing generate --target tiny --draft tiny --chat --prompt "Write the Python function clamp." --compare
   draftwing generate --target meta-llama/Llama-3.1-8B-Instruct --draft yuhuili/EAGLE3-LLaMA3.1-Instruct-8B \\
       --device cuda --chat --prompt "Why is the sky blue?" --temperature 0.7 --seed 1""",
     "inspect": """examples:
   draftwing inspect tiny
+  draftwing inspect path/to/small-model --target path/to/large-model
   draftwing inspect path/to/head --target meta-llama/Llama-3.1-8B-Instruct --json""",
     "train": """examples:
   draftwing train recipes/tiny.yaml            # all stages; a stopped run continues where it was
@@ -123,9 +125,9 @@ def run_generate(options: argparse.Namespace) -> None:
 
 
 def run_inspect(options: argparse.Namespace) -> None:
-    from draftwing.checkpoint.inspect import inspect_head, report_table
+    from draftwing.checkpoint.inspect import inspect_draft, report_table
 
-    report = inspect_head(options.draft, options.target)
+    report = inspect_draft(options.draft, options.target)
     if options.json:
         print(json.dumps(asdict(report)))
     else:
@@ -231,14 +233,20 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_generate(commands: Any) -> None:
-    parser = _add_command(commands, "generate", run_generate, "Generate text with a target and a draft head.")
+    parser = _add_command(
+        commands, "generate", run_generate, "Generate text with a target and a draft: an EAGLE head or a smaller model."
+    )
     parser.add_argument("--target", required=True, help="tiny (embedded), a folder or a hub id")
-    parser.add_argument("--draft", help="tiny, a folder or a hub id of an EAGLE head; without it, plain decoding")
+    parser.add_argument(
+        "--draft", help="tiny, a folder or a hub id, of an EAGLE head or a small model; without it, plain"
+    )
     parser.add_argument("--prompt", required=True, help="the text to continue, or with --chat the user's message")
     parser.add_argument("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
     _add_device(parser)
     parser.add_argument(
-        "--method", choices=("plain", "eagle1", "eagle2", "eagle3"), help="default: what the head is made for"
+        "--method",
+        choices=("plain", "eagle1", "eagle2", "eagle3", "draft_model"),
+        help="default: what the draft is made for",
     )
     parser.add_argument(
         "--plan", help="auto (default), off, chain:DEPTH, tree:WIDTHxDEPTHxNODES or eagle1 (EAGLE-1's tree)"
@@ -260,9 +268,11 @@ def _add_generate(commands: Any) -> None:
 
 
 def _add_inspect(commands: Any) -> None:
-    parser = _add_command(commands, "inspect", run_inspect, "Say what a draft head is, and what does not fit.")
+    parser = _add_command(
+        commands, "inspect", run_inspect, "Say what a draft head or draft model is, and what does not fit."
+    )
     parser.add_argument("draft", help="tiny, tiny-eagle1, a folder or a hub id")
-    parser.add_argument("--target", help="also check the head against this target (its config is enough)")
+    parser.add_argument("--target", help="also check the draft against this target (config and tokenizer are enough)")
 
 
 def _add_train(commands: Any) -> None:

@@ -9,24 +9,23 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from draftwing.api import SpeculativeModel, append_padded, unpad
-from draftwing.checkpoint.load import DraftNetwork, load_head
+from draftwing.checkpoint.load import Draft, load_draft
 from draftwing.models.target import TargetModel
 
 
-def custom_generate(
-    draft: str | Path | DraftNetwork, plan: str | None = None, seed: int | None = None
-) -> Callable[..., Any]:
+def custom_generate(draft: str | Path | Draft, plan: str | None = None, seed: int | None = None) -> Callable[..., Any]:
     """A drop-in for transformers: `hf_model.generate(..., custom_generate=draftwing.custom_generate(draft))`.
 
     Sampling parameters, EOS ids, stop strings, stopping criteria and streamers are honoured as `generate` has prepared
     them. With `seed=None` each call draws its seed from torch's generator, so that `torch.manual_seed` repeats it.
 
-    Keep the returned function: it loads the head once per model.
+    `draft` is a folder or hub id of an EAGLE head or of a causal language model with as many tokens, or a loaded one.
+    Keep the returned function: it loads the draft once per model.
 
     Raises:
         ValueError: on use, a setting that is not supported (the message names it).
     """
-    heads: weakref.WeakKeyDictionary[Any, DraftNetwork] = weakref.WeakKeyDictionary()
+    drafts: weakref.WeakKeyDictionary[Any, Draft] = weakref.WeakKeyDictionary()
 
     def generate(
         model: Any,
@@ -42,9 +41,9 @@ def custom_generate(
         model.eval()
         try:
             target = TargetModel(model)
-            if model not in heads:
-                heads[model] = load_head(str(draft), target) if isinstance(draft, str | Path) else draft
-            generation = SpeculativeModel(target, heads[model]).start(
+            if model not in drafts:
+                drafts[model] = load_draft(str(draft), target) if isinstance(draft, str | Path) else draft
+            generation = SpeculativeModel(target, drafts[model]).start(
                 unpad(input_ids, kwargs.get("attention_mask")),
                 plan=plan,
                 seed=int(torch.randint(2**31, ())) if seed is None else seed,

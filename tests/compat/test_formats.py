@@ -33,7 +33,7 @@ from draftwing.checkpoint.load import (
     check_fit,
     expected_shapes,
     load_head,
-    read_head_files,
+    read_draft_files,
     sizes_of,
     tensor_problems,
 )
@@ -285,7 +285,7 @@ def test_reading_writing_and_reading_gives_the_same_network(
     head_folder: Path, target: TargetModel, tmp_path: Path
 ) -> None:
     network = load_head(str(head_folder), target)
-    values, tensors = read_head_files(head_folder)
+    values, tensors = read_draft_files(head_folder)
     head = to_head(network, read_head(values, tensors, TINY_TARGET).format)
     save_head(head, tmp_path / "written", sizes_of(target), verifier="org/target")
     assert_same_network(load_head(str(tmp_path / "written"), target), network)

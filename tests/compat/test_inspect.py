@@ -1,4 +1,4 @@
-"""`inspect_head`: the facts of a head file, and every way in which it does not fit its target."""
+"""`inspect_draft`: the facts of a head file, and every way in which it does not fit its target."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from conftest import tiny_llama
 from published import TINY, Shapes, eagle1_shapes, eagle3_shapes, random_tensors, speculators_values
 from safetensors.torch import save_file
 
-from draftwing.checkpoint.inspect import inspect_head, report_table
+from draftwing.checkpoint.inspect import inspect_draft, report_table
 
 TARGET_IDS = torch.arange(48)
 VALUES = {**TINY.values(), "draft_vocab_size": 48}
@@ -36,7 +36,7 @@ def write_target(folder: Path, **sizes: int) -> str:
 def test_an_eagle3_head(tmp_path: Path) -> None:
     values = VALUES | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 4]}, "norm_output": True}
     folder = write_head(tmp_path / "head", values, eagle3_shapes(TINY))
-    report = inspect_head(folder, write_target(tmp_path / "target"))
+    report = inspect_draft(folder, write_target(tmp_path / "target"))
     assert report.folder == folder
     assert (report.format, report.dtype) == ("eagle3", "bfloat16")
     assert report.num_parameters == sum(
@@ -54,7 +54,7 @@ def test_an_eagle3_head(tmp_path: Path) -> None:
 
 def test_an_eagle1_head(tmp_path: Path) -> None:
     values = TINY.values() | {"rope_theta": 500000.0}
-    report = inspect_head(write_head(tmp_path / "head", values, eagle1_shapes(TINY, fc_bias=True)))
+    report = inspect_draft(write_head(tmp_path / "head", values, eagle1_shapes(TINY, fc_bias=True)))
     assert report.format == "eagle1"
     assert report.options == ["fc_bias"]
     assert report.aux_layers == []
@@ -65,7 +65,7 @@ def test_an_eagle1_head(tmp_path: Path) -> None:
 def test_a_speculators_head(tmp_path: Path) -> None:
     values = speculators_values(VALUES | {"rope_theta": 1e6}, eagle_aux_hidden_state_layer_ids=[1, 3, 5])
     shapes = eagle3_shapes(TINY, "layers.0") | {"input_norm.weight": (96,)}
-    report = inspect_head(write_head(tmp_path / "head", values, shapes), write_target(tmp_path / "target"))
+    report = inspect_draft(write_head(tmp_path / "head", values, shapes), write_target(tmp_path / "target"))
     assert report.format == "speculators"
     assert report.options == ["norm_before_residual", "norm_before_fc"]
     assert report.problems == report.notes == []
@@ -73,11 +73,11 @@ def test_a_speculators_head(tmp_path: Path) -> None:
 
 def test_feature_layers_that_the_target_decides(tmp_path: Path) -> None:
     folder = write_head(tmp_path / "head", VALUES, eagle3_shapes(TINY))
-    alone = inspect_head(folder)
+    alone = inspect_draft(folder)
     assert alone.aux_layers == []
     assert alone.problems == []
     assert any("2, n//2 and n-3" in note for note in alone.notes)
-    with_target = inspect_head(folder, write_target(tmp_path / "target", num_hidden_layers=8))
+    with_target = inspect_draft(folder, write_target(tmp_path / "target", num_hidden_layers=8))
     assert with_target.aux_layers == [2, 4, 5]
     assert not any("n//2" in note for note in with_target.notes)
 
@@ -93,21 +93,21 @@ def test_feature_layers_that_the_target_decides(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shapes", [eagle1_shapes(TINY), eagle3_shapes(TINY)], ids=["eagle1", "eagle3"])
 def test_another_targets_head_is_a_problem(sizes: dict[str, int], problem: str, shapes: Shapes, tmp_path: Path) -> None:
     folder = write_head(tmp_path / "head", VALUES, shapes)
-    report = inspect_head(folder, write_target(tmp_path / "target", num_hidden_layers=8, **sizes))
+    report = inspect_draft(folder, write_target(tmp_path / "target", num_hidden_layers=8, **sizes))
     assert report.problems[0] == problem
 
 
 def test_a_target_with_too_few_layers_is_a_problem(tmp_path: Path) -> None:
     values = VALUES | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 4]}}
     folder = write_head(tmp_path / "head", values, eagle3_shapes(TINY))
-    report = inspect_head(folder, write_target(tmp_path / "target", num_hidden_layers=4))
+    report = inspect_draft(folder, write_target(tmp_path / "target", num_hidden_layers=4))
     assert report.problems == ["aux_layers: (1, 3, 5) go beyond the target's 4 layers"]
 
 
 def test_wrong_tensors_are_problems_all_at_once(tmp_path: Path) -> None:
     shapes = eagle3_shapes(TINY) | {"midlayer.mlp.up_proj.weight": (47, 32), "mask_hidden": (1, 32)}
     del shapes["norm.weight"]
-    report = inspect_head(write_head(tmp_path / "head", VALUES, shapes))
+    report = inspect_draft(write_head(tmp_path / "head", VALUES, shapes))
     assert report.problems == [
         "mask_hidden: unknown tensor of shape (1, 32)",
         "midlayer.mlp.up_proj.weight: expected shape (48, 32), got (47, 32)",
@@ -117,8 +117,8 @@ def test_wrong_tensors_are_problems_all_at_once(tmp_path: Path) -> None:
 
 def test_the_table_shows_problems_or_says_there_are_none(tmp_path: Path) -> None:
     folder = write_head(tmp_path / "head", VALUES, eagle1_shapes(TINY))
-    good = report_table(inspect_head(folder))
-    bad = report_table(inspect_head(folder, write_target(tmp_path / "target", vocab_size=72)))
+    good = report_table(inspect_draft(folder))
+    bad = report_table(inspect_draft(folder, write_target(tmp_path / "target", vocab_size=72)))
     assert any("complete" in str(cell) for cell in good.columns[0].cells)
     assert any("does not fit" in str(cell) for cell in bad.columns[0].cells)
 
@@ -126,4 +126,4 @@ def test_the_table_shows_problems_or_says_there_are_none(tmp_path: Path) -> None
 def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_head(tmp_path / "head", VALUES, eagle1_shapes(TINY))
     with pytest.raises(ValueError, match="target: cannot read the config of"):
-        inspect_head(folder, str(tmp_path / "nothing"))
+        inspect_draft(folder, str(tmp_path / "nothing"))

@@ -1,5 +1,7 @@
 """The Python API, on the small models of conftest: batches, options, the drop-in, errors."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import EOS, VOCAB_SIZE, requests_for, run, tiny_llama
@@ -252,6 +254,39 @@ def test_a_tree_may_reach_past_the_last_position() -> None:
     fast = SpeculativeModel(target, head).generate(ids, plan="tree:4x4x16", **options)
     assert isinstance(fast, torch.Tensor)
     assert fast.equal(SpeculativeModel(target).generate(ids, **options))
+
+
+def test_a_draft_model_must_have_the_positions(target: TargetModel) -> None:
+    """Up to its last position it drafts; beyond it would only guess, so that is refused."""
+    model = SpeculativeModel(target, TargetModel(tiny_llama(seed=3, max_position_embeddings=32), role="draft"))
+    ids = torch.tensor([[1, 2, 3]])
+    fast = model.generate(ids, max_new_tokens=29, eos_token_id=[], plan="tree:4x4x16")
+    plain = model.with_method("plain").generate(ids, max_new_tokens=29, eos_token_id=[])
+    assert isinstance(fast, torch.Tensor)
+    assert fast.tolist() == plain.tolist()  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"max_new_tokens: .* 33 .* the draft model's 32 positions"):
+        model.generate(ids, max_new_tokens=30)
+
+
+def test_a_vocabulary_that_is_padded_differently_is_the_same(tmp_path: Path) -> None:
+    """The tokenizers tell: the draft's further ids are padding of its embedding, and are never drafted."""
+    small = tiny_llama(vocab_size=4160, num_hidden_layers=1)
+    small.save_pretrained(tmp_path)
+    draftwing.load("tiny").tokenizer.save_pretrained(tmp_path)
+    model = draftwing.load("tiny", draft=str(tmp_path), dtype="float64")
+    assert (model.method, model.target.vocab_size) == ("draft_model", 4096)
+    prompt = model.tokenizer("def f(", return_tensors="pt")
+    fast, plain = (
+        each.generate(**prompt, max_new_tokens=8, temperature=1.0) for each in (model, model.with_method("plain"))
+    )
+    assert fast.tolist() == plain.tolist()  # type: ignore[union-attr]
+
+
+def test_drop_in_with_a_draft_model(draft_model: TargetModel) -> None:
+    stock, ids = tiny_llama(), torch.tensor([[5, 6, 7], [1, 8, 9]])
+    common = {"max_new_tokens": 12, "eos_token_id": EOS, "pad_token_id": 0, "do_sample": False}
+    fast = stock.generate(ids, custom_generate=draftwing.custom_generate(draft_model), **common)
+    assert fast.tolist() == stock.generate(ids, **common).tolist()
 
 
 def test_an_unknown_device_is_named() -> None:

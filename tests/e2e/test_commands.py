@@ -30,7 +30,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained target with both heads, and the recipe that made them."""
+    """A trained target with both heads and a smaller model, and the recipe that made them."""
     folder = tmp_path_factory.mktemp("life")
     rows: list[dict[str, Any]] = [{"text": f"def add_{n}(a, b):\n    return a + b + {n}\n" * 3} for n in range(20)]
     for n in range(20):
@@ -47,6 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head | {"objective": "eagle1", "output": str(folder / "eagle1")},
         head | {"objective": "eagle3", "output": str(folder / "eagle3"), "draft_vocab_size": 200}
         | {"aux_layers": [1, 3, 5], "ttt_steps": 3},
+        common | {"objective": "language_model", "output": str(folder / "small"), "vocab_size": 300}
+        | {"architecture": SIZES | {"num_hidden_layers": 2}},
     ]  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
     assert main(["train", str(folder / "recipe.yaml")]) == 0
@@ -78,13 +80,13 @@ def test_data_that_is_too_short_is_refused(folder: Path, capsys: pytest.CaptureF
     assert "short.jsonl has no training row" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("head", ["eagle1", "eagle3"])
+@pytest.mark.parametrize("draft", ["eagle1", "eagle3", "small"])
 @pytest.mark.parametrize("temperature", ["0", "1"])
 def test_generate_compares_with_plain(
-    folder: Path, capsys: pytest.CaptureFixture[str], head: str, temperature: str
+    folder: Path, capsys: pytest.CaptureFixture[str], draft: str, temperature: str
 ) -> None:
     result = call(
-        capsys, "generate", "--target", str(folder / "target"), "--draft", str(folder / head), "--prompt", "def add",
+        capsys, "generate", "--target", str(folder / "target"), "--draft", str(folder / draft), "--prompt", "def add",
         "--dtype", "float64", "--temperature", temperature, "--max-new-tokens", "24", "--compare", "--json",
     )  # fmt: skip
     assert result["identical"] is True
@@ -141,6 +143,33 @@ def test_inspect_reports_and_checks_the_fit(folder: Path, capsys: pytest.Capture
     assert report["problems"] == []
     report = call(capsys, "inspect", str(folder / "eagle3"), "--target", "tiny", "--json")
     assert any("vocab_size" in problem for problem in report["problems"])
+
+
+def test_inspect_recognises_a_draft_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = call(capsys, "inspect", str(folder / "small"), "--target", str(folder / "target"), "--json")
+    assert (report["format"], report["architecture"]) == ("language_model", "LlamaForCausalLM")
+    assert (report["num_layers"], report["hidden_size"], report["max_positions"]) == (2, 32, 128)
+    assert report["vocab_size"] == report["target_vocab_size"]
+    assert report["problems"] == []
+    assert main(["inspect", str(folder / "small")]) == 0
+    assert "can draft" in capsys.readouterr().out
+
+
+def test_a_draft_model_with_another_tokenizer_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = str(folder / "small")
+    (problem,) = call(capsys, "inspect", small, "--target", "tiny", "--json")["problems"]
+    assert "vocab_size" in problem
+    assert "different tokenizers" in problem
+    assert main(["generate", "--target", "tiny", "--draft", small, "--prompt", "x"]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_a_method_that_the_draft_is_not_made_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["generate", "--target", str(folder / "target"), "--prompt", "x"]
+    assert main([*common, "--draft", str(folder / "small"), "--method", "eagle3"]) == 2
+    assert "method: eagle3 cannot use this draft, which is a language model" in capsys.readouterr().err
+    assert main([*common, "--draft", str(folder / "eagle3"), "--method", "draft_model"]) == 2
+    assert "method: draft_model cannot use this draft, which is an EAGLE-3 head" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import EOS, auto_plan, eagle, generate, requests_for, run
+from conftest import EOS, VOCAB_SIZE, auto_plan, eagle, generate, language_model, requests_for, run, tiny_llama
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.decoding.auto_plan import Experience
+from draftwing.decoding.generate import DrafterFactory
 from draftwing.decoding.sampling import Noise, SamplingParams
 from draftwing.decoding.tree import DraftTree, Verdict
 from draftwing.models import target as target_module
@@ -16,7 +17,7 @@ from draftwing.models.kv_cache import KVCache
 from draftwing.models.target import TargetModel
 
 PLANS = ("chain:1", "chain:4", "tree:2x3x7", "tree:4x4x16", "tree:10x3x60", "eagle1")
-METHODS = ("eagle1", "eagle3")
+METHODS = ("eagle1", "eagle3", "draft_model")
 
 
 def test_plain_decoding_is_transformers_greedy(target: TargetModel, prompts: list[list[int]]) -> None:
@@ -32,14 +33,14 @@ def test_plain_decoding_is_transformers_greedy(target: TargetModel, prompts: lis
 @pytest.mark.parametrize("method", METHODS)
 def test_tokens_equal_plain_decoding(
     target: TargetModel,
-    heads: dict[str, DraftNetwork],
+    drafters: dict[str, DrafterFactory],
     prompts: list[list[int]],
     method: str,
     plan: str,
     temperature: float,
 ) -> None:
     requests = requests_for(prompts, temperature=temperature)
-    assert run(target, requests, eagle(heads[method]), plan) == run(target, requests)
+    assert run(target, requests, drafters[method], plan) == run(target, requests)
 
 
 @pytest.mark.parametrize("step", [0.05, 3.0])
@@ -48,7 +49,7 @@ def test_tokens_equal_plain_decoding(
 @pytest.mark.parametrize("method", METHODS)
 def test_trees_that_size_themselves_change_no_token(
     target: TargetModel,
-    heads: dict[str, DraftNetwork],
+    drafters: dict[str, DrafterFactory],
     prompts: list[list[int]],
     method: str,
     temperature: float,
@@ -59,18 +60,18 @@ def test_trees_that_size_themselves_change_no_token(
     requests = requests_for(prompts, temperature=temperature)
     experience = Experience(pause=3)
     plan = auto_plan(len(prompts), experience, fixed_shapes=fixed_shapes, step=step)
-    generation = generate(target, requests, eagle(heads[method]), plan)
+    generation = generate(target, requests, drafters[method], plan)
     assert [output.tokens for output in generation.outputs] == run(target, requests)
     assert generation.statistics.acceptance_length > 1
     assert (experience.pause > 3) == (step > 1)
 
 
-def test_the_heads_of_these_tests_draft_well(
-    target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]]
+def test_the_drafts_of_these_tests_draft_well(
+    target: TargetModel, drafters: dict[str, DrafterFactory], prompts: list[list[int]]
 ) -> None:
     """Equality would be cheap if nothing were ever accepted."""
     for method in METHODS:
-        statistics = generate(target, requests_for(prompts), eagle(heads[method]), "tree:4x4x16").statistics
+        statistics = generate(target, requests_for(prompts), drafters[method], "tree:4x4x16").statistics
         assert statistics.acceptance_length > 1.5
 
 
@@ -93,15 +94,32 @@ def test_sampling_parameters_keep_equality(
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 @pytest.mark.parametrize("plan", ["chain:4", "tree:4x4x16", "eagle1"])
+@pytest.mark.parametrize("method", ["eagle3", "draft_model"])
 def test_coupled_drafts_change_what_is_accepted_and_nothing_else(
-    target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]], plan: str, temperature: float
+    target: TargetModel,
+    drafters: dict[str, DrafterFactory],
+    prompts: list[list[int]],
+    method: str,
+    plan: str,
+    temperature: float,
 ) -> None:
     """Ranking candidates with the target's noise: the same tokens, with more of them drafted."""
     requests = requests_for(prompts, max_new_tokens=60, eos=(), temperature=temperature)
-    coupled = generate(target, requests, eagle(heads["eagle3"]), plan)
-    uncoupled = generate(target, requests, eagle(heads["eagle3"]), plan, coupled=False)
+    coupled = generate(target, requests, drafters[method], plan)
+    uncoupled = generate(target, requests, drafters[method], plan, coupled=False)
     assert [o.tokens for o in coupled.outputs] == [o.tokens for o in uncoupled.outputs] == run(target, requests)
     assert coupled.statistics.acceptance_length > uncoupled.statistics.acceptance_length
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE - 14, VOCAB_SIZE + 16])
+def test_a_draft_model_may_have_another_number_of_tokens(
+    target: TargetModel, prompts: list[list[int]], vocab_size: int, temperature: float
+) -> None:
+    """The prompts hold the target's last ids, which the smaller vocabulary lacks."""
+    draft_model = TargetModel(tiny_llama(seed=3, vocab_size=vocab_size), role="draft")
+    requests = requests_for([[*prompt, VOCAB_SIZE - 1, 5] for prompt in prompts], temperature=temperature)
+    assert run(target, requests, language_model(draft_model), "tree:4x4x16") == run(target, requests)
 
 
 @pytest.mark.parametrize("limit", range(1, 9))
@@ -125,14 +143,15 @@ def test_every_stop_position_is_exact(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("method", ["eagle3", "draft_model"])
 def test_a_row_does_not_depend_on_its_batch(
-    target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]], temperature: float
+    target: TargetModel, drafters: dict[str, DrafterFactory], prompts: list[list[int]], method: str, temperature: float
 ) -> None:
     requests = requests_for(prompts, temperature=temperature)
-    together = run(target, requests, eagle(heads["eagle3"]), "tree:4x4x16")
+    together = run(target, requests, drafters[method], "tree:4x4x16")
     for size in (1, 2, 3):
         groups = [requests[first : first + size] for first in range(0, 4, size)]
-        apart = [tokens for group in groups for tokens in run(target, group, eagle(heads["eagle3"]), "tree:4x4x16")]
+        apart = [tokens for group in groups for tokens in run(target, group, drafters[method], "tree:4x4x16")]
         assert apart == together
 
 
@@ -202,14 +221,16 @@ def break_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("sabotage", [break_acceptance, break_cache, break_mask, break_noise])
+@pytest.mark.parametrize("method", ["eagle3", "draft_model"])
 def test_sabotage_is_noticed(
     target: TargetModel,
-    heads: dict[str, DraftNetwork],
+    drafters: dict[str, DrafterFactory],
     prompts: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
+    method: str,
     sabotage: Callable[[pytest.MonkeyPatch], None],
 ) -> None:
     requests = requests_for(prompts, max_new_tokens=40, temperature=0.7 if sabotage is break_noise else 0.0)
     plain = run(target, requests)
     sabotage(monkeypatch)
-    assert run(target, requests, eagle(heads["eagle3"]), "tree:4x4x16") != plain
+    assert run(target, requests, drafters[method], "tree:4x4x16") != plain

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, eagle, requests_for, run
+from conftest import VOCAB_SIZE, Path, eagle, nodes_of, requests_for, run
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.decoding.drafters.eagle import EagleDrafter
@@ -19,7 +19,6 @@ from draftwing.models.target import TargetModel
 METHODS = ("eagle1", "eagle3")
 CAPACITY = 120
 SMALL_TREE = TreePlan.static(((0,), (2,), (2, 1), (2, 1, 0), (0, 1)))
-Path = tuple[int, ...]
 
 
 def full_causal_attention(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -102,17 +101,6 @@ def drafter_that_has_read(target: TargetModel, head: DraftNetwork, sequences: li
 def grow(drafter: EagleDrafter, sequences: list[list[int]], plan: TreePlan) -> DraftTree:
     root = torch.tensor([tokens[-1] for tokens in sequences])
     return drafter.grow(root, plan, longest=max(map(len, sequences)) - 1, rank=uncoupled_rank)
-
-
-def nodes_of(tree: DraftTree, row: int) -> dict[Path, float]:
-    """A row's nodes as token paths from the root, with their scores."""
-    paths: list[Path] = [()]
-    for node in range(1, tree.num_nodes):
-        assert tree.parents[row, node] < node, "parents come before children"
-        paths.append((*paths[int(tree.parents[row, node])], int(tree.tokens[row, node])))
-        assert tree.depths[row, node] == len(paths[-1])
-    assert len(set(paths)) == len(paths), "siblings differ"
-    return dict(zip(paths[1:], tree.scores[row, 1:].tolist(), strict=True))
 
 
 def assert_same_nodes(ours: dict[Path, float], reference: dict[Path, float]) -> None:

@@ -98,6 +98,12 @@ def read_head(
     return Head(head_format, config, target_ids, tensors)
 
 
+def is_language_model(values: Mapping[str, Any], tensors: Tensors) -> bool:
+    """Whether files hold a causal language model. EAGLE-1 heads name the architecture of one too, but have `fc`."""
+    names_one = any(name.endswith("ForCausalLM") for name in values.get("architectures") or ())
+    return names_one and not any(name.removeprefix("model.") == "fc.weight" for name in tensors)
+
+
 def detect_format(values: Mapping[str, Any], tensors: Tensors) -> HeadFormat:
     """Which format a file is in, from what it holds."""
     if "speculators_model_type" in values:

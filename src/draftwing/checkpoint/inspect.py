@@ -1,20 +1,25 @@
-"""What a head file holds, and what does not fit: the facts behind most low acceptance."""
+"""What a draft's folder holds, and what does not fit: the facts behind most low acceptance."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from draftwing.checkpoint.formats import TargetSizes, read_head
+from draftwing.checkpoint.formats import TargetSizes, Tensors, is_language_model, read_head
 from draftwing.checkpoint.load import (
     expected_shapes,
+    find_tokenizer,
     fit_problems,
-    read_head_files,
-    resolve_head,
+    read_draft_files,
+    resolve_draft,
     resolve_target,
     tensor_problems,
+    vocabulary_problems,
 )
+from draftwing.models.target import ATTENTION, TargetModel
 
 NETWORK_OPTIONS = (
     "fc_norm",
@@ -49,21 +54,80 @@ class HeadReport:
     notes: list[str] = field(default_factory=list)
 
 
-def inspect_head(name: str, target: str | None = None) -> HeadReport:
-    """Read a head and report on it; with a target, check that they fit (only the target's config is read)."""
-    folder = resolve_head(name)
-    values, tensors = read_head_files(folder)
+@dataclass(frozen=True)
+class ModelReport:
+    """The facts of a causal language model as a draft. `problems` are errors on loading.
+
+    `num_parameters` counts tied weights once; `max_positions` is None where the configuration sets no limit,
+    `target_vocab_size` where no target was named.
+    """
+
+    folder: str
+    architecture: str
+    dtype: str
+    num_parameters: int
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    max_positions: int | None
+    target_vocab_size: int | None = None
+    format: str = "language_model"
+    problems: list[str] = field(default_factory=list)
+
+
+def inspect_draft(name: str, target: str | None = None) -> HeadReport | ModelReport:
+    """Report on a draft: an EAGLE head or a causal language model.
+
+    With a target, check that they fit; only the target's config and tokenizer are read.
+
+    Raises:
+        ValueError: a draft that cannot be read, a target whose config cannot, a language model that cannot be run over
+            trees.
+    """
+    folder = resolve_draft(name)
+    values, tensors = read_draft_files(folder)
+    if is_language_model(values, tensors):
+        return _inspect_model(folder, tensors, target)
+    return _inspect_head(folder, values, tensors, target)
+
+
+def _inspect_model(folder: Path, tensors: Tensors, target: str | None) -> ModelReport:
+    with torch.device("meta"):  # no weights: parameters are counted, and what the cycle needs of a model is checked
+        network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation=ATTENTION)
+    model, problems, target_vocab_size = TargetModel(network.eval(), role="draft"), [], None
+    if target is not None:
+        target_vocab_size = target_sizes(target).vocab_size
+        tokenizers = find_tokenizer(str(folder)), find_tokenizer(target)
+        problems = vocabulary_problems(model.vocab_size, target_vocab_size, *tokenizers)
+    return ModelReport(
+        folder=str(folder),
+        architecture=type(network).__name__,
+        dtype=_dtype_name(tensors),
+        num_parameters=network.num_parameters(),
+        hidden_size=model.hidden_size,
+        num_layers=model.num_layers,
+        vocab_size=model.vocab_size,
+        max_positions=model.max_positions,
+        target_vocab_size=target_vocab_size,
+        problems=problems,
+    )
+
+
+def _dtype_name(tensors: Tensors) -> str:
+    return str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+
+
+def _inspect_head(folder: Path, values: dict[str, Any], tensors: Tensors, target: str | None) -> HeadReport:
     sizes = None if target is None else target_sizes(target)
     head = read_head(values, tensors, sizes)
     config = head.config
     problems = [] if sizes is None else fit_problems(head, sizes)
     problems += tensor_problems(expected_shapes(head), head.tensors)
     options = [option for option in NETWORK_OPTIONS if getattr(config, option)]
-    weights = next(iter(head.tensors.values()))
     return HeadReport(
         folder=str(folder),
         format=head.format,
-        dtype=str(weights.dtype).removeprefix("torch."),
+        dtype=_dtype_name(head.tensors),
         num_parameters=head.num_parameters,
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
@@ -99,11 +163,26 @@ def target_sizes(name: str) -> TargetSizes:
     return TargetSizes(config.hidden_size, config.num_hidden_layers, config.vocab_size)
 
 
-def report_table(report: HeadReport) -> Table:
+def report_table(report: HeadReport | ModelReport) -> Table:
     """The report as people read it."""
     table = Table(show_header=False, title=report.folder)
-    table.add_row("format", report.format)
+    table.add_row("format", report.format.replace("_", " "))
     table.add_row("parameters", f"{report.num_parameters:,} ({report.dtype})")
+    if isinstance(report, HeadReport):
+        _add_head_rows(table, report)
+        verdict = "complete", "every tensor is there, known and of the expected shape"
+    else:
+        _add_model_rows(table, report)
+        checked = "" if report.target_vocab_size is None else ", and nothing contradicts the target's vocabulary"
+        verdict = "can draft", f"its cache can be rolled back{checked}"
+    for problem in report.problems:
+        table.add_row("[red]does not fit[/red]", problem)
+    if not report.problems:
+        table.add_row(f"[green]{verdict[0]}[/green]", verdict[1])
+    return table
+
+
+def _add_head_rows(table: Table, report: HeadReport) -> None:
     table.add_row(
         "network",
         f"{report.num_layers} layer, hidden size {report.hidden_size}, {report.num_heads} heads of {report.head_dim}, "
@@ -116,8 +195,11 @@ def report_table(report: HeadReport) -> Table:
     table.add_row("options", ", ".join(report.options) or "none")
     for note in report.notes:
         table.add_row("note", note)
-    for problem in report.problems:
-        table.add_row("[red]does not fit[/red]", problem)
-    if not report.problems:
-        table.add_row("[green]complete[/green]", "every tensor is there, known and of the expected shape")
-    return table
+
+
+def _add_model_rows(table: Table, report: ModelReport) -> None:
+    table.add_row("network", f"{report.architecture}, {report.num_layers} layers, hidden size {report.hidden_size}")
+    target_size = report.target_vocab_size
+    of_target = "" if target_size is None else f"; the target has {target_size:,}"
+    table.add_row("vocabulary", f"{report.vocab_size:,} tokens{of_target}")
+    table.add_row("positions", "no limit" if report.max_positions is None else f"{report.max_positions:,}")

@@ -1,16 +1,16 @@
-"""Load targets and heads from a folder, a hub id or the embedded assets. Strict: every tensor is accounted for."""
+"""Load targets and drafts from a folder, a hub id or the embedded assets. Strict: every tensor is accounted for."""
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from draftwing.checkpoint.formats import Head, TargetSizes, Tensors, read_head
+from draftwing.checkpoint.formats import Head, TargetSizes, Tensors, is_language_model, read_head
 from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.eagle import EagleModel
 from draftwing.models.eagle3 import Eagle3Model
@@ -18,6 +18,7 @@ from draftwing.models.layers import DraftConfig
 from draftwing.models.packed import multiplies_bfloat16
 from draftwing.models.target import ATTENTION, TargetModel
 
+TOKENIZER_FILES = ("*.model", "*.txt", "*.tiktoken")
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = {
     "target": ASSETS / "tiny" / "target",
@@ -25,6 +26,8 @@ EMBEDDED = {
     "eagle3": ASSETS / "tiny" / "eagle3",
 }
 DraftNetwork = EagleModel | Eagle3Model
+Draft = DraftNetwork | TargetModel
+"""What drafts for a target: an EAGLE head's network, or a second causal language model."""
 
 
 def resolve_target(name: str) -> str:
@@ -32,11 +35,11 @@ def resolve_target(name: str) -> str:
     return str(EMBEDDED["target"]) if name == "tiny" else name
 
 
-def resolve_head(name: str) -> Path:
-    """The folder of the head `name`: `tiny` (EAGLE-3), `tiny-eagle1`, a folder, or a hub id that is fetched.
+def resolve_draft(name: str) -> Path:
+    """The folder of the draft `name`: `tiny` (EAGLE-3), `tiny-eagle1`, a folder, or a hub id that is fetched.
 
     Raises:
-        ValueError: no such folder, and the hub has no such head or cannot be reached.
+        ValueError: no such folder, and the hub has no such draft or cannot be reached.
     """
     if name == "tiny":
         return EMBEDDED["eagle3"]
@@ -46,7 +49,7 @@ def resolve_head(name: str) -> Path:
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", *TOKENIZER_FILES]))
     except Exception as error:  # the hub client raises many kinds; the user needs the name and the reason
         raise ValueError(
             f"draft: no folder and no reachable hub id: {name!r} ({type(error).__name__}: {error})"
@@ -54,27 +57,39 @@ def resolve_head(name: str) -> Path:
 
 
 def load_target(
-    name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", **options: Any
+    name: str,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    role: Literal["target", "draft"] = "target",
+    **options: Any,
 ) -> TargetModel:
-    """Load a target with our attention function. `options` go to transformers' `from_pretrained`.
+    """Load a causal language model with our attention function. `options` go to transformers' `from_pretrained`.
 
     Without a `dtype` it is the file's; on a CPU without bf16 products, and for float16 files there, float32.
+
+    Raises:
+        ValueError: a name that cannot be loaded, missing tensors, a model that cannot verify trees. The message begins
+            with the `role`.
     """
     options.setdefault("attn_implementation", ATTENTION)
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolve_target(name), dtype=dtype or "auto", **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            resolve_target(name), dtype=dtype or "auto", output_loading_info=True, **options
+        )
     except OSError as error:
-        raise ValueError(f"target: cannot load {name!r}: {error}") from error
+        raise ValueError(f"{role}: cannot load {name!r}: {error}") from error
     except KeyError as error:  # older modules pick their attention from a table of their own (Falcon, GPT-J)
         if error.args != (options["attn_implementation"],):
             raise
         raise ValueError(
             f"attn_implementation: {name!r} does not know {error}; pass attn_implementation='sdpa' or 'eager'"
         ) from error
+    if missing := sorted(info["missing_keys"]):  # transformers fills them with random values
+        raise ValueError(f"{role}: {name!r} lacks {len(missing)} tensors, the first is {missing[0]}")
     is_slow = model.dtype == torch.float16 or (model.dtype == torch.bfloat16 and not multiplies_bfloat16())
     if dtype is None and torch.device(device).type == "cpu" and is_slow:
         model = model.float()
-    return TargetModel(model.to(device).eval())
+    return TargetModel(model.to(device).eval(), role)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -82,8 +97,16 @@ def load_tokenizer(name: str) -> Any:
     return AutoTokenizer.from_pretrained(resolve_target(name))
 
 
-def read_head_files(folder: Path) -> tuple[dict[str, Any], Tensors]:
-    """A head's config.json and tensors (safetensors or .bin, one file or several).
+def find_tokenizer(name: str) -> Any:
+    """The tokenizer that lies beside a model, None if there is none."""
+    try:
+        return load_tokenizer(name)
+    except (OSError, ValueError):  # transformers has no way to ask
+        return None
+
+
+def read_draft_files(folder: Path) -> tuple[dict[str, Any], Tensors]:
+    """A draft's config.json and tensors (safetensors, which are mapped and not yet read, or .bin).
 
     Raises:
         ValueError: a file is missing or unreadable.
@@ -109,6 +132,57 @@ def read_head_files(folder: Path) -> tuple[dict[str, Any], Tensors]:
     return values, tensors
 
 
+def load_draft(
+    name: str,
+    target: TargetModel,
+    dtype: torch.dtype | None = None,
+    aux_layers: tuple[int, ...] | None = None,
+    rope_theta: float | None = None,
+    tokenizer: Any = None,
+) -> Draft:
+    """Load what a folder holds to draft for `target`: an EAGLE head or a causal language model.
+
+    `tokenizer` is the target's; with it a language model may have another number of ids (see `vocabulary_problems`).
+
+    Raises:
+        ValueError: as `load_head`; a language model that cannot draft for the target.
+    """
+    folder = resolve_draft(name)
+    values, tensors = read_draft_files(folder)
+    if not is_language_model(values, tensors):
+        return _build_head(values, tensors, target, dtype, aux_layers, rope_theta)
+    if aux_layers is not None or rope_theta is not None:
+        raise ValueError(f"aux_layers, rope_theta: {folder} holds a language model, only EAGLE heads have them")
+    attention = target.model.config._attn_implementation
+    model = load_target(str(folder), dtype or target.dtype, target.device, role="draft", attn_implementation=attention)
+    for problem in vocabulary_problems(model.vocab_size, target.vocab_size, find_tokenizer(str(folder)), tokenizer):
+        raise ValueError(problem)
+    return model
+
+
+def vocabulary_problems(draft_size: int, target_size: int, draft_tokenizer: Any, target_tokenizer: Any) -> list[str]:
+    """Why a draft model's ids may not mean the target's tokens; tokenizers are None where unknown.
+
+    Two models of one tokenizer may still differ in size, by how far their embeddings are padded.
+    """
+    if draft_tokenizer is None or target_tokenizer is None:
+        if draft_size == target_size:
+            return []
+        return [
+            f"vocab_size: the draft model has {draft_size} tokens and the target {target_size}, "
+            "and without the tokenizers of both their ids cannot be compared"
+        ]
+    draft_ids, target_ids = draft_tokenizer.get_vocab(), target_tokenizer.get_vocab()
+    differing = [token for token, draft_id in draft_ids.items() if target_ids.get(token, draft_id) != draft_id]
+    if not differing:
+        return []
+    first = min(differing, key=draft_ids.__getitem__)
+    return [
+        f"vocab_size: the draft model (of {draft_size} tokens) and the target (of {target_size}) have different "
+        f"tokenizers: {first!r} is {draft_ids[first]} in the one and {target_ids[first]} in the other"
+    ]
+
+
 def load_head(
     name: str,
     target: TargetModel,
@@ -121,7 +195,17 @@ def load_head(
     Raises:
         ValueError: a missing, unknown or misshapen tensor, or a head made for another target.
     """
-    values, tensors = read_head_files(resolve_head(name))
+    return _build_head(*read_draft_files(resolve_draft(name)), target, dtype, aux_layers, rope_theta)
+
+
+def _build_head(
+    values: dict[str, Any],
+    tensors: Tensors,
+    target: TargetModel,
+    dtype: torch.dtype | None,
+    aux_layers: tuple[int, ...] | None,
+    rope_theta: float | None,
+) -> DraftNetwork:
     head = read_head(values, tensors, sizes_of(target), aux_layers, rope_theta)
     check_fit(head, sizes_of(target))
     network = build_network(head.config, target, head.target_ids, own_embedding="embed_tokens.weight" in head.tensors)

@@ -186,14 +186,19 @@ def _stage_seconds(
     """Median seconds of each stage of a cycle, for each plan."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(target.vocab_size, (batch_size, context), generator=generator).tolist()
+    # Every plan gets its cycles even if all drafts are accepted, but for targets of a hundred positions or fewer.
     room = (target.max_positions or 10**6) - context
-    per_plan = max(3, min(cycles + WARM_UP, room // (2 * len(plans))))  # random text has hardly a draft accepted
-    stop = StopRule(min(room, per_plan * sum(plan.depth + 1 for plan in plans)), ())
+    most_tokens = sum(plan.depth + 1 for plan in plans)
+    per_plan = max(2, min(cycles + WARM_UP, room // most_tokens))
+    stop = StopRule(min(room, per_plan * most_tokens), ())
     requests = [Request(prompt, SamplingParams(), stop) for prompt in prompts]
     generation = Generation(target, requests, new_drafter, _Schedule(plans, per_plan))
     clock = [dict(generation.statistics.seconds)]
     for _ in itertools.islice(generation.cycles(), per_plan * len(plans)):
         clock.append(dict(generation.statistics.seconds))
     steps = [{name: b[name] - a[name] for name in STAGES} for a, b in itertools.pairwise(clock)]
-    turns = [steps[start + WARM_UP : start + per_plan] for start in range(0, len(steps), per_plan)]
+    skipped = min(WARM_UP, per_plan - 1)
+    turns = [
+        steps[start + skipped : start + per_plan] or steps[-1:] for start in range(0, per_plan * len(plans), per_plan)
+    ]
     return [{name: statistics.median(step[name] for step in turn) for name in STAGES} for turn in turns]

@@ -157,6 +157,7 @@ class Generation:
         longest = max(map(len, prompts))
         tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
         self._sampler.observe(tokens, lengths)
+        self._drafter.start(tokens[:, 0])
         for start in range(0, longest - 1, PREFILL_CHUNK):
             chunk = tokens[:, start : min(start + PREFILL_CHUNK, longest - 1)]
             num_valid = (lengths - 1 - start).clamp(0, chunk.shape[1])

@@ -102,6 +102,16 @@ class TreePlan:
         """Draft nodes that a dynamic plan scores."""
         return self.num_candidates_to(self.depth)
 
+    @cached_property
+    def inner_paths(self) -> frozenset[RankPath]:
+        """A static plan's nodes that have children, the root `()` among them."""
+        return frozenset(path[:-1] for path in self.paths)
+
+    @property
+    def num_inner(self) -> int:
+        """Drafted nodes whose children are drafted too: what a draft network reads below the root."""
+        return len(self.inner_paths) - 1 if self.paths else self.width * (self.depth - 1)
+
     @property
     def learns(self) -> bool:
         return False

@@ -5,7 +5,7 @@ The stock module does the arithmetic; tree mask and positions are arguments, and
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -30,15 +30,16 @@ class TargetOutput:
 
 
 class TargetModel:
-    """A Hugging Face causal LM behind the three calls that the cycle needs.
+    """A Hugging Face causal LM behind the three calls that the cycle needs; its `role` begins the error messages.
 
     Raises:
         ValueError: the model's state cannot be rolled back (recurrent layers), it takes no positions, or its attention
             implementation cannot take a tree mask. The message names the reason.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, role: Literal["target", "draft"] = "target") -> None:
         self.model = model
+        self._role = role
         self.config = model.config.get_text_config()
         self.device = model.device
         self.dtype = model.dtype
@@ -90,9 +91,9 @@ class TargetModel:
         assert isinstance(embedding, nn.Module)
         return embedding
 
-    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """Slots for `batch_size` rows of at most `capacity` tokens, tree nodes included."""
-        return KVCache(self._layers, batch_size, capacity, self.attention_dtype, self.device)
+    def new_cache(self, batch_size: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
+        """Slots for `batch_size` rows of at most `capacity` tokens, tree nodes included. Default: `attention_dtype`."""
+        return KVCache(self._layers, batch_size, capacity, dtype or self.attention_dtype, self.device)
 
     @property
     def attention_dtype(self) -> torch.dtype:
@@ -114,18 +115,21 @@ class TargetModel:
         feature_layers: tuple[int, ...] = (),
         last_logits_only: bool = False,
     ) -> TargetOutput:
-        """One pass over a tree that continues each row's committed tokens.
+        """One pass over a tree that continues each row's committed tokens, or over its last N of M nodes.
+
+        A tree can be run in parts: the M - N nodes before are those of the passes since the last commit.
 
         Args:
             tokens: `[B, N]` token ids.
-            depths: `[B, N]` distance from the root; a node's position is its row's length plus this.
-            ancestors: `[B, N, N]` bool, True where the column's node is the row's node or an ancestor of it.
+            depths: `[B, M]` distance from the root; a node's position is its row's length plus this.
+            ancestors: `[B, N, M]` bool, True where the column's node is the row's node or an ancestor of it.
             feature_layers: hidden_states indices whose values are concatenated into the features; the last index
                 is the output of the final norm.
             last_logits_only: run the output head on the last node alone (prompt positions need no logits).
         """
-        num_read = cache.num_read(tokens.shape[1])
-        positions = cache.lengths[:, None] + depths
+        num_new, num_behind = ancestors.shape[1:]
+        num_read = cache.num_read(num_behind)
+        positions = cache.lengths[:, None] + depths[:, -num_new:]
         if self.max_positions is not None:  # nodes past the limit cannot be emitted, but must not index past a table
             positions = positions.clamp(max=self.max_positions - 1)
         visible = visible_slots(cache.lengths, ancestors, num_read)
@@ -133,7 +137,7 @@ class TargetModel:
             input_ids=tokens,
             position_ids=positions,
             attention_mask=self._masks(visible, positions, depths, cache),
-            past_key_values=SlotCacheView(cache, cache.slots_behind(tokens.shape[1]), num_read),
+            past_key_values=SlotCacheView(cache, cache.slots_behind(num_behind)[:, -num_new:], num_read),
             use_cache=True,
             output_hidden_states=bool(feature_layers),
             logits_to_keep=1 if last_logits_only else 0,
@@ -178,19 +182,19 @@ class TargetModel:
         name = type(self.model).__name__
         if getattr(self.model, "_is_stateful", False):
             raise ValueError(
-                f"target: {name} keeps a recurrent state, which cannot be rolled back after a rejected draft"
+                f"{self._role}: {name} keeps a recurrent state, which cannot be rolled back after a rejected draft"
             )
         if "position_ids" not in inspect.signature(self.model.forward).parameters:
-            raise ValueError(f"target: {name} takes no position_ids, so tree nodes cannot be placed")
+            raise ValueError(f"{self._role}: {name} takes no position_ids, so tree nodes cannot be placed")
         for rope_type in LENGTH_DEPENDENT_ROPE & _rope_types(self.config):
             raise ValueError(
-                f"target: {name} has {rope_type!r} positions, which depend on the longest row of a pass, so its "
+                f"{self._role}: {name} has {rope_type!r} positions, which depend on the longest row of a pass, so its "
                 "tokens would depend on the tree and the batch"
             )
         if getattr(self.config, "alibi", False):
-            raise ValueError(f"target: {name} has alibi position biases, which do not follow a tree's positions")
+            raise ValueError(f"{self._role}: {name} has alibi position biases, which do not follow a tree's positions")
         if "local" in getattr(self.config, "attention_layers", ()):
-            raise ValueError(f"target: {name} has local attention layers that count slots instead of positions")
+            raise ValueError(f"{self._role}: {name} has local attention layers that count slots instead of positions")
         attention = self.model.config._attn_implementation
         if attention == ATTENTION and not (self.model._supports_attention_backend or self.model._supports_sdpa):
             raise ValueError(f"attn_implementation: {name} has its own attention; load it with 'eager'")
@@ -210,7 +214,7 @@ class TargetModel:
             if keys is None or values is None:
                 name = type(self.model).__name__
                 raise ValueError(
-                    f"target: layer {index} of {name} keeps a recurrent state, which cannot be rolled back "
+                    f"{self._role}: layer {index} of {name} keeps a recurrent state, which cannot be rolled back "
                     "after a rejected draft"
                 )
             shapes.append(LayerShape(keys.shape[1], keys.shape[-1], values.shape[-1]))

@@ -25,6 +25,9 @@ class Drafter(Protocol):
     feature_layers: tuple[int, ...]
     """The target's hidden_states indices that `observe` wants; none for drafters that read tokens only."""
 
+    def start(self, tokens: torch.Tensor) -> None:
+        """Take in the prompts' first `tokens [B]`, which `observe` never brings."""
+
     def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         """Take in committed positions: the next `num_new [B]` of them, right-padded.
 
@@ -43,6 +46,9 @@ class NoDrafter:
     """Plain decoding: the tree is its root."""
 
     feature_layers: tuple[int, ...] = ()
+
+    def start(self, tokens: torch.Tensor) -> None:
+        pass
 
     def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         pass

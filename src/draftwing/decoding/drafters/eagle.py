@@ -1,24 +1,22 @@
-"""EAGLE drafting: chain, static tree (EAGLE-1) and dynamic tree (EAGLE-2, EAGLE-3) over one draft network.
+"""EAGLE drafting: one draft network run down the trees of growth.py.
 
 The draft's cache holds slot t for every committed token but the last: slot t has read the target's feature at t and
 the token at t + 1. Tree nodes are written behind and dropped; `observe` replaces them with slots of true features.
 """
 
 import dataclasses
-import itertools
 from typing import Protocol
 
 import torch
 
 from draftwing.decoding.drafters import Ranking
-from draftwing.decoding.plan import RankPath, TreePlan
-from draftwing.decoding.tree import Candidates, DraftTree, best_subtree, join, root_tree
+from draftwing.decoding.drafters.growth import RootedDraft, grow_tree
+from draftwing.decoding.drafters.unread import Unread
+from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.tree import DraftTree, root_tree
 from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.models.layers import Attend, DraftConfig, Rotary, grouped_attention
-
-MOST_UNREAD = 64
-"""Observed positions that may wait until a draft needs them; their features take memory."""
 
 
 class DraftModel(Protocol):
@@ -55,24 +53,20 @@ class EagleDrafter:
         self._cache = KVCache([shape] * config.num_hidden_layers, batch_size, capacity, dtype, device)
         model.rotary.reserve(capacity + 1)
         self._last_output = torch.zeros(batch_size, config.hidden_size, dtype=dtype, device=device)
-        self._unread: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._unread = Unread()
+
+    def start(self, tokens: torch.Tensor) -> None:
+        """Nothing: the first slot has read the first feature and the second token."""
 
     def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
-        assert features is not None
-        self._unread.append((tokens, features, num_new))
-        if sum(part[0].shape[1] for part in self._unread) >= MOST_UNREAD:
+        self._unread.add((tokens, features, num_new))
+        if self._unread.is_full:
             self._read()
 
     def _read(self) -> None:
-        """Enter what was observed into the cache. Single tokens, as cycles without drafts leave them, go together."""
-        for is_single, parts in itertools.groupby(self._unread, key=lambda part: part[0].shape[1] == 1):
-            pieces = list(parts)
-            if is_single:  # a row that has ended is never continued, so what comes first is valid
-                tokens, features, num_new = zip(*pieces, strict=True)
-                pieces = [(torch.cat(tokens, 1), torch.cat(features, 1), torch.stack(num_new).sum(0))]
-            for piece in pieces:
-                self._extend(*piece)
-        self._unread = []
+        for tokens, features, num_new in self._unread.take():
+            assert features is not None
+            self._extend(tokens, features, num_new)
 
     def _extend(self, tokens: torch.Tensor, features: torch.Tensor, num_new: torch.Tensor) -> None:
         length = tokens.shape[1]
@@ -90,85 +84,19 @@ class EagleDrafter:
         if plan.depth == 0:
             return root_tree(root, plan.num_nodes)
         self._read()
-        if plan.width > len(self._vocab):
-            raise ValueError(f"plan: width {plan.width} exceeds the draft vocabulary of {len(self._vocab)} tokens")
         self._cache.bound = longest
-        tree = self._grow_static(root, plan, rank) if plan.paths else self._grow_dynamic(root, plan, rank)
+        levels, output = _Levels(self._cache, plan.num_inner), self._last_output[:, None]
+
+        def step(parent: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+            nonlocal output
+            output = self._draft_step(output, parent, tokens, levels)
+            return self._model.logits(output)
+
+        draft = RootedDraft(self._model.logits(output), step, self._cache.lengths[:, None], self._vocab, rank)
+        tree = grow_tree(root, plan, draft)
         # A row with nothing read yet (a prompt of one token) has no state to draft from.
         can_draft = (self._cache.lengths > 0)[:, None] | (tree.depths == 0)
         return dataclasses.replace(tree, valid=tree.valid & can_draft)
-
-    def _grow_dynamic(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
-        """EAGLE-2's expand and rerank (arXiv 2406.16858, 4.1-4.2): scores are sums of log-probabilities."""
-        width, levels, sizing = plan.width, _Levels(self._cache, plan.width * (plan.depth - 1)), plan.sizing
-        output = self._last_output[:, None]
-        log_probs, tokens = (t.squeeze(1) for t in self._best_children(output, width, 0, rank))  # [B, K]
-        scores = sizing.worth(log_probs, 1)
-        parent = torch.zeros_like(tokens)  # index into the previous level's frontier
-        frontier = torch.arange(width, device=root.device).expand_as(tokens)  # candidate index of each
-        to_root = torch.full_like(tokens, -1)
-        drafted = [Candidates(tokens, scores, log_probs, to_root, torch.ones_like(tokens))]
-        for level in range(1, plan.depth):
-            if not sizing.goes_on(scores, level):
-                break
-            output = self._draft_step(output, parent, tokens, levels)
-            log_probs, child_tokens = self._best_children(output, width, level, rank)  # [B, K, K]
-            child_scores = (scores[:, :, None] + sizing.worth(log_probs, level + 1)).flatten(1)
-            child_tokens = child_tokens.flatten(1)
-            child_parents = frontier.repeat_interleave(width, dim=1)
-            depths = torch.full_like(child_tokens, level + 1)
-            drafted.append(Candidates(child_tokens, child_scores, log_probs.flatten(1), child_parents, depths))
-            if level + 1 < plan.depth:
-                scores, chosen = child_scores.topk(width)
-                tokens = child_tokens.gather(1, chosen)
-                frontier = chosen + plan.num_candidates_to(level)
-                parent = chosen // width
-        candidates = join(drafted)
-        num_nodes = sizing.num_nodes(candidates.scores, plan.num_nodes)
-        return best_subtree(root, candidates, num_nodes, max_depth=len(drafted))
-
-    def _grow_static(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
-        """EAGLE-1's fixed tree: node (.., r) is the r-th best child of its parent."""
-        inner = {path[:-1] for path in plan.paths}
-        levels = _Levels(self._cache, len(inner) - 1)
-        expanded: list[RankPath] = [()]  # the nodes whose children are being drafted
-        output, scores = self._last_output[:, None], torch.zeros_like(root, dtype=torch.float32)[:, None]
-        all_tokens, all_scores = [root[:, None]], [scores]
-        for level, paths in enumerate(plan.levels, 1):
-            child_scores, child_tokens = self._best_children(output, plan.width, level - 1, rank)  # [B, E, K]
-            picks = [expanded.index(path[:-1]) * plan.width + path[-1] for path in paths]
-            level_scores = (scores[:, :, None] + child_scores).flatten(1)[:, picks]
-            level_tokens = child_tokens.flatten(1)[:, picks]
-            all_scores.append(level_scores)
-            all_tokens.append(level_tokens)
-            if level < plan.depth:
-                kept = [index for index, path in enumerate(paths) if path in inner]
-                parent = torch.tensor([expanded.index(paths[index][:-1]) for index in kept], device=root.device)
-                expanded, scores = [paths[index] for index in kept], level_scores[:, kept]
-                parent = parent.expand(root.shape[0], -1)
-                output = self._draft_step(output, parent, level_tokens[:, kept], levels)
-        number_of = {(): 0} | {path: number for number, path in enumerate(plan.paths, 1)}
-        tokens, tree_scores = torch.cat(all_tokens, 1), torch.cat(all_scores, 1)
-        parents = torch.tensor([0] + [number_of[path[:-1]] for path in plan.paths], device=root.device)
-        depths = torch.tensor([0] + [len(path) for path in plan.paths], device=root.device)
-        return DraftTree(
-            tokens=tokens,
-            parents=parents.expand_as(tokens),
-            depths=depths.expand_as(tokens),
-            valid=tree_scores.isfinite(),
-            scores=tree_scores,
-            log_probs=tree_scores - tree_scores.gather(1, parents.expand_as(tokens)),
-            max_depth=plan.depth,
-        )
-
-    def _best_children(
-        self, output: torch.Tensor, width: int, depth: int, rank: Ranking
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores and target ids of the `width` best children of nodes at `depth`, `[B, K, width]` each."""
-        positions = self._cache.lengths[:, None] + depth + 1
-        log_probs = rank(self._model.logits(output), positions, self._vocab.target_ids)
-        scores, draft_ids = log_probs.topk(width)
-        return scores, self._vocab.to_target(draft_ids)
 
     def _draft_step(
         self, output: torch.Tensor, parent: torch.Tensor, tokens: torch.Tensor, levels: "_Levels"

@@ -1,0 +1,113 @@
+"""Growing a tree level by level with any draft network: dynamic trees (EAGLE-2) and static ones (EAGLE-1)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from draftwing.decoding.drafters import Ranking
+from draftwing.decoding.plan import RankPath, TreePlan
+from draftwing.decoding.tree import Candidates, DraftTree, best_subtree, join
+from draftwing.models.draft_vocab import DraftVocab
+
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Runs the nodes of the next level: their parents' indices `[B, K]` in the level before and their `tokens [B, K]`.
+
+Returns the logits `[B, K, Vd]` of their children. The first level's parent is the root, index 0.
+"""
+
+
+@dataclass(frozen=True)
+class RootedDraft:
+    """A draft network that has read the root and can be run down a tree from there.
+
+    Attributes:
+        root_logits: `[B, 1, Vd]` of the root's children.
+        step: runs one more level.
+        positions: `[B, 1]` of the root.
+        vocab: what the logits are over.
+        rank: gives the candidates' log-probabilities.
+    """
+
+    root_logits: torch.Tensor
+    step: Step
+    positions: torch.Tensor
+    vocab: DraftVocab
+    rank: Ranking
+
+    def best_children(self, logits: torch.Tensor, width: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and target ids of the `width` best children of nodes at `depth`, `[B, K, width]` each."""
+        ranked = self.rank(logits, self.positions + (depth + 1), self.vocab.target_ids)
+        log_probs, draft_ids = ranked.topk(width)
+        return log_probs, self.vocab.to_target(draft_ids)
+
+
+def grow_tree(root: torch.Tensor, plan: TreePlan, draft: RootedDraft) -> DraftTree:
+    """The tree that a plan of depth 1 or more asks for, below `root [B]`.
+
+    Raises:
+        ValueError: a plan that is wider than the draft's vocabulary.
+    """
+    if plan.width > len(draft.vocab):
+        raise ValueError(f"plan: width {plan.width} exceeds the draft vocabulary of {len(draft.vocab)} tokens")
+    return grow_static(root, plan, draft) if plan.paths else grow_dynamic(root, plan, draft)
+
+
+def grow_dynamic(root: torch.Tensor, plan: TreePlan, draft: RootedDraft) -> DraftTree:
+    """EAGLE-2's expand and rerank (arXiv 2406.16858, 4.1-4.2): scores are sums of what the plan holds nodes worth."""
+    width, sizing = plan.width, plan.sizing
+    log_probs, tokens = (t.squeeze(1) for t in draft.best_children(draft.root_logits, width, 0))  # [B, K]
+    scores = sizing.worth(log_probs, 1)
+    parent = torch.zeros_like(tokens)  # index into the previous level's frontier
+    frontier = torch.arange(width, device=root.device).expand_as(tokens)  # candidate index of each
+    to_root = torch.full_like(tokens, -1)
+    drafted = [Candidates(tokens, scores, log_probs, to_root, torch.ones_like(tokens))]
+    for level in range(1, plan.depth):
+        if not sizing.goes_on(scores, level):
+            break
+        log_probs, child_tokens = draft.best_children(draft.step(parent, tokens), width, level)  # [B, K, K]
+        child_scores = (scores[:, :, None] + sizing.worth(log_probs, level + 1)).flatten(1)
+        child_tokens = child_tokens.flatten(1)
+        child_parents = frontier.repeat_interleave(width, dim=1)
+        depths = torch.full_like(child_tokens, level + 1)
+        drafted.append(Candidates(child_tokens, child_scores, log_probs.flatten(1), child_parents, depths))
+        if level + 1 < plan.depth:
+            scores, chosen = child_scores.topk(width)
+            tokens = child_tokens.gather(1, chosen)
+            frontier = chosen + plan.num_candidates_to(level)
+            parent = chosen // width
+    candidates = join(drafted)
+    num_nodes = sizing.num_nodes(candidates.scores, plan.num_nodes)
+    return best_subtree(root, candidates, num_nodes, max_depth=len(drafted))
+
+
+def grow_static(root: torch.Tensor, plan: TreePlan, draft: RootedDraft) -> DraftTree:
+    """EAGLE-1's fixed tree: node (.., r) is the r-th best child of its parent."""
+    expanded: list[RankPath] = [()]  # the nodes whose children are being drafted
+    logits, scores = draft.root_logits, torch.zeros_like(root, dtype=torch.float32)[:, None]
+    all_tokens, all_scores = [root[:, None]], [scores]
+    for level, paths in enumerate(plan.levels, 1):
+        child_scores, child_tokens = draft.best_children(logits, plan.width, level - 1)  # [B, E, K]
+        picks = [expanded.index(path[:-1]) * plan.width + path[-1] for path in paths]
+        level_scores = (scores[:, :, None] + child_scores).flatten(1)[:, picks]
+        level_tokens = child_tokens.flatten(1)[:, picks]
+        all_scores.append(level_scores)
+        all_tokens.append(level_tokens)
+        if level < plan.depth:
+            kept = [index for index, path in enumerate(paths) if path in plan.inner_paths]
+            parent = torch.tensor([expanded.index(paths[index][:-1]) for index in kept], device=root.device)
+            expanded, scores = [paths[index] for index in kept], level_scores[:, kept]
+            logits = draft.step(parent.expand(root.shape[0], -1), level_tokens[:, kept])
+    number_of = {(): 0} | {path: number for number, path in enumerate(plan.paths, 1)}
+    tokens, tree_scores = torch.cat(all_tokens, 1), torch.cat(all_scores, 1)
+    parents = torch.tensor([0] + [number_of[path[:-1]] for path in plan.paths], device=root.device)
+    depths = torch.tensor([0] + [len(path) for path in plan.paths], device=root.device)
+    return DraftTree(
+        tokens=tokens,
+        parents=parents.expand_as(tokens),
+        depths=depths.expand_as(tokens),
+        valid=tree_scores.isfinite(),
+        scores=tree_scores,
+        log_probs=tree_scores - tree_scores.gather(1, parents.expand_as(tokens)),
+        max_depth=plan.depth,
+    )

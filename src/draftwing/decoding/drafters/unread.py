@@ -1,0 +1,41 @@
+"""Committed positions that a drafter has been told of but not read yet: drafts that are paused should cost nothing."""
+
+import itertools
+
+import torch
+
+Piece = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
+"""Tokens `[B, L]`, features `[B, L, F]` if there are any, and how many of each row are valid `[B]`."""
+
+MOST_UNREAD = 64
+"""Positions that may wait; the features take memory, and a draft that comes after many reads for long."""
+
+
+class Unread:
+    """Observations in their order, to be read in few passes."""
+
+    def __init__(self) -> None:
+        self._pieces: list[Piece] = []
+
+    def add(self, piece: Piece) -> None:
+        self._pieces.append(piece)
+
+    @property
+    def is_full(self) -> bool:
+        return sum(tokens.shape[1] for tokens, _, _ in self._pieces) >= MOST_UNREAD
+
+    def take(self) -> list[Piece]:
+        """All pieces, those of a single token next to each other joined, as cycles without drafts leave them."""
+        taken: list[Piece] = []
+        for is_single, group in itertools.groupby(self._pieces, key=lambda piece: piece[0].shape[1] == 1):
+            pieces = list(group)
+            taken += [_join(pieces)] if is_single else pieces
+        self._pieces = []
+        return taken
+
+
+def _join(pieces: list[Piece]) -> Piece:
+    """One piece of several; a row that has ended is never continued, so its valid tokens are the first ones."""
+    tokens, features, num_new = zip(*pieces, strict=True)
+    joined = None if features[0] is None else torch.cat(features, 1)
+    return torch.cat(tokens, 1), joined, torch.stack(num_new).sum(0)
