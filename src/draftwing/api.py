@@ -16,6 +16,7 @@ from draftwing.checkpoint.load import (
 from draftwing.config import check_keys
 from draftwing.decoding.drafters import Drafter, NoDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
+from draftwing.decoding.drafters.ngram import NgramDrafter
 from draftwing.decoding.generate import Committed, Generation, Request
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import SamplingParams
@@ -25,7 +26,7 @@ from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.packed import pack_linears
 from draftwing.models.target import TargetModel
 
-METHODS = ("plain", "eagle1", "eagle2", "eagle3")
+METHODS = ("plain", "ngram", "eagle1", "eagle2", "eagle3")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class GenerateOptions:
         seed: one seed per row, or a single one, which gives row b the seed `seed + b`.
         stop: stop strings; a row ends with the token that completes one.
         plan: `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `eagle1` or a TreePlan; None is the method's default.
+        ngram: with an EAGLE method, let a continuation looked up in the text compete for the nodes of each tree.
         coupled: rank draft candidates with the target's own noise; the same output, more of it drafted when sampling.
         is_done: a further end, called with a row and its new tokens after each (slow).
     """
@@ -65,6 +67,7 @@ class GenerateOptions:
     stop: Sequence[str] | str = ()
     plan: str | TreePlan | None = None
     coupled: bool = True
+    ngram: bool = False
     is_done: Callable[[int, Sequence[int]], bool] | None = None
 
     def sampling(self, row: int) -> SamplingParams:
@@ -164,13 +167,21 @@ class SpeculativeModel:
         plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
         if self.method == "plain" or plan.depth == 0:
             plan = TreePlan.off(self.target.best_single_row if len(prompts) == 1 else 1)
-        return Generation(self.target, requests, self._new_drafter, plan, settings.coupled)
+        elif settings.ngram and self.method != "ngram":
+            plan = plan.with_lookup()
+        new_drafter = partial(self._new_drafter, bool(plan.lookup_depth))
+        return Generation(self.target, requests, new_drafter, plan, settings.coupled)
 
-    def _new_drafter(self, batch_size: int, capacity: int) -> Drafter:
+    def _new_drafter(self, with_lookup: bool, batch_size: int, capacity: int) -> Drafter:
+        ngram = NgramDrafter(batch_size, capacity, self.target.device)
+        if self.method == "ngram":
+            return ngram
         if self.head is None or self.method == "plain":
             return NoDrafter()
         dtype = next(self.head.parameters()).dtype
-        return EagleDrafter(self.head, batch_size, capacity, dtype, self.target.device)
+        return EagleDrafter(
+            self.head, batch_size, capacity, dtype, self.target.device, ngram if with_lookup else None
+        )
 
     def _eos_token_ids(self, settings: GenerateOptions) -> tuple[int, ...]:
         eos = settings.eos_token_id
@@ -218,7 +229,7 @@ def load(
     pack_linears(loaded.model)
     if draft == "tiny" and method in ("eagle1", "eagle2"):
         draft = "tiny-eagle1"
-    head = None if draft is None or method == "plain" else load_head(draft, loaded, chosen, aux_layers, rope_theta)
+    head = None if draft is None or method in ("plain", "ngram") else load_head(draft, loaded, chosen, aux_layers, rope_theta)
     if head is not None:
         pack_linears(head)
     return SpeculativeModel(loaded, head, load_tokenizer(target), method)
@@ -226,8 +237,8 @@ def load(
 
 def default_plan(method: str, device: torch.device) -> str:
     """A method's plan unless one is named: the papers' trees, and a smaller one on a CPU, where nodes cost more."""
-    if method in ("plain", "eagle1"):
-        return {"plain": "off", "eagle1": "eagle1"}[method]
+    if method in ("plain", "ngram", "eagle1"):
+        return {"plain": "off", "ngram": "chain:6", "eagle1": "eagle1"}[method]
     return "tree:2x4x8" if device.type == "cpu" else "tree:10x8x60"
 
 
@@ -255,7 +266,7 @@ def resolve_method(method: str | None, head: DraftNetwork | None) -> str:
         return "plain" if head is None else "eagle3" if isinstance(head, Eagle3Model) else "eagle2"
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if method != "plain":
+    if method not in ("plain", "ngram"):
         if head is None:
             raise ValueError(f"method: {method} needs a draft head")
         if (method == "eagle3") != isinstance(head, Eagle3Model):

@@ -70,11 +70,11 @@ class Generation:
         self._clock = StageClock(self.statistics, target.device)
         longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
         # Behind the committed tokens: the verified tree or the draft's levels, and what a last cycle commits too much.
-        capacity = longest + max(plan.num_nodes, plan.width * plan.depth) + plan.depth + 1
+        capacity = longest + max(plan.num_nodes, plan.width * plan.depth) + plan.max_depth + 1
         self._cache = target.new_cache(len(requests), capacity)
         self._drafter = new_drafter(len(requests), capacity)
         params = [request.sampling for request in requests]
-        self._sampler = Sampler(params, target.vocab_size, target.device, plan.depth)
+        self._sampler = Sampler(params, target.vocab_size, target.device, plan.max_depth)
         self._rank = self._sampler.rank if coupled else uncoupled_rank
         self._lengths = [len(request.prompt) - 1 for request in requests]  # committed tokens before the root
         self._active = torch.ones(len(requests), dtype=torch.bool, device=target.device)
@@ -91,7 +91,7 @@ class Generation:
     def _cycle(self) -> Verdict:
         with self._clock.stage("draft"):
             longest = max(self._lengths)
-            self._sampler.reserve(self._lengths, self._plan.depth)
+            self._sampler.reserve(self._lengths, self._plan.max_depth)
             tree = self._drafter.grow(self._root, self._plan, longest, self._rank)
         with self._clock.stage("verify"):
             self._cache.bound = longest
@@ -129,7 +129,7 @@ class Generation:
                 output.tokens += new[:num_emitted]
                 emitted.append(new[:num_emitted])
                 num_accepted_emitted.append(min(num_accepted, num_emitted))
-                self.statistics.count_cycle(num_accepted, self._plan.depth, num_emitted)
+                self.statistics.count_cycle(num_accepted, self._plan.max_depth, num_emitted)
                 some_row_ended |= output.finish_reason is not None
             if some_row_ended:  # the device learns it once, not in every cycle after
                 running = [output.finish_reason is None for output in self.outputs]

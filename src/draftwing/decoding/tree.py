@@ -69,6 +69,49 @@ def join(parts: Sequence[Candidates]) -> Candidates:
     return Candidates(*(torch.cat([getattr(part, field.name) for part in parts], 1) for field in fields(Candidates)))
 
 
+def no_candidates(root: torch.Tensor) -> Candidates:
+    """Nothing drafted yet below `root [B]`."""
+    none = root.new_empty(root.shape[0], 0)
+    return Candidates(none, none.float(), none, none)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Where a chain of D tokens lies among M candidates.
+
+    Attributes:
+        nodes: `[B, D]` the candidate that each token is, M from the first one that is none.
+        is_found: `[B, D]` whether it is one.
+        is_contested: `[B, D]` whether it is none, but others were drafted in its place.
+    """
+
+    nodes: torch.Tensor
+    is_found: torch.Tensor
+    is_contested: torch.Tensor
+
+
+def follow(candidates: Candidates, chain: torch.Tensor) -> Overlap:
+    """Follow a `chain [B, D]` of tokens from the root through the candidates for as long as they hold its tokens."""
+    num_rows, depth = chain.shape
+    num_candidates = candidates.tokens.shape[1]
+    is_same = candidates.tokens == chain.gather(1, candidates.depths.clamp(max=depth) - 1)
+    is_same &= candidates.depths <= depth
+    # Column 0 is the root, for parent -1. Each round settles one more level.
+    on_chain = is_same.new_zeros(num_rows, num_candidates + 1)
+    on_chain[:, 0] = True
+    parents = candidates.parents + 1
+    for _ in range(depth):
+        follows = on_chain.gather(1, parents)
+        on_chain[:, 1:] = follows & is_same
+    numbers = torch.arange(num_candidates, device=chain.device).expand_as(parents)
+    level = torch.where(on_chain[:, 1:], candidates.depths, 0)
+    nodes = chain.new_full((num_rows, depth + 1), num_candidates).scatter(1, level, numbers)[:, 1:]
+    level = torch.where(follows & (candidates.depths <= depth), candidates.depths, 0)
+    has_siblings = is_same.new_zeros(num_rows, depth + 1).scatter(1, level, True)[:, 1:]
+    is_found = nodes < num_candidates
+    return Overlap(nodes, is_found, has_siblings & ~is_found)
+
+
 def best_subtree(root: torch.Tensor, candidates: Candidates, num_nodes: int, max_depth: int) -> DraftTree:
     """The tree of `root [B]` and the best `num_nodes - 1` candidates.
 

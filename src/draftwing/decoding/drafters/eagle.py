@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from draftwing.decoding.drafters import Ranking
+from draftwing.decoding.drafters.ngram import NgramDrafter
 from draftwing.decoding.plan import RankPath, TreePlan
 from draftwing.decoding.tree import Candidates, DraftTree, best_subtree, join, root_tree
 from draftwing.models.draft_vocab import DraftVocab
@@ -42,7 +43,9 @@ class EagleDrafter:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
+        ngram: NgramDrafter | None = None,
     ) -> None:
+        self._ngram = ngram
         self.feature_layers = model.config.feature_layers
         self._model = model
         self._vocab = model.vocab.to(device)
@@ -64,6 +67,8 @@ class EagleDrafter:
         last = output.gather(1, (num_new - 1).clamp(min=0)[:, None, None].expand(-1, 1, output.shape[-1])).squeeze(1)
         self._last_output = torch.where((num_new > 0)[:, None], last, self._last_output)
         self._cache.commit(None, num_new, max_kept=length)
+        if self._ngram is not None:
+            self._ngram.observe(tokens, None, num_new)
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
         if plan.depth == 0:
@@ -71,12 +76,15 @@ class EagleDrafter:
         if plan.width > len(self._vocab):
             raise ValueError(f"plan: width {plan.width} exceeds the draft vocabulary of {len(self._vocab)} tokens")
         self._cache.bound = longest
-        tree = self._grow_static(root, plan, rank) if plan.paths else self._grow_dynamic(root, plan, rank)
+        candidates = self._grow_static(root, plan, rank) if plan.paths else self._grow_dynamic(root, plan, rank)
+        if self._ngram is not None and plan.lookup_depth:
+            candidates = self._ngram.extend(candidates, plan.lookup_depth, longest)
+        tree = best_subtree(root, candidates, plan.num_nodes, plan.max_depth)
         # A row with nothing read yet (a prompt of one token) has no state to draft from.
         can_draft = (self._cache.lengths > 0)[:, None] | (tree.depths == 0)
         return dataclasses.replace(tree, valid=tree.valid & can_draft)
 
-    def _grow_dynamic(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
+    def _grow_dynamic(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> Candidates:
         """EAGLE-2's expand and rerank (arXiv 2406.16858, 4.1-4.2): scores are sums of log-probabilities."""
         width, levels = plan.width, _Levels(self._cache, plan.width * (plan.depth - 1))
         output = self._last_output[:, None]
@@ -98,40 +106,31 @@ class EagleDrafter:
                 tokens = child_tokens.gather(1, chosen)
                 frontier = chosen + plan.num_candidates_to(level)
                 parent = chosen // width
-        return best_subtree(root, join(drafted), plan.num_nodes, plan.depth)
+        return join(drafted)
 
-    def _grow_static(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
+    def _grow_static(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> Candidates:
         """EAGLE-1's fixed tree: node (.., r) is the r-th best child of its parent."""
         inner = {path[:-1] for path in plan.paths}
         levels = _Levels(self._cache, len(inner) - 1)
+        number_of = {(): -1} | {path: number for number, path in enumerate(plan.paths)}
         expanded: list[RankPath] = [()]  # the nodes whose children are being drafted
         output, scores = self._last_output[:, None], torch.zeros_like(root, dtype=torch.float32)[:, None]
-        all_tokens, all_scores = [root[:, None]], [scores]
+        drafted = []
         for level, paths in enumerate(plan.levels, 1):
             child_scores, child_tokens = self._best_children(output, plan.width, level - 1, rank)  # [B, E, K]
             picks = [expanded.index(path[:-1]) * plan.width + path[-1] for path in paths]
             level_scores = (scores[:, :, None] + child_scores).flatten(1)[:, picks]
             level_tokens = child_tokens.flatten(1)[:, picks]
-            all_scores.append(level_scores)
-            all_tokens.append(level_tokens)
+            parents = torch.tensor([number_of[path[:-1]] for path in paths], device=root.device)
+            depths = torch.full_like(level_tokens, level)
+            drafted.append(Candidates(level_tokens, level_scores, parents.expand_as(level_tokens), depths))
             if level < plan.depth:
                 kept = [index for index, path in enumerate(paths) if path in inner]
                 parent = torch.tensor([expanded.index(paths[index][:-1]) for index in kept], device=root.device)
                 expanded, scores = [paths[index] for index in kept], level_scores[:, kept]
                 parent = parent.expand(root.shape[0], -1)
                 output = self._draft_step(output, parent, level_tokens[:, kept], levels)
-        number_of = {(): 0} | {path: number for number, path in enumerate(plan.paths, 1)}
-        tokens, tree_scores = torch.cat(all_tokens, 1), torch.cat(all_scores, 1)
-        parents = torch.tensor([0] + [number_of[path[:-1]] for path in plan.paths], device=root.device)
-        depths = torch.tensor([0] + [len(path) for path in plan.paths], device=root.device)
-        return DraftTree(
-            tokens=tokens,
-            parents=parents.expand_as(tokens),
-            depths=depths.expand_as(tokens),
-            valid=tree_scores.isfinite(),
-            scores=tree_scores,
-            max_depth=plan.depth,
-        )
+        return join(drafted)
 
     def _best_children(
         self, output: torch.Tensor, width: int, depth: int, rank: Ranking
