@@ -11,6 +11,7 @@ from draftwing.config import TrainConfig
 from draftwing.data.chat import Example
 from draftwing.decoding.drafters import NoDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
+from draftwing.decoding.drafters.ngram import NgramDrafter
 from draftwing.decoding.generate import DrafterFactory, Generation, Request
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import SamplingParams
@@ -100,6 +101,22 @@ def eagle(head: DraftNetwork) -> DrafterFactory:
     return lambda batch_size, capacity: EagleDrafter(head, batch_size, capacity, dtype, torch.device("cpu"))
 
 
+def ngram(batch_size: int, capacity: int) -> NgramDrafter:
+    """Builds the n-gram drafter for the engine."""
+    return NgramDrafter(batch_size, capacity, torch.device("cpu"))
+
+
+def eagle_with_ngram(head: DraftNetwork) -> DrafterFactory:
+    """Builds a head's drafter into whose trees n-grams are merged; for plans with a lookup."""
+    dtype = next(head.parameters()).dtype
+
+    def new_drafter(batch_size: int, capacity: int) -> EagleDrafter:
+        lookup = ngram(batch_size, capacity)
+        return EagleDrafter(head, batch_size, capacity, dtype, torch.device("cpu"), lookup)
+
+    return new_drafter
+
+
 def no_draft(batch_size: int, capacity: int) -> NoDrafter:
     return NoDrafter()
 
@@ -108,18 +125,19 @@ def generate(
     target: TargetModel,
     requests: Sequence[Request],
     drafter: DrafterFactory = no_draft,
-    plan: str = "off",
+    plan: str | TreePlan = "off",
     coupled: bool = True,
 ) -> Generation:
     """Run requests to their end."""
-    generation = Generation(target, requests, drafter, TreePlan.parse(plan), coupled)
+    plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
+    generation = Generation(target, requests, drafter, plan, coupled)
     for _ in generation.cycles():
         pass
     return generation
 
 
 def run(
-    target: TargetModel, requests: Sequence[Request], drafter: DrafterFactory = no_draft, plan: str = "off"
+    target: TargetModel, requests: Sequence[Request], drafter: DrafterFactory = no_draft, plan: str | TreePlan = "off"
 ) -> list[list[int]]:
     """The tokens of each request."""
     return [output.tokens for output in generate(target, requests, drafter, plan).outputs]

@@ -179,9 +179,7 @@ class SpeculativeModel:
         if self.head is None or self.method == "plain":
             return NoDrafter()
         dtype = next(self.head.parameters()).dtype
-        return EagleDrafter(
-            self.head, batch_size, capacity, dtype, self.target.device, ngram if with_lookup else None
-        )
+        return EagleDrafter(self.head, batch_size, capacity, dtype, self.target.device, ngram if with_lookup else None)
 
     def _eos_token_ids(self, settings: GenerateOptions) -> tuple[int, ...]:
         eos = settings.eos_token_id
@@ -229,7 +227,11 @@ def load(
     pack_linears(loaded.model)
     if draft == "tiny" and method in ("eagle1", "eagle2"):
         draft = "tiny-eagle1"
-    head = None if draft is None or method in ("plain", "ngram") else load_head(draft, loaded, chosen, aux_layers, rope_theta)
+    head = (
+        None
+        if draft is None or method in ("plain", "ngram")
+        else load_head(draft, loaded, chosen, aux_layers, rope_theta)
+    )
     if head is not None:
         pack_linears(head)
     return SpeculativeModel(loaded, head, load_tokenizer(target), method)

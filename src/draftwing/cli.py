@@ -18,6 +18,7 @@ EXAMPLES = {
   draftwing demo --dtype bfloat16 --repeats 5""",
     "generate": """examples:
   draftwing generate --target tiny --draft tiny --prompt "def main(args):"
+  draftwing generate --target tiny --draft tiny --prompt "x = [1, 2, 3]" --ngram
   draftwing generate --target tiny --draft tiny --chat --prompt "Write the Python function clamp." --compare
   draftwing generate --target meta-llama/Llama-3.1-8B-Instruct --draft yuhuili/EAGLE3-LLaMA3.1-Instruct-8B \\
       --device cuda --chat --prompt "Why is the sky blue?" --temperature 0.7 --seed 1""",
@@ -103,7 +104,7 @@ def run_generate(options: argparse.Namespace) -> None:
         name: getattr(options, name)
         for name in (
             *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-            *("seed", "stop", "plan"),
+            *("seed", "stop", "plan", "ngram"),
         )
     }
     if options.compare:
@@ -239,7 +240,10 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
     _add_device(parser)
     parser.add_argument(
-        "--method", choices=("plain", "eagle1", "eagle2", "eagle3"), help="default: what the head is made for"
+        "--method", choices=("plain", "ngram", "eagle1", "eagle2", "eagle3"), help="default: what the head is made for"
+    )
+    parser.add_argument(
+        "--ngram", action="store_true", help="let n-grams looked up in the text compete for an EAGLE tree's nodes"
     )
     parser.add_argument("--plan", help="off, chain:DEPTH, tree:WIDTHxDEPTHxNODES or eagle1 (the paper's static tree)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")

@@ -90,23 +90,25 @@ class Overlap:
     is_contested: torch.Tensor
 
 
-def follow(candidates: Candidates, chain: torch.Tensor) -> Overlap:
-    """Follow a `chain [B, D]` of tokens from the root through the candidates for as long as they hold its tokens."""
+def follow(candidates: Candidates, chain: torch.Tensor, num_levels: int) -> Overlap:
+    """Follow a `chain [B, D]` of tokens from the root for as long as it is among the candidates.
+
+    The candidates lie on `num_levels` levels, of which the chain has at least as many.
+    """
     num_rows, depth = chain.shape
     num_candidates = candidates.tokens.shape[1]
-    is_same = candidates.tokens == chain.gather(1, candidates.depths.clamp(max=depth) - 1)
-    is_same &= candidates.depths <= depth
-    # Column 0 is the root, for parent -1. Each round settles one more level.
-    on_chain = is_same.new_zeros(num_rows, num_candidates + 1)
-    on_chain[:, 0] = True
+    is_same = candidates.tokens == chain.gather(1, candidates.depths - 1)
+    is_on_chain = is_same.new_ones(num_rows, num_candidates + 1)  # column 0 is the root, for parent -1
+    is_on_chain[:, 1:] = is_same
     parents = candidates.parents + 1
-    for _ in range(depth):
-        follows = on_chain.gather(1, parents)
-        on_chain[:, 1:] = follows & is_same
+    for _ in range(num_levels):  # each round settles one more level
+        has_parent_on_chain = is_on_chain.gather(1, parents)
+        is_on_chain[:, 1:] = is_same & has_parent_on_chain
     numbers = torch.arange(num_candidates, device=chain.device).expand_as(parents)
-    level = torch.where(on_chain[:, 1:], candidates.depths, 0)
+    # Column 0 takes those that are not on the chain, or not beside it.
+    level = torch.where(is_on_chain[:, 1:], candidates.depths, 0)
     nodes = chain.new_full((num_rows, depth + 1), num_candidates).scatter(1, level, numbers)[:, 1:]
-    level = torch.where(follows & (candidates.depths <= depth), candidates.depths, 0)
+    level = torch.where(has_parent_on_chain, candidates.depths, 0)
     has_siblings = is_same.new_zeros(num_rows, depth + 1).scatter(1, level, True)[:, 1:]
     is_found = nodes < num_candidates
     return Overlap(nodes, is_found, has_siblings & ~is_found)

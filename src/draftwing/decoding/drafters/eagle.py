@@ -78,7 +78,7 @@ class EagleDrafter:
         self._cache.bound = longest
         candidates = self._grow_static(root, plan, rank) if plan.paths else self._grow_dynamic(root, plan, rank)
         if self._ngram is not None and plan.lookup_depth:
-            candidates = self._ngram.extend(candidates, plan.lookup_depth, longest)
+            candidates = self._ngram.extend(candidates, plan, longest)
         tree = best_subtree(root, candidates, plan.num_nodes, plan.max_depth)
         # A row with nothing read yet (a prompt of one token) has no state to draft from.
         can_draft = (self._cache.lengths > 0)[:, None] | (tree.depths == 0)

@@ -4,7 +4,7 @@ Prompt lookup decoding (LLMA, arXiv 2304.04487), as a drafter of its own or as f
 ("staged" speculation, arXiv 2308.04623). The index is the history itself: a lookup compares every position at once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -49,18 +49,18 @@ class NgramDrafter:
             return root_tree(root, plan.num_nodes)
         if not plan.is_chain:
             raise ValueError(f"plan: n-gram drafting has one continuation, so it takes chain:DEPTH, got {plan}")
-        return best_subtree(root, self.extend(no_candidates(root), plan.depth, longest), plan.num_nodes, plan.depth)
+        return best_subtree(root, self.extend(no_candidates(root), plan, longest), plan.num_nodes, plan.depth)
 
-    def extend(self, candidates: Candidates, depth: int, longest: int) -> Candidates:
-        """Merge a continuation of `depth` tokens into the candidates of another drafter.
+    def extend(self, candidates: Candidates, plan: TreePlan, longest: int) -> Candidates:
+        """Merge a continuation of `plan.max_depth` tokens into the candidates of another drafter.
 
         For as long as its tokens are among them these score the better of both estimates; what is left of it is
-        appended below. There are always `depth` new candidates; superfluous ones score -inf. `longest` is the host's
-        count of the longest row's history.
+        appended below. There are always `max_depth` new candidates; superfluous ones score -inf. `longest` is the
+        host's count of the longest row's history.
         """
-        found = self._look_up(depth, longest)
-        overlap = follow(candidates, found.tokens)
-        self._proposed = Lookup(found.tokens, found.match_lengths, overlap.is_contested)
+        lookup = self._look_up(plan.max_depth, longest)
+        overlap = follow(candidates, lookup.tokens, plan.depth)
+        self._proposed = replace(lookup, is_contested=overlap.is_contested)
         return _merge(candidates, self._proposed, overlap, self._rates.log_rates(self._proposed))
 
     def _look_up(self, depth: int, longest: int) -> "Lookup":
