@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from draftwing.api import load
 from draftwing.checkpoint.load import ASSETS, resolve_target
 from draftwing.data.prompts import read_prompts
-from draftwing.evaluation.compare import compare_methods
+from draftwing.evaluation.compare import MethodResult, compare_methods
 from draftwing.provenance import provenance
 
 
@@ -40,30 +40,37 @@ def main() -> int:
     for temperature in options.temperatures:
         results = compare_methods(methods, prompts, temperature, options.repeats, max_new_tokens=options.max_new_tokens)
         plain = results[0].tokens_per_second
-        for result in results:
-            figures = result.statistics
-            rows.append(
-                {
-                    "method": result.method,
-                    "temperature": temperature,
-                    "tokens_per_second": result.tokens_per_second,
-                    "acceptance_length": figures.acceptance_length,
-                    "speedup": result.tokens_per_second / plain,
-                    "identical": result.identical,
-                    "acceptance_rate": figures.acceptance_rate,
-                    "ms_per_cycle": {s: 1000 * t / figures.num_cycles for s, t in figures.seconds.items()},
-                }
-            )
+        rows += [as_row(result, plain) for result in results]
         if temperature == 0:
             speed = transformers_speed(eagle3, prompts, options)
             rows.append({"method": "transformers generate", "temperature": 0.0, "tokens_per_second": speed,
                          "speedup": speed / plain})  # fmt: skip
     print_table(rows, options)
+    write_record(rows, options)
+    return 0
+
+
+def as_row(result: MethodResult, plain_tokens_per_second: float) -> dict[str, Any]:
+    """A method's figures as the record has them."""
+    figures = result.statistics
+    return {
+        "method": result.method,
+        "temperature": result.temperature,
+        "tokens_per_second": result.tokens_per_second,
+        "acceptance_length": figures.acceptance_length,
+        "speedup": result.tokens_per_second / plain_tokens_per_second,
+        "identical": result.identical,
+        "acceptance_rate": figures.acceptance_rate,
+        "ms_per_cycle": {s: 1000 * t / figures.num_cycles for s, t in figures.seconds.items()},
+    }
+
+
+def write_record(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Write the rows with their options and provenance to `options.output`, if it names a file."""
     if options.output:
         settings = vars(options) | {"prompts": os.path.relpath(options.prompts)}  # no path of this machine alone
         record = {"rows": rows, "options": settings, "provenance": provenance()}
         Path(options.output).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-    return 0
 
 
 def with_plan(model: Any, plan: str) -> Any:

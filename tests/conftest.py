@@ -14,6 +14,7 @@ from draftwing.decoding.costs import CycleCosts
 from draftwing.decoding.drafters import NoDrafter
 from draftwing.decoding.drafters.draft_model import DraftModelDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
+from draftwing.decoding.drafters.ngram import NgramDrafter
 from draftwing.decoding.generate import DrafterFactory, Generation, Request
 from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.sampling import SamplingParams
@@ -134,6 +135,22 @@ def eagle(head: DraftNetwork) -> DrafterFactory:
 def language_model(model: TargetModel) -> DrafterFactory:
     """Builds the drafter of a draft model, for a target of VOCAB_SIZE tokens."""
     return lambda batch_size, capacity: DraftModelDrafter(model, VOCAB_SIZE, batch_size, capacity)
+
+
+def ngram(batch_size: int, capacity: int) -> NgramDrafter:
+    """Builds the n-gram drafter for the engine."""
+    return NgramDrafter(batch_size, capacity, torch.device("cpu"))
+
+
+def eagle_with_ngram(head: DraftNetwork) -> DrafterFactory:
+    """Builds a head's drafter into whose trees n-grams are merged; for plans with a lookup."""
+    dtype = next(head.parameters()).dtype
+
+    def new_drafter(batch_size: int, capacity: int) -> EagleDrafter:
+        lookup = ngram(batch_size, capacity)
+        return EagleDrafter(head, batch_size, capacity, dtype, torch.device("cpu"), lookup)
+
+    return new_drafter
 
 
 def no_draft(batch_size: int, capacity: int) -> NoDrafter:

@@ -19,6 +19,7 @@ from draftwing.decoding.costs import CycleCosts, cached_costs, measure_costs
 from draftwing.decoding.drafters import Drafter, NoDrafter
 from draftwing.decoding.drafters.draft_model import DraftModelDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
+from draftwing.decoding.drafters.ngram import NgramDrafter
 from draftwing.decoding.generate import Committed, Generation, Request
 from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.sampling import SamplingParams
@@ -34,7 +35,8 @@ FIXED_SHAPES = tuple(
     map(TreePlan.parse, ("chain:2", "chain:4", "tree:4x4x16", "tree:6x5x30", "tree:8x6x48", "tree:10x8x60"))
 )
 """Where every shape is worth capturing: what `auto` chooses among, the largest last."""
-METHODS = ("plain", "eagle1", "eagle2", "eagle3", "draft_model")
+EAGLE_METHODS = ("eagle1", "eagle2", "eagle3")
+METHODS = ("plain", "ngram", *EAGLE_METHODS, "draft_model")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class GenerateOptions:
         plan: `auto`, `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `eagle1` or a TreePlan; None is the method's
             default. `auto` sizes each tree by what it is expected to bring; the first time on a machine it measures
             what a cycle costs, for a second or two.
+        ngram: with an EAGLE method, let a continuation looked up in the text compete for the nodes of each tree.
         coupled: rank draft candidates with the target's own noise; the same output, more of it drafted when sampling.
         is_done: a further end, called with a row and its new tokens after each (slow).
     """
@@ -76,6 +79,7 @@ class GenerateOptions:
     stop: Sequence[str] | str = ()
     plan: str | TreePlan | None = None
     coupled: bool = True
+    ngram: bool = False
     is_done: Callable[[int, Sequence[int]], bool] | None = None
 
     def sampling(self, row: int) -> SamplingParams:
@@ -174,7 +178,7 @@ class SpeculativeModel:
             for row, prompt in enumerate(prompts)
         ]
         self._check_draft_positions(max(map(len, prompts), default=0) + settings.max_new_tokens)
-        plan = self._plan(settings.plan or default_plan(self.method), requests)
+        plan = self._plan(settings, requests)
         return Generation(self.target, requests, self._new_drafter, plan, settings.coupled)
 
     def costs(self, batch_size: int) -> CycleCosts:
@@ -192,20 +196,25 @@ class SpeculativeModel:
         """What earlier generations of this model, with as many rows, have taught those that follow."""
         return self._experience.setdefault((1 << (batch_size - 1).bit_length(), sampled), Experience())
 
-    def _plan(self, plan: str | TreePlan, requests: Sequence[Request]) -> Plan:
+    def _plan(self, settings: GenerateOptions, requests: Sequence[Request]) -> Plan:
         batch_size, device = len(requests), self.target.device
         off = TreePlan.off(self.target.best_single_row if batch_size == 1 else 1)
         if self.method == "plain":
             return off
+        if settings.ngram and self.method not in EAGLE_METHODS:
+            raise ValueError(f"ngram: merges into EAGLE trees, not into those of {self.method}")
+        plan = settings.plan or default_plan(self.method)
         if plan != "auto":
             plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
+            plan = plan.with_lookup() if settings.ngram else plan
             return plan if plan.depth else off
+        largest = self._largest_plan()
         sampled = any(request.sampling.temperature > 0 for request in requests)
         return AutoPlan(
             self.costs(batch_size),
             self.experience(batch_size, sampled),
             batch_size,
-            self._largest_plan(),
+            largest.with_lookup() if settings.ngram else largest,
             off,
             device,
             fixed_shapes=() if device.type == "cpu" else FIXED_SHAPES,
@@ -223,6 +232,8 @@ class SpeculativeModel:
         return machine | {"target": self.target.config.to_dict(), "dtype": str(self.target.dtype), "draft": draft}
 
     def _new_drafter(self, batch_size: int, capacity: int) -> Drafter:
+        if self.method == "ngram":
+            return NgramDrafter(batch_size, capacity, self.target.device)
         if self.draft is None or self.method == "plain":
             return NoDrafter()
         if isinstance(self.draft, TargetModel):
@@ -290,7 +301,7 @@ def load(
     if draft == "tiny" and method in ("eagle1", "eagle2"):
         draft = "tiny-eagle1"
     tokenizer = load_tokenizer(target)
-    if draft is None or method == "plain":
+    if draft is None or method in ("plain", "ngram"):
         return SpeculativeModel(loaded, None, tokenizer, method)
     drafting = load_draft(draft, loaded, chosen, aux_layers, rope_theta, tokenizer)
     pack_linears(drafting.model if isinstance(drafting, TargetModel) else drafting)
@@ -299,7 +310,7 @@ def load(
 
 def default_plan(method: str) -> str:
     """A method's plan unless one is named: the paper's tree for EAGLE-1, else trees that size themselves."""
-    return {"plain": "off", "eagle1": "eagle1"}.get(method, "auto")
+    return {"plain": "off", "eagle1": "eagle1", "ngram": "chain:6"}.get(method, "auto")
 
 
 def check_device(device: str | torch.device) -> None:
@@ -324,6 +335,8 @@ def resolve_method(method: str | None, draft: Draft | None) -> str:
     """The method to decode with, checked against the draft at hand."""
     if method is not None and method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if method == "ngram":
+        return method
     if draft is None:
         if method not in (None, "plain"):
             raise ValueError(f"method: {method} needs a draft head or a draft model")

@@ -19,6 +19,7 @@ EXAMPLES = {
     "generate": """examples:
   draftwing generate --target tiny --draft tiny --prompt "def main(args):"
   draftwing generate --target path/to/large-model --draft path/to/small-model --prompt "def main(args):"
+  draftwing generate --target tiny --draft tiny --prompt "x = [1, 2, 3]" --ngram
   draftwing generate --target tiny --draft tiny --chat --prompt "Write the Python function clamp." --compare
   draftwing generate --target meta-llama/Llama-3.1-8B-Instruct --draft yuhuili/EAGLE3-LLaMA3.1-Instruct-8B \\
       --device cuda --chat --prompt "Why is the sky blue?" --temperature 0.7 --seed 1""",
@@ -104,7 +105,7 @@ def run_generate(options: argparse.Namespace) -> None:
         name: getattr(options, name)
         for name in (
             *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-            *("seed", "stop", "plan"),
+            *("seed", "stop", "plan", "ngram"),
         )
     }
     if options.compare:
@@ -245,8 +246,11 @@ def _add_generate(commands: Any) -> None:
     _add_device(parser)
     parser.add_argument(
         "--method",
-        choices=("plain", "eagle1", "eagle2", "eagle3", "draft_model"),
+        choices=("plain", "ngram", "eagle1", "eagle2", "eagle3", "draft_model"),
         help="default: what the draft is made for",
+    )
+    parser.add_argument(
+        "--ngram", action="store_true", help="let n-grams looked up in the text compete for an EAGLE tree's nodes"
     )
     parser.add_argument(
         "--plan", help="auto (default), off, chain:DEPTH, tree:WIDTHxDEPTHxNODES or eagle1 (EAGLE-1's tree)"

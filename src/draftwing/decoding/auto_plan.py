@@ -72,6 +72,7 @@ class AutoPlan:
         self._values: dict[TreePlan, float] = {}
         self._tokens, self._seconds = 0.0, 0.0  # what speculation has brought and cost of late
         self._costs_until = self._num_cycles = 0
+        self._num_levels = 1  # that the last tree was drafted to
         self._look_up_costs(0)
         self._use_lessons()
         self._start_trial(experience.gain)
@@ -83,6 +84,7 @@ class AutoPlan:
         if self._experience.left > 0:
             self._experience.left -= 1
             return self._off
+        self._num_levels = self._shape.depth if self._shapes else 1
         return dataclasses.replace(self._shape, sizing=self)
 
     def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
@@ -95,7 +97,10 @@ class AutoPlan:
         if self._shapes:
             return True
         tokens = float(scores.exp().sum()) * self._continuation[min(depth + 1, NUM_DEPTHS) - 1]
-        return bool(tokens > self._rate * (self._costs.step(scores.shape[1]) + self._node_seconds[0]))
+        if tokens <= self._rate * (self._costs.step(scores.shape[1]) + self._node_seconds[0]):
+            return False
+        self._num_levels = depth + 1
+        return True
 
     def num_nodes(self, scores: torch.Tensor, limit: int) -> int:
         """How many of the candidates with these scores `[B, M]` bring enough for their seconds, the root included."""
@@ -110,10 +115,9 @@ class AutoPlan:
             return
         for table in (self._table, self._experience.acceptance):
             table.update(facts)
-        width = min(self._shape.width, facts.num_nodes)
         fade = 1 - 1 / RATE_MEMORY
         self._tokens = self._tokens * fade + float(facts.accepted.sum()) * self._batch_size / facts.num_rows
-        self._seconds = self._seconds * fade + self._costs.cycle(TreePlan(width, facts.max_depth, facts.num_nodes))
+        self._seconds = self._seconds * fade + self._costs.tree(self._shape.width, self._num_levels, facts.num_nodes)
         self._num_cycles += 1
         if self._shapes:
             self._weigh_shapes(facts)

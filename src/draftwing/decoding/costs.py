@@ -75,20 +75,16 @@ class CycleCosts:
 
     def cycle(self, plan: TreePlan) -> float:
         """Seconds of a cycle of this plan, at the first context."""
-        if plan.depth == 0:
-            return self.plain[0]
-        verify = float(np.interp(plan.num_nodes, self.num_nodes, self.verify[0]))
-        return self.extend[0] + (plan.depth - 1) * self.step(plan.width) + verify + self.fixed[0]
+        return self.tree(plan.width, plan.depth, plan.num_nodes) if plan.depth else self.plain[0]
+
+    def tree(self, width: int, depth: int, num_nodes: int) -> float:
+        """Seconds of a cycle that drafts `depth` levels of `width` nodes and verifies `num_nodes`."""
+        verify = float(np.interp(num_nodes, self.num_nodes, self.verify[0]))
+        return self.extend[0] + (depth - 1) * self.step(width) + verify + self.fixed[0]
 
     def step(self, width: int) -> float:
         """Seconds of one further draft level of `width` nodes, at the first context."""
         return float(np.interp(width, self.widths, self.draft_step[0]))
-
-    @property
-    def node(self) -> float:
-        """Seconds of one more node in the target's pass, at the first context, over the range of CPU trees."""
-        last = self.num_nodes.index(32) if 32 in self.num_nodes else len(self.num_nodes) - 1
-        return max(0.0, (self.verify[0][last] - self.verify[0][0]) / (self.num_nodes[last] - self.num_nodes[0]))
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""

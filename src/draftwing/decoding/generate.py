@@ -72,11 +72,11 @@ class Generation:
         longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
         # Behind the committed tokens: the verified tree or the draft's levels, and what a last cycle commits too much.
         tree = plan.largest
-        capacity = longest + max(tree.num_nodes, tree.width * tree.depth) + tree.depth + 1
+        capacity = longest + max(tree.num_nodes, tree.width * tree.max_depth) + tree.max_depth + 1
         self._cache = target.new_cache(len(requests), capacity)
         self._drafter = new_drafter(len(requests), capacity)
         params = [request.sampling for request in requests]
-        self._sampler = Sampler(params, target.vocab_size, target.device, tree.depth)
+        self._sampler = Sampler(params, target.vocab_size, target.device, tree.max_depth)
         self._rank = self._sampler.rank if coupled else uncoupled_rank
         self._lengths = [len(request.prompt) - 1 for request in requests]  # committed tokens before the root
         self._active = torch.ones(len(requests), dtype=torch.bool, device=target.device)
@@ -94,7 +94,7 @@ class Generation:
         with self._clock.stage("draft"):
             longest = max(self._lengths)
             plan = self._plan.next(longest)
-            self._sampler.reserve(self._lengths, plan.depth)
+            self._sampler.reserve(self._lengths, plan.max_depth)
             tree = self._drafter.grow(self._root, plan, longest, self._rank)
         with self._clock.stage("verify"):
             self._cache.bound = longest

@@ -4,7 +4,7 @@ N counts the root. The reference code's `depth=d` makes d + 1 levels; here the d
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -13,6 +13,8 @@ import torch
 from draftwing.decoding.tree import CycleFacts
 
 RankPath = tuple[int, ...]
+
+LOOKUP_DEPTH = 8
 
 # EAGLE's tree (arXiv 2401.15077, figure 7; 25 draft nodes, 4/8/8/3/2 a level). (a, b) is the b-th best child of the
 # root's a-th best child.
@@ -76,6 +78,7 @@ class TreePlan:
     A dynamic plan (EAGLE-2, arXiv 2406.16858, section 4) expands the `width` best nodes of each of `depth` levels and
     keeps the best `num_nodes - 1` of all candidates. A static plan has fixed rank `paths` instead. Depth 0 is no draft.
     With a `sizing` of its own, width, depth and nodes are upper bounds (dynamic plans only).
+    With a `lookup_depth`, a looked-up continuation of that many tokens competes for the same nodes (drafters/ngram.py).
     """
 
     width: int
@@ -83,6 +86,7 @@ class TreePlan:
     num_nodes: int
     paths: tuple[RankPath, ...] = ()
     sizing: Sizing = field(default=FixedSize(), compare=False)
+    lookup_depth: int = 0
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth) < (1 if self.depth else 0) or self.num_nodes < 1:
@@ -129,7 +133,16 @@ class TreePlan:
     @property
     def is_chain(self) -> bool:
         """Whether the accepted nodes are always the first ones, so that a commit moves nothing (true of `off` too)."""
-        return not self.paths and self.width <= 1
+        return not self.paths and self.width <= 1 and not self.lookup_depth
+
+    @property
+    def max_depth(self) -> int:
+        """Bound of the nodes' depths."""
+        return max(self.depth, self.lookup_depth)
+
+    def with_lookup(self) -> "TreePlan":
+        """The same nodes, for which a looked-up continuation competes; it may be deeper than the draft."""
+        return replace(self, lookup_depth=min(self.num_nodes - 1, LOOKUP_DEPTH))
 
     @staticmethod
     def off(num_nodes: int = 1) -> "TreePlan":

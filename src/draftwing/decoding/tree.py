@@ -60,7 +60,7 @@ class Candidates:
     Attributes:
         tokens: `[B, M]` token ids; siblings differ.
         scores: `[B, M]` estimates of log P(the node is accepted), at most the parent's.
-        log_probs: `[B, M]` the drafter's own log-probability of each node given its parent.
+        log_probs: `[B, M]` the drafter's own log-probability of each node given its parent; NaN where it has none.
         parents: `[B, M]` candidate indices; -1 is the root.
         depths: `[B, M]` distance from the root, from 1 on.
     """
@@ -75,6 +75,51 @@ class Candidates:
 def join(parts: Sequence[Candidates]) -> Candidates:
     """The candidates of all parts in their order; parents already count from the first part's first."""
     return Candidates(*(torch.cat([getattr(part, field.name) for part in parts], 1) for field in fields(Candidates)))
+
+
+def no_candidates(root: torch.Tensor) -> Candidates:
+    """Nothing drafted yet below `root [B]`."""
+    none = root.new_empty(root.shape[0], 0)
+    return Candidates(none, none.float(), none.float(), none, none)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Where a chain of D tokens lies among M candidates.
+
+    Attributes:
+        nodes: `[B, D]` the candidate that each token is, M from the first one that is none.
+        is_found: `[B, D]` whether it is one.
+        is_contested: `[B, D]` whether it is none, but others were drafted in its place.
+    """
+
+    nodes: torch.Tensor
+    is_found: torch.Tensor
+    is_contested: torch.Tensor
+
+
+def follow(candidates: Candidates, chain: torch.Tensor, num_levels: int) -> Overlap:
+    """Follow a `chain [B, D]` of tokens from the root for as long as it is among the candidates.
+
+    The candidates lie on `num_levels` levels, of which the chain has at least as many.
+    """
+    num_rows, depth = chain.shape
+    num_candidates = candidates.tokens.shape[1]
+    is_same = candidates.tokens == chain.gather(1, candidates.depths - 1)
+    is_on_chain = is_same.new_ones(num_rows, num_candidates + 1)  # column 0 is the root, for parent -1
+    is_on_chain[:, 1:] = is_same
+    parents = candidates.parents + 1
+    for _ in range(num_levels):  # each round settles one more level
+        has_parent_on_chain = is_on_chain.gather(1, parents)
+        is_on_chain[:, 1:] = is_same & has_parent_on_chain
+    numbers = torch.arange(num_candidates, device=chain.device).expand_as(parents)
+    # Column 0 takes those that are not on the chain, or not beside it.
+    level = torch.where(is_on_chain[:, 1:], candidates.depths, 0)
+    nodes = chain.new_full((num_rows, depth + 1), num_candidates).scatter(1, level, numbers)[:, 1:]
+    level = torch.where(has_parent_on_chain, candidates.depths, 0)
+    has_siblings = is_same.new_zeros(num_rows, depth + 1).scatter(1, level, True)[:, 1:]
+    is_found = nodes < num_candidates
+    return Overlap(nodes, is_found, has_siblings & ~is_found)
 
 
 def best_subtree(root: torch.Tensor, candidates: Candidates, num_nodes: int, max_depth: int) -> DraftTree:
@@ -185,5 +230,5 @@ def read_facts(values: Array, max_depth: int) -> CycleFacts:
     """The facts of the rows in `facts_tensor`'s values."""
     accepted, parents, depths, valid, scores, log_probs = np.split(values, 6, axis=1)
     depths = depths.astype(np.int64)
-    drafted = (valid > 0) & (depths > 0)
+    drafted = (valid > 0) & (depths > 0) & np.isfinite(log_probs)
     return CycleFacts(accepted > 0, parents.astype(np.int64), depths, drafted, scores, log_probs, max_depth)

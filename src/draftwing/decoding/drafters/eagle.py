@@ -5,12 +5,14 @@ the token at t + 1. Tree nodes are written behind and dropped; `observe` replace
 """
 
 import dataclasses
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from draftwing.decoding.drafters import Ranking
 from draftwing.decoding.drafters.growth import RootedDraft, grow_tree
+from draftwing.decoding.drafters.ngram import NgramDrafter
 from draftwing.decoding.drafters.unread import Unread
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.tree import DraftTree, root_tree
@@ -44,7 +46,9 @@ class EagleDrafter:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
+        ngram: NgramDrafter | None = None,
     ) -> None:
+        self._ngram = ngram
         self.feature_layers = model.config.feature_layers
         self._model = model
         self._vocab = model.vocab.to(device)
@@ -59,6 +63,8 @@ class EagleDrafter:
         """Nothing: the first slot has read the first feature and the second token."""
 
     def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
+        if self._ngram is not None:
+            self._ngram.observe(tokens, None, num_new)
         self._unread.add((tokens, features, num_new))
         if self._unread.is_full:
             self._read()
@@ -93,7 +99,8 @@ class EagleDrafter:
             return self._model.logits(output)
 
         draft = RootedDraft(self._model.logits(output), step, self._cache.lengths[:, None], self._vocab, rank)
-        tree = grow_tree(root, plan, draft)
+        merge = None if self._ngram is None else partial(self._ngram.extend, longest=longest)
+        tree = grow_tree(root, plan, draft, merge)
         # A row with nothing read yet (a prompt of one token) has no state to draft from.
         can_draft = (self._cache.lengths > 0)[:, None] | (tree.depths == 0)
         return dataclasses.replace(tree, valid=tree.valid & can_draft)

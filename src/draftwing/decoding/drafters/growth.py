@@ -17,6 +17,10 @@ Returns the logits `[B, K, Vd]` of their children. The first level's parent is t
 """
 
 
+Merge = Callable[[Candidates, TreePlan], Candidates]
+"""Adds candidates from elsewhere to those drafted for a plan."""
+
+
 @dataclass(frozen=True)
 class RootedDraft:
     """A draft network that has read the root and can be run down a tree from there.
@@ -42,24 +46,29 @@ class RootedDraft:
         return log_probs, self.vocab.to_target(draft_ids)
 
 
-def grow_tree(root: torch.Tensor, plan: TreePlan, draft: RootedDraft) -> DraftTree:
-    """The tree that a plan of depth 1 or more asks for, below `root [B]`.
+def grow_tree(root: torch.Tensor, plan: TreePlan, draft: RootedDraft, merge: Merge | None = None) -> DraftTree:
+    """The tree that a plan of depth 1 or more asks for, below `root [B]`. `merge` adds candidates from elsewhere.
 
     Raises:
         ValueError: a plan that is wider than the draft's vocabulary.
     """
     if plan.width > len(draft.vocab):
         raise ValueError(f"plan: width {plan.width} exceeds the draft vocabulary of {len(draft.vocab)} tokens")
-    return grow_static(root, plan, draft) if plan.paths else grow_dynamic(root, plan, draft)
+    levels = draft_static(plan, draft) if plan.paths else draft_dynamic(plan, draft)
+    candidates, max_depth = join(levels), len(levels)
+    if merge is not None and plan.lookup_depth:
+        candidates, max_depth = merge(candidates, plan), plan.max_depth
+    num_nodes = plan.sizing.num_nodes(candidates.scores, plan.num_nodes)
+    return best_subtree(root, candidates, num_nodes, max_depth)
 
 
-def grow_dynamic(root: torch.Tensor, plan: TreePlan, draft: RootedDraft) -> DraftTree:
+def draft_dynamic(plan: TreePlan, draft: RootedDraft) -> list[Candidates]:
     """EAGLE-2's expand and rerank (arXiv 2406.16858, 4.1-4.2): scores are sums of what the plan holds nodes worth."""
     width, sizing = plan.width, plan.sizing
     log_probs, tokens = (t.squeeze(1) for t in draft.best_children(draft.root_logits, width, 0))  # [B, K]
     scores = sizing.worth(log_probs, 1)
     parent = torch.zeros_like(tokens)  # index into the previous level's frontier
-    frontier = torch.arange(width, device=root.device).expand_as(tokens)  # candidate index of each
+    frontier = torch.arange(width, device=tokens.device).expand_as(tokens)  # candidate index of each
     to_root = torch.full_like(tokens, -1)
     drafted = [Candidates(tokens, scores, log_probs, to_root, torch.ones_like(tokens))]
     for level in range(1, plan.depth):
@@ -76,38 +85,26 @@ def grow_dynamic(root: torch.Tensor, plan: TreePlan, draft: RootedDraft) -> Draf
             tokens = child_tokens.gather(1, chosen)
             frontier = chosen + plan.num_candidates_to(level)
             parent = chosen // width
-    candidates = join(drafted)
-    num_nodes = sizing.num_nodes(candidates.scores, plan.num_nodes)
-    return best_subtree(root, candidates, num_nodes, max_depth=len(drafted))
+    return drafted
 
 
-def grow_static(root: torch.Tensor, plan: TreePlan, draft: RootedDraft) -> DraftTree:
+def draft_static(plan: TreePlan, draft: RootedDraft) -> list[Candidates]:
     """EAGLE-1's fixed tree: node (.., r) is the r-th best child of its parent."""
+    device = draft.root_logits.device
+    number_of = {(): -1} | {path: number for number, path in enumerate(plan.paths)}
     expanded: list[RankPath] = [()]  # the nodes whose children are being drafted
-    logits, scores = draft.root_logits, torch.zeros_like(root, dtype=torch.float32)[:, None]
-    all_tokens, all_scores = [root[:, None]], [scores]
+    logits, scores = draft.root_logits, draft.root_logits.new_zeros(len(draft.root_logits), 1, dtype=torch.float32)
+    drafted = []
     for level, paths in enumerate(plan.levels, 1):
-        child_scores, child_tokens = draft.best_children(logits, plan.width, level - 1)  # [B, E, K]
+        log_probs, child_tokens = draft.best_children(logits, plan.width, level - 1)  # [B, E, K]
         picks = [expanded.index(path[:-1]) * plan.width + path[-1] for path in paths]
-        level_scores = (scores[:, :, None] + child_scores).flatten(1)[:, picks]
-        level_tokens = child_tokens.flatten(1)[:, picks]
-        all_scores.append(level_scores)
-        all_tokens.append(level_tokens)
+        level_scores = (scores[:, :, None] + log_probs).flatten(1)[:, picks]
+        tokens, log_probs = child_tokens.flatten(1)[:, picks], log_probs.flatten(1)[:, picks]
+        parents = torch.tensor([number_of[path[:-1]] for path in paths], device=device).expand_as(tokens)
+        drafted.append(Candidates(tokens, level_scores, log_probs, parents, torch.full_like(tokens, level)))
         if level < plan.depth:
             kept = [index for index, path in enumerate(paths) if path in plan.inner_paths]
-            parent = torch.tensor([expanded.index(paths[index][:-1]) for index in kept], device=root.device)
+            parent = torch.tensor([expanded.index(paths[index][:-1]) for index in kept], device=device)
             expanded, scores = [paths[index] for index in kept], level_scores[:, kept]
-            logits = draft.step(parent.expand(root.shape[0], -1), level_tokens[:, kept])
-    number_of = {(): 0} | {path: number for number, path in enumerate(plan.paths, 1)}
-    tokens, tree_scores = torch.cat(all_tokens, 1), torch.cat(all_scores, 1)
-    parents = torch.tensor([0] + [number_of[path[:-1]] for path in plan.paths], device=root.device)
-    depths = torch.tensor([0] + [len(path) for path in plan.paths], device=root.device)
-    return DraftTree(
-        tokens=tokens,
-        parents=parents.expand_as(tokens),
-        depths=depths.expand_as(tokens),
-        valid=tree_scores.isfinite(),
-        scores=tree_scores,
-        log_probs=tree_scores - tree_scores.gather(1, parents.expand_as(tokens)),
-        max_depth=plan.depth,
-    )
+            logits = draft.step(parent.expand(len(tokens), -1), tokens[:, kept])
+    return drafted

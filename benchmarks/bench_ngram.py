@@ -1,0 +1,169 @@
+"""What looking n-grams up adds: plain, n-gram, EAGLE-3 and both merged, where answers copy their prompt and elsewhere.
+
+    python benchmarks/bench_ngram.py --measure speed --output speed.json
+    python benchmarks/bench_ngram.py --measure position --output position.json
+
+Two sets of prompts. `open-ended`: the embedded ones, continued freely. `edit`: each shows a function and asks for it
+with one name changed. The embedded target cannot copy, so the answers of `edit` are prescribed (see Replay) and its
+rows are those of a target that edits without a mistake. `position` follows tau along long open-ended outputs.
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from bench_generate import as_row, print_table, write_record
+
+from draftwing.api import SpeculativeModel, load
+from draftwing.checkpoint.load import ASSETS
+from draftwing.data.prompts import read_prompts
+from draftwing.decoding.generate import Generation
+from draftwing.evaluation.compare import Start, compare_methods
+from draftwing.models.kv_cache import KVCache
+from draftwing.models.target import TargetModel, TargetOutput
+
+SOURCE_TOKENS = 160
+PRESCRIBED = 1e6
+
+
+class Replay(TargetModel):
+    """A target that says a prescribed `text` whatever it reads; its passes, their cost and features are true."""
+
+    def __init__(self, target: TargetModel, text: Sequence[int]) -> None:
+        super().__init__(target.model)
+        self._text = torch.tensor(text, device=target.device)
+
+    def forward_tree(
+        self, tokens: torch.Tensor, depths: torch.Tensor, ancestors: torch.Tensor, cache: KVCache, *args: Any, **kw: Any
+    ) -> TargetOutput:
+        output = super().forward_tree(tokens, depths, ancestors, cache, *args, **kw)
+        if output.logits.shape[1] == tokens.shape[1]:  # a prompt's pass has no logits to choose from
+            following = (cache.lengths[:, None] + depths + 1).clamp(max=len(self._text) - 1)
+            output.logits.scatter_(2, self._text[following][..., None], PRESCRIBED)
+        return output
+
+
+def main() -> int:
+    options = parse_options()
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    model = load(options.target, draft=options.draft, dtype=options.dtype, device=options.device)
+    prompts = [prompt.token_ids(model.tokenizer) for prompt in read_prompts(options.prompts)][: options.num_prompts]
+    rows = (
+        measure_speed(model, prompts, options)
+        if options.measure == "speed"
+        else measure_position(model, prompts, options)
+    )
+    write_record(rows, options)
+    return 0
+
+
+def methods_of(model: SpeculativeModel) -> dict[str, Start]:
+    return {
+        "plain": model.with_method("plain").start,
+        "ngram": model.with_method("ngram").start,
+        "eagle3": model.start,
+        "eagle3+ngram": partial(model.start, ngram=True),
+    }
+
+
+def measure_speed(
+    model: SpeculativeModel, prompts: list[list[int]], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Rows of every method, set and temperature; a prescribed answer leaves nothing to sample."""
+    edits = dict(edit_of(model, prompt) for prompt in prompts)
+    runs = [("open-ended", temperature, methods_of(model), prompts) for temperature in options.temperatures]
+    runs.append(("edit", 0.0, replayed_methods(model, edits), [list(prompt) for prompt in edits]))
+    rows = []
+    for name, temperature, methods, prompts_of_set in runs:
+        results = compare_methods(
+            methods, prompts_of_set, temperature, options.repeats, max_new_tokens=options.max_new_tokens
+        )
+        of_set = [as_row(result, results[0].tokens_per_second) for result in results]
+        print_table(of_set, options)
+        rows += [{"set": name} | row for row in of_set]
+    return rows
+
+
+def edit_of(model: SpeculativeModel, prompt: list[int]) -> tuple[tuple[int, ...], list[int]]:
+    """A prompt that shows a function, and the text of prompt and answer: the function with one name changed.
+
+    The function is what the target continues `prompt` with at temperature 1; greedy text would repeat itself.
+    """
+    generation = model.start([prompt], max_new_tokens=SOURCE_TOKENS, temperature=1.0)
+    for _ in generation.cycles():
+        pass
+    function = model.tokenizer.decode(prompt + generation.outputs[0].tokens, skip_special_tokens=True)
+    ((name, _),) = Counter(re.findall(r"[a-z_]{4,}", function)).most_common(1)
+    answer = re.sub(rf"\b{name}\b", "changed", function)
+    shown = model.tokenizer(f"{function}\n# The same with {name} changed:\n")["input_ids"]
+    return tuple(shown), shown + model.tokenizer(answer, add_special_tokens=False)["input_ids"]
+
+
+def replayed_methods(model: SpeculativeModel, edits: dict[tuple[int, ...], list[int]]) -> dict[str, Start]:
+    """The methods over targets that answer each prompt as prescribed."""
+    replays = {
+        prompt: methods_of(SpeculativeModel(Replay(model.target, text), model.head, model.tokenizer))
+        for prompt, text in edits.items()
+    }
+
+    def start(method: str, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> Generation:
+        (prompt,) = map(tuple, prompts)
+        num_prescribed = len(edits[prompt]) - len(prompt)
+        limit = min(max_new_tokens, num_prescribed)
+        return replays[prompt][method](prompts, max_new_tokens=limit, eos_token_id=[], **options)
+
+    return {method: partial(start, method) for method in methods_of(model)}
+
+
+def measure_position(
+    model: SpeculativeModel, prompts: list[list[int]], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """tau of the cycles that start in each bucket of output positions, up to the target's last position."""
+    assert model.target.max_positions is not None
+    rows = []
+    for temperature in options.temperatures:
+        for method in ("eagle3", "eagle3+ngram"):
+            tokens: Counter[int] = Counter()
+            cycles: Counter[int] = Counter()
+            for prompt in prompts:
+                limit = model.target.max_positions - len(prompt)
+                generation = methods_of(model)[method](
+                    [prompt], max_new_tokens=limit, temperature=temperature, eos_token_id=[]
+                )
+                position = 0
+                for committed in generation.cycles():
+                    bucket = position // options.bucket
+                    cycles[bucket] += 1
+                    tokens[bucket] += len(committed.tokens[0])
+                    position += len(committed.tokens[0])
+            tau = {f"{b * options.bucket}": tokens[b] / cycles[b] for b in sorted(cycles)}
+            rows.append({"method": method, "temperature": temperature, "acceptance_length_from": tau})
+            print(rows[-1])
+    return rows
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", choices=("speed", "position"), default="speed")
+    parser.add_argument("--target", default="tiny")
+    parser.add_argument("--draft", default="tiny", help="an EAGLE-3 head")
+    parser.add_argument("--prompts", default=ASSETS / "tiny" / "prompts.jsonl")
+    parser.add_argument("--num-prompts", type=int, default=8)
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--bucket", type=int, default=128, help="output positions in a bucket (default: 128)")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
+    parser.add_argument("--output", help="write the figures with their provenance to this JSON file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
