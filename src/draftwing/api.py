@@ -1,6 +1,6 @@
 """The Python API: `load` a target with a draft, then `generate` or `stream`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,8 +12,10 @@ from draftwing.checkpoint.load import (
     load_draft,
     load_target,
     load_tokenizer,
+    read_acceptance,
 )
 from draftwing.config import check_keys
+from draftwing.decoding.acceptance import AcceptanceTable
 from draftwing.decoding.auto_plan import AutoPlan, Experience
 from draftwing.decoding.costs import CycleCosts, cached_costs, measure_costs
 from draftwing.decoding.drafters import Drafter, NoDrafter
@@ -111,16 +113,22 @@ class SpeculativeModel:
     """A target that generates, optionally with a draft (an EAGLE head or a smaller model) by one of METHODS."""
 
     def __init__(
-        self, target: TargetModel, draft: Draft | None = None, tokenizer: Any = None, method: str | None = None
+        self,
+        target: TargetModel,
+        draft: Draft | None = None,
+        tokenizer: Any = None,
+        method: str | None = None,
+        acceptance: Mapping[str, Any] | None = None,
     ) -> None:
         self.target, self.draft, self.tokenizer = target, draft, tokenizer
         self.method = resolve_method(method, draft)
+        self._acceptance = acceptance or {}
         self._costs: dict[int, CycleCosts] = {}
         self._experience: dict[tuple[int, bool], Experience] = {}
 
     def with_method(self, method: str) -> "SpeculativeModel":
         """The same weights, decoding another way."""
-        return SpeculativeModel(self.target, self.draft, self.tokenizer, method)
+        return SpeculativeModel(self.target, self.draft, self.tokenizer, method, self._acceptance)
 
     def generate(
         self,
@@ -193,8 +201,13 @@ class SpeculativeModel:
         return self._costs[bucket]
 
     def experience(self, batch_size: int, sampled: bool) -> Experience:
-        """What earlier generations of this model, with as many rows, have taught those that follow."""
-        return self._experience.setdefault((1 << (batch_size - 1).bit_length(), sampled), Experience())
+        """What earlier generations with as many rows, and at first the draft's stored counts, teach the next ones."""
+        key = 1 << (batch_size - 1).bit_length(), sampled
+        if key not in self._experience:
+            stored = self._acceptance.get("sampled" if sampled else "greedy")
+            table = AcceptanceTable() if stored is None else AcceptanceTable.from_dict(stored)
+            self._experience[key] = Experience(table)
+        return self._experience[key]
 
     def _plan(self, settings: GenerateOptions, requests: Sequence[Request]) -> Plan:
         batch_size, device = len(requests), self.target.device
@@ -305,7 +318,7 @@ def load(
         return SpeculativeModel(loaded, None, tokenizer, method)
     drafting = load_draft(draft, loaded, chosen, aux_layers, rope_theta, tokenizer)
     pack_linears(drafting.model if isinstance(drafting, TargetModel) else drafting)
-    return SpeculativeModel(loaded, drafting, tokenizer, method)
+    return SpeculativeModel(loaded, drafting, tokenizer, method, read_acceptance(draft))
 
 
 def default_plan(method: str) -> str:

@@ -23,6 +23,10 @@ EXAMPLES = {
   draftwing generate --target tiny --draft tiny --chat --prompt "Write the Python function clamp." --compare
   draftwing generate --target meta-llama/Llama-3.1-8B-Instruct --draft yuhuili/EAGLE3-LLaMA3.1-Instruct-8B \\
       --device cuda --chat --prompt "Why is the sky blue?" --temperature 0.7 --seed 1""",
+    "plan": """examples:
+  draftwing plan --target tiny --draft tiny
+  draftwing plan --target tiny --draft tiny --batch-size 8 --temperature 1 --json
+  draftwing plan --target path/to/model --draft path/to/head --prompts prompts.jsonl --save""",
     "inspect": """examples:
   draftwing inspect tiny
   draftwing inspect path/to/small-model --target path/to/large-model
@@ -55,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_demo(commands)
     _add_generate(commands)
+    _add_plan(commands)
     _add_inspect(commands)
     _add_train(commands)
     return parser
@@ -123,6 +128,40 @@ def run_generate(options: argparse.Namespace) -> None:
             f"{figures.num_tokens} tokens in {figures.total_seconds:.2f} s, tau {figures.acceptance_length:.2f}",
             style="dim",
         )
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    from draftwing.api import load
+    from draftwing.checkpoint.load import ASSETS, resolve_draft
+    from draftwing.data.prompts import read_prompts
+    from draftwing.evaluation.planning import as_tables, implied_plan, measure_plan, save_acceptance
+
+    prompts = read_prompts(options.prompts or ASSETS / "tiny" / "prompts.jsonl")
+    model = load(options.target, options.draft, options.dtype, options.device, options.method)
+    ids = [prompt.token_ids(model.tokenizer) for prompt in prompts]
+    console, progress = Console(), Console(stderr=True)
+    with progress.status("measuring costs"):
+        costs = model.costs(options.batch_size)
+    with progress.status("decoding prompts, plain and with trees that size themselves"):
+        report = measure_plan(
+            model.start,
+            model.experience(options.batch_size, options.temperature > 0),
+            costs,
+            ids,
+            options.batch_size,
+            temperature=options.temperature,
+            max_new_tokens=options.max_new_tokens,
+        )
+    if options.json:
+        print(json.dumps(report.as_dict()))
+    else:
+        console.print(as_tables(report))
+        for sentence in implied_plan(report):
+            console.print(sentence)
+    if options.save:
+        name = "sampled" if options.temperature > 0 else "greedy"
+        file = save_acceptance(resolve_draft(options.draft), {name: report.experience.acceptance})
+        progress.print(f"acceptance written to {file}")
 
 
 def run_inspect(options: argparse.Namespace) -> None:
@@ -269,6 +308,21 @@ def _add_generate(commands: Any) -> None:
         help="end at this text, which --json and --compare cut off; may be given several times",
     )
     parser.add_argument("--compare", action="store_true", help="decode plainly too, and compare tokens and speed")
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _add_command(
+        commands, "plan", run_plan, "Measure what a cycle costs and what is accepted, and show which trees pay."
+    )
+    parser.add_argument("--target", required=True, help="tiny, a folder or a hub id")
+    parser.add_argument("--draft", required=True, help="tiny, tiny-eagle1, a folder or a hub id")
+    _add_device(parser)
+    parser.add_argument("--method", choices=("eagle2", "eagle3", "draft_model"), help="default: what the draft is for")
+    parser.add_argument("--batch-size", type=_positive, default=1, help="rows that are decoded together (default: 1)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--prompts", help="a JSONL file with prompt, messages or turns (default: the embedded ones)")
+    parser.add_argument("--max-new-tokens", type=_positive, default=64, help="per prompt (default: 64)")
+    parser.add_argument("--save", action="store_true", help="write the acceptance beside the draft, to start from")
 
 
 def _add_inspect(commands: Any) -> None:

@@ -25,6 +25,8 @@ EMBEDDED = {
     "eagle1": ASSETS / "tiny" / "eagle1",
     "eagle3": ASSETS / "tiny" / "eagle3",
 }
+ACCEPTANCE_FILE = "acceptance.json"
+"""Beside a draft's weights: how often its tokens were accepted, from `draftwing plan --save`."""
 DraftNetwork = EagleModel | Eagle3Model
 Draft = DraftNetwork | TargetModel
 """What drafts for a target: an EAGLE head's network, or a second causal language model."""
@@ -158,6 +160,22 @@ def load_draft(
     for problem in vocabulary_problems(model.vocab_size, target.vocab_size, find_tokenizer(str(folder)), tokenizer):
         raise ValueError(problem)
     return model
+
+
+def read_acceptance(name: str) -> dict[str, Any]:
+    """The acceptance counts stored with a draft (`greedy`, `sampled`); empty if it has none.
+
+    Raises:
+        ValueError: the file is no JSON object.
+    """
+    file = resolve_draft(name) / ACCEPTANCE_FILE
+    if not file.is_file():
+        return {}
+    try:
+        values: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"draft: cannot read {file}: {error}") from None
+    return values
 
 
 def vocabulary_problems(draft_size: int, target_size: int, draft_tokenizer: Any, target_tokenizer: Any) -> list[str]:
