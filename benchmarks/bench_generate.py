@@ -6,11 +6,10 @@ All run in one process, interleaved prompt by prompt; a figure is the median ove
 """
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from draftwing.api import load
 from draftwing.checkpoint.load import ASSETS, resolve_target
 from draftwing.data.prompts import read_prompts
 from draftwing.evaluation.compare import MethodResult, compare_methods
-from draftwing.provenance import provenance
+from draftwing.provenance import write_record
 
 
 def main() -> int:
@@ -33,8 +32,8 @@ def main() -> int:
     eagle1 = load(options.target, draft=options.eagle1, dtype=options.dtype, device=options.device)
     methods = {"plain": eagle3.with_method("plain").start, "eagle1": eagle1.with_method("eagle1").start}
     for plan in options.plans:
-        methods[f"eagle2 {plan}"] = with_plan(eagle1.with_method("eagle2"), plan)
-        methods[f"eagle3 {plan}"] = with_plan(eagle3, plan)
+        methods[f"eagle2 {plan}"] = partial(eagle1.with_method("eagle2").start, plan=plan)
+        methods[f"eagle3 {plan}"] = partial(eagle3.start, plan=plan)
     prompts = [prompt.token_ids(eagle3.tokenizer) for prompt in read_prompts(options.prompts)][: options.num_prompts]
     rows = []
     for temperature in options.temperatures:
@@ -46,7 +45,8 @@ def main() -> int:
             rows.append({"method": "transformers generate", "temperature": 0.0, "tokens_per_second": speed,
                          "speedup": speed / plain})  # fmt: skip
     print_table(rows, options)
-    write_record(rows, options)
+    if options.output:
+        write_record(options.output, rows, vars(options))
     return 0
 
 
@@ -63,18 +63,6 @@ def as_row(result: MethodResult, plain_tokens_per_second: float) -> dict[str, An
         "acceptance_rate": figures.acceptance_rate,
         "ms_per_cycle": {s: 1000 * t / figures.num_cycles for s, t in figures.seconds.items()},
     }
-
-
-def write_record(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Write the rows with their options and provenance to `options.output`, if it names a file."""
-    if options.output:
-        settings = vars(options) | {"prompts": os.path.relpath(options.prompts)}  # no path of this machine alone
-        record = {"rows": rows, "options": settings, "provenance": provenance()}
-        Path(options.output).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-
-
-def with_plan(model: Any, plan: str) -> Any:
-    return lambda prompts, **options: model.start(prompts, plan=plan, **options)
 
 
 def transformers_speed(model: Any, prompts: list[list[int]], options: argparse.Namespace) -> float:
@@ -129,7 +117,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--target", default="tiny")
     parser.add_argument("--eagle1", default="tiny-eagle1")
     parser.add_argument("--eagle3", default="tiny")
-    parser.add_argument("--prompts", default=ASSETS / "tiny" / "prompts.jsonl")
+    parser.add_argument("--prompts", type=Path, default=ASSETS / "tiny" / "prompts.jsonl")
     parser.add_argument("--num-prompts", type=int, default=8)
     parser.add_argument("--plans", nargs="+", default=["auto"])
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench_generate import as_row, print_table, write_record
+from bench_generate import as_row, print_table
 
 from draftwing.api import SpeculativeModel, load
 from draftwing.checkpoint.load import ASSETS
@@ -26,6 +26,7 @@ from draftwing.decoding.generate import Generation
 from draftwing.evaluation.compare import Start, compare_methods
 from draftwing.models.kv_cache import KVCache
 from draftwing.models.target import TargetModel, TargetOutput
+from draftwing.provenance import write_record
 
 SOURCE_TOKENS = 160
 PRESCRIBED = 1e6
@@ -58,7 +59,8 @@ def main() -> int:
         if options.measure == "speed"
         else measure_position(model, prompts, options)
     )
-    write_record(rows, options)
+    if options.output:
+        write_record(options.output, rows, vars(options))
     return 0
 
 

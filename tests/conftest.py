@@ -19,7 +19,7 @@ from draftwing.decoding.generate import DrafterFactory, Generation, Request
 from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
-from draftwing.decoding.tree import DraftTree
+from draftwing.decoding.tree import DraftTree, Verdict
 from draftwing.models.target import ATTENTION, TargetModel
 from draftwing.training.heads import new_head
 from draftwing.training.objectives import HeadTraining
@@ -231,3 +231,15 @@ def nodes_of(tree: DraftTree, row: int) -> dict[Path, float]:
         assert tree.depths[row, node] == len(paths[-1])
     assert len(set(paths)) == len(paths), "siblings differ"
     return dict(zip(paths[1:], tree.scores[row, 1:].tolist(), strict=True))
+
+
+def accept_always(tree: DraftTree, chosen: torch.Tensor) -> Verdict:
+    """Sabotage of `walk`: accepts the best-scored branch without asking the target."""
+    depths = torch.where(tree.valid, tree.depths, -1)
+    leaf = depths.argmax(1, keepdim=True)
+    path = leaf
+    for _ in range(tree.max_depth):
+        path = torch.cat((tree.parents.gather(1, path[:, :1]), path), 1)
+    num_accepted = torch.full_like(leaf.squeeze(1), tree.max_depth)
+    tokens = torch.cat((tree.tokens.gather(1, path[:, 1:]), chosen.gather(1, leaf)), 1)
+    return Verdict(tree.valid, path, num_accepted, tokens)

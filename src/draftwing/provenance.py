@@ -1,8 +1,10 @@
 """Where a figure comes from: versions, hardware, commit, time. Written beside every result."""
 
+import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +26,16 @@ def provenance() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
     }
+
+
+def write_record(path: str | Path, rows: object, options: Mapping[str, Any]) -> None:
+    """Write a benchmark's rows as JSON with the options and the provenance that made them.
+
+    Options that are paths are written relative to the working directory, so that a record names no machine's folders.
+    """
+    settings = {name: os.path.relpath(value) if isinstance(value, Path) else value for name, value in options.items()}
+    record = {"rows": rows, "options": settings, "provenance": provenance()}
+    Path(path).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _commit() -> str | None:

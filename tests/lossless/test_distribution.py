@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import eagle, run, tiny_llama
+from conftest import accept_always, eagle, generate, tiny_llama
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -58,12 +58,15 @@ def enumerate_outputs(target: TargetModel, sampling: SamplingParams) -> dict[tup
 
 
 def sample_outputs(small: tuple[TargetModel, DraftNetwork], sampling: SamplingParams) -> Counter[tuple[int, ...]]:
+    """Counts of the outputs of NUM_SEEDS seeds, with coupled drafts."""
     target, head = small
     counts: Counter[tuple[int, ...]] = Counter()
     for first in range(0, NUM_SEEDS, 500):
         seeds = range(first, first + 500)
         requests = [Request(PROMPT, SamplingParams(**(vars(sampling) | {"seed": s})), StopRule(3)) for s in seeds]
-        counts.update(tuple(tokens) for tokens in run(target, requests, eagle(head), "tree:3x2x6"))
+        generation = generate(target, requests, eagle(head), "tree:3x2x6", coupled=True)
+        assert generation.statistics.acceptance_length > 1.05, "too few drafts are accepted to test them"
+        counts.update(tuple(output.tokens) for output in generation.outputs)
     return counts
 
 
@@ -104,6 +107,15 @@ def test_noise_that_ignores_the_position_is_noticed(
 
     original = Noise.at
     monkeypatch.setattr(Noise, "at", lambda self, positions: original(self, torch.full_like(positions, len(PROMPT))))
+    sampling = SamplingParams(temperature=1.3)
+    assert chi_square_p_value(sample_outputs(small, sampling), enumerate_outputs(small[0], sampling)) < 0.001
+
+
+def test_emitting_the_coupled_drafts_is_noticed(
+    small: tuple[TargetModel, DraftNetwork], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sabotage: the drafts, draws from the head's distribution with the target's noise, are never checked."""
+    monkeypatch.setattr("draftwing.decoding.generate.walk", accept_always)
     sampling = SamplingParams(temperature=1.3)
     assert chi_square_p_value(sample_outputs(small, sampling), enumerate_outputs(small[0], sampling)) < 0.001
 

@@ -1,17 +1,28 @@
 """Same tokens as plain decoding, token by token, in float64: the first promise."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import EOS, VOCAB_SIZE, auto_plan, eagle, generate, language_model, requests_for, run, tiny_llama
+from conftest import (
+    EOS,
+    VOCAB_SIZE,
+    accept_always,
+    auto_plan,
+    eagle,
+    generate,
+    language_model,
+    requests_for,
+    run,
+    tiny_llama,
+)
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.decoding.auto_plan import Experience
 from draftwing.decoding.generate import DrafterFactory
 from draftwing.decoding.sampling import Noise, SamplingParams
-from draftwing.decoding.tree import DraftTree, Verdict
 from draftwing.models import target as target_module
 from draftwing.models.kv_cache import KVCache
 from draftwing.models.target import TargetModel
@@ -122,6 +133,39 @@ def test_a_draft_model_may_have_another_number_of_tokens(
     assert run(target, requests, language_model(draft_model), "tree:4x4x16") == run(target, requests)
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+@pytest.mark.parametrize("method", ["eagle1", "eagle3"])
+def test_a_seed_decides_the_tokens_whatever_drafts(
+    target: TargetModel,
+    heads: dict[str, DraftNetwork],
+    prompts: list[list[int]],
+    method: str,
+    temperature: float,
+) -> None:
+    """Coupled, uncoupled, with an untrained head or another tree: different drafts, the same tokens."""
+    requests = requests_for(prompts, max_new_tokens=40, eos=(), temperature=temperature)
+    head, untrained = eagle(heads[method]), eagle(untrained_like(heads[method]))
+    runs = [
+        generate(target, requests, head, "tree:4x4x16"),
+        generate(target, requests, head, "tree:4x4x16", coupled=False),
+        generate(target, requests, untrained, "tree:4x4x16"),
+        generate(target, requests, head, "chain:2"),
+    ]
+    assert len({str([output.tokens for output in generation.outputs]) for generation in runs}) == 1
+    assert len({generation.statistics.num_cycles for generation in runs}) == len(runs)
+
+
+def untrained_like(head: DraftNetwork) -> DraftNetwork:
+    """The same network with every weight matrix of its own drawn anew."""
+    generator = torch.Generator().manual_seed(0)
+    fresh = copy.deepcopy(head)
+    with torch.no_grad():
+        for weights in fresh.parameters():
+            if weights.ndim > 1:
+                weights.normal_(std=weights.shape[1] ** -0.5, generator=generator)
+    return fresh
+
+
 @pytest.mark.parametrize("limit", range(1, 9))
 def test_the_token_limit_is_exact(
     target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]], limit: int
@@ -180,18 +224,6 @@ def test_prompts_longer_than_a_prefill_chunk(
 # Sabotaged twins: each breaks one thing that equality rests on, and the comparison above must notice.
 
 
-def accept_always(tree: DraftTree, chosen: torch.Tensor) -> Verdict:
-    """Accepts the best-scored branch without asking the target."""
-    depths = torch.where(tree.valid, tree.depths, -1)
-    leaf = depths.argmax(1, keepdim=True)
-    path = leaf
-    for _ in range(tree.max_depth):
-        path = torch.cat((tree.parents.gather(1, path[:, :1]), path), 1)
-    num_accepted = torch.full_like(leaf.squeeze(1), tree.max_depth)
-    tokens = torch.cat((tree.tokens.gather(1, path[:, 1:]), chosen.gather(1, leaf)), 1)
-    return Verdict(tree.valid, path, num_accepted, tokens)
-
-
 def break_acceptance(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("draftwing.decoding.generate.walk", accept_always)
 
@@ -218,6 +250,26 @@ def break_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise of the cycle's own count instead of the position: reused across positions."""
     original = Noise.at
     monkeypatch.setattr(Noise, "at", lambda self, positions: original(self, positions - positions[:, :1] + 1))
+
+
+def test_noise_that_drafting_uses_up_is_noticed(
+    target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sabotage: noise from a generator with a state, which a coupled draft advances and an uncoupled one does not."""
+    requests = requests_for(prompts, max_new_tokens=40, eos=(), temperature=0.7)
+    outputs = []
+    for coupled in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        monkeypatch.setattr(
+            Noise,
+            "at",
+            lambda self, positions, generator=generator: (
+                -torch.empty(*positions.shape, target.vocab_size).exponential_(generator=generator).log()
+            ),
+        )
+        generation = generate(target, requests, eagle(heads["eagle3"]), "tree:4x4x16", coupled)
+        outputs.append([output.tokens for output in generation.outputs])
+    assert outputs[0] != outputs[1]
 
 
 @pytest.mark.parametrize("sabotage", [break_acceptance, break_cache, break_mask, break_noise])

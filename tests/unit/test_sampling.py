@@ -15,7 +15,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from draftwing.decoding.sampling import NOISE_WINDOW, Noise, Sampler, SamplingParams, gumbel, uncoupled_rank
+from draftwing.decoding.sampling import (
+    LOGIT_ERROR,
+    NOISE_WINDOW,
+    Noise,
+    Sampler,
+    SamplingParams,
+    gumbel,
+    uncoupled_rank,
+)
 
 CPU = torch.device("cpu")
 VOCAB = 50
@@ -270,6 +278,28 @@ class TestRank:
         ranked = sampler.rank(torch.zeros(1, 1, 4), torch.tensor([[1]]), target_ids)
         noise = gumbel_rows(6, [1])[0, target_ids]
         assert ranked[0, 0].argsort().tolist() == noise.argsort().tolist()
+
+    @pytest.mark.parametrize("temperature", [0.4, 1.0, 1.6])
+    def test_scores_are_the_chances_of_the_draw_given_the_noise(self, temperature: float) -> None:
+        """Targets that differ from one draft by Gumbel errors draw each token as often as its score says."""
+        num_targets, vocab_size = 4000, 6
+        torch.manual_seed(0)
+        draft = torch.randn(1, 1, vocab_size, dtype=torch.float64)
+        errors = -torch.empty(1, num_targets, vocab_size, dtype=torch.float64).exponential_().log()
+        sampler = Sampler([SamplingParams(temperature=temperature, seed=3)], vocab_size, torch.device("cpu"))
+        sampler.reserve([0], 0)
+        chances = sampler.rank(draft, torch.tensor([[1]]), None).exp().squeeze()
+        noise = gumbel_rows(3, [1])[0, :vocab_size]
+        draws = ((draft + LOGIT_ERROR * errors) / temperature + noise).argmax(-1)
+        shares = torch.bincount(draws.flatten(), minlength=vocab_size) / num_targets
+        torch.testing.assert_close(shares.double(), chances, atol=0.025, rtol=0)
+
+    def test_low_temperatures_approach_the_greedy_scores(self) -> None:
+        logits = random_logits(rows=1)
+        sampler = sampler_of(SamplingParams(temperature=1e-4))
+        sampler.reserve([0], 0)
+        scores = sampler.rank(logits, torch.tensor([[1]]), None)
+        torch.testing.assert_close(scores, (logits / LOGIT_ERROR).log_softmax(-1), atol=0.01, rtol=0)
 
     def test_greedy_rows_have_the_papers_ranking(self) -> None:
         logits = random_logits(rows=2).transpose(0, 1)

@@ -15,6 +15,9 @@ MASK32 = 0xFFFFFFFF
 NOISE_WINDOW = 32
 """Positions whose noise is computed at once, or a cycle's if those are more; each is computed once."""
 
+LOGIT_ERROR = 0.9
+"""Scale of a head's errors in log-probability at temperature 1, fitted on traces (benchmarks/fit_coupling.py)."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -179,10 +182,12 @@ class Sampler:
         return torch.where(self._is_greedy, greedy, sampled)
 
     def rank(self, logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> torch.Tensor:
-        """Log-probability that the target's draw is each candidate, given the noise that the target will use.
+        """Log-probability that the target's draw is each candidate, given the noise `g` that the target will use.
 
-        The draft's distribution is warped as the target's will be and perturbed with the same noise; what is left
-        uncertain is how far the draft's log-probabilities are off. Greedy rows have no noise: plain log-probabilities.
+        The target draws the argmax of `log p / T + g`, and a head knows `log p` up to errors: `log q + s e`. So the
+        draw is the argmax of `T (log q / T + g) + s e`; for standard Gumbel errors `e` each token's chance is the
+        softmax of `T (log q / T + g) / s`, with one scale s = LOGIT_ERROR at all temperatures. log q is warped as the
+        target will be. Greedy rows have no noise: the papers' ranking, `log q`.
 
         Args:
             logits: `[B, K, Vd]` of the draft.
@@ -194,8 +199,8 @@ class Sampler:
             return log_probs
         noise = self._noise.at(positions)
         noise = noise if target_ids is None else noise[..., target_ids]
-        perturbed = self._warp(log_probs).log_softmax(-1) + noise
-        coupled = perturbed.log_softmax(-1)
+        perturbed = self._warp(log_probs) + noise
+        coupled = (perturbed * (self._temperature / LOGIT_ERROR)).log_softmax(-1)
         return torch.where(self._is_greedy[..., None], log_probs, coupled)
 
     def _penalise(self, scores: torch.Tensor, tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:

@@ -13,16 +13,32 @@ Start = Callable[..., Generation]
 """Starts a generation over prompts (lists of token ids) with the options of `generate`."""
 
 
+@dataclass(frozen=True)
+class PromptResult:
+    """One run of one prompt: `seconds` is the median of its repeats, the counts are the same in all of them."""
+
+    num_tokens: int
+    num_cycles: int
+    seconds: float
+
+
 @dataclass
 class MethodResult:
-    """One method at one temperature, over all prompts. `seconds` is the sum of each prompt's median."""
+    """One method at one temperature, over all prompts. `statistics` are those of all repeats."""
 
     method: str
     temperature: float
-    num_tokens: int = 0
-    seconds: float = 0.0
+    prompts: list[PromptResult] = field(default_factory=list)
     identical: bool = True
     statistics: Statistics = field(default_factory=Statistics)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(prompt.num_tokens for prompt in self.prompts)
+
+    @property
+    def seconds(self) -> float:
+        return sum(prompt.seconds for prompt in self.prompts)
 
     @property
     def tokens_per_second(self) -> float:
@@ -61,17 +77,18 @@ def compare_methods(
         warm_up(start, prompts[0], temperature=temperature, **options)
     for prompt in prompts:
         seconds: dict[str, list[float]] = {name: [] for name in methods}
-        tokens = {}
+        tokens, num_cycles = {}, {}
         for _ in range(repeats):
             for name, start in methods.items():
                 on_progress(name)
                 generation, elapsed = timed(start, prompt, temperature=temperature, **options)
                 seconds[name].append(elapsed)
                 tokens[name] = generation.outputs[0].tokens
+                num_cycles[name] = generation.statistics.num_cycles
                 results[name].statistics.merge(generation.statistics)
         for name, result in results.items():
-            result.num_tokens += len(tokens[name])
-            result.seconds += statistics.median(seconds[name])
+            median = statistics.median(seconds[name])
+            result.prompts.append(PromptResult(len(tokens[name]), num_cycles[name], median))
             result.identical &= tokens[name] == tokens["plain"]
     return list(results.values())
 

@@ -15,7 +15,7 @@ from draftwing.checkpoint.load import ACCEPTANCE_FILE
 from draftwing.decoding.acceptance import EDGES, NUM_DEPTHS, AcceptanceTable
 from draftwing.decoding.auto_plan import Experience
 from draftwing.decoding.costs import CycleCosts
-from draftwing.evaluation.compare import MethodResult, Start
+from draftwing.evaluation.compare import MethodResult, PromptResult, Start
 
 BAR = 40
 
@@ -74,9 +74,9 @@ def measure_plan(
             generation = start(prompts[first : first + batch_size], plan=plan, **options)
             for _ in generation.cycles():
                 pass
-            result.seconds += time.perf_counter() - begin
-            result.num_tokens += generation.statistics.num_tokens
-            result.statistics.merge(generation.statistics)
+            figures, seconds = generation.statistics, time.perf_counter() - begin
+            result.prompts.append(PromptResult(figures.num_tokens, figures.num_cycles, seconds))
+            result.statistics.merge(figures)
     return PlanReport(costs, experience, results["off"], results["auto"])
 
 
