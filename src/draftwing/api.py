@@ -50,6 +50,7 @@ class GenerateOptions:
         stop: stop strings; a row ends with the token that completes one.
         plan: `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `eagle1` or a TreePlan; None is the method's default.
         ngram: with an EAGLE method, let a continuation looked up in the text compete for the nodes of each tree.
+        draft_window: let an EAGLE head read the last so many tokens only, as past the lengths it was trained on.
         coupled: rank draft candidates with the target's own noise; the same output, more of it drafted when sampling.
         is_done: a further end, called with a row and its new tokens after each (slow).
     """
@@ -68,6 +69,7 @@ class GenerateOptions:
     plan: str | TreePlan | None = None
     coupled: bool = True
     ngram: bool = False
+    draft_window: int | None = None
     is_done: Callable[[int, Sequence[int]], bool] | None = None
 
     def sampling(self, row: int) -> SamplingParams:
@@ -96,7 +98,7 @@ class GenerateOptions:
 
 
 class SpeculativeModel:
-    """A target, optionally with a draft head, that generates. `method` names how: plain, eagle1, eagle2 or eagle3."""
+    """A target, optionally with a draft head, that generates. `method` names how: one of METHODS."""
 
     def __init__(
         self, target: TargetModel, head: DraftNetwork | None = None, tokenizer: Any = None, method: str | None = None
@@ -169,17 +171,18 @@ class SpeculativeModel:
             plan = TreePlan.off(self.target.best_single_row if len(prompts) == 1 else 1)
         elif settings.ngram and self.method != "ngram":
             plan = plan.with_lookup()
-        new_drafter = partial(self._new_drafter, bool(plan.lookup_depth))
+        new_drafter = partial(self._new_drafter, bool(plan.lookup_depth), settings.draft_window)
         return Generation(self.target, requests, new_drafter, plan, settings.coupled)
 
-    def _new_drafter(self, with_lookup: bool, batch_size: int, capacity: int) -> Drafter:
-        ngram = NgramDrafter(batch_size, capacity, self.target.device)
+    def _new_drafter(self, with_lookup: bool, window: int | None, batch_size: int, capacity: int) -> Drafter:
+        device = self.target.device
         if self.method == "ngram":
-            return ngram
+            return NgramDrafter(batch_size, capacity, device)
         if self.head is None or self.method == "plain":
             return NoDrafter()
+        ngram = NgramDrafter(batch_size, capacity, device) if with_lookup else None
         dtype = next(self.head.parameters()).dtype
-        return EagleDrafter(self.head, batch_size, capacity, dtype, self.target.device, ngram if with_lookup else None)
+        return EagleDrafter(self.head, batch_size, capacity, dtype, device, ngram, window)
 
     def _eos_token_ids(self, settings: GenerateOptions) -> tuple[int, ...]:
         eos = settings.eos_token_id
@@ -214,7 +217,7 @@ def load(
         draft: `tiny` (the embedded head that suits `method`), `tiny-eagle1`, a folder or a hub id; None: no head.
         dtype: of both models, `torch.float32` or "float32"; default: the target file's, but float32 on a CPU that has
             no bf16 products.
-        method: plain, eagle1, eagle2 or eagle3; default: what the head is made for (eagle2 for an EAGLE-1 file).
+        method: plain, ngram, eagle1, eagle2 or eagle3; default: what the head is made for (eagle2 for an EAGLE-1 file).
         aux_layers, rope_theta: override what a head's file says (see `draftwing inspect`).
         options: passed on to transformers' `from_pretrained`.
 

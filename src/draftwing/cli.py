@@ -104,7 +104,7 @@ def run_generate(options: argparse.Namespace) -> None:
         name: getattr(options, name)
         for name in (
             *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-            *("seed", "stop", "plan", "ngram"),
+            *("seed", "stop", "plan", "ngram", "draft_window"),
         )
     }
     if options.compare:
@@ -246,6 +246,9 @@ def _add_generate(commands: Any) -> None:
         "--ngram", action="store_true", help="let n-grams looked up in the text compete for an EAGLE tree's nodes"
     )
     parser.add_argument("--plan", help="off, chain:DEPTH, tree:WIDTHxDEPTHxNODES or eagle1 (the paper's static tree)")
+    parser.add_argument(
+        "--draft-window", type=_positive, help="an EAGLE head reads this many last tokens (default: all)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="default: 1 (off)")
