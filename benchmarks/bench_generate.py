@@ -69,6 +69,7 @@ def write_record(rows: list[dict[str, Any]], options: argparse.Namespace) -> Non
     """Write the rows with their options and provenance to `options.output`, if it names a file."""
     if options.output:
         settings = vars(options) | {"prompts": os.path.relpath(options.prompts)}  # no path of this machine alone
+        del settings["output"]
         record = {"rows": rows, "options": settings, "provenance": provenance()}
         Path(options.output).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
 

@@ -4,8 +4,8 @@
     python benchmarks/bench_ngram.py --measure position --output position.json
 
 Two sets of prompts. `open-ended`: the embedded ones, continued freely. `edit`: each shows a function and asks for it
-with one name changed. The embedded target cannot copy, so the answers of `edit` are prescribed (see Replay): its rows are
-those of a target that edits without a mistake. `position` follows tau along long open-ended outputs.
+with one name changed. The embedded target cannot copy, so the answers of `edit` are prescribed (see Replay): its rows
+are those of a target that edits without a mistake. `position` follows tau along long open-ended outputs.
 """
 
 import argparse
