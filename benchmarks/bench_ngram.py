@@ -1,11 +1,11 @@
-"""What looking n-grams up adds: plain, n-gram, EAGLE-3 and both merged, where answers copy their prompt and elsewhere.
+"""What n-grams add: plain, n-gram, EAGLE-3 and both merged, where the answer copies its prompt and elsewhere.
 
     python benchmarks/bench_ngram.py --measure speed --output speed.json
     python benchmarks/bench_ngram.py --measure position --output position.json
 
 Two sets of prompts. `open-ended`: the embedded ones, continued freely. `edit`: each shows a function and asks for it
-with one name changed. The embedded target cannot copy, so the answers of `edit` are prescribed (see Replay) and its
-rows are those of a target that edits without a mistake. `position` follows tau along long open-ended outputs.
+with one name changed. The embedded target cannot copy, so the answers of `edit` are prescribed (see Replay): its rows
+are those of a target that edits without a mistake. `position` follows tau along long open-ended outputs.
 """
 
 import argparse
@@ -127,16 +127,17 @@ def measure_position(
 ) -> list[dict[str, Any]]:
     """tau of the cycles that start in each bucket of output positions, up to the target's last position."""
     assert model.target.max_positions is not None
+    methods: dict[str, Start] = {name: methods_of(model)[name] for name in ("eagle3", "eagle3+ngram")}
+    for window in options.windows:
+        methods[f"eagle3 window {window}"] = partial(model.start, draft_window=window)
     rows = []
     for temperature in options.temperatures:
-        for method in ("eagle3", "eagle3+ngram"):
+        for method, start in methods.items():
             tokens: Counter[int] = Counter()
             cycles: Counter[int] = Counter()
             for prompt in prompts:
                 limit = model.target.max_positions - len(prompt)
-                generation = methods_of(model)[method](
-                    [prompt], max_new_tokens=limit, temperature=temperature, eos_token_id=[]
-                )
+                generation = start([prompt], max_new_tokens=limit, temperature=temperature, eos_token_id=[])
                 position = 0
                 for committed in generation.cycles():
                     bucket = position // options.bucket
@@ -159,6 +160,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--windows", nargs="*", type=int, default=[192], help="draft windows of the position measure")
     parser.add_argument("--bucket", type=int, default=128, help="output positions in a bucket (default: 128)")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")

@@ -64,6 +64,7 @@ class GenerateOptions:
             default. `auto` sizes each tree by what it is expected to bring; the first time on a machine it measures
             what a cycle costs, for a second or two.
         ngram: with an EAGLE method, let a continuation looked up in the text compete for the nodes of each tree.
+        draft_window: let an EAGLE head read the last so many tokens only, as past the lengths it was trained on.
         coupled: rank draft candidates with the target's own noise; the same output, more of it drafted when sampling.
         is_done: a further end, called with a row and its new tokens after each (slow).
     """
@@ -82,6 +83,7 @@ class GenerateOptions:
     plan: str | TreePlan | None = None
     coupled: bool = True
     ngram: bool = False
+    draft_window: int | None = None
     is_done: Callable[[int, Sequence[int]], bool] | None = None
 
     def sampling(self, row: int) -> SamplingParams:
@@ -187,7 +189,8 @@ class SpeculativeModel:
         ]
         self._check_draft_positions(max(map(len, prompts), default=0) + settings.max_new_tokens)
         plan = self._plan(settings, requests)
-        return Generation(self.target, requests, self._new_drafter, plan, settings.coupled)
+        new_drafter = partial(self._new_drafter, with_lookup=settings.ngram, window=settings.draft_window)
+        return Generation(self.target, requests, new_drafter, plan, settings.coupled)
 
     def costs(self, batch_size: int) -> CycleCosts:
         """What a cycle of so many rows costs with this draft, from this process, the disk's cache or a measurement."""
@@ -244,15 +247,19 @@ class SpeculativeModel:
         draft = self.draft.config.to_dict() if isinstance(self.draft, TargetModel) else vars(self.draft.config)
         return machine | {"target": self.target.config.to_dict(), "dtype": str(self.target.dtype), "draft": draft}
 
-    def _new_drafter(self, batch_size: int, capacity: int) -> Drafter:
+    def _new_drafter(
+        self, batch_size: int, capacity: int, with_lookup: bool = False, window: int | None = None
+    ) -> Drafter:
+        device = self.target.device
         if self.method == "ngram":
-            return NgramDrafter(batch_size, capacity, self.target.device)
+            return NgramDrafter(batch_size, capacity, device)
         if self.draft is None or self.method == "plain":
             return NoDrafter()
         if isinstance(self.draft, TargetModel):
             return DraftModelDrafter(self.draft, self.target.vocab_size, batch_size, capacity)
         dtype = next(self.draft.parameters()).dtype
-        return EagleDrafter(self.draft, batch_size, capacity, dtype, self.target.device)
+        ngram = NgramDrafter(batch_size, capacity, device) if with_lookup else None
+        return EagleDrafter(self.draft, batch_size, capacity, dtype, device, ngram, window)
 
     def _check_draft_positions(self, num_tokens: int) -> None:
         """Raise a ValueError where a draft model would have to read more tokens than it has positions."""

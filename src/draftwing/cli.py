@@ -110,7 +110,7 @@ def run_generate(options: argparse.Namespace) -> None:
         name: getattr(options, name)
         for name in (
             *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-            *("seed", "stop", "plan", "ngram"),
+            *("seed", "stop", "plan", "ngram", "draft_window"),
         )
     }
     if options.compare:
@@ -290,6 +290,9 @@ def _add_generate(commands: Any) -> None:
     )
     parser.add_argument(
         "--ngram", action="store_true", help="let n-grams looked up in the text compete for an EAGLE tree's nodes"
+    )
+    parser.add_argument(
+        "--draft-window", type=_positive, help="an EAGLE head reads this many last tokens (default: all)"
     )
     parser.add_argument(
         "--plan", help="auto (default), off, chain:DEPTH, tree:WIDTHxDEPTHxNODES or eagle1 (EAGLE-1's tree)"

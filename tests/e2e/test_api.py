@@ -301,3 +301,15 @@ def test_a_method_must_suit_its_head(model: SpeculativeModel, target: TargetMode
         SpeculativeModel(target, None, method="eagle3")
     with pytest.raises(ValueError, match="expected one of"):
         model.with_method("medusa")
+
+
+def test_ngram_needs_no_head_and_joins_one(model: SpeculativeModel, target: TargetModel) -> None:
+    ids = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4, 1, 2]])
+    plain = SpeculativeModel(target).generate(ids, max_new_tokens=20)
+    assert isinstance(plain, torch.Tensor)
+    assert plain.equal(SpeculativeModel(target, method="ngram").generate(ids, max_new_tokens=20))
+    assert plain.equal(model.generate(ids, max_new_tokens=20, ngram=True, draft_window=8))
+    with pytest.raises(ValueError, match="draft_window"):
+        model.generate(ids, draft_window=0)
+    with pytest.raises(ValueError, match="takes chain:DEPTH"):
+        SpeculativeModel(target, method="ngram").generate(ids, plan="tree:2x3x7")

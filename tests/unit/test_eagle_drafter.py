@@ -294,3 +294,30 @@ def test_positions_that_waited_unread_are_read_as_if_at_once(
             nodes_of(grow(drafter, rows, plan), row),
             nodes_of(grow(at_once, rows, plan), row),
         )
+
+
+@pytest.mark.parametrize("plan", ["chain:4", "tree:3x3x9", "eagle1"])
+@torch.no_grad()
+def test_a_draft_window_hides_what_lies_before_it(
+    target: TargetModel, heads: dict[str, DraftNetwork], plan: str
+) -> None:
+    """With one layer, a window of 3 slots drafts from the last three features and tokens, whatever stands before."""
+
+    def tree_after(first: list[int], window: int | None) -> DraftTree:
+        head, tokens = heads["eagle3"], torch.tensor([[*first, 4, 5, 6, 7]])
+        features = features_of(target, head, [9, 9, 9, 4, 5, 6, 7])  # not those of `first`: they must not matter
+        features[:3] += tokens[0, :3, None]
+        drafter = EagleDrafter(head, 1, CAPACITY, torch.float64, torch.device("cpu"), window=window)
+        drafter.observe(tokens[:, 1:], features[None, :-1], torch.tensor([6]))
+        return drafter.grow(tokens[:, -1], TreePlan.parse(plan), longest=6, rank=uncoupled_rank)
+
+    histories = [1, 2, 3], [8, 7, 9]
+    windowed, others = (nodes_of(tree_after(first, window=3), 0) for first in histories)
+    assert_same_nodes(windowed, others)
+    unlimited = [tree_after(first, window=None).scores for first in histories]
+    assert not torch.allclose(*unlimited)
+
+
+def test_a_draft_window_below_1_is_refused(heads: dict[str, DraftNetwork]) -> None:
+    with pytest.raises(ValueError, match="draft_window"):
+        EagleDrafter(heads["eagle3"], 1, CAPACITY, torch.float64, torch.device("cpu"), window=0)

@@ -76,7 +76,7 @@ class TestLookup:
             assert continuation(text, depth=4) == slow_continuation(text, depth=4)
 
     def test_only_chains_are_drafted(self) -> None:
-        with pytest.raises(ValueError, match=r"plan: .*chain:DEPTH"):
+        with pytest.raises(ValueError, match="takes chain:DEPTH"):
             grow(drafter_that_has_read([1, 2, 1]), [1, 2, 1], plan="tree:2x2x4")
 
 
@@ -197,7 +197,7 @@ class TestMerging:
         assert nodes == {(10,): 0.6, (20,): 0.2, (10, 11): 0.3, (30,): 1 / 6, (30, 31): 1 / 6 * 5 / 7}
 
     def test_tokens_that_the_draft_has_too_score_the_better_estimate(self) -> None:
-        """A match of 3 tokens gives 20 the rate 3 / 5, the draft gives it 0.2; what is added below has 4 / 6."""
+        """A match of 3 tokens gives 20 the rate 3 / 5 instead of the draft's 0.2, and 4 / 6 to what it adds below."""
         nodes = nodes_of(merged(candidates_of({(10,): 0.6, (20,): 0.2}), [1, 2, 3, 20, 21, 1, 2, 3]))
         assert nodes[(20,)] == 3 / 5
         assert nodes[(20, 21)] == 3 / 5 * 4 / 6

@@ -81,3 +81,10 @@ def test_a_static_tree_has_distinct_paths_of_ranks(paths: tuple[tuple[int, ...],
 )
 def test_is_chain(text: str, is_chain: bool) -> None:
     assert TreePlan.parse(text).is_chain == is_chain
+
+
+def test_a_lookup_competes_for_the_same_nodes_and_may_be_deeper() -> None:
+    plan = TreePlan.parse("tree:2x3x6").with_lookup()
+    assert (plan.num_nodes, plan.depth, plan.max_depth) == (6, 3, 5)
+    assert TreePlan.parse("tree:10x8x60").with_lookup().max_depth == 8
+    assert not TreePlan.chain(3).with_lookup().is_chain, "it may branch off"

@@ -15,6 +15,7 @@ from draftwing.decoding.tree import CycleFacts
 RankPath = tuple[int, ...]
 
 LOOKUP_DEPTH = 8
+"""Tokens of a looked-up continuation at most; deeper trees make every commit longer."""
 
 # EAGLE's tree (arXiv 2401.15077, figure 7; 25 draft nodes, 4/8/8/3/2 a level). (a, b) is the b-th best child of the
 # root's a-th best child.
@@ -78,7 +79,7 @@ class TreePlan:
     A dynamic plan (EAGLE-2, arXiv 2406.16858, section 4) expands the `width` best nodes of each of `depth` levels and
     keeps the best `num_nodes - 1` of all candidates. A static plan has fixed rank `paths` instead. Depth 0 is no draft.
     With a `sizing` of its own, width, depth and nodes are upper bounds (dynamic plans only).
-    With a `lookup_depth`, a looked-up continuation of that many tokens competes for the same nodes (drafters/ngram.py).
+    With a `lookup_depth`, a continuation looked up in the text, as deep as that, competes for the same nodes.
     """
 
     width: int
@@ -132,7 +133,10 @@ class TreePlan:
 
     @property
     def is_chain(self) -> bool:
-        """Whether the accepted nodes are always the first ones, so that a commit moves nothing (true of `off` too)."""
+        """Whether the accepted nodes are always the first ones, so that a commit moves nothing (true of `off` too).
+
+        A lookup may branch off anywhere.
+        """
         return not self.paths and self.width <= 1 and not self.lookup_depth
 
     @property

@@ -37,7 +37,14 @@ class DraftModel(Protocol):
 
 
 class EagleDrafter:
-    """Grows trees with an EAGLE network for B rows of at most `capacity` tokens, tree nodes included."""
+    """Grows trees with an EAGLE network for B rows of at most `capacity` tokens, tree nodes included.
+
+    With an `ngram` drafter, its continuations compete for the nodes of plans that have a lookup. With a `window`, the
+    network reads the last so many committed tokens only, as many as it was trained on, say.
+
+    Raises:
+        ValueError: a window below 1.
+    """
 
     def __init__(
         self,
@@ -47,8 +54,11 @@ class EagleDrafter:
         dtype: torch.dtype,
         device: torch.device,
         ngram: NgramDrafter | None = None,
+        window: int | None = None,
     ) -> None:
-        self._ngram = ngram
+        if window is not None and window < 1:
+            raise ValueError(f"draft_window: expected at least 1, got {window}")
+        self._ngram, self._window = ngram, window or capacity
         self.feature_layers = model.config.feature_layers
         self._model = model
         self._vocab = model.vocab.to(device)
@@ -80,6 +90,7 @@ class EagleDrafter:
         causal = (steps[:, None] >= steps).expand(tokens.shape[0], length, length)
         visible = visible_slots(self._cache.lengths, causal, self._cache.num_read(length))
         positions = self._cache.lengths[:, None] + steps
+        visible &= torch.arange(visible.shape[-1], device=tokens.device) > positions[..., None] - self._window
         slots = self._cache.slots_behind(length)
         output = self._forward(self._model.fuse(features), tokens, positions, visible, slots)
         last = output.gather(1, (num_new - 1).clamp(min=0)[:, None, None].expand(-1, 1, output.shape[-1])).squeeze(1)
@@ -91,7 +102,7 @@ class EagleDrafter:
             return root_tree(root, plan.num_nodes)
         self._read()
         self._cache.bound = longest
-        levels, output = _Levels(self._cache, plan.num_inner), self._last_output[:, None]
+        levels, output = _Levels(self._cache, plan.num_inner, self._window), self._last_output[:, None]
 
         def step(parent: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
             nonlocal output
@@ -135,13 +146,14 @@ class EagleDrafter:
 class _Levels:
     """Positions, slots and visibility of the drafted nodes, level by level, behind the committed slots."""
 
-    def __init__(self, cache: KVCache, num_nodes: int) -> None:
+    def __init__(self, cache: KVCache, num_nodes: int, window: int) -> None:
         self._slots = cache.slots_behind(num_nodes)
         self._num_used = 0
         self._lengths = cache.lengths[:, None]
         self.positions = self._lengths - 1
         num_read = cache.num_read(num_nodes)
-        self.visible = (torch.arange(num_read, device=self._lengths.device) < self._lengths)[:, None]  # [B, 1, S]
+        ages = self._lengths - torch.arange(num_read, device=self._lengths.device)  # [B, S], 1 at the last committed
+        self.visible = ((ages > 0) & (ages <= window))[:, None]  # [B, 1, S]
 
     def enter(self, parent: torch.Tensor) -> torch.Tensor:
         """Move on to a level of nodes with these parents `[B, K]`; each reads what its parent read, and itself.
