@@ -174,7 +174,7 @@ def costs(plain: float = 1.0, node: float = 0.02, step: float = 0.1) -> CycleCos
 def auto_plan(
     batch_size: int,
     experience: Experience | None = None,
-    largest: str = "tree:4x6x24",
+    largest: TreePlan | None = None,
     fixed_shapes: Sequence[str] = (),
     **seconds: float,
 ) -> AutoPlan:
@@ -183,7 +183,7 @@ def auto_plan(
         costs(**seconds),
         experience or Experience(),
         batch_size,
-        TreePlan.parse(largest),
+        largest or TreePlan(4, 6, 24),
         TreePlan.off(),
         torch.device("cpu"),
         [TreePlan.parse(shape) for shape in fixed_shapes],

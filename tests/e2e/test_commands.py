@@ -193,3 +193,41 @@ def test_mistakes_get_one_line_that_names_the_field(
     error = capsys.readouterr().err
     assert error.startswith("error: ") or "\nerror: " in error
     assert message in error
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_plan_measures_and_stores_what_it_learnt(
+    folder: Path, capsys: pytest.CaptureFixture[str], temperature: str
+) -> None:
+    prompts = folder / "plan.jsonl"
+    prompts.write_text('{"prompt": "def add_1(a, b):"}\n{"prompt": "return a"}\n{"prompt": "x"}\n', encoding="utf-8")
+    models = ("--target", str(folder / "target"), "--draft", str(folder / "eagle3"))
+    rest = ("--prompts", str(prompts), "--batch-size", "2", "--max-new-tokens", "12", "--temperature", temperature)
+    report = call(capsys, "plan", *models, *rest, "--save", "--json")
+    assert report["costs"]["plain"][0] > 0
+    assert set(report["node_pays_from"]) == {"2", "4", "8", "16", "32"}
+    assert report["speedup"] > 0
+    stored = json.loads((folder / "eagle3" / "acceptance.json").read_text(encoding="utf-8"))
+    name = "sampled" if temperature == "1" else "greedy"
+    assert stored[name] == report["acceptance"]
+    again = draftwing.load(str(folder / "target"), str(folder / "eagle3"))
+    assert again.experience(1, sampled=temperature == "1").acceptance.as_dict() == stored[name]
+    (folder / "eagle3" / "acceptance.json").unlink()
+
+
+def test_plan_shows_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = ("--target", str(folder / "target"), "--draft", str(folder / "eagle1"))
+    (folder / "one.jsonl").write_text('{"prompt": "def add_1(a, b):"}\n', encoding="utf-8")
+    assert main(("plan", *models, "--prompts", str(folder / "one.jsonl"), "--max-new-tokens", "4")) == 0
+    shown = capsys.readouterr().out
+    assert "A cycle's parts" in shown
+    assert "Accepted, of nodes" in shown
+
+
+def test_broken_acceptance_counts_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = folder / "eagle3" / "acceptance.json"
+    file.write_text("[1, 2", encoding="utf-8")
+    models = ("--target", str(folder / "target"), "--draft", str(folder / "eagle3"))
+    assert main(("generate", *models, "--prompt", "x")) == 2
+    assert "acceptance.json" in capsys.readouterr().err
+    file.unlink()

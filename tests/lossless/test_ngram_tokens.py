@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import eagle, eagle_with_ngram, generate, ngram, requests_for, run
+from conftest import auto_plan, eagle, eagle_with_ngram, generate, ngram, requests_for, run
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.decoding.drafters import ngram as ngram_module
@@ -44,6 +44,20 @@ def test_tokens_equal_plain_decoding(
 ) -> None:
     requests = requests_for(repetitive, temperature=temperature)
     assert run(target, requests, *method_of(heads, method, plan)) == run(target, requests)
+
+
+@pytest.mark.parametrize("step", [0.05, 3.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_lookups_in_trees_that_size_themselves(
+    target: TargetModel,
+    heads: dict[str, DraftNetwork],
+    repetitive: list[list[int]],
+    temperature: float,
+    step: float,
+) -> None:
+    requests = requests_for(repetitive, temperature=temperature)
+    plan = auto_plan(len(repetitive), largest=TreePlan(4, 3, 24).with_lookup(), step=step)
+    assert run(target, requests, eagle_with_ngram(heads["eagle3"]), plan) == run(target, requests)
 
 
 @pytest.mark.parametrize(("method", "plan"), [("ngram", "chain:6"), ("eagle3", "tree:2x3x7")])

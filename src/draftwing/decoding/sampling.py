@@ -15,7 +15,7 @@ MASK32 = 0xFFFFFFFF
 NOISE_WINDOW = 32
 """Positions whose noise is computed at once, or a cycle's if those are more; each is computed once."""
 
-LOGIT_ERROR = 0.9
+LOGIT_ERROR = 0.8
 """Scale of a head's errors in log-probability at temperature 1, fitted on traces (benchmarks/fit_coupling.py)."""
 
 

@@ -90,7 +90,8 @@ class EagleDrafter:
         causal = (steps[:, None] >= steps).expand(tokens.shape[0], length, length)
         visible = visible_slots(self._cache.lengths, causal, self._cache.num_read(length))
         positions = self._cache.lengths[:, None] + steps
-        visible &= torch.arange(visible.shape[-1], device=tokens.device) > positions[..., None] - self._window
+        if self._window < self._cache.capacity:
+            visible &= torch.arange(visible.shape[-1], device=tokens.device) > positions[..., None] - self._window
         slots = self._cache.slots_behind(length)
         output = self._forward(self._model.fuse(features), tokens, positions, visible, slots)
         last = output.gather(1, (num_new - 1).clamp(min=0)[:, None, None].expand(-1, 1, output.shape[-1])).squeeze(1)
