@@ -220,6 +220,8 @@ class SpeculativeModel:
         if settings.ngram and self.method not in EAGLE_METHODS:
             raise ValueError(f"ngram: merges into EAGLE trees, not into those of {self.method}")
         plan = settings.plan or default_plan(self.method)
+        if plan == "auto" and self.method == "ngram":  # it has nothing to size: lookups cost next to nothing
+            plan = default_plan(self.method)
         if plan != "auto":
             plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
             plan = plan.with_lookup() if settings.ngram else plan

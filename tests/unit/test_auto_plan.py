@@ -15,6 +15,7 @@ def chain_facts(num_accepted: int, depth: int = 4, probability: float = 0.75) ->
     """A cycle of one row with a chain of draft tokens, of which the first ones were accepted."""
     nodes = np.arange(depth + 1)[None]
     return CycleFacts(
+        rows=np.arange(1),
         accepted=nodes <= num_accepted,
         parents=np.maximum(nodes - 1, 0),
         depths=nodes,

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from draftwing.decoding.tree import Array, CycleFacts
+from draftwing.decoding.tree import Array, Outcomes
 
 EDGES = np.log([0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97])
 """Between the bins of a node's log-probability given its parent."""
@@ -41,18 +41,14 @@ class AcceptanceTable:
         rate: Array = (self._extended + 0.6 * TRUST) / (self._parents + TRUST)
         return rate
 
-    def update(self, facts: CycleFacts) -> None:
-        """Count what became of the nodes whose parent was accepted."""
-        depths, accepted, parents = facts.depths, facts.accepted, facts.parents
-        tried = facts.drafted & np.take_along_axis(accepted, parents, 1)
-        group = np.minimum(depths[tried], NUM_DEPTHS) - 1
-        index = group, np.searchsorted(EDGES, facts.log_probs[tried])
-        np.add.at(self.accepted, index, accepted[tried])
-        np.add.at(self.expected, index, np.exp(facts.log_probs[tried]))
-        np.add.at(self._extended, group, accepted[tried])
-        rows, nodes = np.nonzero(tried)
-        _, firsts = np.unique(rows * depths.shape[1] + parents[rows, nodes], return_index=True)
-        np.add.at(self._parents, group[firsts], 1.0)
+    def update(self, outcomes: Outcomes) -> None:
+        """Count what became of nodes whose parent was accepted."""
+        group = np.minimum(outcomes.depths, NUM_DEPTHS) - 1
+        index = group, np.searchsorted(EDGES, outcomes.log_probs)
+        np.add.at(self.accepted, index, outcomes.accepted)
+        np.add.at(self.expected, index, np.exp(outcomes.log_probs))
+        np.add.at(self._extended, group, outcomes.accepted)
+        np.add.at(self._parents, np.minimum(outcomes.parent_depths, NUM_DEPTHS - 1), 1.0)
         self._fade(MEMORY)
 
     def copy(self, memory: float) -> "AcceptanceTable":

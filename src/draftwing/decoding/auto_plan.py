@@ -14,7 +14,7 @@ import torch
 from draftwing.decoding.acceptance import EDGES, NUM_DEPTHS, AcceptanceTable
 from draftwing.decoding.costs import CycleCosts
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.tree import CycleFacts
+from draftwing.decoding.tree import Array, CycleFacts
 
 REQUEST_MEMORY = 30.0
 """Expected acceptances per bin that a request takes over from those before it."""
@@ -28,6 +28,8 @@ SWITCH_GAIN = 1.03
 """What another fixed shape must promise before it replaces the present one."""
 LESSON = 8
 """Cycles after which what was learnt is put to use."""
+FEW_NODES = 16
+"""Nodes over which the seconds of one more are averaged where it is not known yet how many there will be."""
 CONTEXT_STEP = 64
 """Tokens after which the costs are looked up anew."""
 
@@ -71,6 +73,7 @@ class AutoPlan:
         self._shapes, self._shape = tuple(fixed_shapes), largest
         self._values: dict[TreePlan, float] = {}
         self._tokens, self._seconds = 0.0, 0.0  # what speculation has brought and cost of late
+        self._running = np.arange(batch_size)
         self._costs_until = self._num_cycles = 0
         self._num_levels = 1  # that the last tree was drafted to
         self._look_up_costs(0)
@@ -96,8 +99,9 @@ class AutoPlan:
         """Whether children of the nodes at `depth` with these scores `[B, K]` bring enough for their seconds."""
         if self._shapes:
             return True
-        tokens = float(scores.exp().sum()) * self._continuation[min(depth + 1, NUM_DEPTHS) - 1]
-        if tokens <= self._rate * (self._costs.step(scores.shape[1]) + self._node_seconds[0]):
+        rate, tokens = self._rate, self._tokens_of(scores) * self._continuation[min(depth + 1, NUM_DEPTHS) - 1]
+        gain = np.maximum(tokens - rate * self._node_seconds[:FEW_NODES].mean(), 0.0).sum()
+        if gain <= rate * self._costs.step(scores.shape[1]):
             return False
         self._num_levels = depth + 1
         return True
@@ -106,17 +110,26 @@ class AutoPlan:
         """How many of the candidates with these scores `[B, M]` bring enough for their seconds, the root included."""
         if self._shapes:
             return limit
-        tokens = scores.exp().sort(dim=1, descending=True).values.sum(0).numpy()[: limit - 1]
+        tokens = self._tokens_of(scores)[: limit - 1]
         return 1 + max(1, int((tokens > self._rate * self._node_seconds[: len(tokens)]).sum()))
+
+    def _tokens_of(self, scores: torch.Tensor) -> Array:
+        """Tokens that the batch's best nodes bring, its second best, ..., from scores `[B, M]` on the CPU; `[M]`.
+
+        Rows that have ended count as much as the mean of the others, as they do in the rate.
+        """
+        probs = np.sort(np.exp(scores.numpy()[self._running]), axis=1)[:, ::-1]
+        tokens: Array = probs.mean(0) * self._batch_size
+        return tokens
 
     def learn(self, facts: CycleFacts) -> None:
         """Take in what became of a cycle's tree."""
-        if facts.max_depth == 0:
-            return
-        for table in (self._table, self._experience.acceptance):
-            table.update(facts)
+        self._running = facts.rows
+        outcomes = facts.outcomes()
+        self._table.update(outcomes)
+        self._experience.acceptance.update(outcomes)
         fade = 1 - 1 / RATE_MEMORY
-        self._tokens = self._tokens * fade + float(facts.accepted.sum()) * self._batch_size / facts.num_rows
+        self._tokens = self._tokens * fade + float(facts.accepted.sum()) * self._batch_size / len(facts.rows)
         self._seconds = self._seconds * fade + self._costs.tree(self._shape.width, self._num_levels, facts.num_nodes)
         self._num_cycles += 1
         if self._shapes:

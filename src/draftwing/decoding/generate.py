@@ -11,7 +11,7 @@ from draftwing.decoding.plan import Plan
 from draftwing.decoding.sampling import Sampler, SamplingParams, uncoupled_rank
 from draftwing.decoding.statistics import StageClock, Statistics
 from draftwing.decoding.stopping import StopRule
-from draftwing.decoding.tree import Array, DraftTree, Verdict, facts_tensor, read_facts, walk
+from draftwing.decoding.tree import Array, DraftTree, Verdict, facts_of, read_cycle, walk
 from draftwing.models.target import TargetModel
 
 PREFILL_CHUNK = 512
@@ -142,13 +142,12 @@ class Generation:
 
     def _read(self, tree: DraftTree, verdict: Verdict) -> Array:
         """`[B, 1 + L]` on the host: accepted draft tokens and tokens to emit. A plan that learns is told the rest."""
-        result = torch.cat((verdict.num_accepted[:, None], verdict.tokens), dim=1)
-        if not self._plan.learns:
-            return result.numpy(force=True)
-        values = torch.cat((result.double(), facts_tensor(tree, verdict)), dim=1).numpy(force=True)
-        running = [output.finish_reason is None for output in self.outputs]
-        self._plan.learn(read_facts(values[running, result.shape[1] :], tree.max_depth))
-        return values[:, : result.shape[1]].astype(np.int64)
+        if not self._plan.learns or tree.max_depth == 0:
+            return torch.cat((verdict.num_accepted[:, None], verdict.tokens), dim=1).numpy(force=True)
+        result, parts = read_cycle(tree, verdict)
+        running = [row for row, output in enumerate(self.outputs) if output.finish_reason is None]
+        self._plan.learn(facts_of(parts, np.array(running), tree.max_depth))
+        return result
 
     def _prefill(self, prompts: list[list[int]]) -> torch.Tensor:
         """Read all of the prompts but their last tokens, which become the roots of the first trees."""

@@ -200,9 +200,28 @@ def walk(tree: DraftTree, chosen: torch.Tensor) -> Verdict:
 
 
 @dataclass(frozen=True)
-class CycleFacts:
-    """What became of the running rows' trees, on the host: arrays `[rows, N]` as in DraftTree and Verdict."""
+class Outcomes:
+    """What became of the M drafted nodes whose parent was accepted, so that they had a chance; arrays `[M]`.
 
+    `parent_depths` has one entry for each accepted node that had children.
+    """
+
+    accepted: Array
+    depths: Array
+    log_probs: Array
+    parent_depths: Array
+
+
+@dataclass(frozen=True)
+class CycleFacts:
+    """What became of the running rows' trees, on the host: arrays `[R, N]` as in DraftTree and Verdict.
+
+    Attributes:
+        rows: `[R]` their indices in the batch.
+        drafted: what a network has drafted: neither the root, nor padding, nor what was looked up.
+    """
+
+    rows: Array
     accepted: Array
     parents: Array
     depths: Array
@@ -212,23 +231,36 @@ class CycleFacts:
     max_depth: int
 
     @property
-    def num_rows(self) -> int:
-        return int(self.depths.shape[0])
-
-    @property
     def num_nodes(self) -> int:
         return int(self.depths.shape[1])
 
+    def outcomes(self) -> Outcomes:
+        tried = self.drafted & np.take_along_axis(self.accepted, self.parents, 1)
+        # At each depth at most one node of a row is accepted, so these are the children of one parent.
+        has_children = np.zeros((len(self.rows), self.max_depth + 1), dtype=bool)
+        rows, nodes = np.nonzero(tried)
+        depths = self.depths[rows, nodes]
+        has_children[rows, depths - 1] = True
+        return Outcomes(self.accepted[tried], depths, self.log_probs[tried], np.nonzero(has_children)[1])
 
-def facts_tensor(tree: DraftTree, verdict: Verdict) -> torch.Tensor:
-    """What CycleFacts holds as one tensor `[B, 6 * N]` (float64), to be read by the host in one go."""
+
+def read_cycle(tree: DraftTree, verdict: Verdict) -> tuple[Array, tuple[Array, ...]]:
+    """Copy a cycle's result to the host in one go: `[B, 1 + L]`, and the six `[B, N]` that CycleFacts is made of.
+
+    The result is accepted draft tokens and tokens to emit.
+    """
+    result = torch.cat((verdict.num_accepted[:, None], verdict.tokens), dim=1)
     parts = (verdict.accepted, tree.parents, tree.depths, tree.valid, tree.scores, tree.log_probs)
-    return torch.cat([part.double() for part in parts], dim=1)
+    if not result.is_cuda:
+        return result.numpy(), tuple(part.numpy() for part in parts)
+    width, num_nodes = result.shape[1], tree.num_nodes
+    values = torch.cat((result.double(), *(part.double() for part in parts)), dim=1).numpy(force=True)
+    arrays = np.split(values[:, width:], range(num_nodes, 6 * num_nodes, num_nodes), axis=1)
+    return values[:, :width].astype(np.int64), tuple(arrays)
 
 
-def read_facts(values: Array, max_depth: int) -> CycleFacts:
-    """The facts of the rows in `facts_tensor`'s values."""
-    accepted, parents, depths, valid, scores, log_probs = np.split(values, 6, axis=1)
-    depths = depths.astype(np.int64)
-    drafted = (valid > 0) & (depths > 0) & np.isfinite(log_probs)
-    return CycleFacts(accepted > 0, parents.astype(np.int64), depths, drafted, scores, log_probs, max_depth)
+def facts_of(parts: tuple[Array, ...], rows: Array, max_depth: int) -> CycleFacts:
+    """The facts of some rows from what `read_cycle` gave."""
+    accepted, parents, depths, valid, scores, log_probs = (part[rows] for part in parts)
+    depths, drafted = depths.astype(np.int64), (valid > 0) & (depths > 0) & np.isfinite(log_probs)
+    return CycleFacts(rows, accepted > 0, parents.astype(np.int64), depths, drafted, scores, log_probs, max_depth)

@@ -7,7 +7,7 @@ import torch
 Piece = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 """Tokens `[B, L]`, features `[B, L, F]` if there are any, and how many of each row are valid `[B]`."""
 
-MOST_UNREAD = 64
+MOST_UNREAD = 256
 """Positions that may wait; the features take memory, and a draft that comes after many reads for long."""
 
 
