@@ -99,9 +99,8 @@ class AutoPlan:
         """Whether children of the nodes at `depth` with these scores `[B, K]` bring enough for their seconds."""
         if self._shapes:
             return True
-        rate, tokens = self._rate, self._tokens_of(scores) * self._continuation[min(depth + 1, NUM_DEPTHS) - 1]
-        gain = np.maximum(tokens - rate * self._node_seconds[:FEW_NODES].mean(), 0.0).sum()
-        if gain <= rate * self._costs.step(scores.shape[1]):
+        tokens = self._tokens_of(scores) * self._continuation[min(depth + 1, NUM_DEPTHS) - 1]
+        if np.maximum(tokens - self._rate * self._few_seconds, 0.0).sum() <= self._rate * self._step_seconds:
             return False
         self._num_levels = depth + 1
         return True
@@ -110,16 +109,16 @@ class AutoPlan:
         """How many of the candidates with these scores `[B, M]` bring enough for their seconds, the root included."""
         if self._shapes:
             return limit
-        tokens = self._tokens_of(scores)[: limit - 1]
+        tokens = self._tokens_of(scores.sort(dim=1, descending=True).values[:, : limit - 1])
         return 1 + max(1, int((tokens > self._rate * self._node_seconds[: len(tokens)]).sum()))
 
     def _tokens_of(self, scores: torch.Tensor) -> Array:
-        """Tokens that the batch's best nodes bring, its second best, ..., from scores `[B, M]` on the CPU; `[M]`.
+        """Tokens `[M]` that the rows' best nodes bring, their second best, ..., from sorted scores `[B, M]`.
 
         Rows that have ended count as much as the mean of the others, as they do in the rate.
         """
-        probs = np.sort(np.exp(scores.numpy()[self._running]), axis=1)[:, ::-1]
-        tokens: Array = probs.mean(0) * self._batch_size
+        probs: Array = np.exp(scores.numpy()[self._running])
+        tokens: Array = probs.sum(0) * (self._batch_size / len(probs))
         return tokens
 
     def learn(self, facts: CycleFacts) -> None:
@@ -167,6 +166,8 @@ class AutoPlan:
         nodes = np.arange(1, self.largest.num_nodes + 1)
         verify = np.interp(nodes, self._costs.num_nodes, self._costs.verify[0])
         self._node_seconds = np.maximum(np.diff(verify), 0.0)  # of the second node, the third, ...
+        self._few_seconds = float(self._node_seconds[:FEW_NODES].mean())
+        self._step_seconds = self._costs.step(self.largest.width)
 
     def _use_lessons(self) -> None:
         self._correction = torch.tensor(self._table.correction, dtype=torch.float32, device=self._edges.device)

@@ -35,7 +35,7 @@ class Sizing(Protocol):
         """Estimates of log P(a child is accepted | its parent is) from the drafter's own, any shape; at most 0."""
 
     def goes_on(self, scores: torch.Tensor, depth: int) -> bool:
-        """Whether to draft children of the nodes at `depth` with these scores `[B, K]`."""
+        """Whether to draft children of the nodes at `depth` with these scores `[B, K]`, the best first."""
 
     def num_nodes(self, scores: torch.Tensor, limit: int) -> int:
         """How many nodes of a tree to keep, the root included, given its candidates' scores `[B, M]`."""
