@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -197,7 +197,7 @@ class SpeculativeModel:
         bucket = 1 << (batch_size - 1).bit_length()
         if bucket not in self._costs:
             key = self._identity() | {"batch_size": bucket}
-            width = self._largest_plan().width
+            width = (LARGEST_ON_CPU if self.target.device.type == "cpu" else FIXED_SHAPES[-1]).width
             self._costs[bucket] = cached_costs(
                 key, lambda: measure_costs(self.target, self._new_drafter, bucket, width)
             )
@@ -226,28 +226,26 @@ class SpeculativeModel:
             plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
             plan = plan.with_lookup() if settings.ngram else plan
             return plan if plan.depth else off
-        largest = self._largest_plan()
+        shapes = (LARGEST_ON_CPU,) if device.type == "cpu" else FIXED_SHAPES
+        if settings.ngram:
+            shapes = tuple(shape.with_lookup() for shape in shapes)
         sampled = any(request.sampling.temperature > 0 for request in requests)
         return AutoPlan(
             self.costs(batch_size),
             self.experience(batch_size, sampled),
             batch_size,
-            largest.with_lookup() if settings.ngram else largest,
+            shapes[-1],
             off,
             device,
-            fixed_shapes=() if device.type == "cpu" else FIXED_SHAPES,
+            fixed_shapes=() if device.type == "cpu" else shapes,
         )
-
-    def _largest_plan(self) -> TreePlan:
-        return LARGEST_ON_CPU if self.target.device.type == "cpu" else FIXED_SHAPES[-1]
 
     def _identity(self) -> dict[str, Any]:
         """What a cycle's seconds depend on."""
         assert self.draft is not None
-        made_by = provenance()
-        machine = {name: made_by[name] for name in ("device", "threads", "cores", "torch", "transformers")}
         draft = self.draft.config.to_dict() if isinstance(self.draft, TargetModel) else vars(self.draft.config)
-        return machine | {"target": self.target.config.to_dict(), "dtype": str(self.target.dtype), "draft": draft}
+        where = {"on": str(self.target.device), "dtype": str(self.target.dtype)}
+        return _machine() | where | {"target": self.target.config.to_dict(), "draft": draft}
 
     def _new_drafter(
         self, batch_size: int, capacity: int, with_lookup: bool = False, window: int | None = None
@@ -320,14 +318,24 @@ def load(
     chosen = parse_dtype(dtype)
     loaded = load_target(target, chosen, device, **options)
     pack_linears(loaded.model)
-    if draft == "tiny" and method in ("eagle1", "eagle2"):
-        draft = "tiny-eagle1"
+    draft = draft and suitable_draft(draft, method)
     tokenizer = load_tokenizer(target)
     if draft is None or method in ("plain", "ngram"):
         return SpeculativeModel(loaded, None, tokenizer, method)
     drafting = load_draft(draft, loaded, chosen, aux_layers, rope_theta, tokenizer)
     pack_linears(drafting.model if isinstance(drafting, TargetModel) else drafting)
     return SpeculativeModel(loaded, drafting, tokenizer, method, read_acceptance(draft))
+
+
+@cache
+def _machine() -> dict[str, Any]:
+    made_by = provenance()
+    return {name: made_by[name] for name in ("device", "threads", "cores", "torch", "transformers")}
+
+
+def suitable_draft(draft: str, method: str | None) -> str:
+    """The embedded head that suits the method, if `draft` is `tiny`; other names are left as they are."""
+    return "tiny-eagle1" if draft == "tiny" and method in ("eagle1", "eagle2") else draft
 
 
 def default_plan(method: str) -> str:

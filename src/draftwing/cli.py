@@ -131,7 +131,7 @@ def run_generate(options: argparse.Namespace) -> None:
 
 
 def run_plan(options: argparse.Namespace) -> None:
-    from draftwing.api import load
+    from draftwing.api import load, suitable_draft
     from draftwing.checkpoint.load import ASSETS, resolve_draft
     from draftwing.data.prompts import read_prompts
     from draftwing.evaluation.planning import as_tables, implied_plan, measure_plan, save_acceptance
@@ -141,14 +141,15 @@ def run_plan(options: argparse.Namespace) -> None:
     ids = [prompt.token_ids(model.tokenizer) for prompt in prompts]
     console, progress = Console(), Console(stderr=True)
     with progress.status("measuring costs"):
-        costs = model.costs(options.batch_size)
+        batch_size = min(options.batch_size, len(ids))
+        costs = model.costs(batch_size)
     with progress.status("decoding prompts, plain and with trees that size themselves"):
         report = measure_plan(
             model.start,
-            model.experience(options.batch_size, options.temperature > 0),
+            model.experience(batch_size, options.temperature > 0),
             costs,
             ids,
-            options.batch_size,
+            batch_size,
             temperature=options.temperature,
             max_new_tokens=options.max_new_tokens,
         )
@@ -160,7 +161,9 @@ def run_plan(options: argparse.Namespace) -> None:
             console.print(sentence)
     if options.save:
         name = "sampled" if options.temperature > 0 else "greedy"
-        file = save_acceptance(resolve_draft(options.draft), {name: report.experience.acceptance})
+        file = save_acceptance(
+            resolve_draft(suitable_draft(options.draft, options.method)), {name: report.experience.acceptance}
+        )
         progress.print(f"acceptance written to {file}")
 
 

@@ -191,11 +191,11 @@ def _expected_tokens(facts: CycleFacts, shape: TreePlan, continuation: float) ->
     What the tree shows is summed; what lies beyond it is judged kindly, so that a larger shape gets its trial: nodes
     are as good as the worst one shown, further levels continue as the deepest one does.
     """
-    probs = np.where(facts.drafted & (facts.depths <= shape.depth), np.exp(facts.scores), 0.0)
+    probs = np.where(facts.drafted & (facts.depths <= shape.depth), np.exp(facts.scores), 0.0)[:, 1:]
     ordered = -np.sort(-probs, axis=1)[:, : shape.num_nodes - 1]
     further_nodes = max(0, shape.num_nodes - facts.num_nodes)
     expected = ordered.sum(1) + further_nodes * ordered[:, -1]
     if shape.depth > facts.max_depth:
-        leaves = np.where(facts.depths == facts.max_depth, probs, 0.0).sum(1)
+        leaves = np.where(facts.depths[:, 1:] == facts.max_depth, probs, 0.0).sum(1)
         expected += leaves * sum(continuation**level for level in range(1, shape.depth - facts.max_depth + 1))
     return float(np.minimum(expected, shape.depth).mean())

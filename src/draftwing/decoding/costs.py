@@ -105,8 +105,9 @@ class CycleCosts:
 
 def cache_folder() -> Path:
     """Where measurements are kept: $DRAFTWING_CACHE, or draftwing in the user's cache folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("DRAFTWING_CACHE") or user / "draftwing")
+    if folder := os.environ.get("DRAFTWING_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "draftwing"
 
 
 def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts]) -> CycleCosts:
@@ -118,9 +119,11 @@ def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts]) -> C
     except (OSError, ValueError, KeyError, TypeError):  # not measured yet, or a file that something else wrote
         costs = measure()
     record = json.dumps({"key": key, "costs": costs.as_dict()}, indent=2, default=str)
+    partial = file.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(record, encoding="utf-8")
+        partial.write_text(record, encoding="utf-8")
+        partial.replace(file)
     return costs
 
 
@@ -129,7 +132,7 @@ def measure_costs(
 ) -> CycleCosts:
     """Time the engine's own stages with the plans that tell them apart, on random text (seeded, the same each time)."""
     limit = target.max_positions or 4 * CONTEXTS[-1]
-    contexts = sorted({min(context, limit // 4) for context in CONTEXTS})
+    contexts = sorted({max(1, min(context, limit // 4)) for context in CONTEXTS})
     widths = [width for width in WIDTHS if width <= max_width]
     plans = [TreePlan.off(target.best_single_row if batch_size == 1 else 1)]
     plans += [_shallowest(num_nodes, widths[-1]) for num_nodes in NUM_NODES]

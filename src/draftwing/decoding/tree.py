@@ -134,13 +134,17 @@ def best_subtree(root: torch.Tensor, candidates: Candidates, num_nodes: int, max
     # Node numbers by candidate; column 0 is the root, for parent -1.
     node_of = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.int64, device=root.device)
     node_of.scatter_(1, chosen + 1, numbers)
+    parents = candidates.parents.gather(1, chosen) + 1
+    parent_nodes = node_of.gather(1, parents)
+    # Where rounding has put a node above its parent and the parent fell out, the node must not hang on the root.
+    is_orphan = (parents > 0) & (parent_nodes == 0)
     zero = torch.zeros_like(root)[:, None]
     tree_scores = torch.cat((zero.to(scores.dtype), scores.gather(1, chosen)), 1)
     return DraftTree(
         tokens=torch.cat((root[:, None], candidates.tokens.gather(1, chosen)), 1),
-        parents=torch.cat((zero, node_of.gather(1, candidates.parents.gather(1, chosen) + 1)), 1),
+        parents=torch.cat((zero, parent_nodes), 1),
         depths=torch.cat((zero, candidates.depths.gather(1, chosen)), 1),
-        valid=tree_scores.isfinite(),
+        valid=tree_scores.isfinite() & ~torch.cat((zero > 0, is_orphan), 1),
         scores=tree_scores,
         log_probs=torch.cat((zero.to(scores.dtype), candidates.log_probs.gather(1, chosen)), 1),
         max_depth=max_depth,

@@ -68,7 +68,7 @@ def measure_plan(
 ) -> PlanReport:
     """Decode prompts, so many at a time, plain and with trees that size themselves (`options` of `generate`)."""
     results = {plan: MethodResult(plan, options["temperature"]) for plan in ("off", "auto")}
-    for first in range(0, len(prompts), batch_size):
+    for first in range(0, len(prompts) - batch_size + 1, batch_size):  # whole batches only: costs are theirs
         for plan, result in results.items():
             begin = time.perf_counter()
             generation = start(prompts[first : first + batch_size], plan=plan, **options)

@@ -23,7 +23,11 @@ def pack_linears(model: nn.Module) -> None:
     for parent in list(model.modules()):
         layers = {name: child for name, child in parent.named_children() if type(child) is nn.Linear}
         layers = {name: layer for name, layer in layers.items() if _can_pack(layer)}
-        groups: list[tuple[str, ...]] = [group for group in SAME_INPUT if all(name in layers for name in group)]
+        groups: list[tuple[str, ...]] = [
+            group
+            for group in SAME_INPUT
+            if all(name in layers for name in group) and len({layers[name].in_features for name in group}) == 1
+        ]
         groups += [(name,) for name in layers if not any(name in group for group in groups)]
         for group in groups:
             product = _PackedProduct([layers[name] for name in group])
@@ -56,19 +60,17 @@ class _PackedProduct:
         ]
         self._bias = torch.cat(biases) if any(layer.bias is not None for layer in layers) else None
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self._input: torch.Tensor | None = None
-        self._outputs: Sequence[torch.Tensor] = ()
+        self._last: tuple[torch.Tensor, Sequence[torch.Tensor]] | None = None
 
     def output(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """The output of layer `index`; the others' are kept for the calls that follow with the same tensor."""
         if len(self.sizes) == 1:
             return self._multiply(x)
-        if x is not self._input:
-            self._input, self._outputs = x, self._multiply(x).split(self.sizes, dim=-1)
-        output = self._outputs[index]
-        if index == len(self.sizes) - 1:
-            self._input, self._outputs = None, ()
-        return output
+        last = self._last  # read once: another thread may replace it
+        if last is None or last[0] is not x:
+            last = x, self._multiply(x).split(self.sizes, dim=-1)
+        self._last = last if index < len(self.sizes) - 1 else None
+        return last[1][index]
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")

@@ -147,7 +147,7 @@ def _merge(candidates: Candidates, lookup: Lookup, overlap: Overlap, log_rates: 
     # A node's chain score is the best of: its own rate and its parent's score, and what the other drafter gives it.
     chain = log_rates.clamp(min=torch.finfo(log_rates.dtype).min / depth).cumsum(1)
     head_start = (scores.gather(1, overlap.nodes) - chain).cummax(1).values.clamp(min=0)
-    chain = torch.where(log_rates.isfinite(), chain + head_start, -torch.inf)
+    chain = torch.where(log_rates.isfinite(), chain + head_start, -torch.inf).cummin(1).values  # rounding may raise one
     scores = scores.scatter_reduce(1, overlap.nodes, chain.to(scores.dtype), "amax")[:, :num_candidates]
     steps = torch.arange(depth, device=chain.device).expand_as(chain)
     nodes = torch.where(overlap.is_found, overlap.nodes, num_candidates + steps)

@@ -35,7 +35,14 @@ class Unread:
 
 
 def _join(pieces: list[Piece]) -> Piece:
-    """One piece of several; a row that has ended is never continued, so its valid tokens are the first ones."""
+    """One piece of several single tokens, each row's valid ones first."""
+    if len(pieces) == 1:
+        return pieces[0]
     tokens, features, num_new = zip(*pieces, strict=True)
-    joined = None if features[0] is None else torch.cat(features, 1)
-    return torch.cat(tokens, 1), joined, torch.stack(num_new).sum(0)
+    is_valid = torch.stack(num_new, 1) > 0
+    order = is_valid.sort(dim=1, descending=True, stable=True).indices
+    joined = None
+    if features[0] is not None:
+        joined = torch.cat(features, 1)
+        joined = joined.gather(1, order[..., None].expand_as(joined))
+    return torch.cat(tokens, 1).gather(1, order), joined, is_valid.sum(1)
