@@ -1,4 +1,4 @@
-"""Trees that size themselves against every fixed plan, with a trained head and with a useless one.
+"""Trees that size themselves against fixed plans, with a trained head and with a useless one.
 
     python benchmarks/bench_plan.py --output docs/results/tiny_cpu_plan.json
 
