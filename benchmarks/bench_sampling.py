@@ -72,7 +72,7 @@ def main() -> int:
         by_method = {results[0].method: over_seeds(results) for results in zip(*runs, strict=True)}
         rows += [as_row(f"{model.method} {plan}", by_method) for model, plan in plans]
     title = f"{options.target}, {options.dtype}, {len(prompts)} prompts, {options.seeds} seeds; [95 % intervals]"
-    Console(width=140).print(as_table(rows, title))
+    Console(width=160).print(as_table(rows, title))
     if options.output:
         write_record(options.output, [asdict(row) for row in rows], vars(options))
     return 0
