@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import draftwing
-from draftwing.cli import EXAMPLES, build_parser, main
+from draftwing.cli import COMMANDS, build_parser, main
 from draftwing.config import read_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -29,17 +29,17 @@ def test_recipes_load(recipe: Path) -> None:
 
 
 def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for command, example in EXAMPLES.items():
+    for command, module in COMMANDS.items():
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0
-        assert example.splitlines()[1].strip() in capsys.readouterr().out
+        assert module.EXAMPLES.splitlines()[1].strip() in capsys.readouterr().out
 
 
 def test_examples_in_help_parse() -> None:
     """A help text that shows a command which does not parse would be worse than none."""
-    for example in EXAMPLES.values():
-        for line in example.replace("\\\n", "").splitlines()[1:]:
+    for module in COMMANDS.values():
+        for line in module.EXAMPLES.replace("\\\n", "").splitlines()[1:]:
             words = shlex.split(line.split(">")[0], comments=True)
             assert words[0] == "draftwing"
             build_parser().parse_args(words[1:])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from draftwing.cli import EXAMPLES
+from draftwing.cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,7 +34,7 @@ def test_examples_run_and_are_short(example: Path) -> None:
 
 
 def test_the_commands_of_the_readme_exist() -> None:
-    assert set(re.findall(r"`draftwing (\w+)", README)) == set(EXAMPLES)
+    assert set(re.findall(r"`draftwing (\w+)", README)) == set(COMMANDS)
 
 
 def test_the_files_of_the_readme_exist() -> None:

@@ -1,0 +1,137 @@
+"""`draftwing generate`: text from a target and a draft, if asked beside plain decoding."""
+
+import argparse
+import json
+from typing import Any
+
+from rich.console import Console
+
+from draftwing.cli.arguments import add_device, positive
+
+SUMMARY = "Generate text with a target and a draft: an EAGLE head or a smaller model."
+EXAMPLES = """examples:
+  draftwing generate --target tiny --draft tiny --prompt "def main(args):"
+  draftwing generate --target path/to/large-model --draft path/to/small-model --prompt "def main(args):"
+  draftwing generate --target tiny --draft tiny --prompt "x = [1, 2, 3]" --ngram
+  draftwing generate --target tiny --draft tiny --chat --prompt "Write the Python function clamp." --compare
+  draftwing generate --target meta-llama/Llama-3.1-8B-Instruct --draft yuhuili/EAGLE3-LLaMA3.1-Instruct-8B \\
+      --device cuda --chat --prompt "Why is the sky blue?" --temperature 0.7 --seed 1"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's own options."""
+    parser.add_argument("--target", required=True, help="tiny (embedded), a folder or a hub id")
+    parser.add_argument(
+        "--draft", help="tiny, a folder or a hub id, of an EAGLE head or a small model; without it, plain"
+    )
+    parser.add_argument("--prompt", required=True, help="the text to continue, or with --chat the user's message")
+    parser.add_argument("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
+    add_device(parser)
+    parser.add_argument(
+        "--method",
+        choices=("plain", "ngram", "eagle1", "eagle2", "eagle3", "draft_model"),
+        help="default: what the draft is made for",
+    )
+    parser.add_argument(
+        "--ngram", action="store_true", help="let n-grams looked up in the text compete for an EAGLE tree's nodes"
+    )
+    parser.add_argument(
+        "--draft-window", type=positive, help="an EAGLE head reads this many last tokens (default: all)"
+    )
+    parser.add_argument(
+        "--plan", help="auto (default), off, chain:DEPTH, tree:WIDTHxDEPTHxNODES or eagle1 (EAGLE-1's tree)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="default: 1 (off)")
+    parser.add_argument("--top-k", type=int, default=0, help="default: 0 (off)")
+    parser.add_argument("--min-p", type=float, default=0.0, help="default: 0 (off)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="default: 1 (off)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        help="end at this text, which --json and --compare cut off; may be given several times",
+    )
+    parser.add_argument("--compare", action="store_true", help="decode plainly too, and compare tokens and speed")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    from draftwing.api import load
+    from draftwing.data.prompts import Prompt
+    from draftwing.evaluation.demo import print_stream
+
+    model = load(options.target, options.draft, options.dtype, options.device, options.method)
+    prompt = Prompt("prompt", text=options.prompt)
+    if options.chat:
+        prompt = Prompt("prompt", messages=({"role": "user", "content": options.prompt},))
+    ids = prompt.token_ids(model.tokenizer)
+    settings = {
+        name: getattr(options, name)
+        for name in (
+            *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+            *("seed", "stop", "plan", "ngram", "draft_window"),
+        )
+    }
+    if options.compare:
+        _print_comparison(model, ids, settings, options.json)
+    elif options.json:
+        generation, run = _timed_run(model, ids, settings)
+        reason = generation.outputs[0].finish_reason
+        print(json.dumps(run | {"finish_reason": reason, "statistics": generation.statistics.as_dict()}))
+    else:
+        console = Console(highlight=False)
+        generation = model.start([ids], **settings)
+        print_stream(console, generation.cycles(), model.tokenizer)
+        figures = generation.statistics
+        Console(stderr=True).print(
+            f"{figures.num_tokens} tokens in {figures.total_seconds:.2f} s, tau {figures.acceptance_length:.2f}",
+            style="dim",
+        )
+
+
+def _print_comparison(model: Any, ids: list[int], settings: dict[str, Any], as_json: bool) -> None:
+    from draftwing.evaluation.compare import warm_up
+
+    plain_model = model.with_method("plain")
+    warm_up(plain_model.start, ids, **settings)
+    warm_up(model.start, ids, **settings)
+    _, plain = _timed_run(plain_model, ids, settings)
+    generation, speculative = _timed_run(model, ids, settings)
+    result = {
+        "plain": plain,
+        "speculative": speculative,
+        "acceptance_length": generation.statistics.acceptance_length,
+        "speedup": speculative["tokens_per_second"] / plain["tokens_per_second"],
+        "identical": speculative["token_ids"] == plain["token_ids"],
+    }
+    if as_json:
+        print(json.dumps(result))
+        return
+    console = Console(highlight=False)
+    console.print(speculative["text"], markup=False)
+    console.print(
+        f"plain {plain['tokens_per_second']:.0f} tokens/s, "
+        f"{model.method} {speculative['tokens_per_second']:.0f} tokens/s "
+        f"({result['speedup']:.2f}x), tau {result['acceptance_length']:.2f}, "
+        f"identical: {'yes' if result['identical'] else 'NO'}",
+        style="bold",
+    )
+
+
+def _timed_run(model: Any, ids: list[int], settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from draftwing.decoding.stopping import cut_at_stop
+    from draftwing.evaluation.compare import timed
+
+    generation, seconds = timed(model.start, ids, **settings)
+    tokens = generation.outputs[0].tokens
+    text = cut_at_stop(model.tokenizer.decode(tokens, skip_special_tokens=True), settings["stop"])
+    return generation, {
+        "text": text,
+        "token_ids": tokens,
+        "num_tokens": len(tokens),
+        "seconds": seconds,
+        "tokens_per_second": len(tokens) / seconds,
+    }

@@ -1,0 +1,30 @@
+"""`draftwing inspect`: what a draft is, and what does not fit."""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from rich.console import Console
+
+SUMMARY = "Say what a draft head or draft model is, and what does not fit."
+EXAMPLES = """examples:
+  draftwing inspect tiny
+  draftwing inspect path/to/small-model --target path/to/large-model
+  draftwing inspect path/to/head --target meta-llama/Llama-3.1-8B-Instruct --json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's own options."""
+    parser.add_argument("draft", help="tiny, tiny-eagle1, a folder or a hub id")
+    parser.add_argument("--target", help="also check the draft against this target (config and tokenizer are enough)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    from draftwing.checkpoint.inspect import inspect_draft, report_table
+
+    report = inspect_draft(options.draft, options.target)
+    if options.json:
+        print(json.dumps(asdict(report)))
+    else:
+        Console().print(report_table(report))

@@ -1,0 +1,65 @@
+"""`draftwing plan`: what a cycle costs, what is accepted, and which trees pay."""
+
+import argparse
+import json
+
+from rich.console import Console
+
+from draftwing.cli.arguments import add_device, positive
+
+SUMMARY = "Measure what a cycle costs and what is accepted, and show which trees pay."
+EXAMPLES = """examples:
+  draftwing plan --target tiny --draft tiny
+  draftwing plan --target tiny --draft tiny --batch-size 8 --temperature 1 --json
+  draftwing plan --target path/to/model --draft path/to/head --prompts prompts.jsonl --save"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's own options."""
+    parser.add_argument("--target", required=True, help="tiny, a folder or a hub id")
+    parser.add_argument("--draft", required=True, help="tiny, tiny-eagle1, a folder or a hub id")
+    add_device(parser)
+    parser.add_argument("--method", choices=("eagle2", "eagle3", "draft_model"), help="default: what the draft is for")
+    parser.add_argument("--batch-size", type=positive, default=1, help="rows that are decoded together (default: 1)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--prompts", help="a JSONL file with prompt, messages or turns (default: the embedded ones)")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, help="per prompt (default: 64)")
+    parser.add_argument("--save", action="store_true", help="write the acceptance beside the draft, to start from")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    from draftwing.api import load, suitable_draft
+    from draftwing.checkpoint.load import ASSETS, resolve_draft
+    from draftwing.data.prompts import read_prompts
+    from draftwing.evaluation.planning import as_tables, implied_plan, measure_plan, save_acceptance
+
+    prompts = read_prompts(options.prompts or ASSETS / "tiny" / "prompts.jsonl")
+    model = load(options.target, options.draft, options.dtype, options.device, options.method)
+    ids = [prompt.token_ids(model.tokenizer) for prompt in prompts]
+    console, progress = Console(), Console(stderr=True)
+    with progress.status("measuring costs"):
+        batch_size = min(options.batch_size, len(ids))
+        costs = model.costs(batch_size)
+    with progress.status("decoding prompts, plain and with trees that size themselves"):
+        report = measure_plan(
+            model.start,
+            model.experience(batch_size, options.temperature > 0),
+            costs,
+            ids,
+            batch_size,
+            temperature=options.temperature,
+            max_new_tokens=options.max_new_tokens,
+        )
+    if options.json:
+        print(json.dumps(report.as_dict()))
+    else:
+        console.print(as_tables(report))
+        for sentence in implied_plan(report):
+            console.print(sentence)
+    if options.save:
+        name = "sampled" if options.temperature > 0 else "greedy"
+        file = save_acceptance(
+            resolve_draft(suitable_draft(options.draft, options.method)), {name: report.experience.acceptance}
+        )
+        progress.print(f"acceptance written to {file}")
