@@ -109,7 +109,7 @@ def edit_of(model: SpeculativeModel, prompt: list[int]) -> tuple[tuple[int, ...]
 def replayed_methods(model: SpeculativeModel, edits: dict[tuple[int, ...], list[int]]) -> dict[str, Start]:
     """The methods over targets that answer each prompt as prescribed."""
     replays = {
-        prompt: methods_of(SpeculativeModel(Replay(model.target, text), model.head, model.tokenizer))
+        prompt: methods_of(SpeculativeModel(Replay(model.target, text), model.draft, model.tokenizer))
         for prompt, text in edits.items()
     }
 

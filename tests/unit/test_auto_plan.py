@@ -1,5 +1,7 @@
 """Trees that size themselves: what pays, what does not, and when drafting pauses."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -39,9 +41,20 @@ def run_cycles(plan: AutoPlan, num_accepted: int, count: int) -> list[bool]:
 def test_a_level_is_drafted_while_it_brings_more_than_its_seconds() -> None:
     plan = auto_plan(1, step=0.1, node=0.01)
     likely, unlikely = torch.log(torch.tensor([[0.6, 0.2]])), torch.log(torch.tensor([[0.02, 0.01]]))
-    assert plan.goes_on(likely, depth=1)
-    assert not plan.goes_on(unlikely, depth=1)
-    assert auto_plan(1, step=0.0, node=0.0).goes_on(unlikely, depth=1), "what costs nothing pays"
+    assert plan.num_parents(likely, depth=1) > 0
+    assert plan.num_parents(unlikely, depth=1) == 0
+    assert auto_plan(1, step=0.0, node=0.0).num_parents(unlikely, depth=1) == 2, "what costs nothing pays"
+
+
+def test_a_level_is_as_wide_as_pays() -> None:
+    scores = torch.log(torch.tensor([[0.6, 0.2, 0.05, 0.01]]))
+    seconds_of_width = costs(step=0.02), dataclasses.replace(costs(), draft_step=[[0.05, 0.5]])
+    flat, rising = (
+        AutoPlan(seconds, Experience(), 1, TreePlan(4, 6, 24), TreePlan.off(), torch.device("cpu"))
+        for seconds in seconds_of_width
+    )
+    assert flat.num_parents(scores, depth=1) == 3, "the fourth node's children are not worth their verification"
+    assert rising.num_parents(scores, depth=1) == 2
 
 
 def test_nodes_are_kept_while_they_bring_more_than_their_seconds() -> None:
@@ -105,7 +118,7 @@ def test_every_tree_has_one_of_the_fixed_shapes_and_the_best_is_found() -> None:
         plan.learn(chain_facts(num_accepted=4, depth=min(cycle.depth, 4), probability=0.95))
     assert plan.next(longest=10) == TreePlan.parse("chain:4")
     assert seen <= {TreePlan.parse(shape) for shape in shapes}
-    assert plan.goes_on(torch.tensor([[-50.0]]), depth=1)
+    assert plan.num_parents(torch.tensor([[-50.0]]), depth=1) == 1
     assert plan.num_nodes(torch.tensor([[-50.0]]), limit=7) == 7
 
 

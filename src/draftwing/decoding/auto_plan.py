@@ -75,7 +75,7 @@ class AutoPlan:
         self._tokens, self._seconds = 0.0, 0.0  # what speculation has brought and cost of late
         self._running = np.arange(batch_size)
         self._costs_until = self._num_cycles = 0
-        self._num_levels = 1  # that the last tree was drafted to
+        self._levels_seconds = 0.0  # of the last tree's levels beyond the first
         self._look_up_costs(0)
         self._use_lessons()
         self._start_trial(experience.gain)
@@ -87,7 +87,7 @@ class AutoPlan:
         if self._experience.left > 0:
             self._experience.left -= 1
             return self._off
-        self._num_levels = self._shape.depth if self._shapes else 1
+        self._levels_seconds = self._costs.levels(self._shape) if self._shapes else 0.0
         return dataclasses.replace(self._shape, sizing=self)
 
     def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
@@ -95,15 +95,18 @@ class AutoPlan:
         correction = self._correction[min(depth, NUM_DEPTHS) - 1]
         return (log_probs + correction[torch.bucketize(log_probs, self._edges)]).clamp(max=-1e-3)
 
-    def goes_on(self, scores: torch.Tensor, depth: int) -> bool:
-        """Whether children of the nodes at `depth` with these scores `[B, K]` bring enough for their seconds."""
+    def num_parents(self, scores: torch.Tensor, depth: int) -> int:
+        """Of how many nodes at `depth`, with these scores `[B, K]`, the children bring most beyond their seconds."""
         if self._shapes:
-            return True
+            return scores.shape[1]
         tokens = self._tokens_of(scores) * self._continuation[min(depth + 1, NUM_DEPTHS) - 1]
-        if np.maximum(tokens - self._rate * self._few_seconds, 0.0).sum() <= self._rate * self._step_seconds:
-            return False
-        self._num_levels = depth + 1
-        return True
+        rate = self._rate
+        gains = np.maximum(tokens - rate * self._few_seconds, 0.0).cumsum() - rate * self._step_seconds[: len(tokens)]
+        best = int(gains.argmax())
+        if gains[best] <= 0:
+            return 0
+        self._levels_seconds += self._step_seconds[best]
+        return best + 1
 
     def num_nodes(self, scores: torch.Tensor, limit: int) -> int:
         """How many of the candidates with these scores `[B, M]` bring enough for their seconds, the root included."""
@@ -129,7 +132,7 @@ class AutoPlan:
         self._experience.acceptance.update(outcomes)
         fade = 1 - 1 / RATE_MEMORY
         self._tokens = self._tokens * fade + float(facts.accepted.sum()) * self._batch_size / len(facts.rows)
-        self._seconds = self._seconds * fade + self._costs.tree(self._shape.width, self._num_levels, facts.num_nodes)
+        self._seconds = self._seconds * fade + self._costs.tree(facts.num_nodes, self._levels_seconds)
         self._num_cycles += 1
         if self._shapes:
             self._weigh_shapes(facts)
@@ -167,7 +170,7 @@ class AutoPlan:
         verify = np.interp(nodes, self._costs.num_nodes, self._costs.verify[0])
         self._node_seconds = np.maximum(np.diff(verify), 0.0)  # of the second node, the third, ...
         self._few_seconds = float(self._node_seconds[:FEW_NODES].mean())
-        self._step_seconds = self._costs.step(self.largest.width)
+        self._step_seconds = np.array([self._costs.step(width) for width in range(1, self.largest.width + 1)])
 
     def _use_lessons(self) -> None:
         self._correction = torch.tensor(self._table.correction, dtype=torch.float32, device=self._edges.device)

@@ -34,7 +34,7 @@ class PlanReport:
         return {
             "costs": self.costs.as_dict(),
             "acceptance": self.experience.acceptance.as_dict(),
-            "predicted_speedup": self.experience.gain,
+            "learnt_speedup": self.experience.gain,
             "speedup": self.auto.tokens_per_second / self.plain.tokens_per_second,
             "acceptance_length": self.auto.statistics.acceptance_length,
             "node_pays_from": self.node_pays_from(),
