@@ -16,12 +16,13 @@ from draftwing.checkpoint.load import (
 )
 from draftwing.config import check_keys
 from draftwing.decoding.acceptance import AcceptanceTable
-from draftwing.decoding.auto_plan import AutoPlan, Experience
+from draftwing.decoding.auto_plan import AutoPlan
 from draftwing.decoding.costs import CycleCosts, cached_costs, measure_costs
 from draftwing.decoding.drafters import Drafter, NoDrafter
 from draftwing.decoding.drafters.draft_model import DraftModelDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.drafters.ngram import NgramDrafter
+from draftwing.decoding.experience import Experience
 from draftwing.decoding.generate import Committed, Generation, Request
 from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.sampling import SamplingParams

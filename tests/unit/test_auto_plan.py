@@ -8,7 +8,8 @@ import torch
 from conftest import auto_plan, costs
 
 from draftwing.decoding.acceptance import EDGES
-from draftwing.decoding.auto_plan import LONGEST_PAUSE, TRIAL, AutoPlan, Experience
+from draftwing.decoding.auto_plan import LOOKUP_TRIAL, TRIAL, AutoPlan
+from draftwing.decoding.experience import LONGEST_PAUSE, Experience
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.tree import CycleFacts
 
@@ -92,7 +93,7 @@ def test_a_useless_drafter_is_paused_for_longer_and_longer() -> None:
     assert drafts[:TRIAL] == [True] * TRIAL
     assert sum(drafts) < 0.03 * len(drafts)
     assert experience.gain < 1
-    assert experience.pause == LONGEST_PAUSE
+    assert experience.pause.length == LONGEST_PAUSE
 
 
 def test_the_next_request_starts_where_the_last_one_ended() -> None:
@@ -106,6 +107,20 @@ def test_a_good_drafter_is_never_paused_and_one_that_turns_good_is_found_out() -
     plan = auto_plan(1)
     run_cycles(plan, num_accepted=0, count=100)
     assert all(run_cycles(plan, num_accepted=3, count=300)[-40:])
+
+
+@pytest.mark.parametrize("brings", [True, False])
+def test_lookups_are_paused_while_the_draft_knows_as_much(brings: bool) -> None:
+    plan = auto_plan(1, largest=TreePlan(4, 6, 24).with_lookup())
+    facts = chain_facts(num_accepted=3)
+    if brings:
+        facts = dataclasses.replace(facts, drafted=facts.drafted & (facts.depths < 3))
+    looked_up = []
+    for _ in range(200):
+        looked_up.append(plan.next(longest=10).lookup_depth > 0)
+        plan.learn(facts)
+    assert looked_up[:LOOKUP_TRIAL] == [True] * LOOKUP_TRIAL
+    assert all(looked_up) if brings else sum(looked_up) < 60
 
 
 def test_every_tree_has_one_of_the_fixed_shapes_and_the_best_is_found() -> None:

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from draftwing.checkpoint.load import ACCEPTANCE_FILE
 from draftwing.decoding.acceptance import EDGES, NUM_DEPTHS, AcceptanceTable
-from draftwing.decoding.auto_plan import Experience
 from draftwing.decoding.costs import CycleCosts
+from draftwing.decoding.experience import Experience
 from draftwing.evaluation.compare import MethodResult, PromptResult, Start
 
 BAR = 40
