@@ -139,7 +139,12 @@ def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts]) -> C
 
 
 def measure_costs(
-    target: TargetModel, new_drafter: DrafterFactory, batch_size: int, largest: TreePlan, cycles: int = 10
+    target: TargetModel,
+    new_drafter: DrafterFactory,
+    batch_size: int,
+    largest: TreePlan,
+    cycles: int = 10,
+    contexts: Sequence[int] = CONTEXTS,
 ) -> CycleCosts:
     """Time the engine's own stages with the plans that tell them apart, up to the largest.
 
@@ -147,7 +152,7 @@ def measure_costs(
     large target on a CPU takes long.
     """
     limit = target.max_positions or 4 * CONTEXTS[-1]
-    contexts = sorted({max(1, min(context, limit // 4)) for context in CONTEXTS})
+    contexts = sorted({max(1, min(context, limit // 4)) for context in contexts})
     widths = [width for width in WIDTHS if width < largest.width] + [largest.width]
     sizes = [num_nodes for num_nodes in NUM_NODES if num_nodes < largest.num_nodes] + [largest.num_nodes]
     plans = [TreePlan.off(target.best_single_row if batch_size == 1 else 1)]
