@@ -29,6 +29,7 @@ from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.statistics import Statistics
 from draftwing.decoding.stopping import StopRule
 from draftwing.models.eagle3 import Eagle3Model
+from draftwing.models.fused import FusedTarget, can_fuse
 from draftwing.models.packed import pack_linears
 from draftwing.models.target import TargetModel
 from draftwing.provenance import provenance
@@ -337,6 +338,8 @@ def load(
     chosen = parse_dtype(dtype)
     loaded = load_target(target, chosen, device, **options)
     pack_linears(loaded.model)
+    if can_fuse(loaded.model):
+        loaded = FusedTarget(loaded.model)
     draft = draft and suitable_draft(draft, method)
     tokenizer = load_tokenizer(target)
     if draft is None or method in ("plain", "ngram"):
