@@ -1,10 +1,13 @@
 """Training-time test: its attention, its loss against a slow loop over slots, and that it trains what drafting runs."""
 
 import copy
+import warnings
+from collections.abc import Sequence
 
 import pytest
 import torch
 from conftest import tiny_llama
+from torch.nn.attention.flex_attention import flex_attention
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.config import TrainConfig
@@ -13,8 +16,9 @@ from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import uncoupled_rank
 from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.target import TargetModel
-from draftwing.training.objectives import HeadTraining, draft_mask
-from draftwing.training.ttt import TttAttention, shift_left
+from draftwing.training.objectives import HeadTraining
+from draftwing.training.slots import SupervisedSlots
+from draftwing.training.ttt import TttAttention, _block_mask, flex_merged_attention, shift_left
 
 STEPS = 4
 EAGLE3 = TrainConfig(objective="eagle3", output="", target="unused", ttt_steps=STEPS, ttt_decay=0.5)
@@ -24,7 +28,7 @@ EAGLE1 = TrainConfig(objective="eagle1", output="", target="unused", token_loss_
 def explicit_attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """`[B, H, Q, dim]` queries over `[B, H, K, dim]` keys where `mask [Q, K]` -> `[B, Q, H * dim]`."""
+    """`[B, H, Q, dim]` queries over `[B, H, K, dim]` keys where `mask [..., Q, K]` -> `[B, Q, H * dim]`."""
     scores = queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5
     return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values).transpose(1, 2).flatten(2)
 
@@ -34,6 +38,28 @@ def causal_attention(layer: int, queries: torch.Tensor, keys: torch.Tensor, valu
     groups, length = queries.shape[1] // keys.shape[1], queries.shape[2]
     keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
     return explicit_attention(queries, keys, values, torch.ones(length, length, dtype=torch.bool).tril())
+
+
+def random_steps(length: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Queries of 4 heads, keys and values of 2, of three steps of two rows."""
+    torch.manual_seed(0)
+    shapes = [(2, 4, length, 8), (2, 2, length, 8), (2, 2, length, 8)]
+    return [tuple(torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes) for _ in range(3)]  # type: ignore[misc]
+
+
+def explicit_steps(steps: Sequence[Sequence[torch.Tensor]], documents: torch.Tensor | None) -> list[torch.Tensor]:
+    """The attention of each step by one matrix of scores over all steps' keys and one mask."""
+    length = steps[0][0].shape[2]
+    causal, own = torch.ones(2, length, length, dtype=torch.bool).tril(), torch.eye(length, dtype=torch.bool)
+    if documents is not None:
+        causal &= documents[:, :, None] == documents[:, None, :]
+    outputs = []
+    for step, (queries, _, _) in enumerate(steps):
+        keys = torch.cat([k for _, k, _ in steps[: step + 1]], dim=2).repeat_interleave(2, dim=1)
+        values = torch.cat([v for _, _, v in steps[: step + 1]], dim=2).repeat_interleave(2, dim=1)
+        mask = torch.cat([causal] + [own.expand(2, -1, -1)] * step, dim=2)
+        outputs.append(explicit_attention(queries, keys, values, mask[:, None]))
+    return outputs
 
 
 def random_batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,40 +84,52 @@ class TestShiftLeft:
         assert shift_left(torch.tensor([[1, 2]]), 5).tolist() == [[0, 0]]
 
 
-class TestDraftMask:
-    def test_the_example_of_its_docstring(self) -> None:
-        """Tokens: user, hi, assistant, yes, sir, end, padding."""
-        mask = torch.tensor([[0, 0, 0, 1, 1, 1, 0]], dtype=torch.bool)
-        assert draft_mask(mask).int().tolist() == [[0, 1, 1, 1, 0, 0, 0]]
-
-    def test_two_turns(self) -> None:
-        mask = torch.tensor([[0, 0, 1, 1, 0, 0, 0, 1, 1]], dtype=torch.bool)
-        assert draft_mask(mask).int().tolist() == [[1, 1, 0, 0, 0, 1, 1, 0, 0]]
-
-    def test_the_last_two_slots_have_nothing_to_predict(self) -> None:
-        assert draft_mask(torch.ones(1, 5, dtype=torch.bool)).int().tolist() == [[1, 1, 1, 0, 0]]
-
-
 class TestTttAttention:
-    def test_equals_explicit_masks_over_all_keys(self) -> None:
-        """Step 0's keys are read causally; of each later step, a slot reads its own key alone."""
-        torch.manual_seed(0)
-        length, attend = 5, TttAttention()
-        steps = [
-            (
-                torch.randn(2, 4, length, 8, dtype=torch.float64),
-                torch.randn(2, 2, length, 8, dtype=torch.float64),
-                torch.randn(2, 2, length, 8, dtype=torch.float64),
-            )
-            for _ in range(3)
-        ]
-        causal, own = torch.ones(length, length, dtype=torch.bool).tril(), torch.eye(length, dtype=torch.bool)
-        for step, (queries, keys, values) in enumerate(steps):
-            all_keys = torch.cat([k for _, k, _ in steps[: step + 1]], dim=2).repeat_interleave(2, dim=1)
-            all_values = torch.cat([v for _, _, v in steps[: step + 1]], dim=2).repeat_interleave(2, dim=1)
-            mask = torch.cat([causal] + [own] * step, dim=1)
-            expected = explicit_attention(queries, all_keys, all_values, mask)
-            torch.testing.assert_close(attend(0, queries, keys, values), expected, rtol=1e-5, atol=1e-6)
+    @pytest.mark.parametrize("documents", [None, [[0, 0, 0, 1, 1], [0, 1, 1, 1, -1]]])
+    def test_equals_explicit_masks_over_all_keys(self, documents: list[list[int]] | None) -> None:
+        """Step 0's keys are read causally in a document; of each later step, a slot reads its own key alone."""
+        steps = random_steps(5)
+        ids = None if documents is None else torch.tensor(documents)
+        expected, inputs = explicit_steps(steps, ids), [x for step in steps for x in step]
+        attend = TttAttention(ids)
+        outputs = [attend(0, *step) for step in steps]
+        torch.testing.assert_close(outputs, expected)
+        upstream = [torch.randn_like(output) for output in outputs]
+        torch.testing.assert_close(
+            torch.autograd.grad(outputs, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
+        )
+
+    @pytest.mark.parametrize("documents", [None, [[0, 0, 0, 1, 1], [0, 1, 1, 1, -1]]])
+    def test_flex_attention_is_merged_alike(self, documents: list[list[int]] | None) -> None:
+        """What runs on CUDA, here by the plain implementation of flex attention."""
+        steps = [tuple(x.float().detach() for x in step) for step in random_steps(5)]
+        ids = None if documents is None else torch.tensor(documents)
+        mask = _block_mask(ids, 5, torch.device("cpu"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # flex attention warns that it is not compiled
+            outputs = [
+                flex_merged_attention(
+                    queries, steps[0][1:], [past[1:] for past in steps[1 : step + 1]], mask, flex_attention
+                )
+                for step, (queries, _, _) in enumerate(steps)
+            ]
+        outputs = [output.transpose(1, 2).flatten(2) for output in outputs]
+        torch.testing.assert_close(outputs, explicit_steps(steps, ids))
+
+    def test_no_scores_are_kept_for_the_backward_pass(self) -> None:
+        length = 64
+        kept: list[int] = []
+        attend = TttAttention(torch.zeros(2, length, dtype=torch.int64))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            for step in random_steps(length):
+                attend(0, *step)
+        assert max(kept) == 2 * 4 * length * 8  # the queries; the scores of one step have 2 * 4 * length * length
+
+    def test_bf16_follows_the_values_dtype(self) -> None:
+        """Under autocast queries and keys come in float32, rotated, and values in bf16."""
+        (queries, keys, values), *_ = random_steps(5)
+        output = TttAttention()(0, queries.float(), keys.float(), values.bfloat16())
+        assert output.dtype == torch.bfloat16
 
     def test_layers_remember_apart(self) -> None:
         torch.manual_seed(0)
@@ -208,13 +246,16 @@ def test_training_computes_what_drafting_computes(
 
     recorded: list[torch.Tensor] = []
     recorder = copy.copy(head)
-    object.__setattr__(recorder, "logits", lambda output: recorded.append(head.logits(output)) or recorded[-1])
+    object.__setattr__(recorder, "readout", lambda output: recorded.append(head.logits(output)) or head.readout(output))
     sequence = torch.cat((observed, tree.tokens[:, 1:], torch.tensor([[1, 2]])), dim=1)
-    HeadTraining(recorder, target, EAGLE3)(sequence, torch.ones_like(sequence, dtype=torch.bool))
+    mask = torch.ones_like(sequence, dtype=torch.bool)
+    HeadTraining(recorder, target, EAGLE3)(sequence, mask)
     assert len(recorded) == STEPS
+    slots = SupervisedSlots.of(mask, torch.arange(sequence.shape[1])[None])
     score = 0.0
     for step, logits in enumerate(recorded):
-        log_probs = logits[0, slot].log_softmax(-1)
+        row = int((slots.student(step) == slot).nonzero()[-1])
+        log_probs = logits[row].log_softmax(-1)
         assert head.vocab.to_target(log_probs.argmax()) == tree.tokens[0, step + 1]
         score += log_probs.max().item()
         assert tree.scores[0, step + 1].item() == pytest.approx(score, abs=1e-4)
