@@ -67,6 +67,8 @@ class TrainConfig:
     which goes over from KL to the acceptance rate (training/losses.py)."""
     lk_decay: float = 3.0
     """How fast `lk` leaves KL as acceptance rises (eta; arXiv 2602.23881)."""
+    feature_steps: int = 1
+    """EAGLE-1's training-time-test steps; with more than 1 it learns to go on from features of its own (as HASS)."""
     feature_noise: float = 0.1
     """EAGLE-1's uniform noise on the input features, half width (EAGLE paper, 3.2)."""
     token_loss_weight: float = 0.1
@@ -83,7 +85,7 @@ class TrainConfig:
             raise ValueError(f"lk_decay: expected at least 0, got {self.lk_decay}")
         if self.objective != "language_model" and not self.target:
             raise ValueError(f"target: {self.objective} needs the model that the head drafts for")
-        for name in ("sequence_length", "batch_size", "max_steps", "ttt_steps", "log_every"):
+        for name in ("sequence_length", "batch_size", "max_steps", "ttt_steps", "feature_steps", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 

@@ -1,28 +1,35 @@
 """Training-time test: its attention, its loss against a slow loop over slots, and that it trains what drafting runs."""
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_llama
+from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from draftwing.checkpoint.load import DraftNetwork
-from draftwing.config import TrainConfig
+from draftwing.config import Loss, TrainConfig
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import uncoupled_rank
 from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.target import TargetModel
+from draftwing.training.heads import new_head
+from draftwing.training.losses import feature_regression
 from draftwing.training.objectives import HeadTraining
-from draftwing.training.slots import SupervisedSlots
+from draftwing.training.slots import SupervisedSlots, document_positions
 from draftwing.training.ttt import TttAttention, _block_mask, flex_merged_attention, shift_left
 
 STEPS = 4
 EAGLE3 = TrainConfig(objective="eagle3", output="", target="unused", ttt_steps=STEPS, ttt_decay=0.5)
 EAGLE1 = TrainConfig(objective="eagle1", output="", target="unused", token_loss_weight=0.3)
+CONFIGS = {"eagle1": EAGLE1, "eagle3": EAGLE3}
 
 
 def explicit_attention(
@@ -145,15 +152,15 @@ class SlowSlot:
 
     def __init__(self, head: DraftNetwork, features: torch.Tensor, tokens: torch.Tensor, slot: int) -> None:
         self._head, self._tokens, self._slot = head, tokens, slot
-        self._hidden = head.fuse(features[: slot + 1])
+        self.hidden = head.fuse(features[: slot + 1])
 
     def logits(self, step: int) -> torch.Tensor:
         """Draft logits of x_{slot + 2 + step}; steps are to be asked for in order."""
         length = self._slot + 1 + step
         read = self._tokens[1 : length + 1]  # slot t reads x_{t+1}; step j of this slot reads x_{slot+1+j}
         positions = torch.arange(length)
-        output = self._head(self._hidden[None], read[None], positions[None], causal_attention)[0, -1]
-        self._hidden = torch.cat((self._hidden, self._head.feed_back(output)[None]))
+        output = self._head(self.hidden[None], read[None], positions[None], causal_attention)[0, -1]
+        self.hidden = torch.cat((self.hidden, self._head.feed_back(output)[None]))
         return self._head.logits(output)
 
 
@@ -178,8 +185,9 @@ class TestEagle3Loss:
                         continue
                     said = output.logits[row, slot + 1 + step]  # the target's distribution of x_{slot + 2 + step}
                     hits[step].append(int(draft_ids[log_q.argmax()]) == int(said.argmax()))
-                    if said.argmax() in draft_ids:
-                        losses[step].append(-(said[draft_ids].softmax(-1) * log_q).sum().item())
+                    is_drafted = said.argmax() in draft_ids  # else it is supervised by nothing, but counts
+                    loss = -(said[draft_ids].softmax(-1) * log_q).sum().item()
+                    losses[step].append(loss if is_drafted else 0.0)
         means = [sum(values) / len(values) for values in losses]
 
         training = HeadTraining(head, target, EAGLE3)
@@ -220,6 +228,22 @@ class TestEagle3Loss:
             head.fc.weight -= 2 * step
             below = training(*batch)["loss"].item()
         assert (above - below) / 2e-3 == pytest.approx(gradient.norm().item(), rel=1e-3)
+
+    @pytest.mark.parametrize("method", ["eagle1", "eagle3"])
+    @torch.no_grad()
+    def test_batches_split_over_processes_add_up(
+        self, target: TargetModel, heads: dict[str, DraftNetwork], method: str
+    ) -> None:
+        """With the slots of all of them counted; a mean of their own means is another number."""
+        training = HeadTraining(heads[method], target, EAGLE1 if method == "eagle1" else EAGLE3).eval()
+        input_ids, loss_mask = random_batch()
+        whole = training(input_ids, loss_mask)["loss"]
+        num_slots = training.count_slots(loss_mask)
+        rows = [(input_ids[row : row + 1], loss_mask[row : row + 1]) for row in range(2)]
+        parts = [training(*row, num_items_in_batch=num_slots)["loss"] for row in rows]
+        torch.testing.assert_close(parts[0] + parts[1], whole)
+        means = [training(*row)["loss"] for row in rows]
+        assert abs((means[0] + means[1]) / 2 - whole) > 1e-3
 
     @pytest.mark.parametrize("method", ["eagle1", "eagle3"])
     def test_the_target_is_frozen(self, target: TargetModel, heads: dict[str, DraftNetwork], method: str) -> None:
@@ -288,6 +312,28 @@ class TestEagle1Loss:
         assert training(input_ids, loss_mask)["loss"].item() == pytest.approx(expected, rel=1e-5)
 
     @torch.no_grad()
+    def test_further_steps_read_their_own_features(self, target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
+        """As SlowSlot drafts: `feature_steps`, each with its regression and cross-entropy."""
+        head, (input_ids, loss_mask) = heads["eagle1"].eval(), random_batch()
+        output = target.model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
+        features, steps, totals, counts = output.hidden_states[-1], 3, [0.0] * 3, [0] * 3
+        for row in range(2):
+            for slot in range(input_ids.shape[1] - 2):
+                slow = SlowSlot(head, features[row], input_ids[row], slot)
+                for step in range(min(steps, input_ids.shape[1] - 2 - slot)):
+                    log_q = slow.logits(step).log_softmax(-1)
+                    if loss_mask[row, slot + 2 + step]:
+                        teacher = slot + 1 + step
+                        totals[step] -= 0.3 * (output.logits[row, teacher].softmax(-1) * log_q).sum().item()
+                        totals[step] += feature_regression(slow.hidden[-1], features[row, teacher]).item()
+                        counts[step] += 1
+        config = dataclasses.replace(EAGLE1, feature_steps=steps, ttt_decay=0.5)
+        training = HeadTraining(head, target, config).eval()
+        expected = sum(0.5**step * totals[step] / counts[step] for step in range(steps))
+        assert training(input_ids, loss_mask)["loss"].item() == pytest.approx(expected, rel=1e-5)
+        assert training.pop_metrics(training=False)["loss"] == pytest.approx(expected, rel=1e-5)
+
+    @torch.no_grad()
     def test_noise_is_added_in_training_only(self, target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
         training, batch = HeadTraining(copy.deepcopy(heads["eagle1"]), target, EAGLE1), random_batch()
         torch.manual_seed(0)
@@ -295,6 +341,200 @@ class TestEagle1Loss:
         quiet = [training.eval()(*batch)["loss"].item() for _ in range(2)]
         assert noisy[0] != noisy[1]
         assert quiet[0] == quiet[1]
+
+
+ROWS = [[5, 9, 3, 17, 8, 2, 40, 11], [7, 7], [30, 2, 19, 4, 55, 23, 6], [12], [1, 2, 3, 4]]
+"""Five documents, one of a single token."""
+PACKED = [[0, 1, 2], [3, 4]]
+"""Which documents lie in which packed row; the second is padded."""
+
+
+def as_rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """The documents in rows of their own: ids and loss mask (the first two tokens are a prompt)."""
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ROWS], batch_first=True)
+    lengths = torch.tensor([[len(row)] for row in ROWS])
+    slots = torch.arange(ids.shape[1])
+    return ids, (slots >= 2) & (slots < lengths)
+
+
+def as_packed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same, packed: ids, loss mask, document ids."""
+    ids, mask = as_rows()
+    packed: list[list[torch.Tensor]] = [[], [], []]
+    for members in PACKED:
+        packed[0].append(torch.cat([ids[row][: len(ROWS[row])] for row in members]))
+        packed[1].append(torch.cat([mask[row][: len(ROWS[row])] for row in members]))
+        packed[2].append(torch.cat([torch.full((len(ROWS[row]),), n) for n, row in enumerate(members)]))
+    fill = (63, False, -1)
+    parts = (nn.utils.rnn.pad_sequence(x, batch_first=True, padding_value=f) for x, f in zip(packed, fill, strict=True))
+    return tuple(parts)  # type: ignore[return-value]
+
+
+def loss_and_gradients(training: HeadTraining, *batch: torch.Tensor, **more: torch.Tensor) -> list[torch.Tensor]:
+    training.head.zero_grad()
+    loss = training(*batch, **more)["loss"]
+    loss.backward()
+    gradients = [p.grad for p in training.head.parameters() if p.grad is not None]
+    assert len(gradients) > 5
+    return [loss.detach(), *gradients]
+
+
+def target_with(attention: str, **options: Any) -> TargetModel:
+    model = tiny_llama(**options)
+    model.set_attn_implementation(attention)
+    return TargetModel(model)
+
+
+class TestPacking:
+    @pytest.mark.parametrize("attention", ["draftwing", "sdpa", "eager"])
+    @pytest.mark.parametrize("method", ["eagle1", "eagle3"])
+    def test_equals_documents_in_rows_of_their_own(
+        self, heads: dict[str, DraftNetwork], method: str, attention: str
+    ) -> None:
+        training = HeadTraining(copy.deepcopy(heads[method]), target_with(attention), CONFIGS[method]).eval()
+        expected = loss_and_gradients(training, *as_rows())
+        assert expected[0] > 0
+        alone = training.pop_metrics(training=False)
+        actual = loss_and_gradients(training, *as_packed())
+        torch.testing.assert_close(actual, expected)
+        assert training.pop_metrics(training=False) == pytest.approx(alone)
+        ids, mask, documents = as_packed()
+        assert training.count_slots(mask, documents).tolist() == training.count_slots(as_rows()[1]).tolist()
+
+    def test_without_document_ids_the_rows_would_be_read_as_one(
+        self, target: TargetModel, heads: dict[str, DraftNetwork]
+    ) -> None:
+        training = HeadTraining(heads["eagle3"], target, EAGLE3)
+        packed = as_packed()
+        assert training(*packed)["loss"].item() != pytest.approx(training(*packed[:2])["loss"].item(), rel=1e-3)
+
+    def test_sliding_windows_count_positions(self) -> None:
+        torch.manual_seed(0)
+        config = MistralConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, sliding_window=3, initializer_range=0.25, attn_implementation="draftwing",
+        )  # fmt: skip
+        model = TargetModel(MistralForCausalLM(config).double().eval())
+        ids, _ = as_rows()
+        packed_ids, _, documents = as_packed()
+        alone = model.read_rows(ids, (1, -1))
+        packed = model.read_rows(packed_ids, (1, -1), document_positions(documents), documents)
+        for row, members in enumerate(PACKED):
+            length = sum(len(ROWS[member]) for member in members)
+            expected = torch.cat([alone.features[member][: len(ROWS[member])] for member in members])
+            torch.testing.assert_close(packed.features[row, :length], expected)
+
+    def test_given_features_replace_the_target(self, target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
+        for method, head in heads.items():
+            training = HeadTraining(copy.deepcopy(head), target, CONFIGS[method]).eval()
+            ids, mask, documents = as_packed()
+            layers = head.config.feature_layers
+            states = target.read_rows(ids, layers, document_positions(documents), documents)
+            expected = loss_and_gradients(training, ids, mask, documents)
+            given = {"document_ids": documents, "features": states.features, "last_hidden": states.last_hidden}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(target, "read_rows", None)
+                torch.testing.assert_close(loss_and_gradients(training, ids, mask, **given), expected, rtol=0, atol=0)
+
+
+class TestLosses:
+    @pytest.mark.parametrize("loss", ["cross_entropy", "lk"])
+    @pytest.mark.parametrize("method", ["eagle1", "eagle3"])
+    def test_gradients_equal_finite_differences(
+        self, target: TargetModel, heads: dict[str, DraftNetwork], method: str, loss: Loss
+    ) -> None:
+        """For lk with lambda held: eta = 0 is KL, a large one the acceptance rate."""
+        for eta in (0.0, 1e9) if loss == "lk" else (3.0,):
+            head = copy.deepcopy(heads[method])
+            config = dataclasses.replace(CONFIGS[method], loss=loss, lk_decay=eta)
+            training = HeadTraining(head, target, config).eval()
+            loss_and_gradients(training, *random_batch())
+            gradient = head.fc.weight.grad.clone()
+            step = 1e-6 * gradient / gradient.norm()  # short, as minima have kinks
+            with torch.no_grad():
+                head.fc.weight += step
+                above = training(*random_batch())["loss"].item()
+                head.fc.weight -= 2 * step
+                below = training(*random_batch())["loss"].item()
+            assert (above - below) / 2e-6 == pytest.approx(gradient.norm().item(), rel=1e-3)
+
+    @pytest.mark.parametrize("loss", ["kl", "cross_entropy", "lk"])
+    def test_training_raises_the_acceptance_rate(
+        self, target: TargetModel, heads: dict[str, DraftNetwork], loss: Loss
+    ) -> None:
+        head = copy.deepcopy(heads["eagle3"])
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in head.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        training = HeadTraining(head, target, dataclasses.replace(EAGLE3, loss=loss))
+        optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
+        rates = []
+        for _ in range(12):
+            optimizer.zero_grad()
+            training(*random_batch())["loss"].backward()
+            optimizer.step()
+            rates.append(training.pop_metrics(training=True)["acceptance_rate_0"])
+        assert rates[-1] > rates[0] + 0.1
+
+
+class TestOptions:
+    def test_eagle31_feeds_back_the_normed_output(self, target: TargetModel) -> None:
+        """`fc_norm` and `norm_output` in `architecture`; the state of step 1 has been through the norm."""
+        config = dataclasses.replace(EAGLE3, aux_layers=(1, 3, 5), architecture={"fc_norm": True, "norm_output": True})
+        torch.manual_seed(0)
+        head = new_head(config, target, []).double()
+        assert isinstance(head, Eagle3Model)
+        assert len(head.fc_norm) == 3
+        read: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
+        head.midlayer.register_forward_hook(
+            lambda _, inputs, output: (read.append(inputs[1]), outputs.append(output))[0]
+        )
+        loss_and_gradients(HeadTraining(head, target, config), *random_batch())
+        for step in range(1, STEPS):
+            torch.testing.assert_close(read[step], head.norm(outputs[step - 1]))
+            assert not torch.allclose(read[step], outputs[step - 1])
+
+    def test_a_capped_target_teaches_capped_logits(self, heads: dict[str, DraftNetwork]) -> None:
+        capped = gemma2()
+        model, (ids, mask) = TargetModel(capped), random_batch()
+        hidden = model.read_rows(ids, (-1,)).last_hidden
+        expected = capped(input_ids=ids).logits
+        torch.testing.assert_close(model.logits(hidden), expected)
+        config = dataclasses.replace(EAGLE3, ttt_steps=1, aux_layers=(0, 1, 2))
+        head = new_head(config, model, []).double()
+        training = HeadTraining(head, model, config)
+        loss = training(ids, mask)["loss"].item()
+        features = torch.cat(capped(input_ids=ids, output_hidden_states=True).hidden_states[:3], dim=-1)
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        log_q = head.logits(head(head.fuse(features), shift_left(ids, 1), positions, causal_attention)).log_softmax(-1)
+        losses = -(shift_left(expected, 1).softmax(-1) * log_q).sum(-1)
+        assert loss == pytest.approx(losses[shift_left(mask, 2)].mean().item(), rel=1e-5)
+
+    def test_logits_changed_in_an_unknown_way_are_refused(self, heads: dict[str, DraftNetwork]) -> None:
+        model = tiny_llama()
+        target = TargetModel(model)
+        target.check_logits()
+        model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", 3 * output.logits))
+        with pytest.raises(ValueError, match="target: LlamaForCausalLM changes its logits"):
+            HeadTraining(heads["eagle3"], target, EAGLE3)(*random_batch())
+
+    def test_a_row_longer_than_the_heads_positions(self, target: TargetModel) -> None:
+        config = dataclasses.replace(EAGLE3, aux_layers=(1, 3, 5), architecture={"max_position_embeddings": 8})
+        training = HeadTraining(new_head(config, target, []).double(), target, config)
+        assert training(*random_batch())["loss"] > 0
+
+
+def gemma2() -> Gemma2ForCausalLM:
+    """A tiny Gemma 2, whose logits are capped."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0, initializer_range=0.5,
+        attn_implementation="draftwing",
+    )  # fmt: skip
+    return Gemma2ForCausalLM(config).double().eval()
 
 
 class TestMetrics:
@@ -307,21 +547,36 @@ class TestMetrics:
         assert metrics["tau_sim"] == pytest.approx(1 + a + a * b + a * b * c + a * b * c * d)
 
     @torch.no_grad()
-    def test_they_are_means_over_the_batches_since_the_last_call(
+    def test_they_are_means_over_the_slots_since_the_last_call(
         self, target: TargetModel, heads: dict[str, DraftNetwork]
     ) -> None:
+        """In whatever batches the slots came: as the loss of all of them in one."""
         training, (input_ids, loss_mask) = HeadTraining(heads["eagle3"], target, EAGLE3), random_batch()
-        losses = [training(input_ids[row : row + 1], loss_mask[row : row + 1])["loss"].item() for row in range(2)]
-        assert training.pop_metrics(training=True)["loss"] == pytest.approx(sum(losses) / 2)
+        whole = training(input_ids, loss_mask)["loss"].item()
+        assert training.pop_metrics(training=True)["loss"] == pytest.approx(whole)
+        for row in range(2):
+            training(input_ids[row : row + 1], loss_mask[row : row + 1])
+        assert training.pop_metrics(training=True)["loss"] == pytest.approx(whole)
+        assert training.pop_metrics(training=True) == {}
+
+    @torch.no_grad()
+    def test_they_are_reduced_over_processes(self, target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
+        training, (input_ids, loss_mask) = HeadTraining(heads["eagle1"].eval(), target, EAGLE1).eval(), random_batch()
+        whole = training(input_ids, loss_mask)["loss"].item()
+        training.pop_metrics(training=False)
         training(input_ids[:1], loss_mask[:1])
-        assert training.pop_metrics(training=True)["loss"] == pytest.approx(losses[0])
+        others: list[torch.Tensor] = []
+        training.pop_metrics(training=False, reduce=lambda sums: others.append(sums) or sums)
+        training(input_ids[1:], loss_mask[1:])
+        metrics = training.pop_metrics(training=False, reduce=lambda sums: sums + others[0])
+        assert metrics["loss"] == pytest.approx(whole)
 
     @torch.no_grad()
     def test_tau_sim_takes_more_than_ten_steps_in_order(self, heads: dict[str, DraftNetwork]) -> None:
         config = TrainConfig(objective="eagle3", output="", target="unused", ttt_steps=12)
         training = HeadTraining(heads["eagle3"], TargetModel(tiny_llama()), config)
         for step in range(12):
-            training._sums[True][f"accuracy_{step}"] = 1 - step / 12
+            training._sums[True][f"accuracy_{step}"] = torch.tensor([12 - step, 12])
         product, tau = 1.0, 1.0
         for step in range(12):
             product *= 1 - step / 12

@@ -133,7 +133,9 @@ class _FusedLoss(torch.autograd.Function):
         with torch.autocast(outputs.device.type, enabled=False):  # what is to be cast is; the rest stays wide
             for start in range(0, len(outputs), size):
                 total += _run_chunk(slice(start, start + size), outputs, head, settings, gradients, sums)
-        ctx.gradients = [g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)]
+        ctx.gradients = [
+            None if x is None or g is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)
+        ]
         ctx.mark_non_differentiable(sums)
         return total, sums
 

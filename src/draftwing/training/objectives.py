@@ -1,6 +1,6 @@
 """What a head learns from one batch: the tokens (and for EAGLE-1 the features) of training-time-test steps."""
 
-from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,17 +17,22 @@ from draftwing.training.ttt import TttAttention, shift_left
 
 
 class HeadTraining(nn.Module):
-    """A head with its frozen target: `forward(batch)` gives the loss; metrics of each step are summed on the side."""
+    """A head with its frozen target: `forward(batch)` gives the loss; metrics of each step are summed on the side.
+
+    A step's loss is a mean over the slots that it supervises. Their number follows from the loss mask alone, so it can
+    be summed over processes and accumulated batches before the first of them runs (`count_slots`). All parameters are
+    used in `forward`, so this is the module to wrap for DDP or FSDP.
+    """
 
     def __init__(self, head: EagleModel | Eagle3Model, target: TargetModel, config: TrainConfig) -> None:
         super().__init__()
         self.head = head
-        self._target = target  # a TargetModel is no module, so its weights are not saved
+        self.target = target  # a TargetModel is no module, so its weights are not saved
         target.model.requires_grad_(False)  # nor trained, though the head shares its embedding or output head
         self._config = config
         self._is_checked = False
-        # Sums over the batches since they were last read, apart for training and evaluation.
-        self._sums: dict[bool, dict[str, Any]] = {True: defaultdict(float), False: defaultdict(float)}
+        # (Sum, count) of each figure since they were last read, apart for training and evaluation.
+        self._sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
         assert isinstance(target.output_head, nn.Linear), "a packed target cannot be trained with"
         weight = target.output_head.weight
         self._target_head = OutputHead(weight, target.output_head.bias, target.logit_transform)
@@ -47,6 +52,7 @@ class HeadTraining(nn.Module):
         document_ids: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
         last_hidden: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | None = None,
         **_: Any,
     ) -> dict[str, torch.Tensor]:
         """The batch's `loss`.
@@ -55,37 +61,50 @@ class HeadTraining(nn.Module):
             input_ids: `[B, S]`, right-padded or packed.
             loss_mask: `[B, S]`, True for the tokens that are the model's to say.
             document_ids: `[B, S]`, ascending from 0, -1 for padding, of packed rows; no step crosses a document.
-            features: `[B, S, F]`, and `last_hidden [B, S, D]`, the output of the target's final norm, of a target
-                that need not be run.
+            last_hidden: `[B, S, D]`, the output of the target's final norm, where the target need not be run;
+                `features [B, S, F]` with it, unless they are the same (EAGLE-1).
+            num_items_in_batch: `[J]` (the Trainer's name), the slots of all batches whose gradients are summed, by
+                step; default: of this batch alone.
         """
-        if document_ids is None:
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        else:
-            positions = document_positions(document_ids)
-        if features is None or last_hidden is None:
+        positions = _positions(loss_mask, document_ids)
+        if last_hidden is None:
             self._check_target()
             layers = self.head.config.feature_layers
-            states = self._target.read_rows(input_ids, layers, positions, document_ids)
+            states = self.target.read_rows(input_ids, layers, positions, document_ids)
             features, last_hidden = states.features, states.last_hidden
         slots = SupervisedSlots.of(loss_mask, positions)
+        features = last_hidden if features is None else features
         # The target may be in bf16, the head's weights are not.
         outputs = self._run_steps(features.to(self.head.fc.weight.dtype), input_ids, positions, document_ids, slots)
-        loss = self._loss(outputs, last_hidden.flatten(0, 1)[slots.teacher], slots)
-        self._add("loss", loss)
-        return {"loss": loss}
+        valid = slots.valid(self._num_steps)
+        num_slots = valid.sum(0) if num_items_in_batch is None else num_items_in_batch
+        step_weights = self._decay.to(outputs.device) / num_slots.clamp(min=1)
+        return {"loss": self._loss(outputs, last_hidden.flatten(0, 1)[slots.teacher], valid, step_weights)}
 
-    def pop_metrics(self, training: bool) -> dict[str, float]:
-        """Means over the training or evaluation batches since the last call: loss, each step's figures, tau_sim."""
-        sums = self._sums[training]
-        count = sums.pop("batches", 1)
-        metrics = {name: float(total) / count for name, total in sums.items()}
-        product, tau, step = 1.0, 1.0, 0
-        while f"accuracy_{step}" in metrics:
+    def count_slots(self, loss_mask: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """The number of slots that each training-time-test step supervises, `[J]`."""
+        slots = SupervisedSlots.of(loss_mask, _positions(loss_mask, document_ids))
+        return slots.valid(self._num_steps).sum(0)
+
+    def pop_metrics(
+        self, training: bool, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
+    ) -> dict[str, float]:
+        """Means over the training or evaluation slots since the last call: loss, each step's figures, tau_sim.
+
+        `reduce` sums a tensor over the processes.
+        """
+        sums, self._sums[training] = self._sums[training], {}
+        if not sums:
+            return {}
+        totals = reduce(torch.stack(list(sums.values()))).tolist()
+        metrics = {name: total / max(count, 1) for name, (total, count) in zip(sums, totals, strict=True)}
+        loss, product, tau = 0.0, 1.0, 1.0
+        for step, weight in enumerate(self._decay.tolist()):
+            of_tokens, of_features = metrics.get(f"loss_{step}", 0.0), metrics.get(f"regression_{step}", 0.0)
+            loss += weight * (self._token_weight * of_tokens + of_features)
             product *= metrics[f"accuracy_{step}"]
-            step += 1
             tau += product
-        sums.clear()
-        return metrics | {"tau_sim": tau}
+        return metrics | {"loss": loss, "tau_sim": tau}
 
     def _run_steps(
         self,
@@ -107,42 +126,54 @@ class HeadTraining(nn.Module):
             hidden = head.feed_back(output)
         return torch.stack(outputs, dim=1)
 
-    def _loss(self, outputs: torch.Tensor, last_hidden: torch.Tensor, slots: SupervisedSlots) -> torch.Tensor:
-        """The sum of decay^j times step j's mean loss; `outputs [U, J, D]`, `last_hidden [U, D]` at the teacher's."""
+    def _loss(
+        self, outputs: torch.Tensor, last_hidden: torch.Tensor, valid: torch.Tensor, step_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sum of the losses of `outputs [U, J, D]`, taught by the target's `last_hidden [U, D]`."""
         config, head = self._config, self.head
+        step_weights = step_weights.to(widen(outputs[:0]).dtype)
         best, log_total = summarize(last_hidden, self._target_head)
         teacher = Teacher(last_hidden, self._teacher_head.cast(), log_total, self._draft_ids[best])
-        valid = slots.valid(self._num_steps)
-        has_loss = valid & (teacher.best >= 0)[:, None]
-        num_losses, num_valid = _count(has_loss), _count(valid)
-        step_weights = config.ttt_decay ** torch.arange(self._num_steps, device=outputs.device) / num_losses
         output_head = OutputHead(head.lm_head.weight) if isinstance(head, Eagle3Model) else self._target_head
-        step_weights = step_weights.to(widen(outputs[:0]).dtype)
         loss, sums = fused_loss(outputs, output_head, teacher, valid, step_weights, (config.loss, config.lk_decay))
-        for step in range(self._num_steps):
-            self._add(f"loss_{step}", sums.loss[step] / num_losses[step])
-            self._add(f"accuracy_{step}", sums.hits[step] / num_valid[step])
-            self._add(f"acceptance_rate_{step}", sums.acceptance[step] / num_valid[step])
-        if isinstance(head, Eagle3Model):
-            return loss
-        regressions = feature_regression(outputs, last_hidden[:, None]) * has_loss
-        self._add("regression", regressions[:, 0].sum() / num_losses[0])
-        return (regressions * step_weights).sum() + config.token_loss_weight * loss
+        loss = self._token_weight * loss
+        figures = {"loss": sums.loss, "accuracy": sums.hits, "acceptance_rate": sums.acceptance}
+        if isinstance(head, EagleModel):
+            regression = (feature_regression(outputs, last_hidden[:, None]) * valid).sum(0)
+            loss = loss + (regression * step_weights).sum()
+            figures["regression"] = regression
+        self._add(figures, valid.sum(0))
+        return loss
 
     @property
     def _num_steps(self) -> int:
-        return self._config.ttt_steps if isinstance(self.head, Eagle3Model) else 1
+        return self._config.ttt_steps if isinstance(self.head, Eagle3Model) else self._config.feature_steps
+
+    @property
+    def _decay(self) -> torch.Tensor:
+        """`decay^j` of each step, `[J]` (float64)."""
+        return self._config.ttt_decay ** torch.arange(self._num_steps, dtype=torch.float64)
+
+    @property
+    def _token_weight(self) -> float:
+        return 1.0 if isinstance(self.head, Eagle3Model) else self._config.token_loss_weight
 
     def _check_target(self) -> None:
         if not self._is_checked:
-            self._target.check_logits()
+            self.target.check_logits()
             self._is_checked = True
 
-    def _add(self, name: str, value: torch.Tensor) -> None:
-        self._sums[self.training][name] += value.detach()
-        self._sums[self.training]["batches"] += name == "loss"
+    def _add(self, figures: dict[str, torch.Tensor], num_slots: torch.Tensor) -> None:
+        """Add each step's sums `[J]` over its slots; they stay on the device, so that no step waits for them."""
+        sums = self._sums[self.training]
+        for name, totals in figures.items():
+            for step, new in enumerate(torch.stack((totals.detach().double(), num_slots.double()), dim=1)):
+                key = f"{name}_{step}"
+                sums[key] = sums[key] + new if key in sums else new
 
 
-def _count(mask: torch.Tensor) -> torch.Tensor:
-    """How many slots each step's mean is over, at least 1: `[U, J]` -> `[J]`."""
-    return mask.sum(0).clamp(min=1)
+def _positions(tokens: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
+    """Positions `[B, S]` of a batch's tokens (any tensor of that shape)."""
+    if document_ids is None:
+        return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return document_positions(document_ids)

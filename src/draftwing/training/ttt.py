@@ -10,6 +10,7 @@ are made from true features, and its own key of each later step.
     2     output of step 1, slot t  x_{t+3}    t + 2     x_{t+4}    those, and step 2, slot t
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -43,7 +44,7 @@ class TttAttention:
         first, own = past[0], past[1:]
         if queries.device.type == "cuda":
             self._mask = self._mask or _block_mask(self._documents, queries.shape[2], queries.device)
-            output = flex_merged_attention(queries, first, own, self._mask, _compiled_flex_attention())
+            output: torch.Tensor = flex_merged_attention(queries, first, own, self._mask, _compiled_flex_attention())
         else:
             if self._mask is None and self._documents is not None:
                 self._mask = additive_mask(self._documents, queries.dtype)
@@ -68,6 +69,7 @@ class _MergedAttention(torch.autograd.Function):
         first_values: torch.Tensor,
         *own: torch.Tensor,
     ) -> torch.Tensor:
+        output: torch.Tensor
         output, log_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, first_keys, first_values, 0.0, mask is None, attn_mask=mask
         )
@@ -93,7 +95,7 @@ class _MergedAttention(torch.autograd.Function):
         of_own = []
         for (keys, values), weight in zip(_pairs(own), weights.unbind(-1), strict=True):
             keys, values = _per_query(keys, groups), _per_query(values, groups)
-            of_score = (weight * ((gradient * values).sum(-1) - shared))[..., None] * queries.shape[-1] ** -0.5
+            of_score = (weight * ((gradient * values).sum(-1) - shared))[..., None] / math.sqrt(queries.shape[-1])
             of_queries = of_queries + of_score * keys
             for x in (of_score * queries, weight[..., None] * gradient):
                 of_own.append(x.unflatten(1, (-1, groups)).sum(2).to(dtype))
@@ -104,6 +106,7 @@ def flex_merged_attention(
     queries: torch.Tensor, first: KeyValue, own: Sequence[KeyValue], mask: flex.BlockMask, attend: Any
 ) -> torch.Tensor:
     """The same by flex attention (`attend`), whose logsumexp has a gradient."""
+    output: torch.Tensor
     output, aux = attend(queries, *first, block_mask=mask, enable_gqa=True, return_aux=flex.AuxRequest(lse=True))
     return _merge(output, aux.lse, queries, own)[0] if own else output
 
@@ -137,7 +140,8 @@ def _merge(
 def _own_scores(queries: torch.Tensor, own: Sequence[torch.Tensor]) -> torch.Tensor:
     """Scaled products of queries `[B, Hq, S, dim]` with the n keys of the same slot: `[B, Hq, S, n]`."""
     groups, queries = queries.shape[1] // own[0].shape[1], widen(queries)
-    return torch.stack([(queries * _per_query(keys, groups)).sum(-1) for keys in own], -1) * queries.shape[-1] ** -0.5
+    products = [(queries * _per_query(keys, groups)).sum(-1) for keys in own]
+    return torch.stack(products, dim=-1) / math.sqrt(queries.shape[-1])
 
 
 def _per_query(x: torch.Tensor, groups: int) -> torch.Tensor:
