@@ -35,7 +35,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two slots at a time; seven rows of the vocabulary."""
-    monkeypatch.setattr(fused, "CHUNK_ELEMENTS", 2 * STEPS * DRAFT_VOCAB)
+    monkeypatch.setitem(fused.CHUNK_ELEMENTS, "cpu", 2 * STEPS * DRAFT_VOCAB)
 
 
 def random_teacher(transform: LogitTransform, ids: torch.Tensor) -> tuple[Teacher, TeacherProbs]:
@@ -117,7 +117,8 @@ def test_nothing_supervised_is_a_loss_of_0_with_gradients_of_0() -> None:
 def test_no_tensor_is_larger_than_a_chunk_or_an_input() -> None:
     torch.manual_seed(4)
     slots, steps, width, vocab = 40, 3, 5, 100
-    fused.CHUNK_ELEMENTS = 2 * steps * vocab
+    chunk = 2 * steps * vocab
+    fused.CHUNK_ELEMENTS["cpu"] = chunk  # the fixture puts it back
     outputs = torch.randn(slots, steps, width, requires_grad=True)
     head, weight = OutputHead(torch.randn(vocab, width)), torch.randn(vocab, width, requires_grad=True)
     hidden, valid = torch.randn(slots, width), torch.ones(slots, steps, dtype=torch.bool)
@@ -126,7 +127,7 @@ def test_no_tensor_is_larger_than_a_chunk_or_an_input() -> None:
         teacher = Teacher(hidden, head, log_total, best)
         total, _ = fused_loss(outputs, OutputHead(weight), teacher, valid, torch.ones(steps), ("lk", ETA))
         total.backward()
-    assert largest.numel == fused.CHUNK_ELEMENTS == max(fused.CHUNK_ELEMENTS, outputs.numel())
+    assert largest.numel == max(chunk, outputs.numel(), weight.numel())
     with LargestTensor() as largest:
         naive_losses("kl", outputs @ weight.T, teacher.probs(slice(None)))
     assert largest.numel == slots * steps * vocab, "the check sees logits that exist"

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from draftwing.training.heads import new_head
 from draftwing.training.losses import feature_regression
 from draftwing.training.objectives import HeadTraining
 from draftwing.training.slots import SupervisedSlots, document_positions
-from draftwing.training.ttt import TttAttention, _block_mask, flex_merged_attention, shift_left
+from draftwing.training.ttt import TttAttention, block_mask, flex_merged_attention, shift_left
 
 STEPS = 4
 EAGLE3 = TrainConfig(objective="eagle3", output="", target="unused", ttt_steps=STEPS, ttt_decay=0.5)
@@ -47,17 +48,18 @@ def causal_attention(layer: int, queries: torch.Tensor, keys: torch.Tensor, valu
     return explicit_attention(queries, keys, values, torch.ones(length, length, dtype=torch.bool).tril())
 
 
-def random_steps(length: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def random_steps(length: int, width: int = 8) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Queries of 4 heads, keys and values of 2, of three steps of two rows."""
     torch.manual_seed(0)
-    shapes = [(2, 4, length, 8), (2, 2, length, 8), (2, 2, length, 8)]
+    shapes = [(2, 4, length, width), (2, 2, length, width), (2, 2, length, width)]
     return [tuple(torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes) for _ in range(3)]  # type: ignore[misc]
 
 
 def explicit_steps(steps: Sequence[Sequence[torch.Tensor]], documents: torch.Tensor | None) -> list[torch.Tensor]:
     """The attention of each step by one matrix of scores over all steps' keys and one mask."""
     length = steps[0][0].shape[2]
-    causal, own = torch.ones(2, length, length, dtype=torch.bool).tril(), torch.eye(length, dtype=torch.bool)
+    everywhere = torch.ones(2, length, length, dtype=torch.bool, device=steps[0][0].device)
+    causal, own = everywhere.tril(), torch.eye(length, dtype=torch.bool, device=everywhere.device)
     if documents is not None:
         causal &= documents[:, :, None] == documents[:, None, :]
     outputs = []
@@ -67,6 +69,15 @@ def explicit_steps(steps: Sequence[Sequence[torch.Tensor]], documents: torch.Ten
         mask = torch.cat([causal] + [own.expand(2, -1, -1)] * step, dim=2)
         outputs.append(explicit_attention(queries, keys, values, mask[:, None]))
     return outputs
+
+
+def flex_steps(steps: Sequence[Sequence[torch.Tensor]], mask: Any, attend: Any) -> list[torch.Tensor]:
+    """The attention of each step as on CUDA."""
+    outputs = [
+        flex_merged_attention(queries, steps[0][1:], [own[1:] for own in steps[1 : step + 1]], mask, attend)  # type: ignore[misc, arg-type]
+        for step, (queries, _, _) in enumerate(steps)
+    ]
+    return [output.transpose(1, 2).flatten(2) for output in outputs]
 
 
 def random_batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,17 +122,43 @@ class TestTttAttention:
         """What runs on CUDA, here by the plain implementation of flex attention."""
         steps = [tuple(x.float().detach() for x in step) for step in random_steps(5)]
         ids = None if documents is None else torch.tensor(documents)
-        mask = _block_mask(ids, 5, torch.device("cpu"))
+        mask = block_mask(ids, 5, torch.device("cpu"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # flex attention warns that it is not compiled
-            outputs = [
-                flex_merged_attention(
-                    queries, steps[0][1:], [past[1:] for past in steps[1 : step + 1]], mask, flex_attention
-                )
-                for step, (queries, _, _) in enumerate(steps)
-            ]
-        outputs = [output.transpose(1, 2).flatten(2) for output in outputs]
+            outputs = flex_steps(steps, mask, flex_attention)
         torch.testing.assert_close(outputs, explicit_steps(steps, ids))
+
+    def test_gradients_of_the_merger_with_flex_attention(self) -> None:
+        """With an attention in its place that autograd differentiates, its logsumexp too."""
+
+        def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **_: Any) -> Any:
+            keys, values = keys.repeat_interleave(2, dim=1), values.repeat_interleave(2, dim=1)
+            scores = queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5
+            scores = scores.masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf)
+            return scores.softmax(-1) @ values, SimpleNamespace(lse=scores.logsumexp(-1))
+
+        steps = random_steps(5)
+        inputs = [x for step in steps for x in step]
+        outputs, expected = flex_steps(steps, None, attend), explicit_steps(steps, None)
+        upstream = [torch.randn_like(output) for output in outputs]
+        torch.testing.assert_close(
+            torch.autograd.grad(outputs, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
+        )
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    @pytest.mark.parametrize("documents", [None, [[0] * 100 + [1] * 60, [0] * 30 + [1] * 120 + [-1] * 10]])
+    def test_on_a_gpu(self, documents: list[list[int]] | None) -> None:
+        ids = None if documents is None else torch.tensor(documents, device="cuda")
+        wide = [[x.detach().cuda().requires_grad_() for x in step] for step in random_steps(160, width=64)]
+        steps = [[x.detach().bfloat16().requires_grad_() for x in step] for step in wide]
+        attend = TttAttention(ids)
+        outputs, expected = [attend(0, *step) for step in steps], explicit_steps(wide, ids)
+        upstream = [torch.randn_like(output) for output in expected]
+        inputs, exact = [x for step in steps for x in step], [x for step in wide for x in step]
+        actual = [*outputs, *torch.autograd.grad(outputs, inputs, [x.bfloat16() for x in upstream])]
+        for x, y in zip(actual, [*expected, *torch.autograd.grad(expected, exact, upstream)], strict=True):
+            assert (x.double() - y).norm() < 0.02 * y.norm()
 
     def test_no_scores_are_kept_for_the_backward_pass(self) -> None:
         length = 64
@@ -398,7 +435,7 @@ class TestPacking:
         actual = loss_and_gradients(training, *as_packed())
         torch.testing.assert_close(actual, expected)
         assert training.pop_metrics(training=False) == pytest.approx(alone)
-        ids, mask, documents = as_packed()
+        _, mask, documents = as_packed()
         assert training.count_slots(mask, documents).tolist() == training.count_slots(as_rows()[1]).tolist()
 
     def test_without_document_ids_the_rows_would_be_read_as_one(
@@ -502,6 +539,7 @@ class TestOptions:
         hidden = model.read_rows(ids, (-1,)).last_hidden
         expected = capped(input_ids=ids).logits
         torch.testing.assert_close(model.logits(hidden), expected)
+        torch.testing.assert_close(new_head(EAGLE1, model, []).double().logits(hidden), expected)
         config = dataclasses.replace(EAGLE3, ttt_steps=1, aux_layers=(0, 1, 2))
         head = new_head(config, model, []).double()
         training = HeadTraining(head, model, config)

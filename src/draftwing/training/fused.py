@@ -14,8 +14,9 @@ from draftwing.config import Loss
 from draftwing.models.logits import LogitTransform
 from draftwing.training.losses import TeacherProbs, slot_losses, widen
 
-CHUNK_ELEMENTS = 2**23
-"""Logits that exist at a time; a few tensors of this size live together."""
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
+"""How many logits exist at a time. About five tensors of this size live together; fewer and larger products are faster
+on a GPU."""
 NO_TRANSFORM = LogitTransform()
 
 
@@ -62,7 +63,7 @@ class Teacher:
 @torch.no_grad()
 def summarize(hidden: torch.Tensor, head: OutputHead) -> tuple[torch.Tensor, torch.Tensor]:
     """The argmax (ties to the lowest id) and logsumexp `[U]` of a head's logits, a part of the vocabulary at a time."""
-    size = max(1, CHUNK_ELEMENTS // max(1, len(hidden)))
+    size = _chunk_size(hidden, len(hidden))
     best, highest, log_total = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
     for start in range(0, len(head.weight), size):
         logits = head.rows(slice(start, start + size)).logits(hidden)
@@ -129,7 +130,7 @@ class _FusedLoss(torch.autograd.Function):
         ]
         sums = torch.zeros(3, outputs.shape[1], dtype=settings.step_weights.dtype, device=outputs.device)
         total = sums.new_zeros(())
-        size = max(1, CHUNK_ELEMENTS // (outputs.shape[1] * len(weight)))
+        size = _chunk_size(outputs, outputs.shape[1] * len(weight))
         with torch.autocast(outputs.device.type, enabled=False):  # what is to be cast is; the rest stays wide
             for start in range(0, len(outputs), size):
                 total += _run_chunk(slice(start, start + size), outputs, head, settings, gradients, sums)
@@ -171,6 +172,11 @@ def _run_chunk(
     if of_weight is not None:
         of_weight += gradient.flatten(0, 1).T @ outputs[chunk].flatten(0, 1).to(head.weight.dtype)
     return (losses * settings.step_weights).sum()
+
+
+def _chunk_size(x: torch.Tensor, num_elements: int) -> int:
+    """How many slots, or tokens, of `num_elements` each make a chunk on the device of `x`."""
+    return max(1, CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["cuda"]) // max(1, num_elements))
 
 
 def _in_autocast(x: torch.Tensor) -> torch.Tensor:

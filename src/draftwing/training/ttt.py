@@ -43,7 +43,8 @@ class TttAttention:
         past.append((keys, values))
         first, own = past[0], past[1:]
         if queries.device.type == "cuda":
-            self._mask = self._mask or _block_mask(self._documents, queries.shape[2], queries.device)
+            if self._mask is None:
+                self._mask = block_mask(self._documents, queries.shape[2], queries.device)
             output: torch.Tensor = flex_merged_attention(queries, first, own, self._mask, _compiled_flex_attention())
         else:
             if self._mask is None and self._documents is not None:
@@ -85,30 +86,41 @@ class _MergedAttention(torch.autograd.Function):
         of_queries, *of_first = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             gradient, queries, first_keys, first_values, output, log_total, 0.0, ctx.mask is None, attn_mask=ctx.mask
         )
-        if not own:
-            return None, of_queries, *of_first
-        dtype, groups = queries.dtype, queries.shape[1] // first_keys.shape[1]
-        gradient, queries = widen(gradient), widen(queries)
-        weights = (_own_scores(queries, [keys for keys, _ in _pairs(own)]) - log_total[..., None]).exp()
-        shared = (gradient * output).sum(-1)
-        of_queries = widen(of_queries)
-        of_own = []
-        for (keys, values), weight in zip(_pairs(own), weights.unbind(-1), strict=True):
-            keys, values = _per_query(keys, groups), _per_query(values, groups)
-            of_score = (weight * ((gradient * values).sum(-1) - shared))[..., None] / math.sqrt(queries.shape[-1])
-            of_queries = of_queries + of_score * keys
-            for x in (of_score * queries, weight[..., None] * gradient):
-                of_own.append(x.unflatten(1, (-1, groups)).sum(2).to(dtype))
-        return None, of_queries.to(dtype), *of_first, *of_own
+        if own:
+            more, of_own = _own_gradients(gradient, queries, output, log_total, _pairs(own))
+            of_queries = (widen(of_queries) + more).to(of_queries.dtype)
+        return None, of_queries, *of_first, *(of_own if own else ())
+
+
+class _Merge(torch.autograd.Function):
+    """Attention's output and logsumexp over the step-0 keys, merged with each query's own keys of later steps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, first: torch.Tensor, first_total: torch.Tensor, queries: torch.Tensor, *own: torch.Tensor
+    ) -> torch.Tensor:
+        output, log_total = _merge(first, first_total, queries, _pairs(own))
+        ctx.save_for_backward(first, first_total, queries, output, log_total, *own)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        first, first_total, queries, output, log_total, *own = ctx.saved_tensors
+        of_queries, of_own = _own_gradients(gradient, queries, output, log_total, _pairs(own))
+        share = (first_total - log_total).exp()
+        of_total = share * (widen(gradient) * (widen(first) - output)).sum(-1)
+        return (share[..., None] * gradient).to(first.dtype), of_total, of_queries.to(queries.dtype), *of_own
 
 
 def flex_merged_attention(
-    queries: torch.Tensor, first: KeyValue, own: Sequence[KeyValue], mask: flex.BlockMask, attend: Any
+    queries: torch.Tensor, first: KeyValue, own: Sequence[KeyValue], mask: Any, attend: Any
 ) -> torch.Tensor:
     """The same by flex attention (`attend`), whose logsumexp has a gradient."""
     output: torch.Tensor
     output, aux = attend(queries, *first, block_mask=mask, enable_gqa=True, return_aux=flex.AuxRequest(lse=True))
-    return _merge(output, aux.lse, queries, own)[0] if own else output
+    if own:
+        output = _Merge.apply(output, aux.lse, queries, *(x for step in own for x in step))  # type: ignore[no-untyped-call]
+    return output
 
 
 def additive_mask(document_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -137,6 +149,27 @@ def _merge(
     return result.to(output.dtype), merged
 
 
+def _own_gradients(
+    gradient: torch.Tensor,
+    queries: torch.Tensor,
+    output: torch.Tensor,
+    log_total: torch.Tensor,
+    own: Sequence[KeyValue],
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What a query's own keys add to its gradient, and the gradients of these keys and values, in turn."""
+    groups = queries.shape[1] // own[0][0].shape[1]
+    gradient, queries, scale = widen(gradient), widen(queries), 1 / math.sqrt(queries.shape[-1])
+    weights = (_own_scores(queries, [keys for keys, _ in own]) - log_total[..., None]).exp()
+    shared = (gradient * output).sum(-1)
+    of_queries, of_own = torch.zeros_like(queries), []
+    for (keys, values), weight in zip(own, weights.unbind(-1), strict=True):
+        of_score = weight * ((gradient * _per_query(values, groups)).sum(-1) - shared) * scale
+        of_queries += of_score[..., None] * _per_query(keys, groups)
+        for factor, x in ((of_score, queries), (weight, gradient)):
+            of_own.append((factor[..., None] * x).unflatten(1, (-1, groups)).sum(2).to(keys.dtype))
+    return of_queries, of_own
+
+
 def _own_scores(queries: torch.Tensor, own: Sequence[torch.Tensor]) -> torch.Tensor:
     """Scaled products of queries `[B, Hq, S, dim]` with the n keys of the same slot: `[B, Hq, S, n]`."""
     groups, queries = queries.shape[1] // own[0].shape[1], widen(queries)
@@ -153,7 +186,7 @@ def _pairs(flat: Sequence[torch.Tensor]) -> list[KeyValue]:
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
-def _block_mask(document_ids: torch.Tensor | None, length: int, device: torch.device) -> flex.BlockMask:
+def block_mask(document_ids: torch.Tensor | None, length: int, device: torch.device) -> flex.BlockMask:
     def visible(row: Any, head: Any, query: Any, key: Any) -> Any:
         causal = query >= key
         return causal if document_ids is None else causal & (document_ids[row, query] == document_ids[row, key])
