@@ -131,9 +131,11 @@ class HeadTraining(nn.Module):
     ) -> torch.Tensor:
         """The weighted sum of the losses of `outputs [U, J, D]`, taught by the target's `last_hidden [U, D]`."""
         config, head = self._config, self.head
-        step_weights = step_weights.to(widen(outputs[:0]).dtype)
-        best, log_total = summarize(last_hidden, self._target_head)
-        teacher = Teacher(last_hidden, self._teacher_head.cast(), log_total, self._draft_ids[best])
+        device, step_weights = outputs.device, step_weights.to(widen(outputs[:0]).dtype)
+        # A target that is split over devices has its output head on another one.
+        best, log_total = summarize(last_hidden.to(self._target_head.weight.device), self._target_head)
+        best, log_total, last_hidden = self._draft_ids[best].to(device), log_total.to(device), last_hidden.to(device)
+        teacher = Teacher(last_hidden, self._teacher_head.ready(device), log_total, best)
         output_head = OutputHead(head.lm_head.weight) if isinstance(head, Eagle3Model) else self._target_head
         loss, sums = fused_loss(outputs, output_head, teacher, valid, step_weights, (config.loss, config.lk_decay))
         loss = self._token_weight * loss
