@@ -21,6 +21,7 @@ from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import uncoupled_rank
 from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.target import TargetModel
+from draftwing.training import objectives
 from draftwing.training.heads import new_head
 from draftwing.training.losses import feature_regression
 from draftwing.training.objectives import HeadTraining
@@ -438,12 +439,26 @@ class TestPacking:
         _, mask, documents = as_packed()
         assert training.count_slots(mask, documents).tolist() == training.count_slots(as_rows()[1]).tolist()
 
-    def test_without_document_ids_the_rows_would_be_read_as_one(
-        self, target: TargetModel, heads: dict[str, DraftNetwork]
+    @pytest.mark.parametrize(
+        "sabotage", ["target reads across", "head reads across", "steps cross", "nothing restarts"]
+    )
+    def test_crossing_documents_is_noticed(
+        self, target: TargetModel, heads: dict[str, DraftNetwork], monkeypatch: pytest.MonkeyPatch, sabotage: str
     ) -> None:
-        training = HeadTraining(heads["eagle3"], target, EAGLE3)
-        packed = as_packed()
-        assert training(*packed)["loss"].item() != pytest.approx(training(*packed[:2])["loss"].item(), rel=1e-3)
+        training = HeadTraining(copy.deepcopy(heads["eagle3"]), target, EAGLE3)
+        expected, packed = loss_and_gradients(training, *as_rows())[0], as_packed()
+        plain = torch.arange(packed[0].shape[1]).expand_as(packed[0])
+        if sabotage == "target reads across":
+            read = target.read_rows
+            monkeypatch.setattr(target, "read_rows", lambda ids, layers, *_: read(ids, layers))
+        elif sabotage == "head reads across":
+            monkeypatch.setattr(objectives, "TttAttention", lambda documents: TttAttention())
+        elif sabotage == "steps cross":
+            of = SupervisedSlots.of
+            monkeypatch.setattr(objectives.SupervisedSlots, "of", lambda mask, positions: of(mask, plain))
+        else:
+            packed = packed[:2]  # type: ignore[assignment]
+        assert loss_and_gradients(training, *packed)[0].item() != pytest.approx(expected.item(), rel=1e-3)
 
     def test_sliding_windows_count_positions(self) -> None:
         torch.manual_seed(0)
