@@ -1,21 +1,19 @@
 """Train an EAGLE head for a frozen target, in one process."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Sampler
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from draftwing.checkpoint.formats import HeadFormat, default_aux_layers
 from draftwing.checkpoint.load import DraftNetwork, build_network, load_head, load_target, load_tokenizer, sizes_of
 from draftwing.checkpoint.save import save_head, to_head
 from draftwing.config import TrainConfig, check_keys
-from draftwing.data.chat import Example, encode_row
-from draftwing.data.corpus import Row
+from draftwing.data.chat import Example
+from draftwing.data.examples import Collator, LengthGroupedOrder, examples
 from draftwing.data.rows import read_rows
 from draftwing.models.eagle import EagleModel
 from draftwing.models.layers import DraftConfig
@@ -99,51 +97,10 @@ def most_frequent_tokens(train: Sequence[Example], size: int | None, vocab_size:
     return counts.sort(descending=True, stable=True).indices[:size].sort().values
 
 
-def examples(rows: Sequence[Row], tokenizer: Any, length: int) -> list[Example]:
-    """Tokenise rows; long ones are cut into pieces of `length` tokens, pieces with nothing supervised are left out."""
-    pieces = []
-    for row in rows:
-        example = encode_row(row, tokenizer)
-        for start in range(0, len(example), length):
-            piece = Example(example.input_ids[start : start + length], example.loss_mask[start : start + length])
-            if piece.loss_mask[2:].any():
-                pieces.append(piece)
-    return pieces
-
-
-class Collator:
-    """Pads examples on the right to the longest of the batch."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        self._pad = pad_token_id
-
-    def __call__(self, batch: list[Example]) -> dict[str, torch.Tensor]:
-        ids = nn.utils.rnn.pad_sequence([e.input_ids for e in batch], batch_first=True, padding_value=self._pad)
-        mask = nn.utils.rnn.pad_sequence([e.loss_mask for e in batch], batch_first=True, padding_value=False)
-        return {"input_ids": ids, "loss_mask": mask}
-
-
-class LengthGroupedOrder(Sampler[int]):
-    """An order of rows by epoch that puts rows of like length together; a function of (seed, epoch), so it resumes."""
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
-
-
 class HeadTrainer(ResumableTrainer):
     """Batches rows of like length, and logs each step's loss and accuracy beside the total."""
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> "LengthGroupedOrder":
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedOrder:
         lengths = [len(example) for example in self.train_dataset]
         return LengthGroupedOrder(lengths, self.args.per_device_train_batch_size, int(self.args.seed))
 
