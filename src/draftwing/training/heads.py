@@ -13,8 +13,14 @@ from draftwing.checkpoint.load import DraftNetwork, build_network, load_head, lo
 from draftwing.checkpoint.save import save_head, to_head
 from draftwing.config import TrainConfig, check_keys
 from draftwing.data.chat import Example
-from draftwing.data.examples import Collator, LengthGroupedOrder, examples
-from draftwing.data.rows import read_rows
+from draftwing.data.examples import (
+    Collator,
+    LengthGroupedOrder,
+    as_training_rows,
+    count_supervised,
+    lengths_of,
+    read_documents,
+)
 from draftwing.models.eagle import EagleModel
 from draftwing.models.layers import DraftConfig
 from draftwing.models.target import TargetModel
@@ -29,15 +35,14 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     dtype = torch.bfloat16 if is_cuda and config.bf16 else torch.float32
     target = load_target(config.target, dtype, "cuda" if is_cuda else "cpu")
     tokenizer = load_tokenizer(config.target)
-    rows = read_rows(config.data, config.max_rows, config.seed)
-    train = examples(rows.train, tokenizer, config.sequence_length)
-    held_out = examples(rows.held_out, tokenizer, config.sequence_length)[: config.evaluate_rows]
+    documents = read_documents(config, tokenizer)
     if config.init_from:
         head = load_head(config.init_from, target, torch.float32, config.aux_layers or None).train()
     else:
-        head = new_head(config, target, train).to(target.device)
+        head = new_head(config, target, documents.train).to(target.device)
     module = HeadTraining(head, target, config)
-    trainer = new_trainer(config, module, train, held_out, Collator(tokenizer.pad_token_id or 0), HeadTrainer)
+    rows = as_training_rows(documents, config, target, head.config.feature_layers)
+    trainer = new_trainer(config, module, rows.train, rows.held_out, Collator(tokenizer.pad_token_id or 0), HeadTrainer)
     trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
     metrics: dict[str, float] = trainer.evaluate()
     head_format: HeadFormat = "eagle1" if isinstance(head, EagleModel) else "eagle3"
@@ -91,9 +96,7 @@ def most_frequent_tokens(train: Sequence[Example], size: int | None, vocab_size:
     """The `size` most frequent supervised tokens, ascending (ties to lower ids); None for the whole vocabulary."""
     if size is None or size >= vocab_size:
         return None
-    counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for example in train:
-        counts += torch.bincount(example.input_ids[example.loss_mask], minlength=vocab_size)
+    counts = count_supervised(train, vocab_size)
     return counts.sort(descending=True, stable=True).indices[:size].sort().values
 
 
@@ -101,8 +104,9 @@ class HeadTrainer(ResumableTrainer):
     """Batches rows of like length, and logs each step's loss and accuracy beside the total."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedOrder:
-        lengths = [len(example) for example in self.train_dataset]
-        return LengthGroupedOrder(lengths, self.args.per_device_train_batch_size, int(self.args.seed))
+        return LengthGroupedOrder(
+            lengths_of(self.train_dataset), self.args.per_device_train_batch_size, int(self.args.seed)
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         module = self.model
