@@ -103,6 +103,7 @@ class FeatureWriter:
             check_same_run(folder, earlier, {name: self._index[name] for name in fixed})
             self._index = earlier
         self._done = shards_of(self._index)
+        self._check_fit()
         check_files(folder, [shard for shards in self._done.values() for shard in shards], checksums=False)
         per_shard = max(1, SHARD_BYTES // self.bytes_per_token)
         self._jobs = [
@@ -110,6 +111,17 @@ class FeatureWriter:
             for split, examples in self._examples.items()
             for job in list(_jobs(split, examples.lengths, per_shard))[len(self._done[split]) :]
         ]
+
+    def _check_fit(self) -> None:
+        target = self._target
+        if not self._layers or not 0 < min(self._layers) <= max(self._layers) <= target.num_layers:
+            raise ValueError(f"aux_layers: expected some of 1 to {target.num_layers}, got {self._layers}")
+        longest = max(length for examples in self._examples.values() for length in examples.lengths)
+        if target.max_positions is not None and longest > target.max_positions:
+            raise ValueError(
+                f"sequence_length: a document has {longest} tokens and the target {target.max_positions} positions; "
+                f"prepare the data with --sequence-length {target.max_positions}"
+            )
 
     @property
     def bytes_per_token(self) -> int:

@@ -5,7 +5,7 @@ import json
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import pairwise
 from multiprocessing import get_context
@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from draftwing.data.chat import Example, cut, encode_row
 from draftwing.data.in_order import map_in_order
-from draftwing.data.rows import FoundRow, Reject, Rejects, find_row, select_rows
+from draftwing.data.rows import FoundRow, Reject, Rejects, describe, find_row, read_rejects, select_rows
 from draftwing.data.shards import (
     INDEX,
     Shard,
@@ -37,9 +37,12 @@ from draftwing.data.sources import RowRef
 from draftwing.provenance import provenance
 
 Array = np.ndarray[Any, Any]
+REJECTS = "rejects.jsonl"
 FORMAT = "draftwing-prepared-1"
 CHUNK_ROWS = 64
 SHARD_TOKENS = 1 << 24
+ROWS_WORTH_A_POOL = 4096
+"""Fewer are tokenised sooner than other processes have started."""
 SPLITS = ("train", "held_out")
 
 
@@ -87,7 +90,13 @@ class Prepared:
     splits: dict[str, list[Shard]]
     identity: str
     """Changes with any token of the folder."""
-    rejects: list[Reject] = field(default_factory=list)
+
+    def describe_rejects(self) -> str:
+        """One line about the rows that could not be used; empty if there are none."""
+        if not self.counts.rejected:
+            return ""
+        path = self.folder / REJECTS
+        return describe(read_rejects(path), self.counts.rows, path)
 
     def examples(self, split: str, length: int | None = None, max_documents: int | None = None) -> "StoredExamples":
         """A split's first documents, those longer than `length` cut (pieces with nothing supervised are left out)."""
@@ -155,15 +164,12 @@ def open_prepared(folder: str, tokenizer: Any = None) -> Prepared:
 def _as_prepared(folder: Path, index: dict[str, Any]) -> Prepared:
     settings = index["settings"] | {"data": tuple(index["settings"]["data"])}
     hashes = json.dumps(index["splits"]).encode()
-    rejects = folder / "rejects.jsonl"
-    lines = rejects.read_text(encoding="utf-8").splitlines() if rejects.exists() else []
     return Prepared(
         folder,
         PrepareSettings(**settings),
         Counts(**index["counts"]),
         shards_of(index),
         hashlib.sha256(hashes).hexdigest(),
-        [Reject(**json.loads(line)) for line in lines],
     )
 
 
@@ -199,7 +205,7 @@ class _Writer:
             self._index = earlier
         self.is_complete: bool = self._index["complete"]
         self.counts = Counts(**self._index["counts"])
-        self.rejects = Rejects(folder / "rejects.jsonl", keep=self.counts.rejected)
+        self.rejects = Rejects(folder / REJECTS, keep=self.counts.rejected)
         self._splits = shards_of(self._index)
         self._chunks: list[Chunk] = []
 
@@ -271,7 +277,7 @@ def _tokenise(refs: Sequence[RowRef], tokenizer: Any, length: int, workers: int)
     starts = range(0, len(refs), CHUNK_ROWS)
     tasks = ([find_row(ref) for ref in refs[start : start + CHUNK_ROWS]] for start in starts)
     sizes = [min(CHUNK_ROWS, len(refs) - start) for start in starts]
-    if workers == 1 or len(starts) == 1:
+    if workers == 1 or len(refs) < ROWS_WORTH_A_POOL:
         yield from zip(sizes, (tokenise_chunk(task, tokenizer, length) for task in tasks), strict=True)
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), _ignore_interrupts) as executor:

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from draftwing.data.corpus import Corpus, Row
-from draftwing.data.sources import RowRef, open_source
+from draftwing.data.sources import SHOWN, RowRef, open_source
 
 HELD_OUT_SHARE = 0.02
-SHOWN = 200
-"""Characters that a reject shows of its row."""
 Made = TypeVar("Made")
 
 
@@ -32,7 +30,7 @@ class Reject:
     line: int
     reason: str
     row: str
-    """Its first characters; empty if it could not be read."""
+    """Its first characters."""
 
 
 @dataclass(frozen=True)
@@ -62,33 +60,46 @@ class Rejects:
         self.path = path
         self.found: list[Reject] = []
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep]
-            self.found = [Reject(**json.loads(line)) for line in lines]
-            path.write_text("".join(lines), encoding="utf-8") if lines else path.unlink()
+            self.found = read_rejects(path, keep)
+            path.unlink()
+            for reject in self.found:
+                self._write(reject)
 
     def __len__(self) -> int:
         return len(self.found)
 
     def add(self, reject: Reject) -> None:
         self.found.append(reject)
+        self._write(reject)
+
+    def _write(self, reject: Reject) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
 
     def summary(self, num_rows: int) -> str:
         """One line for people; empty if every row was good."""
-        if not self.found:
-            return ""
-        return f"{len(self)} of {num_rows} rows were not used{self._details()}"
-
-    def _details(self) -> str:
-        first = self.found[0]
-        return f", see {self.path}; the first: {first.source}, line {first.line}: {first.reason}"
+        return describe(self.found, num_rows, self.path) if self.found else ""
 
     def check(self, num_rows: int) -> None:
         """Raise a ValueError with the first reason if none of `num_rows` rows was good."""
         if self.found and len(self) >= num_rows:
-            raise ValueError(f"data: none of the {num_rows} rows can be used{self._details()}")
+            raise ValueError(f"data: {describe(self.found, num_rows, self.path)}")
+
+
+def read_rejects(path: Path, count: int | None = None) -> list[Reject]:
+    """The first rejects of a file."""
+    lines = path.read_text(encoding="utf-8").splitlines()[:count]
+    return [Reject(**json.loads(line)) for line in lines]
+
+
+def describe(found: Sequence[Reject], num_rows: int, path: Path) -> str:
+    """How many rows were rejected, where they are listed, and why the first one was."""
+    first = found[0]
+    return (
+        f"{len(found)} of {num_rows} rows cannot be used, see {path}; "
+        f"the first: {first.source}, line {first.line}: {first.reason}"
+    )
 
 
 def select_rows(names: str | Sequence[str], max_rows: int | None = None, seed: int = 0) -> Selection:
@@ -158,4 +169,4 @@ def find_row(ref: RowRef) -> "FoundRow | Reject":
     try:
         return FoundRow(ref.source.name, ref.line, ref.read())
     except ValueError as error:
-        return Reject(ref.source.name, ref.line, str(error), "")
+        return Reject(ref.source.name, ref.line, str(error), ref.source.beginning(ref.index))

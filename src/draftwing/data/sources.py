@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from draftwing.data.corpus import Row, read_stdlib
 
+SHOWN = 200
+"""Characters shown of a row."""
 HUB = re.compile(r"hub:(?P<repository>[^/:]+/[^/:]+)(/(?P<config>[^/:]+))?(:(?P<split>.+))?")
 
 
@@ -25,6 +27,9 @@ class Source(Protocol):
 
     def line(self, index: int) -> int:
         """Where a person finds the row, counted from 1."""
+
+    def beginning(self, index: int) -> str:
+        """What can be shown of a row that cannot be read."""
 
     def marked(self) -> set[int]:
         """The rows that say of themselves that they are held out."""
@@ -74,6 +79,9 @@ class ListSource:
     def line(self, index: int) -> int:
         return index + 1
 
+    def beginning(self, index: int) -> str:
+        return str(self._rows[index])[:SHOWN]
+
     def marked(self) -> set[int]:
         return set(range(self._num_train, len(self._rows)))
 
@@ -100,19 +108,24 @@ class JsonlSource:
         return len(self._starts)
 
     def read(self, index: int) -> Row:
-        with self._path.open("rb") as file:
-            file.seek(self._starts[index])
-            line = file.readline()
         try:
-            row = json.loads(line)
+            row = json.loads(self._line(index))
         except ValueError as error:  # no JSON, or no UTF-8
             raise ValueError(f"no JSON object: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"expected an object, got {type(row).__name__}")
         return row
 
+    def _line(self, index: int) -> bytes:
+        with self._path.open("rb") as file:
+            file.seek(self._starts[index])
+            return file.readline()
+
     def line(self, index: int) -> int:
         return self._lines[index]
+
+    def beginning(self, index: int) -> str:
+        return self._line(index).decode(errors="replace").strip()[:SHOWN]
 
     def marked(self) -> set[int]:
         return self._marked
@@ -144,6 +157,9 @@ class HubSource:
 
     def line(self, index: int) -> int:
         return index + 1
+
+    def beginning(self, index: int) -> str:
+        return str(self._rows[index])[:SHOWN]
 
     def marked(self) -> set[int]:
         if "held_out" not in self._rows.column_names:

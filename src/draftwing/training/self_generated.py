@@ -128,6 +128,10 @@ def _candidates(
         if "text" in row:
             ids = tuple(encode_row(row, tokenizer).input_ids.tolist())
             starts = range(0, len(ids) - config.prompt_length, config.sequence_length)
+            if not starts:
+                raise ValueError(
+                    f"text: {len(ids)} tokens leave nothing to say after a prompt of {config.prompt_length}"
+                )
             pieces = [ids[start : start + config.prompt_length] for start in starts]
             return [(Prompt(0, held_out, ids=piece), len(piece)) for piece in pieces]
         messages = conversation(row)
