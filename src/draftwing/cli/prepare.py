@@ -109,24 +109,25 @@ def _show_documents(console: Console, prepared: "Prepared", tokenizer: Any, coun
 def _regenerate(options: argparse.Namespace) -> None:
     if not options.output.endswith(".jsonl"):
         raise ValueError(f"output: --regenerate writes a .jsonl file, got {options.output!r}")
-    metrics = _answer_by_endpoint(options) if options.endpoint else _answer_by_engine(options)
+    shard = _parse_shard(options.shard)
+    metrics = _answer_by_endpoint(options, shard) if options.endpoint else _answer_by_engine(options, shard)
     if options.json:
         print(json.dumps({"output": options.output, **metrics}))
     else:
         Console().print(f"{options.output}:", ", ".join(f"{name} {value:,}" for name, value in metrics.items()))
 
 
-def _answer_by_engine(options: argparse.Namespace) -> dict[str, float]:
+def _answer_by_engine(options: argparse.Namespace, shard: "Shard") -> dict[str, float]:
     from draftwing.api import load
     from draftwing.training.self_generated import EngineAnswers, regenerate
 
     model = load(options.target, options.draft, options.dtype, options.device)
     config = _as_stage(options, model.target.max_positions)
     answers = EngineAnswers(config, model.tokenizer, model.start_requests, model.target.eos_token_ids)
-    return regenerate(config, model.tokenizer, answers, _parse_shard(options.shard))
+    return regenerate(config, model.tokenizer, answers, shard)
 
 
-def _answer_by_endpoint(options: argparse.Namespace) -> dict[str, float]:
+def _answer_by_endpoint(options: argparse.Namespace, shard: "Shard") -> dict[str, float]:
     from draftwing.checkpoint.load import load_tokenizer
     from draftwing.training.endpoint import Endpoint, EndpointAnswers
     from draftwing.training.self_generated import regenerate
@@ -135,8 +136,7 @@ def _answer_by_endpoint(options: argparse.Namespace) -> dict[str, float]:
         raise ValueError("endpoint: needs --model, the server's name of the target, and takes no --draft")
     endpoint, config = Endpoint(options.endpoint, options.model), _as_stage(options)
     answers = EndpointAnswers(config, endpoint, options.concurrency)
-    tokenizer, shard = load_tokenizer(options.target), _parse_shard(options.shard)
-    return regenerate(config, tokenizer, answers, shard, source=f"{endpoint.url} {options.model}")
+    return regenerate(config, load_tokenizer(options.target), answers, shard, source=f"{endpoint.url} {options.model}")
 
 
 def _as_stage(options: argparse.Namespace, max_positions: int | None = None) -> "TrainConfig":
