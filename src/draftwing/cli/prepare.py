@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     answers.add_argument("--concurrency", type=positive, default=16, help="requests in flight (default: 16)")
     answers.add_argument("--shard", default="1/1", help="answer part I of N, as 2/8 (default: 1/1)")
     answers.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0], help="in turn (default: 0 1)")
-    answers.add_argument("--max-new-tokens", type=positive, help="per answer (default: what the sequence leaves)")
+    answers.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        help="per answer (default: what the sequence leaves, half of it at an endpoint)",
+    )
     answers.add_argument("--batch-size", type=positive, default=16, help="rows answered together (default: 16)")
     answers.add_argument("--prompt-length", type=positive, default=64, help="tokens of a text to go on (default: 64)")
     features = parser.add_argument_group("features of the target")

@@ -57,12 +57,11 @@ def encode_row(row: Row, tokenizer: PreTrainedTokenizerFast) -> Example:
     """
     if "input_ids" in row:
         return _read_ids(row, len(tokenizer))
+    row = normalise(row)
     if "text" in row:
-        if not isinstance(row["text"], str):
-            raise ValueError(f"text: expected a string, got {type(row['text']).__name__}")
         ids = tokenizer(row["text"], add_special_tokens=True)["input_ids"]
         return Example(torch.tensor(ids, dtype=torch.int64), torch.ones(len(ids), dtype=torch.bool))
-    return encode_conversation(conversation(row), tokenizer, row.get("tools"), truncated=bool(row.get("truncated")))
+    return encode_conversation(row["messages"], tokenizer, row.get("tools"), truncated=bool(row.get("truncated")))
 
 
 def _read_ids(row: Row, vocab_size: int) -> Example:
@@ -76,6 +75,21 @@ def _read_ids(row: Row, vocab_size: int) -> Example:
     if not isinstance(mask, list) or len(mask) != len(ids):
         raise ValueError(f"loss_mask: expected {len(ids)} entries as in input_ids, got {mask!r:.{SHOWN}}")
     return Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.bool))
+
+
+def normalise(row: Row) -> Row:
+    """The row with its conversation, if it is one, in OpenAI's form.
+
+    Raises:
+        ValueError: the row has none of the known fields or one of another shape.
+    """
+    if "input_ids" in row:
+        return row
+    if "text" in row:
+        if not isinstance(row["text"], str):
+            raise ValueError(f"text: expected a string, got {type(row['text']).__name__}")
+        return row
+    return row | {"messages": conversation(row)}
 
 
 def conversation(row: Row) -> list[Message]:

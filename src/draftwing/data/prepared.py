@@ -237,6 +237,8 @@ class _Writer:
 
     def finish(self) -> Prepared:
         self.rejects.check(self.counts.rows)
+        if not self._splits["train"]:
+            raise ValueError("data: nothing is supervised in any training row")
         self._index["provenance"] = provenance()
         self._index["complete"] = True
         self._save()

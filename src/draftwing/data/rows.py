@@ -1,12 +1,14 @@
 """Which rows train and which are held out, and what becomes of rows that cannot be used."""
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from draftwing.data.chat import normalise
 from draftwing.data.corpus import Corpus, Row
 from draftwing.data.sources import SHOWN, RowRef, open_source
 
@@ -53,13 +55,15 @@ class FoundRow:
 class Rejects:
     """Rows that could not be used: kept, counted, and written as JSONL to `path` as they come.
 
-    `keep` are lines of an earlier part of this run; those beyond are dropped with the file, if nothing is kept.
+    The first `keep` lines of an existing file are of an earlier part of this run; the others are dropped. Of several
+    processes (torchrun's) the first one writes.
     """
 
     def __init__(self, path: Path, keep: int = 0) -> None:
         self.path = path
+        self._writes = os.environ.get("RANK", "0") == "0"
         self.found: list[Reject] = []
-        if path.exists():
+        if self._writes and path.exists():
             self.found = read_rejects(path, keep)
             path.unlink()
             for reject in self.found:
@@ -73,6 +77,8 @@ class Rejects:
         self._write(reject)
 
     def _write(self, reject: Reject) -> None:
+        if not self._writes:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
@@ -138,9 +144,7 @@ def read_rows(
         ValueError: as `select_rows`; without `rejects`, the first malformed row (named by its line).
     """
     selection = select_rows(names, max_rows, seed)
-    train, held_out = (
-        list(made_from(refs, lambda row: row, rejects)) for refs in (selection.train, selection.held_out)
-    )
+    train, held_out = (list(made_from(refs, normalise, rejects)) for refs in (selection.train, selection.held_out))
     if rejects is not None:
         rejects.check(len(selection.train) + len(selection.held_out))
     return Corpus(train, held_out)

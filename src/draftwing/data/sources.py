@@ -91,6 +91,10 @@ class JsonlSource:
 
     def __init__(self, name: str) -> None:
         self.name, self._path = name, Path(name)
+        if self._path.is_dir():
+            raise ValueError(
+                f"data: {name} is a folder; a prepared one stands alone, and only heads are trained from it"
+            )
         if not self._path.is_file():
             raise ValueError(f"data: no such file: {name} (expected `stdlib`, a JSONL file or hub:org/name)")
         self._starts, self._lines, self._marked = array("q"), array("q"), set[int]()

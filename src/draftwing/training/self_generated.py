@@ -143,7 +143,8 @@ def _candidates(
         first = encode_conversation(messages[: roles.index("assistant")], tokenizer, add_generation_prompt=True)
         return [(Prompt(0, held_out, tuple(messages)), len(first))]
 
-    for prompts in made_from(refs, make, rejects):
+    shown = track(refs, "reading prompts", console=Console(stderr=True), disable=len(refs) < 1000)
+    for prompts in made_from(shown, make, rejects):
         yield from prompts
 
 
