@@ -14,7 +14,6 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from draftwing.config import TrainConfig
 from draftwing.data.chat import Example, cut, encode_row
-from draftwing.data.corpus import Row
 from draftwing.data.features import FeatureExamples
 from draftwing.data.packing import PackedExamples
 from draftwing.data.prepared import StoredExamples, is_prepared, open_prepared
@@ -78,11 +77,6 @@ def _tokenise(refs: Sequence[RowRef], tokenizer: Any, length: int, rejects: Reje
     shown = track(refs, "tokenising", console=Console(stderr=True), disable=len(refs) < 1000)
     encoded = made_from(shown, lambda row: encode_row(row, tokenizer), rejects)
     return [piece for example in encoded for piece in cut(example, length)]
-
-
-def examples(rows: Sequence[Row], tokenizer: Any, length: int) -> list[Example]:
-    """Tokenise rows and cut them."""
-    return [piece for row in rows for piece in cut(encode_row(row, tokenizer), length)]
 
 
 def count_supervised(documents: Sequence[Example], vocab_size: int) -> torch.Tensor:
