@@ -143,6 +143,14 @@ def test_a_run_with_other_settings_is_not_continued(config: TrainConfig, server:
         answer(hotter, server)
 
 
+def test_an_answer_that_breaks_off_is_asked_for_again(server: Server) -> None:
+    status, _, body = said("four")
+    replies = iter([(200, {"Transfer-Encoding": "chunked"}, b"5\r\nab"), (status, {}, body)])
+    server.reply = lambda request: next(replies)
+    assert Endpoint(server.url, "big", first_wait_s=0.01).complete([])["message"]["content"] == "four"
+    assert len(server.requests) == 2
+
+
 @pytest.mark.parametrize("failure", [(503, {}, b"busy"), (429, {"Retry-After": "0.02"}, b"slow down")])
 def test_passing_failures_are_tried_again(config: TrainConfig, server: Server, failure: Reply) -> None:
     failures = iter([failure] * 2)
@@ -156,7 +164,7 @@ def test_a_server_that_stays_down_ends_the_run_and_nothing_is_lost(config: Train
     Path(config.output).unlink()
     server.requests.clear()
     server.reply = lambda request: echo(request) if len(server.requests) <= 12 else (500, {}, b"out of memory")
-    with pytest.raises(ValueError, match=r"gave no answer in 6 tries \(status 500: out of memory\); run the same"):
+    with pytest.raises(ValueError, match=r"no answer in 6 tries \(status 500: out of memory\); run the same"):
         answer(config, server)
     assert read(config) == whole[: len(read(config))]
     server.reply = echo
@@ -199,7 +207,7 @@ def test_reasoning_is_kept_for_the_template(config: TrainConfig, server: Server)
 
 def test_something_else_than_a_completion_is_shown(server: Server) -> None:
     server.reply = lambda request: (200, {}, b"<html>hello")
-    with pytest.raises(ValueError, match="sent no chat completion: b'<html>hello'"):
+    with pytest.raises(ValueError, match="this is no chat completion: b'<html>hello'"):
         Endpoint(server.url, "big").complete([])
 
 
@@ -210,7 +218,7 @@ def test_a_refusal_is_told_apart(server: Server) -> None:
 
 
 def test_no_server_at_all_is_named() -> None:
-    with pytest.raises(ValueError, match=r"http://127.0.0.1:9/v1/chat/completions gave no answer"):
+    with pytest.raises(ValueError, match=r"http://127.0.0.1:9/v1/chat/completions: no answer in 6"):
         Endpoint("http://127.0.0.1:9/v1", "big", first_wait_s=0.001).complete([])
 
 

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from typing import Any
 
 from draftwing.config import TrainConfig
@@ -35,10 +36,14 @@ class Endpoint:
         self.url = url if url.endswith("/chat/completions") else url.rstrip("/") + "/chat/completions"
         self.model, self._first_wait_s = model, first_wait_s
         self._stopped = threading.Event()
+        self._reason = "stopped"
 
-    def stop(self) -> None:
-        """Let waiting requests give up."""
-        self._stopped.set()
+    def stop(self, reason: str = "stopped") -> ValueError:
+        """Let waiting requests give up and refuse further ones; returns the error that says why."""
+        if not self._stopped.is_set():
+            self._reason = reason
+            self._stopped.set()
+        return ValueError(f"endpoint: {self.url}: {self._reason}")
 
     def complete(self, messages: Sequence[Message], **options: Any) -> dict[str, Any]:
         """The server's choice: a `message` and why it ended.
@@ -49,7 +54,12 @@ class Endpoint:
         """
         body = json.dumps({"model": self.model, "messages": list(messages), **options}).encode()
         wait_s, problem = self._first_wait_s, ""
-        for _ in range(MAX_TRIES):
+        for attempt in range(MAX_TRIES):
+            if attempt:
+                self._stopped.wait(wait_s)
+                wait_s *= 2
+            if self._stopped.is_set():
+                raise self.stop()
             try:
                 return self._post(body)
             except urllib.error.HTTPError as error:
@@ -57,16 +67,11 @@ class Endpoint:
                 if error.code in REFUSED:
                     raise RefusedRequest(problem) from None
                 if error.code not in PASSING:
-                    raise ValueError(f"endpoint: {self.url}: {problem}") from None
+                    raise self.stop(problem) from None
                 wait_s = max(wait_s, _seconds(error.headers.get("Retry-After")))
-            except OSError as error:  # no connection, a timeout, one that breaks off
+            except (OSError, HTTPException) as error:  # no connection, a timeout, one that breaks off
                 problem = f"{type(error).__name__}: {error}"
-            if self._stopped.wait(wait_s):
-                break
-            wait_s *= 2
-        raise ValueError(
-            f"endpoint: {self.url} gave no answer in {MAX_TRIES} tries ({problem}); run the same command to go on"
-        )
+        raise self.stop(f"no answer in {MAX_TRIES} tries ({problem}); run the same command to go on")
 
     def _post(self, body: bytes) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
@@ -79,7 +84,7 @@ class Endpoint:
             choice: dict[str, Any] = json.loads(answer)["choices"][0]
             choice["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError):
-            raise ValueError(f"endpoint: {self.url} sent no chat completion: {answer[:200]!r}") from None
+            raise self.stop(f"this is no chat completion: {answer[:200]!r}") from None
         return choice
 
 
