@@ -199,7 +199,13 @@ class SpeculativeModel:
             )
             for row, prompt in enumerate(prompts)
         ]
-        self._check_draft_positions(max(map(len, prompts), default=0) + settings.max_new_tokens)
+        return self.start_requests(requests, settings)
+
+    def start_requests(self, requests: Sequence[Request], settings: GenerateOptions | None = None) -> Generation:
+        """A generation over requests that have their own sampling and stops; of `settings` the drafting counts."""
+        settings = settings or GenerateOptions()
+        longest = max((len(request.prompt) + request.stop.max_new_tokens for request in requests), default=0)
+        self._check_draft_positions(longest)
         plan = self._plan(settings, requests)
         new_drafter = partial(self._new_drafter, with_lookup=settings.ngram, window=settings.draft_window)
         return Generation(self.target, requests, new_drafter, plan, settings.coupled)

@@ -28,8 +28,13 @@ class TrainConfig:
     output: str
     target: str = ""
     """The frozen target: a folder, a hub id or `tiny`. Unused by `language_model`, which trains one."""
-    data: str = "stdlib"
-    """`stdlib` (the Python standard library, `data/corpus.py`) or the path of a JSONL file."""
+    data: str | tuple[str, ...] = "stdlib"
+    """`stdlib` (the Python standard library, `data/corpus.py`), a JSONL file, `hub:org/name[/config][:split]`, several
+    of these, or a folder made by `draftwing prepare`."""
+    features: str = ""
+    """A folder made by `draftwing prepare --features` from the prepared folder `data`; spares the target's passes."""
+    packing: bool = False
+    """Several documents in one row of `sequence_length` tokens."""
     max_rows: int | None = None
     architecture: Mapping[str, Any] = field(default_factory=dict)
     """Overrides of the trained network's configuration (Hugging Face names: `hidden_size`, ...)."""
@@ -58,6 +63,8 @@ class TrainConfig:
     save_every: int = 500
     prompt_length: int = 64
     """Tokens of a plain text that `self_generated` gives as a prompt."""
+    max_new_tokens: int | None = None
+    """Tokens of an answer of `self_generated`; None: what `sequence_length` leaves."""
     temperatures: tuple[float, ...] = (0.0, 1.0)
     """Sampling temperatures of `self_generated`, in turn."""
     ttt_steps: int = 7
@@ -76,6 +83,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "aux_layers", tuple(self.aux_layers))
+        if not isinstance(self.data, str):
+            object.__setattr__(self, "data", _names(self.data))
         object.__setattr__(self, "temperatures", tuple(self.temperatures))
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
@@ -92,6 +101,12 @@ class TrainConfig:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
         return dataclasses.asdict(self)
+
+
+def _names(data: Any) -> tuple[str, ...]:
+    if not isinstance(data, list | tuple) or not data or not all(isinstance(name, str) for name in data):
+        raise ValueError(f"data: expected a name or a list of names, got {data!r}")
+    return tuple(data)
 
 
 def from_mapping(config_class: type[Config], values: Mapping[str, Any]) -> Config:

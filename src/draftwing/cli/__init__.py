@@ -6,13 +6,14 @@ from types import ModuleType
 
 from rich.console import Console
 
-from draftwing.cli import demo, generate, inspect, plan, train
+from draftwing.cli import demo, generate, inspect, plan, prepare, train
 
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "generate": generate,
     "plan": plan,
     "inspect": inspect,
+    "prepare": prepare,
     "train": train,
 }
 """Each module has SUMMARY, EXAMPLES, `add_arguments(parser)` and `run(options)`."""

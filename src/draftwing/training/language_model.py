@@ -11,15 +11,15 @@ from draftwing.config import TrainConfig, check_keys
 from draftwing.data.chat import encode_row
 from draftwing.data.corpus import Row
 from draftwing.data.prompts import write_held_out_prompts
-from draftwing.data.rows import read_rows
+from draftwing.data.rows import Rejects, read_rows
 from draftwing.data.tokenizer import END_OF_TEXT, train_tokenizer
 from draftwing.training.trainer import new_trainer
 
 
 def train_language_model(config: TrainConfig) -> dict[str, float]:
     """Train tokenizer and target on the recipe's data into `config.output`; returns the held-out metrics."""
-    rows = read_rows(config.data, config.max_rows)
     output = Path(config.output)
+    rows = read_rows(config.data, config.max_rows, rejects=Rejects(output / "rejects.jsonl"))
     if (output / "tokenizer.json").exists():  # a resumed run keeps its vocabulary
         tokenizer = PreTrainedTokenizerFast.from_pretrained(output)
     else:
