@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
+
+Sums = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -27,16 +30,36 @@ def ratio_interval(
 ) -> Interval:
     """The percentile bootstrap interval of `sum(numerators) / sum(denominators)`, which have one entry per prompt.
 
-    tau, tokens/s and speed-ups are such ratios. Prompts are drawn with replacement, the same ones for both sums; the
-    draws are a function of `seed`.
+    tau and tokens/s are such ratios. Prompts are drawn with replacement, the same ones for both sums; the draws are a
+    function of `seed`.
 
     Raises:
         ValueError: no prompts, or a different number of numerators and denominators.
     """
-    if not numerators or len(numerators) != len(denominators):
-        raise ValueError(f"denominators: expected one per numerator, got {len(denominators)} for {len(numerators)}")
-    above, below = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
-    picks = np.random.default_rng(seed).integers(len(above), size=(num_resamples, len(above)))
-    ratios = above[picks].sum(1) / below[picks].sum(1)
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(above.sum() / below.sum()), float(low), float(high))
+    return product_interval([numerators], [denominators], level, num_resamples, seed)
+
+
+def product_interval(
+    numerators: Sequence[Sequence[float]],
+    denominators: Sequence[Sequence[float]],
+    level: float = 0.95,
+    num_resamples: int = 5000,
+    seed: int = 0,
+) -> Interval:
+    """As `ratio_interval`, of a product of sums over a product of sums.
+
+    A speed-up is one where the outputs differ: (tokens / seconds) / (plain tokens / plain seconds).
+    """
+    columns = [*numerators, *denominators]
+    for column in columns:
+        if not column or len(column) != len(columns[0]):
+            raise ValueError(f"denominators: expected one per numerator, got {len(column)} for {len(columns[0])}")
+    figures = np.asarray(columns, dtype=float)
+    picks = np.random.default_rng(seed).integers(figures.shape[1], size=(num_resamples, figures.shape[1]))
+
+    def ratio(sums: Sums) -> Sums:
+        """Of sums `[C, ...]`."""
+        return np.asarray(sums[: len(numerators)].prod(0) / sums[len(numerators) :].prod(0))
+
+    low, high = np.quantile(ratio(figures[:, picks].sum(-1)), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(ratio(figures.sum(1))), float(low), float(high))
