@@ -189,7 +189,8 @@ def _show(options: argparse.Namespace, report: Any) -> None:
         print(json.dumps({"rows": rows, **more, "options": report.settings, "provenance": report.provenance}))
     else:
         console.print(as_tables(report))
-        console.print("tau: tokens per target pass. Brackets: 95 % intervals over prompts. Speed-ups are over plain.")
+        console.print("Speed-ups are over plain; tau: tokens per target pass; same: turns whose output equals plain's.")
+        console.print("Brackets: 95 % intervals over prompts.")
     for line in remarks(report):
         Console(stderr=True).print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if options.output:

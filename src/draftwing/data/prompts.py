@@ -105,7 +105,8 @@ def _are_texts(value: Any) -> bool:
 
 
 def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all("role" in turn and "content" in turn for turn in value)
+    is_message = lambda turn: isinstance(turn, dict) and {"role", "content"} <= turn.keys()
+    return isinstance(value, list) and bool(value) and all(map(is_message, value))
 
 
 def spread(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:

@@ -132,8 +132,9 @@ class _Conversation:
 
     def run(self, prompt: Prompt, advance: Callable[[int], None]) -> None:
         per_turn = len(self.evaluation.all_methods) * self.evaluation.repeats
-        for turn in range(1, prompt.num_turns + 1):
-            left = prompt.num_turns + 1 - turn
+        num_turns = prompt.num_turns
+        for turn in range(1, num_turns + 1):
+            left = num_turns + 1 - turn
             ids = prompt.token_ids(self.evaluation.tokenizer)
             if reason := self._unfit(ids):
                 self._skip(prompt.name, turn, left, reason)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
@@ -52,11 +53,12 @@ def as_tables(report: Report) -> Group:
     for row in report.rows:
         title = f"{row.data}, T = {row.temperature:g}"
         if title not in tables:
-            tables[title] = Table(title=title)
+            tables[title] = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True)
             tables[title].add_column("method", overflow="fold")
-            for column in ("tokens/s", "speed-up", "tau", "identical", "turns"):
+            for column in ("tokens/s", "speed-up", "tau", "same", "turns"):
                 tables[title].add_column(column, justify="right", no_wrap=True)
-        tables[title].add_row(row.method, *_main_cells(row))
+        speed = f"{row.figures.tokens_per_second.value:.0f}" if row.figures else ""
+        tables[title].add_row(row.method, speed, *_main_cells(row)[1:])
     return Group(report.title, *tables.values())
 
 
