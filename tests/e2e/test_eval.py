@@ -174,7 +174,7 @@ def test_transformers_is_measured_beside(prompts: Path, capsys: pytest.CaptureFi
         (["--methods", "eagle3@mine"], "methods: eagle3@mine: no draft is called mine; there are: tiny-eagle1, tiny"),
         (["--target", "x", "--methods", "eagle3"], "methods: eagle3 needs a draft"),
         (["--draft", "a=x", "--draft", "a=y"], "draft: two drafts are called a"),
-        (["--data", "mt_bech"], "data: expected NAME=PATH, a file, or one of mt_bench"),
+        (["--data", "mt_bech"], "data: expected NAME=PATH, a file, or one of embedded, mt_bench"),
         (["--data", "mine=no/such.jsonl"], "no such file: no/such.jsonl"),
         (["--data", "{empty}"], "empty.jsonl is empty"),
         (["--data", "{other}"], "line 1: expected one of prompt, messages, turns; got ['question']"),

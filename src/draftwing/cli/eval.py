@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME[=PATH]",
-        help="comma-separated: mt_bench, humaneval, gsm8k, alpaca, cnn_dm, spec_bench, speed_bench (from the hub), or "
-        "JSONL files of prompt, messages or turns (default: the embedded prompts)",
+        help="comma-separated: embedded (the default), mt_bench, humaneval, gsm8k, alpaca, cnn_dm, spec_bench, "
+        "speed_bench (from the hub), or JSONL files of prompt, messages or turns",
     )
     parser.add_argument("--temperatures", type=_temperatures, default=(0.0, 1.0), help="default: 0,1")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="per turn (default: 128)")

@@ -20,6 +20,7 @@ from draftwing.evaluation.rivals import endpoint_rival, transformers_rivals
 from draftwing.evaluation.specs import MethodSpec
 from draftwing.models.target import TargetModel
 
+KNOWN_DATA = ("embedded", *BENCHMARKS)
 EMBEDDED_PROMPTS, LARGEST_SAMPLE = 8, 80
 """Prompts by default: of the embedded ones, and of any other data set at most."""
 
@@ -78,20 +79,20 @@ def read_data(options: argparse.Namespace) -> list[PromptSet]:
     Raises:
         ValueError: an unknown data set, a file that is missing, empty or of another form, two of one name.
     """
-    if not options.data:
-        prompts = read_prompts(ASSETS / "tiny" / "prompts.jsonl")
-        return [PromptSet("embedded", spread(prompts, options.num_prompts or EMBEDDED_PROMPTS))]
     sets: dict[str, PromptSet] = {}
-    for part in (part for text in options.data for part in text.split(",")):
+    for part in (part for text in options.data or ["embedded"] for part in text.split(",")):
         name, has_path, path = part.partition("=")
-        if not has_path and name not in BENCHMARKS:
+        if not has_path and name not in KNOWN_DATA:
             if not Path(part).is_file():
-                raise ValueError(f"data: expected NAME=PATH, a file, or one of {', '.join(BENCHMARKS)}; got {part!r}")
+                raise ValueError(f"data: expected NAME=PATH, a file, or one of {', '.join(KNOWN_DATA)}; got {part!r}")
             name, path = Path(part).stem, part
+        elif name == "embedded":
+            path = path or str(ASSETS / "tiny" / "prompts.jsonl")
         if name in sets:
             raise ValueError(f"data: two data sets are called {name}; name them: NAME=PATH")
         prompts = read_prompts(path) if path else load_benchmark(name)
-        sets[name] = PromptSet(name, spread(prompts, options.num_prompts or LARGEST_SAMPLE))
+        count = options.num_prompts or (EMBEDDED_PROMPTS if name == "embedded" else LARGEST_SAMPLE)
+        sets[name] = PromptSet(name, spread(prompts, count))
     return list(sets.values())
 
 

@@ -8,7 +8,7 @@ from draftwing.evaluation.intervals import Interval
 COLOURS = ("#1f77b4", "#d95f02", "#2a9d5c", "#c2255c", "#7048a8", "#8a6d3b", "#0b8a9e", "#666666", "#b8860b", "#444bb5")
 LABEL, BAR, LINE = 260, 420, 22
 """Widths of a bar chart's labels and bars, and the height of a bar's line, in pixels."""
-WIDTH, HEIGHT, MARGIN = 460, 260, 40
+WIDTH, HEIGHT, MARGIN, TOP = 460, 260, 40, 26
 """A line chart's plot, and the space around it."""
 
 
@@ -42,9 +42,9 @@ def line_chart(
     y_top = y_most or 1.05 * max(y for _, y in points) or 1.0
     spread = (xs[-1] - xs[0]) or 1.0
     across = lambda value: MARGIN + WIDTH * ((value - xs[0]) / spread if len(xs) > 1 else 0.5)
-    down = lambda value: 10 + HEIGHT * (1 - min(value, y_top) / y_top)
-    parts = [f'<path d="M{MARGIN} 10V{10 + HEIGHT}H{MARGIN + WIDTH}" fill="none" stroke="#888"/>']
-    parts += [_text(across(x), HEIGHT + 26, f"{x:g}", "middle") for x in xs]
+    down = lambda value: TOP + HEIGHT * (1 - min(value, y_top) / y_top)
+    parts = [f'<path d="M{MARGIN} {TOP}V{TOP + HEIGHT}H{MARGIN + WIDTH}" fill="none" stroke="#888"/>']
+    parts += [_text(across(x), TOP + HEIGHT + 16, f"{x:g}", "middle") for x in xs]
     for step in range(5):
         value = y_top * step / 4
         parts += [
@@ -57,11 +57,11 @@ def line_chart(
         path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
         parts += [f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="3" fill="{colour}"/>' for x, y in line]
-        left, middle = MARGIN + WIDTH + 16, 18 + index * 18
+        left, middle = MARGIN + WIDTH + 16, TOP + 8 + index * 18
         parts.append(f'<path d="M{left} {middle}h18" stroke="{colour}" stroke-width="3"{dashes}/>')
         parts.append(_text(left + 24, middle + 4, name))
-    parts += [_text(MARGIN + WIDTH / 2, HEIGHT + 44, x_label, "middle"), _text(4, 8, y_label)]
-    return _svg(MARGIN + WIDTH + 300, max(HEIGHT + 52, 24 + 18 * len(lines)), parts)
+    parts += [_text(MARGIN + WIDTH / 2, TOP + HEIGHT + 34, x_label, "middle"), _text(4, 12, y_label)]
+    return _svg(MARGIN + WIDTH + 300, max(TOP + HEIGHT + 42, TOP + 16 + 18 * len(lines)), parts)
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
