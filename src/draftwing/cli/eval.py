@@ -3,7 +3,6 @@
 import argparse
 import json
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +83,7 @@ def _temperatures(text: str) -> tuple[float, ...]:
 def run(options: argparse.Namespace) -> int:
     """Run the command; 1 if a method failed."""
     from draftwing.api import check_device
-    from draftwing.cli.eval_setup import prepare, read_data, read_drafts, read_methods
+    from draftwing.cli.eval_setup import prepare, read_data, read_drafts, read_methods, settings_of
     from draftwing.evaluation.evaluate import Remarks, evaluate
     from draftwing.evaluation.journal import Journal
 
@@ -92,9 +91,9 @@ def run(options: argparse.Namespace) -> int:
     drafts = read_drafts(options)
     wanted = read_methods(options.methods, drafts)
     data = read_data(options)
-    methods, evaluation = prepare(options, drafts, wanted, data)
-    settings = _settings(options, drafts, evaluation)
+    settings = settings_of(options, drafts, wanted, data)
     journal, remarks = Journal(settings, options.output, options.fresh), Remarks()
+    methods, evaluation = prepare(options, drafts, wanted, data)
     is_stopped = False
     console = Console(stderr=True)
     columns = (
@@ -114,36 +113,6 @@ def run(options: argparse.Namespace) -> int:
     if is_stopped:
         raise KeyboardInterrupt
     return 1 if remarks.failures else 0
-
-
-def _settings(options: argparse.Namespace, drafts: dict[str, str], evaluation: "Evaluation") -> dict[str, Any]:
-    """What decides the figures: runs with other settings are not mixed."""
-    import torch
-
-    return {
-        "target": options.target,
-        "drafts": {name: _stamped(path) for name, path in drafts.items()},
-        "methods": list(evaluation.all_methods),
-        "against": options.against,
-        "assistant": options.assistant,
-        "data": {data.name: data.fingerprint for data in evaluation.data},
-        "temperatures": list(options.temperatures),
-        "max_new_tokens": options.max_new_tokens,
-        "repeats": options.repeats,
-        "seed": options.seed,
-        "device": options.device,
-        "dtype": options.dtype,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _stamped(draft: str) -> str:
-    """A draft with the time of its weights: a head that was trained on is another one."""
-    from draftwing.checkpoint.load import resolve_draft
-
-    folder = resolve_draft(draft)
-    newest = max(file.stat().st_mtime for file in (*folder.glob("*.safetensors"), *folder.glob("*.bin")))
-    return f"{draft} of {datetime.fromtimestamp(newest, UTC).isoformat(timespec='seconds')}"
 
 
 def _report(

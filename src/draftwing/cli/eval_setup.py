@@ -4,13 +4,16 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 
 from draftwing.api import METHODS, SpeculativeModel, default_plan, load, parse_dtype, resolve_method, serves
-from draftwing.checkpoint.load import ASSETS, EMBEDDED, load_stock
+from draftwing.checkpoint.load import ASSETS, EMBEDDED, load_stock, resolve_draft
 from draftwing.data.benchmarks import BENCHMARKS, load_benchmark
 from draftwing.data.prompts import read_prompts, spread
 from draftwing.evaluation.compare import Decode, decoder
@@ -94,6 +97,35 @@ def read_data(options: argparse.Namespace) -> list[PromptSet]:
         count = options.num_prompts or (EMBEDDED_PROMPTS if name == "embedded" else LARGEST_SAMPLE)
         sets[name] = PromptSet(name, spread(prompts, count))
     return list(sets.values())
+
+
+def settings_of(
+    options: argparse.Namespace, drafts: dict[str, str], wanted: Sequence[Wanted], data: Sequence[PromptSet]
+) -> dict[str, Any]:
+    """What decides the figures: runs with other settings are not mixed."""
+    return {
+        "target": options.target,
+        "drafts": {name: _stamped(path) for name, path in drafts.items()},
+        "methods": [str(item.spec) for item in wanted],
+        "against": options.against,
+        "assistant": options.assistant,
+        "data": {prompts.name: prompts.fingerprint for prompts in data},
+        "temperatures": list(options.temperatures),
+        "max_new_tokens": options.max_new_tokens,
+        "repeats": options.repeats,
+        "seed": options.seed,
+        "device": options.device,
+        "dtype": options.dtype,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _stamped(draft: str) -> str:
+    """A draft with the time of its weights: a head that was trained on is another one."""
+    folder = resolve_draft(draft)
+    weights = (*folder.glob("*.safetensors"), *folder.glob("*.bin"))
+    newest = max((file.stat().st_mtime for file in weights), default=0.0)  # loading says what is missing
+    return f"{draft} of {datetime.fromtimestamp(newest, UTC).isoformat(timespec='seconds')}"
 
 
 def prepare(

@@ -59,38 +59,47 @@ class Journal:
     def __init__(self, settings: Settings, folder: Path | None = None, fresh: bool = False) -> None:
         self.runs: dict[tuple[str, float, int, int, str], Run] = {}
         self._file = None if folder is None else folder / FILE
-        if self._file is None:
+        if folder is None or self._file is None:
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            self._file.unlink(missing_ok=True)
-        lines = _whole_lines(self._file)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [] if fresh or not self._file.is_file() else self._file.read_text(encoding="utf-8").split("\n")
+        *whole, cut = lines or [""]
         if lines:
-            self._check_settings(lines[0], settings)
-            for run in (_read_run(line, self._file, number) for number, line in enumerate(lines[1:], 2)):
-                self.runs[run.key] = run
-        else:
-            self._append({"settings": settings})
+            self._read(lines, settings)
+        if not self.runs:
+            self._begin(settings)
+        elif cut:
+            os.truncate(self._file, len("".join(line + "\n" for line in whole).encode()))
+
+    def _read(self, lines: list[str], settings: Settings) -> None:
+        """Take in a file's lines, the last of which is empty or was cut."""
+        try:
+            before = json.loads(lines[0])["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"output: {self._file} does not begin with an evaluation's settings") from None
+        for number, line in enumerate(lines[1:-1], 2):
+            run = _read_run(line, f"{self._file}, line {number}")
+            self.runs[run.key] = run
+        if self.runs:
+            self._check_settings(before, json.loads(json.dumps(settings)))
+
+    def _begin(self, settings: Settings) -> None:
+        """Write the first line, whole or not at all."""
+        assert self._file is not None
+        new = self._file.with_suffix(".new")
+        new.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
+        new.replace(self._file)
 
     def add(self, run: Run) -> None:
         """Keep a run, on disk before anything else happens."""
         self.runs[run.key] = run
         if self._file is not None:
-            self._append(asdict(run))
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(run)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
-    def _append(self, values: Mapping[str, Any]) -> None:
-        assert self._file is not None
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _check_settings(self, line: str, settings: Settings) -> None:
-        try:
-            before = json.loads(line)["settings"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"output: {self._file} does not begin with an evaluation's settings") from None
-        now = json.loads(json.dumps(settings))
+    def _check_settings(self, before: Settings, now: Settings) -> None:
         for name in [*now, *before]:
             if before.get(name) != now.get(name):
                 raise ValueError(
@@ -99,23 +108,12 @@ class Journal:
                 )
 
 
-def _whole_lines(file: Path) -> list[str]:
-    """A file's lines; a last one without its end is cut off the file too."""
-    if not file.is_file():
-        return []
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(file, len(whole))
-    return whole.decode("utf-8").split("\n")[:-1]
-
-
-def _read_run(line: str, file: Path, number: int) -> Run:
+def _read_run(line: str, place: str) -> Run:
     try:
         values = json.loads(line)
         return Run(**{field.name: values[field.name] for field in fields(Run)})
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"output: {file}, line {number} is no run: {error}") from None
+        raise ValueError(f"output: {place} is no run: {error}") from None
 
 
 def _shown(value: Any) -> str:
