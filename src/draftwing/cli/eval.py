@@ -21,11 +21,7 @@ EXAMPLES = """examples:
   draftwing eval --methods plain,eagle3,eagle3:chain:5,eagle3:tree:4x5x26+uncoupled --temperatures 0
   draftwing eval --target path/to/model --draft old=path/to/head --draft new=path/to/other \\
       --data mt_bench,mine=prompts.jsonl --max-new-tokens 256 --device cuda --output results/heads
-  draftwing eval --against transformers --against http://localhost:8000/v1
-
-A method is METHOD[@DRAFT][:PLAN][+OPTION...]: eagle3@new:tree:10x7x60, eagle2:auto, eagle3:chain:5+ngram. Options are
-ngram (looked-up continuations compete for the tree's nodes) and uncoupled (drafts do not know the target's noise).
-With --output, a stopped run goes on where it was; results.json and report.html are written there."""
+  draftwing eval --against transformers --against http://localhost:8000/v1"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "target tiny: all embedded drafts)",
     )
     parser.add_argument(
-        "--methods", default="all", help="comma-separated; `all` (default) is every method that the drafts allow"
+        "--methods",
+        default="all",
+        help="comma-separated: METHOD[@DRAFT][:PLAN][+OPTION...], where options are ngram (looked-up continuations "
+        "compete for the tree's nodes) and uncoupled (drafts do not know the target's noise); `all` (default) is every "
+        "method that the drafts allow",
     )
     parser.add_argument(
         "--data",
@@ -60,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=positive, default=1, help="runs of each turn; the median counts (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     add_device(parser)
-    parser.add_argument("--output", type=Path, help="a folder for runs.jsonl, results.json and report.html")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="a folder for results.json, report.html and runs.jsonl, from which a stopped run goes on",
+    )
     parser.add_argument("--fresh", action="store_true", help="start anew where --output has runs already")
     parser.add_argument(
         "--against",
