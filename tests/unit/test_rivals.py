@@ -55,7 +55,8 @@ def test_a_server_is_asked_for_completions_of_token_ids() -> None:
         ((name, decode),) = endpoint_rival(url + "/").items()
         decoded = decode([1, 2], **ASK)
         ((named, _),) = endpoint_rival(url, "second").items()
-    assert (name, named) == ("endpoint:first", "endpoint:second")
+    host = url.removeprefix("http://").removesuffix("/v1")
+    assert (name, named) == (f"first at {host}", f"second at {host}")
     assert (decoded.num_tokens, decoded.text, decoded.tokens, decoded.statistics) == (3, " world", None, None)
     assert decoded.seconds > 0
     (body,) = posted

@@ -4,6 +4,7 @@ import re
 import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,13 @@ def with_peak(decode: Decode, device: torch.device) -> Decode:
 def _reset(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif CLEAR.exists():
-        CLEAR.write_text(RESET_PEAK)
+    else:
+        with suppress(OSError):  # no such file, or not ours to write
+            CLEAR.write_text(RESET_PEAK)
 
 
 def _peak(device: torch.device) -> int:
-    """Bytes since `_reset`; on systems without /proc, since the process began."""
+    """Bytes since `_reset`; where the system has no such reset, since the process began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if STATUS.exists() and (match := re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())):

@@ -124,10 +124,15 @@ def _acceptance_parts(rows: Sequence[ResultRow], at: str) -> list[str]:
     if not depth:
         return []
     cells = [
-        (row.method, *(f"{rate.rate:.2f}" if rate.num_reached else "" for rate in row.acceptance_rate))
+        (
+            row.method,
+            *(f"{rate.rate:.2f} ({rate.num_reached})" if rate.num_reached else "" for rate in row.acceptance_rate),
+        )
         for row in drafting
     ]
-    parts = [_html_table(f"Acceptance by depth, {at}", ("method", *map(str, range(1, depth + 1))), cells)]
+    parts = [
+        _html_table(f"Acceptance by depth (of so many cycles), {at}", ("method", *map(str, range(1, depth + 1))), cells)
+    ]
     chains = {row.method: list(enumerate(row.n_alpha)) for row in rows if row.n_alpha}
     if chains:
         chart = line_chart(chains, "n: features of the draft's own", "n-alpha", y_most=1.0)

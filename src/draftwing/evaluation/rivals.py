@@ -6,6 +6,7 @@ Servers are asked for completions of token ids, so that no template or tokenizer
 import json
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from functools import partial
@@ -63,7 +64,8 @@ def endpoint_rival(url: str, model: str | None = None) -> dict[str, Decode]:
         raise ValueError(f"against: no OpenAI-compatible server answers at {url}: {error}") from None
     if not served or model not in (None, *served):
         raise ValueError(f"endpoint-model: {url} serves {', '.join(served) or 'nothing'}, not {model}")
-    return {f"endpoint:{model or served[0]}": partial(_complete, f"{url}/completions", model or served[0])}
+    name = f"{model or served[0]} at {urllib.parse.urlsplit(url).netloc}"
+    return {name: partial(_complete, f"{url}/completions", model or served[0])}
 
 
 def _complete(
