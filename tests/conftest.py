@@ -9,12 +9,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.config import TrainConfig
 from draftwing.data.chat import Example
-from draftwing.decoding.auto_plan import AutoPlan, Experience
+from draftwing.decoding.auto_plan import AutoPlan
 from draftwing.decoding.costs import CycleCosts
 from draftwing.decoding.drafters import NoDrafter
 from draftwing.decoding.drafters.draft_model import DraftModelDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.drafters.ngram import NgramDrafter
+from draftwing.decoding.experience import Experience
 from draftwing.decoding.generate import DrafterFactory, Generation, Request
 from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.sampling import SamplingParams

@@ -171,7 +171,7 @@ def test_transformers_is_measured_beside(prompts: Path, capsys: pytest.CaptureFi
     [
         (["--methods", "egle3"], "methods: unknown method 'egle3'; did you mean 'eagle3'"),
         (["--methods", "eagle3:tree:4"], "plan: expected"),
-        (["--methods", "eagle3@mine"], "methods: eagle3@mine: no draft is called mine; there are: tiny-eagle1, tiny"),
+        (["--methods", "eagle3@mine"], "methods: eagle3@mine: no draft is called mine; there are: tiny"),
         (["--target", "x", "--methods", "eagle3"], "methods: eagle3 needs a draft"),
         (["--draft", "a=x", "--draft", "a=y"], "draft: two drafts are called a"),
         (["--data", "mt_bech"], "data: expected NAME=PATH, a file, or one of embedded, mt_bench"),

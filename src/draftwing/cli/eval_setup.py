@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from draftwing.api import METHODS, SpeculativeModel, default_plan, load, parse_dtype, resolve_method, serves
-from draftwing.checkpoint.load import ASSETS, EMBEDDED, load_stock, resolve_draft
+from draftwing.checkpoint.load import ASSETS, load_stock, resolve_draft
 from draftwing.data.benchmarks import BENCHMARKS, load_benchmark
 from draftwing.data.prompts import read_prompts, spread
 from draftwing.evaluation.compare import Decode, decoder
@@ -30,8 +30,8 @@ EMBEDDED_PROMPTS, LARGEST_SAMPLE = 8, 80
 
 def read_drafts(options: argparse.Namespace) -> dict[str, str]:
     """The drafts by name; `tiny` stands for all that are embedded."""
-    parts = [part for part in EMBEDDED if part != "target"]
-    embedded = {name: name for name in ("tiny" if part == "eagle3" else f"tiny-{part}" for part in parts)}
+    parts = {file.parent.name for file in (ASSETS / "tiny").glob("*/config.json")} - {"target"}
+    embedded = {name: name for name in ("tiny" if part == "eagle3" else f"tiny-{part}" for part in sorted(parts))}
     given = options.draft or (["tiny"] if options.target == "tiny" else [])
     drafts: dict[str, str] = {}
     for text in given:

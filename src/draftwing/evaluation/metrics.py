@@ -10,7 +10,7 @@ from typing import Any
 
 from draftwing.decoding.statistics import STAGES
 from draftwing.evaluation.evaluate import Cell, Evaluation, Remarks
-from draftwing.evaluation.intervals import Interval, product_interval, ratio_interval
+from draftwing.evaluation.intervals import Interval, gain_interval, ratio_interval
 from draftwing.evaluation.journal import Journal, Run
 
 
@@ -126,10 +126,8 @@ def rate_ratio(runs: Sequence[Run], others: Sequence[Run], per: str = "seconds")
     mine, theirs = ([run for run in some if _turn(run) in shared] for some in (runs, others))
     if not shared or any(getattr(run, per) is None for run in mine + theirs):
         return None
-    return product_interval(
-        [per_prompt(mine, "num_tokens"), per_prompt(theirs, per)],
-        [per_prompt(mine, per), per_prompt(theirs, "num_tokens")],
-    )
+    mine_ratio, their_ratio = ((per_prompt(some, "num_tokens"), per_prompt(some, per)) for some in (mine, theirs))
+    return gain_interval(mine_ratio, their_ratio)
 
 
 def by_category(runs: Sequence[Run], plain: Sequence[Run]) -> dict[str, Figures]:

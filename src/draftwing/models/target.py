@@ -29,6 +29,25 @@ class TargetOutput:
     features: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class TreePass:
+    """What one pass of the model reads.
+
+    Attributes:
+        tokens, positions: `[B, N]`.
+        masks: what each node reads, as the attention implementation wants it (a mapping for several kinds of layers).
+        cache: where the slots `[B, N]` of the nodes' keys and values lie.
+        num_read: slots that attention reads, from a row's first.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    masks: Any
+    cache: KVCache
+    slots: torch.Tensor
+    num_read: int
+
+
 class TargetModel:
     """A Hugging Face causal LM behind the three calls that the cycle needs; its `role` begins the error messages.
 
@@ -133,11 +152,17 @@ class TargetModel:
         if self.max_positions is not None:  # nodes past the limit cannot be emitted, but must not index past a table
             positions = positions.clamp(max=self.max_positions - 1)
         visible = visible_slots(cache.lengths, ancestors, num_read)
+        masks = self._masks(visible, positions, depths, cache)
+        slots = cache.slots_behind(num_behind)[:, -num_new:]
+        return self._run(TreePass(tokens, positions, masks, cache, slots, num_read), feature_layers, last_logits_only)
+
+    def _run(self, tree: TreePass, feature_layers: tuple[int, ...], last_logits_only: bool) -> TargetOutput:
+        """The pass itself, by the stock module."""
         output = self.model(
-            input_ids=tokens,
-            position_ids=positions,
-            attention_mask=self._masks(visible, positions, depths, cache),
-            past_key_values=SlotCacheView(cache, cache.slots_behind(num_behind)[:, -num_new:], num_read),
+            input_ids=tree.tokens,
+            position_ids=tree.positions,
+            attention_mask=tree.masks,
+            past_key_values=SlotCacheView(tree.cache, tree.slots, tree.num_read),
             use_cache=True,
             output_hidden_states=bool(feature_layers),
             logits_to_keep=1 if last_logits_only else 0,
