@@ -123,7 +123,7 @@ def settings_of(
 def _stamped(draft: str) -> str:
     """A draft with the time of its weights: a head that was trained on is another one."""
     folder = resolve_draft(draft)
-    weights = (*folder.glob("*.safetensors"), *folder.glob("*.bin"))
+    weights = [file for ending in ("safetensors", "bin", "pt") for file in folder.glob(f"*.{ending}")]
     newest = max((file.stat().st_mtime for file in weights), default=0.0)  # loading says what is missing
     return f"{draft} of {datetime.fromtimestamp(newest, UTC).isoformat(timespec='seconds')}"
 
