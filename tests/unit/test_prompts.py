@@ -18,7 +18,9 @@ class Letters:
     def __init__(self, chat_template: str | None = None) -> None:
         self.chat_template = chat_template
 
-    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], tools: None, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
         return "".join(f"<{m['role'][0]}>{m['content']}" for m in messages) + "<a>" * add_generation_prompt
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
