@@ -11,6 +11,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from draftwing.checkpoint.formats import HeadFormat, default_aux_layers
+from draftwing.checkpoint.formats import HeadOptions
 from draftwing.checkpoint.load import DraftNetwork, build_network, load_head, load_target, load_tokenizer, sizes_of
 from draftwing.checkpoint.save import save_head, to_head
 from draftwing.config import TrainConfig, check_keys
@@ -35,7 +36,7 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     train = examples(rows.train, tokenizer, config.sequence_length)
     held_out = examples(rows.held_out, tokenizer, config.sequence_length)[: config.evaluate_rows]
     if config.init_from:
-        head = load_head(config.init_from, target, torch.float32, config.aux_layers or None).train()
+        head = load_head(config.init_from, target, torch.float32, HeadOptions(config.aux_layers or None)).train()
     else:
         head = new_head(config, target, train).to(target.device)
     module = HeadTraining(head, target, config)
