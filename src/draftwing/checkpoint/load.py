@@ -10,7 +10,15 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from draftwing.checkpoint.formats import FROM_FILE, Head, HeadOptions, TargetSizes, Tensors, is_language_model, read_head
+from draftwing.checkpoint.formats import (
+    FROM_FILE,
+    Head,
+    HeadOptions,
+    TargetSizes,
+    Tensors,
+    is_language_model,
+    read_head,
+)
 from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.eagle import EagleModel
 from draftwing.models.eagle3 import Eagle3Model

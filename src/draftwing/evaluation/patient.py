@@ -29,9 +29,7 @@ class Patient:
         ValueError: as `load_draft`.
     """
 
-    def __init__(
-        self, name: str, target: TargetModel, options: HeadOptions = FROM_FILE, tokenizer: Any = None
-    ) -> None:
+    def __init__(self, name: str, target: TargetModel, options: HeadOptions = FROM_FILE, tokenizer: Any = None) -> None:
         self.name, self.target, self.options, self._tokenizer = name, target, options, tokenizer
         self.values: Mapping[str, Any]
         self.tensors: Tensors

@@ -17,7 +17,6 @@ from draftwing.decoding.sampling import Sampler, SamplingParams, log_probabiliti
 from draftwing.decoding.tree import Array
 from draftwing.models.target import TargetModel
 
-
 LEAST_LOG_PROB = -10.0
 """Less is not told apart: a token that the draft lacks, an overflow."""
 

@@ -10,8 +10,7 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from draftwing.checkpoint.formats import HeadFormat, default_aux_layers
-from draftwing.checkpoint.formats import HeadOptions
+from draftwing.checkpoint.formats import HeadFormat, HeadOptions, default_aux_layers
 from draftwing.checkpoint.load import DraftNetwork, build_network, load_head, load_target, load_tokenizer, sizes_of
 from draftwing.checkpoint.save import save_head, to_head
 from draftwing.config import TrainConfig, check_keys
