@@ -10,9 +10,8 @@ from published import TINY, eagle1_shapes, eagle3_shapes, random_tensors
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 
-from draftwing.checkpoint.formats import is_language_model
+from draftwing.checkpoint.formats import HeadOptions, is_language_model
 from draftwing.checkpoint.inspect import ModelReport, inspect_draft
-from draftwing.checkpoint.formats import HeadOptions
 from draftwing.checkpoint.load import load_draft, vocabulary_problems
 from draftwing.models.target import TargetModel
 
@@ -65,7 +64,7 @@ def test_a_recurrent_model_is_refused(target: TargetModel, tmp_path: Path) -> No
 
 
 def test_options_of_heads_are_refused(target: TargetModel, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="aux_layers: .* only EAGLE heads"):
+    with pytest.raises(ValueError, match=r"aux_layers: .* only EAGLE heads"):
         load_draft(save(tmp_path), target, options=HeadOptions(aux_layers=(1, 3, 5)))
 
 

@@ -155,7 +155,7 @@ def examine(patient: Patient, text: Text, clues: Sequence[str], steps: Steps) ->
     if cure.options and patient.is_head:
         is_useful = trials.reads_features(cure, traces)
     cured = compare(cure.name, cure.fault, traces, trials.loaded, cure.options)
-    verdict = _gross_fault(patient, text, loaded) or _conclude(loaded, cured, is_useful, otherwise, trials.findings)
+    verdict = _gross_fault(patient, text, loaded) or conclude(loaded, cured, is_useful, otherwise, trials.findings)
     return Diagnosis(verdict, loaded, trials.findings, otherwise, tau_by_position(trials.loaded), list(clues))
 
 
@@ -173,7 +173,7 @@ def _gross_fault(patient: Patient, text: Text, loaded: Finding) -> Verdict | Non
     return None
 
 
-def _conclude(
+def conclude(
     loaded: Finding, cured: Finding, is_useful: bool, otherwise: Sequence[Finding], findings: Sequence[Finding]
 ) -> Verdict:
     """The sentence that follows from the figures."""

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from draftwing.checkpoint.formats import FROM_FILE, HeadOptions, Tensors, is_language_model, verifier_name
+from draftwing.checkpoint.formats import FROM_FILE, HeadOptions, is_language_model, verifier_name
 from draftwing.checkpoint.load import Draft, build_head, load_draft, read_draft_files, resolve_draft
 from draftwing.decoding.drafters import Drafter
 from draftwing.decoding.drafters.draft_model import DraftModelDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.evaluation.replay import Recording, Trace, replay
 from draftwing.evaluation.suspects import Suspect, head_suspects, precision_suspects
+from draftwing.models.packed import pack_linears
 from draftwing.models.target import TargetModel
 
 DEPTH = 5
@@ -31,8 +32,6 @@ class Patient:
 
     def __init__(self, name: str, target: TargetModel, options: HeadOptions = FROM_FILE, tokenizer: Any = None) -> None:
         self.name, self.target, self.options, self._tokenizer = name, target, options, tokenizer
-        self.values: Mapping[str, Any]
-        self.tensors: Tensors
         self.values, self.tensors = read_draft_files(resolve_draft(name))
         self.is_head = not is_language_model(self.values, self.tensors)
         self.draft = self.load({})
@@ -40,11 +39,15 @@ class Patient:
     def load(self, options: Mapping[str, Any]) -> Draft:
         """The draft with some options of `load` changed."""
         dtype = getattr(torch, options["dtype"]) if "dtype" in options else None
-        if not self.is_head:
-            return load_draft(self.name, self.target, dtype, self.options, self._tokenizer)
-        fields = {name: value for name, value in options.items() if name in HeadOptions.__dataclass_fields__}
-        chosen = HeadOptions(**self.options.given | fields)
-        return build_head(dict(self.values), self.tensors, self.target, dtype, chosen)
+        draft: Draft
+        if self.is_head:
+            fields = {name: value for name, value in options.items() if name in HeadOptions.__dataclass_fields__}
+            chosen = HeadOptions(**self.options.given | fields)
+            draft = build_head(self.values, self.tensors, self.target, dtype, chosen)
+        else:
+            draft = load_draft(self.name, self.target, dtype, self.options, self._tokenizer)
+        pack_linears(draft.model if isinstance(draft, TargetModel) else draft)  # as for decoding
+        return draft
 
     def suspects(self, longest: int) -> list[Suspect]:
         """What to try, on rows of at most so many tokens."""

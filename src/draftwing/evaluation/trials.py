@@ -102,33 +102,47 @@ class Trials:
         return control.evidence.high < 1 and control.evidence.value < 1 / LEAST_USE
 
     def find_cure(self) -> tuple[Suspect, list[Trace]]:
-        """The suspect that explains most, joined with the next if that explains more still; else NOTHING."""
-        best, traces = NOTHING, self.loaded
+        """The suspect that explains most, joined with the next if that explains more still; else NOTHING.
+
+        What does harm to the draft as loaded is not tried a second time.
+        """
+        best, traces, suspects = NOTHING, self.loaded, self._suspects
         for _ in range(2):
-            cures: list[tuple[float, Suspect, list[Trace]]] = []
-            for suspect, finding, its_traces in self._try_beside(best, traces):
-                self.findings.append(finding)
-                if finding.is_cure and finding.evidence is not None:
-                    cures.append((finding.evidence.value, suspect, its_traces))
+            trials = list(self._try_beside(best, traces, suspects))
+            self.findings += [trial.finding for trial in trials]
+            cures = [trial for trial in trials if trial.finding.is_cure]
             if not cures:
                 break
-            _, best, traces = max(cures, key=lambda cure: cure[0])
-            self._steps.expect(len(self._beside(best)))
+            cure = max(cures, key=lambda trial: trial.evidence.value)
+            best, traces = best.joined(cure.suspect), cure.traces
+            suspects = [trial.suspect for trial in trials if trial.evidence.high >= 1]
+            suspects = [suspect for suspect in suspects if not suspect.options.keys() & best.options.keys()]
+            self._steps.expect(len(suspects))
         return best, traces
 
-    def _beside(self, best: Suspect) -> list[Suspect]:
-        """The suspects that ask for other options than `best`."""
-        return [suspect for suspect in self._suspects if not suspect.options.keys() & best.options.keys()]
-
-    def _try_beside(self, best: Suspect, base: list[Trace]) -> Iterator[tuple[Suspect, Finding, list[Trace]]]:
-        for suspect in self._beside(best):
+    def _try_beside(self, best: Suspect, base: list[Trace], suspects: Sequence[Suspect]) -> Iterator["_Trial"]:
+        for suspect in suspects:
             joined = best.joined(suspect)
             self._steps.begin(joined.name)
             try:
                 traces = self._patient.traces(self._recordings, joined.options)
             except ValueError:  # the file contradicts it: ids outside the vocabulary, a RoPE type that we lack
                 continue
-            yield joined, compare(joined.name, suspect.fault, traces, base, joined.options), traces
+            yield _Trial(suspect, compare(joined.name, suspect.fault, traces, base, joined.options), traces)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A suspect, tried beside another or alone."""
+
+    suspect: Suspect
+    finding: Finding
+    traces: list[Trace]
+
+    @property
+    def evidence(self) -> Interval:
+        assert self.finding.evidence is not None  # it is on the same text
+        return self.finding.evidence
 
 
 def compare(
