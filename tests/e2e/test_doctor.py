@@ -43,7 +43,7 @@ from draftwing.evaluation.trials import Finding, Steps, compare
 from draftwing.models.layers import DraftConfig
 from draftwing.models.target import TargetModel
 
-NUM_NEW = 32
+NUM_NEW = 24
 LINEAR = {"rope_type": "linear", "factor": 8.0}
 
 
@@ -233,7 +233,7 @@ def overflow(values: dict[str, Any], tensors: Tensors) -> None:
 
 def test_an_overflow_in_float16_is_named(model: SpeculativeModel, prompts: list[Prompt], tmp_path: Path) -> None:
     half = draftwing.load("tiny", dtype="float16")
-    recording = record_rows(half, [prompt.token_ids(half.tokenizer) for prompt in prompts[:4]], num_new=12)
+    recording = record_rows(half, [prompt.token_ids(half.tokenizer) for prompt in prompts[:4]], num_new=6)
     assert not Text([recording]).overflows
     verdict = diagnose(write_head(tmp_path, "tiny", overflow), half.target, recording).verdict
     assert verdict.cure == {"dtype": "float32"}
@@ -248,7 +248,7 @@ def test_a_draft_window_is_advised_past_the_lengths_of_training(model: Speculati
     """The embedded head was trained on 192 tokens; these prompts have 400."""
     rows = [prompt.token_ids(model.tokenizer) for prompt in read_prompts(ASSETS / "tiny" / "prompts.jsonl")]
     before = list(itertools.chain(*rows))[:350]
-    recording = record_rows(model, [before + row for row in rows[:6]], num_new=24)
+    recording = record_rows(model, [before + row for row in rows[:6]], num_new=16)
     diagnosis = diagnose("tiny", model.target, recording)
     assert diagnosis.verdict.cure == {"draft_window": 128}
     assert "worse past the lengths that it was trained on" in diagnosis.verdict.sentence

@@ -4,19 +4,24 @@ What a target says does not depend on the draft. So it is decoded plainly once, 
 that any drafter would have gone through are replayed over the tokens: the real drafters, plans and acceptance rule.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from draftwing.decoding.drafters import NoDrafter, Ranking
+from draftwing.decoding.drafters import Drafter, NoDrafter, Ranking
 from draftwing.decoding.generate import PREFILL_CHUNK, DrafterFactory, Generation, Request
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import Sampler, SamplingParams, log_probabilities
 from draftwing.decoding.tree import Array
 from draftwing.models.target import TargetModel
 
+MOST_TOKENS = 4096
+"""Rows times their length that are replayed at once, unless there are more to begin with."""
+SHORTEST_PART = 8
+"""Positions of a part, whose prompt is read anew."""
 LEAST_LOG_PROB = -10.0
 """Less is not told apart: a token that the draft lacks, an overflow."""
 
@@ -108,17 +113,42 @@ def record(target: TargetModel, requests: Sequence[Request], feature_layers: Seq
     return Recording(tokens, lengths, features, [request.sampling for request in requests], target.vocab_size)
 
 
-class _Script:
-    """A recording as padded batches on a device: `tokens [B, S]` (-1 behind the end), `features [B, S, F]`."""
+@dataclass(frozen=True)
+class _Part:
+    """A stretch of a row's roots, from `start` to before `stop`. A row's parts are replayed side by side."""
 
-    def __init__(self, recording: Recording, layers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    row: int
+    start: int
+    stop: int
+
+
+def _parts(recording: Recording) -> list[_Part]:
+    """All rows in parts: as few steps as rows of MOST_TOKENS allow, since a step costs hardly more for more rows."""
+    num_tokens = len(recording.tokens) * recording.longest
+    is_sampled = any(params.temperature > 0 for params in recording.sampling)
+    num_parts = 1 if is_sampled else max(1, MOST_TOKENS // num_tokens)  # noise takes memory for each row
+    parts = []
+    for row, (tokens, num_prompt) in enumerate(zip(recording.tokens, recording.num_prompt, strict=True)):
+        length = max(SHORTEST_PART, math.ceil((len(tokens) - num_prompt) / num_parts))
+        end = len(tokens) - 1
+        parts += [_Part(row, start, min(start + length, end)) for start in range(num_prompt - 1, end, length)]
+    return parts
+
+
+class _Script:
+    """Parts as padded batches on a device: `tokens [B, S]` (-1 behind the end), `features [B, S, F]`."""
+
+    def __init__(
+        self, recording: Recording, parts: Sequence[_Part], drafter: Drafter, dtype: torch.dtype, device: torch.device
+    ) -> None:
         def padded(rows: Sequence[torch.Tensor], value: float) -> torch.Tensor:
-            return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+            chosen = [rows[part.row] for part in parts]
+            return torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=value)
 
         self.tokens = padded([torch.tensor(row) for row in recording.tokens], -1).to(device)
         self.features = None
-        if layers:
-            values = [padded(recording.features[layer], 0.0) for layer in layers]
+        if drafter.feature_layers:
+            values = [padded(recording.features[layer], 0.0) for layer in drafter.feature_layers]
             self.features = torch.cat(values, dim=-1).to(device, dtype)
 
     def tokens_at(self, positions: torch.Tensor) -> torch.Tensor:
@@ -165,16 +195,15 @@ def replay(
     recording: Recording, new_drafter: DrafterFactory, depth: int, dtype: torch.dtype, device: torch.device
 ) -> list[Trace]:
     """What chains of this depth, drafted at every position of a recording by a drafter of this dtype, come to."""
-    batch_size, plan = len(recording.tokens), TreePlan.chain(depth)
-    drafter = new_drafter(batch_size, recording.longest + plan.num_nodes + 1)
-    script = _Script(recording, drafter.feature_layers, dtype, device)
-    sampler = Sampler(recording.sampling, recording.vocab_size, device, depth)
-    roots = torch.tensor([num - 1 for num in recording.num_prompt], device=device)
-    ends = torch.tensor([len(row) - 1 for row in recording.tokens], device=device)
+    parts, plan = _parts(recording), TreePlan.chain(depth)
+    drafter = new_drafter(len(parts), recording.longest + plan.num_nodes + 1)
+    script = _Script(recording, parts, drafter, dtype, device)
+    sampler = Sampler([recording.sampling[part.row] for part in parts], recording.vocab_size, device, depth)
+    roots, ends = (torch.tensor([getattr(part, name) for part in parts], device=device) for name in ("start", "stop"))
     drafter.start(script.tokens[:, 0])
     for start in range(0, int(roots.max()), PREFILL_CHUNK):
         positions = torch.arange(start, min(start + PREFILL_CHUNK, int(roots.max())), device=device)
-        positions = positions.expand(batch_size, -1)
+        positions = positions.expand(len(parts), -1)
         num_valid = (roots - start).clamp(0, positions.shape[1])
         drafter.observe(script.tokens_at(positions + 1).clamp(min=0), script.features_at(positions), num_valid)
     notes = []
@@ -188,4 +217,6 @@ def replay(
         drafter.observe(script.tokens_at(step + 1).clamp(min=0), script.features_at(step), (roots < ends).long())
         roots = (roots + 1).minimum(ends)
     is_real, *columns = (torch.stack(column, 1).numpy(force=True) for column in zip(*notes, strict=True))
-    return [Trace(*(column[row][is_real[row]] for column in columns)) for row in range(batch_size)]
+    pieces = [(part.row, [column[index][is_real[index]] for column in columns]) for index, part in enumerate(parts)]
+    rows = ([piece for its_row, piece in pieces if its_row == row] for row in range(len(recording.tokens)))
+    return [Trace(*map(np.concatenate, zip(*row, strict=True))) for row in rows]
