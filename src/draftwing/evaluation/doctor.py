@@ -23,7 +23,7 @@ BATCH = 8
 FEWEST_PROMPTS = 4
 """An interval over fewer prompts means nothing."""
 TEXT_GAIN = 2.0
-"""Raw and templated prompts lead to other text, whose tau differs by 1.3 to 1.7 times without a fault, as measured."""
+"""Raw and templated prompts lead to other text, whose tau differs by up to 1.7 times without a fault, as measured."""
 HOPELESS = 1.1
 """A tau of draft models below which they predict next to nothing."""
 POSITION_EDGES = (0, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)

@@ -18,8 +18,8 @@ from draftwing.evaluation.suspects import NOTHING, Suspect
 LEVEL = 0.99
 """Of the intervals that decide: about 15 variants are tried, and at 95 % one of 20 would seem better by chance."""
 LEAST_GAIN = 1.03
-"""A cure makes the target's tokens at least so many times as probable (geometric mean). Rounding changes less than 1 %;
-the mildest faults, feature layers off by one in the embedded model or another rope_theta, change 5 to 9 %."""
+"""A cure makes the target's tokens at least so many times as probable (geometric mean). In the embedded models rounding
+changes less than 1 %; the mildest faults, other feature layers next to the right ones or another rope_theta, 5 to 9 %."""
 LEAST_USE = 1.2
 """So many times as probable they are at least with the right features as with misplaced ones, if a head reads them."""
 
