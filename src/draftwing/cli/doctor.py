@@ -12,13 +12,13 @@ SUMMARY = "Say why acceptance is low: try the known faults of heads and settings
 EXAMPLES = """examples:
   draftwing doctor --target tiny --draft tiny
   draftwing doctor --target path/to/model --draft path/to/head --prompts prompts.jsonl --json
-  draftwing doctor --target path/to/model --draft path/to/head --aux-layers 2,16,29   # is it right now?
-
-Exit status: 0 if nothing is wrong, 1 if a fault was found, 2 if the draft cannot be loaded or an option is wrong."""
+  draftwing doctor --target path/to/model --draft path/to/head --aux-layers 2,16,29   # is it right now?"""
+EXIT_STATUS = "Exit status: 0 if nothing is wrong, 1 if a fault was found, 2 if the draft cannot be loaded."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
+    parser.description = f"{SUMMARY}\n{EXIT_STATUS}"
     parser.add_argument("--target", required=True, help="tiny, a folder or a hub id")
     parser.add_argument("--draft", required=True, help="tiny, tiny-eagle1, a folder or a hub id")
     add_device(parser)

@@ -19,7 +19,7 @@ LEVEL = 0.99
 """Of the intervals that decide: about 15 variants are tried, and at 95 % one of 20 would seem better by chance."""
 LEAST_GAIN = 1.03
 """A cure makes the target's tokens at least so many times as probable (geometric mean). In the embedded models rounding
-changes less than 1 %; the mildest faults, other feature layers next to the right ones or another rope_theta, 5 to 9 %."""
+changes less than 1 %; the mildest faults, feature layers next to the right ones or another rope_theta, 5 to 9 %."""
 LEAST_USE = 1.2
 """So many times as probable they are at least with the right features as with misplaced ones, if a head reads them."""
 
