@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from draftwing.checkpoint.formats import FROM_FILE, HeadOptions
 from draftwing.checkpoint.load import (
     Draft,
     load_draft,
@@ -40,6 +41,7 @@ FIXED_SHAPES = tuple(
 )
 """Where every shape is worth capturing: what `auto` chooses among, the largest last."""
 EAGLE_METHODS = ("eagle1", "eagle2", "eagle3")
+HEAD_OPTIONS = tuple(HeadOptions.__dataclass_fields__)
 METHODS = ("plain", "ngram", *EAGLE_METHODS, "draft_model")
 
 
@@ -149,11 +151,10 @@ class SpeculativeModel:
         draft: str,
         method: str | None = None,
         dtype: torch.dtype | None = None,
-        aux_layers: tuple[int, ...] | None = None,
-        rope_theta: float | None = None,
+        head_options: HeadOptions = FROM_FILE,
     ) -> "SpeculativeModel":
         """The same target with a draft that is loaded for it; arguments and errors are those of `load`."""
-        drafting = load_draft(draft, self.target, dtype, aux_layers, rope_theta, self.tokenizer)
+        drafting = load_draft(draft, self.target, dtype, head_options, self.tokenizer)
         pack_linears(drafting.model if isinstance(drafting, TargetModel) else drafting)
         return SpeculativeModel(self.target, drafting, self.tokenizer, method, Lessons(read_acceptance(draft)))
 
@@ -334,8 +335,6 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     method: str | None = None,
-    aux_layers: tuple[int, ...] | None = None,
-    rope_theta: float | None = None,
     **options: Any,
 ) -> SpeculativeModel:
     """Load a target and a draft, ready to generate.
@@ -347,14 +346,15 @@ def load(
         dtype: of both models, `torch.float32` or "float32"; default: the target file's, but float32 on a CPU that has
             no bf16 products.
         method: one of METHODS; default: what the draft is made for (eagle2 for an EAGLE-1 file).
-        aux_layers, rope_theta: override what a head's file says (see `draftwing inspect`).
-        options: passed on to transformers' `from_pretrained`.
+        options: the fields of HeadOptions (`aux_layers`, `rope_theta`, `norm_output`, ...) override what a head's file
+            says (see `draftwing inspect`, `draftwing doctor`); others go to transformers' `from_pretrained`.
 
     Raises:
         ValueError: a name that cannot be loaded, a draft that does not fit, a model whose cache cannot be rolled back.
     """
     check_device(device)
     chosen = parse_dtype(dtype)
+    head_options = HeadOptions(**{name: options.pop(name) for name in tuple(options) if name in HEAD_OPTIONS})
     loaded = load_target(target, chosen, device, **options)
     pack_linears(loaded.model)
     if can_fuse(loaded.model):
@@ -363,8 +363,7 @@ def load(
     tokenizer = load_tokenizer(target)
     if draft is None or method in ("plain", "ngram"):
         return SpeculativeModel(loaded, None, tokenizer, method)
-    bare = SpeculativeModel(loaded, tokenizer=tokenizer)
-    return bare.with_draft(draft, method, chosen, aux_layers, rope_theta)
+    return SpeculativeModel(loaded, tokenizer=tokenizer).with_draft(draft, method, chosen, head_options)
 
 
 @cache

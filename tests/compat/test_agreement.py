@@ -20,6 +20,7 @@ from conftest import Request, generate, requests_for, tiny_llama
 from published import TINY, eagle3_shapes, random_tensors
 from safetensors.torch import save_file
 
+from draftwing.checkpoint.formats import HeadOptions
 from draftwing.checkpoint.load import DraftNetwork, load_head, sizes_of
 from draftwing.checkpoint.save import save_head, to_head
 from draftwing.decoding.drafters import Drafter
@@ -242,7 +243,7 @@ def test_a_misread_option_would_show(
 ) -> None:
     (folder / "config.json").write_text(json.dumps(CONFIG | changes), encoding="utf-8")
     _, drafts, _ = reference_run(head, deep_target.model)
-    assert our_run(load_head(str(folder), deep_target, **overrides), deep_target)[1] != drafts
+    assert our_run(load_head(str(folder), deep_target, options=HeadOptions(**overrides)), deep_target)[1] != drafts
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from published import TINY, eagle1_shapes, eagle3_shapes, random_tensors
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 
-from draftwing.checkpoint.formats import is_language_model
+from draftwing.checkpoint.formats import HeadOptions, is_language_model
 from draftwing.checkpoint.inspect import ModelReport, inspect_draft
 from draftwing.checkpoint.load import load_draft, vocabulary_problems
 from draftwing.models.target import TargetModel
@@ -64,8 +64,8 @@ def test_a_recurrent_model_is_refused(target: TargetModel, tmp_path: Path) -> No
 
 
 def test_options_of_heads_are_refused(target: TargetModel, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="aux_layers, rope_theta"):
-        load_draft(save(tmp_path), target, aux_layers=(1, 3, 5))
+    with pytest.raises(ValueError, match=r"aux_layers: .* only EAGLE heads"):
+        load_draft(save(tmp_path), target, options=HeadOptions(aux_layers=(1, 3, 5)))
 
 
 def test_another_number_of_tokens_needs_tokenizers_to_compare(target: TargetModel, tmp_path: Path) -> None:

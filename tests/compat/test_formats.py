@@ -27,7 +27,7 @@ from published import (
 )
 from safetensors.torch import load_file, save_file
 
-from draftwing.checkpoint.formats import Head, TargetSizes, default_aux_layers, read_head
+from draftwing.checkpoint.formats import Head, HeadOptions, TargetSizes, default_aux_layers, read_head
 from draftwing.checkpoint.load import (
     DraftNetwork,
     check_fit,
@@ -377,7 +377,8 @@ def read_tiny(
     values, shapes = TINY_HEADS[name]
     held: dict[str, Any] = random_tensors(shapes, TARGET_IDS) | (tensors or {})
     values = {key: value for key, value in (values | (changes or {})).items() if value is not None}
-    return read_head(values, {key: value for key, value in held.items() if value is not None}, target, **overrides)
+    tensors = {key: value for key, value in held.items() if value is not None}
+    return read_head(values, tensors, target, HeadOptions(**overrides))
 
 
 def test_d2t_holds_offsets_and_memory_holds_ids() -> None:

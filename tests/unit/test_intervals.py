@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from draftwing.evaluation.intervals import ratio_interval
+from draftwing.evaluation.intervals import gain_interval, ratio_interval
 
 
 def test_the_value_is_the_ratio_of_the_sums() -> None:
@@ -38,3 +38,10 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
 def test_sums_of_different_prompts_are_refused(denominators: list[float]) -> None:
     with pytest.raises(ValueError, match="denominators"):
         ratio_interval([1.0, 2.0], denominators)
+
+
+def test_a_gain_is_a_ratio_of_ratios_over_the_same_prompts() -> None:
+    gain = gain_interval(([30, 10], [10, 10]), ([15, 5], [10, 10]))
+    assert (gain.value, gain.low, gain.high) == (2.0, 2.0, 2.0)  # twice as much for every prompt
+    with pytest.raises(ValueError, match="denominators"):
+        gain_interval(([1.0], [1.0]), ([1.0, 2.0], [1.0, 2.0]))

@@ -54,6 +54,49 @@ class TargetSizes:
     vocab_size: int
 
 
+@dataclass(frozen=True)
+class HeadOptions:
+    """What a user says of a head instead of its file, under config.json's names; None leaves it to the file.
+
+    Attributes:
+        aux_layers: EAGLE-3's feature layers as hidden_states indices (the files' convention is ambiguous in the wild).
+        rope_theta: some heads ship another value than they were trained with.
+        rope_scaling: a mapping as in config.json; an empty one is none.
+        norm_before_residual, norm_output: EAGLE-3 options that are in config.json alone.
+        fc_norm, norm_before_fc: False ignores these norms' tensors.
+        d2t: how its numbers are read: as `offsets`, the convention, or as `absolute` target ids.
+
+    Raises:
+        ValueError: d2t is neither of the two.
+    """
+
+    aux_layers: tuple[int, ...] | None = None
+    rope_theta: float | None = None
+    rope_scaling: Mapping[str, Any] | None = None
+    norm_before_residual: bool | None = None
+    norm_output: bool | None = None
+    fc_norm: bool | None = None
+    norm_before_fc: bool | None = None
+    d2t: Literal["offsets", "absolute"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.aux_layers is not None:
+            object.__setattr__(self, "aux_layers", tuple(self.aux_layers))
+        if self.d2t not in (None, "offsets", "absolute"):
+            raise ValueError(f"d2t: expected offsets or absolute, got {self.d2t!r}")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that are not left to the file."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+FROM_FILE = HeadOptions()
+"""Everything as the file says."""
+OPTIONAL_NORMS = {"fc_norm": "fc_norm.", "norm_before_fc": "input_norm."}
+"""Options that a file decides by having these tensors, by their names' beginnings."""
+
+
 def default_aux_layers(num_layers: int) -> tuple[int, ...]:
     """EAGLE-3's feature layers as hidden_states indices: 2, n//2, n-3 (reference code).
 
@@ -70,15 +113,13 @@ def read_head(
     values: Mapping[str, Any],
     tensors: Tensors,
     target: TargetSizes | None = None,
-    aux_layers: tuple[int, ...] | None = None,
-    rope_theta: float | None = None,
+    options: HeadOptions = FROM_FILE,
 ) -> Head:
     """Translate a head's configuration and tensors.
 
     Args:
         target: sizes of the target, for what the file does not say; None reads what the file alone determines.
-        aux_layers: hidden_states indices that override the file's (its convention is ambiguous in the wild).
-        rope_theta: overrides the file's (some heads ship another value than they were trained with).
+        options: what overrides the file.
 
     Raises:
         ValueError: a tensor or field that contradicts the format, by name.
@@ -87,14 +128,18 @@ def read_head(
     tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED_TENSORS.match(name)}
     head_format = detect_format(values, tensors)
     layer_values = dict(_required(values, "transformer_layer_config") if head_format == "speculators" else values)
-    if rope_theta is not None:
-        layer_values["rope_parameters"] = _rope_parameters(layer_values) | {"rope_theta": rope_theta}
+    layer_values["rope_parameters"] = _rope_parameters(layer_values, options)
     if head_format == "eagle1":
+        for name in options.given.keys() - {"rope_theta", "rope_scaling"}:
+            raise ValueError(f"{name}: only EAGLE-3 heads have it, and this is an EAGLE-1 head")
         tensors.pop("lm_head.weight", None)  # repacks carry the target's; EAGLE-1 always uses the target's own
         return Head(head_format, _eagle1_config(layer_values, tensors), None, tensors)
     tensors = _canonical_names(tensors)
-    target_ids = _take_target_ids(tensors, _required(layer_values, "vocab_size"))
-    config = _eagle3_config(values, layer_values, tensors, target, aux_layers, head_format)
+    for name, beginning in OPTIONAL_NORMS.items():
+        if getattr(options, name) is False:
+            tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(beginning)}
+    target_ids = _take_target_ids(tensors, _required(layer_values, "vocab_size"), options.d2t == "absolute")
+    config = _eagle3_config(values, layer_values, tensors, target, options)
     return Head(head_format, config, target_ids, tensors)
 
 
@@ -127,33 +172,42 @@ def _canonical_names(tensors: Tensors) -> Tensors:
     return renamed
 
 
-def _take_target_ids(tensors: Tensors, vocab_size: int) -> torch.Tensor | None:
+def _take_target_ids(tensors: Tensors, vocab_size: int, is_absolute: bool) -> torch.Tensor | None:
     """Remove d2t and t2d from the tensors and return absolute ids, None for the identity."""
-    offsets, mask = tensors.pop("d2t", None), tensors.pop("t2d", None)
+    stored, mask = tensors.pop("d2t", None), tensors.pop("t2d", None)
     if "lm_head.weight" not in tensors:
         raise ValueError("lm_head.weight: missing; an EAGLE-3 head has its own output head")
     draft_vocab_size = tensors["lm_head.weight"].shape[0]
-    if offsets is None:
+    if stored is None:
         if draft_vocab_size != vocab_size:
             raise ValueError(f"d2t: missing, and lm_head.weight has {draft_vocab_size} rows for {vocab_size} tokens")
         return None
-    if offsets.shape != (draft_vocab_size,):
+    if stored.shape != (draft_vocab_size,):
         raise ValueError(
-            f"d2t: expected {draft_vocab_size} entries (rows of lm_head.weight), got {tuple(offsets.shape)}"
+            f"d2t: expected {draft_vocab_size} entries (rows of lm_head.weight), got {tuple(stored.shape)}"
         )
-    target_ids = offsets.to(torch.int64) + torch.arange(draft_vocab_size, device=offsets.device)
-    if offsets.is_meta:
+    numbers = torch.arange(draft_vocab_size, device=stored.device)
+    absolute, offset = stored.to(torch.int64), stored.to(torch.int64) + numbers
+    target_ids, others, other = (absolute, offset, "offsets") if is_absolute else (offset, absolute, "absolute")
+    if stored.is_meta:
         return target_ids
+    if problem := _vocab_problem(target_ids, mask, vocab_size):
+        fits = _vocab_problem(others, mask, vocab_size) is None
+        hint = f"; read the other way its numbers fit: pass d2t={other!r} (--d2t {other})" if fits else ""
+        raise ValueError(problem + hint)
+    return None if torch.equal(target_ids, numbers) and draft_vocab_size == vocab_size else target_ids
+
+
+def _vocab_problem(target_ids: torch.Tensor, mask: torch.Tensor | None, vocab_size: int) -> str | None:
+    """Why draft tokens cannot have these target ids, None if they can."""
     outside = target_ids[(target_ids < 0) | (target_ids >= vocab_size)]
     if outside.numel():
-        raise ValueError(f"d2t: maps to token {int(outside[0])}, outside the target vocabulary of {vocab_size}")
+        return f"d2t: maps to token {int(outside[0])}, outside the target vocabulary of {vocab_size}"
     if target_ids.unique().numel() != target_ids.numel():
-        raise ValueError("d2t: maps two draft tokens to one target token")
-    if mask is not None:
-        marked = mask.bool().nonzero().squeeze(1)
-        if not torch.equal(marked, target_ids.sort().values):
-            raise ValueError("t2d: marks other tokens than d2t maps to")
-    return None if draft_vocab_size == vocab_size and not offsets.any() else target_ids
+        return "d2t: maps two draft tokens to one target token"
+    if mask is not None and not torch.equal(mask.bool().nonzero().squeeze(1), target_ids.sort().values):
+        return "t2d: marks other tokens than d2t maps to"
+    return None
 
 
 def _eagle1_config(values: Mapping[str, Any], tensors: Tensors) -> DraftConfig:
@@ -171,8 +225,7 @@ def _eagle3_config(
     layer_values: Mapping[str, Any],
     tensors: Tensors,
     target: TargetSizes | None,
-    aux_layers: tuple[int, ...] | None,
-    head_format: HeadFormat,
+    options: HeadOptions,
 ) -> DraftConfig:
     common = _common_config(layer_values, tensors, "midlayer")
     target_hidden_size = values.get("target_hidden_size") or common["hidden_size"]
@@ -182,21 +235,25 @@ def _eagle3_config(
             f"fc.weight: reads {tensors['fc.weight'].shape[1]} features, no multiple of the target's hidden size "
             f"{target_hidden_size}"
         )
-    aux_layers = aux_layers or _stored_aux_layers(values)
+    aux_layers = options.aux_layers or _stored_aux_layers(values)
     if aux_layers is None and target is not None and num_features == 3:
         aux_layers = default_aux_layers(target.num_layers)
     if aux_layers and len(aux_layers) != num_features:
         raise ValueError(f"aux_layers: fc.weight reads {num_features} layers, but {aux_layers} were named")
+    chosen: dict[str, Any] = {
+        "aux_layers": tuple(aux_layers or ()),
+        "fc_norm": "fc_norm.0.weight" in tensors,
+        "norm_before_fc": "input_norm.weight" in tensors,
+        "norm_output": _norm_output(values),
+        "norm_before_residual": _norm_before_residual(values),
+    }
+    chosen |= {name: value for name, value in options.given.items() if name in chosen}
     return DraftConfig(
         **common,
+        **chosen,
         draft_vocab_size=tensors["lm_head.weight"].shape[0],
         target_hidden_size=target_hidden_size,
         num_hidden_layers=1 + _count_layers(tensors),
-        aux_layers=tuple(aux_layers or ()),
-        fc_norm="fc_norm.0.weight" in tensors,
-        norm_before_fc="input_norm.weight" in tensors,
-        norm_output=_norm_output(values),
-        norm_before_residual=_norm_before_residual(values, head_format),
     )
 
 
@@ -206,9 +263,9 @@ def _norm_output(values: Mapping[str, Any]) -> bool:
     return bool(values.get("norm_output", nested.get("norm_output", False)))
 
 
-def _norm_before_residual(values: Mapping[str, Any], head_format: HeadFormat) -> bool:
+def _norm_before_residual(values: Mapping[str, Any]) -> bool:
     """Absent means False in EAGLE-3 files and True in speculators', as the servers read them."""
-    return bool(values.get("norm_before_residual", head_format == "speculators"))
+    return bool(values.get("norm_before_residual", "speculators_model_type" in values))
 
 
 def _stored_aux_layers(values: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -241,7 +298,7 @@ def _common_config(values: Mapping[str, Any], tensors: Tensors, layer: str) -> d
         "vocab_size": values["vocab_size"],
         "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
         "max_position_embeddings": values.get("max_position_embeddings", 2048),
-        "rope_parameters": _rope_parameters(values),
+        "rope_parameters": values["rope_parameters"],
         "attention_bias": f"{layer}.self_attn.q_proj.bias" in tensors,
         "fc_bias": "fc.bias" in tensors,
         "qk_norm": f"{layer}.self_attn.q_norm.weight" in tensors,
@@ -254,15 +311,23 @@ def _required(values: Mapping[str, Any], name: str) -> Any:
     return values[name]
 
 
-def _rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
+def _rope_parameters(values: Mapping[str, Any], options: HeadOptions) -> dict[str, Any]:
     """RoPE settings from the new `rope_parameters` or the old `rope_theta` and `rope_scaling`.
 
     A missing theta is 10000: the EAGLE-3 training code always used it, and its configs leave it out.
     """
     parameters = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    theta = options.rope_theta or parameters.get("rope_theta") or values.get("rope_theta") or 10000.0
+    if options.rope_scaling is not None:
+        parameters = dict(options.rope_scaling)
     parameters.setdefault("rope_type", parameters.pop("type", "default"))
-    parameters.setdefault("rope_theta", values.get("rope_theta") or 10000.0)
-    return parameters
+    return parameters | {"rope_theta": theta}
+
+
+def verifier_name(values: Mapping[str, Any]) -> str:
+    """The target that a config.json says its head was made for, empty if it names none (only speculators' do)."""
+    verifier = (values.get("speculators_config") or {}).get("verifier") or {}
+    return str(verifier.get("name_or_path") or "")
 
 
 def _count_layers(tensors: Tensors) -> int:

@@ -10,7 +10,15 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from draftwing.checkpoint.formats import Head, TargetSizes, Tensors, is_language_model, read_head
+from draftwing.checkpoint.formats import (
+    FROM_FILE,
+    Head,
+    HeadOptions,
+    TargetSizes,
+    Tensors,
+    is_language_model,
+    read_head,
+)
 from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.eagle import EagleModel
 from draftwing.models.eagle3 import Eagle3Model
@@ -151,13 +159,13 @@ def load_draft(
     name: str,
     target: TargetModel,
     dtype: torch.dtype | None = None,
-    aux_layers: tuple[int, ...] | None = None,
-    rope_theta: float | None = None,
+    options: HeadOptions = FROM_FILE,
     tokenizer: Any = None,
 ) -> Draft:
     """Load what a folder holds to draft for `target`: an EAGLE head or a causal language model.
 
-    `tokenizer` is the target's; with it a language model may have another number of ids (see `vocabulary_problems`).
+    `options` override what a head's file says. `tokenizer` is the target's; with it a language model may have another
+    number of ids (see `vocabulary_problems`).
 
     Raises:
         ValueError: as `load_head`; a language model that cannot draft for the target.
@@ -165,9 +173,9 @@ def load_draft(
     folder = resolve_draft(name)
     values, tensors = read_draft_files(folder)
     if not is_language_model(values, tensors):
-        return _build_head(values, tensors, target, dtype, aux_layers, rope_theta)
-    if aux_layers is not None or rope_theta is not None:
-        raise ValueError(f"aux_layers, rope_theta: {folder} holds a language model, only EAGLE heads have them")
+        return build_head(values, tensors, target, dtype, options)
+    if options.given:
+        raise ValueError(f"{', '.join(options.given)}: {folder} holds a language model, only EAGLE heads have them")
     attention = target.model.config._attn_implementation
     model = load_target(str(folder), dtype or target.dtype, target.device, role="draft", attn_implementation=attention)
     for problem in vocabulary_problems(model.vocab_size, target.vocab_size, find_tokenizer(str(folder)), tokenizer):
@@ -218,26 +226,25 @@ def load_head(
     name: str,
     target: TargetModel,
     dtype: torch.dtype | None = None,
-    aux_layers: tuple[int, ...] | None = None,
-    rope_theta: float | None = None,
+    options: HeadOptions = FROM_FILE,
 ) -> DraftNetwork:
-    """Load a head for `target`, in the target's dtype and on its device.
+    """Load a head for `target`, in the target's dtype and on its device; `options` override what its file says.
 
     Raises:
         ValueError: a missing, unknown or misshapen tensor, or a head made for another target.
     """
-    return _build_head(*read_draft_files(resolve_draft(name)), target, dtype, aux_layers, rope_theta)
+    return build_head(*read_draft_files(resolve_draft(name)), target, dtype, options)
 
 
-def _build_head(
+def build_head(
     values: dict[str, Any],
     tensors: Tensors,
     target: TargetModel,
-    dtype: torch.dtype | None,
-    aux_layers: tuple[int, ...] | None,
-    rope_theta: float | None,
+    dtype: torch.dtype | None = None,
+    options: HeadOptions = FROM_FILE,
 ) -> DraftNetwork:
-    head = read_head(values, tensors, sizes_of(target), aux_layers, rope_theta)
+    """As `load_head`, from a config.json's values and a file's tensors."""
+    head = read_head(values, tensors, sizes_of(target), options)
     check_fit(head, sizes_of(target))
     network = build_network(head.config, target, head.target_ids, own_embedding="embed_tokens.weight" in head.tensors)
     # Converted before it is filled: a float64 file stays exact.
@@ -255,7 +262,7 @@ def build_network(
 ) -> DraftNetwork:
     """A network for `target`, to be filled: EAGLE-3 if the configuration names feature layers, else EAGLE-1."""
     if not config.aux_layers:
-        return EagleModel(config, lambda output: target.logits(output))  # a function, so that copies share it
+        return EagleModel(config, lambda output: target.logits(output.to(target.dtype)))  # a function: copies share it
     vocab = DraftVocab(target_ids, target.vocab_size)
     return Eagle3Model(config, vocab, target.embedding, own_embedding)
 

@@ -6,7 +6,7 @@ from types import ModuleType
 
 from rich.console import Console
 
-from draftwing.cli import demo, eval, generate, inspect, plan, prepare, train
+from draftwing.cli import demo, doctor, eval, generate, inspect, plan, prepare, train
 
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
@@ -14,10 +14,11 @@ COMMANDS: dict[str, ModuleType] = {
     "eval": eval,
     "plan": plan,
     "inspect": inspect,
+    "doctor": doctor,
     "prepare": prepare,
     "train": train,
 }
-"""Each module has SUMMARY, EXAMPLES, `add_arguments(parser)` and `run(options)`, which may return a status."""
+"""Each module has SUMMARY, EXAMPLES, `add_arguments(parser)` and `run(options)`, which may return an exit status."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from draftwing.cli.arguments import add_device, positive
+from draftwing.cli.arguments import add_device, add_head_options, head_options, positive
 
 SUMMARY = "Generate text with a target and a draft: an EAGLE head or a smaller model."
 EXAMPLES = """examples:
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="end at this text, which --json and --compare cut off; may be given several times",
     )
+    add_head_options(parser)
     parser.add_argument("--compare", action="store_true", help="decode plainly too, and compare tokens and speed")
 
 
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     from draftwing.data.prompts import Prompt
     from draftwing.evaluation.demo import print_stream
 
-    model = load(options.target, options.draft, options.dtype, options.device, options.method)
+    model = load(options.target, options.draft, options.dtype, options.device, options.method, **head_options(options))
     prompt = Prompt("prompt", text=options.prompt)
     if options.chat:
         prompt = Prompt("prompt", messages=({"role": "user", "content": options.prompt},))

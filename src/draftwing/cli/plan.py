@@ -5,7 +5,7 @@ import json
 
 from rich.console import Console
 
-from draftwing.cli.arguments import add_device, positive
+from draftwing.cli.arguments import add_device, add_head_options, head_options, positive
 
 SUMMARY = "Measure what a cycle costs and what is accepted, and show which trees pay."
 EXAMPLES = """examples:
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--prompts", help="a JSONL file with prompt, messages or turns (default: the embedded ones)")
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="per prompt (default: 64)")
+    add_head_options(parser)
     parser.add_argument("--save", action="store_true", help="write the acceptance beside the draft, to start from")
 
 
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
     from draftwing.evaluation.planning import as_tables, implied_plan, measure_plan, save_acceptance
 
     prompts = read_prompts(options.prompts or ASSETS / "tiny" / "prompts.jsonl")
-    model = load(options.target, options.draft, options.dtype, options.device, options.method)
+    model = load(options.target, options.draft, options.dtype, options.device, options.method, **head_options(options))
     ids = [prompt.token_ids(model.tokenizer) for prompt in prompts]
     console, progress = Console(), Console(stderr=True)
     with progress.status("measuring costs"):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from draftwing.checkpoint.formats import HeadFormat, default_aux_layers
+from draftwing.checkpoint.formats import HeadFormat, HeadOptions, default_aux_layers
 from draftwing.checkpoint.load import DraftNetwork, build_network, load_head, load_target, load_tokenizer, sizes_of
 from draftwing.checkpoint.save import save_head, to_head
 from draftwing.config import TrainConfig, check_keys
@@ -37,7 +37,7 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     tokenizer = load_tokenizer(config.target)
     documents = read_documents(config, tokenizer)
     if config.init_from:
-        head = load_head(config.init_from, target, torch.float32, config.aux_layers or None).train()
+        head = load_head(config.init_from, target, torch.float32, HeadOptions(config.aux_layers or None)).train()
     else:
         head = new_head(config, target, documents.train).to(target.device)
     module = HeadTraining(head, target, config)

@@ -1,0 +1,72 @@
+"""`draftwing doctor`: why acceptance is low, and which option cures it."""
+
+import argparse
+import json
+
+from rich.console import Console
+from rich.progress import Progress
+
+from draftwing.cli.arguments import add_device, add_head_options, head_options, positive
+
+SUMMARY = "Say why acceptance is low: try the known faults of heads and settings, and name the one that explains it."
+EXAMPLES = """examples:
+  draftwing doctor --target tiny --draft tiny
+  draftwing doctor --target path/to/model --draft path/to/head --prompts prompts.jsonl --json
+  draftwing doctor --target path/to/model --draft path/to/head --aux-layers 2,16,29   # is it right now?"""
+EXIT_STATUS = "Exit status: 0 if nothing is wrong, 1 if a fault was found, 2 if the draft cannot be loaded."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's own options."""
+    parser.description = f"{SUMMARY}\n{EXIT_STATUS}"
+    parser.add_argument("--target", required=True, help="tiny, a folder or a hub id")
+    parser.add_argument("--draft", required=True, help="tiny, tiny-eagle1, a folder or a hub id")
+    add_device(parser)
+    parser.add_argument("--prompts", help="a JSONL file with prompt, messages or turns (default: the embedded ones)")
+    parser.add_argument("--num-prompts", type=positive, default=8, help="how many of them at most (default: 8)")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, help="per prompt (default: 64)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    add_head_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command."""
+    from draftwing.api import load
+    from draftwing.checkpoint.formats import HeadOptions
+    from draftwing.checkpoint.load import ASSETS
+    from draftwing.data.prompts import read_prompts
+    from draftwing.evaluation.doctor import as_report, decode_prompts, examine
+    from draftwing.evaluation.patient import Patient
+    from draftwing.evaluation.trials import Steps
+
+    prompts = read_prompts(options.prompts or ASSETS / "tiny" / "prompts.jsonl")[: options.num_prompts]
+    model = load(options.target, None, options.dtype, options.device)
+    try:
+        patient = Patient(options.draft, model.target, HeadOptions(**head_options(options)), model.tokenizer)
+    except ValueError:
+        show_misfit(options.draft, options.target)
+        raise
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        steps = Steps(lambda what, done, total: progress.update(task, description=what, completed=done, total=total))
+        text = decode_prompts(patient, prompts, model.tokenizer, options.temperature, options.max_new_tokens, steps)
+        clues = patient.clues(options.target, max(recording.longest for recording in text.recordings))
+        if any(prompt.messages for prompt in prompts) and getattr(model.tokenizer, "chat_template", None) is None:
+            clues.append("the target's tokenizer has no chat template, so chat prompts were given raw")
+        diagnosis = examine(patient, text, clues, steps)
+    if options.json:
+        print(json.dumps(diagnosis.as_dict()))
+    else:
+        console = Console()
+        console.print(as_report(diagnosis))
+        console.print(diagnosis.verdict.sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
+    return int(diagnosis.verdict.is_fault)
+
+
+def show_misfit(draft: str, target: str) -> None:
+    """What `draftwing inspect` says of a draft that does not fit its target, if it can read it."""
+    from draftwing.checkpoint.inspect import inspect_draft, report_table
+
+    report = inspect_draft(draft, target)
+    if report.problems:
+        Console(stderr=True).print(report_table(report))

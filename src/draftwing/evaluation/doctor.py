@@ -1,0 +1,258 @@
+"""Why is acceptance low? Try the known reasons on what a target says, and name the one that explains it."""
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from rich.console import Group
+from rich.table import Table
+
+from draftwing.data.prompts import Prompt
+from draftwing.decoding.generate import Request
+from draftwing.decoding.sampling import SamplingParams
+from draftwing.decoding.stopping import StopRule
+from draftwing.evaluation.patient import Patient
+from draftwing.evaluation.replay import Recording, Trace, record
+from draftwing.evaluation.suspects import NOTHING, Suspect
+from draftwing.evaluation.trials import Finding, Steps, Trials, compare
+
+BATCH = 8
+FEWEST_PROMPTS = 4
+"""An interval over fewer prompts means nothing."""
+TEXT_GAIN = 2.0
+"""Raw and templated prompts lead to other text, whose tau differs by up to 1.7 times without a fault, as measured."""
+HOPELESS = 1.1
+"""A tau of draft models below which they predict next to nothing."""
+POSITION_EDGES = (0, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+TEMPLATED, RAW = "through the chat template", "without the chat template"
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a target said to some prompts, and what it said to them `otherwise`: sampled, or another way of asking."""
+
+    recordings: Sequence[Recording]
+    otherwise: Mapping[str, Sequence[Recording]] = field(default_factory=dict)
+
+    @property
+    def num_prompts(self) -> int:
+        return sum(len(recording.tokens) for recording in self.recordings)
+
+    @property
+    def overflows(self) -> bool:
+        """Whether the target's features hold infinities or NaNs."""
+        features = (rows for recording in self.recordings for rows in recording.features.values())
+        return any(not row.isfinite().all() for rows in features for row in rows)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One sentence, whether it names a fault, and the options of `load` and `generate` that cure it."""
+
+    sentence: str
+    is_fault: bool = False
+    cure: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The verdict and all that it rests on.
+
+    Attributes:
+        loaded: the draft as it was loaded.
+        findings: the trials, each held against it, or against the draft with its first fault cured.
+        otherwise: the draft as loaded, on other text.
+        positions: tau by the root's position, from the first of a range to the last.
+        clues: what the files give away.
+    """
+
+    verdict: Verdict
+    loaded: Finding
+    findings: list[Finding]
+    otherwise: list[Finding]
+    positions: dict[str, float]
+    clues: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready figures."""
+        return {
+            "sentence": self.verdict.sentence,
+            "is_fault": self.verdict.is_fault,
+            "cure": dict(self.verdict.cure),
+            "flags": as_flags(self.verdict.cure),
+            "loaded": self.loaded.as_dict(),
+            "findings": [finding.as_dict() for finding in self.findings],
+            "otherwise": [finding.as_dict() for finding in self.otherwise],
+            "positions": self.positions,
+            "clues": self.clues,
+        }
+
+
+def decode_prompts(
+    patient: Patient,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    temperature: float,
+    max_new_tokens: int,
+    steps: Steps,
+) -> Text:
+    """Decode the prompts plainly: as asked, at another temperature, and with or without the chat template."""
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if not has_template:
+        prompts = [as_raw(prompt) for prompt in prompts]
+    ways = {"": (prompts, temperature, patient.layers_of_suspects)}
+    other = 0.0 if temperature > 0 else 1.0
+    ways[f"temperature {other:g}"] = prompts, other, patient.feature_layers
+    if any(prompt.messages for prompt in prompts):
+        ways[RAW] = [as_raw(prompt) for prompt in prompts], temperature, patient.feature_layers
+    elif has_template:
+        ways[TEMPLATED] = [as_chat(prompt) for prompt in prompts], temperature, patient.feature_layers
+    steps.expect(len(ways))
+    texts: dict[str, list[Recording]] = {}
+    for name, (asked, degree, layers) in ways.items():
+        steps.begin(f"the target alone, {name or 'as asked'}")
+        requests = [
+            Request(
+                prompt.token_ids(tokenizer),
+                SamplingParams(degree, seed=seed),
+                StopRule(max_new_tokens, patient.target.eos_token_ids),
+            )
+            for seed, prompt in enumerate(asked)
+        ]
+        batches = (requests[first : first + BATCH] for first in range(0, len(requests), BATCH))
+        texts[name] = [record(patient.target, batch, layers) for batch in batches]
+    return Text(texts.pop(""), texts)
+
+
+def as_raw(prompt: Prompt) -> Prompt:
+    """The same words, given without a chat template."""
+    return Prompt(prompt.name, prompt.text or "\n".join(message["content"] for message in prompt.messages))
+
+
+def as_chat(prompt: Prompt) -> Prompt:
+    """The same words, as a user's message."""
+    return Prompt(prompt.name, messages=prompt.messages or ({"role": "user", "content": prompt.text},))
+
+
+def examine(patient: Patient, text: Text, clues: Sequence[str], steps: Steps) -> Diagnosis:
+    """Try every suspect on what the target said, then the best one with each other, and conclude.
+
+    The recordings hold `Patient.layers_of_suspects`.
+    """
+    trials = Trials(patient, text.recordings, steps)
+    loaded = compare("as loaded", "", trials.loaded, trials.loaded)
+    steps.expect(len(text.otherwise))
+    otherwise = []
+    for name, recordings in text.otherwise.items():
+        steps.begin(name)
+        traces = patient.traces(recordings, {})
+        otherwise.append(compare(name, "other text, no fault in itself", traces, trials.loaded, same_text=False))
+    is_useful = trials.reads_features(NOTHING, trials.loaded) if patient.is_head else loaded.tau.high >= HOPELESS
+    cure, traces = trials.find_cure()
+    if cure.options and patient.is_head:
+        is_useful = trials.reads_features(cure, traces)
+    cured = compare(cure.name, cure.fault, traces, trials.loaded, cure.options)
+    verdict = _gross_fault(patient, text, loaded) or conclude(loaded, cured, is_useful, otherwise, trials.findings)
+    return Diagnosis(verdict, loaded, trials.findings, otherwise, tau_by_position(trials.loaded), list(clues))
+
+
+def _gross_fault(patient: Patient, text: Text, loaded: Finding) -> Verdict | None:
+    """What stands above all trials: text that tells nothing."""
+    if text.overflows:
+        dtype = str(patient.target.dtype).removeprefix("torch.")
+        cure = {"dtype": "float32" if patient.target.device.type == "cpu" else "bfloat16"}
+        return Verdict(f"Fault: the target's features overflow in {dtype}; pass {advice(cure)}.", True, cure)
+    if text.num_prompts < FEWEST_PROMPTS:
+        return Verdict(
+            f"Too few prompts to tell: {text.num_prompts}, with a tau of {loaded.tau.value:.2f}; give at least "
+            f"{FEWEST_PROMPTS} with --prompts."
+        )
+    return None
+
+
+def conclude(
+    loaded: Finding, cured: Finding, is_useful: bool, otherwise: Sequence[Finding], findings: Sequence[Finding]
+) -> Verdict:
+    """The sentence that follows from the figures."""
+    tau = f"{loaded.tau.value:.2f}"
+    if cured.options and is_useful:
+        sentence = f"Fault: {cured.means}; pass {advice(cured.options)}: tau {tau} becomes {cured.tau.value:.2f}."
+        return Verdict(sentence, True, cured.options)
+    if not is_useful:
+        sentence = f"Fault: the draft is untrained, or was made for another target (tau {tau}); pass another --draft."
+        return Verdict(sentence, True)
+    for other in otherwise:
+        if other.gain.low > 1 and other.gain.value >= TEXT_GAIN and other.name in (TEMPLATED, RAW):
+            do = "give chat prompts (--chat, or rows with messages)" if other.name == TEMPLATED else "give raw prompts"
+            sentence = f"Fault: the draft was not trained on prompts of this kind; {do}: tau {tau} becomes "
+            return Verdict(f"{sentence}{other.tau.value:.2f} {other.name}.", True)
+    for finding in findings:
+        if finding.may_be_cure:
+            return Verdict(
+                f"Too few prompts to tell whether {finding.means} ({advice(finding.options)}: tau {tau} or "
+                f"{finding.tau.value:.2f}); give more with --prompts or --max-new-tokens."
+            )
+    easier = [other for other in otherwise if other.name == "temperature 0" and other.gain.value > 1]
+    reason = f", {easier[0].tau.value:.2f} at temperature 0: sampled text is harder" if easier else ""
+    return Verdict(f"Nothing is wrong: a tau of {tau}{reason} is what this draft gives on these prompts.")
+
+
+def advice(options: Mapping[str, Any]) -> str:
+    """Options as a user passes them, in Python and to the commands."""
+    return f"{Suspect('', options).name} ({as_flags(options)})"
+
+
+def as_flags(options: Mapping[str, Any]) -> str:
+    """Options of `load` and `generate` as the commands take them."""
+    flags = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            flags.append(f"--{flag} {','.join(map(str, value))}")
+        else:
+            flags.append(f"--{flag} {shlex.quote(json.dumps(value) if isinstance(value, dict) else f'{value}')}")
+    return " ".join(flags)
+
+
+def tau_by_position(traces: Sequence[Trace]) -> dict[str, float]:
+    """tau of the cycles whose roots have these positions."""
+    edges = np.array(POSITION_EDGES)
+    cycles = [(trace.positions[indices], emitted) for trace in traces for indices, emitted in [trace.cycles()]]
+    ranges = np.searchsorted(edges, np.concatenate([positions for positions, _ in cycles]), side="right")
+    emitted = np.concatenate([emitted for _, emitted in cycles])
+    return {
+        f"{edges[index - 1]}-{edges[index] - 1 if index < len(edges) else ''}": float(emitted[ranges == index].mean())
+        for index in np.unique(ranges)
+    }
+
+
+def as_report(diagnosis: Diagnosis) -> Group:
+    """The diagnosis as people read it; the sentence comes last."""
+    table = Table(title="What the draft gives the target's own tokens")
+    table.add_column("variant", overflow="fold")
+    for column in ("tau", "95 % interval", "probability"):
+        table.add_column(column, justify="right")
+    table.add_column("what it means if it is better", overflow="fold")
+    for finding in (diagnosis.loaded, *diagnosis.findings, *diagnosis.otherwise):
+        style = "bold green" if finding.is_cure else ""
+        table.add_row(*_cells(finding), style=style, end_section=finding is diagnosis.loaded)
+    return Group(table, *_remarks(diagnosis))
+
+
+def _cells(finding: Finding) -> tuple[str, ...]:
+    tau, evidence = finding.tau, finding.evidence
+    probability = "" if evidence is None or not finding.means else f"x {evidence.value:.2f}"
+    return finding.name, f"{tau.value:.2f}", f"{tau.low:.2f} - {tau.high:.2f}", probability, finding.means
+
+
+def _remarks(diagnosis: Diagnosis) -> Iterator[str]:
+    if len(diagnosis.positions) > 1:
+        parts = ", ".join(f"{tau:.2f} at {positions}" for positions, tau in diagnosis.positions.items())
+        yield f"tau by position: {parts}."
+    for clue in diagnosis.clues:
+        yield f"Note: {clue}."
