@@ -140,8 +140,9 @@ class TestEagle3Loss:
                         continue
                     said = output.logits[row, slot + 1 + step]  # the target's distribution of x_{slot + 2 + step}
                     hits[step].append(int(draft_ids[log_q.argmax()]) == int(said.argmax()))
-                    if said.argmax() in draft_ids:
-                        losses[step].append(-(said[draft_ids].softmax(-1) * log_q).sum().item())
+                    is_drafted = said.argmax() in draft_ids  # else it is supervised by nothing, but counts
+                    loss = -(said[draft_ids].softmax(-1) * log_q).sum().item()
+                    losses[step].append(loss if is_drafted else 0.0)
         means = [sum(values) / len(values) for values in losses]
 
         training = HeadTraining(head, target, EAGLE3)
@@ -182,6 +183,22 @@ class TestEagle3Loss:
             head.fc.weight -= 2 * step
             below = training(*batch)["loss"].item()
         assert (above - below) / 2e-3 == pytest.approx(gradient.norm().item(), rel=1e-3)
+
+    @pytest.mark.parametrize("method", ["eagle1", "eagle3"])
+    @torch.no_grad()
+    def test_batches_split_over_processes_add_up(
+        self, target: TargetModel, heads: dict[str, DraftNetwork], method: str
+    ) -> None:
+        """With the slots of all of them counted; a mean of their own means is another number."""
+        training = HeadTraining(heads[method], target, EAGLE1 if method == "eagle1" else EAGLE3).eval()
+        input_ids, loss_mask = random_batch()
+        whole = training(input_ids, loss_mask)["loss"]
+        num_slots = training.count_slots(loss_mask)
+        rows = [(input_ids[row : row + 1], loss_mask[row : row + 1]) for row in range(2)]
+        parts = [training(*row, num_items_in_batch=num_slots)["loss"] for row in rows]
+        torch.testing.assert_close(parts[0] + parts[1], whole)
+        means = [training(*row)["loss"] for row in rows]
+        assert abs((means[0] + means[1]) / 2 - whole) > 1e-3
 
     @pytest.mark.parametrize("method", ["eagle1", "eagle3"])
     def test_the_target_is_frozen(self, target: TargetModel, heads: dict[str, DraftNetwork], method: str) -> None:
@@ -266,21 +283,36 @@ class TestMetrics:
         assert metrics["tau_sim"] == pytest.approx(1 + a + a * b + a * b * c + a * b * c * d)
 
     @torch.no_grad()
-    def test_they_are_means_over_the_batches_since_the_last_call(
+    def test_they_are_means_over_the_slots_since_the_last_call(
         self, target: TargetModel, heads: dict[str, DraftNetwork]
     ) -> None:
+        """In whatever batches the slots came: as the loss of all of them in one."""
         training, (input_ids, loss_mask) = HeadTraining(heads["eagle3"], target, EAGLE3), random_batch()
-        losses = [training(input_ids[row : row + 1], loss_mask[row : row + 1])["loss"].item() for row in range(2)]
-        assert training.pop_metrics(training=True)["loss"] == pytest.approx(sum(losses) / 2)
+        whole = training(input_ids, loss_mask)["loss"].item()
+        assert training.pop_metrics(training=True)["loss"] == pytest.approx(whole)
+        for row in range(2):
+            training(input_ids[row : row + 1], loss_mask[row : row + 1])
+        assert training.pop_metrics(training=True)["loss"] == pytest.approx(whole)
+        assert training.pop_metrics(training=True) == {}
+
+    @torch.no_grad()
+    def test_they_are_reduced_over_processes(self, target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
+        training, (input_ids, loss_mask) = HeadTraining(heads["eagle1"].eval(), target, EAGLE1).eval(), random_batch()
+        whole = training(input_ids, loss_mask)["loss"].item()
+        training.pop_metrics(training=False)
         training(input_ids[:1], loss_mask[:1])
-        assert training.pop_metrics(training=True)["loss"] == pytest.approx(losses[0])
+        others: list[torch.Tensor] = []
+        training.pop_metrics(training=False, reduce=lambda sums: others.append(sums) or sums)
+        training(input_ids[1:], loss_mask[1:])
+        metrics = training.pop_metrics(training=False, reduce=lambda sums: sums + others[0])
+        assert metrics["loss"] == pytest.approx(whole)
 
     @torch.no_grad()
     def test_tau_sim_takes_more_than_ten_steps_in_order(self, heads: dict[str, DraftNetwork]) -> None:
         config = TrainConfig(objective="eagle3", output="", target="unused", ttt_steps=12)
         training = HeadTraining(heads["eagle3"], TargetModel(tiny_llama()), config)
         for step in range(12):
-            training._sums[True][f"accuracy_{step}"] = 1 - step / 12
+            training._sums[True][f"accuracy_{step}"] = torch.tensor([12 - step, 12])
         product, tau = 1.0, 1.0
         for step in range(12):
             product *= 1 - step / 12

@@ -1,8 +1,7 @@
-"""Train an EAGLE head for a frozen target, in one process."""
+"""Heads to train: a new one, or a trained one to continue; and the rows that they read."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,41 +9,43 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from draftwing.checkpoint.formats import HeadFormat, default_aux_layers
-from draftwing.checkpoint.load import DraftNetwork, build_network, load_head, load_target, load_tokenizer, sizes_of
-from draftwing.checkpoint.save import save_head, to_head
+from draftwing.checkpoint.formats import default_aux_layers
+from draftwing.checkpoint.load import DraftNetwork, build_network, load_head, load_strictly
 from draftwing.config import TrainConfig, check_keys
 from draftwing.data.chat import Example, encode_row
 from draftwing.data.corpus import Row
-from draftwing.data.rows import read_rows
 from draftwing.models.eagle import EagleModel
 from draftwing.models.layers import DraftConfig
 from draftwing.models.target import TargetModel
-from draftwing.training.objectives import HeadTraining
-from draftwing.training.trainer import ResumableTrainer, new_trainer
 
 
-def train_head(config: TrainConfig) -> dict[str, float]:
-    """Train the recipe's head into `config.output`, in its published format; returns the held-out metrics."""
-    torch.manual_seed(config.seed)
-    is_cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if is_cuda and config.bf16 else torch.float32
-    target = load_target(config.target, dtype, "cuda" if is_cuda else "cpu")
-    tokenizer = load_tokenizer(config.target)
-    rows = read_rows(config.data, config.max_rows, config.seed)
-    train = examples(rows.train, tokenizer, config.sequence_length)
-    held_out = examples(rows.held_out, tokenizer, config.sequence_length)[: config.evaluate_rows]
-    if config.init_from:
-        head = load_head(config.init_from, target, torch.float32, config.aux_layers or None).train()
-    else:
-        head = new_head(config, target, train).to(target.device)
-    module = HeadTraining(head, target, config)
-    trainer = new_trainer(config, module, train, held_out, Collator(tokenizer.pad_token_id or 0), HeadTrainer)
-    trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
-    metrics: dict[str, float] = trainer.evaluate()
-    head_format: HeadFormat = "eagle1" if isinstance(head, EagleModel) else "eagle3"
-    save_head(to_head(head, head_format), Path(config.output), sizes_of(target), dtype=torch.bfloat16)
-    return metrics
+def continued_head(config: TrainConfig, target: TargetModel, train: Sequence[Example]) -> DraftNetwork:
+    """The head of `init_from`, for this target; with a `draft_vocab_size`, over the most frequent tokens of this data.
+
+    Output rows of tokens that the head did not have start from the target's.
+
+    Raises:
+        ValueError: a head of another kind, or for a target of another width or vocabulary.
+    """
+    head = load_head(config.init_from, target, torch.float32, config.aux_layers or None).train()
+    if isinstance(head, EagleModel) != (config.objective == "eagle1"):
+        kind = "an EAGLE-1/2 head" if isinstance(head, EagleModel) else "an EAGLE-3 head"
+        raise ValueError(f"init_from: {config.init_from} is {kind}, the objective is {config.objective}")
+    if isinstance(head, EagleModel) or config.draft_vocab_size is None:
+        return head
+    old, size = head.vocab, target.vocab_size
+    if config.draft_vocab_size < size and head.config.hidden_size != target.hidden_size:
+        raise ValueError("draft_vocab_size: a head of another width than its target's cannot take over its output rows")
+    new_ids = most_frequent_tokens(train, config.draft_vocab_size, size)
+    target_ids = torch.arange(size) if new_ids is None else new_ids
+    rows = next(target.output_head.parameters()).detach().to(head.lm_head.weight).clone()
+    old_ids = torch.arange(len(old)) if old.target_ids is None else old.target_ids
+    rows[old_ids.to(rows.device)] = head.lm_head.weight.detach()
+    sizes = dataclasses.replace(head.config, draft_vocab_size=target_ids.numel())
+    network = build_network(sizes, target, new_ids, own_embedding=hasattr(head, "embed_tokens")).to(target.device)
+    tensors = {name: parameter.detach() for name, parameter in head.named_parameters()}
+    load_strictly(network, tensors | {"lm_head.weight": rows[target_ids.to(rows.device)]})
+    return network.train()
 
 
 def new_head(config: TrainConfig, target: TargetModel, train: Sequence[Example]) -> DraftNetwork:
@@ -138,28 +139,6 @@ class LengthGroupedOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
         return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
-
-
-class HeadTrainer(ResumableTrainer):
-    """Batches rows of like length, and logs each step's loss and accuracy beside the total."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> "LengthGroupedOrder":
-        lengths = [len(example) for example in self.train_dataset]
-        return LengthGroupedOrder(lengths, self.args.per_device_train_batch_size, int(self.args.seed))
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        module = self.model
-        assert isinstance(module, HeadTraining)
-        prefix = "eval_" if "eval_loss" in logs else ""
-        if "loss" in logs or prefix:
-            metrics = module.pop_metrics(training=not prefix)
-            logs |= {prefix + name: round(value, 4) for name, value in metrics.items() if name != "loss"}
-        super().log(logs, *args, **kwargs)
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = model(**self._prepare_inputs(inputs))["loss"]
-        return loss.detach(), None, None
 
 
 def _initialise(head: DraftNetwork) -> None:
