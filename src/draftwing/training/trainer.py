@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Sampler
@@ -110,6 +111,22 @@ class ResumableTrainer(Trainer):
         """Take the order that belongs to the step reached; accelerate forgets to, where it skips into an epoch."""
         self._steps.start_at(self.state.global_step)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.config.parallel == "fsdp2":
+            os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate's note to itself; it would hold for later stages
+            state = self.accelerator.state
+            if state.device.type == "cpu":  # accelerate shards on accelerators alone; torch does it with gloo as well
+                state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+                state.distributed_type = DistributedType.FSDP
+                self.is_fsdp_enabled = True
+            # As under ddp: float32 weights and gradients, and autocast; not weights rounded to bfloat16.
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:  # its checkpoints hold the gathered weights already, beside the optimizer's state
+            super().save_model(output_dir, _internal_call)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # Evaluations leave no trace in the random numbers, so their interval can be changed.
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -156,7 +173,7 @@ def new_trainer(
             raise ValueError(
                 f"data: {config.data} has no {name} row that fills sequence_length {config.sequence_length}"
             )
-    trainer = trainer_class(
+    return trainer_class(
         config,
         model=model,
         args=training_arguments(config),
@@ -164,10 +181,6 @@ def new_trainer(
         eval_dataset=eval_dataset,
         data_collator=data_collator,
     )
-    if config.parallel == "fsdp2":
-        # As under ddp: float32 weights and gradients, and autocast; not weights rounded to bfloat16.
-        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-    return trainer
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
@@ -216,7 +229,6 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         disable_tqdm=True,
         dataloader_pin_memory=is_cuda,
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
         **sharding,
     )
     # One process, one GPU: with more in sight the Trainer would split batches over them with nn.DataParallel.
