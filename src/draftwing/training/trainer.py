@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Sampler
@@ -118,7 +118,7 @@ class ResumableTrainer(Trainer):
             state = self.accelerator.state
             if state.device.type == "cpu":  # accelerate shards on accelerators alone; torch does it with gloo as well
                 state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-                state.distributed_type = DistributedType.FSDP
+                state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
                 self.is_fsdp_enabled = True
             # As under ddp: float32 weights and gradients, and autocast; not weights rounded to bfloat16.
             state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
