@@ -1,7 +1,8 @@
-"""Training at scale, small: several processes equal one, and a run that is stopped or killed ends with the same bits."""
+"""Training at scale, small: several processes equal one; a run that is stopped or killed ends with the same bits."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,6 @@ import torch
 import yaml
 from conftest import tiny_llama
 from safetensors.torch import load_file
-from torch.distributed.run import main as torchrun  # noqa: F401  (the launcher under test must be there)
 
 from draftwing.cli import main
 from draftwing.data.tokenizer import train_tokenizer
@@ -139,10 +139,6 @@ def stop_at_5(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def figures(record: dict[str, Any]) -> list[dict[str, float]]:
-    return [{name: value for name, value in entry.items()} for entry in record["history"]]
-
-
 class TestSeveralProcesses:
     def test_accumulated_batches_equal_one(self, folder: Path, whole: dict[str, Any]) -> None:
         record = train(folder, "accumulated", "batch_size=1", "accumulation_steps=4")
@@ -254,3 +250,57 @@ class TestRecord:
         assert page.count("<polyline") >= 8
         for name in ("eval_tau_sim", "eval_tau", "eval_accuracy_2", "learning_rate"):
             assert f">{name}</text>" in page
+
+
+class TestContinuedHead:
+    """`init_from`: a head for a fine-tuned target starts from the one for its base."""
+
+    def test_a_new_vocabulary_keeps_the_rows_of_the_tokens_that_stay(self, folder: Path, whole: dict[str, Any]) -> None:
+        start_from = f"init_from={folder / 'one'}"
+        settings = (start_from, "aux_layers=[]", "max_steps=1", "learning_rate=0", "save_every=1")
+        train(folder, "kept", *settings, "draft_vocab_size=null")
+        train(folder, "wider", *settings, "draft_vocab_size=250")
+        target = load_file(folder / "target" / "model.safetensors")["lm_head.weight"].bfloat16()
+        old, kept, wider = (load_file(folder / name / "model.safetensors") for name in ("one", "kept", "wider"))
+        assert_same(kept, old, rtol=0, atol=0)
+        old_ids, new_ids = (head["d2t"] + torch.arange(len(head["d2t"])) for head in (old, wider))
+        assert len(new_ids) == 250
+        rows = dict(zip(old_ids.tolist(), old["lm_head.weight"], strict=True))
+        for row, token in enumerate(new_ids.tolist()):
+            assert torch.equal(wider["lm_head.weight"][row], rows.get(token, target[token]))
+        assert torch.equal(wider["fc.weight"], old["fc.weight"])
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (["init_from=tiny"], "the head reads features of width 256, the target's have 32"),
+            (["objective=eagle1"], "is an EAGLE-3 head, the objective is eagle1"),
+            (["parallel=fsdp2"], "parallel: fsdp2 shards over several processes; start them with `torchrun"),
+            (["report_to=mlflow"], "report_to: mlflow is not installed"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(
+        self,
+        folder: Path,
+        whole: dict[str, Any],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        overrides: list[str],
+        message: str,
+    ) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        settings = [f"output={folder / 'refused'}", f"init_from={folder / 'one'}", "draft_vocab_size=null", *overrides]
+        command = ["train", str(folder / "recipe.yaml"), *(part for item in settings for part in ("--set", item))]
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+
+    def test_another_vocabulary_is_refused(
+        self, folder: Path, whole: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for file in (folder / "target").iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        tiny_llama(vocab_size=320).float().save_pretrained(tmp_path)
+        settings = [f"target={tmp_path}", f"init_from={folder / 'one'}", f"output={folder / 'refused'}"]
+        command = ["train", str(folder / "recipe.yaml"), *(part for item in settings for part in ("--set", item))]
+        assert main(command) == 2
+        assert re.search(r"vocab_size: the head was made for \d+ tokens, the target has 320", capsys.readouterr().err)

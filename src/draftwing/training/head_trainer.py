@@ -46,8 +46,6 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     train = examples(rows.train, tokenizer, config.sequence_length)
     held_out = examples(rows.held_out, tokenizer, config.sequence_length)[: config.evaluate_rows]
     head = (continued_head if config.init_from else new_head)(config, target, train).to(target.device)
-    if hasattr(head, "embed_tokens"):
-        head.embed_tokens.requires_grad_(False)
     module = HeadTraining(head, target, config)
     blanks = unsupervised(held_out, -len(held_out) % (config.batch_size * num_processes()))
     trainer = new_trainer(config, module, train, held_out + blanks, Collator(tokenizer.pad_token_id or 0), HeadTrainer)
@@ -99,7 +97,8 @@ class HeadTrainer(ResumableTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor]:
         """The batches of one optimizer step, and how many slots they supervise over all processes."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
-        counts = torch.stack([self._module.count_slots(batch["loss_mask"]) for batch in batches]).sum(0)
+        masks = [{name: batch[name] for name in ("loss_mask", "document_ids") if name in batch} for batch in batches]
+        counts = torch.stack([self._module.count_slots(**mask) for mask in masks]).sum(0)
         return batches, sum_over_processes(counts.to(self.args.device))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -31,6 +31,8 @@ def continued_head(config: TrainConfig, target: TargetModel, train: Sequence[Exa
     if isinstance(head, EagleModel) != (config.objective == "eagle1"):
         kind = "an EAGLE-1/2 head" if isinstance(head, EagleModel) else "an EAGLE-3 head"
         raise ValueError(f"init_from: {config.init_from} is {kind}, the objective is {config.objective}")
+    if hasattr(head, "embed_tokens"):
+        head.embed_tokens.requires_grad_(False)
     if isinstance(head, EagleModel) or config.draft_vocab_size is None:
         return head
     old, size = head.vocab, target.vocab_size
@@ -45,33 +47,47 @@ def continued_head(config: TrainConfig, target: TargetModel, train: Sequence[Exa
     network = build_network(sizes, target, new_ids, own_embedding=hasattr(head, "embed_tokens")).to(target.device)
     tensors = {name: parameter.detach() for name, parameter in head.named_parameters()}
     load_strictly(network, tensors | {"lm_head.weight": rows[target_ids.to(rows.device)]})
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(head.get_parameter(name).requires_grad)
     return network.train()
 
 
-def new_head(config: TrainConfig, target: TargetModel, train: Sequence[Example]) -> DraftNetwork:
-    """A head shaped like one layer of its target (unless `architecture` says otherwise), started from the target."""
+def new_config(config: TrainConfig, target_config: Any, vocab_size: int) -> DraftConfig:
+    """A head shaped like one layer of its target, unless `architecture` says otherwise.
+
+    `target_config` is the target's text configuration in transformers.
+    """
 
     def of_target(name: str, otherwise: Any) -> Any:
-        return getattr(target.config, name, None) or otherwise
+        return getattr(target_config, name, None) or otherwise
 
-    num_heads = target.config.num_attention_heads
+    check_keys(config.architecture, {field.name for field in dataclasses.fields(DraftConfig)})
+    hidden_size, num_heads = int(target_config.hidden_size), target_config.num_attention_heads
     sizes: dict[str, Any] = {
-        "hidden_size": target.hidden_size,
-        "intermediate_size": of_target("intermediate_size", 4 * target.hidden_size),
+        "hidden_size": hidden_size,
+        "intermediate_size": of_target("intermediate_size", 4 * hidden_size),
         "num_attention_heads": num_heads,
         "num_key_value_heads": of_target("num_key_value_heads", num_heads),
-        "head_dim": of_target("head_dim", target.hidden_size // num_heads),
+        "head_dim": of_target("head_dim", hidden_size // num_heads),
         "rms_norm_eps": of_target("rms_norm_eps", 1e-5),
-        "max_position_embeddings": target.max_positions or 2048,
+        "max_position_embeddings": of_target("max_position_embeddings", 2048),
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "vocab_size": target.vocab_size,
-        "draft_vocab_size": target.vocab_size,
-        "target_hidden_size": target.hidden_size,
+        "vocab_size": vocab_size,
+        "draft_vocab_size": vocab_size,
+        "target_hidden_size": hidden_size,
         **config.architecture,
     }
-    check_keys(config.architecture, {field.name for field in dataclasses.fields(DraftConfig)})
+    if config.objective == "eagle3":
+        sizes["aux_layers"] = config.aux_layers or default_aux_layers(int(target_config.num_hidden_layers))
+        sizes["draft_vocab_size"] = min(config.draft_vocab_size or vocab_size, vocab_size)
+    return DraftConfig(**sizes)
+
+
+def new_head(config: TrainConfig, target: TargetModel, train: Sequence[Example]) -> DraftNetwork:
+    """A head of `new_config`, started from the target."""
+    sizes = new_config(config, target.config, target.vocab_size)
     if config.objective == "eagle1":
-        head = build_network(DraftConfig(**sizes), target, None)
+        head = build_network(sizes, target, None)
         assert isinstance(head, EagleModel)
         _initialise(head)
         with torch.no_grad():
@@ -79,9 +95,7 @@ def new_head(config: TrainConfig, target: TargetModel, train: Sequence[Example])
         head.embed_tokens.requires_grad_(False)
         return head
     target_ids = most_frequent_tokens(train, config.draft_vocab_size, target.vocab_size)
-    sizes["aux_layers"] = config.aux_layers or default_aux_layers(target.num_layers)
-    sizes["draft_vocab_size"] = target.vocab_size if target_ids is None else target_ids.numel()
-    head = build_network(DraftConfig(**sizes), target, target_ids)
+    head = build_network(sizes, target, target_ids)
     assert not isinstance(head, EagleModel)
     _initialise(head)
     with torch.no_grad():
