@@ -126,13 +126,13 @@ def whole(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def stop_at_5(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Send this process SIGTERM in step 5."""
-    on_step_end = StopOnSignal.on_step_end
+def stop_at_5(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> pytest.MonkeyPatch:
+    """Send this process a signal in step 5: SIGTERM, or the fixture's parameter."""
+    on_step_end, number = StopOnSignal.on_step_end, getattr(request, "param", signal.SIGTERM)
 
     def send(self: StopOnSignal, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         on_step_end(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(StopOnSignal, "on_step_end", send)
@@ -169,15 +169,18 @@ def assert_same_figures(record: dict[str, Any], expected: dict[str, Any]) -> Non
 
 
 class TestResume:
-    @pytest.mark.parametrize("objective", ["eagle1", "eagle3"])
+    @pytest.mark.parametrize(
+        ("objective", "stop_at_5"), [("eagle1", signal.SIGTERM), ("eagle3", signal.SIGINT)], indirect=["stop_at_5"]
+    )
     def test_a_stopped_run_ends_with_the_same_bits(
         self, folder: Path, stop_at_5: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], objective: str
     ) -> None:
         """EAGLE-1 draws feature noise, so the random numbers continue too; the row of chances crosses an epoch."""
         with pytest.raises(SystemExit) as stop:
             train(folder, f"stopped_{objective}", f"objective={objective}")
-        assert stop.value.code == 128 + signal.SIGTERM
-        assert "stopped by SIGTERM after step 5; the same command continues" in capsys.readouterr().err
+        assert stop.value.code == {"eagle1": 143, "eagle3": 130}[objective]
+        name = {"eagle1": "SIGTERM", "eagle3": "SIGINT"}[objective]
+        assert f"stopped by {name} after step 5; the same command continues" in capsys.readouterr().err
         interrupted = record_of(folder, f"stopped_{objective}")
         assert not interrupted["finished"]
         assert interrupted["history"][-1]["step"] == 4
@@ -187,6 +190,15 @@ class TestResume:
         train(folder, f"whole_{objective}", f"objective={objective}")
         expected = weights_of(folder, f"whole_{objective}")
         assert_same(weights_of(folder, f"stopped_{objective}"), expected, rtol=0, atol=0)
+
+    def test_a_second_ctrl_c_stops_at_once(self) -> None:
+        before = signal.getsignal(signal.SIGINT)
+        with StopOnSignal() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.received == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is before
 
     def test_a_kill_while_a_checkpoint_is_written(self, folder: Path, whole: dict[str, Any]) -> None:
         assert start(folder, "killed", script=KILL) == -signal.SIGKILL

@@ -19,9 +19,7 @@ EXAMPLES = """examples:
   draftwing train recipes/tiny.yaml --stage 2  # the third stage alone
   draftwing train recipes/tiny.yaml --plan     # parameters, memory, disk and time, without running
   draftwing train recipes/tiny.yaml --set learning_rate=1e-4 --set architecture.hidden_size=128
-
-many GPUs:
-  torchrun --nproc-per-node 8 -m draftwing train recipe.yaml"""
+  draftwing train recipes/tiny.yaml            # on 8 GPUs: torchrun --nproc-per-node 8 -m draftwing train ..."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

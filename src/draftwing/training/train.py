@@ -28,7 +28,8 @@ def train_stage(config: TrainConfig) -> dict[str, float]:
         return _generate(config)
     record = read_record(Path(config.output))
     wait_for_others()  # nobody writes before everyone has looked
-    if record.get("finished") and (Path(config.output) / "model.safetensors").is_file():
+    # Records of before `finished` was kept were written at the end only.
+    if record and record.get("finished", True) and (Path(config.output) / "model.safetensors").is_file():
         # On one process both: how many there were no longer matters.
         made_with = settings_of(record["recipe"], num_processes=1)
         check_same(made_with, settings_of(config.as_dict(), num_processes=1), Path(config.output) / RECORD)
