@@ -1,5 +1,6 @@
 """Train an EAGLE head for a frozen target; an evaluation measures its acceptance length, simulated and decoded."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from draftwing.checkpoint.formats import Head, HeadFormat
+from draftwing.checkpoint.formats import HeadFormat
 from draftwing.checkpoint.load import DraftNetwork, build_network, load_strictly, load_target, load_tokenizer, sizes_of
-from draftwing.checkpoint.save import save_head
+from draftwing.checkpoint.save import save_head, to_head
 from draftwing.config import TrainConfig
 from draftwing.data.chat import Example
 from draftwing.data.rows import read_rows
@@ -129,7 +130,7 @@ class HeadTrainer(ResumableTrainer):
         tensors = whole_tensors(head)  # of all processes, so before the others leave
         if is_main_process():
             head_format: HeadFormat = "eagle1" if isinstance(head, EagleModel) else "eagle3"
-            written = Head(head_format, head.config, head.vocab.target_ids, tensors)
+            written = dataclasses.replace(to_head(head, head_format), tensors=tensors)
             save_head(written, folder, sizes_of(self._module.target), dtype=torch.bfloat16)
         wait_for_others()
 
