@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -14,6 +14,16 @@ Objective = Literal["language_model", "self_generated", "eagle1", "eagle3"]
 OBJECTIVES = get_args(Objective)
 Loss = Literal["kl", "cross_entropy", "lk"]
 LOSSES = get_args(Loss)
+Parallel = Literal["ddp", "fsdp2"]
+Schedule = Literal["cosine", "linear"]
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+POSITIVE = ("sequence_length", "batch_size", "accumulation_steps", "max_steps", "ttt_steps") + (
+    "feature_steps",
+    "log_every",
+    "evaluate_every",
+    "save_every",
+    "keep_checkpoints",
+)
 
 
 @dataclass(frozen=True)
@@ -41,26 +51,42 @@ class TrainConfig:
     vocab_size: int = 4096
     """Tokenizer entries; `language_model` only."""
     init_from: str = ""
-    """A trained head to continue from; its shape and draft vocabulary are kept. Empty starts a new one."""
+    """A trained or published head to continue from; its shape is kept. Empty starts a new one."""
     draft_vocab_size: int | None = None
-    """EAGLE-3's output vocabulary, the data's most frequent tokens; None keeps the whole target vocabulary."""
+    """EAGLE-3's output vocabulary, the data's most frequent tokens; None keeps the whole target vocabulary, with
+    `init_from` the head's own; a number there counts the data anew."""
     aux_layers: tuple[int, ...] = ()
     """EAGLE-3's feature layers as hidden_states indices (0 = embeddings); empty means 2, n//2, n-3."""
     sequence_length: int = 512
     batch_size: int = 8
+    """Rows of one process's forward pass; an optimizer step reads batch_size x accumulation_steps x processes rows."""
+    accumulation_steps: int = 1
     max_steps: int = 1000
     learning_rate: float = 1e-3
+    schedule: Schedule = "cosine"
+    """How the learning rate falls to 0 at `max_steps`, after `warmup_steps` of linear rise."""
     warmup_steps: int = 100
     weight_decay: float = 0.0
     max_grad_norm: float = 0.5
     bf16: bool = True
     compile: bool = False
+    parallel: Parallel = "ddp"
+    """What several processes (torchrun) share out: `ddp` the rows, `fsdp2` also the head's weights and optimizer."""
+    device_map: str = ""
+    """Split the frozen target over this process's GPUs (transformers' `device_map`: auto, balanced, ...)."""
     seed: int = 0
     log_every: int = 20
     evaluate_every: int = 500
     evaluate_rows: int = 64
     """Held-out rows (blocks, for a language model) that an evaluation uses."""
     save_every: int = 500
+    keep_checkpoints: int = 2
+    report_to: tuple[str, ...] = ()
+    """Where the log goes beside training.json and training.html: tensorboard, wandb, mlflow."""
+    decode_prompts: int = 0
+    """Held-out prompts that an evaluation decodes to measure tau; 0 measures none."""
+    decode_plan: str = ""
+    """The tree plan to decode them with (`tree:4x4x16`, ...); empty: a chain of `ttt_steps`."""
     prompt_length: int = 64
     """Tokens of a plain text that `self_generated` gives as a prompt."""
     max_new_tokens: int | None = None
@@ -86,6 +112,9 @@ class TrainConfig:
         if not isinstance(self.data, str):
             object.__setattr__(self, "data", _names(self.data))
         object.__setattr__(self, "temperatures", tuple(self.temperatures))
+        object.__setattr__(
+            self, "report_to", (self.report_to,) if isinstance(self.report_to, str) else tuple(self.report_to)
+        )
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         if self.loss not in LOSSES:
@@ -94,9 +123,21 @@ class TrainConfig:
             raise ValueError(f"lk_decay: expected at least 0, got {self.lk_decay}")
         if self.objective != "language_model" and not self.target:
             raise ValueError(f"target: {self.objective} needs the model that the head drafts for")
-        for name in ("sequence_length", "batch_size", "max_steps", "ttt_steps", "feature_steps", "log_every"):
+        for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name, known in (("parallel", get_args(Parallel)), ("schedule", get_args(Schedule))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for tracker in self.report_to:
+            if tracker not in TRACKERS:
+                raise ValueError(f"report_to: expected some of {', '.join(TRACKERS)}, got {tracker!r}")
+        if self.init_from and self.architecture:
+            raise ValueError("architecture: the head of init_from has its own; give one of the two")
+        if self.decode_prompts and self.device_map:
+            raise ValueError("decode_prompts: a target that device_map splits cannot decode; set it to 0")
+        if self.parallel == "fsdp2" and self.objective == "language_model":
+            raise ValueError("parallel: a language_model is trained with ddp; fsdp2 shards heads")
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
@@ -147,8 +188,10 @@ def _checked(name: str, hint: Any, value: Any) -> Any:
     raise ValueError(f"{name}: expected {hint.__name__}, got {value!r}")
 
 
-def read_recipe(path: str | Path) -> list[TrainConfig]:
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[TrainConfig]:
     """Read a recipe: either the keys of one stage, or `stages`, a list of them, run in order.
+
+    `overrides` are `key=value` with a YAML value, for every stage; `architecture.hidden_size=64` reaches inside.
 
     Raises:
         ValueError: no such file, no YAML, or a wrong key or value (named).
@@ -166,4 +209,23 @@ def read_recipe(path: str | Path) -> list[TrainConfig]:
             f"{next(key for key in values if key != 'stages')}: unknown key beside `stages`; put it in a stage"
         )
     stages = values.get("stages", [values])
-    return [from_mapping(TrainConfig, stage) for stage in stages]
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise ValueError(f"{path}: expected `stages` to be a list of mappings of keys to values")
+    return [from_mapping(TrainConfig, _overridden(stage, overrides)) for stage in stages]
+
+
+def _overridden(stage: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    values = dict(stage)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"set: expected KEY=VALUE, got {override!r}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"set: {text!r}, given for {key}, is no YAML value") from None
+        field_name, dot, inner = key.partition(".")
+        if dot and field_name != "architecture":
+            raise ValueError(f"{key}: unknown key; only architecture has keys inside")
+        values[field_name] = {**values.get(field_name, {}), inner: value} if dot else value
+    return values

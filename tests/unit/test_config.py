@@ -116,3 +116,50 @@ class TestRecipe:
             assert "learning_rate" in str(error)  # refusing it by name would do as well
         else:
             assert stage.learning_rate == 1e-3
+
+
+class TestOverrides:
+    TEXT = "stages:\n- {objective: language_model, output: a}\n- {objective: eagle3, output: b, target: a}\n"
+
+    def test_they_hold_for_every_stage_and_are_typed_like_yaml(self, tmp_path: Path) -> None:
+        overrides = ["learning_rate=1e-4", "aux_layers=[1, 2, 3]", "report_to=tensorboard", "target=x=y", "bf16=false"]
+        for stage in read_recipe(recipe(tmp_path, self.TEXT), overrides):
+            assert (stage.learning_rate, stage.aux_layers, stage.bf16) == (1e-4, (1, 2, 3), False)
+            assert (stage.report_to, stage.target) == (("tensorboard",), "x=y")
+
+    def test_they_reach_into_the_architecture(self, tmp_path: Path) -> None:
+        text = "{objective: eagle3, output: b, target: a, architecture: {fc_norm: true}}"
+        (stage,) = read_recipe(recipe(tmp_path, text), ["architecture.hidden_size=64"])
+        assert stage.architecture == {"fc_norm": True, "hidden_size": 64}
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("learning_rate", "set: expected KEY=VALUE, got 'learning_rate'"),
+            ("learnin_rate=1", "learnin_rate: unknown key; did you mean 'learning_rate'"),
+            ("batch_size=2.5", "batch_size: expected int, got 2.5"),
+            ("batch_size=[", "set: '\\[', given for batch_size, is no YAML value"),
+            ("data.path=x", "data.path: unknown key; only architecture has keys inside"),
+        ],
+    )
+    def test_mistakes_are_named(self, tmp_path: Path, override: str, message: str) -> None:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            read_recipe(recipe(tmp_path, self.TEXT), [override])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"parallel": "fsdp"}, "parallel: expected one of ddp, fsdp2, got 'fsdp'"),
+        ({"schedule": "steps"}, "schedule: expected one of cosine, linear, got 'steps'"),
+        ({"report_to": ["wandb", "excel"]}, "report_to: expected some of tensorboard, wandb, mlflow, got 'excel'"),
+        ({"init_from": "head", "architecture": {"fc_norm": True}}, "architecture: the head of init_from has its own"),
+        ({"decode_prompts": 2, "device_map": "auto"}, "decode_prompts: a target that device_map splits cannot decode"),
+        ({"objective": "language_model", "parallel": "fsdp2"}, "parallel: a language_model is trained with ddp"),
+        ({"accumulation_steps": 0}, "accumulation_steps: expected at least 1, got 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints: expected at least 1, got 0"),
+    ],
+)
+def test_settings_that_do_not_go_together(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        from_mapping(TrainConfig, VALID | values)

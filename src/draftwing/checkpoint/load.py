@@ -69,12 +69,13 @@ def resolve_draft(name: str) -> Path:
 def load_target(
     name: str,
     dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = "cpu",
     role: Literal["target", "draft"] = "target",
     **options: Any,
 ) -> TargetModel:
     """Load a causal language model with our attention function. `options` go to transformers' `from_pretrained`.
 
+    A `device` of None leaves it where the options (`device_map`) put it.
     Without a `dtype` it is the file's; on a CPU without bf16 products, and for float16 files there, float32.
 
     Raises:
@@ -97,9 +98,9 @@ def load_target(
     if missing := sorted(info["missing_keys"]):  # transformers fills them with random values
         raise ValueError(f"{role}: {name!r} lacks {len(missing)} tensors, the first is {missing[0]}")
     is_slow = model.dtype == torch.float16 or (model.dtype == torch.bfloat16 and not multiplies_bfloat16())
-    if dtype is None and torch.device(device).type == "cpu" and is_slow:
+    if dtype is None and device is not None and torch.device(device).type == "cpu" and is_slow:
         model = model.float()
-    return TargetModel(model.to(device).eval(), role)
+    return TargetModel((model if device is None else model.to(device)).eval(), role)
 
 
 def load_stock(name: str, dtype: torch.dtype, device: str | torch.device) -> Any:

@@ -2,30 +2,122 @@
 
 import argparse
 import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
+from rich.table import Table
+
+from draftwing.cli.arguments import positive
+from draftwing.config import TrainConfig
 
 SUMMARY = "Train what a recipe describes."
 EXAMPLES = """examples:
   draftwing train recipes/tiny.yaml            # all stages; a stopped run continues where it was
-  draftwing train recipes/tiny.yaml --stage 2  # the third stage alone"""
+  draftwing train recipes/tiny.yaml --stage 2  # the third stage alone
+  draftwing train recipes/tiny.yaml --plan     # parameters, memory, disk and time, without running
+  draftwing train recipes/tiny.yaml --set learning_rate=1e-4 --set architecture.hidden_size=128
+  draftwing train recipes/tiny.yaml            # on 8 GPUs: torchrun --nproc-per-node 8 -m draftwing train ..."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
     parser.add_argument("recipe", help="a YAML file, see recipes/")
     parser.add_argument("--stage", type=int, help="run this stage only, counted from 0")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the stages that run"
+    )
+    parser.add_argument("--plan", action="store_true", help="show what it would take, and run nothing")
+    parser.add_argument("--processes", type=positive, default=1, help="--plan: for so many (default: 1)")
+    parser.add_argument(
+        "--tflops", type=float, help="--plan: TFLOP/s that a process reaches (default: measured on this machine)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from draftwing.config import read_recipe
-    from draftwing.training.train import train_stage
 
-    stages = read_recipe(options.recipe)
+    stages = read_recipe(options.recipe, options.set)
     if options.stage is not None and not 0 <= options.stage < len(stages):
         raise ValueError(f"stage: {options.recipe} has stages 0 to {len(stages) - 1}, got {options.stage}")
     chosen = stages if options.stage is None else [stages[options.stage]]
-    for stage in chosen:
-        Console(stderr=True).rule(f"{stage.objective} -> {stage.output}")
-        print(json.dumps({"objective": stage.objective, "output": stage.output, **train_stage(stage)}))
+    outputs = [stage.output for stage in chosen]
+    for output in outputs:
+        if outputs.count(output) > 1:
+            raise ValueError(f"output: two stages write to {output}; choose one with --stage")
+    if options.plan:
+        _show_plan(chosen, stages, options)
+        return
+    from draftwing.training.processes import end_processes, is_main_process, start_processes
+    from draftwing.training.stopping import TrainingStopped
+    from draftwing.training.train import train_stage
+
+    console = Console(stderr=True)
+    start_processes()
+    try:
+        for stage in chosen:
+            if is_main_process():
+                console.rule(f"{stage.objective} -> {stage.output}")
+            metrics = train_stage(stage)
+            if is_main_process():
+                print(json.dumps({"objective": stage.objective, "output": stage.output, **metrics}), flush=True)
+    except TrainingStopped as stop:
+        if is_main_process():
+            console.print(f"{stop}; the same command continues from there", highlight=False, soft_wrap=True)
+        raise SystemExit(128 + stop.signal_number) from None
+    except ValueError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # all processes find the same mistake; one per machine says it
+            sys.exit(2)
+        raise
+    finally:
+        end_processes()
+
+
+def _show_plan(chosen: Sequence[TrainConfig], stages: Sequence[TrainConfig], options: argparse.Namespace) -> None:
+    from draftwing.training.estimates import REACHED, measure_rate, plan_stages
+
+    rate = options.tflops * 1e12 if options.tflops else REACHED * measure_rate()
+    plans = plan_stages(stages, options.processes, rate)  # of all, for a stage may use what an earlier one makes
+    plans = [plan for stage, plan in zip(stages, plans, strict=True) if stage in chosen]
+    if options.json:
+        settings = [stage.as_dict() for stage in chosen]
+        rows = [plan.as_dict() | {"recipe": recipe} for plan, recipe in zip(plans, settings, strict=True)]
+        print(json.dumps({"processes": options.processes, "flops_per_second": rate, "stages": rows}))
+        return
+    console = Console()
+    for stage, plan in zip(chosen, plans, strict=True):
+        console.print(_table(stage, plan, options.processes))
+    source = "as given" if options.tflops else f"{REACHED:.0%} of what large products reach on this machine"
+    console.print(
+        "Memory is one process's, with all rows full and on a GPU. Time assumes "
+        f"{rate / 1e12:.3g} TFLOP/s per process, {source}, and nothing for reading, evaluating and saving; how long "
+        "rows of self_generated take depends on what the target says, and is not estimated.",
+        soft_wrap=True,
+    )
+
+
+def _table(stage: TrainConfig, plan: Any, num_processes: int) -> Table:
+    table = Table(title=f"{plan.objective} -> {plan.output}", show_header=False, title_justify="left")
+    values = stage.as_dict()
+    changed = {name: value for name, value in values.items() if value and value != getattr(TrainConfig, name, 0)}
+    table.add_row("recipe", ", ".join(f"{name} {value}" for name, value in changed.items()))
+    table.add_row("target", f"{plan.target_params:,} parameters, {plan.target_active_params:,} multiply per token")
+    table.add_row("trained", f"{plan.trained_params:,} parameters, and {plan.frozen_params:,} frozen")
+    table.add_row(
+        "a step", f"{plan.rows_per_step} rows, {plan.flops_per_step:.3g} FLOP in each of {num_processes} processes"
+    )
+    table.add_row("all steps", f"at most {plan.most_tokens:,} tokens")
+    for name, size in plan.memory.items():
+        table.add_row(f"memory: {name}", _size(size))
+    table.add_row("memory: together", _size(sum(plan.memory.values())), end_section=True)
+    for name, size in plan.disk.items():
+        table.add_row(f"disk: {name}", _size(size))
+    table.add_row("time", "not estimated" if plan.seconds is None else f"{plan.seconds / 3600:,.2f} h")
+    return table
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.2f} GiB"

@@ -1,79 +1,91 @@
-"""Train an EAGLE head for a frozen target, in one process."""
+"""Heads to train: a new one, or a trained one to continue."""
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from draftwing.checkpoint.formats import HeadFormat, HeadOptions, default_aux_layers
-from draftwing.checkpoint.load import DraftNetwork, build_network, load_head, load_target, load_tokenizer, sizes_of
-from draftwing.checkpoint.save import save_head, to_head
+from draftwing.checkpoint.formats import HeadOptions, default_aux_layers
+from draftwing.checkpoint.load import DraftNetwork, build_network, load_head, load_strictly
 from draftwing.config import TrainConfig, check_keys
 from draftwing.data.chat import Example
-from draftwing.data.examples import (
-    Collator,
-    LengthGroupedOrder,
-    as_training_rows,
-    count_supervised,
-    lengths_of,
-    read_documents,
-)
+from draftwing.data.examples import count_supervised
 from draftwing.models.eagle import EagleModel
 from draftwing.models.layers import DraftConfig
 from draftwing.models.target import TargetModel
-from draftwing.training.objectives import HeadTraining
-from draftwing.training.trainer import ResumableTrainer, new_trainer
 
 
-def train_head(config: TrainConfig) -> dict[str, float]:
-    """Train the recipe's head into `config.output`, in its published format; returns the held-out metrics."""
-    torch.manual_seed(config.seed)
-    is_cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if is_cuda and config.bf16 else torch.float32
-    target = load_target(config.target, dtype, "cuda" if is_cuda else "cpu")
-    tokenizer = load_tokenizer(config.target)
-    documents = read_documents(config, tokenizer)
-    if config.init_from:
-        head = load_head(config.init_from, target, torch.float32, HeadOptions(config.aux_layers or None)).train()
-    else:
-        head = new_head(config, target, documents.train).to(target.device)
-    module = HeadTraining(head, target, config)
-    rows = as_training_rows(documents, config, target, head.config.feature_layers)
-    trainer = new_trainer(config, module, rows.train, rows.held_out, Collator(tokenizer.pad_token_id or 0), HeadTrainer)
-    trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
-    metrics: dict[str, float] = trainer.evaluate()
-    head_format: HeadFormat = "eagle1" if isinstance(head, EagleModel) else "eagle3"
-    save_head(to_head(head, head_format), Path(config.output), sizes_of(target), dtype=torch.bfloat16)
-    return metrics
+def continued_head(config: TrainConfig, target: TargetModel, train: Sequence[Example]) -> DraftNetwork:
+    """The head of `init_from`, for this target; with a `draft_vocab_size`, over the most frequent tokens of this data.
+
+    Output rows of tokens that the head did not have start from the target's.
+
+    Raises:
+        ValueError: a head of another kind, or for a target of another width or vocabulary.
+    """
+    head = load_head(config.init_from, target, torch.float32, HeadOptions(config.aux_layers or None)).train()
+    if isinstance(head, EagleModel) != (config.objective == "eagle1"):
+        kind = "an EAGLE-1/2 head" if isinstance(head, EagleModel) else "an EAGLE-3 head"
+        raise ValueError(f"init_from: {config.init_from} is {kind}, the objective is {config.objective}")
+    if hasattr(head, "embed_tokens"):
+        head.embed_tokens.requires_grad_(False)
+    if isinstance(head, EagleModel) or config.draft_vocab_size is None:
+        return head
+    old, size = head.vocab, target.vocab_size
+    if config.draft_vocab_size < size and head.config.hidden_size != target.hidden_size:
+        raise ValueError("draft_vocab_size: a head of another width than its target's cannot take over its output rows")
+    new_ids = most_frequent_tokens(train, config.draft_vocab_size, size)
+    target_ids = torch.arange(size) if new_ids is None else new_ids
+    rows = next(target.output_head.parameters()).detach().to(head.lm_head.weight).clone()
+    old_ids = torch.arange(len(old)) if old.target_ids is None else old.target_ids
+    rows[old_ids.to(rows.device)] = head.lm_head.weight.detach()
+    sizes = dataclasses.replace(head.config, draft_vocab_size=target_ids.numel())
+    network = build_network(sizes, target, new_ids, own_embedding=hasattr(head, "embed_tokens")).to(target.device)
+    tensors = {name: parameter.detach() for name, parameter in head.named_parameters()}
+    load_strictly(network, tensors | {"lm_head.weight": rows[target_ids.to(rows.device)]})
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(head.get_parameter(name).requires_grad)
+    return network.train()
+
+
+def new_config(config: TrainConfig, target_config: Any, vocab_size: int) -> DraftConfig:
+    """A head shaped like one layer of its target, unless `architecture` says otherwise.
+
+    `target_config` is the target's text configuration in transformers.
+    """
+
+    def of_target(name: str, otherwise: Any) -> Any:
+        return getattr(target_config, name, None) or otherwise
+
+    check_keys(config.architecture, {field.name for field in dataclasses.fields(DraftConfig)})
+    hidden_size, num_heads = int(target_config.hidden_size), target_config.num_attention_heads
+    sizes: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "intermediate_size": of_target("intermediate_size", 4 * hidden_size),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": of_target("num_key_value_heads", num_heads),
+        "head_dim": of_target("head_dim", hidden_size // num_heads),
+        "rms_norm_eps": of_target("rms_norm_eps", 1e-5),
+        "max_position_embeddings": of_target("max_position_embeddings", 2048),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "vocab_size": vocab_size,
+        "draft_vocab_size": vocab_size,
+        "target_hidden_size": hidden_size,
+        **config.architecture,
+    }
+    if config.objective == "eagle3":
+        sizes["aux_layers"] = config.aux_layers or default_aux_layers(int(target_config.num_hidden_layers))
+        sizes["draft_vocab_size"] = min(config.draft_vocab_size or vocab_size, vocab_size)
+    return DraftConfig(**sizes)
 
 
 def new_head(config: TrainConfig, target: TargetModel, train: Sequence[Example]) -> DraftNetwork:
-    """A head shaped like one layer of its target (unless `architecture` says otherwise), started from the target."""
-
-    def of_target(name: str, otherwise: Any) -> Any:
-        return getattr(target.config, name, None) or otherwise
-
-    num_heads = target.config.num_attention_heads
-    sizes: dict[str, Any] = {
-        "hidden_size": target.hidden_size,
-        "intermediate_size": of_target("intermediate_size", 4 * target.hidden_size),
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": of_target("num_key_value_heads", num_heads),
-        "head_dim": of_target("head_dim", target.hidden_size // num_heads),
-        "rms_norm_eps": of_target("rms_norm_eps", 1e-5),
-        "max_position_embeddings": target.max_positions or 2048,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "vocab_size": target.vocab_size,
-        "draft_vocab_size": target.vocab_size,
-        "target_hidden_size": target.hidden_size,
-        **config.architecture,
-    }
-    check_keys(config.architecture, {field.name for field in dataclasses.fields(DraftConfig)})
+    """A head of `new_config`, started from the target."""
+    sizes = new_config(config, target.config, target.vocab_size)
     if config.objective == "eagle1":
-        head = build_network(DraftConfig(**sizes), target, None)
+        head = build_network(sizes, target, None)
         assert isinstance(head, EagleModel)
         _initialise(head)
         with torch.no_grad():
@@ -81,9 +93,7 @@ def new_head(config: TrainConfig, target: TargetModel, train: Sequence[Example])
         head.embed_tokens.requires_grad_(False)
         return head
     target_ids = most_frequent_tokens(train, config.draft_vocab_size, target.vocab_size)
-    sizes["aux_layers"] = config.aux_layers or default_aux_layers(target.num_layers)
-    sizes["draft_vocab_size"] = target.vocab_size if target_ids is None else target_ids.numel()
-    head = build_network(DraftConfig(**sizes), target, target_ids)
+    head = build_network(sizes, target, target_ids)
     assert not isinstance(head, EagleModel)
     _initialise(head)
     with torch.no_grad():
@@ -98,29 +108,6 @@ def most_frequent_tokens(train: Sequence[Example], size: int | None, vocab_size:
         return None
     counts = count_supervised(train, vocab_size)
     return counts.sort(descending=True, stable=True).indices[:size].sort().values
-
-
-class HeadTrainer(ResumableTrainer):
-    """Batches rows of like length, and logs each step's loss and accuracy beside the total."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedOrder:
-        return LengthGroupedOrder(
-            lengths_of(self.train_dataset), self.args.per_device_train_batch_size, int(self.args.seed)
-        )
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        module = self.model
-        assert isinstance(module, HeadTraining)
-        prefix = "eval_" if "eval_loss" in logs else ""
-        if "loss" in logs or prefix:
-            metrics = module.pop_metrics(training=not prefix)
-            logs |= {prefix + name: round(value, 4) for name, value in metrics.items() if name != "loss"}
-        super().log(logs, *args, **kwargs)
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = model(**self._prepare_inputs(inputs))["loss"]
-        return loss.detach(), None, None
 
 
 def _initialise(head: DraftNetwork) -> None:

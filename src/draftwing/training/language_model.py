@@ -13,6 +13,7 @@ from draftwing.data.corpus import Row
 from draftwing.data.prompts import write_held_out_prompts
 from draftwing.data.rows import Rejects, read_rows
 from draftwing.data.tokenizer import END_OF_TEXT, train_tokenizer
+from draftwing.training.processes import is_main_process, wait_for_others
 from draftwing.training.trainer import new_trainer
 
 
@@ -20,11 +21,10 @@ def train_language_model(config: TrainConfig) -> dict[str, float]:
     """Train tokenizer and target on the recipe's data into `config.output`; returns the held-out metrics."""
     output = Path(config.output)
     rows = read_rows(config.data, config.max_rows, rejects=Rejects(output / "rejects.jsonl"))
-    if (output / "tokenizer.json").exists():  # a resumed run keeps its vocabulary
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(output)
-    else:
-        tokenizer = train_tokenizer((_row_text(row) for row in rows.train), config.vocab_size)
-        tokenizer.save_pretrained(output)
+    if is_main_process() and not (output / "tokenizer.json").exists():  # a resumed run keeps its vocabulary
+        train_tokenizer((_row_text(row) for row in rows.train), config.vocab_size).save_pretrained(output)
+    wait_for_others()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(output)
     torch.manual_seed(config.seed)
     model = new_target(config, tokenizer)
     trainer = new_trainer(
@@ -33,11 +33,11 @@ def train_language_model(config: TrainConfig) -> dict[str, float]:
         train_dataset=blocks(rows.train, tokenizer, config.sequence_length),
         eval_dataset=blocks(rows.held_out, tokenizer, config.sequence_length)[: config.evaluate_rows],
     )
-    trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
-    metrics: dict[str, float] = trainer.evaluate()
-    write_held_out_prompts(rows.held_out, output / "prompts.jsonl")
-    model.to(torch.bfloat16).save_pretrained(output)
-    return metrics
+    metrics = trainer.run()
+    if is_main_process():
+        write_held_out_prompts(rows.held_out, output / "prompts.jsonl")
+        model.to(torch.bfloat16).save_pretrained(output)
+    return trainer.finish(metrics)
 
 
 def new_target(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:

@@ -6,29 +6,46 @@ from pathlib import Path
 
 from draftwing.config import TrainConfig
 from draftwing.provenance import provenance
-from draftwing.training.heads import train_head
+from draftwing.training.checkpoints import check_same, settings_of, write_text
+from draftwing.training.display import RECORD, read_record
+from draftwing.training.head_trainer import train_head
 from draftwing.training.language_model import train_language_model
+from draftwing.training.processes import is_main_process, wait_for_others
 from draftwing.training.self_generated import write_self_generated
 
-STAGES = {
-    "language_model": train_language_model,
-    "self_generated": write_self_generated,
-    "eagle1": train_head,
-    "eagle3": train_head,
-}
+TRAINED = {"language_model": train_language_model, "eagle1": train_head, "eagle3": train_head}
 
 
 def train_stage(config: TrainConfig) -> dict[str, float]:
-    """Run one stage; returns its metrics and writes them with the recipe and provenance beside its output."""
-    start = time.perf_counter()
-    metrics = STAGES[config.objective](config)
-    record = {
-        "metrics": metrics,
-        "seconds": round(time.perf_counter() - start),
-        "recipe": config.as_dict(),
-        "provenance": provenance(),
-    }
-    output = Path(config.output)
-    path = output / "training.json" if output.is_dir() else output.with_suffix(".json")
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    """Run one stage, unless it is finished; returns its metrics.
+
+    They are written with the recipe and provenance beside its output.
+
+    Raises:
+        ValueError: a finished or interrupted run of other settings is in its place.
+    """
+    if config.objective == "self_generated":
+        return _generate(config)
+    record = read_record(Path(config.output))
+    wait_for_others()  # nobody writes before everyone has looked
+    # Records of before `finished` was kept were written at the end only.
+    if record and record.get("finished", True) and (Path(config.output) / "model.safetensors").is_file():
+        # On one process both: how many there were no longer matters.
+        made_with = settings_of(record["recipe"], num_processes=1)
+        check_same(made_with, settings_of(config.as_dict(), num_processes=1), Path(config.output) / RECORD)
+        metrics: dict[str, float] = record["metrics"]
+        return metrics
+    return TRAINED[config.objective](config)
+
+
+def _generate(config: TrainConfig) -> dict[str, float]:
+    """Write rows in the main process; the others wait for the file."""
+    metrics: dict[str, float] = {}
+    if is_main_process():
+        start = time.perf_counter()
+        metrics = write_self_generated(config)
+        seconds = round(time.perf_counter() - start)
+        record = {"metrics": metrics, "seconds": seconds, "recipe": config.as_dict(), "provenance": provenance()}
+        write_text(Path(config.output).with_suffix(".json"), json.dumps(record, indent=2) + "\n")
+    wait_for_others()
     return metrics

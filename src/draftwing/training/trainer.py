@@ -1,53 +1,158 @@
-"""The transformers Trainer with our recipe's settings: checkpoints, resume, schedule, logging, progress bar."""
+"""The transformers Trainer with our recipe's settings: processes, checkpoints, resume, schedule, logging."""
 
-from collections.abc import Callable, Sequence
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from draftwing.config import TrainConfig
+from draftwing.training.checkpoints import complete_checkpoint, newest_checkpoint, settings_of
+from draftwing.training.display import ProgressDisplay, RecordKeeper
+from draftwing.training.processes import is_main_process, num_processes, wait_for_others
+from draftwing.training.stopping import StopOnSignal, TrainingStopped
+
+
+class ShuffledOrder(Sampler[int]):
+    """A random order of rows by epoch; a function of (seed, epoch), so it resumes."""
+
+    def __init__(self, num_rows: int, seed: int) -> None:
+        self._num_rows, self._seed, self._epoch = num_rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        return iter(torch.randperm(self._num_rows, generator=generator).tolist())
+
+
+class WholeSteps(Sampler[int]):
+    """An order filled up with rows from its beginning to whole optimizer steps.
+
+    So no step is smaller than the others, and however its rows are split over processes and accumulated batches, it has
+    the same ones.
+    """
+
+    def __init__(self, order: Any, rows_per_step: int) -> None:
+        self._order, self._rows_per_step = order, rows_per_step
+
+    def set_epoch(self, epoch: int) -> None:
+        self._order.set_epoch(epoch)
+
+    def start_at(self, step: int) -> None:
+        """Take the order of the epoch that an optimizer step belongs to."""
+        self.set_epoch(step * self._rows_per_step // len(self))
+
+    def __len__(self) -> int:
+        return -(-len(self._order) // self._rows_per_step) * self._rows_per_step
+
+    def __iter__(self) -> Iterator[int]:
+        rows = list(self._order)
+        for index in range(len(self)):
+            yield rows[index % len(rows)]
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer that knows where it left off."""
+    """A Trainer that continues where it left off, bit for bit, on as many processes as before or on others."""
 
-    def last_checkpoint(self) -> str | None:
-        """The folder of the newest checkpoint of this run, None on a first start."""
-        folder = Path(str(self.args.output_dir))
-        return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    def __init__(self, config: TrainConfig, **arguments: Any) -> None:
+        self.config, self._steps = config, WholeSteps([], 1)
+        self.settings = settings_of(config.as_dict(), num_processes()) | {"examples": len(arguments["train_dataset"])}
+        super().__init__(**arguments)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Housekeeping(self))
+        self.record = RecordKeeper(config)
+        if is_main_process():
+            self.add_callback(ProgressDisplay())
+            self.add_callback(self.record)
+
+    def run(self) -> dict[str, float]:
+        """Train to the end, from the newest checkpoint if there is one; returns the held-out metrics.
+
+        Raises:
+            TrainingStopped: a signal came; a checkpoint is written.
+            ValueError: the checkpoint was made with other settings.
+        """
+        checkpoint = newest_checkpoint(Path(str(self.args.output_dir)), self.settings)
+        wait_for_others()  # nobody writes before everyone has looked
+        with StopOnSignal() as stop:
+            self.add_callback(stop)
+            self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if stop.received:
+            raise TrainingStopped(stop.received, self.state.global_step)
+        last = self.state.log_history[-2:]  # the last is the Trainer's summary of the run
+        evaluated = [entry for entry in last if "eval_loss" in entry and entry["step"] == self.state.global_step]
+        metrics: dict[str, float] = evaluated[0] if evaluated else self.evaluate()
+        return {name: value for name, value in metrics.items() if name.startswith("eval_")}
+
+    def finish(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Record that the run is over and what was made is written; gives the metrics back."""
+        if is_main_process():
+            self.record.write(self.state.log_history, metrics)
+        wait_for_others()
+        return metrics
+
+    def order(self) -> Any:
+        """The rows' order: a sampler whose `set_epoch` shuffles anew."""
+        return ShuffledOrder(len(self.train_dataset), int(self.args.seed))
+
+    def start_epoch(self) -> None:
+        """Take the order that belongs to the step reached; accelerate forgets to, where it skips into an epoch."""
+        self._steps.start_at(self.state.global_step)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.config.parallel == "fsdp2":
+            os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate's note to itself; it would hold for later stages
+            state = self.accelerator.state
+            if state.device.type == "cpu":  # accelerate shards on accelerators alone; torch does it with gloo as well
+                state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+                state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+                self.is_fsdp_enabled = True
+            # As under ddp: float32 weights and gradients, and autocast; not weights rounded to bfloat16.
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:  # its checkpoints hold the gathered weights already, beside the optimizer's state
+            super().save_model(output_dir, _internal_call)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # Evaluations leave no trace in the random numbers, so their interval can be changed.
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> WholeSteps:
+        self._steps = WholeSteps(self.order(), int(self.settings["rows_per_step"]))
+        return self._steps
 
 
-DULL = ("runtime", "per_second", "total_flos", "epoch")
-"""Endings of the Trainer's log entries that the display leaves out."""
+class Housekeeping(TrainerCallback):
+    """Keeps a trainer's order of rows and its checkpoints."""
 
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self._trainer = trainer
 
-class ProgressDisplay(TrainerCallback):
-    """A progress bar with the latest figures, and each log line above it; all on stderr."""
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.start_epoch()
 
-    def __init__(self) -> None:
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._progress = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
-        self._task = self._progress.add_task("training")
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress.update(self._task, total=state.max_steps, completed=state.global_step)
-        self._progress.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress.update(self._task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        figures = " ".join(f"{name} {value:.4g}" for name, value in (logs or {}).items() if not name.endswith(DULL))
-        self._progress.console.print(f"step {state.global_step}: {figures}", highlight=False, soft_wrap=True)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress.stop()
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wait_for_others()  # every process has written its part
+        if is_main_process():
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            complete_checkpoint(checkpoint, self._trainer.settings, self._trainer.config.keep_checkpoints)
 
 
 def new_trainer(
@@ -61,46 +166,72 @@ def new_trainer(
     """A Trainer over `model` (its forward returns a mapping with `loss`) with checkpoints under `config.output`.
 
     Raises:
-        ValueError: there is nothing to train on, or nothing to evaluate on.
+        ValueError: there is nothing to train on or to evaluate on, or a tracker is not installed.
     """
     for name, dataset in (("training", train_dataset), ("held-out", eval_dataset)):
         if not dataset:
             raise ValueError(
                 f"data: {config.data} has no {name} row that fills sequence_length {config.sequence_length}"
             )
+    return trainer_class(
+        config,
+        model=model,
+        args=training_arguments(config),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=data_collator,
+    )
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """The recipe's settings as the Trainer names them.
+
+    Raises:
+        ValueError: a tracker is not installed, or fsdp2 without several processes.
+    """
+    is_cuda = torch.cuda.is_available()
+    for tracker in config.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise ValueError(f"report_to: {tracker} is not installed; pip install {tracker}")
+    sharding: dict[str, Any] = {}
+    if config.parallel == "fsdp2":
+        if "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                "parallel: fsdp2 shards over several processes; start them with "
+                "`torchrun --nproc-per-node N -m draftwing train ...`, or set parallel=ddp"
+            )
+        # One layer is too little to shard apart: all of the head is one group.
+        options = {"version": 2, "auto_wrap_policy": "NO_WRAP", "state_dict_type": "FULL_STATE_DICT"}
+        sharding = {"fsdp": True, "fsdp_config": options}
     arguments = TrainingArguments(
         output_dir=str(Path(config.output) / "checkpoints"),
         max_steps=config.max_steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation_steps,
         learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch_fused" if is_cuda else "adamw_torch",
         bf16=config.bf16,
         torch_compile=config.compile,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=not is_cuda,
         seed=config.seed,
         logging_steps=config.log_every,
         eval_strategy="steps",
         eval_steps=config.evaluate_every,
         save_steps=config.save_every,
-        save_total_limit=2,
-        report_to="none",
+        report_to=list(config.report_to) or "none",
         remove_unused_columns=False,
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
         dataloader_num_workers=2 if config.features else 0,  # stored features are read ahead
+        dataloader_pin_memory=is_cuda,
+        ddp_find_unused_parameters=False,
+        **sharding,
     )
-    trainer = trainer_class(
-        model=model,
-        args=arguments,
-        train_dataset=train_dataset,  # type: ignore[arg-type]
-        eval_dataset=eval_dataset,  # type: ignore[arg-type]
-        data_collator=data_collator,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressDisplay())
-    return trainer
+    # One process, one GPU: with more in sight the Trainer would split batches over them with nn.DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

@@ -1,0 +1,88 @@
+"""What a run shows while it goes: a progress bar and log lines on stderr, training.json and training.html in files."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from draftwing.config import TrainConfig
+from draftwing.provenance import provenance
+from draftwing.training.checkpoints import write_text
+from draftwing.training.report import as_html
+
+RECORD = "training.json"
+REPORT = "training.html"
+DULL = ("runtime", "per_second", "total_flos", "epoch")
+"""Endings of the Trainer's log entries that the display and the record leave out."""
+
+
+class ProgressDisplay(TrainerCallback):
+    """A progress bar with the latest figures, and each log line above it; of the main process, on stderr."""
+
+    def __init__(self) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
+        self._task = self._progress.add_task("training")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress.update(self._task, total=state.max_steps, completed=state.global_step)
+        self._progress.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        figures = " ".join(f"{name} {value:.4g}" for name, value in _figures(logs or {}).items())
+        self._progress.console.print(f"step {state.global_step}: {figures}", highlight=False, soft_wrap=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress.stop()
+
+
+class RecordKeeper(TrainerCallback):
+    """Keeps training.json and training.html up to date with the log, so that an interrupted run has them too."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config, self._provenance = config, provenance()
+        self._start = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:  # continued: the seconds of the run before count too
+            self._start -= read_record(Path(self._config.output)).get("seconds", 0)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.write(state.log_history)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.write(state.log_history)
+
+    def write(self, history: list[dict[str, float]], metrics: dict[str, float] | None = None) -> None:
+        """Write the record of a run so far, or with its final `metrics` of a finished one."""
+        folder = Path(self._config.output)
+        record = {
+            "finished": metrics is not None,
+            "metrics": metrics or {},
+            "seconds": round(time.perf_counter() - self._start),
+            "recipe": self._config.as_dict(),
+            "provenance": self._provenance,
+            "history": [_figures(entry) for entry in history],
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+        write_text(folder / REPORT, as_html(record))
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """A run's training.json; empty if it has none yet."""
+    if not (folder / RECORD).is_file():
+        return {}
+    record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    return record
+
+
+def _figures(entry: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in entry.items() if not name.endswith(DULL)}

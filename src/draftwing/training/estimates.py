@@ -1,0 +1,251 @@
+"""What a recipe would take, from configurations alone: parameters, memory, disk, time. Nothing is loaded or run.
+
+Parameters are exact (the networks are built on the meta device). Memory is the sum of what a step keeps, as the
+comments below say; allocators and libraries add some. Time is products / rate: the rate is measured or given, what
+share of it a run reaches is assumed.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from draftwing.checkpoint.formats import read_head
+from draftwing.checkpoint.load import expected_shapes, read_draft_files, resolve_draft, resolve_target
+from draftwing.config import TrainConfig
+from draftwing.models.draft_vocab import DraftVocab
+from draftwing.models.eagle import EagleModel
+from draftwing.models.eagle3 import Eagle3Model
+from draftwing.models.layers import DraftConfig
+from draftwing.training.heads import new_config
+
+REACHED = 0.4
+"""The assumed share of the rate of large products that a training step reaches."""
+LOGIT_CHUNK = 5 * 2**25
+"""Numbers that live at a time where a head's logits and their loss are taken, chunk by chunk."""
+Shapes = dict[str, int]
+"""Number of elements by parameter name."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage would take. Sizes in bytes and for one process, but `disk`; times in seconds, None if unknown."""
+
+    objective: str
+    output: str
+    target_params: int
+    target_active_params: int
+    trained_params: int
+    frozen_params: int
+    rows_per_step: int
+    most_tokens: int
+    memory: Mapping[str, int]
+    disk: Mapping[str, int]
+    flops_per_step: float
+    seconds: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return dataclasses.asdict(self) | {"memory_total": sum(self.memory.values())}
+
+
+def plan_stages(stages: Sequence[TrainConfig], num_processes: int, flops_per_second: float) -> list[StagePlan]:
+    """Plan each stage; a target or head that an earlier stage makes need not exist yet.
+
+    Raises:
+        ValueError: a target's configuration cannot be read.
+    """
+    targets: dict[str, Any] = {}
+    heads: dict[str, Shapes] = {}
+    plans = []
+    for stage in stages:
+        if stage.objective == "language_model":
+            targets[stage.output] = LlamaConfig(vocab_size=stage.vocab_size, **stage.architecture)
+            plans.append(_plan_target(stage, targets[stage.output], num_processes, flops_per_second))
+            continue
+        full_config = targets[stage.target] if stage.target in targets else read_target_config(stage.target)
+        target, text_config = count_params(full_config), full_config.get_text_config()
+        if stage.objective == "self_generated":
+            plans.append(_plan_rows(stage, target, text_config, num_processes))
+            continue
+        config = new_config(stage, text_config, text_config.vocab_size)
+        heads[stage.output] = head = _head_shapes(stage, config, heads)
+        plans.append(_plan_head(stage, (target, text_config), (head, config), num_processes, flops_per_second))
+    return plans
+
+
+def read_target_config(name: str) -> Any:
+    """A target's configuration, from a folder (of which only config.json is read), the hub or its cache."""
+    try:
+        return AutoConfig.from_pretrained(resolve_target(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"target: cannot read the configuration of {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def count_params(config: Any) -> Shapes:
+    """Every parameter of a causal language model with this configuration."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: parameter.numel() for name, parameter in model.named_parameters()}
+
+
+def active_params(params: Shapes, config: Any) -> int:
+    """How many numbers multiply for one token: all but the embedding, and of the experts those that are chosen."""
+    num_experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    share = config.num_experts_per_tok / num_experts if num_experts else 1.0
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    active = sum(size * (share if ".experts." in name else 1.0) for name, size in params.items())
+    return int(active) - embedding
+
+
+def measure_rate() -> float:
+    """Floating-point operations per second of large products here: bf16 on a GPU, float32 on a CPU; takes a second."""
+    is_cuda = torch.cuda.is_available()
+    size, dtype = (8192, torch.bfloat16) if is_cuda else (1024, torch.float32)
+    matrix = torch.ones(size, size, dtype=dtype, device="cuda" if is_cuda else "cpu")
+    matrix @ matrix
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 0.5:
+        matrix @ matrix
+        if is_cuda:
+            torch.cuda.synchronize()
+        count += 1
+    return count * 2 * size**3 / (time.perf_counter() - start)
+
+
+def _head_shapes(stage: TrainConfig, config: DraftConfig, made_before: Mapping[str, Shapes]) -> Shapes:
+    if stage.init_from in made_before:
+        return made_before[stage.init_from]
+    if stage.init_from:
+        head = read_head(*read_draft_files(resolve_draft(stage.init_from)))
+        return {name: shape.numel() for name, shape in expected_shapes(head).items()}
+    with torch.device("meta"):
+        network: nn.Module
+        if config.aux_layers:
+            network = Eagle3Model(config, DraftVocab(None, config.vocab_size), nn.Identity())
+        else:
+            network = EagleModel(config, nn.Identity())
+    return {name: parameter.numel() for name, parameter in network.named_parameters()}
+
+
+def _plan_target(stage: TrainConfig, config: Any, num_processes: int, rate: float) -> StagePlan:
+    params = count_params(config)
+    total, active, tokens = sum(params.values()), active_params(params, config), _tokens(stage)
+    width = config.num_hidden_layers * (10 * config.hidden_size + 4 * config.intermediate_size)
+    memory = {
+        "weights, gradients and optimizer": 16 * total,
+        "activations": tokens * width * _bytes(stage),
+        "logits": 3 * tokens * config.vocab_size * 4,  # as float32, their softmax and its gradient
+    }
+    flops = 6.0 * active * tokens * stage.accumulation_steps
+    disk = {"checkpoints": 12 * total * (stage.keep_checkpoints + 1), "result": 2 * total}
+    return StagePlan(
+        **_common(stage, params, active, num_processes),
+        trained_params=total,
+        frozen_params=0,
+        memory=memory,
+        disk=disk,
+        flops_per_step=flops,
+        seconds=stage.max_steps * flops / rate,
+    )
+
+
+def _plan_rows(stage: TrainConfig, params: Shapes, config: Any, num_processes: int) -> StagePlan:
+    cached = 2 * config.num_hidden_layers * _key_size(config)
+    memory = {
+        "target": sum(params.values()) * _bytes(stage),
+        "keys and values": _tokens(stage) * cached * _bytes(stage),
+    }
+    disk = {"rows, if max_rows is set": (stage.max_rows or 0) * stage.sequence_length * 10}  # digits, mask, commas
+    common = _common(stage, params, active_params(params, config), num_processes)
+    common |= {"rows_per_step": stage.batch_size, "most_tokens": (stage.max_rows or 0) * stage.sequence_length}
+    return StagePlan(
+        **common, trained_params=0, frozen_params=0, memory=memory, disk=disk, flops_per_step=0.0, seconds=None
+    )
+
+
+def _plan_head(
+    stage: TrainConfig,
+    of_target: tuple[Shapes, Any],
+    of_head: tuple[Shapes, DraftConfig],
+    num_processes: int,
+    rate: float,
+) -> StagePlan:
+    (params, target), (head, config) = of_target, of_head
+    frozen = head.get("embed_tokens.weight", 0)
+    trained, active, tokens = sum(head.values()) - frozen, active_params(params, target), _tokens(stage)
+    steps = stage.ttt_steps if config.aux_layers else 1
+    shards = num_processes if stage.parallel == "fsdp2" else 1
+    size = _bytes(stage)
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    # What a step of the head keeps for its backward pass: attention's input, queries, keys, values and output, the
+    # norms and residuals, and three widths of the MLP.
+    kept = 2 * config.hidden_size + 2 * queries + 2 * keys + 6 * config.hidden_size + 3 * config.intermediate_size
+    features = len(config.feature_layers) * config.target_hidden_size
+    widest = 3 * (getattr(target, "intermediate_size", None) or 4 * target.hidden_size) + 6 * target.hidden_size
+    output_head = head.get("lm_head.weight", 0)
+    logits = min(LOGIT_CHUNK, 5 * tokens * steps * config.draft_vocab_size)
+    memory = {
+        "target": sum(params.values()) * size,
+        "head: weights": 4 * (trained // shards + (trained if shards > 1 else 0) + frozen),
+        "head: gradients": 4 * (trained // shards + (trained if shards > 1 else 0)),
+        "head: optimizer": 8 * trained // shards,
+        "target's pass": tokens * (widest + features + target.hidden_size) * size,
+        "activations": tokens * steps * (kept * size + 2 * 4 * config.hidden_size),
+        "logits": 4 * (logits + output_head),  # a chunk, and the output head's gradient
+    }
+    target_queries = target.num_attention_heads * _head_dim(target)
+    forward = 2.0 * active + 2.0 * stage.sequence_length * target_queries * target.num_hidden_layers
+    once = head.get("fc.weight", 0)
+    backward = 6.0 * (once + steps * (trained - once)) + 6.0 * stage.sequence_length * queries
+    flops = (forward + backward) * tokens * stage.accumulation_steps
+    disk = {
+        "checkpoints": 4 * sum(head.values()) * (stage.keep_checkpoints + 1)
+        + 8 * trained * (stage.keep_checkpoints + 1),
+        "heads (last and best)": 2 * 2 * sum(head.values()),
+    }
+    return StagePlan(
+        **_common(stage, params, active, num_processes),
+        trained_params=trained,
+        frozen_params=frozen,
+        memory=memory,
+        disk=disk,
+        flops_per_step=flops,
+        seconds=stage.max_steps * flops / rate,
+    )
+
+
+def _common(stage: TrainConfig, params: Shapes, active: int, num_processes: int) -> dict[str, Any]:
+    rows = stage.batch_size * stage.accumulation_steps * num_processes
+    return {
+        "objective": stage.objective,
+        "output": stage.output,
+        "target_params": sum(params.values()),
+        "target_active_params": active,
+        "rows_per_step": rows,
+        "most_tokens": rows * stage.sequence_length * stage.max_steps,
+    }
+
+
+def _tokens(stage: TrainConfig) -> int:
+    """Slots of one process's forward pass, if all rows are full."""
+    return stage.batch_size * stage.sequence_length
+
+
+def _bytes(stage: TrainConfig) -> int:
+    """Bytes of a number in products."""
+    return 2 if stage.bf16 else 4
+
+
+def _key_size(config: Any) -> int:
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(num_heads) * _head_dim(config)
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

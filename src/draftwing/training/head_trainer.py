@@ -1,0 +1,186 @@
+"""Train an EAGLE head for a frozen target; an evaluation measures its acceptance length, simulated and decoded."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from draftwing.checkpoint.formats import HeadFormat
+from draftwing.checkpoint.load import DraftNetwork, build_network, load_strictly, load_target, load_tokenizer, sizes_of
+from draftwing.checkpoint.save import save_head, to_head
+from draftwing.config import TrainConfig
+from draftwing.data.chat import Example
+from draftwing.data.examples import Collator, LengthGroupedOrder, as_training_rows, lengths_of, read_documents
+from draftwing.decoding.drafters.eagle import EagleDrafter
+from draftwing.decoding.generate import Generation, Request
+from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.sampling import SamplingParams
+from draftwing.decoding.stopping import StopRule
+from draftwing.models.eagle import EagleModel
+from draftwing.models.target import TargetModel
+from draftwing.training.heads import continued_head, new_head
+from draftwing.training.objectives import HeadTraining
+from draftwing.training.processes import (
+    current_device,
+    is_main_process,
+    num_processes,
+    process_index,
+    sum_over_processes,
+    wait_for_others,
+)
+from draftwing.training.trainer import ResumableTrainer, new_trainer
+
+DECODED_TOKENS = 64
+"""New tokens per prompt where an evaluation decodes."""
+
+
+def train_head(config: TrainConfig) -> dict[str, float]:
+    """Train the recipe's head into `config.output`, in its published format; returns the held-out metrics."""
+    torch.manual_seed(config.seed)
+    target = frozen_target(config)
+    tokenizer = load_tokenizer(config.target)
+    documents = read_documents(config, tokenizer)
+    head = (continued_head if config.init_from else new_head)(config, target, documents.train).to(target.device)
+    module = HeadTraining(head, target, config)
+    rows = as_training_rows(documents, config, target, head.config.feature_layers)
+    held_out = list(rows.held_out)
+    held_out += unsupervised(held_out, -len(held_out) % (config.batch_size * num_processes()))
+    trainer = new_trainer(config, module, rows.train, held_out, Collator(tokenizer.pad_token_id or 0), HeadTrainer)
+    assert isinstance(trainer, HeadTrainer)
+    num_prompts = min(config.decode_prompts, len(documents.held_out))
+    trainer.prompts = [prompt_of(documents.held_out[index], config) for index in range(num_prompts)]
+    metrics = trainer.run()
+    trainer.save(Path(config.output))
+    return trainer.finish(metrics)
+
+
+def frozen_target(config: TrainConfig) -> TargetModel:
+    """The recipe's target, in bfloat16 on a GPU if the recipe says so.
+
+    Raises:
+        ValueError: `device_map` with several processes, which would each split it over all GPUs.
+    """
+    is_cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if is_cuda and config.bf16 else torch.float32
+    if not config.device_map:
+        return load_target(config.target, dtype, current_device())
+    if num_processes() > 1:
+        raise ValueError("device_map: splits the target over the GPUs of one process; run without torchrun")
+    return load_target(config.target, dtype, None, device_map=config.device_map)
+
+
+def unsupervised(rows: Sequence[Example], count: int) -> list[Example]:
+    """Rows that count for nothing: processes evaluate equally many batches, and none counts a row twice."""
+    return [dataclasses.replace(rows[0], loss_mask=torch.zeros_like(rows[0].loss_mask))] * count if rows else []
+
+
+def prompt_of(example: Example, config: TrainConfig) -> list[int]:
+    """What a held-out row's first answer answers; of a plain text, or a piece of one, its first tokens."""
+    answer = int(example.loss_mask.int().argmax())
+    length = answer or max(1, min(config.prompt_length, len(example) // 2))
+    prompt: list[int] = example.input_ids[:length].tolist()
+    return prompt
+
+
+class HeadTrainer(ResumableTrainer):
+    """Batches rows of like length, logs each step's loss and accuracy, keeps the best head, decodes `prompts`."""
+
+    prompts: Sequence[Sequence[int]] = ()
+
+    def order(self) -> LengthGroupedOrder:
+        return LengthGroupedOrder(
+            lengths_of(self.train_dataset), int(self.settings["rows_per_step"]), int(self.args.seed)
+        )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor]:
+        """The batches of one optimizer step, and how many slots they supervise over all processes."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        masks = [{name: batch[name] for name in ("loss_mask", "document_ids") if name in batch} for batch in batches]
+        counts = torch.stack([self._module.count_slots(**mask) for mask in masks]).sum(0)
+        return batches, sum_over_processes(counts.to(self.args.device))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        prefix = "eval_" if "eval_loss" in logs else ""
+        if "loss" in logs or prefix:
+            metrics = self._module.pop_metrics(not prefix, sum_over_processes)
+            logs |= {prefix + name: round(value, 6) for name, value in metrics.items()}
+        if prefix and self.prompts:
+            logs["eval_tau"] = round(self._decoded_tau(), 4)
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        best = self.state.best_metric
+        if best is None or metrics["eval_tau_sim"] > best:
+            self.state.best_metric = metrics["eval_tau_sim"]
+            self.save(Path(self.config.output) / "best")
+        return metrics
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = model(**self._prepare_inputs(inputs))["loss"]
+        return loss.detach(), None, None
+
+    def save(self, folder: Path) -> None:
+        """Write the head as it is now, in its published format."""
+        head = self._module.head
+        tensors = whole_tensors(head)  # of all processes, so before the others leave
+        if is_main_process():
+            head_format: HeadFormat = "eagle1" if isinstance(head, EagleModel) else "eagle3"
+            written = dataclasses.replace(to_head(head, head_format), tensors=tensors)
+            save_head(written, folder, sizes_of(self._module.target), dtype=torch.bfloat16)
+        wait_for_others()
+
+    @property
+    def _module(self) -> HeadTraining:
+        assert isinstance(self.model, HeadTraining)
+        return self.model
+
+    def _decoded_tau(self) -> float:
+        """tau over `prompts`, of which each process decodes its share."""
+        module, config = self._module, self.config
+        plan = TreePlan.parse(config.decode_plan) if config.decode_plan else TreePlan.chain(config.ttt_steps)
+        mine = self.prompts[process_index() :: num_processes()]
+        counts = decode(copy_of(module.head, module.target), module.target, mine, plan)
+        num_tokens, num_cycles = sum_over_processes(torch.tensor(counts, dtype=torch.float64)).tolist()
+        return float(num_tokens / num_cycles)
+
+
+def whole_tensors(head: DraftNetwork) -> dict[str, torch.Tensor]:
+    """The head's parameters; those that are sharded are gathered, by all processes together."""
+    return {
+        name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        for name, parameter in ((name, parameter.detach()) for name, parameter in head.named_parameters())
+    }
+
+
+def copy_of(head: DraftNetwork, target: TargetModel) -> DraftNetwork:
+    """A whole copy of the head in the target's dtype, to decode with."""
+    network = build_network(head.config, target, head.vocab.target_ids, own_embedding=hasattr(head, "embed_tokens"))
+    network = network.to(device=target.device, dtype=target.dtype)
+    load_strictly(network, whole_tensors(head))
+    return network.eval()
+
+
+def decode(
+    head: DraftNetwork, target: TargetModel, prompts: Sequence[Sequence[int]], plan: TreePlan
+) -> tuple[int, int]:
+    """Decode the prompts greedily, one by one; returns how many tokens came in how many cycles."""
+    num_tokens = num_cycles = 0
+    for prompt in prompts:
+        room = DECODED_TOKENS if target.max_positions is None else target.max_positions - len(prompt)
+        stop = StopRule(min(DECODED_TOKENS, room), target.eos_token_ids)
+
+        def new_drafter(batch_size: int, capacity: int) -> EagleDrafter:
+            return EagleDrafter(head, batch_size, capacity, target.dtype, target.device)
+
+        generation = Generation(target, [Request(prompt, SamplingParams(), stop)], new_drafter, plan)
+        for _ in generation.cycles():
+            pass
+        num_tokens += generation.statistics.num_tokens
+        num_cycles += generation.statistics.num_cycles
+    return num_tokens, num_cycles

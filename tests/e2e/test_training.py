@@ -1,0 +1,319 @@
+"""Training at scale, small: several processes equal one; a run that is stopped or killed ends with the same bits."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_llama
+from safetensors.torch import load_file
+
+from draftwing.cli import main
+from draftwing.data.tokenizer import train_tokenizer
+from draftwing.training import checkpoints
+from draftwing.training.stopping import StopOnSignal
+
+STEPS = 10
+KILL = """
+import os, signal
+from draftwing.cli import main
+from draftwing.training import checkpoints, trainer
+from draftwing.training.stopping import StopOnSignal
+on_step_end, complete = StopOnSignal.on_step_end, trainer.complete_checkpoint
+
+def stop_at_5(self, args, state, control, **kwargs):
+    if state.global_step == 5 and os.environ.get("RANK") == "1":
+        os.kill(os.getpid(), signal.SIGTERM)  # one process alone hears it
+    on_step_end(self, args, state, control, **kwargs)
+
+def die_at_8(checkpoint, *rest):
+    if checkpoint.name == "checkpoint-8":
+        os.kill(os.getpid(), signal.SIGKILL)  # its files are written, its mark is not
+    complete(checkpoint, *rest)
+
+StopOnSignal.on_step_end, trainer.complete_checkpoint = stop_at_5, die_at_8
+raise SystemExit(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random target with its tokenizer, rows of unlike lengths (3.5 steps an epoch) and a recipe."""
+    folder = tmp_path_factory.mktemp("scale")
+    rows: list[dict[str, Any]] = [{"text": f"def add_{n}(a, b):\n    return a + b\n" * (1 + n % 3)} for n in range(12)]
+    for n in range(5):
+        turns = [{"role": "user", "content": f"Add {n}."}, {"role": "assistant", "content": f"return a + {n} " * n}]
+        rows.append({"messages": turns, "held_out": n > 1})
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    tokenizer = train_tokenizer((row["text"] for row in rows if "text" in row), 300)
+    tokenizer.save_pretrained(folder / "target")
+    tiny_llama(vocab_size=len(tokenizer)).float().save_pretrained(folder / "target")
+    recipe = {
+        "objective": "eagle3",
+        "output": str(folder / "one"),
+        "target": str(folder / "target"),
+        "data": str(folder / "data.jsonl"),
+        "draft_vocab_size": 200,
+        "aux_layers": [1, 3, 5],
+        "sequence_length": 32,
+        "batch_size": 4,
+        "max_steps": STEPS,
+        "learning_rate": 0.01,
+        "warmup_steps": 2,
+        "ttt_steps": 3,
+        "log_every": 2,
+        "evaluate_every": 4,
+        "save_every": 4,
+        "decode_prompts": 2,
+        "bf16": False,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return folder
+
+
+def train(folder: Path, output: str, *overrides: str) -> dict[str, Any]:
+    """Run the recipe in this process, to another output; returns its record."""
+    settings = [f"output={folder / output}", *overrides]
+    assert main(["train", str(folder / "recipe.yaml"), *(part for item in settings for part in ("--set", item))]) == 0
+    return record_of(folder, output)
+
+
+def start(folder: Path, output: str, *overrides: str, script: str = "", processes: int = 0) -> None:
+    """Run the recipe in other processes, as a user would, to its end; or by a script that kills it."""
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    if script:
+        (folder / "kill.py").write_text(script, encoding="utf-8")
+    command += [str(folder / "kill.py")] if script else ["-m", "draftwing"]
+    settings = [f"output={folder / output}", *overrides]
+    command += ["train", str(folder / "recipe.yaml"), *(part for item in settings for part in ("--set", item))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (result.returncode == 0) != bool(script), result.stderr
+
+
+def record_of(folder: Path, output: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / output / "training.json").read_text(encoding="utf-8"))
+    return record
+
+
+def weights_of(folder: Path, output: str) -> dict[str, torch.Tensor]:
+    """The last checkpoint's float32 weights; the head's own file is rounded."""
+    checkpoint = folder / output / "checkpoints" / f"checkpoint-{STEPS}"
+    if (checkpoint / "model.safetensors").is_file():
+        return load_file(checkpoint / "model.safetensors")
+    weights: dict[str, torch.Tensor] = torch.load(checkpoint / "pytorch_model_fsdp.bin", weights_only=True)
+    return weights
+
+
+def assert_same(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], **tolerance: float) -> None:
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> dict[str, Any]:
+    """The record of a run in one process that nothing interrupts."""
+    return train(folder, "one")
+
+
+@pytest.fixture
+def stop_at_5(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> pytest.MonkeyPatch:
+    """Send this process a signal in step 5: SIGTERM, or the fixture's parameter."""
+    on_step_end, number = StopOnSignal.on_step_end, getattr(request, "param", signal.SIGTERM)
+
+    def send(self: StopOnSignal, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            os.kill(os.getpid(), number)
+        on_step_end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(StopOnSignal, "on_step_end", send)
+    return monkeypatch
+
+
+class TestSeveralProcesses:
+    def test_accumulated_batches_equal_one(self, folder: Path, whole: dict[str, Any]) -> None:
+        record = train(folder, "accumulated", "batch_size=1", "accumulation_steps=4")
+        assert_same(weights_of(folder, "accumulated"), weights_of(folder, "one"), rtol=1e-3, atol=1e-5)
+        assert_same_figures(record, whole)
+
+    def test_two_processes_equal_one(self, folder: Path, whole: dict[str, Any]) -> None:
+        start(folder, "ddp", "batch_size=2", processes=2)
+        assert_same(weights_of(folder, "ddp"), weights_of(folder, "one"), rtol=1e-3, atol=1e-5)
+        assert_same_figures(record_of(folder, "ddp"), whole)
+
+    def test_shards_stopped_and_continued_equal_one_process(self, folder: Path, whole: dict[str, Any]) -> None:
+        """FSDP2 with accumulated batches; one process hears SIGTERM, both stop after that step and then go on."""
+        settings = ("batch_size=1", "accumulation_steps=2", "parallel=fsdp2")
+        start(folder, "fsdp2", *settings, script=KILL, processes=2)
+        assert checkpoints.newest_checkpoint(folder / "fsdp2" / "checkpoints", {}).name == "checkpoint-5"
+        start(folder, "fsdp2", *settings, processes=2)
+        assert_same(weights_of(folder, "fsdp2"), weights_of(folder, "one"), rtol=1e-3, atol=1e-5)
+        record = record_of(folder, "fsdp2")
+        assert record["metrics"]["eval_loss"] == pytest.approx(whole["metrics"]["eval_loss"], rel=1e-4)
+
+
+def assert_same_figures(record: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Every logged loss and accuracy, of training and evaluation."""
+    assert len(record["history"]) == len(expected["history"])
+    for entry, wanted in zip(record["history"], expected["history"], strict=True):
+        assert entry == pytest.approx(wanted, rel=2e-3, abs=1e-4)
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        ("objective", "stop_at_5"), [("eagle1", signal.SIGTERM), ("eagle3", signal.SIGINT)], indirect=["stop_at_5"]
+    )
+    def test_a_stopped_run_ends_with_the_same_bits(
+        self, folder: Path, stop_at_5: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], objective: str
+    ) -> None:
+        """EAGLE-1 draws feature noise, so the random numbers continue too; the row of chances crosses an epoch."""
+        with pytest.raises(SystemExit) as stop:
+            train(folder, f"stopped_{objective}", f"objective={objective}")
+        assert stop.value.code == {"eagle1": 143, "eagle3": 130}[objective]
+        name = {"eagle1": "SIGTERM", "eagle3": "SIGINT"}[objective]
+        assert f"stopped by {name} after step 5; the same command continues" in capsys.readouterr().err
+        interrupted = record_of(folder, f"stopped_{objective}")
+        assert not interrupted["finished"]
+        assert interrupted["history"][-1]["step"] == 4
+        assert "not finished" in (folder / f"stopped_{objective}" / "training.html").read_text(encoding="utf-8")
+        stop_at_5.undo()
+        assert train(folder, f"stopped_{objective}", f"objective={objective}")["finished"]
+        train(folder, f"whole_{objective}", f"objective={objective}")
+        expected = weights_of(folder, f"whole_{objective}")
+        assert_same(weights_of(folder, f"stopped_{objective}"), expected, rtol=0, atol=0)
+
+    def test_a_second_ctrl_c_stops_at_once(self) -> None:
+        before = signal.getsignal(signal.SIGINT)
+        with StopOnSignal() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.received == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is before
+
+    def test_a_kill_while_a_checkpoint_is_written(self, folder: Path, whole: dict[str, Any]) -> None:
+        start(folder, "killed", script=KILL)
+        written = folder / "killed" / "checkpoints"
+        assert (written / "checkpoint-8" / "trainer_state.json").is_file()
+        assert checkpoints.newest_checkpoint(written, {}).name == "checkpoint-4"
+        train(folder, "killed")
+        assert_same(weights_of(folder, "killed"), weights_of(folder, "one"), rtol=0, atol=0)
+        assert sorted(path.name for path in written.iterdir()) == ["checkpoint-10", "checkpoint-8"]
+
+    def test_the_evaluations_interval_changes_nothing(self, folder: Path) -> None:
+        train(folder, "often", "objective=eagle1", "evaluate_every=1", "save_every=3", "keep_checkpoints=1")
+        train(folder, "seldom", "objective=eagle1", "evaluate_every=100", "save_every=100")
+        assert_same(weights_of(folder, "often"), weights_of(folder, "seldom"), rtol=0, atol=0)
+        assert [path.name for path in (folder / "often" / "checkpoints").iterdir()] == ["checkpoint-10"]
+
+    def test_other_settings_are_refused_and_listed(
+        self, folder: Path, stop_at_5: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit):
+            train(folder, "changed")
+        stop_at_5.undo()
+        command = ["train", str(folder / "recipe.yaml"), "--set", f"output={folder / 'changed'}"]
+        assert main([*command, "--set", "learning_rate=1e-3", "--set", "ttt_steps=2", "--set", "log_every=1"]) == 2
+        error = capsys.readouterr().err
+        assert "learning_rate was 0.01, is 0.001; ttt_steps was 3, is 2." in error
+        assert "log_every" not in error
+        assert main([*command, "--set", "batch_size=2"]) == 2
+        assert "rows_per_step was 4, is 2" in capsys.readouterr().err
+        assert main([*command, "--set", "batch_size=2", "--set", "accumulation_steps=2"]) == 0
+
+    def test_a_finished_stage_is_skipped_but_not_another(
+        self, folder: Path, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        weights = (folder / "one" / "model.safetensors").stat()
+        assert train(folder, "one") == whole
+        assert (folder / "one" / "model.safetensors").stat() == weights
+        assert main(["train", str(folder / "recipe.yaml"), "--set", "seed=1"]) == 2
+        assert "seed was 0, is 1" in capsys.readouterr().err
+
+
+class TestRecord:
+    def test_the_best_head_is_kept(self, folder: Path, whole: dict[str, Any]) -> None:
+        evaluations = [entry for entry in whole["history"] if "eval_tau_sim" in entry]
+        assert len(evaluations) >= 2
+        assert (folder / "one" / "best" / "model.safetensors").is_file()
+        best = max(evaluations, key=lambda entry: entry["eval_tau_sim"])
+        state = json.loads(
+            (folder / "one" / "checkpoints" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text(encoding="utf-8")
+        )
+        assert state["best_metric"] == best["eval_tau_sim"]
+
+    def test_true_tau_is_what_the_engine_decodes(self, folder: Path, whole: dict[str, Any]) -> None:
+        assert all(1 <= entry["eval_tau"] <= 4 for entry in whole["history"] if "eval_loss" in entry)
+        tree = train(folder, "tree", "decode_plan=tree:4x3x12")
+        assert tree["metrics"]["eval_tau"] >= whole["metrics"]["eval_tau"]
+
+    def test_the_report_shows_the_curves(self, folder: Path, whole: dict[str, Any]) -> None:
+        page = (folder / "one" / "training.html").read_text(encoding="utf-8")
+        assert "http" not in page.replace("http-equiv", "")
+        assert page.count("<polyline") >= 8
+        for name in ("eval_tau_sim", "eval_tau", "eval_accuracy_2", "learning_rate"):
+            assert f">{name}</text>" in page
+
+
+class TestContinuedHead:
+    """`init_from`: a head for a fine-tuned target starts from the one for its base."""
+
+    def test_a_new_vocabulary_keeps_the_rows_of_the_tokens_that_stay(self, folder: Path, whole: dict[str, Any]) -> None:
+        start_from = f"init_from={folder / 'one'}"
+        settings = (start_from, "aux_layers=[]", "max_steps=1", "learning_rate=0", "save_every=1")
+        train(folder, "kept", *settings, "draft_vocab_size=null")
+        train(folder, "wider", *settings, "draft_vocab_size=250")
+        target = load_file(folder / "target" / "model.safetensors")["lm_head.weight"].bfloat16()
+        old, kept, wider = (load_file(folder / name / "model.safetensors") for name in ("one", "kept", "wider"))
+        assert_same(kept, old, rtol=0, atol=0)
+        old_ids, new_ids = (head["d2t"] + torch.arange(len(head["d2t"])) for head in (old, wider))
+        assert len(new_ids) == 250
+        rows = dict(zip(old_ids.tolist(), old["lm_head.weight"], strict=True))
+        for row, token in enumerate(new_ids.tolist()):
+            assert torch.equal(wider["lm_head.weight"][row], rows.get(token, target[token]))
+        assert torch.equal(wider["fc.weight"], old["fc.weight"])
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (["init_from=tiny"], "the head reads features of width 256, the target's have 32"),
+            (["objective=eagle1"], "is an EAGLE-3 head, the objective is eagle1"),
+            (["parallel=fsdp2"], "parallel: fsdp2 shards over several processes; start them with `torchrun"),
+            (["report_to=mlflow"], "report_to: mlflow is not installed"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(
+        self,
+        folder: Path,
+        whole: dict[str, Any],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        overrides: list[str],
+        message: str,
+    ) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        settings = [f"output={folder / 'refused'}", f"init_from={folder / 'one'}", "draft_vocab_size=null", *overrides]
+        command = ["train", str(folder / "recipe.yaml"), *(part for item in settings for part in ("--set", item))]
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+
+    def test_another_vocabulary_is_refused(
+        self, folder: Path, whole: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for file in (folder / "target").iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        tiny_llama(vocab_size=320).float().save_pretrained(tmp_path)
+        settings = [f"target={tmp_path}", f"init_from={folder / 'one'}", f"output={folder / 'refused'}"]
+        command = ["train", str(folder / "recipe.yaml"), *(part for item in settings for part in ("--set", item))]
+        assert main(command) == 2
+        assert re.search(r"vocab_size: the head was made for \d+ tokens, the target has 320", capsys.readouterr().err)

@@ -1,0 +1,151 @@
+"""`draftwing train --plan`: parameters are those of the networks, and every recipe plans from config.json alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_llama
+from torch.utils.flop_counter import FlopCounterMode
+
+from draftwing.checkpoint.load import DraftNetwork
+from draftwing.cli import main
+from draftwing.config import TrainConfig, read_recipe
+from draftwing.models.target import TargetModel
+from draftwing.training.estimates import StagePlan, active_params, count_params, plan_stages, read_target_config
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+QWEN3_8B = LLAMA_8B | {
+    "model_type": "qwen3",
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
+QWEN3_30B = QWEN3_8B | {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
+PUBLISHED = {
+    "llama3.1-8b-eagle3": (LLAMA_8B, 8.03e9),
+    "llama3.1-8b-eagle3.1": (LLAMA_8B, 8.03e9),
+    "qwen3-8b-eagle3": (QWEN3_8B, 8.19e9),
+    "qwen3-30b-a3b-eagle3": (QWEN3_30B, 30.53e9),
+}
+"""The targets' published shapes, and how many parameters their model cards name."""
+
+
+def config_folder(folder: Path, values: dict[str, Any]) -> str:
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_plan_without_weights_or_network(tmp_path: Path, name: str) -> None:
+    values, num_params = PUBLISHED[name]
+    stages = read_recipe(RECIPES / f"{name}.yaml", [f"target={config_folder(tmp_path, values)}"])
+    rows, head = plan_stages(stages, num_processes=8, flops_per_second=4e14)
+    assert (rows.objective, head.objective) == ("self_generated", "eagle3")
+    assert head.target_params == pytest.approx(num_params, rel=2e-3)
+    assert head.rows_per_step == 16
+    assert 60 * 2**30 > head.memory["target"] > 14 * 2**30
+    assert head.seconds is not None
+    assert 1 < head.seconds / 3600 < 100
+    assert rows.seconds is None
+
+
+def test_a_mixture_of_experts_multiplies_what_it_chooses(tmp_path: Path) -> None:
+    config = read_target_config(config_folder(tmp_path, QWEN3_30B))
+    active = active_params(count_params(config), config)
+    assert active + config.vocab_size * config.hidden_size == pytest.approx(3.35e9, rel=0.01)  # "A3B": 3.3 billion
+
+
+def test_every_recipe_is_covered() -> None:
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*PUBLISHED, "tiny"}
+
+
+def test_the_embedded_recipe_plans_before_anything_exists() -> None:
+    """Its heads continue heads, for a target, that its earlier stages make."""
+    plans = plan_stages(read_recipe(RECIPES / "tiny.yaml"), num_processes=1, flops_per_second=1e11)
+    assert plans[0].trained_params == plans[2].target_params
+    assert len({plan.trained_params for plan in plans if plan.objective == "eagle3"}) == 1
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> StagePlan:
+    tiny_llama().config.save_pretrained(tmp_path)
+    return plan_stages([stage_for(tmp_path)], 1, 1e12)[0]
+
+
+def stage_for(folder: Path, **changes: Any) -> TrainConfig:
+    sizes: dict[str, Any] = {"draft_vocab_size": 48, "aux_layers": (1, 3, 5), "objective": "eagle3"}
+    return TrainConfig(**sizes | {"output": "out", "target": str(folder)} | changes)
+
+
+@pytest.mark.parametrize("objective", ["eagle1", "eagle3"])
+def test_parameters_are_the_networks(
+    tmp_path: Path, target: TargetModel, heads: dict[str, DraftNetwork], objective: str
+) -> None:
+    target.model.config.save_pretrained(tmp_path)
+    plan = plan_stages([stage_for(tmp_path, objective=objective)], 1, 1e12)[0]
+    sizes = {name: parameter.numel() for name, parameter in heads[objective].named_parameters()}
+    frozen = sizes.get("embed_tokens.weight", 0)
+    assert (plan.trained_params, plan.frozen_params) == (sum(sizes.values()) - frozen, frozen)
+    assert plan.target_params == sum(parameter.numel() for parameter in target.model.parameters())
+
+
+def test_shards_divide_the_optimizer_and_steps_multiply_the_work(tmp_path: Path, plan: StagePlan) -> None:
+    sharded = plan_stages([stage_for(tmp_path, parallel="fsdp2")], 4, 1e12)[0]
+    assert sharded.memory["head: optimizer"] == plan.memory["head: optimizer"] // 4
+    assert sharded.rows_per_step == 4 * plan.rows_per_step
+    longer = plan_stages([stage_for(tmp_path, accumulation_steps=3)], 1, 1e12)[0]
+    assert longer.flops_per_step == 3 * plan.flops_per_step
+    assert longer.memory == plan.memory
+
+
+def test_products_are_those_that_torch_counts(tmp_path: Path, target: TargetModel, plan: StagePlan) -> None:
+    """Of the target's pass over one token; attention scores are a small part of it."""
+    with FlopCounterMode(display=False) as counter:
+        target.model(torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
+    assert 2 * plan.target_active_params == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_the_command_shows_and_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = config_folder(tmp_path, QWEN3_8B)
+    command = ["train", str(RECIPES / "qwen3-8b-eagle3.yaml"), "--plan", "--set", f"target={target}", "--tflops", "400"]
+    assert main([*command, "--processes", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "8,190,735,360 parameters" in shown
+    assert "Time assumes 400 TFLOP/s per process, as given" in shown
+    assert main([*command, "--stage", "1", "--json"]) == 0
+    (stage,) = json.loads(capsys.readouterr().out)["stages"]
+    assert stage["memory_total"] == sum(stage["memory"].values())
+    assert not (tmp_path / "build").exists()
+
+
+def test_a_target_without_configuration_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    command = ["train", str(RECIPES / "qwen3-8b-eagle3.yaml"), "--plan", "--set", f"target={tmp_path / 'none'}"]
+    assert main(command) == 2
+    assert "target: cannot read the configuration of" in capsys.readouterr().err
