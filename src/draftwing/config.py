@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 import yaml
 
 Config = TypeVar("Config")
-Objective = Literal["language_model", "self_generated", "eagle1", "eagle3"]
+Objective = Literal["language_model", "self_generated", "eagle1", "eagle3", "medusa"]
 OBJECTIVES = get_args(Objective)
 
 
@@ -18,21 +18,24 @@ OBJECTIVES = get_args(Objective)
 class TrainConfig:
     """One stage of a recipe: what is made, from which data, for how long. Lengths are in tokens.
 
-    `language_model` trains a target, `self_generated` writes rows that a target says itself (to the file `output`),
-    `eagle1` and `eagle3` train a head for a target.
+    `language_model` trains a target or, from another's `tokenizer` and `target`, a small draft model for it;
+    `self_generated` writes rows that a target says itself (to the file `output`); `eagle1` and `eagle3` train a head
+    for a target, `medusa` a set of heads.
     """
 
     objective: Objective
     output: str
     target: str = ""
-    """The frozen target: a folder, a hub id or `tiny`. Unused by `language_model`, which trains one."""
+    """The frozen target: a folder, a hub id or `tiny`. A `language_model` learns its distributions, if it is named."""
     data: str = "stdlib"
     """`stdlib` (the Python standard library, `data/corpus.py`) or the path of a JSONL file."""
     max_rows: int | None = None
     architecture: Mapping[str, Any] = field(default_factory=dict)
     """Overrides of the trained network's configuration (Hugging Face names: `hidden_size`, ...)."""
     vocab_size: int = 4096
-    """Tokenizer entries; `language_model` only."""
+    """Entries of the tokenizer that `language_model` trains."""
+    tokenizer: str = ""
+    """An existing tokenizer for `language_model`, of a folder, a hub id or `tiny`; empty trains one on the data."""
     init_from: str = ""
     """A trained head to continue from; its shape and draft vocabulary are kept. Empty starts a new one."""
     draft_vocab_size: int | None = None
@@ -60,6 +63,9 @@ class TrainConfig:
     """Sampling temperatures of `self_generated`, in turn."""
     ttt_steps: int = 7
     ttt_decay: float = 0.8
+    """Weight of each EAGLE-3 step, or Medusa head, over the one before."""
+    medusa_heads: int = 4
+    """Heads of `medusa`; the furthest predicts so many tokens beyond the next."""
     feature_noise: float = 0.1
     """EAGLE-1's uniform noise on the input features, half width (EAGLE paper, 3.2)."""
     token_loss_weight: float = 0.1
@@ -72,7 +78,9 @@ class TrainConfig:
             raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         if self.objective != "language_model" and not self.target:
             raise ValueError(f"target: {self.objective} needs the model that the head drafts for")
-        for name in ("sequence_length", "batch_size", "max_steps", "ttt_steps", "log_every"):
+        if self.objective == "language_model" and self.target and not self.tokenizer:
+            raise ValueError("tokenizer: a language_model that learns from a target needs the target's tokenizer")
+        for name in ("sequence_length", "batch_size", "max_steps", "ttt_steps", "medusa_heads", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 

@@ -90,7 +90,7 @@ class TreePlan:
     keeps the best `num_nodes - 1` of all candidates. A static plan has fixed rank `paths` instead. Depth 0 is no draft.
     With a `sizing` of its own, width, depth and nodes are upper bounds (dynamic plans only).
     With a `lookup_depth`, a continuation looked up in the text, as deep as that, competes for the same nodes.
-    With a `window` of so many columns, it is Lookahead decoding's: the tree holds `width` n-grams of `depth` tokens too.
+    With a `window` of so many columns, it is Lookahead decoding's: beside it are `width` n-grams of `depth` tokens.
     """
 
     width: int

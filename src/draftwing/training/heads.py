@@ -1,9 +1,9 @@
-"""Train an EAGLE head for a frozen target, in one process."""
+"""Train an EAGLE head or Medusa heads for a frozen target, in one process."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -12,14 +12,16 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from draftwing.checkpoint.formats import HeadFormat, default_aux_layers
 from draftwing.checkpoint.load import DraftNetwork, build_network, load_head, load_target, load_tokenizer, sizes_of
-from draftwing.checkpoint.save import save_head, to_head
+from draftwing.checkpoint.save import save_head, save_medusa, to_head
 from draftwing.config import TrainConfig, check_keys
 from draftwing.data.chat import Example, encode_row
 from draftwing.data.corpus import Row
 from draftwing.data.rows import read_rows
 from draftwing.models.eagle import EagleModel
 from draftwing.models.layers import DraftConfig
+from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
+from draftwing.training.medusa import MedusaTraining, new_medusa
 from draftwing.training.objectives import HeadTraining
 from draftwing.training.trainer import ResumableTrainer, new_trainer
 
@@ -34,16 +36,24 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     rows = read_rows(config.data, config.max_rows, config.seed)
     train = examples(rows.train, tokenizer, config.sequence_length)
     held_out = examples(rows.held_out, tokenizer, config.sequence_length)[: config.evaluate_rows]
-    if config.init_from:
+    head: DraftNetwork | MedusaModel
+    if config.objective == "medusa":
+        head = new_medusa(config, target).to(target.device)
+    elif config.init_from:
         head = load_head(config.init_from, target, torch.float32, config.aux_layers or None).train()
     else:
         head = new_head(config, target, train).to(target.device)
-    module = HeadTraining(head, target, config)
+    module = (
+        MedusaTraining(head, target, config) if isinstance(head, MedusaModel) else HeadTraining(head, target, config)
+    )
     trainer = new_trainer(config, module, train, held_out, Collator(tokenizer.pad_token_id or 0), HeadTrainer)
     trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
     metrics: dict[str, float] = trainer.evaluate()
-    head_format: HeadFormat = "eagle1" if isinstance(head, EagleModel) else "eagle3"
-    save_head(to_head(head, head_format), Path(config.output), sizes_of(target), dtype=torch.bfloat16)
+    if isinstance(head, MedusaModel):
+        save_medusa(head, Path(config.output), config.target, torch.bfloat16)
+    else:
+        head_format: HeadFormat = "eagle1" if isinstance(head, EagleModel) else "eagle3"
+        save_head(to_head(head, head_format), Path(config.output), sizes_of(target), dtype=torch.bfloat16)
     return metrics
 
 
@@ -140,6 +150,12 @@ class LengthGroupedOrder(Sampler[int]):
         return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
 
 
+class KeepsMetrics(Protocol):
+    """What HeadTrainer asks of a training module: HeadTraining and MedusaTraining."""
+
+    def pop_metrics(self, training: bool) -> dict[str, float]: ...
+
+
 class HeadTrainer(ResumableTrainer):
     """Batches rows of like length, and logs each step's loss and accuracy beside the total."""
 
@@ -148,8 +164,7 @@ class HeadTrainer(ResumableTrainer):
         return LengthGroupedOrder(lengths, self.args.per_device_train_batch_size, int(self.args.seed))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        module = self.model
-        assert isinstance(module, HeadTraining)
+        module = cast(KeepsMetrics, self.model)
         prefix = "eval_" if "eval_loss" in logs else ""
         if "loss" in logs or prefix:
             metrics = module.pop_metrics(training=not prefix)

@@ -15,6 +15,7 @@ STAGES = {
     "self_generated": write_self_generated,
     "eagle1": train_head,
     "eagle3": train_head,
+    "medusa": train_head,
 }
 
 
