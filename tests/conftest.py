@@ -161,7 +161,7 @@ def language_model(model: TargetModel) -> DrafterFactory:
 
 def medusa(model: MedusaModel) -> DrafterFactory:
     """Builds the drafter of Medusa heads for the engine."""
-    return lambda batch_size, capacity: MedusaDrafter(model, batch_size, torch.device("cpu"))
+    return lambda batch_size, capacity: MedusaDrafter(model, batch_size, torch.float64, torch.device("cpu"))
 
 
 def lookahead(batch_size: int, capacity: int) -> LookaheadDrafter:

@@ -266,7 +266,7 @@ class SpeculativeModel:
         if isinstance(self.draft, TargetModel):
             return DraftModelDrafter(self.draft, self.target.vocab_size, batch_size, capacity)
         if isinstance(self.draft, MedusaModel):
-            return MedusaDrafter(self.draft, batch_size, device)
+            return MedusaDrafter(self.draft, batch_size, self.target.dtype, device)
         dtype = next(self.draft.parameters()).dtype
         ngram = NgramDrafter(batch_size, capacity, device) if with_lookup else None
         return EagleDrafter(self.draft, batch_size, capacity, dtype, device, ngram, window)

@@ -13,6 +13,7 @@ from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import uncoupled_rank
 from draftwing.decoding.tree import DraftTree
 from draftwing.models.medusa import MedusaConfig, MedusaModel
+from draftwing.models.packed import pack_linears
 from draftwing.models.target import TargetModel
 from draftwing.training.medusa import MedusaTraining, new_medusa
 
@@ -44,7 +45,6 @@ def oracle_heads(target: TargetModel, prompts: list[list[int]], num_new: int, sh
     model = MedusaModel(MedusaConfig(HIDDEN, VOCAB_SIZE, NUM_HEADS)).double()
     for index in range(NUM_HEADS):
         model[index] = Oracle(texts, states, 2 + index + shift)
-    model.register_parameter("dtype", nn.Parameter(torch.zeros(1, dtype=torch.float64)))
     return model
 
 
@@ -62,7 +62,7 @@ def test_heads_that_know_the_future_are_accepted_whole(
 
 
 def drafter_that_has_read(model: MedusaModel, features: torch.Tensor, num_read: list[int]) -> MedusaDrafter:
-    drafter = MedusaDrafter(model, len(features), torch.device("cpu"))
+    drafter = MedusaDrafter(model, len(features), torch.float64, torch.device("cpu"))
     drafter.observe(torch.zeros(features.shape[:2], dtype=torch.int64), features, torch.tensor(num_read))
     return drafter
 
@@ -186,3 +186,19 @@ def test_plans_are_cut_to_the_heads(plan: TreePlan, depth: int, expected: TreePl
 def test_the_papers_tree() -> None:
     plan = TreePlan.parse("medusa")
     assert (plan.num_nodes, plan.depth, [len(level) for level in plan.levels]) == (64, 4, [10, 28, 23, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_packed_heads_draft_as_plain_ones(dtype: torch.dtype, medusa_heads: MedusaModel) -> None:
+    """Packing, which `load` does on a CPU, leaves a network without parameters of its own."""
+    model = MedusaModel(MedusaConfig(HIDDEN, VOCAB_SIZE, NUM_HEADS)).to(dtype)
+    model.load_state_dict(medusa_heads.state_dict())
+    features, trees = torch.randn(2, 3, HIDDEN, dtype=dtype), []
+    for is_packed in (False, True):
+        if is_packed:
+            pack_linears(model)
+        drafter = MedusaDrafter(model, 2, dtype, torch.device("cpu"))
+        drafter.observe(torch.zeros(2, 3, dtype=torch.int64), features, torch.tensor([3, 2]))
+        trees.append(grow(drafter, "chain:3", 2))
+    torch.testing.assert_close(trees[0].scores, trees[1].scores, atol=0.1, rtol=0.1)

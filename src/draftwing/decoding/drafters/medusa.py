@@ -17,10 +17,10 @@ from draftwing.models.medusa import MedusaModel
 
 
 class MedusaDrafter(Drafter):
-    """Grows trees with Medusa's heads for B rows; a plan that is deeper than there are heads is cut."""
+    """Grows trees with Medusa's heads, of the target's `dtype`, for B rows; deeper plans end with the heads."""
 
-    def __init__(self, model: MedusaModel, batch_size: int, device: torch.device) -> None:
-        config, dtype = model.config, next(model.parameters()).dtype
+    def __init__(self, model: MedusaModel, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        config = model.config
         self.feature_layers = config.feature_layers
         self._model = model
         self._vocab = DraftVocab(None, config.vocab_size)
@@ -33,8 +33,7 @@ class MedusaDrafter(Drafter):
     def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         assert features is not None
         last = (num_new - 1).clamp(min=0)[:, None, None].expand(-1, 1, features.shape[-1])
-        hidden = features.gather(1, last).squeeze(1).to(self._hidden.dtype)
-        self._hidden = torch.where((num_new > 0)[:, None], hidden, self._hidden)
+        self._hidden = torch.where((num_new > 0)[:, None], features.gather(1, last).squeeze(1), self._hidden)
         self._lengths = self._lengths + num_new
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
@@ -60,4 +59,4 @@ class _SharedDraft(RootedDraft):
     def best_children(self, logits: torch.Tensor, width: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
         num_parents = logits.shape[1]
         log_probs, tokens = super().best_children(logits[:, :1], width, depth)
-        return log_probs.expand(-1, num_parents, -1), tokens.expand(-1, num_parents, -1)
+        return log_probs.repeat(1, num_parents, 1), tokens.repeat(1, num_parents, 1)
