@@ -50,14 +50,18 @@ def test_a_language_model_needs_no_target() -> None:
     assert from_mapping(TrainConfig, {"objective": "language_model", "output": "out"}).target == ""
 
 
-@pytest.mark.parametrize("key", ["sequence_length", "batch_size", "max_steps", "ttt_steps", "log_every"])
+@pytest.mark.parametrize(
+    "key", ["sequence_length", "batch_size", "max_steps", "ttt_steps", "medusa_heads", "log_every"]
+)
 def test_counts_are_at_least_1(key: str) -> None:
     with pytest.raises(ValueError, match=f"^{key}: expected at least 1, got 0"):
         from_mapping(TrainConfig, VALID | {key: 0})
 
 
 def test_an_unknown_objective_names_the_known() -> None:
-    with pytest.raises(ValueError, match=r"objective: expected one of language_model, .*, eagle3, got 'eagle2'"):
+    with pytest.raises(
+        ValueError, match=r"objective: expected one of language_model, .*, eagle3, medusa, got 'eagle2'"
+    ):
         from_mapping(TrainConfig, VALID | {"objective": "eagle2"})
 
 

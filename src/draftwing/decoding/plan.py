@@ -227,7 +227,7 @@ class TreePlan:
             return TreePlan.lookahead(*map(int, match.groups()))
         raise ValueError(
             f"plan: expected off, chain:DEPTH, tree:WIDTHxDEPTHxNODES (such as tree:10x7x60), "
-            f"lookahead:WINDOWxNGRAMxNGRAMS (such as lookahead:15x5x15), {' or '.join(STATIC_TREES)}, got {text!r}"
+            f"lookahead:WxNxG (such as lookahead:15x5x15), {' or '.join(STATIC_TREES)}, got {text!r}"
         )
 
     @cached_property
