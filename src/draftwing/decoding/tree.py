@@ -20,7 +20,7 @@ class DraftTree:
     """N nodes a row; node 0 is the root, the last committed token. Parents come before children.
 
     Attributes:
-        tokens: `[B, N]` token ids; siblings differ.
+        tokens: `[B, N]` token ids; valid siblings differ.
         parents: `[B, N]` node indices; the root is its own parent.
         depths: `[B, N]` distance from the root.
         valid: `[B, N]` False on nodes that are never accepted: padding, and guesses that the target is asked about.
@@ -49,9 +49,8 @@ class DraftTree:
         num_nodes, device = self.num_nodes, self.tokens.device
         reach = torch.nn.functional.one_hot(self.parents, num_nodes).float() + torch.eye(num_nodes, device=device)
         steps = 1
-        while steps < max(
-            self.max_depth, self.num_generations
-        ):  # reach covers `steps` generations; squaring doubles them
+        num_generations = max(self.max_depth, self.num_generations)
+        while steps < num_generations:  # reach covers `steps` generations; squaring doubles them
             reach = (reach @ reach).clamp(max=1.0)
             steps *= 2
         return reach > 0
