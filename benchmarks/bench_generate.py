@@ -1,6 +1,6 @@
 """End to end on real weights: every method and plan against plain decoding and transformers, in one run.
 
-    python benchmarks/bench_generate.py --dtype float32 --plans chain:3 tree:4x4x16 --output results.json
+    python benchmarks/bench_generate.py --plans auto chain:3 tree:4x4x16 --output results.json
 
 All run in one process, interleaved prompt by prompt; a figure is the median over repeats of each prompt, summed.
 """
@@ -29,6 +29,7 @@ def main() -> int:
     options = parse_options()
     torch.set_num_threads(options.threads or torch.get_num_threads())
     eagle3 = load(options.target, draft=options.eagle3, dtype=options.dtype, device=options.device)
+    options.dtype = str(eagle3.target.dtype).removeprefix("torch.")
     eagle1 = load(options.target, draft=options.eagle1, dtype=options.dtype, device=options.device)
     methods = {"plain": eagle3.with_method("plain").start, "eagle1": eagle1.with_method("eagle1").start}
     for plan in options.plans:
@@ -123,7 +124,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", help="default: the package's own choice")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--output", help="write the figures with their provenance to this JSON file")

@@ -109,7 +109,7 @@ def edit_of(model: SpeculativeModel, prompt: list[int]) -> tuple[tuple[int, ...]
 def replayed_methods(model: SpeculativeModel, edits: dict[tuple[int, ...], list[int]]) -> dict[str, Start]:
     """The methods over targets that answer each prompt as prescribed."""
     replays = {
-        prompt: methods_of(SpeculativeModel(Replay(model.target, text), model.head, model.tokenizer))
+        prompt: methods_of(SpeculativeModel(Replay(model.target, text), model.draft, model.tokenizer))
         for prompt, text in edits.items()
     }
 
@@ -162,7 +162,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--windows", nargs="*", type=int, default=[192], help="draft windows of the position measure")
     parser.add_argument("--bucket", type=int, default=128, help="output positions in a bucket (default: 128)")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", help="default: the package's own choice")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--output", help="write the figures with their provenance to this JSON file")

@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from draftwing.api import SpeculativeModel
+from draftwing.api import Lessons, SpeculativeModel
 from draftwing.checkpoint.load import ASSETS, load_draft, load_target, load_tokenizer, read_acceptance
 from draftwing.data.prompts import read_prompts
 from draftwing.evaluation.compare import Start
@@ -44,7 +44,9 @@ def main() -> int:
     for setting in track(options.settings, "settings", console=Console(stderr=True)):
         size, batch_size = map(int, setting.split("x"))
         target = widened(size, options.dtype)
-        trained = SpeculativeModel(target, head_for(target, random=False), tokenizer, None, read_acceptance("tiny"))
+        trained = SpeculativeModel(
+            target, head_for(target, random=False), tokenizer, lessons=Lessons(read_acceptance("tiny"))
+        )
         useless = SpeculativeModel(target, head_for(target, random=True), tokenizer)
         methods: dict[str, Start] = {"off": partial(trained.start, plan="off"), "auto": trained.start}
         methods |= {plan: partial(trained.start, plan=plan) for plan in PLANS}

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.config import TrainConfig
 from draftwing.data.chat import Example
-from draftwing.decoding.auto_plan import AutoPlan, Experience
+from draftwing.decoding.auto_plan import AutoPlan
 from draftwing.decoding.costs import CycleCosts
 from draftwing.decoding.drafters import NoDrafter
 from draftwing.decoding.drafters.draft_model import DraftModelDrafter
@@ -17,6 +17,7 @@ from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.drafters.lookahead import LookaheadDrafter
 from draftwing.decoding.drafters.medusa import MedusaDrafter
 from draftwing.decoding.drafters.ngram import NgramDrafter
+from draftwing.decoding.experience import Experience
 from draftwing.decoding.generate import DrafterFactory, Generation, Request
 from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.sampling import SamplingParams

@@ -16,7 +16,7 @@ from draftwing.checkpoint.load import (
 )
 from draftwing.config import check_keys
 from draftwing.decoding.acceptance import AcceptanceTable
-from draftwing.decoding.auto_plan import AutoPlan, Experience
+from draftwing.decoding.auto_plan import AutoPlan
 from draftwing.decoding.costs import CycleCosts, cached_costs, measure_costs
 from draftwing.decoding.drafters import Drafter, NoDrafter
 from draftwing.decoding.drafters.draft_model import DraftModelDrafter
@@ -24,12 +24,14 @@ from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.drafters.lookahead import LookaheadDrafter
 from draftwing.decoding.drafters.medusa import MedusaDrafter
 from draftwing.decoding.drafters.ngram import NgramDrafter
+from draftwing.decoding.experience import Experience
 from draftwing.decoding.generate import Committed, Generation, Request
 from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.statistics import Statistics
 from draftwing.decoding.stopping import StopRule
 from draftwing.models.eagle3 import Eagle3Model
+from draftwing.models.fused import FusedTarget, can_fuse
 from draftwing.models.medusa import MedusaModel
 from draftwing.models.packed import pack_linears
 from draftwing.models.target import TargetModel
@@ -43,6 +45,18 @@ FIXED_SHAPES = tuple(
 EAGLE_METHODS = ("eagle1", "eagle2", "eagle3")
 DRAFTLESS_METHODS = ("plain", "ngram", "lookahead")
 METHODS = (*DRAFTLESS_METHODS, *EAGLE_METHODS, "medusa", "draft_model")
+
+
+@dataclass
+class Lessons:
+    """What trees that size themselves know: a draft's `stored` acceptance counts, and what this process has learnt.
+
+    `costs` are by batch size (its next power of two), `experience` by that and by whether tokens are sampled.
+    """
+
+    stored: Mapping[str, Any] = field(default_factory=dict)
+    costs: dict[int, CycleCosts] = field(default_factory=dict)
+    experience: dict[tuple[int, bool], Experience] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,17 +138,15 @@ class SpeculativeModel:
         draft: Draft | None = None,
         tokenizer: Any = None,
         method: str | None = None,
-        acceptance: Mapping[str, Any] | None = None,
+        lessons: Lessons | None = None,
     ) -> None:
         self.target, self.draft, self.tokenizer = target, draft, tokenizer
         self.method = resolve_method(method, draft)
-        self._acceptance = acceptance or {}
-        self._costs: dict[int, CycleCosts] = {}
-        self._experience: dict[tuple[int, bool], Experience] = {}
+        self._lessons = lessons or Lessons()
 
     def with_method(self, method: str) -> "SpeculativeModel":
         """The same weights, decoding another way."""
-        return SpeculativeModel(self.target, self.draft, self.tokenizer, method, self._acceptance)
+        return SpeculativeModel(self.target, self.draft, self.tokenizer, method, Lessons(self._lessons.stored))
 
     def generate(
         self,
@@ -199,30 +211,32 @@ class SpeculativeModel:
     def costs(self, batch_size: int) -> CycleCosts:
         """What a cycle of so many rows costs with this draft, from this process, the disk's cache or a measurement."""
         bucket = 1 << (batch_size - 1).bit_length()
-        if bucket not in self._costs:
-            key = self._identity() | {"batch_size": bucket}
-            width = (LARGEST_ON_CPU if self.target.device.type == "cpu" else FIXED_SHAPES[-1]).width
-            self._costs[bucket] = cached_costs(
-                key, lambda: measure_costs(self.target, self._new_drafter, bucket, width)
-            )
-        return self._costs[bucket]
+        costs = self._lessons.costs
+        if bucket not in costs:
+            largest = self._shapes()[-1]
+            key = self._identity() | {"batch_size": bucket, "largest": str(largest)}
+            costs[bucket] = cached_costs(key, lambda: measure_costs(self.target, self._new_drafter, bucket, largest))
+        return costs[bucket]
 
     def experience(self, batch_size: int, sampled: bool) -> Experience:
         """What earlier generations with as many rows, and at first the draft's stored counts, teach the next ones."""
         key = 1 << (batch_size - 1).bit_length(), sampled
-        if key not in self._experience:
-            stored = self._acceptance.get("sampled" if sampled else "greedy")
+        experience = self._lessons.experience
+        if key not in experience:
+            stored = self._lessons.stored.get("sampled" if sampled else "greedy")
             table = AcceptanceTable() if stored is None else AcceptanceTable.from_dict(stored)
-            self._experience[key] = Experience(table)
-        return self._experience[key]
+            experience[key] = Experience(table)
+        return experience[key]
 
     def _plan(self, settings: GenerateOptions, requests: Sequence[Request]) -> Plan:
         batch_size, device = len(requests), self.target.device
         off = TreePlan.off(self.target.best_single_row if batch_size == 1 else 1)
+        if settings.ngram and self.method not in EAGLE_METHODS:
+            raise ValueError(f"ngram: merges into EAGLE trees; the method is {self.method}")
+        if settings.draft_window is not None and self.method not in EAGLE_METHODS:
+            raise ValueError(f"draft_window: limits what an EAGLE head reads; the method is {self.method}")
         if self.method == "plain":
             return off
-        if settings.ngram and self.method not in EAGLE_METHODS:
-            raise ValueError(f"ngram: merges into EAGLE trees, not into those of {self.method}")
         plan = settings.plan or default_plan(self.method)
         if plan == "auto" and self.method in DRAFTLESS_METHODS:  # nothing to size: lookups cost next to nothing
             plan = default_plan(self.method)
@@ -230,9 +244,7 @@ class SpeculativeModel:
             plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
             plan = plan.with_lookup() if settings.ngram else plan
             return plan if plan.depth else off
-        shapes = (LARGEST_ON_CPU,) if device.type == "cpu" else FIXED_SHAPES
-        if isinstance(self.draft, MedusaModel):
-            shapes = tuple(dict.fromkeys(shape.cut_to(len(self.draft)) for shape in shapes))
+        shapes = self._shapes()
         if settings.ngram:
             shapes = tuple(shape.with_lookup() for shape in shapes)
         sampled = any(request.sampling.temperature > 0 for request in requests)
@@ -245,6 +257,14 @@ class SpeculativeModel:
             device,
             fixed_shapes=() if device.type == "cpu" else shapes,
         )
+
+    def _shapes(self) -> tuple[TreePlan, ...]:
+        """The shapes that trees which size themselves have, or on a CPU their bound; the largest last."""
+        shapes = (LARGEST_ON_CPU,) if self.target.device.type == "cpu" else FIXED_SHAPES
+        if isinstance(self.draft, MedusaModel):
+            shapes = tuple(shape.cut_to(len(self.draft)) for shape in shapes)
+        num_tokens = self.target.vocab_size if self.draft is None else draft_vocab_size(self.draft)
+        return tuple(dict.fromkeys(shape.at_most(num_tokens) for shape in shapes))
 
     def _identity(self) -> dict[str, Any]:
         """What a cycle's seconds depend on."""
@@ -329,13 +349,15 @@ def load(
     chosen = parse_dtype(dtype)
     loaded = load_target(target, chosen, device, **options)
     pack_linears(loaded.model)
+    if can_fuse(loaded.model):
+        loaded = FusedTarget(loaded.model)
     draft = draft and suitable_draft(draft, method)
     tokenizer = load_tokenizer(target)
     if draft is None or method in DRAFTLESS_METHODS:
         return SpeculativeModel(loaded, None, tokenizer, method)
     drafting = load_draft(draft, loaded, chosen, aux_layers, rope_theta, tokenizer)
     pack_linears(drafting.model if isinstance(drafting, TargetModel) else drafting)
-    return SpeculativeModel(loaded, drafting, tokenizer, method, read_acceptance(draft))
+    return SpeculativeModel(loaded, drafting, tokenizer, method, Lessons(read_acceptance(draft)))
 
 
 @cache
@@ -348,6 +370,11 @@ def suitable_draft(draft: str, method: str | None) -> str:
     """The embedded draft that suits the method, if `draft` is `tiny`; other names are left as they are."""
     suitable = {"eagle1": "tiny-eagle1", "eagle2": "tiny-eagle1", "medusa": "tiny-medusa", "draft_model": "tiny-draft"}
     return suitable.get(method or "", draft) if draft == "tiny" else draft
+
+
+def draft_vocab_size(draft: Draft) -> int:
+    """How many tokens a draft chooses from."""
+    return draft.vocab_size if isinstance(draft, TargetModel) else len(draft.vocab)
 
 
 def default_plan(method: str) -> str:

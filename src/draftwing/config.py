@@ -12,6 +12,8 @@ import yaml
 Config = TypeVar("Config")
 Objective = Literal["language_model", "self_generated", "eagle1", "eagle3", "medusa"]
 OBJECTIVES = get_args(Objective)
+Loss = Literal["kl", "cross_entropy", "lk"]
+LOSSES = get_args(Loss)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,13 @@ class TrainConfig:
     """Weight of each EAGLE-3 step, or Medusa head, over the one before."""
     medusa_heads: int = 4
     """Heads of `medusa`; the furthest predicts so many tokens beyond the next."""
+    loss: Loss = "kl"
+    """A head's token loss: `kl` to the target's distribution, `cross_entropy` to the target's likeliest token, or `lk`,
+    which goes over from KL to the acceptance rate (training/losses.py)."""
+    lk_decay: float = 3.0
+    """How fast `lk` leaves KL as acceptance rises (eta; arXiv 2602.23881)."""
+    feature_steps: int = 1
+    """EAGLE-1's training-time-test steps; with more than 1 it learns to go on from features of its own (as HASS)."""
     feature_noise: float = 0.1
     """EAGLE-1's uniform noise on the input features, half width (EAGLE paper, 3.2)."""
     token_loss_weight: float = 0.1
@@ -76,11 +85,23 @@ class TrainConfig:
         object.__setattr__(self, "temperatures", tuple(self.temperatures))
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.lk_decay < 0:
+            raise ValueError(f"lk_decay: expected at least 0, got {self.lk_decay}")
         if self.objective != "language_model" and not self.target:
             raise ValueError(f"target: {self.objective} needs the model that the head drafts for")
         if self.objective == "language_model" and self.target and not self.tokenizer:
             raise ValueError("tokenizer: a language_model that learns from a target needs the target's tokenizer")
-        for name in ("sequence_length", "batch_size", "max_steps", "ttt_steps", "medusa_heads", "log_every"):
+        for name in (
+            "sequence_length",
+            "batch_size",
+            "max_steps",
+            "ttt_steps",
+            "feature_steps",
+            "medusa_heads",
+            "log_every",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from draftwing.api import SpeculativeModel, append_padded, unpad
-from draftwing.checkpoint.load import Draft, load_draft
+from draftwing.api import Lessons, SpeculativeModel, append_padded, unpad
+from draftwing.checkpoint.load import Draft, load_draft, read_acceptance
 from draftwing.models.target import TargetModel
 
 
@@ -20,12 +20,12 @@ def custom_generate(draft: str | Path | Draft, plan: str | None = None, seed: in
     them. With `seed=None` each call draws its seed from torch's generator, so that `torch.manual_seed` repeats it.
 
     `draft` is a folder or hub id of an EAGLE head or of a causal language model with as many tokens, or a loaded one.
-    Keep the returned function: it loads the draft once per model.
+    Keep the returned function: it loads the draft once per model, and trees that size themselves learn from each call.
 
     Raises:
         ValueError: on use, a setting that is not supported (the message names it).
     """
-    drafts: weakref.WeakKeyDictionary[Any, Draft] = weakref.WeakKeyDictionary()
+    known: weakref.WeakKeyDictionary[Any, tuple[Draft, Lessons]] = weakref.WeakKeyDictionary()
 
     def generate(
         model: Any,
@@ -41,9 +41,10 @@ def custom_generate(draft: str | Path | Draft, plan: str | None = None, seed: in
         model.eval()
         try:
             target = TargetModel(model)
-            if model not in drafts:
-                drafts[model] = load_draft(str(draft), target) if isinstance(draft, str | Path) else draft
-            generation = SpeculativeModel(target, drafts[model]).start(
+            if model not in known:
+                known[model] = _load(draft, target)
+            loaded, lessons = known[model]
+            generation = SpeculativeModel(target, loaded, lessons=lessons).start(
                 unpad(input_ids, kwargs.get("attention_mask")),
                 plan=plan,
                 seed=int(torch.randint(2**31, ())) if seed is None else seed,
@@ -64,6 +65,12 @@ def custom_generate(draft: str | Path | Draft, plan: str | None = None, seed: in
         )
 
     return generate
+
+
+def _load(draft: str | Path | Draft, target: TargetModel) -> tuple[Draft, Lessons]:
+    if isinstance(draft, str | Path):
+        return load_draft(str(draft), target), Lessons(read_acceptance(str(draft)))
+    return draft, Lessons()
 
 
 def _check_generation_config(config: Any) -> None:

@@ -350,3 +350,6 @@ def test_ngram_needs_no_head_and_joins_one(model: SpeculativeModel, target: Targ
         model.generate(ids, draft_window=0)
     with pytest.raises(ValueError, match="takes chain:DEPTH"):
         SpeculativeModel(target, method="ngram").generate(ids, plan="tree:2x3x7")
+    for setting in ({"ngram": True}, {"draft_window": 8}):  # what would be ignored is refused
+        with pytest.raises(ValueError, match="the method is plain"):
+            SpeculativeModel(target).generate(ids, **setting)

@@ -2,11 +2,21 @@
 
 import pytest
 import torch
-from conftest import tiny_llama
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from draftwing.decoding.tree import DraftTree
+from draftwing.models.fused import FusedTarget, can_fuse
 from draftwing.models.packed import PackedLinear, pack_linears
-from draftwing.models.target import TargetModel
+from draftwing.models.target import ATTENTION, TargetModel
 
 DTYPES = [torch.float32, torch.bfloat16]
 CONTEXT = [1, 2, 3, 4, 5, 6, 7]
@@ -17,12 +27,42 @@ CONTEXT = [1, 2, 3, 4, 5, 6, 7]
 TOKENS, PARENTS, DEPTHS = [8, 9, 10, 11, 12, 13, 14], [0, 0, 0, 1, 1, 2, 3], [0, 1, 1, 2, 2, 2, 3]
 
 
-def packed_target(dtype: torch.dtype) -> TargetModel:
-    model = tiny_llama(hidden_size=64, intermediate_size=96).to(dtype)
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.25,
+    "attn_implementation": ATTENTION,
+}
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "llama with biases": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+}
+PASSES = {"stock": TargetModel, "fused": FusedTarget}
+
+
+def packed_target(dtype: torch.dtype, passes: str = "stock", family: str = "llama") -> TargetModel:
+    """A small random target with packed products, its biases and norms not at their initial zeros and ones."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    model = model.to(dtype)
     pack_linears(model)
     if not any(isinstance(module, PackedLinear) for module in model.modules()):
         pytest.skip(f"no packed {dtype} products on this machine")
-    return TargetModel(model)
+    assert can_fuse(model)
+    return PASSES[passes](model)
 
 
 def tree_logits(target: TargetModel) -> torch.Tensor:
@@ -56,19 +96,45 @@ def prefilled(target: TargetModel):
     return cache
 
 
+@pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_each_node_of_a_tree_has_the_bits_of_plain_decoding(dtype: torch.dtype) -> None:
-    target = packed_target(dtype)
+def test_each_node_of_a_tree_has_the_bits_of_plain_decoding(dtype: torch.dtype, passes: str) -> None:
+    target = packed_target(dtype, passes)
     in_tree = tree_logits(target)
     for node in range(len(TOKENS)):
         assert torch.equal(in_tree[node], plain_logits(target, node)), f"node {node}"
 
 
+@pytest.mark.parametrize("passes", PASSES)
 @torch.inference_mode()
-def test_bits_differ_when_attention_sums_in_the_models_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_differ_when_attention_sums_in_the_models_own_dtype(passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotaged twin: without float64 sums, the order of a branch's keys shows."""
-    target = packed_target(torch.float32)
+    target = packed_target(torch.float32, passes)
     monkeypatch.setattr(TargetModel, "attention_dtype", property(lambda self: self.dtype))
     in_tree = tree_logits(target)
     assert not all(torch.equal(in_tree[node], plain_logits(target, node)) for node in range(len(TOKENS)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_the_fused_pass_computes_what_the_stock_modules_do(family: str) -> None:
+    stock, fused = (packed_target(torch.float32, passes, family) for passes in PASSES)
+    tokens, depths = torch.tensor([TOKENS]), torch.tensor([DEPTHS])
+    ancestors = torch.ones(1, len(TOKENS), len(TOKENS), dtype=torch.bool).tril()
+    layers = (0, 2, 4)
+    theirs, ours = (
+        target.forward_tree(tokens, depths, ancestors, prefilled(target), layers) for target in (stock, fused)
+    )
+    torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.features, theirs.features, atol=1e-4, rtol=1e-4)
+
+
+def test_what_the_fused_pass_does_not_know_is_left_to_the_stock_modules() -> None:
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)).eval()
+    pack_linears(model)
+    assert not can_fuse(model)
+    assert not can_fuse(LlamaForCausalLM(LlamaConfig(**SIZES))), "its products are not packed"
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, hidden_act="gelu"))
+    pack_linears(model)
+    assert not can_fuse(model)

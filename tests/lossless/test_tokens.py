@@ -20,7 +20,7 @@ from conftest import (
 )
 
 from draftwing.checkpoint.load import DraftNetwork
-from draftwing.decoding.auto_plan import Experience
+from draftwing.decoding.experience import Experience, Pause
 from draftwing.decoding.generate import DrafterFactory
 from draftwing.decoding.sampling import Noise, SamplingParams
 from draftwing.models import target as target_module
@@ -69,12 +69,12 @@ def test_trees_that_size_themselves_change_no_token(
 ) -> None:
     """Neither while drafting pays, nor when it does not, so that it pauses and is tried again."""
     requests = requests_for(prompts, temperature=temperature)
-    experience = Experience(pause=3)
+    experience = Experience(pause=Pause(3))
     plan = auto_plan(len(prompts), experience, fixed_shapes=fixed_shapes, step=step)
     generation = generate(target, requests, drafters[method], plan)
     assert [output.tokens for output in generation.outputs] == run(target, requests)
     assert generation.statistics.acceptance_length > 1
-    assert (experience.pause > 3) == (step > 1)
+    assert (experience.pause.length > 3) == (step > 1)
 
 
 def test_the_drafts_of_these_tests_draft_well(

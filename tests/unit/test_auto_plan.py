@@ -1,12 +1,15 @@
 """Trees that size themselves: what pays, what does not, and when drafting pauses."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from conftest import auto_plan, costs
 
 from draftwing.decoding.acceptance import EDGES
-from draftwing.decoding.auto_plan import LONGEST_PAUSE, TRIAL, AutoPlan, Experience
+from draftwing.decoding.auto_plan import LOOKUP_TRIAL, TRIAL, AutoPlan
+from draftwing.decoding.experience import LONGEST_PAUSE, Experience
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.tree import CycleFacts
 
@@ -39,9 +42,20 @@ def run_cycles(plan: AutoPlan, num_accepted: int, count: int) -> list[bool]:
 def test_a_level_is_drafted_while_it_brings_more_than_its_seconds() -> None:
     plan = auto_plan(1, step=0.1, node=0.01)
     likely, unlikely = torch.log(torch.tensor([[0.6, 0.2]])), torch.log(torch.tensor([[0.02, 0.01]]))
-    assert plan.goes_on(likely, depth=1)
-    assert not plan.goes_on(unlikely, depth=1)
-    assert auto_plan(1, step=0.0, node=0.0).goes_on(unlikely, depth=1), "what costs nothing pays"
+    assert plan.num_parents(likely, depth=1) > 0
+    assert plan.num_parents(unlikely, depth=1) == 0
+    assert auto_plan(1, step=0.0, node=0.0).num_parents(unlikely, depth=1) == 2, "what costs nothing pays"
+
+
+def test_a_level_is_as_wide_as_pays() -> None:
+    scores = torch.log(torch.tensor([[0.6, 0.2, 0.05, 0.01]]))
+    seconds_of_width = costs(step=0.02), dataclasses.replace(costs(), draft_step=[[0.05, 0.5]])
+    flat, rising = (
+        AutoPlan(seconds, Experience(), 1, TreePlan(4, 6, 24), TreePlan.off(), torch.device("cpu"))
+        for seconds in seconds_of_width
+    )
+    assert flat.num_parents(scores, depth=1) == 3, "the fourth node's children are not worth their verification"
+    assert rising.num_parents(scores, depth=1) == 2
 
 
 def test_nodes_are_kept_while_they_bring_more_than_their_seconds() -> None:
@@ -79,7 +93,7 @@ def test_a_useless_drafter_is_paused_for_longer_and_longer() -> None:
     assert drafts[:TRIAL] == [True] * TRIAL
     assert sum(drafts) < 0.03 * len(drafts)
     assert experience.gain < 1
-    assert experience.pause == LONGEST_PAUSE
+    assert experience.pause.length == LONGEST_PAUSE
 
 
 def test_the_next_request_starts_where_the_last_one_ended() -> None:
@@ -95,6 +109,20 @@ def test_a_good_drafter_is_never_paused_and_one_that_turns_good_is_found_out() -
     assert all(run_cycles(plan, num_accepted=3, count=300)[-40:])
 
 
+@pytest.mark.parametrize("brings", [True, False])
+def test_lookups_are_paused_while_the_draft_knows_as_much(brings: bool) -> None:
+    plan = auto_plan(1, largest=TreePlan(4, 6, 24).with_lookup())
+    facts = chain_facts(num_accepted=3)
+    if brings:
+        facts = dataclasses.replace(facts, drafted=facts.drafted & (facts.depths < 3))
+    looked_up = []
+    for _ in range(200):
+        looked_up.append(plan.next(longest=10).lookup_depth > 0)
+        plan.learn(facts)
+    assert looked_up[:LOOKUP_TRIAL] == [True] * LOOKUP_TRIAL
+    assert all(looked_up) if brings else sum(looked_up) < 60
+
+
 def test_every_tree_has_one_of_the_fixed_shapes_and_the_best_is_found() -> None:
     shapes = ["chain:1", "chain:4", "tree:4x6x24"]
     plan = auto_plan(1, fixed_shapes=shapes, node=0.05)
@@ -105,7 +133,7 @@ def test_every_tree_has_one_of_the_fixed_shapes_and_the_best_is_found() -> None:
         plan.learn(chain_facts(num_accepted=4, depth=min(cycle.depth, 4), probability=0.95))
     assert plan.next(longest=10) == TreePlan.parse("chain:4")
     assert seen <= {TreePlan.parse(shape) for shape in shapes}
-    assert plan.goes_on(torch.tensor([[-50.0]]), depth=1)
+    assert plan.num_parents(torch.tensor([[-50.0]]), depth=1) == 1
     assert plan.num_nodes(torch.tensor([[-50.0]]), limit=7) == 7
 
 

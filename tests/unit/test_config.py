@@ -51,7 +51,7 @@ def test_a_language_model_needs_no_target() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["sequence_length", "batch_size", "max_steps", "ttt_steps", "medusa_heads", "log_every"]
+    "key", ["sequence_length", "batch_size", "max_steps", "ttt_steps", "feature_steps", "medusa_heads", "log_every"]
 )
 def test_counts_are_at_least_1(key: str) -> None:
     with pytest.raises(ValueError, match=f"^{key}: expected at least 1, got 0"):
@@ -63,6 +63,16 @@ def test_an_unknown_objective_names_the_known() -> None:
         ValueError, match=r"objective: expected one of language_model, .*, eagle3, medusa, got 'eagle2'"
     ):
         from_mapping(TrainConfig, VALID | {"objective": "eagle2"})
+
+
+def test_an_unknown_loss_names_the_known() -> None:
+    with pytest.raises(ValueError, match=r"^loss: expected one of kl, cross_entropy, lk, got 'mse'"):
+        from_mapping(TrainConfig, VALID | {"loss": "mse"})
+
+
+def test_lk_decay_is_not_negative() -> None:
+    with pytest.raises(ValueError, match=r"^lk_decay: expected at least 0, got -1.0"):
+        from_mapping(TrainConfig, VALID | {"lk_decay": -1})
 
 
 def test_as_dict_reads_back() -> None:

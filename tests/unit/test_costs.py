@@ -7,11 +7,12 @@ from conftest import costs, eagle
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.decoding.costs import CycleCosts, cache_folder, cached_costs, measure_costs
+from draftwing.decoding.plan import TreePlan
 from draftwing.models.target import TargetModel
 
 
 def test_every_part_of_a_cycle_is_measured(target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
-    measured = measure_costs(target, eagle(heads["eagle3"]), batch_size=2, max_width=4, cycles=3)
+    measured = measure_costs(target, eagle(heads["eagle3"]), batch_size=2, largest=TreePlan(4, 8, 32), cycles=3)
     assert measured.contexts == [64]  # this target has 256 positions
     assert min(measured.plain + measured.extend + measured.fixed) > 0
     assert len(measured.verify[0]) == len(measured.num_nodes)
@@ -51,7 +52,10 @@ def test_costs_are_measured_once_per_key(tmp_path: Path, monkeypatch: pytest.Mon
     for file in (cache_folder() / "costs").iterdir():
         file.write_text("{half a file", encoding="utf-8")
     assert cached_costs({"dtype": "float32"}, measure) == costs(), "a broken file is measured anew"
-    assert len(measured) == 3
+    for file in (cache_folder() / "costs").iterdir():
+        file.write_text(file.read_text(encoding="utf-8").replace('"widths": [', '"widths": [0,'), encoding="utf-8")
+    assert cached_costs({"dtype": "float32"}, measure) == costs(), "and so is one whose tables do not fit together"
+    assert len(measured) == 4
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

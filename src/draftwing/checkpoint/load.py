@@ -296,7 +296,7 @@ def build_network(
 ) -> DraftNetwork:
     """A network for `target`, to be filled: EAGLE-3 if the configuration names feature layers, else EAGLE-1."""
     if not config.aux_layers:
-        return EagleModel(config, target.output_head)
+        return EagleModel(config, lambda output: target.logits(output))  # a function, so that copies share it
     vocab = DraftVocab(target_ids, target.vocab_size)
     return Eagle3Model(config, vocab, target.embedding, own_embedding)
 

@@ -6,15 +6,15 @@ more than the rate reached so far (a level, a node), and drafts nothing where th
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from draftwing.decoding.acceptance import EDGES, NUM_DEPTHS, AcceptanceTable
+from draftwing.decoding.acceptance import EDGES, NUM_DEPTHS
 from draftwing.decoding.costs import CycleCosts
+from draftwing.decoding.experience import Experience
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.tree import Array, CycleFacts
+from draftwing.decoding.tree import CycleFacts, Outcomes, join_outcomes
 
 REQUEST_MEMORY = 30.0
 """Expected acceptances per bin that a request takes over from those before it."""
@@ -22,8 +22,6 @@ RATE_MEMORY = 40.0
 """Cycles over which speculation's rate is averaged."""
 TRIAL = 4
 """Cycles that speculation is tried for before it is judged."""
-SHORTEST_PAUSE, LONGEST_PAUSE = 16, 1024
-"""Cycles without drafts after speculation did not pay; a pause that was right is followed by one twice as long."""
 SWITCH_GAIN = 1.03
 """What another fixed shape must promise before it replaces the present one."""
 LESSON = 8
@@ -32,18 +30,10 @@ FEW_NODES = 16
 """Nodes over which the seconds of one more are averaged where it is not known yet how many there will be."""
 CONTEXT_STEP = 64
 """Tokens after which the costs are looked up anew."""
-
-
-@dataclass
-class Experience:
-    """What generations have taught those that follow: one for each (head, sampled or greedy, batch size)."""
-
-    acceptance: AcceptanceTable = field(default_factory=AcceptanceTable)
-    gain: float = 1.1
-    """Speculation's tokens per second over plain decoding's; at first a hope that makes it worth a trial."""
-    pause: int = SHORTEST_PAUSE
-    """Cycles of the next pause, and of the present one how many are `left`."""
-    left: int = 0
+LOOKUP_SHARE = 0.03
+"""Share of the tokens that lookups alone must bring: about their share of a cycle's seconds."""
+LOOKUP_TRIAL = 12
+"""Cycles that lookups are tried for before they are judged."""
 
 
 class AutoPlan:
@@ -74,8 +64,11 @@ class AutoPlan:
         self._values: dict[TreePlan, float] = {}
         self._tokens, self._seconds = 0.0, 0.0  # what speculation has brought and cost of late
         self._running = np.arange(batch_size)
+        self._outcomes: list[Outcomes] = []  # that no lesson was drawn from yet
         self._costs_until = self._num_cycles = 0
-        self._num_levels = 1  # that the last tree was drafted to
+        self._levels_seconds = 0.0  # of the last tree's levels beyond the first
+        self._looks_up, self._num_lookups = False, 0
+        self._looked_up, self._beside_lookups = 0.0, 0.0  # tokens of the trial: by lookups alone, and all
         self._look_up_costs(0)
         self._use_lessons()
         self._start_trial(experience.gain)
@@ -84,58 +77,65 @@ class AutoPlan:
         """The next cycle's plan, given the committed tokens of the longest row."""
         if longest >= self._costs_until:
             self._look_up_costs(longest)
-        if self._experience.left > 0:
-            self._experience.left -= 1
+        if self._experience.pause.goes_on():
             return self._off
-        self._num_levels = self._shape.depth if self._shapes else 1
-        return dataclasses.replace(self._shape, sizing=self)
+        self._levels_seconds = self._costs.levels(self._shape) if self._shapes else 0.0
+        self._looks_up = self._shape.lookup_depth > 0 and not self._experience.lookup_pause.goes_on()
+        lookup_depth = self._shape.lookup_depth if self._looks_up else 0
+        return dataclasses.replace(self._shape, sizing=self, lookup_depth=lookup_depth)
 
     def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
         """The drafter's log-probabilities, corrected by how often such nodes at `depth` were accepted."""
         correction = self._correction[min(depth, NUM_DEPTHS) - 1]
         return (log_probs + correction[torch.bucketize(log_probs, self._edges)]).clamp(max=-1e-3)
 
-    def goes_on(self, scores: torch.Tensor, depth: int) -> bool:
-        """Whether children of the nodes at `depth` with these scores `[B, K]` bring enough for their seconds."""
+    def num_parents(self, scores: torch.Tensor, depth: int) -> int:
+        """Of how many nodes at `depth`, with these scores `[B, K]`, the children bring most beyond their seconds."""
         if self._shapes:
-            return True
-        tokens = self._tokens_of(scores) * self._continuation[min(depth + 1, NUM_DEPTHS) - 1]
-        if np.maximum(tokens - self._rate * self._few_seconds, 0.0).sum() <= self._rate * self._step_seconds:
-            return False
-        self._num_levels = depth + 1
-        return True
+            return scores.shape[1]
+        # Numbers of Python: the levels are so narrow that arrays would take longer.
+        tokens, rate = self._tokens_of(scores).tolist(), self._rate
+        continuation = float(self._continuation[min(depth + 1, NUM_DEPTHS) - 1])
+        best, best_gain, total = 0, 0.0, 0.0
+        for count, (expected, seconds) in enumerate(zip(tokens, self._step_seconds, strict=False), 1):
+            total += max(expected * continuation - rate * self._few_seconds, 0.0)
+            if total - rate * seconds > best_gain:
+                best, best_gain = count, total - rate * seconds
+        if best:
+            self._levels_seconds += self._step_seconds[best - 1]
+        return best
 
     def num_nodes(self, scores: torch.Tensor, limit: int) -> int:
         """How many of the candidates with these scores `[B, M]` bring enough for their seconds, the root included."""
         if self._shapes:
             return limit
-        tokens = self._tokens_of(scores.sort(dim=1, descending=True).values[:, : limit - 1])
+        tokens = self._tokens_of(scores.sort(dim=1, descending=True).values[:, : limit - 1]).numpy()
         return 1 + max(1, int((tokens > self._rate * self._node_seconds[: len(tokens)]).sum()))
 
-    def _tokens_of(self, scores: torch.Tensor) -> Array:
+    def _tokens_of(self, scores: torch.Tensor) -> torch.Tensor:
         """Tokens `[M]` that the rows' best nodes bring, their second best, ..., from sorted scores `[B, M]`.
 
         Rows that have ended count as much as the mean of the others, as they do in the rate.
         """
-        probs: Array = np.exp(scores.numpy()[self._running])
-        tokens: Array = probs.sum(0) * (self._batch_size / len(probs))
-        return tokens
+        if len(self._running) < self._batch_size:
+            scores = scores[self._running]
+        return scores.exp().sum(0).mul_(self._batch_size / len(scores))
 
     def learn(self, facts: CycleFacts) -> None:
         """Take in what became of a cycle's tree."""
         self._running = facts.rows
-        outcomes = facts.outcomes()
-        self._table.update(outcomes)
-        self._experience.acceptance.update(outcomes)
+        self._outcomes.append(facts.outcomes())
         fade = 1 - 1 / RATE_MEMORY
         self._tokens = self._tokens * fade + float(facts.accepted.sum()) * self._batch_size / len(facts.rows)
-        self._seconds = self._seconds * fade + self._costs.tree(self._shape.width, self._num_levels, facts.num_nodes)
+        self._seconds = self._seconds * fade + self._tree_seconds[facts.num_nodes] + self._levels_seconds
         self._num_cycles += 1
+        if self._looks_up:
+            self._judge_lookups(facts)
         if self._shapes:
             self._weigh_shapes(facts)
         if self._num_cycles >= TRIAL:
             self._judge()
-        if self._num_cycles % LESSON == 0:
+        if len(self._outcomes) == LESSON:
             self._use_lessons()
 
     @property
@@ -147,11 +147,23 @@ class AutoPlan:
         experience = self._experience
         experience.gain = self._tokens / self._seconds / self._plain_rate
         if experience.gain < 1:
-            experience.left = experience.pause
-            experience.pause = min(2 * experience.pause, LONGEST_PAUSE)
+            experience.pause.begin()
             self._start_trial(1.0)
         elif self._num_cycles > RATE_MEMORY:
-            experience.pause = SHORTEST_PAUSE
+            experience.pause.shorten()
+
+    def _judge_lookups(self, facts: CycleFacts) -> None:
+        looked_up = facts.accepted & ~facts.drafted
+        self._num_lookups += 1
+        self._looked_up += float(looked_up.sum() - len(facts.rows))  # less the roots
+        self._beside_lookups += float(facts.accepted.sum())
+        if self._num_lookups < LOOKUP_TRIAL:
+            return
+        if self._looked_up < LOOKUP_SHARE * self._beside_lookups:
+            self._experience.lookup_pause.begin()
+        else:
+            self._experience.lookup_pause.shorten()
+        self._num_lookups, self._looked_up, self._beside_lookups = 0, 0.0, 0.0
 
     def _start_trial(self, gain: float) -> None:
         """Begin to measure the rate anew, expecting this gain over plain decoding."""
@@ -166,10 +178,16 @@ class AutoPlan:
         nodes = np.arange(1, self.largest.num_nodes + 1)
         verify = np.interp(nodes, self._costs.num_nodes, self._costs.verify[0])
         self._node_seconds = np.maximum(np.diff(verify), 0.0)  # of the second node, the third, ...
+        self._tree_seconds = [self._costs.tree(num_nodes, 0.0) for num_nodes in range(self.largest.num_nodes + 1)]
         self._few_seconds = float(self._node_seconds[:FEW_NODES].mean())
-        self._step_seconds = self._costs.step(self.largest.width)
+        self._step_seconds = [self._costs.step(width) for width in range(1, self.largest.width + 1)]
 
     def _use_lessons(self) -> None:
+        if self._outcomes:
+            outcomes = join_outcomes(self._outcomes)
+            self._table.update(outcomes)
+            self._experience.acceptance.update(outcomes)
+            self._outcomes = []
         self._correction = torch.tensor(self._table.correction, dtype=torch.float32, device=self._edges.device)
         self._continuation = self._table.continuation
 

@@ -75,12 +75,16 @@ class CycleCosts:
 
     def cycle(self, plan: TreePlan) -> float:
         """Seconds of a cycle of this plan, at the first context."""
-        return self.tree(plan.width, plan.depth, plan.num_nodes) if plan.depth else self.plain[0]
+        return self.tree(plan.num_nodes, self.levels(plan)) if plan.depth else self.plain[0]
 
-    def tree(self, width: int, depth: int, num_nodes: int) -> float:
-        """Seconds of a cycle that drafts `depth` levels of `width` nodes and verifies `num_nodes`."""
+    def levels(self, plan: TreePlan) -> float:
+        """Seconds of a plan's draft levels beyond the first."""
+        return (plan.depth - 1) * self.step(plan.width)
+
+    def tree(self, num_nodes: int, levels: float) -> float:
+        """Seconds of a cycle that verifies `num_nodes` and spends so many on the draft's levels beyond the first."""
         verify = float(np.interp(num_nodes, self.num_nodes, self.verify[0]))
-        return self.extend[0] + (depth - 1) * self.step(width) + verify + self.fixed[0]
+        return self.extend[0] + levels + verify + self.fixed[0]
 
     def step(self, width: int) -> float:
         """Seconds of one further draft level of `width` nodes, at the first context."""
@@ -95,12 +99,19 @@ class CycleCosts:
         """The costs that `as_dict` described.
 
         Raises:
-            ValueError: a field is missing or unknown.
+            ValueError: a field is missing or unknown, or has another shape.
         """
         try:
-            return CycleCosts(**values)
+            costs = CycleCosts(**values)
         except TypeError as error:
             raise ValueError(f"costs: {error}") from None
+        contexts, nodes, widths = len(costs.contexts), len(costs.num_nodes), len(costs.widths)
+        shapes: dict[str, tuple[int, ...]] = {"plain": (contexts,), "extend": (contexts,), "fixed": (contexts,)}
+        shapes |= {"verify": (contexts, nodes), "draft_step": (contexts, widths)}
+        for name, shape in shapes.items():
+            if np.shape(getattr(costs, name)) != shape:
+                raise ValueError(f"costs: {name}: expected the shape {shape}, got {np.shape(getattr(costs, name))}")
+        return costs
 
 
 def cache_folder() -> Path:
@@ -128,26 +139,36 @@ def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts]) -> C
 
 
 def measure_costs(
-    target: TargetModel, new_drafter: DrafterFactory, batch_size: int, max_width: int, cycles: int = 10
+    target: TargetModel,
+    new_drafter: DrafterFactory,
+    batch_size: int,
+    largest: TreePlan,
+    cycles: int = 10,
+    contexts: Sequence[int] = CONTEXTS,
 ) -> CycleCosts:
-    """Time the engine's own stages with the plans that tell them apart, on random text (seeded, the same each time)."""
+    """Time the engine's own stages with the plans that tell them apart, up to the largest.
+
+    The text is random (seeded, the same each time). Takes about 250 cycles: seconds, or minutes where a cycle of a
+    large target on a CPU takes long.
+    """
     limit = target.max_positions or 4 * CONTEXTS[-1]
-    contexts = sorted({max(1, min(context, limit // 4)) for context in CONTEXTS})
-    widths = [width for width in WIDTHS if width <= max_width]
+    contexts = sorted({max(1, min(context, limit // 4)) for context in contexts})
+    widths = [width for width in WIDTHS if width < largest.width] + [largest.width]
+    sizes = [num_nodes for num_nodes in NUM_NODES if num_nodes < largest.num_nodes] + [largest.num_nodes]
     plans = [TreePlan.off(target.best_single_row if batch_size == 1 else 1)]
-    plans += [_shallowest(num_nodes, widths[-1]) for num_nodes in NUM_NODES]
+    plans += [_shallowest(num_nodes, widths[-1]) for num_nodes in sizes]
     plans += [TreePlan(width, 1 + STEPS, 2) for width in widths]
     measured: dict[str, list[Any]] = defaultdict(list)
     for context in contexts:
         plain, *stages = _stage_seconds(target, new_drafter, batch_size, context, plans, cycles)
-        by_nodes, by_width = stages[: len(NUM_NODES)], stages[len(NUM_NODES) :]
+        by_nodes, by_width = stages[: len(sizes)], stages[len(sizes) :]
         first = by_nodes[0]
         measured["plain"].append(sum(plain.values()))
         measured["verify"].append([stage["verify"] for stage in by_nodes])
         measured["draft_step"].append([max(0.0, stage["draft"] - first["draft"]) / STEPS for stage in by_width])
         measured["extend"].append(first["draft"])
         measured["fixed"].append(first["commit"] + first["host"])
-    return CycleCosts(contexts=contexts, num_nodes=NUM_NODES, widths=widths, **measured)
+    return CycleCosts(contexts=contexts, num_nodes=sizes, widths=widths, **measured)
 
 
 def _shallowest(num_nodes: int, width: int) -> TreePlan:

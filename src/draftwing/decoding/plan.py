@@ -1,4 +1,4 @@
-"""Tree plans: the fixed shapes of a cycle's draft.
+"""Tree plans: the shape of a cycle's draft, or its bounds where trees size themselves.
 
 N counts the root. The reference code's `depth=d` makes d + 1 levels; here the depth is the number of levels.
 """
@@ -44,8 +44,8 @@ class Sizing(Protocol):
     def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
         """Estimates of log P(a child is accepted | its parent is) from the drafter's own, any shape; at most 0."""
 
-    def goes_on(self, scores: torch.Tensor, depth: int) -> bool:
-        """Whether to draft children of the nodes at `depth` with these scores `[B, K]`, the best first."""
+    def num_parents(self, scores: torch.Tensor, depth: int) -> int:
+        """Of how many nodes at `depth` to draft children, given their scores `[B, K]`, the best first; 0 ends it."""
 
     def num_nodes(self, scores: torch.Tensor, limit: int) -> int:
         """How many nodes of a tree to keep, the root included, given its candidates' scores `[B, M]`."""
@@ -57,8 +57,8 @@ class FixedSize:
     def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
         return log_probs
 
-    def goes_on(self, scores: torch.Tensor, depth: int) -> bool:
-        return True
+    def num_parents(self, scores: torch.Tensor, depth: int) -> int:
+        return scores.shape[1]
 
     def num_nodes(self, scores: torch.Tensor, limit: int) -> int:
         return limit
@@ -110,14 +110,10 @@ class TreePlan:
                 f"draft only {self.num_candidates} candidates and the root"
             )
 
-    def num_candidates_to(self, level: int) -> int:
-        """Draft nodes that a dynamic plan scores down to a level: `width` at the first, `width**2` at each further."""
-        return self.width + (level - 1) * self.width**2 if level else 0
-
     @property
     def num_candidates(self) -> int:
-        """Draft nodes that a dynamic plan scores."""
-        return self.num_candidates_to(self.depth)
+        """Draft nodes that a dynamic plan scores: `width` at the first level, `width**2` at each further."""
+        return self.width + (self.depth - 1) * self.width**2 if self.depth else 0
 
     @cached_property
     def inner_paths(self) -> frozenset[RankPath]:
@@ -156,6 +152,13 @@ class TreePlan:
         """Bound of the nodes' depths, those of a window included."""
         return max(self.depth, self.lookup_depth, self.window and self.window + self.depth - 2)
 
+    def at_most(self, width: int) -> "TreePlan":
+        """This dynamic plan, or a narrower one for a draft that has fewer tokens."""
+        if width >= self.width:
+            return self
+        narrow = TreePlan(width, self.depth, 1)
+        return replace(narrow, num_nodes=min(self.num_nodes, 1 + narrow.num_candidates))
+
     def with_lookup(self) -> "TreePlan":
         """The same nodes, for which a looked-up continuation competes; it may be deeper than the draft."""
         return replace(self, lookup_depth=min(self.num_nodes - 1, LOOKUP_DEPTH))
@@ -166,7 +169,8 @@ class TreePlan:
             return self
         if self.paths:
             return TreePlan.static(tuple(path for path in self.paths if len(path) <= depth))
-        return replace(self, depth=depth, num_nodes=min(self.num_nodes, 1 + self.num_candidates_to(depth)))
+        num_candidates = TreePlan(self.width, depth, 1).num_candidates
+        return replace(self, depth=depth, num_nodes=min(self.num_nodes, 1 + num_candidates))
 
     @staticmethod
     def off(num_nodes: int = 1) -> "TreePlan":

@@ -80,29 +80,43 @@ class Statistics:
 
 
 class StageClock:
-    """Adds the time of each stage to a Statistics; on a GPU by events, so that nothing waits for the device."""
+    """Adds the time of each stage to a Statistics; on a GPU by events, so that nothing waits for the device.
+
+    There the host's share is what of a cycle the device did not work, so that the stages' sum is the time that passed.
+    """
 
     def __init__(self, statistics: Statistics, device: torch.device) -> None:
         self._statistics = statistics
         self._is_cuda = device.type == "cuda"
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._start: float | None = None  # of the cycle
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        if self._is_cuda and name != "host":
-            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            events[0].record()
-            yield
-            events[1].record()
-            self._events.append((name, *events))
-        else:
-            start = time.perf_counter()
+        start = time.perf_counter()
+        if not self._is_cuda:
             yield
             self._statistics.seconds[name] += time.perf_counter() - start
+            return
+        self._start = self._start or start
+        if name == "host":  # what `settle` leaves over
+            yield
+            return
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record()
+        yield
+        events[1].record()
+        self._events.append((name, *events))
 
     def settle(self) -> None:
-        """Add the device's times; call when the host has just read from the device."""
-        done = [event for event in self._events if event[2].query()]
-        self._events = [event for event in self._events if not event[2].query()]
-        for name, start, end in done:
-            self._statistics.seconds[name] += start.elapsed_time(end) / 1000
+        """End a cycle; call when the host has just read from the device, which has done everything asked so far."""
+        if self._start is None:
+            return
+        seconds = self._statistics.seconds
+        host = time.perf_counter() - self._start
+        for name, start, end in self._events:
+            on_device = start.elapsed_time(end) / 1000
+            seconds[name] += on_device
+            host -= on_device
+        seconds["host"] += max(0.0, host)
+        self._events, self._start = [], None

@@ -219,6 +219,13 @@ class Outcomes:
     parent_depths: Array
 
 
+def join_outcomes(parts: Sequence[Outcomes]) -> Outcomes:
+    """The outcomes of several cycles."""
+    return Outcomes(
+        *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Outcomes)),
+    )
+
+
 @dataclass(frozen=True)
 class CycleFacts:
     """What became of the running rows' trees, on the host: arrays `[R, N]` as in DraftTree and Verdict.
@@ -242,7 +249,8 @@ class CycleFacts:
         return int(self.depths.shape[1])
 
     def outcomes(self) -> Outcomes:
-        tried = self.drafted & np.take_along_axis(self.accepted, self.parents, 1)
+        """The nodes that had a chance."""
+        tried = self.drafted & self.accepted[np.arange(len(self.rows))[:, None], self.parents]
         # At each depth at most one node of a row is accepted, so these are the children of one parent.
         has_children = np.zeros((len(self.rows), self.max_depth + 1), dtype=bool)
         rows, nodes = np.nonzero(tried)
@@ -268,6 +276,9 @@ def read_cycle(tree: DraftTree, verdict: Verdict) -> tuple[Array, tuple[Array, .
 
 def facts_of(parts: tuple[Array, ...], rows: Array, max_depth: int) -> CycleFacts:
     """The facts of some rows from what `read_cycle` gave."""
-    accepted, parents, depths, valid, scores, log_probs = (part[rows] for part in parts)
-    depths, drafted = depths.astype(np.int64), (valid > 0) & (depths > 0) & np.isfinite(log_probs)
-    return CycleFacts(rows, accepted > 0, parents.astype(np.int64), depths, drafted, scores, log_probs, max_depth)
+    if len(rows) < len(parts[0]):
+        parts = tuple(part[rows] for part in parts)
+    accepted, parents, depths, valid, scores, log_probs = parts
+    drafted = (valid > 0) & (depths > 0) & np.isfinite(log_probs)
+    parents, depths = (part.astype(np.int64, copy=False) for part in (parents, depths))
+    return CycleFacts(rows, accepted > 0, parents, depths, drafted, scores, log_probs, max_depth)

@@ -15,7 +15,7 @@ Start = Callable[..., Generation]
 
 @dataclass(frozen=True)
 class PromptResult:
-    """One run of one prompt: `seconds` is the median of its repeats, the counts are the same in all of them."""
+    """One prompt's runs: `seconds` is the median of its repeats, `num_cycles` the last one's."""
 
     num_tokens: int
     num_cycles: int

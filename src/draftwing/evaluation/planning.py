@@ -13,8 +13,8 @@ from rich.table import Table
 
 from draftwing.checkpoint.load import ACCEPTANCE_FILE
 from draftwing.decoding.acceptance import EDGES, NUM_DEPTHS, AcceptanceTable
-from draftwing.decoding.auto_plan import Experience
 from draftwing.decoding.costs import CycleCosts
+from draftwing.decoding.experience import Experience
 from draftwing.evaluation.compare import MethodResult, PromptResult, Start
 
 BAR = 40
@@ -34,7 +34,7 @@ class PlanReport:
         return {
             "costs": self.costs.as_dict(),
             "acceptance": self.experience.acceptance.as_dict(),
-            "predicted_speedup": self.experience.gain,
+            "learnt_speedup": self.experience.gain,
             "speedup": self.auto.tokens_per_second / self.plain.tokens_per_second,
             "acceptance_length": self.auto.statistics.acceptance_length,
             "node_pays_from": self.node_pays_from(),

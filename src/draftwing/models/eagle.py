@@ -50,6 +50,10 @@ class EagleModel(nn.Module):
         """The state that the next draft step reads."""
         return output
 
+    def readout(self, output: torch.Tensor) -> torch.Tensor:
+        """What the output head reads of the output of `forward`."""
+        return output
+
     def logits(self, output: torch.Tensor) -> torch.Tensor:
         """Draft logits `[..., V]` from the output of `forward`."""
         return self._target_head[0](output)

@@ -100,7 +100,12 @@ class Eagle3Model(nn.Module):
         normed: torch.Tensor = self.norm(output) if self.config.norm_output else output
         return normed
 
+    def readout(self, output: torch.Tensor) -> torch.Tensor:
+        """What the output head reads of the output of `forward`."""
+        normed: torch.Tensor = self.norm(output)
+        return normed
+
     def logits(self, output: torch.Tensor) -> torch.Tensor:
         """Draft logits `[..., Vd]` from the output of `forward`."""
-        logits: torch.Tensor = self.lm_head(self.norm(output))
+        logits: torch.Tensor = self.lm_head(self.readout(output))
         return logits

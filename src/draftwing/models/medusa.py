@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from draftwing.models.draft_vocab import DraftVocab
+
 
 @dataclass(frozen=True)
 class MedusaConfig:
@@ -50,6 +52,7 @@ class MedusaModel(nn.ModuleList):
             for _ in range(config.num_heads)
         )
         self.config = config
+        self.vocab = DraftVocab(None, config.vocab_size)
 
     def start_from(self, target_rows: torch.Tensor) -> None:
         """Make every head predict what the target's output matrix `[V, D]` does, as training begins in the paper."""

@@ -30,7 +30,7 @@ def pack_linears(model: nn.Module) -> None:
         ]
         groups += [(name,) for name in layers if not any(name in group for group in groups)]
         for group in groups:
-            product = _PackedProduct([layers[name] for name in group])
+            product = PackedProduct([layers[name] for name in group])
             for index, name in enumerate(group):
                 setattr(parent, name, PackedLinear(product, index))
 
@@ -48,7 +48,7 @@ def _can_pack(layer: nn.Linear) -> bool:
     return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class _PackedProduct:
+class PackedProduct:
     """One product for one or more layers that read the same tensor."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
@@ -65,25 +65,31 @@ class _PackedProduct:
     def output(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """The output of layer `index`; the others' are kept for the calls that follow with the same tensor."""
         if len(self.sizes) == 1:
-            return self._multiply(x)
+            return self(x)
         last = self._last  # read once: another thread may replace it
         if last is None or last[0] is not x:
-            last = x, self._multiply(x).split(self.sizes, dim=-1)
+            last = x, self(x).split(self.sizes, dim=-1)
         self._last = last if index < len(self.sizes) - 1 else None
         return last[1][index]
 
-    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """All layers' outputs side by side."""
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return product
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The residual plus the product, which is rounded once."""
+        total: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
+        return total
 
 
 class PackedLinear(nn.Module):
     """`x @ W.T + b` with a packed weight, in the weight's dtype; the same bits for a row whatever the other rows."""
 
-    def __init__(self, product: _PackedProduct, index: int) -> None:
+    def __init__(self, product: PackedProduct, index: int) -> None:
         super().__init__()
-        self._product, self._index = product, index
+        self.product, self._index = product, index
         self.out_features = product.sizes[index]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._product.output(x, self._index)
+        return self.product.output(x, self._index)

@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.models.layers import grouped_attention, pack_mask
+from draftwing.models.logits import LogitTransform
 from draftwing.models.packed import PackedLinear
 
 ATTENTION = "draftwing"
@@ -29,8 +30,35 @@ class TargetOutput:
     features: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class TreePass:
+    """What one pass of the model reads.
+
+    Attributes:
+        tokens, positions: `[B, N]`.
+        masks: what each node reads, as the attention implementation wants it (a mapping for several kinds of layers).
+        cache: where the slots `[B, N]` of the nodes' keys and values lie.
+        num_read: slots that attention reads, from a row's first.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    masks: Any
+    cache: KVCache
+    slots: torch.Tensor
+    num_read: int
+
+
+@dataclass(frozen=True)
+class RowStates:
+    """What training reads of the target: `features [B, S, F]` and `last_hidden [B, S, D]`, its final norm's output."""
+
+    features: torch.Tensor
+    last_hidden: torch.Tensor
+
+
 class TargetModel:
-    """A Hugging Face causal LM behind the three calls that the cycle needs; its `role` begins the error messages.
+    """A Hugging Face causal LM behind the calls that the cycle needs; its `role` begins the error messages.
 
     Raises:
         ValueError: the model's state cannot be rolled back (recurrent layers), it takes no positions, or its attention
@@ -86,6 +114,15 @@ class TargetModel:
         return head
 
     @property
+    def logit_transform(self) -> LogitTransform:
+        """What the model does to the product of its output head."""
+        return LogitTransform.of(self.config)
+
+    def logits(self, last_hidden: torch.Tensor) -> torch.Tensor:
+        """The model's logits `[..., V]` from the output of its final norm."""
+        return self.logit_transform.apply(self.output_head(last_hidden))
+
+    @property
     def embedding(self) -> nn.Module:
         embedding = self.model.get_input_embeddings()
         assert isinstance(embedding, nn.Module)
@@ -133,11 +170,19 @@ class TargetModel:
         if self.max_positions is not None:  # nodes past the limit cannot be emitted, but must not index past a table
             positions = positions.clamp(max=self.max_positions - 1)
         visible = visible_slots(cache.lengths, ancestors, num_read)
+        has_window = any(window is not None for window in self._windows.values())
+        slot_positions = _slot_positions(cache.lengths, depths, num_read) if has_window else None
+        masks = self._masks(visible, positions, slot_positions, cache.dtype)
+        slots = cache.slots_behind(num_behind)[:, -num_new:]
+        return self._run(TreePass(tokens, positions, masks, cache, slots, num_read), feature_layers, last_logits_only)
+
+    def _run(self, tree: TreePass, feature_layers: tuple[int, ...], last_logits_only: bool) -> TargetOutput:
+        """The pass itself, by the stock module."""
         output = self.model(
-            input_ids=tokens,
-            position_ids=positions,
-            attention_mask=self._masks(visible, positions, depths, cache),
-            past_key_values=SlotCacheView(cache, cache.slots_behind(num_behind)[:, -num_new:], num_read),
+            input_ids=tree.tokens,
+            position_ids=tree.positions,
+            attention_mask=tree.masks,
+            past_key_values=SlotCacheView(tree.cache, tree.slots, tree.num_read),
             use_cache=True,
             output_hidden_states=bool(feature_layers),
             logits_to_keep=1 if last_logits_only else 0,
@@ -159,21 +204,61 @@ class TargetModel:
         cache.commit(None, num_valid, max_kept=length)
         return output.features
 
+    @torch.no_grad()
+    def read_rows(
+        self,
+        tokens: torch.Tensor,
+        feature_layers: tuple[int, ...],
+        positions: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+    ) -> RowStates:
+        """One pass over whole rows of tokens `[B, S]`, right-padded or packed, without a cache; for training.
+
+        In packed rows `positions [B, S]` restart with each document of `document_ids [B, S]`, and no slot reads
+        another document's.
+        """
+        packed: dict[str, Any] = {}
+        if document_ids is not None:
+            assert positions is not None
+            visible = (document_ids[:, :, None] == document_ids[:, None, :]).tril()
+            masks = self._masks(visible, positions, positions, self.dtype)
+            packed = {"position_ids": positions, "attention_mask": masks}
+        output = self.model(input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1, **packed)
+        features = torch.cat([output.hidden_states[layer] for layer in feature_layers], dim=-1)
+        return RowStates(features, output.hidden_states[-1])
+
+    @torch.no_grad()
+    def check_logits(self) -> None:
+        """Compare the model's logits with `logits` of its last hidden state.
+
+        Raises:
+            ValueError: they differ, so the model does more behind its output head than is known here.
+        """
+        tokens = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        output = self.model(input_ids=tokens, use_cache=False, output_hidden_states=True)
+        gap = output.logits.float() - self.logits(output.hidden_states[-1]).float()
+        if gap.norm() > 0.01 * output.logits.float().norm():
+            raise ValueError(
+                f"{self._role}: {type(self.model).__name__} changes its logits behind the output head in a way that "
+                "training does not know"
+            )
+
     def _masks(
-        self, visible: torch.Tensor, positions: torch.Tensor, depths: torch.Tensor, cache: KVCache
+        self, visible: torch.Tensor, positions: torch.Tensor, slot_positions: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The mask over `visible [B, N, S]`, by layer type where there are several; sliding windows need positions."""
         masks = {}
         for layer_type, window in self._windows.items():
             mask = visible
             if window is not None:
-                slot_positions = _slot_positions(cache.lengths, depths, visible.shape[-1])
+                assert slot_positions is not None
                 mask = visible & (positions[:, :, None] - slot_positions[:, None, :] < window)
             mask = mask.unsqueeze(1)
             attention = self.model.config._attn_implementation
             if attention == "eager":
                 mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
             elif attention == ATTENTION and self._query_groups > 1:
-                mask = torch.zeros_like(mask, dtype=cache.dtype).masked_fill_(~mask, -torch.inf)
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
                 mask = pack_mask(mask, self._query_groups)
             masks[layer_type] = mask
         return masks if len(masks) > 1 else next(iter(masks.values()))

@@ -1,6 +1,6 @@
-"""What a head learns from one batch: EAGLE-1's regression, EAGLE-3's training-time test."""
+"""What a head learns from one batch: the tokens (and for EAGLE-1 the features) of training-time-test steps."""
 
-from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,126 +10,172 @@ from draftwing.config import TrainConfig
 from draftwing.models.eagle import EagleModel
 from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.target import TargetModel
-from draftwing.training.losses import feature_regression, masked_mean, soft_cross_entropy
+from draftwing.training.fused import OutputHead, Teacher, fused_loss, summarize
+from draftwing.training.losses import feature_regression, widen
+from draftwing.training.slots import SupervisedSlots, document_positions
 from draftwing.training.ttt import TttAttention, shift_left
 
 
-def draft_mask(loss_mask: torch.Tensor) -> torch.Tensor:
-    """The slots to supervise: `[B, S]` over tokens -> `[B, S]` over slots.
-
-    Slot t has read x_{t+1} and predicts x_{t+2}, so it is supervised if x_{t+2} exists and is the model's to say. The
-    first such slot is the last prompt position but one: inference drafts from it too.
-
-        tokens   <user> hi <assistant> yes sir <end> (padding)
-        mask       0     0      0       1   1    1      0
-        slots      0     1      1       1   0    0      0
-    """
-    return shift_left(loss_mask, 2)
-
-
 class HeadTraining(nn.Module):
-    """A head with its frozen target: `forward(batch)` gives the loss; metrics of each step are summed on the side."""
+    """A head with its frozen target: `forward(batch)` gives the loss; metrics of each step are summed on the side.
+
+    A step's loss is a mean over the slots that it supervises. Their number follows from the loss mask alone, so it can
+    be summed over processes and accumulated batches before the first of them runs (`count_slots`). All parameters are
+    used in `forward`, so this is the module to wrap for DDP or FSDP.
+    """
 
     def __init__(self, head: EagleModel | Eagle3Model, target: TargetModel, config: TrainConfig) -> None:
         super().__init__()
         self.head = head
-        self._target = target  # a TargetModel is no module, so its weights are not saved
+        self.target = target  # a TargetModel is no module, so its weights are not saved
         target.model.requires_grad_(False)  # nor trained, though the head shares its embedding or output head
         self._config = config
-        # Sums over the batches since they were last read, apart for training and evaluation.
-        self._sums: dict[bool, dict[str, float]] = {True: defaultdict(float), False: defaultdict(float)}
-        if isinstance(head, Eagle3Model) and head.vocab.target_ids is not None:
-            in_vocab = torch.zeros(target.vocab_size, dtype=torch.bool)
-            self._in_vocab = in_vocab.index_fill_(0, head.vocab.target_ids, True)
-        else:
-            self._in_vocab = torch.ones(target.vocab_size, dtype=torch.bool)
+        self._is_checked = False
+        # (Sum, count) of each figure since they were last read, apart for training and evaluation.
+        self._sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
+        assert isinstance(target.output_head, nn.Linear), "a packed target cannot be trained with"
+        weight = target.output_head.weight
+        self._target_head = OutputHead(weight, target.output_head.bias, target.logit_transform)
+        ids = head.vocab.target_ids
+        # The target's head over the draft vocabulary, and each target token's draft id, -1 if it has none.
+        self._teacher_head, self._draft_ids = self._target_head, torch.arange(target.vocab_size, device=weight.device)
+        if ids is not None:
+            ids = ids.to(weight.device)
+            self._teacher_head = self._target_head.rows(ids)
+            self._draft_ids = torch.full_like(self._draft_ids, -1)
+            self._draft_ids[ids] = torch.arange(len(ids), device=weight.device)
 
-    def forward(self, input_ids: torch.Tensor, loss_mask: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
-        """`input_ids [B, S]` right-padded, `loss_mask [B, S]` -> the batch's `loss`."""
-        with torch.no_grad():
-            output = self._target.model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
-            features = torch.cat([output.hidden_states[layer] for layer in self.head.config.feature_layers], dim=-1)
-            features = features.to(self.head.fc.weight.dtype)  # the target may be in bf16, the head's weights are not
-        if isinstance(self.head, EagleModel):
-            loss = self._regression_loss(self.head, input_ids, loss_mask, features, output.logits)
-        else:
-            loss = self._ttt_loss(self.head, input_ids, loss_mask, features, output.logits)
-        self._add("loss", loss)
-        return {"loss": loss}
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        loss_mask: torch.Tensor,
+        document_ids: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+        last_hidden: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | None = None,
+        **_: Any,
+    ) -> dict[str, torch.Tensor]:
+        """The batch's `loss`.
 
-    def pop_metrics(self, training: bool) -> dict[str, float]:
-        """Means over the training or evaluation batches since the last call: loss, each step's figures, tau_sim."""
-        sums = self._sums[training]
-        count = sums.pop("batches", 1)
-        metrics = {name: total / count for name, total in sums.items()}
-        product, tau, step = 1.0, 1.0, 0
-        while f"accuracy_{step}" in metrics:
+        Args:
+            input_ids: `[B, S]`, right-padded or packed.
+            loss_mask: `[B, S]`, True for the tokens that are the model's to say.
+            document_ids: `[B, S]`, ascending from 0, -1 for padding, of packed rows; no step crosses a document.
+            last_hidden: `[B, S, D]`, the output of the target's final norm, where the target need not be run;
+                `features [B, S, F]` with it, unless they are the same (EAGLE-1).
+            num_items_in_batch: `[J]` (the Trainer's name), the slots of all batches whose gradients are summed, by
+                step; default: of this batch alone.
+        """
+        positions = _positions(loss_mask, document_ids)
+        if last_hidden is None:
+            self._check_target()
+            layers = self.head.config.feature_layers
+            states = self.target.read_rows(input_ids, layers, positions, document_ids)
+            features, last_hidden = states.features, states.last_hidden
+        slots = SupervisedSlots.of(loss_mask, positions)
+        features = last_hidden if features is None else features
+        # The target may be in bf16, the head's weights are not.
+        outputs = self._run_steps(features.to(self.head.fc.weight.dtype), input_ids, positions, document_ids, slots)
+        valid = slots.valid(self._num_steps)
+        num_slots = valid.sum(0) if num_items_in_batch is None else num_items_in_batch
+        step_weights = self._decay.to(outputs.device) / num_slots.clamp(min=1)
+        return {"loss": self._loss(outputs, last_hidden.flatten(0, 1)[slots.teacher], valid, step_weights)}
+
+    def count_slots(self, loss_mask: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """The number of slots that each training-time-test step supervises, `[J]`."""
+        slots = SupervisedSlots.of(loss_mask, _positions(loss_mask, document_ids))
+        return slots.valid(self._num_steps).sum(0)
+
+    def pop_metrics(
+        self, training: bool, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
+    ) -> dict[str, float]:
+        """Means over the training or evaluation slots since the last call: loss, each step's figures, tau_sim.
+
+        `reduce` sums a tensor over the processes.
+        """
+        sums, self._sums[training] = self._sums[training], {}
+        if not sums:
+            return {}
+        totals = reduce(torch.stack(list(sums.values()))).tolist()
+        metrics = {name: total / max(count, 1) for name, (total, count) in zip(sums, totals, strict=True)}
+        loss, product, tau = 0.0, 1.0, 1.0
+        for step, weight in enumerate(self._decay.tolist()):
+            of_tokens, of_features = metrics.get(f"loss_{step}", 0.0), metrics.get(f"regression_{step}", 0.0)
+            loss += weight * (self._token_weight * of_tokens + of_features)
             product *= metrics[f"accuracy_{step}"]
-            step += 1
             tau += product
-        sums.clear()
-        return metrics | {"tau_sim": tau}
+        return metrics | {"loss": loss, "tau_sim": tau}
 
-    def _regression_loss(
+    def _run_steps(
         self,
-        head: EagleModel,
-        input_ids: torch.Tensor,
-        loss_mask: torch.Tensor,
         features: torch.Tensor,
-        logits: torch.Tensor,
-    ) -> torch.Tensor:
-        """EAGLE-1 (paper, 3.2): smooth-L1 to the next feature, and cross-entropy of the tokens it stands for."""
-        config, mask = self._config, draft_mask(loss_mask)
-        noise = (torch.rand_like(features) * 2 - 1) * config.feature_noise if self.training else 0.0
-        predicted = head(features + noise, shift_left(input_ids, 1), _positions(input_ids), TttAttention())
-        draft_logits = head.logits(predicted)
-        teacher = shift_left(logits, 1).float().softmax(-1)
-        regression = masked_mean(feature_regression(predicted, shift_left(features, 1)), mask)
-        cross_entropy = masked_mean(soft_cross_entropy(draft_logits, teacher), mask)
-        self._add("regression", regression)
-        self._record(0, cross_entropy, draft_logits.argmax(-1), teacher.argmax(-1), mask)
-        return regression + config.token_loss_weight * cross_entropy
-
-    def _ttt_loss(
-        self,
-        head: Eagle3Model,
         input_ids: torch.Tensor,
-        loss_mask: torch.Tensor,
-        features: torch.Tensor,
-        logits: torch.Tensor,
+        positions: torch.Tensor,
+        document_ids: torch.Tensor | None,
+        slots: SupervisedSlots,
     ) -> torch.Tensor:
-        """EAGLE-3 (paper, 3.2): the sum of decay^j times step j's cross-entropy over the draft vocabulary."""
-        config, vocab = self._config, head.vocab
-        # Computed once; step j reads these shifted by j more.
-        best = shift_left(logits.argmax(-1), 1)
-        in_draft_vocab = self._in_vocab.to(best.device)[best]
-        teacher_logits = logits if vocab.target_ids is None else logits[..., vocab.target_ids.to(logits.device)]
-        teacher = shift_left(teacher_logits, 1).float().softmax(-1)
-        supervised = draft_mask(loss_mask)
-        mask = supervised & in_draft_vocab
-        hidden, attend = head.fuse(features), TttAttention()
-        total = torch.zeros((), device=input_ids.device)
-        for step in range(config.ttt_steps):
-            tokens = shift_left(input_ids, 1 + step)
-            output = head(hidden, tokens, _positions(input_ids) + step, attend)
-            draft_logits = head.logits(output)
-            loss = masked_mean(soft_cross_entropy(draft_logits, shift_left(teacher, step)), shift_left(mask, step))
-            total = total + config.ttt_decay**step * loss
-            choice = vocab.to(draft_logits.device).to_target(draft_logits.argmax(-1))
-            self._record(step, loss, choice, shift_left(best, step), shift_left(supervised, step))
+        """What the output head reads at each step, at the slots that predict the teacher's: `[U, J, D]`."""
+        head = self.head
+        head.rotary.reserve(input_ids.shape[1] + self._num_steps)
+        if isinstance(head, EagleModel) and self.training:
+            features = features + (torch.rand_like(features) * 2 - 1) * self._config.feature_noise
+        hidden, attend, outputs = head.fuse(features), TttAttention(document_ids), []
+        for step in range(self._num_steps):
+            output = head(hidden, shift_left(input_ids, 1 + step), positions + step, attend)
+            outputs.append(head.readout(output.flatten(0, 1).index_select(0, slots.student(step))))
             hidden = head.feed_back(output)
-        return total
+        return torch.stack(outputs, dim=1)
 
-    def _record(
-        self, step: int, loss: torch.Tensor, choice: torch.Tensor, best: torch.Tensor, mask: torch.Tensor
-    ) -> None:
-        self._add(f"loss_{step}", loss)
-        self._add(f"accuracy_{step}", masked_mean((choice == best).float(), mask))
+    def _loss(
+        self, outputs: torch.Tensor, last_hidden: torch.Tensor, valid: torch.Tensor, step_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sum of the losses of `outputs [U, J, D]`, taught by the target's `last_hidden [U, D]`."""
+        config, head = self._config, self.head
+        device, step_weights = outputs.device, step_weights.to(widen(outputs[:0]).dtype)
+        # A target that is split over devices has its output head on another one.
+        best, log_total = summarize(last_hidden.to(self._target_head.weight.device), self._target_head)
+        best, log_total, last_hidden = self._draft_ids[best].to(device), log_total.to(device), last_hidden.to(device)
+        teacher = Teacher(last_hidden, self._teacher_head.ready(device), log_total, best)
+        output_head = OutputHead(head.lm_head.weight) if isinstance(head, Eagle3Model) else self._target_head
+        loss, sums = fused_loss(outputs, output_head, teacher, valid, step_weights, (config.loss, config.lk_decay))
+        loss = self._token_weight * loss
+        figures = {"loss": sums.loss, "accuracy": sums.hits, "acceptance_rate": sums.acceptance}
+        if isinstance(head, EagleModel):
+            regression = (feature_regression(outputs, last_hidden[:, None]) * valid).sum(0)
+            loss = loss + (regression * step_weights).sum()
+            figures["regression"] = regression
+        self._add(figures, valid.sum(0))
+        return loss
 
-    def _add(self, name: str, value: torch.Tensor) -> None:
-        self._sums[self.training][name] += float(value.detach())
-        self._sums[self.training]["batches"] += name == "loss"
+    @property
+    def _num_steps(self) -> int:
+        return self._config.ttt_steps if isinstance(self.head, Eagle3Model) else self._config.feature_steps
+
+    @property
+    def _decay(self) -> torch.Tensor:
+        """`decay^j` of each step, `[J]` (float64)."""
+        return self._config.ttt_decay ** torch.arange(self._num_steps, dtype=torch.float64)
+
+    @property
+    def _token_weight(self) -> float:
+        return 1.0 if isinstance(self.head, Eagle3Model) else self._config.token_loss_weight
+
+    def _check_target(self) -> None:
+        if not self._is_checked:
+            self.target.check_logits()
+            self._is_checked = True
+
+    def _add(self, figures: dict[str, torch.Tensor], num_slots: torch.Tensor) -> None:
+        """Add each step's sums `[J]` over its slots; they stay on the device, so that no step waits for them."""
+        sums = self._sums[self.training]
+        for name, totals in figures.items():
+            for step, new in enumerate(torch.stack((totals.detach().double(), num_slots.double()), dim=1)):
+                key = f"{name}_{step}"
+                sums[key] = sums[key] + new if key in sums else new
 
 
-def _positions(input_ids: torch.Tensor) -> torch.Tensor:
-    return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+def _positions(tokens: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
+    """Positions `[B, S]` of a batch's tokens (any tensor of that shape)."""
+    if document_ids is None:
+        return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return document_positions(document_ids)

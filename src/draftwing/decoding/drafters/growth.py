@@ -70,13 +70,15 @@ def draft_dynamic(plan: TreePlan, draft: RootedDraft) -> list[Candidates]:
     log_probs, tokens = (t.squeeze(1) for t in draft.best_children(draft.root_logits, width, 0))  # [B, K]
     scores = sizing.worth(log_probs, 1)
     parent = torch.zeros_like(tokens)  # index into the previous level's frontier
-    frontier = torch.arange(width, device=tokens.device).expand_as(tokens)  # candidate index of each
+    frontier = torch.arange(width, device=tokens.device).expand_as(tokens)  # candidate index of each, best first
     to_root = torch.full_like(tokens, -1)
-    drafted = [Candidates(tokens, scores, log_probs, to_root, torch.ones_like(tokens))]
+    drafted, num_drafted = [Candidates(tokens, scores, log_probs, to_root, torch.ones_like(tokens))], width
     for level in range(1, plan.depth):
-        if not sizing.goes_on(scores, level):
+        num_parents = sizing.num_parents(scores, level)
+        if num_parents == 0:
             break
-        log_probs, child_tokens = draft.best_children(draft.step(parent, tokens), width, level)  # [B, K, K]
+        scores, tokens, parent, frontier = (t[:, :num_parents] for t in (scores, tokens, parent, frontier))
+        log_probs, child_tokens = draft.best_children(draft.step(parent, tokens), width, level)  # [B, P, K]
         child_scores = (scores[:, :, None] + sizing.worth(log_probs, level + 1)).flatten(1)
         child_tokens = child_tokens.flatten(1)
         child_parents = frontier.repeat_interleave(width, dim=1)
@@ -85,8 +87,8 @@ def draft_dynamic(plan: TreePlan, draft: RootedDraft) -> list[Candidates]:
         if level + 1 < plan.depth:
             scores, chosen = child_scores.topk(width)
             tokens = child_tokens.gather(1, chosen)
-            frontier = chosen + plan.num_candidates_to(level)
-            parent = chosen // width
+            frontier, parent = chosen + num_drafted, chosen // width
+            num_drafted += child_tokens.shape[1]
     return drafted
 
 

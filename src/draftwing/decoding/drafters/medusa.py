@@ -12,7 +12,6 @@ from draftwing.decoding.drafters import Drafter, Ranking
 from draftwing.decoding.drafters.growth import RootedDraft, grow_tree
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.tree import DraftTree, root_tree
-from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.medusa import MedusaModel
 
 
@@ -23,7 +22,6 @@ class MedusaDrafter(Drafter):
         config = model.config
         self.feature_layers = config.feature_layers
         self._model = model
-        self._vocab = DraftVocab(None, config.vocab_size)
         self._hidden = torch.zeros(batch_size, config.hidden_size, dtype=dtype, device=device)
         self._lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
@@ -47,7 +45,7 @@ class MedusaDrafter(Drafter):
             return logits.expand(-1, tokens.shape[1], -1)
 
         root_logits = step(root[:, None], root[:, None])
-        tree = grow_tree(root, plan, _SharedDraft(root_logits, step, self._lengths[:, None], self._vocab, rank))
+        tree = grow_tree(root, plan, _SharedDraft(root_logits, step, self._lengths[:, None], self._model.vocab, rank))
         # A row with nothing read yet (a prompt of one token) has no feature to draft from.
         can_draft = (self._lengths > 0)[:, None] | (tree.depths == 0)
         return replace(tree, valid=tree.valid & can_draft)

@@ -1,0 +1,245 @@
+"""What a cycle costs, stage by stage, beside the least it could cost: a target and head of any shape, random weights.
+
+    python benchmarks/bench_cycle.py --shape tiny
+    python benchmarks/bench_cycle.py --shape llama-3.1-8b --device cuda --dtype bfloat16 --context 1024 --output r.json
+
+The least is reading every weight that a token needs once, at the copy bandwidth measured in the same run. Beside it
+stand plain decoding by this engine and by transformers' `generate` (its own attention and cache). A random head's
+drafts are never accepted, so tokens per second are worked out with a published tau, not measured here.
+"""
+
+import argparse
+import sys
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
+
+from draftwing.checkpoint.formats import default_aux_layers
+from draftwing.checkpoint.load import build_network
+from draftwing.decoding.costs import CycleCosts, measure_costs
+from draftwing.decoding.drafters.eagle import EagleDrafter
+from draftwing.decoding.plan import TreePlan
+from draftwing.models.layers import DraftConfig
+from draftwing.models.packed import pack_linears
+from draftwing.models.target import ATTENTION, TargetModel
+from draftwing.provenance import write_record
+
+# Layers, width, MLP width, heads, key/value heads, head width, vocabulary, whether the embedding is the output head.
+SHAPES: dict[str, tuple[type[LlamaConfig] | type[Qwen3Config], tuple[int, ...]]] = {
+    "tiny": (LlamaConfig, (12, 256, 704, 4, 2, 64, 4096, 1)),
+    "llama-3.2-1b": (LlamaConfig, (16, 2048, 8192, 32, 8, 64, 128256, 1)),
+    "llama-3.1-8b": (LlamaConfig, (32, 4096, 14336, 32, 8, 128, 128256, 0)),
+    "qwen3-8b": (Qwen3Config, (36, 4096, 12288, 32, 8, 128, 151936, 0)),
+}
+PUBLISHED_TAU = {("llama-3.1-8b", "tree:10x8x60"): 5.39}
+"""EAGLE-3 on MT-bench at temperature 0 as SGLang measured it (sglang issue 4247)."""
+
+
+def main() -> int:
+    options = parse_options()
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    model = random_target(options.shape, device, dtype)
+    transformers_seconds = stock_seconds(model, options) if not options.no_transformers else None
+    target = TargetModel(model)
+    head = random_head(target, options.draft_vocab_size, dtype)
+    needed = weight_bytes(target.model)
+    bandwidth = copy_bandwidth(device)
+    if device.type == "cpu":
+        pack_linears(target.model)
+        pack_linears(head)
+
+    def new_drafter(rows: int, capacity: int) -> EagleDrafter:
+        return EagleDrafter(head, rows, capacity, dtype, device)
+
+    plans = [TreePlan.parse(plan) for plan in options.plans]
+    largest = max(plans, key=lambda plan: (plan.num_nodes, plan.width))
+    costs = measure_costs(target, new_drafter, options.batch_size, largest, options.cycles, (options.context,))
+    kv_bytes = kv_cache_bytes(target, options)
+    result = {
+        "weight_bytes": needed,
+        "kv_bytes": kv_bytes,
+        "copy_bytes_per_second": bandwidth,
+        "least_seconds": (needed + kv_bytes) / bandwidth,
+        "transformers_seconds": transformers_seconds,
+        "costs": costs.as_dict(),
+        "cycles": [
+            cycle_row(plan, PUBLISHED_TAU.get((options.shape, text)), text, costs)
+            for plan, text in zip(plans, options.plans, strict=True)
+        ],
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+    print_tables(result, options)
+    if options.output:
+        write_record(options.output, result, vars(options))
+    return 0
+
+
+def random_target(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of the shape whose weights are noise, made on the device."""
+    config_class, sizes = SHAPES[shape]
+    layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, tied = sizes
+    config = config_class(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        tie_word_embeddings=bool(tied),
+        max_position_embeddings=131072 if hidden > 1024 else 1024,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation=ATTENTION,
+    )
+    model_class = Qwen3ForCausalLM if config_class is Qwen3Config else LlamaForCausalLM
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    with device, torch.no_grad():
+        model = model_class(config)
+    torch.set_default_dtype(default)
+    return model.eval()
+
+
+def random_head(target: TargetModel, draft_vocab_size: int, dtype: torch.dtype) -> Any:
+    """An EAGLE-3 head shaped like one layer of the target, of noise."""
+    config = target.config
+    sizes = DraftConfig(
+        hidden_size=target.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocab_size=target.vocab_size,
+        draft_vocab_size=min(draft_vocab_size, target.vocab_size),
+        target_hidden_size=target.hidden_size,
+        aux_layers=default_aux_layers(target.num_layers),
+    )
+    ids = torch.arange(sizes.draft_vocab_size) if sizes.draft_vocab_size < target.vocab_size else None
+    return build_network(sizes, target, ids).to(target.device, dtype).eval()
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes that a decoding step has to read: all weights but the embedding's rows that are not looked up."""
+    embedding = model.get_input_embeddings().weight
+    is_tied = embedding is model.get_output_embeddings().weight
+    read = [weight for weight in model.parameters() if is_tied or weight is not embedding]
+    return sum(weight.numel() * weight.element_size() for weight in read)
+
+
+def kv_cache_bytes(target: TargetModel, options: argparse.Namespace) -> int:
+    """Bytes of the keys and values of every row's context."""
+    config, size = target.config, torch.empty((), dtype=target.attention_dtype).element_size()
+    a_token = 2 * target.num_layers * config.num_key_value_heads * config.head_dim * size
+    return int(a_token * options.context * options.batch_size)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read plus bytes written per second by a large copy, the best of a few."""
+    source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 28) // 4, device=device)
+    goal = torch.empty_like(source)
+    seconds = []
+    for _ in range(8):
+        synchronize(device)
+        start = time.perf_counter()
+        goal.copy_(source)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.numel() * 4 / min(seconds)
+
+
+def stock_seconds(model: PreTrainedModel, options: argparse.Namespace) -> float:
+    """Seconds per token of transformers' own greedy `generate` with its own attention."""
+    model.set_attn_implementation("sdpa")
+    prompt = torch.randint(model.config.vocab_size, (options.batch_size, options.context), device=model.device)
+    seconds = {}
+    for num_new in (4, 4, 36):  # the first is the warm-up; the difference leaves the prefill out
+        synchronize(model.device)
+        start = time.perf_counter()
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=num_new,
+            min_new_tokens=num_new,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        synchronize(model.device)
+        seconds[num_new] = time.perf_counter() - start
+    model.set_attn_implementation(ATTENTION)
+    return (seconds[36] - seconds[4]) / 32
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def cycle_row(plan: TreePlan, tau: float | None, text: str, costs: CycleCosts) -> dict[str, Any]:
+    """A plan's cycle from its parts."""
+    seconds = costs.at(costs.contexts[0]).cycle(plan)
+    return {
+        "plan": text,
+        "seconds": seconds,
+        "draft_seconds": costs.extend[0] + costs.levels(plan),
+        "over_plain": seconds / costs.plain[0],
+        "published_tau": tau,
+        "tokens_per_second": tau / seconds if tau else None,
+    }
+
+
+def print_tables(result: dict[str, Any], options: argparse.Namespace) -> None:
+    costs, least = result["costs"], result["least_seconds"]
+    title = f"{options.shape}, {options.dtype}, batch {options.batch_size}, context {options.context}, {options.device}"
+    table = Table(title=title)
+    for column in ("part", "ms", "over the least"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    bandwidth = result["copy_bytes_per_second"] / 1e9
+    parts = [(f"least: {1e-9 * result['weight_bytes']:.2f} GB of weights, copies at {bandwidth:.0f} GB/s", least)]
+    if result["transformers_seconds"] is not None:
+        parts.append(("transformers' generate, a token", result["transformers_seconds"]))
+    parts.append(("plain decoding, a token", costs["plain"][0]))
+    parts += [(f"target's pass, {n} nodes", s) for n, s in zip(costs["num_nodes"], costs["verify"][0], strict=True)]
+    parts.append(("draft: reading the committed tokens, and the first level", costs["extend"][0]))
+    parts += [(f"draft: a level of {w}", s) for w, s in zip(costs["widths"], costs["draft_step"][0], strict=True)]
+    parts.append(("commit and host", costs["fixed"][0]))
+    for name, seconds in parts:
+        table.add_row(name, f"{1000 * seconds:.3f}", f"{seconds / least:.2f}")
+    cycles = Table(title="A cycle")
+    for column in ("plan", "ms", "draft's share", "over a plain step (the tau that breaks even)", "tokens/s at tau"):
+        cycles.add_column(column, justify="left" if column == "plan" else "right")
+    for row in result["cycles"]:
+        speed = f"{row['tokens_per_second']:.0f} at {row['published_tau']}" if row["published_tau"] else ""
+        share = f"{100 * row['draft_seconds'] / row['seconds']:.0f} %"
+        cycles.add_row(row["plan"], f"{1000 * row['seconds']:.3f}", share, f"{row['over_plain']:.2f}", speed)
+    console = Console(width=118)
+    console.print(table)
+    console.print(cycles)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--context", type=int, default=128, help="committed tokens a row (default: 128)")
+    parser.add_argument("--draft-vocab-size", type=int, default=32000)
+    parser.add_argument("--plans", nargs="+", default=["chain:3", "tree:4x5x26", "tree:10x8x60"])
+    parser.add_argument("--cycles", type=int, default=20, help="of each kind; the median counts (default: 20)")
+    parser.add_argument("--no-transformers", action="store_true", help="leave transformers' generate out")
+    parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
+    parser.add_argument("--output", help="write the figures with their provenance to this JSON file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
