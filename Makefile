@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check setup assets clean
+.PHONY: demo test check setup assets tables clean
 
 demo: setup
 	$(BIN)/draftwing demo
@@ -37,6 +37,14 @@ assets: setup
 	done
 	cp build/tiny/target/chat_template.jinja src/draftwing/assets/tiny/target/
 	cp build/tiny/target/prompts.jsonl src/draftwing/assets/tiny/
+
+# All methods, what their choices change, and acceptance by step, on the embedded models: docs/results/tables.
+# make tables TABLES="--data mt_bench=mt_bench.jsonl --num-prompts 20" measures more.
+TABLE_METHODS := all,eagle1:chain:7,eagle2:tree:4x5x26,eagle3:chain:7,eagle3:tree:4x5x26
+TABLE_METHODS := $(TABLE_METHODS),eagle3:tree:4x5x26+uncoupled,eagle3:tree:4x5x26+ngram
+tables: setup
+	$(BIN)/draftwing eval --methods $(TABLE_METHODS) --data embedded --num-prompts 16 --repeats 3 \
+	    --output docs/results/tables $(TABLES)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build

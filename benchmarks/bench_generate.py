@@ -8,7 +8,6 @@ All run in one process, interleaved prompt by prompt; a figure is the median ove
 import argparse
 import statistics
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 from draftwing.api import load
-from draftwing.checkpoint.load import ASSETS, resolve_target
+from draftwing.checkpoint.load import ASSETS, load_stock
 from draftwing.data.prompts import read_prompts
 from draftwing.evaluation.compare import MethodResult, compare_methods
+from draftwing.evaluation.rivals import transformers_rivals
 from draftwing.provenance import write_record
 
 
@@ -68,20 +67,16 @@ def as_row(result: MethodResult, plain_tokens_per_second: float) -> dict[str, An
 
 def transformers_speed(model: Any, prompts: list[list[int]], options: argparse.Namespace) -> float:
     """Tokens per second of the stock greedy `generate` on the same weights, with transformers' own attention."""
-    stock = AutoModelForCausalLM.from_pretrained(resolve_target(options.target), dtype=model.target.dtype)
-    stock = stock.to(options.device).eval()
+    stock = load_stock(options.target, model.target.dtype, options.device)
+    decode = transformers_rivals(stock)["transformers"]
     num_tokens, total = 0, 0.0
     for prompt in prompts:
-        ids = torch.tensor([prompt], device=options.device)
-        seconds = []
-        for _ in range(options.repeats):
-            start = time.perf_counter()
-            output = stock.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.max_new_tokens, do_sample=False
-            )
-            seconds.append(time.perf_counter() - start)
-        num_tokens += output.shape[1] - ids.shape[1]
-        total += statistics.median(seconds)
+        runs = [
+            decode(prompt, temperature=0.0, max_new_tokens=options.max_new_tokens, seed=0)
+            for _ in range(options.repeats)
+        ]
+        num_tokens += runs[-1].num_tokens
+        total += statistics.median(run.seconds for run in runs)
     return num_tokens / total
 
 

@@ -148,6 +148,19 @@ class SpeculativeModel:
         """The same weights, decoding another way."""
         return SpeculativeModel(self.target, self.draft, self.tokenizer, method, Lessons(self._lessons.stored))
 
+    def with_draft(
+        self,
+        draft: str,
+        method: str | None = None,
+        dtype: torch.dtype | None = None,
+        aux_layers: tuple[int, ...] | None = None,
+        rope_theta: float | None = None,
+    ) -> "SpeculativeModel":
+        """The same target with a draft that is loaded for it; arguments and errors are those of `load`."""
+        drafting = load_draft(draft, self.target, dtype, aux_layers, rope_theta, self.tokenizer)
+        pack_linears(drafting.model if isinstance(drafting, TargetModel) else drafting)
+        return SpeculativeModel(self.target, drafting, self.tokenizer, method, Lessons(read_acceptance(draft)))
+
     def generate(
         self,
         input_ids: torch.Tensor,
@@ -203,7 +216,13 @@ class SpeculativeModel:
             )
             for row, prompt in enumerate(prompts)
         ]
-        self._check_draft_positions(max(map(len, prompts), default=0) + settings.max_new_tokens)
+        return self.start_requests(requests, settings)
+
+    def start_requests(self, requests: Sequence[Request], settings: GenerateOptions | None = None) -> Generation:
+        """A generation over requests that have their own sampling and stops; of `settings` the drafting counts."""
+        settings = settings or GenerateOptions()
+        longest = max((len(request.prompt) + request.stop.max_new_tokens for request in requests), default=0)
+        self._check_draft_positions(longest)
         plan = self._plan(settings, requests)
         new_drafter = partial(self._new_drafter, with_lookup=settings.ngram, window=settings.draft_window)
         return Generation(self.target, requests, new_drafter, plan, settings.coupled)
@@ -355,9 +374,8 @@ def load(
     tokenizer = load_tokenizer(target)
     if draft is None or method in DRAFTLESS_METHODS:
         return SpeculativeModel(loaded, None, tokenizer, method)
-    drafting = load_draft(draft, loaded, chosen, aux_layers, rope_theta, tokenizer)
-    pack_linears(drafting.model if isinstance(drafting, TargetModel) else drafting)
-    return SpeculativeModel(loaded, drafting, tokenizer, method, Lessons(read_acceptance(draft)))
+    bare = SpeculativeModel(loaded, tokenizer=tokenizer)
+    return bare.with_draft(draft, method, chosen, aux_layers, rope_theta)
 
 
 @cache
@@ -415,6 +433,15 @@ def resolve_method(method: str | None, draft: Draft | None) -> str:
     if method not in (None, "plain", *methods):
         raise ValueError(f"method: {method} cannot use this draft, which is {kind}")
     return method or methods[0]
+
+
+def serves(method: str, draft: Draft | None) -> bool:
+    """Whether a method can decode with this draft, or without any."""
+    try:
+        resolve_method(method, draft)
+    except ValueError:
+        return False
+    return True
 
 
 def _methods_of(draft: Draft) -> tuple[str, tuple[str, ...]]:

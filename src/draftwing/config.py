@@ -29,8 +29,13 @@ class TrainConfig:
     output: str
     target: str = ""
     """The frozen target: a folder, a hub id or `tiny`. A `language_model` learns its distributions, if it is named."""
-    data: str = "stdlib"
-    """`stdlib` (the Python standard library, `data/corpus.py`) or the path of a JSONL file."""
+    data: str | tuple[str, ...] = "stdlib"
+    """`stdlib` (the Python standard library, `data/corpus.py`), a JSONL file, `hub:org/name[/config][:split]`, several
+    of these, or a folder made by `draftwing prepare`."""
+    features: str = ""
+    """A folder made by `draftwing prepare --features` from the prepared folder `data`; spares the target's passes."""
+    packing: bool = False
+    """Several documents in one row of `sequence_length` tokens."""
     max_rows: int | None = None
     architecture: Mapping[str, Any] = field(default_factory=dict)
     """Overrides of the trained network's configuration (Hugging Face names: `hidden_size`, ...)."""
@@ -61,6 +66,8 @@ class TrainConfig:
     save_every: int = 500
     prompt_length: int = 64
     """Tokens of a plain text that `self_generated` gives as a prompt."""
+    max_new_tokens: int | None = None
+    """Tokens of an answer of `self_generated`; None: what `sequence_length` leaves."""
     temperatures: tuple[float, ...] = (0.0, 1.0)
     """Sampling temperatures of `self_generated`, in turn."""
     ttt_steps: int = 7
@@ -82,6 +89,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "aux_layers", tuple(self.aux_layers))
+        if not isinstance(self.data, str):
+            object.__setattr__(self, "data", _names(self.data))
         object.__setattr__(self, "temperatures", tuple(self.temperatures))
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
@@ -91,6 +100,8 @@ class TrainConfig:
             raise ValueError(f"lk_decay: expected at least 0, got {self.lk_decay}")
         if self.objective != "language_model" and not self.target:
             raise ValueError(f"target: {self.objective} needs the model that the head drafts for")
+        if self.objective == "medusa" and (self.packing or self.features):
+            raise ValueError("packing, features: medusa reads one document a row and runs the target itself")
         if self.objective == "language_model" and self.target and not self.tokenizer:
             raise ValueError("tokenizer: a language_model that learns from a target needs the target's tokenizer")
         for name in (
@@ -108,6 +119,12 @@ class TrainConfig:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
         return dataclasses.asdict(self)
+
+
+def _names(data: Any) -> tuple[str, ...]:
+    if not isinstance(data, list | tuple) or not data or not all(isinstance(name, str) for name in data):
+        raise ValueError(f"data: expected a name or a list of names, got {data!r}")
+    return tuple(data)
 
 
 def from_mapping(config_class: type[Config], values: Mapping[str, Any]) -> Config:

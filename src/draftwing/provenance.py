@@ -28,13 +28,13 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def write_record(path: str | Path, rows: object, options: Mapping[str, Any]) -> None:
-    """Write a benchmark's rows as JSON with the options and the provenance that made them.
+def write_record(path: str | Path, rows: object, options: Mapping[str, Any], **more: object) -> None:
+    """Write a benchmark's rows (and `more`) as JSON with the options and the provenance that made them.
 
     Options that are paths are written relative to the working directory, so that a record names no machine's folders.
     """
     settings = {name: os.path.relpath(value) if isinstance(value, Path) else value for name, value in options.items()}
-    record = {"rows": rows, "options": settings, "provenance": provenance()}
+    record = {"rows": rows, **more, "options": settings, "provenance": provenance()}
     Path(path).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -127,3 +127,66 @@ def test_the_tokenizers_special_tokens_are_single_ids(tokenizer: PreTrainedToken
     assert (tokenizer.pad_token, tokenizer.eos_token) == (END_OF_TEXT, END_OF_TURN)
     for special in (END_OF_TEXT, END_OF_TURN, "<|user|>", "<|assistant|>", "<|system|>"):
         assert len(tokenizer(special).input_ids) == 1
+
+
+TOOL_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<call>{{ call.function.name }}</call>{% endfor %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "yes"}}]}
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=template)
+
+
+class TestMessages:
+    def test_text_parts_are_joined(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        parts = [{"type": "text", "text": "yes "}, {"type": "text", "text": "sir"}]
+        row = {"messages": [say("user", "hi"), {"role": "assistant", "content": parts}]}
+        assert tokens_of(encode_row(row, tokenizer), tokenizer, supervised=True) == "yes sir<|end|>"
+
+    def test_tool_calls_are_supervised_as_the_template_writes_them(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        row = {"messages": [say("user", "hi"), CALL, say("tool", "hello"), say("assistant", "yes")]}
+        example = encode_row(row, with_template(tokenizer, TOOL_TEMPLATE))
+        assert tokens_of(example, tokenizer, supervised=True) == "<call>yes</call><|end|>yes<|end|>"
+
+    def test_a_template_that_loses_tool_calls_is_refused(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(ValueError, match="does not write the tool calls of turn 1"):
+            encode_row({"messages": [say("user", "hi"), CALL]}, tokenizer)
+
+    def test_the_cut_off_end_of_an_answer_is_not_supervised(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        row = {"messages": [say("user", "hi"), say("assistant", "yes sir")], "truncated": True}
+        assert tokens_of(encode_row(row, tokenizer), tokenizer, supervised=True) == "yes sir"
+
+    @pytest.mark.parametrize(
+        ("messages", "message"),
+        [
+            ([], "expected a list of at least one turn"),
+            ("hi", "expected a list of at least one turn"),
+            ([{"content": "hi"}], "turn 0 has no role"),
+            ([say("user", "hi"), {"role": "assistant"}], "turn 1 has as content NoneType; expected text"),
+            ([{"role": "user", "content": [{"type": "image_url"}]}], "turn 0 has a part of type 'image_url'"),
+        ],
+    )
+    def test_other_turns_are_refused(self, tokenizer: PreTrainedTokenizerFast, messages: object, message: str) -> None:
+        with pytest.raises(ValueError, match=f"^messages: {message}"):
+            encode_row({"messages": messages}, tokenizer)
+
+    def test_a_tokenizer_without_a_template_is_named(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(ValueError, match="chat_template: the target's tokenizer has none"):
+            encode_row({"messages": [say("user", "hi")]}, with_template(tokenizer, None))
+
+    def test_what_a_template_raises_is_told(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        template = "{{ raise_exception('roles must alternate') }}"
+        with pytest.raises(ValueError, match=r"chat_template: the template refuses .*roles must alternate"):
+            encode_row({"messages": [say("user", "hi")]}, with_template(tokenizer, template))
+
+
+def test_an_unstable_template_is_shown_where_its_renderings_part(tokenizer: PreTrainedTokenizerFast) -> None:
+    messages = [say("user", "a"), say("assistant", "first"), say("user", "b"), say("assistant", "second")]
+    with pytest.raises(ValueError) as error:
+        encode_row({"messages": messages}, with_template(tokenizer, PREFIX_UNSTABLE))
+    shown = "goes on 'a(earlier)bsecond', rendered up to this turn 'afirst'; they part at character 1"
+    assert shown in str(error.value)

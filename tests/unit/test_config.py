@@ -24,6 +24,17 @@ def test_lists_of_layers_become_tuples() -> None:
     assert from_mapping(TrainConfig, VALID | {"aux_layers": [1, 3, 5]}).aux_layers == (1, 3, 5)
 
 
+def test_data_is_one_source_or_several() -> None:
+    assert from_mapping(TrainConfig, VALID | {"data": "a.jsonl"}).data == "a.jsonl"
+    assert from_mapping(TrainConfig, VALID | {"data": ["a.jsonl", "hub:org/b"]}).data == ("a.jsonl", "hub:org/b")
+
+
+@pytest.mark.parametrize("data", [5, [], ["a.jsonl", 5], {"a": 1}])
+def test_other_data_is_refused(data: object) -> None:
+    with pytest.raises(ValueError, match=r"^data: expected a name or a list of names"):
+        from_mapping(TrainConfig, VALID | {"data": data})
+
+
 def test_an_unknown_key_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"^learning_rat: unknown key; did you mean 'learning_rate'"):
         from_mapping(TrainConfig, VALID | {"learning_rat": 1.0})

@@ -1,14 +1,22 @@
 """Training a draft model for an existing target: what it reads, what it learns, and that it learns it."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from draftwing.config import TrainConfig, from_mapping
 from draftwing.training.language_model import IGNORED, blocks, distillation_loss
 
-TOKENIZER = SimpleNamespace(get_vocab=lambda: {"<|endoftext|>": 0}, eos_token_id=5)
+
+class Vocabulary(dict[str, int]):
+    """What `blocks` asks of a tokenizer when rows are token ids already."""
+
+    eos_token_id = 5
+
+    def get_vocab(self) -> dict[str, int]:
+        return self
+
+
+TOKENIZER = Vocabulary({"<|endoftext|>": 0} | {f"token {n}": n for n in range(1, 8)})
 ROWS = [{"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}, {"input_ids": [4, 6], "loss_mask": [1, 0]}]
 
 

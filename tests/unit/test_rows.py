@@ -42,7 +42,7 @@ def test_max_rows_limits_training_rows_only(tmp_path: Path) -> None:
 def test_empty_lines_are_skipped_but_counted(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "0"}\n\n{"text": "1"}\n   \n{broken}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"data: .*data\.jsonl, line 5: Expecting property name"):
+    with pytest.raises(ValueError, match=r"data: .*data\.jsonl, line 5: no JSON object: Expecting property name"):
         read_rows(str(path))
 
 

@@ -111,6 +111,19 @@ def load_target(
     return TargetModel(model.to(device).eval(), role)
 
 
+def load_stock(name: str, dtype: torch.dtype, device: str | torch.device) -> Any:
+    """A causal language model as transformers runs it, to compare with.
+
+    Raises:
+        ValueError: a name that cannot be loaded.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(resolve_target(name), dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: cannot load {name!r}: {error}") from error
+    return model.to(device).eval()
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer that belongs to a target."""
     return AutoTokenizer.from_pretrained(resolve_target(name))

@@ -6,30 +6,32 @@ from types import ModuleType
 
 from rich.console import Console
 
-from draftwing.cli import demo, generate, inspect, plan, train
+from draftwing.cli import demo, eval, generate, inspect, plan, prepare, train
 
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "generate": generate,
+    "eval": eval,
     "plan": plan,
     "inspect": inspect,
+    "prepare": prepare,
     "train": train,
 }
-"""Each module has SUMMARY, EXAMPLES, `add_arguments(parser)` and `run(options)`."""
+"""Each module has SUMMARY, EXAMPLES, `add_arguments(parser)` and `run(options)`, which may return a status."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake ends with a one-line message and status 2, Ctrl-C with 130."""
     options = build_parser().parse_args(arguments)
     try:
-        options.run(options)
+        status: int | None = options.run(options)
     except ValueError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped")
         return 130
-    return 0
+    return status or 0
 
 
 def build_parser() -> argparse.ArgumentParser:

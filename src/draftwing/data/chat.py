@@ -8,73 +8,204 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from draftwing.data.corpus import Row
 
+Message = dict[str, Any]
+"""A turn as OpenAI's API has it: `role`, `content` (a string), and whatever the chat template reads beside them."""
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SHOWN = 40
+"""Characters shown of a text in an error."""
+
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised sample: `input_ids [S]` (int64) and `loss_mask [S]` (bool, True on tokens the model should say)."""
+    """One tokenised sample: `input_ids [S]` (int64) and `loss_mask [S]` (bool, True on tokens the model should say).
+
+    Several documents packed into one have `document_ids [S]` (int64, ascending from 0). Stored `features [S, F]` and
+    `last_hidden [S, D]` (the input of the target's output head) spare the target's pass.
+    """
 
     input_ids: torch.Tensor
     loss_mask: torch.Tensor
+    document_ids: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    last_hidden: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.numel()
+
+
+def cut(example: Example, length: int) -> list[Example]:
+    """Pieces of at most `length` tokens; those without a supervised slot are left out."""
+    pieces = []
+    for start in range(0, len(example), length):
+        piece = Example(example.input_ids[start : start + length], example.loss_mask[start : start + length])
+        if piece.loss_mask[2:].any():
+            pieces.append(piece)
+    return pieces
 
 
 def encode_row(row: Row, tokenizer: PreTrainedTokenizerFast) -> Example:
     """Tokenise one row.
 
     Raises:
-        ValueError: the row has none of the known fields, or its chat template is not prefix-stable.
+        ValueError: the row has none of the known fields or one of another shape, or its chat template is not
+            prefix-stable.
     """
     if "input_ids" in row:
-        input_ids = torch.tensor(row["input_ids"], dtype=torch.int64)
-        mask = row.get("loss_mask", [True] * len(input_ids))
-        if len(mask) != len(input_ids):
-            raise ValueError(f"loss_mask: expected {len(input_ids)} entries as in input_ids, got {len(mask)}")
-        return Example(input_ids, torch.tensor(mask, dtype=torch.bool))
+        return _read_ids(row, len(tokenizer))
+    row = normalise(row)
     if "text" in row:
         ids = tokenizer(row["text"], add_special_tokens=True)["input_ids"]
         return Example(torch.tensor(ids, dtype=torch.int64), torch.ones(len(ids), dtype=torch.bool))
-    return _encode_conversation(conversation(row), tokenizer)
+    return encode_conversation(row["messages"], tokenizer, row.get("tools"), truncated=bool(row.get("truncated")))
 
 
-def conversation(row: Row) -> list[dict[str, str]]:
-    """The messages of a chat row, in OpenAI's form; ShareGPT's `conversations` are translated."""
+def _read_ids(row: Row, vocab_size: int) -> Example:
+    ids, mask = row["input_ids"], row.get("loss_mask")
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise ValueError("input_ids: expected a list of whole numbers")
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise ValueError(f"input_ids: {wrong} is outside the tokenizer's vocabulary of {vocab_size}")
+    mask = [True] * len(ids) if mask is None else mask
+    if not isinstance(mask, list) or len(mask) != len(ids):
+        raise ValueError(f"loss_mask: expected {len(ids)} entries as in input_ids, got {mask!r:.{SHOWN}}")
+    return Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.bool))
+
+
+def normalise(row: Row) -> Row:
+    """The row with its conversation, if it is one, in OpenAI's form.
+
+    Raises:
+        ValueError: the row has none of the known fields or one of another shape.
+    """
+    if "input_ids" in row:
+        return row
+    if "text" in row:
+        if not isinstance(row["text"], str):
+            raise ValueError(f"text: expected a string, got {type(row['text']).__name__}")
+        return row
+    return row | {"messages": conversation(row)}
+
+
+def conversation(row: Row) -> list[Message]:
+    """The messages of a chat row, in OpenAI's form; ShareGPT's `conversations` are translated.
+
+    Raises:
+        ValueError: no such field, or a turn that is no text.
+    """
     if "messages" in row:
-        messages: list[dict[str, str]] = row["messages"]
-        return messages
+        return [_read_message(index, message) for index, message in enumerate(_turns(row, "messages"))]
     if "conversations" in row:
-        roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-        for turn in row["conversations"]:
-            if turn["from"] not in roles:
-                raise ValueError(f"conversations: expected a speaker of {', '.join(roles)}, got {turn['from']!r}")
-        return [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+        messages: list[Message] = []
+        for turn in _turns(row, "conversations"):
+            if turn.get("from") not in SPEAKERS:
+                raise ValueError(
+                    f"conversations: expected a speaker of {', '.join(SPEAKERS)}, got {turn.get('from')!r}"
+                )
+            messages.append(
+                _read_message(len(messages), {"role": SPEAKERS[turn["from"]], "content": turn.get("value")})
+            )
+        return messages
     raise ValueError(f"row: expected one of messages, conversations, text, input_ids; got the fields {sorted(row)}")
 
 
-def render(messages: list[dict[str, str]], tokenizer: Any, add_generation_prompt: bool = False) -> str:
-    """The conversation as the text that the model reads."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+def _turns(row: Row, name: str) -> list[Message]:
+    turns = row[name]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{name}: expected a list of at least one turn, got {turns!r:.{SHOWN}}")
+    return turns
+
+
+def _read_message(index: int, message: Message) -> Message:
+    """A message whose content is a string; a list of text parts is joined, tool calls may stand alone."""
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise ValueError(f"messages: turn {index} has no role")
+    if content is None and message.get("tool_calls"):
+        content = ""
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text":
+                kind = part.get("type") if isinstance(part, dict) else part
+                raise ValueError(f"messages: turn {index} has a part of type {kind!r}; only text is read")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f"messages: turn {index} has as content {type(content).__name__}; expected text")
+    return message | {"content": content}
+
+
+def render(
+    messages: list[Message], tokenizer: Any, add_generation_prompt: bool = False, tools: list[Any] | None = None
+) -> str:
+    """The conversation as the text that the model reads.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or the template refuses the conversation.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("chat_template: the target's tokenizer has none, so only text and input_ids rows can be read")
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise ValueError(f"chat_template: the template refuses the conversation: {error}") from None
     assert isinstance(text, str)
     return text
 
 
-def _encode_conversation(messages: list[dict[str, str]], tokenizer: Any) -> Example:
+def encode_conversation(
+    messages: list[Message],
+    tokenizer: Any,
+    tools: list[Any] | None = None,
+    truncated: bool = False,
+    add_generation_prompt: bool = False,
+) -> Example:
+    """Tokenise a conversation; the assistant's turns are supervised, tool calls too, if the template writes them.
+
+    `truncated` says that the last answer was cut off, so that its end-of-turn token is not supervised.
+
+    Raises:
+        ValueError: the chat template refuses the conversation, loses its tool calls or is not prefix-stable.
+    """
+    whole = render(messages, tokenizer, add_generation_prompt, tools)
     spans = []
-    whole = render(messages, tokenizer)
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = render(messages[:index], tokenizer, add_generation_prompt=True)
-        through = render(messages[: index + 1], tokenizer)
-        if not (whole.startswith(through) and through.startswith(before)):
-            raise ValueError(f"chat_template: not prefix-stable at turn {index} ({message['content'][:40]!r})")
+        before = render(messages[:index], tokenizer, True, tools)
+        through = render(messages[: index + 1], tokenizer, False, tools)
+        for longer, shorter, what in ((whole, through, "up to this turn"), (through, before, "before it")):
+            if not longer.startswith(shorter):
+                raise ValueError(_unstable(index, message["content"], longer, shorter, what))
+        if message.get("tool_calls"):
+            without = {key: value for key, value in message.items() if key != "tool_calls"}
+            if render([*messages[:index], without], tokenizer, False, tools) == through:
+                raise ValueError(f"chat_template: does not write the tool calls of turn {index}")
         # What the template writes after the end-of-turn token (a line break, often) is not the model's to say.
-        spans.append((len(before), len(through.rstrip())))
+        end = len(through.rstrip())
+        if truncated and index == len(messages) - 1:
+            content = message["content"].strip()
+            if not content or content not in through[len(before) :]:
+                raise ValueError(f"chat_template: does not write the truncated turn {index} as it is")
+            end = through.rindex(content) + len(content)
+        spans.append((len(before), end))
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     supervised = [any(a <= start and end <= b for a, b in spans) for start, end in encoded["offset_mapping"]]
     return Example(torch.tensor(encoded["input_ids"], dtype=torch.int64), torch.tensor(supervised, dtype=torch.bool))
+
+
+def _unstable(turn: int, content: str, longer: str, shorter: str, what: str) -> str:
+    """Say where two renderings of one conversation part."""
+    same = next((i for i, (a, b) in enumerate(zip(longer, shorter, strict=False)) if a != b), len(longer))
+    start = max(0, same - SHOWN)
+    return (
+        f"chat_template: not prefix-stable at turn {turn} ({content[:SHOWN]!r}): rendered with more turns the text "
+        f"goes on {longer[start : same + SHOWN]!r}, rendered {what} {shorter[start : same + SHOWN]!r}; "
+        f"they part at character {same}"
+    )

@@ -1,52 +1,176 @@
-"""Where training rows come from: the standard library, or a JSONL file."""
+"""Which rows train and which are held out, and what becomes of rows that cannot be used."""
 
 import json
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from draftwing.data.corpus import Corpus, Row, read_stdlib
+from draftwing.data.chat import normalise
+from draftwing.data.corpus import Corpus, Row
+from draftwing.data.sources import SHOWN, RowRef, open_source
 
 HELD_OUT_SHARE = 0.02
+Made = TypeVar("Made")
 
 
-def read_rows(source: str, max_rows: int | None = None, seed: int = 0) -> Corpus:
-    """Read the rows of `stdlib` or of a JSONL file.
+@dataclass(frozen=True)
+class Selection:
+    """Rows for training, shuffled, and held-out rows."""
 
-    Held out are a file's rows with `"held_out": true`, or if it has none its last 2% (at least one row).
+    train: list[RowRef]
+    held_out: list[RowRef]
 
+
+@dataclass(frozen=True)
+class Reject:
+    """A row that could not be used."""
+
+    source: str
+    line: int
+    reason: str
+    row: str
+    """Its first characters."""
+
+
+@dataclass(frozen=True)
+class FoundRow:
+    """A row and where it was found."""
+
+    source: str
+    line: int
+    row: Row
+
+    def make(self, make: Callable[[Row], Made]) -> Made | Reject:
+        """What `make` makes of it; a ValueError rejects it."""
+        try:
+            return make(self.row)
+        except ValueError as error:
+            beginning = json.dumps(self.row, ensure_ascii=False, default=str)[:SHOWN]
+            return Reject(self.source, self.line, str(error), beginning)
+
+
+class Rejects:
+    """Rows that could not be used: kept, counted, and written as JSONL to `path` as they come.
+
+    The first `keep` lines of an existing file are of an earlier part of this run; the others are dropped. Of several
+    processes (torchrun's) the first one writes.
+    """
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
+        self.path = path
+        self._writes = os.environ.get("RANK", "0") == "0"
+        self.found: list[Reject] = []
+        if self._writes and path.exists():
+            self.found = read_rejects(path, keep)
+            path.unlink()
+            for reject in self.found:
+                self._write(reject)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def add(self, reject: Reject) -> None:
+        self.found.append(reject)
+        self._write(reject)
+
+    def _write(self, reject: Reject) -> None:
+        if not self._writes:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
+
+    def summary(self, num_rows: int) -> str:
+        """One line for people; empty if every row was good."""
+        return describe(self.found, num_rows, self.path) if self.found else ""
+
+    def check(self, num_rows: int) -> None:
+        """Raise a ValueError with the first reason if none of `num_rows` rows was good."""
+        if self.found and len(self) >= num_rows:
+            raise ValueError(f"data: {describe(self.found, num_rows, self.path)}")
+
+
+def read_rejects(path: Path, count: int | None = None) -> list[Reject]:
+    """The first rejects of a file."""
+    lines = path.read_text(encoding="utf-8").splitlines()[:count]
+    return [Reject(**json.loads(line)) for line in lines]
+
+
+def describe(found: Sequence[Reject], num_rows: int, path: Path) -> str:
+    """How many rows were rejected, where they are listed, and why the first one was."""
+    first = found[0]
+    return (
+        f"{len(found)} of {num_rows} rows cannot be used, see {path}; "
+        f"the first: {first.source}, line {first.line}: {first.reason}"
+    )
+
+
+def select_rows(names: str | Sequence[str], max_rows: int | None = None, seed: int = 0) -> Selection:
+    """Choose the rows of one source or several, without reading them.
+
+    Held out are a source's rows with `"held_out": true`, or if it has none its last 2% (at least one row).
     The training rows come shuffled with `seed`, so that `max_rows` is a fair sample.
 
     Raises:
-        ValueError: the file is missing, empty, or has a malformed line (named by its number).
+        ValueError: a source that cannot be opened, or with fewer than two rows.
     """
-    corpus = read_stdlib() if source == "stdlib" else _split(list(_read_jsonl(Path(source))), source)
-    train = corpus.train.copy()
+    names = (names,) if isinstance(names, str) else names
+    train: list[RowRef] = []
+    held_out: list[RowRef] = []
+    for name in names:
+        source = open_source(name)
+        marked = source.marked()
+        if not marked:
+            if len(source) < 2:
+                raise ValueError(f"data: {name} has {len(source)} rows; at least 2 are needed (one is held out)")
+            marked = set(range(len(source) - max(1, int(len(source) * HELD_OUT_SHARE)), len(source)))
+        for index in range(len(source)):
+            (held_out if index in marked else train).append(RowRef(source, index))
     random.Random(seed).shuffle(train)
-    return Corpus(train[:max_rows], corpus.held_out)
+    if len(names) > 1:  # so that its first rows are of all sources
+        random.Random(seed).shuffle(held_out)
+    return Selection(train[:max_rows], held_out)
 
 
-def _split(rows: list[Row], source: str) -> Corpus:
-    marked = [row for row in rows if row.get("held_out")]
-    if marked:
-        return Corpus([row for row in rows if not row.get("held_out")], marked)
-    if len(rows) < 2:
-        raise ValueError(f"data: {source} has {len(rows)} rows; at least 2 are needed (one is held out)")
-    num_held_out = max(1, int(len(rows) * HELD_OUT_SHARE))
-    return Corpus(rows[:-num_held_out], rows[-num_held_out:])
+def read_rows(
+    names: str | Sequence[str], max_rows: int | None = None, seed: int = 0, rejects: Rejects | None = None
+) -> Corpus:
+    """Read the rows that `select_rows` chooses into memory. Malformed ones go to `rejects`.
+
+    Raises:
+        ValueError: as `select_rows`; without `rejects`, the first malformed row (named by its line).
+    """
+    selection = select_rows(names, max_rows, seed)
+    train, held_out = (list(made_from(refs, normalise, rejects)) for refs in (selection.train, selection.held_out))
+    if rejects is not None:
+        rejects.check(len(selection.train) + len(selection.held_out))
+    return Corpus(train, held_out)
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    if not path.is_file():
-        raise ValueError(f"data: no such file: {path} (expected `stdlib` or a JSONL file)")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"data: {path}, line {number}: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"data: {path}, line {number}: expected an object, got {type(row).__name__}")
-            yield row
+def made_from(refs: Iterable[RowRef], make: Callable[[Row], Made], rejects: Rejects | None = None) -> Iterator[Made]:
+    """Read rows and make something of each; a ValueError rejects the row, or without `rejects` is passed on."""
+    for ref in refs:
+        result = make_or_reject(ref, make)
+        if not isinstance(result, Reject):
+            yield result
+        elif rejects is None:
+            raise ValueError(f"data: {result.source}, line {result.line}: {result.reason}")
+        else:
+            rejects.add(result)
+
+
+def make_or_reject(ref: RowRef, make: Callable[[Row], Made]) -> Made | Reject:
+    """What `make` makes of a row, or why it cannot."""
+    found = find_row(ref)
+    return found if isinstance(found, Reject) else found.make(make)
+
+
+def find_row(ref: RowRef) -> "FoundRow | Reject":
+    """Read a row, or say why it cannot be read."""
+    try:
+        return FoundRow(ref.source.name, ref.line, ref.read())
+    except ValueError as error:
+        return Reject(ref.source.name, ref.line, str(error), ref.source.beginning(ref.index))

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +11,25 @@ from draftwing.decoding.statistics import Statistics
 
 Start = Callable[..., Generation]
 """Starts a generation over prompts (lists of token ids) with the options of `generate`."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One prompt decoded once. Other engines may give a `text` instead of `tokens`, and count no cycles.
+
+    `peak_bytes` is the memory that was used at most, None where nobody measured it.
+    """
+
+    seconds: float
+    num_tokens: int
+    tokens: list[int] | None = None
+    text: str | None = None
+    statistics: Statistics | None = None
+    peak_bytes: int | None = None
+
+
+Decode = Callable[..., Decoded]
+"""Decodes one prompt (token ids) to its end, with options of `generate`."""
 
 
 @dataclass(frozen=True)
@@ -68,29 +87,75 @@ def compare_methods(
     on_progress: Callable[[str], None] = lambda method: None,
     **options: Any,
 ) -> list[MethodResult]:
-    """Decode every prompt with every method, `repeats` times in turn, so that a drift of the machine hits all alike.
+    """Decode every prompt with every method, `repeats` times in turn.
 
     `methods` must hold `plain`, whose tokens are the reference. `options` are those of `generate`.
     """
     results = {name: MethodResult(name, temperature) for name in methods}
+    decoders = {name: decoder(start) for name, start in methods.items()}
     for start in methods.values():  # warm-up: the first calls of a process pay for its lazy initialisations
         warm_up(start, prompts[0], temperature=temperature, **options)
     for prompt in prompts:
-        seconds: dict[str, list[float]] = {name: [] for name in methods}
-        tokens, num_cycles = {}, {}
-        for _ in range(repeats):
-            for name, start in methods.items():
-                on_progress(name)
-                generation, elapsed = timed(start, prompt, temperature=temperature, **options)
-                seconds[name].append(elapsed)
-                tokens[name] = generation.outputs[0].tokens
-                num_cycles[name] = generation.statistics.num_cycles
-                results[name].statistics.merge(generation.statistics)
+        runs: dict[str, list[Decoded]] = {}
+        for name, outcome in decode_in_turn(
+            decoders, prompt, repeats, on_progress, temperature=temperature, **options
+        ).items():
+            if isinstance(outcome, Exception):
+                raise outcome
+            runs[name] = outcome
         for name, result in results.items():
-            median = statistics.median(seconds[name])
-            result.prompts.append(PromptResult(len(tokens[name]), num_cycles[name], median))
-            result.identical &= tokens[name] == tokens["plain"]
+            last = runs[name][-1]
+            assert last.statistics is not None
+            median = statistics.median(run.seconds for run in runs[name])
+            result.prompts.append(PromptResult(last.num_tokens, last.statistics.num_cycles, median))
+            result.identical &= last.tokens == runs["plain"][-1].tokens
+            result.statistics.merge(merged(runs[name]))
     return list(results.values())
+
+
+def decode_in_turn(
+    methods: Mapping[str, Decode],
+    prompt: Sequence[int],
+    repeats: int,
+    on_progress: Callable[[str], None] = lambda method: None,
+    **options: Any,
+) -> dict[str, list[Decoded] | Exception]:
+    """Decode one prompt with every method, `repeats` times in turn, so that a drift of the machine hits all alike.
+
+    An exception ends its method's turns and stands in the place of its runs.
+    """
+    runs: dict[str, list[Decoded]] = {name: [] for name in methods}
+    failed: dict[str, Exception] = {}
+    for _ in range(repeats):
+        for name in methods:
+            on_progress(name)
+            if name in failed:
+                continue
+            try:
+                runs[name].append(methods[name](prompt, **options))
+            except Exception as error:
+                failed[name] = error
+    return {name: failed.get(name, runs[name]) for name in methods}
+
+
+def decoder(start: Start) -> Decode:
+    """Decodes single prompts by a method of ours."""
+
+    def decode(prompt: Sequence[int], **options: Any) -> Decoded:
+        generation, seconds = timed(start, prompt, **options)
+        tokens = generation.outputs[0].tokens
+        return Decoded(seconds, len(tokens), tokens, statistics=generation.statistics)
+
+    return decode
+
+
+def merged(runs: Sequence[Decoded]) -> Statistics:
+    """The counts of several runs together."""
+    total = Statistics()
+    for run in runs:
+        if run.statistics is not None:
+            total.merge(run.statistics)
+    return total
 
 
 def warm_up(start: Start, prompt: Sequence[int], max_new_tokens: int, **options: Any) -> None:

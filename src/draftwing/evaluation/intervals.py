@@ -33,10 +33,39 @@ def ratio_interval(
     Raises:
         ValueError: no prompts, or a different number of numerators and denominators.
     """
-    if not numerators or len(numerators) != len(denominators):
-        raise ValueError(f"denominators: expected one per numerator, got {len(denominators)} for {len(numerators)}")
-    above, below = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
-    picks = np.random.default_rng(seed).integers(len(above), size=(num_resamples, len(above)))
-    ratios = above[picks].sum(1) / below[picks].sum(1)
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(above.sum() / below.sum()), float(low), float(high))
+    return _bootstrap([(numerators, denominators)], level, num_resamples, seed)
+
+
+def gain_interval(
+    ratio: tuple[Sequence[float], Sequence[float]],
+    base: tuple[Sequence[float], Sequence[float]],
+    level: float = 0.95,
+    num_resamples: int = 5000,
+    seed: int = 0,
+) -> Interval:
+    """The interval of one ratio of sums over another, both (numerators, denominators) of the same prompts.
+
+    A tau over another tau is one. Prompts are drawn as in `ratio_interval`.
+
+    Raises:
+        ValueError: no prompts, or a different number of them.
+    """
+    return _bootstrap([ratio, base], level, num_resamples, seed)
+
+
+def _bootstrap(
+    ratios: Sequence[tuple[Sequence[float], Sequence[float]]], level: float, num_resamples: int, seed: int
+) -> Interval:
+    """The first ratio of sums, divided by the second if there is one."""
+    sums = [column for ratio in ratios for column in ratio]
+    num_prompts = len(sums[0])
+    for column in sums[1:]:
+        if not num_prompts or len(column) != num_prompts:
+            raise ValueError(f"denominators: expected one per numerator, got {len(column)} for {num_prompts}")
+    columns = np.asarray(sums, dtype=float)
+    picks = np.random.default_rng(seed).integers(num_prompts, size=(num_resamples, num_prompts))
+    values, resampled = columns.sum(-1), columns[:, picks].sum(-1)  # [2 or 4], [2 or 4, num_resamples]
+    values, resampled = values[0::2] / values[1::2], resampled[0::2] / resampled[1::2]
+    value, draws = (each[0] / each[1] if len(each) > 1 else each[0] for each in (values, resampled))
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(value), float(low), float(high))

@@ -1,22 +1,26 @@
 """Train an EAGLE head or Medusa heads for a frozen target, in one process."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
-from torch.utils.data import Sampler
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from draftwing.checkpoint.formats import HeadFormat, default_aux_layers
 from draftwing.checkpoint.load import DraftNetwork, build_network, load_head, load_target, load_tokenizer, sizes_of
 from draftwing.checkpoint.save import save_head, save_medusa, to_head
 from draftwing.config import TrainConfig, check_keys
-from draftwing.data.chat import Example, encode_row
-from draftwing.data.corpus import Row
-from draftwing.data.rows import read_rows
+from draftwing.data.chat import Example
+from draftwing.data.examples import (
+    Collator,
+    LengthGroupedOrder,
+    as_training_rows,
+    count_supervised,
+    lengths_of,
+    read_documents,
+)
 from draftwing.models.eagle import EagleModel
 from draftwing.models.layers import DraftConfig
 from draftwing.models.medusa import MedusaModel
@@ -33,20 +37,19 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     dtype = torch.bfloat16 if is_cuda and config.bf16 else torch.float32
     target = load_target(config.target, dtype, "cuda" if is_cuda else "cpu")
     tokenizer = load_tokenizer(config.target)
-    rows = read_rows(config.data, config.max_rows, config.seed)
-    train = examples(rows.train, tokenizer, config.sequence_length)
-    held_out = examples(rows.held_out, tokenizer, config.sequence_length)[: config.evaluate_rows]
+    documents = read_documents(config, tokenizer)
     head: DraftNetwork | MedusaModel
     if config.objective == "medusa":
         head = new_medusa(config, target).to(target.device)
     elif config.init_from:
         head = load_head(config.init_from, target, torch.float32, config.aux_layers or None).train()
     else:
-        head = new_head(config, target, train).to(target.device)
+        head = new_head(config, target, documents.train).to(target.device)
     module = (
         MedusaTraining(head, target, config) if isinstance(head, MedusaModel) else HeadTraining(head, target, config)
     )
-    trainer = new_trainer(config, module, train, held_out, Collator(tokenizer.pad_token_id or 0), HeadTrainer)
+    rows = as_training_rows(documents, config, target, head.config.feature_layers)
+    trainer = new_trainer(config, module, rows.train, rows.held_out, Collator(tokenizer.pad_token_id or 0), HeadTrainer)
     trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
     metrics: dict[str, float] = trainer.evaluate()
     if isinstance(head, MedusaModel):
@@ -103,51 +106,8 @@ def most_frequent_tokens(train: Sequence[Example], size: int | None, vocab_size:
     """The `size` most frequent supervised tokens, ascending (ties to lower ids); None for the whole vocabulary."""
     if size is None or size >= vocab_size:
         return None
-    counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for example in train:
-        counts += torch.bincount(example.input_ids[example.loss_mask], minlength=vocab_size)
+    counts = count_supervised(train, vocab_size)
     return counts.sort(descending=True, stable=True).indices[:size].sort().values
-
-
-def examples(rows: Sequence[Row], tokenizer: Any, length: int) -> list[Example]:
-    """Tokenise rows; long ones are cut into pieces of `length` tokens, pieces with nothing supervised are left out."""
-    pieces = []
-    for row in rows:
-        example = encode_row(row, tokenizer)
-        for start in range(0, len(example), length):
-            piece = Example(example.input_ids[start : start + length], example.loss_mask[start : start + length])
-            if piece.loss_mask[2:].any():
-                pieces.append(piece)
-    return pieces
-
-
-class Collator:
-    """Pads examples on the right to the longest of the batch."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        self._pad = pad_token_id
-
-    def __call__(self, batch: list[Example]) -> dict[str, torch.Tensor]:
-        ids = nn.utils.rnn.pad_sequence([e.input_ids for e in batch], batch_first=True, padding_value=self._pad)
-        mask = nn.utils.rnn.pad_sequence([e.loss_mask for e in batch], batch_first=True, padding_value=False)
-        return {"input_ids": ids, "loss_mask": mask}
-
-
-class LengthGroupedOrder(Sampler[int]):
-    """An order of rows by epoch that puts rows of like length together; a function of (seed, epoch), so it resumes."""
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
 
 
 class KeepsMetrics(Protocol):
@@ -159,9 +119,10 @@ class KeepsMetrics(Protocol):
 class HeadTrainer(ResumableTrainer):
     """Batches rows of like length, and logs each step's loss and accuracy beside the total."""
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> "LengthGroupedOrder":
-        lengths = [len(example) for example in self.train_dataset]
-        return LengthGroupedOrder(lengths, self.args.per_device_train_batch_size, int(self.args.seed))
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedOrder:
+        return LengthGroupedOrder(
+            lengths_of(self.train_dataset), self.args.per_device_train_batch_size, int(self.args.seed)
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         module = cast(KeepsMetrics, self.model)

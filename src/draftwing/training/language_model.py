@@ -14,7 +14,7 @@ from draftwing.config import TrainConfig, check_keys
 from draftwing.data.chat import encode_row
 from draftwing.data.corpus import Row
 from draftwing.data.prompts import write_held_out_prompts
-from draftwing.data.rows import read_rows
+from draftwing.data.rows import Rejects, read_rows
 from draftwing.data.tokenizer import END_OF_TEXT, train_tokenizer
 from draftwing.models.target import TargetModel
 from draftwing.training.trainer import ResumableTrainer, new_trainer
@@ -29,8 +29,8 @@ def train_language_model(config: TrainConfig) -> dict[str, float]:
     With a `tokenizer` that is the tokenizer; with a `target` the model learns its distributions instead of the tokens,
     where the rows say that it spoke (their `loss_mask`).
     """
-    rows = read_rows(config.data, config.max_rows)
     output = Path(config.output)
+    rows = read_rows(config.data, config.max_rows, rejects=Rejects(output / "rejects.jsonl"))
     tokenizer = _tokenizer(config, rows.train)
     target = _load_teacher(config, tokenizer)
     torch.manual_seed(config.seed)

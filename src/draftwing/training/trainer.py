@@ -92,6 +92,7 @@ def new_trainer(
         remove_unused_columns=False,
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_num_workers=2 if config.features else 0,  # stored features are read ahead
     )
     trainer = trainer_class(
         model=model,

@@ -1,0 +1,172 @@
+"""`draftwing eval`: methods, data sets and temperatures on one target, beside plain decoding and other engines."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from draftwing.cli.arguments import add_device, positive
+
+if TYPE_CHECKING:
+    from draftwing.evaluation.evaluate import Evaluation
+    from draftwing.evaluation.specs import MethodSpec
+
+SUMMARY = "Measure methods on data sets: tokens/s, speed-up, tau, acceptance, sameness."
+EXAMPLES = """examples:
+  draftwing eval                                                # the embedded models, about a minute
+  draftwing eval --methods plain,eagle3,eagle3:chain:5,eagle3:tree:4x5x26+uncoupled --temperatures 0
+  draftwing eval --target path/to/model --draft old=path/to/head --draft new=path/to/other \\
+      --data mt_bench,mine=prompts.jsonl --max-new-tokens 256 --device cuda --output results/heads
+  draftwing eval --against transformers --against http://localhost:8000/v1"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's own options."""
+    parser.add_argument("--target", default="tiny", help="tiny (embedded, the default), a folder or a hub id")
+    parser.add_argument(
+        "--draft",
+        action="append",
+        default=[],
+        metavar="[NAME=]DRAFT",
+        help="tiny, a folder or a hub id, of a head or a small model; may be given several times (default with the "
+        "target tiny: all embedded drafts)",
+    )
+    parser.add_argument(
+        "--methods",
+        default="all",
+        help="comma-separated: METHOD[@DRAFT][:PLAN][+OPTION...], where options are ngram (looked-up continuations "
+        "compete for the tree's nodes) and uncoupled (drafts do not know the target's noise); `all` (default) is every "
+        "method that the drafts allow",
+    )
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="NAME[=PATH]",
+        help="comma-separated: embedded (the default), mt_bench, humaneval, gsm8k, alpaca, cnn_dm, spec_bench, "
+        "speed_bench (from the hub), or JSONL files of prompt, messages or turns",
+    )
+    parser.add_argument("--temperatures", type=_temperatures, default=(0.0, 1.0), help="default: 0,1")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, help="per turn (default: 128)")
+    parser.add_argument(
+        "--num-prompts",
+        type=positive,
+        help="of each data set, evenly spread (default: 80 at most, 8 of the embedded ones)",
+    )
+    parser.add_argument("--repeats", type=positive, default=1, help="runs of each turn; the median counts (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    add_device(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="a folder for results.json, report.html and runs.jsonl, from which a stopped run goes on",
+    )
+    parser.add_argument("--fresh", action="store_true", help="start anew where --output has runs already")
+    parser.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="ENGINE",
+        help="measure another engine too: transformers, or the URL of an OpenAI-compatible API (http://host:port/v1)",
+    )
+    parser.add_argument("--assistant", help="a model for transformers' assisted generation: a folder or a hub id")
+    parser.add_argument("--endpoint-model", help="the model's name at the URL (default: the first it serves)")
+
+
+def _temperatures(text: str) -> tuple[float, ...]:
+    values = tuple(float(part) for part in text.split(","))
+    if min(values) < 0 or len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"expected different numbers from 0 on, got {text}")
+    return values
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; 1 if a method failed."""
+    from draftwing.api import check_device
+    from draftwing.cli.eval_setup import prepare, read_data, read_drafts, read_methods, settings_of
+    from draftwing.evaluation.evaluate import Remarks, evaluate
+    from draftwing.evaluation.journal import Journal
+
+    check_device(options.device)
+    drafts = read_drafts(options)
+    wanted = read_methods(options.methods, drafts)
+    data = read_data(options)
+    settings = settings_of(options, drafts, wanted, data)
+    journal, remarks = Journal(settings, options.output, options.fresh), Remarks()
+    methods, evaluation = prepare(options, drafts, wanted, data)
+    is_stopped = False
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("decoding", total=evaluation.num_decodings)
+        try:
+            evaluate(evaluation, journal, remarks, lambda done: progress.advance(task, done))
+        except KeyboardInterrupt:
+            is_stopped = True
+    _show(options, _report(options, evaluation, journal, remarks, methods, settings))
+    if is_stopped:
+        raise KeyboardInterrupt
+    return 1 if remarks.failures else 0
+
+
+def _report(
+    options: argparse.Namespace,
+    evaluation: "Evaluation",
+    journal: Any,
+    remarks: Any,
+    methods: dict[str, "MethodSpec"],
+    settings: dict[str, Any],
+) -> Any:
+    from draftwing.api import EAGLE_METHODS
+    from draftwing.data.prompts import has_chat_template
+    from draftwing.evaluation.ablations import ablations
+    from draftwing.evaluation.memory import memory_kind
+    from draftwing.evaluation.metrics import result_rows
+    from draftwing.evaluation.report import Report
+    from draftwing.provenance import provenance
+
+    chains = [name for name, spec in methods.items() if spec.is_chain and spec.method in EAGLE_METHODS]
+    rows = result_rows(evaluation, journal, remarks, chains)
+    warnings = []
+    is_chat = any(prompt.messages for data in evaluation.data for prompt in data.prompts)
+    if is_chat and not has_chat_template(evaluation.tokenizer):
+        warnings.append("the tokenizer has no chat template: turns are put as plain text")
+    title = f"{options.target} on {options.device}, up to {options.max_new_tokens} new tokens"
+    memory = memory_kind(options.device)
+    return Report(title, rows, ablations(rows, methods), remarks.skipped, warnings, memory, settings, provenance())
+
+
+def _show(options: argparse.Namespace, report: Any) -> None:
+    """Print the results, and write them if asked."""
+    from draftwing.evaluation.report import as_html, as_tables, remarks
+    from draftwing.provenance import write_record
+
+    rows = [row.as_dict() for row in report.rows]
+    more = {
+        "ablations": [asdict(ablation) for ablation in report.ablations],
+        "skipped": [asdict(skipped) for skipped in report.skipped],
+        "warnings": report.warnings,
+    }
+    console = Console(stderr=options.json)
+    if options.json:
+        print(json.dumps({"rows": rows, **more, "options": report.settings, "provenance": report.provenance}))
+    else:
+        console.print(as_tables(report))
+        console.print("Speed-ups are over plain; tau: tokens per target pass; same: turns whose output equals plain's.")
+        console.print("Brackets: 95 % intervals over prompts.")
+    for line in remarks(report):
+        Console(stderr=True).print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if options.output:
+        write_record(options.output / "results.json", rows, report.settings, **more)
+        (options.output / "report.html").write_text(as_html(report), encoding="utf-8")
+        Console(stderr=True).print(f"results.json and report.html are in {options.output}", highlight=False)

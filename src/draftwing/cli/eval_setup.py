@@ -1,0 +1,201 @@
+"""What `draftwing eval` measures, from its options: mistakes are found before any model is loaded."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from draftwing.api import METHODS, SpeculativeModel, default_plan, load, parse_dtype, resolve_method, serves
+from draftwing.checkpoint.load import ASSETS, load_stock, resolve_draft
+from draftwing.data.benchmarks import BENCHMARKS, load_benchmark
+from draftwing.data.prompts import read_prompts, spread
+from draftwing.evaluation.compare import Decode, decoder
+from draftwing.evaluation.evaluate import Evaluation, PromptSet
+from draftwing.evaluation.memory import with_peak
+from draftwing.evaluation.rivals import endpoint_rival, transformers_rivals
+from draftwing.evaluation.specs import MethodSpec
+from draftwing.models.target import TargetModel
+
+KNOWN_DATA = ("embedded", *BENCHMARKS)
+EMBEDDED_PROMPTS, LARGEST_SAMPLE = 8, 80
+"""Prompts by default: of the embedded ones, and of any other data set at most."""
+
+
+def read_drafts(options: argparse.Namespace) -> dict[str, str]:
+    """The drafts by name; `tiny` stands for all that are embedded."""
+    parts = {file.parent.name for file in (ASSETS / "tiny").glob("*/config.json")} - {"target"}
+    embedded = {name: name for name in ("tiny" if part == "eagle3" else f"tiny-{part}" for part in sorted(parts))}
+    given = options.draft or (["tiny"] if options.target == "tiny" else [])
+    drafts: dict[str, str] = {}
+    for text in given:
+        match = re.fullmatch(r"(?:([\w.-]+)=)?(.+)", text)
+        if match is None:
+            raise ValueError(f"draft: expected [NAME=]DRAFT, got {text!r}")
+        name = match[1] or Path(match[2]).name
+        more = embedded if text == "tiny" else {name: match[2]}
+        if twice := drafts.keys() & more.keys():
+            raise ValueError(f"draft: two drafts are called {min(twice)}; name them: NAME={match[2]}")
+        drafts |= more
+    return drafts
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A method asked for; one that came with `all` is left out where no draft serves it."""
+
+    spec: MethodSpec
+    is_required: bool
+
+
+def read_methods(text: str, drafts: dict[str, str]) -> list[Wanted]:
+    """The methods asked for, `plain` first, which is the reference of all others.
+
+    Raises:
+        ValueError: one is unknown, of a draft that is not there, or cannot do without one.
+    """
+    wanted = [Wanted(MethodSpec("plain"), True)]
+    for part in text.split(","):
+        if part == "all":
+            wanted += [Wanted(MethodSpec(method), False) for method in METHODS]
+            continue
+        spec = MethodSpec.parse(part, METHODS)
+        if spec.draft not in (None, *drafts):
+            raise ValueError(
+                f"methods: {part}: no draft is called {spec.draft}; there are: {', '.join(drafts) or 'none'}"
+            )
+        if not drafts and not serves(spec.method, None):
+            raise ValueError(f"methods: {part} needs a draft: --draft [NAME=]DRAFT")
+        wanted.append(Wanted(spec, True))
+    return wanted
+
+
+def read_data(options: argparse.Namespace) -> list[PromptSet]:
+    """The prompts to measure on.
+
+    Raises:
+        ValueError: an unknown data set, a file that is missing, empty or of another form, two of one name.
+    """
+    sets: dict[str, PromptSet] = {}
+    for part in (part for text in options.data or ["embedded"] for part in text.split(",")):
+        name, has_path, path = part.partition("=")
+        if not has_path and name not in KNOWN_DATA:
+            if not Path(part).is_file():
+                raise ValueError(f"data: expected NAME=PATH, a file, or one of {', '.join(KNOWN_DATA)}; got {part!r}")
+            name, path = Path(part).stem, part
+        elif name == "embedded":
+            path = path or str(ASSETS / "tiny" / "prompts.jsonl")
+        if name in sets:
+            raise ValueError(f"data: two data sets are called {name}; name them: NAME=PATH")
+        prompts = read_prompts(path) if path else load_benchmark(name)
+        count = options.num_prompts or (EMBEDDED_PROMPTS if name == "embedded" else LARGEST_SAMPLE)
+        sets[name] = PromptSet(name, spread(prompts, count))
+    return list(sets.values())
+
+
+def settings_of(
+    options: argparse.Namespace, drafts: dict[str, str], wanted: Sequence[Wanted], data: Sequence[PromptSet]
+) -> dict[str, Any]:
+    """What decides the figures: runs with other settings are not mixed."""
+    return {
+        "target": options.target,
+        "drafts": {name: _stamped(path) for name, path in drafts.items()},
+        "methods": [str(item.spec) for item in wanted],
+        "against": options.against,
+        "assistant": options.assistant,
+        "data": {prompts.name: prompts.fingerprint for prompts in data},
+        "temperatures": list(options.temperatures),
+        "max_new_tokens": options.max_new_tokens,
+        "repeats": options.repeats,
+        "seed": options.seed,
+        "device": options.device,
+        "dtype": options.dtype,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _stamped(draft: str) -> str:
+    """A draft with the time of its weights: a head that was trained on is another one."""
+    folder = resolve_draft(draft)
+    weights = [file for ending in ("safetensors", "bin", "pt") for file in folder.glob(f"*.{ending}")]
+    newest = max((file.stat().st_mtime for file in weights), default=0.0)  # loading says what is missing
+    return f"{draft} of {datetime.fromtimestamp(newest, UTC).isoformat(timespec='seconds')}"
+
+
+def prepare(
+    options: argparse.Namespace, drafts: dict[str, str], wanted: Sequence[Wanted], data: Sequence[PromptSet]
+) -> tuple[dict[str, MethodSpec], Evaluation]:
+    """Load the models; the methods by row name, with their plans filled in, and what is to be measured."""
+    rivals = _endpoints(options)  # before the models: a server that is not there is found out at once
+    with Console(stderr=True).status("loading models"):
+        bare = load(options.target, dtype=options.dtype, device=options.device)
+        models = {name: bare.with_draft(path, dtype=parse_dtype(options.dtype)) for name, path in drafts.items()}
+        device = bare.target.device
+        rivals |= {name: with_peak(decode, device) for name, decode in _transformers(options, bare).items()}
+    methods: dict[str, MethodSpec] = {}
+    decoders: dict[str, Decode] = {}
+    for item in wanted:
+        for spec, model in _resolve(item, models, bare):
+            methods[str(spec)] = replace(spec, plan=spec.plan or default_plan(spec.method))
+            start = partial(model.with_method(spec.method).start, **spec.settings)
+            decoders.setdefault(str(spec), with_peak(decoder(start), device))
+    readers = [bare.target, *(model.draft for model in models.values() if isinstance(model.draft, TargetModel))]
+    limits = [reader.max_positions for reader in readers if reader.max_positions is not None]
+    evaluation = Evaluation(
+        decoders,
+        data,
+        options.temperatures,
+        bare.tokenizer,
+        options.max_new_tokens,
+        rivals,
+        min(limits, default=None),
+        options.seed,
+        options.repeats,
+    )
+    return methods, evaluation
+
+
+def _resolve(
+    item: Wanted, models: dict[str, SpeculativeModel], bare: SpeculativeModel
+) -> list[tuple[MethodSpec, SpeculativeModel]]:
+    """The drafts that serve a method, one row each; a row names its draft where there are several."""
+    spec = item.spec
+    if spec.draft is not None:
+        resolve_method(spec.method, models[spec.draft].draft)
+        return [(spec, models[spec.draft])]
+    if serves(spec.method, None):
+        return [(spec, bare)]
+    serving = {name: model for name, model in models.items() if serves(spec.method, model.draft)}
+    if item.is_required and not serving:
+        raise ValueError(f"methods: none of the drafts ({', '.join(models)}) serves {spec.method}")
+    return [(spec if len(serving) == 1 else spec.using(name), model) for name, model in serving.items()]
+
+
+def _endpoints(options: argparse.Namespace) -> dict[str, Decode]:
+    """The servers to compare with, asked whether they are there."""
+    urls = [engine for engine in options.against if engine.startswith(("http://", "https://"))]
+    for engine in options.against:
+        if engine not in (*urls, "transformers"):
+            raise ValueError(f"against: expected transformers or a URL such as http://host:port/v1, got {engine!r}")
+    if options.assistant and "transformers" not in options.against:
+        raise ValueError("assistant: needs --against transformers")
+    if options.endpoint_model and not urls:
+        raise ValueError("endpoint-model: needs --against URL")
+    rivals: dict[str, Decode] = {}
+    for url in urls:
+        rivals |= endpoint_rival(url, options.endpoint_model)
+    return rivals
+
+
+def _transformers(options: argparse.Namespace, bare: SpeculativeModel) -> dict[str, Decode]:
+    if "transformers" not in options.against:
+        return {}
+    dtype, device = bare.target.dtype, options.device
+    assistant = load_stock(options.assistant, dtype, device) if options.assistant else None
+    return transformers_rivals(load_stock(options.target, dtype, device), assistant)

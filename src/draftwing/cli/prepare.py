@@ -1,0 +1,193 @@
+"""`draftwing prepare`: data for training: tokenised once, answered by the target, or with the target's features."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from draftwing.cli.arguments import add_device, positive
+
+if TYPE_CHECKING:
+    from draftwing.config import TrainConfig
+    from draftwing.data.prepared import Prepared
+    from draftwing.training.self_generated import Shard
+
+SUMMARY = "Prepare training data: tokenise it once, let the target answer it, or store the target's features."
+EXAMPLES = """examples:
+  draftwing prepare --data chats.jsonl --target path/to/model --output build/data --preview 1
+  draftwing prepare --data hub:HuggingFaceH4/ultrachat_200k:train_sft more.jsonl --target org/model --output build/data
+  draftwing prepare --regenerate --data chats.jsonl --target tiny --draft tiny --output build/answers.jsonl
+  draftwing prepare --regenerate --data chats.jsonl --target org/model --endpoint http://localhost:8000/v1 \\
+      --model org/model --concurrency 64 --shard 1/8 --output build/answers-1.jsonl
+  draftwing prepare --features --data build/data --target path/to/model --output build/features --storage fp8"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's own options."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        help="stdlib, JSONL files, hub:org/name[/config][:split]; with --features a folder that was prepared",
+    )
+    parser.add_argument("--target", required=True, help="tiny, a folder or a hub id; its tokenizer and template count")
+    parser.add_argument("--output", required=True, help="a folder; with --regenerate a .jsonl file")
+    parser.add_argument("--sequence-length", type=positive, default=2048, help="longest document (default: 2048)")
+    parser.add_argument("--max-rows", type=positive, help="so many training rows, a fair sample (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order and the sampling (default: 0)")
+    parser.add_argument("--workers", type=positive, help="processes that tokenise (default: cores, at most 8)")
+    parser.add_argument(
+        "--preview", type=int, default=0, metavar="N", help="show N documents, what is supervised green"
+    )
+    add_device(parser)
+    answers = parser.add_argument_group("answers by the target")
+    answers.add_argument("--regenerate", action="store_true", help="replace every answer by the target's own")
+    answers.add_argument("--draft", help="speculate with this head or small model (the answers stay the same)")
+    answers.add_argument("--endpoint", help="let an OpenAI-compatible server answer, such as http://localhost:8000/v1")
+    answers.add_argument("--model", help="the endpoint's name of the target")
+    answers.add_argument("--concurrency", type=positive, default=16, help="requests in flight (default: 16)")
+    answers.add_argument("--shard", default="1/1", help="answer part I of N, as 2/8 (default: 1/1)")
+    answers.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0], help="in turn (default: 0 1)")
+    answers.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        help="per answer (default: what the sequence leaves, half of it at an endpoint)",
+    )
+    answers.add_argument("--batch-size", type=positive, default=16, help="rows answered together (default: 16)")
+    answers.add_argument("--prompt-length", type=positive, default=64, help="tokens of a text to go on (default: 64)")
+    features = parser.add_argument_group("features of the target")
+    features.add_argument("--features", action="store_true", help="store the target's hidden states for every token")
+    features.add_argument("--method", choices=("eagle1", "eagle3"), default="eagle3", help="default: eagle3")
+    features.add_argument(
+        "--aux-layers", type=int, nargs="+", help="eagle3: hidden_states indices (default: 2 n/2 n-3)"
+    )
+    features.add_argument("--storage", choices=("bf16", "fp8"), default="bf16", help="default: bf16")
+    features.add_argument("--verify", action="store_true", help="check stored features against their checksums")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    if options.regenerate and options.features:
+        raise ValueError("features: one of --regenerate and --features at a time")
+    if options.regenerate:
+        _regenerate(options)
+    elif options.features:
+        _store_features(options)
+    else:
+        _tokenise(options)
+
+
+def _tokenise(options: argparse.Namespace) -> None:
+    from draftwing.checkpoint.load import load_tokenizer
+    from draftwing.data.prepared import PrepareSettings, prepare
+    from draftwing.data.statistics import as_tables, summarise
+
+    tokenizer = load_tokenizer(options.target)
+    settings = PrepareSettings(tuple(options.data), options.sequence_length, options.max_rows, options.seed)
+    workers = options.workers or min(8, os.cpu_count() or 1)
+    prepared = prepare(settings, tokenizer, Path(options.output), workers)
+    statistics = summarise(prepared, len(tokenizer))
+    if summary := prepared.describe_rejects():
+        Console(stderr=True).print(summary, style="yellow", markup=False, soft_wrap=True)
+    if options.json:
+        print(json.dumps({"output": options.output, **statistics.as_dict()}))
+        return
+    console = Console()
+    for table in as_tables(statistics):
+        console.print(table)
+    _show_documents(console, prepared, tokenizer, options.preview)
+
+
+def _show_documents(console: Console, prepared: "Prepared", tokenizer: Any, count: int) -> None:
+    from draftwing.data.statistics import as_coloured_text
+
+    documents = prepared.examples("train")
+    for index in range(min(count, len(documents))):
+        console.rule(f"document {index}: green is supervised")
+        console.print(as_coloured_text(documents[index], tokenizer), soft_wrap=True)
+
+
+def _regenerate(options: argparse.Namespace) -> None:
+    if not options.output.endswith(".jsonl"):
+        raise ValueError(f"output: --regenerate writes a .jsonl file, got {options.output!r}")
+    shard = _parse_shard(options.shard)
+    metrics = _answer_by_endpoint(options, shard) if options.endpoint else _answer_by_engine(options, shard)
+    if options.json:
+        print(json.dumps({"output": options.output, **metrics}))
+    else:
+        Console().print(f"{options.output}:", ", ".join(f"{name} {value:,}" for name, value in metrics.items()))
+
+
+def _answer_by_engine(options: argparse.Namespace, shard: "Shard") -> dict[str, float]:
+    from draftwing.api import load
+    from draftwing.training.self_generated import EngineAnswers, regenerate
+
+    model = load(options.target, options.draft, options.dtype, options.device)
+    config = _as_stage(options, model.target.max_positions)
+    answers = EngineAnswers(config, model.tokenizer, model.start_requests, model.target.eos_token_ids)
+    return regenerate(config, model.tokenizer, answers, shard)
+
+
+def _answer_by_endpoint(options: argparse.Namespace, shard: "Shard") -> dict[str, float]:
+    from draftwing.checkpoint.load import load_tokenizer
+    from draftwing.training.endpoint import Endpoint, EndpointAnswers
+    from draftwing.training.self_generated import regenerate
+
+    if not options.model or options.draft:
+        raise ValueError("endpoint: needs --model, the server's name of the target, and takes no --draft")
+    endpoint, config = Endpoint(options.endpoint, options.model), _as_stage(options)
+    answers = EndpointAnswers(config, endpoint, options.concurrency)
+    return regenerate(config, load_tokenizer(options.target), answers, shard, source=f"{endpoint.url} {options.model}")
+
+
+def _as_stage(options: argparse.Namespace, max_positions: int | None = None) -> "TrainConfig":
+    """The options as a recipe's stage `self_generated`; sequences end at the target's last position."""
+    from draftwing.config import TrainConfig
+
+    names = ("target", "output", "max_rows", "seed", "temperatures", "max_new_tokens", "batch_size", "prompt_length")
+    values = {name: getattr(options, name) for name in names}
+    length = min(options.sequence_length, max_positions or options.sequence_length)
+    return TrainConfig("self_generated", data=tuple(options.data), sequence_length=length, **values)
+
+
+def _parse_shard(text: str) -> "Shard":
+    from draftwing.training.self_generated import Shard
+
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"shard: expected I/N with I from 1 to N, got {text!r}")
+    return Shard(int(number), int(count))
+
+
+def _store_features(options: argparse.Namespace) -> None:
+    from draftwing.api import check_device, parse_dtype
+    from draftwing.checkpoint.formats import default_aux_layers
+    from draftwing.checkpoint.load import load_target, load_tokenizer
+    from draftwing.data.features import FeatureWriter, check_features
+    from draftwing.data.prepared import open_prepared
+
+    if len(options.data) > 1:
+        raise ValueError(f"data: --features takes one prepared folder, got {len(options.data)} names")
+    check_device(options.device)
+    prepared = open_prepared(options.data[0], load_tokenizer(options.target))
+    target = load_target(options.target, parse_dtype(options.dtype), options.device)
+    if options.method == "eagle1":
+        layers: tuple[int, ...] = (target.num_layers,)
+    else:
+        layers = tuple(options.aux_layers or default_aux_layers(target.num_layers))
+    writer = FeatureWriter(prepared, target, layers, options.storage, Path(options.output))
+    console = Console(stderr=True)
+    estimate = writer.estimate()
+    console.print(f"to write: {estimate}", highlight=False, soft_wrap=True)
+    writer.write()
+    result = {"output": options.output, "feature_layers": list(layers), "storage": options.storage}
+    result |= {"tokens": estimate.num_tokens, "bytes_per_token": writer.bytes_per_token}
+    if options.verify:
+        result["verified_bytes"] = check_features(options.output)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        Console().print(", ".join(f"{name} {value}" for name, value in result.items()), highlight=False)

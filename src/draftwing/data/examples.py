@@ -1,0 +1,132 @@
+"""Tokenised samples as the trainer takes them: cut to length, packed, batched, ordered."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from draftwing.config import TrainConfig
+from draftwing.data.chat import Example, cut, encode_row
+from draftwing.data.features import FeatureExamples
+from draftwing.data.packing import PackedExamples
+from draftwing.data.prepared import StoredExamples, is_prepared, open_prepared
+from draftwing.data.rows import Rejects, made_from, select_rows
+from draftwing.data.sources import RowRef
+from draftwing.models.target import TargetModel
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokenised documents of at most `sequence_length` tokens, for training and held out."""
+
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+
+
+def read_documents(config: TrainConfig, tokenizer: Any) -> Documents:
+    """The documents of a recipe's `data`: tokenised now, or read from a prepared folder.
+
+    Rows that cannot be used go to `rejects.jsonl` in the output folder, and a line on stderr counts them.
+
+    Raises:
+        ValueError: no usable row, or a folder that was prepared for another tokenizer.
+    """
+    names = (config.data,) if isinstance(config.data, str) else config.data
+    length = config.sequence_length
+    if len(names) == 1 and is_prepared(names[0]):
+        prepared = open_prepared(names[0], tokenizer)
+        return Documents(prepared.examples("train", length, config.max_rows), prepared.examples("held_out", length))
+    selection = select_rows(names, config.max_rows, config.seed)
+    rejects = Rejects(Path(config.output) / "rejects.jsonl")
+    documents = Documents(
+        _tokenise(selection.train, tokenizer, length, rejects),
+        _tokenise(selection.held_out, tokenizer, length, rejects),
+    )
+    num_rows = len(selection.train) + len(selection.held_out)
+    rejects.check(num_rows)
+    if rejects.found:
+        Console(stderr=True).print(rejects.summary(num_rows), style="yellow", markup=False, soft_wrap=True)
+    return documents
+
+
+def as_training_rows(
+    documents: Documents, config: TrainConfig, target: TargetModel, feature_layers: tuple[int, ...]
+) -> Documents:
+    """What the trainer iterates over: documents with their stored `features`, packed, if the recipe says so.
+
+    Of the held-out rows there are `evaluate_rows`.
+    """
+    train, held_out = documents.train, documents.held_out
+    if config.features:
+        if not (isinstance(train, StoredExamples) and isinstance(held_out, StoredExamples)):
+            raise ValueError("features: needs as `data` the prepared folder that the features were made from")
+        train, held_out = (FeatureExamples(part, config.features, target, feature_layers) for part in (train, held_out))
+    if config.packing:
+        train, held_out = (PackedExamples(part, lengths_of(part), config.sequence_length) for part in (train, held_out))
+    return Documents(train, [held_out[i] for i in range(min(config.evaluate_rows, len(held_out)))])
+
+
+def _tokenise(refs: Sequence[RowRef], tokenizer: Any, length: int, rejects: Rejects) -> list[Example]:
+    shown = track(refs, "tokenising", console=Console(stderr=True), disable=len(refs) < 1000)
+    encoded = made_from(shown, lambda row: encode_row(row, tokenizer), rejects)
+    return [piece for example in encoded for piece in cut(example, length)]
+
+
+def count_supervised(documents: Sequence[Example], vocab_size: int) -> torch.Tensor:
+    """How often each token is supervised, `[V]`; of a prepared folder, in all of its split."""
+    if isinstance(documents, StoredExamples):
+        return documents.token_counts(vocab_size)
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for document in documents:
+        counts += torch.bincount(document.input_ids[document.loss_mask], minlength=vocab_size)
+    return counts
+
+
+def lengths_of(rows: Sequence[Example]) -> list[int]:
+    """How many tokens each row has, without reading stored ones."""
+    if isinstance(rows, StoredExamples | FeatureExamples | PackedExamples):
+        return rows.lengths
+    return [len(row) for row in rows]
+
+
+class Collator:
+    """Pads rows on the right to the longest of the batch.
+
+    A batch has `input_ids [B, S]` and `loss_mask [B, S]`; packed rows also `document_ids [B, S]`, which is -1 on
+    padding, and rows with stored features `features [B, S, F]` and `last_hidden [B, S, D]`.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self._padding = {"input_ids": pad_token_id, "loss_mask": 0, "document_ids": -1, "features": 0, "last_hidden": 0}
+
+    def __call__(self, batch: list[Example]) -> dict[str, torch.Tensor]:
+        collated = {}
+        for name, value in self._padding.items():
+            columns = [getattr(row, name) for row in batch]
+            if columns[0] is not None:
+                collated[name] = nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=value)
+        return collated
+
+
+class LengthGroupedOrder(Sampler[int]):
+    """An order of rows by epoch that puts rows of like length together; a function of (seed, epoch), so it resumes."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))

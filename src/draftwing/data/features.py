@@ -1,0 +1,294 @@
+"""A target's features for a prepared folder's tokens, kept on disk: written shard by shard, read beside the tokens.
+
+A token costs F + D values (EAGLE-3: four hidden states): bf16, or fp8 e4m3 with a scale per token and hidden state.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from draftwing.data.chat import Example
+from draftwing.data.prepared import SPLITS, Prepared, StoredExamples
+from draftwing.data.shards import (
+    INDEX,
+    Shard,
+    ShardReader,
+    as_record,
+    check_files,
+    check_same_run,
+    read_index,
+    shards_of,
+    write_index,
+    write_shard,
+)
+from draftwing.models.target import TargetModel
+from draftwing.provenance import provenance
+
+FORMAT = "draftwing-features-1"
+Storage = Literal["bf16", "fp8"]
+STORAGES = get_args(Storage)
+SHARD_BYTES = 1 << 29
+BATCH_TOKENS = 8192
+SPARE = 1.02
+"""Disk space asked for, over the tensors' own."""
+LARGEST_FP8 = float(torch.finfo(torch.float8_e4m3fn).max)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What writing features will take from here on."""
+
+    num_tokens: int
+    num_bytes: int
+    free_bytes: int
+    tokens_per_second: float
+
+    @property
+    def hours(self) -> float:
+        return self.num_tokens / self.tokens_per_second / 3600
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_tokens:,} tokens, {self.num_bytes / 1e9:.2f} GB ({self.free_bytes / 1e9:.2f} GB free), "
+            f"{self.hours:.2f} hours at {self.tokens_per_second:,.0f} tokens/s, the rate of the first batch"
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to be written: documents `[first, first + count)` of a split."""
+
+    split: str
+    file: str
+    documents: range
+
+
+class FeatureWriter:
+    """Runs a target over prepared documents and writes `features [T, F]` and `last_hidden [T, D]`.
+
+    `feature_layers` are hidden_states indices. Where they are the last one alone (EAGLE-1), `last_hidden` is all there
+    is to write.
+
+    Raises:
+        ValueError: the folder was begun for other tokens, another target, layers or storage.
+    """
+
+    def __init__(
+        self, prepared: Prepared, target: TargetModel, feature_layers: tuple[int, ...], storage: Storage, folder: Path
+    ) -> None:
+        self._target, self._layers, self._storage, self._folder = target, feature_layers, storage, folder
+        self._examples = {split: prepared.examples(split) for split in SPLITS}
+        self._index: dict[str, Any] = {
+            "format": FORMAT,
+            "prepared": prepared.identity,
+            "target": target_fingerprint(target),
+            "feature_layers": list(feature_layers),
+            "storage": storage,
+            "complete": False,
+            "splits": {split: [] for split in SPLITS},
+        }
+        if (folder / INDEX).exists():
+            earlier = read_index(folder, FORMAT)
+            fixed = ("prepared", "target", "feature_layers", "storage")
+            check_same_run(folder, earlier, {name: self._index[name] for name in fixed})
+            self._index = earlier
+        self._done = shards_of(self._index)
+        self._check_fit()
+        check_files(folder, [shard for shards in self._done.values() for shard in shards], checksums=False)
+        per_shard = max(1, SHARD_BYTES // self.bytes_per_token)
+        self._jobs = [
+            job
+            for split, examples in self._examples.items()
+            for job in list(_jobs(split, examples.lengths, per_shard))[len(self._done[split]) :]
+        ]
+
+    def _check_fit(self) -> None:
+        target = self._target
+        if not self._layers or not 0 < min(self._layers) <= max(self._layers) <= target.num_layers:
+            raise ValueError(f"aux_layers: expected some of 1 to {target.num_layers}, got {self._layers}")
+        longest = max(length for examples in self._examples.values() for length in examples.lengths)
+        if target.max_positions is not None and longest > target.max_positions:
+            raise ValueError(
+                f"sequence_length: a document has {longest} tokens and the target {target.max_positions} positions; "
+                f"prepare the data with --sequence-length {target.max_positions}"
+            )
+
+    @property
+    def bytes_per_token(self) -> int:
+        stored = [layer for layer in self._layers if self._layers != (self._target.num_layers,)]
+        width = self._target.hidden_size
+        return (len(stored) + 1) * (2 * width if self._storage == "bf16" else width + 4)
+
+    def estimate(self) -> Estimate:
+        """Bytes and time still to come; runs the first batch to time it.
+
+        Raises:
+            ValueError: the disk cannot hold it.
+        """
+        num_tokens = sum(self._examples[job.split].lengths[i] for job in self._jobs for i in job.documents)
+        num_bytes = int(num_tokens * self.bytes_per_token * SPARE)
+        parent = next(folder for folder in (self._folder, *self._folder.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(parent).free
+        rate = self._rate() if self._jobs else 1.0
+        estimate = Estimate(num_tokens, num_bytes, free, rate)
+        if num_bytes > free:
+            raise ValueError(f"output: {self._folder}: the disk cannot hold the features: {estimate}")
+        return estimate
+
+    def _rate(self) -> float:
+        job = self._jobs[0]
+        examples = self._examples[job.split]
+        batch = next(_batches(examples.lengths, job.documents))
+        start = time.perf_counter()
+        self._run([examples[i] for i in batch])
+        return sum(examples.lengths[i] for i in batch) / (time.perf_counter() - start)
+
+    def write(self) -> None:
+        """Write what is missing. Ctrl-C loses the shard that is being made."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._save(complete=False)
+        columns = (BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
+            total = sum(self._examples[job.split].lengths[i] for job in self._jobs for i in job.documents)
+            shown = progress.add_task("features", total=total * self.bytes_per_token)
+            for job in self._jobs:
+                tensors = self._tensors(job, lambda tokens: progress.advance(shown, tokens * self.bytes_per_token))
+                self._done[job.split].append(write_shard(self._folder, job.file, tensors, len(job.documents)))
+                self._save(complete=False)
+        self._save(complete=True)
+
+    def _save(self, complete: bool) -> None:
+        self._index |= {"splits": as_record(self._done), "complete": complete, "provenance": provenance()}
+        write_index(self._folder, self._index)
+
+    def _tensors(self, job: Job, advance: Any) -> dict[str, torch.Tensor]:
+        """A shard's tensors. Documents run in batches of like length, and are put back in order."""
+        examples = self._examples[job.split]
+        hidden: dict[int, torch.Tensor] = {}
+        for batch in _batches(examples.lengths, job.documents):
+            hidden |= zip(batch, self._run([examples[i] for i in batch]), strict=True)
+            advance(sum(examples.lengths[i] for i in batch))
+        flat = torch.cat([hidden[i] for i in job.documents])  # [T, layers, D]
+        stored = {"last_hidden": flat[:, -1:]}
+        if flat.shape[1] > 1:
+            stored["features"] = flat[:, :-1]
+        if self._storage == "bf16":
+            return {name: values.flatten(1).to(torch.bfloat16) for name, values in stored.items()}
+        tensors = {}
+        for name, values in stored.items():
+            tensors[name], tensors[f"{name}_scale"] = to_fp8(values)
+        return tensors
+
+    @torch.inference_mode()
+    def _run(self, documents: Sequence[Example]) -> list[torch.Tensor]:
+        """Hidden states of each document, `[S, layers, D]`, the last one the input of the output head."""
+        target = self._target
+        ids = nn.utils.rnn.pad_sequence([document.input_ids for document in documents], batch_first=True)
+        output = target.model(
+            input_ids=ids.to(target.device), use_cache=False, output_hidden_states=True, logits_to_keep=1
+        )
+        layers = () if self._layers == (target.num_layers,) else self._layers
+        wanted = [output.hidden_states[layer] for layer in (*layers, target.num_layers)]
+        stacked = torch.stack(wanted, dim=2).cpu()
+        return [states[: len(document)].clone() for states, document in zip(stacked, documents, strict=True)]
+
+
+def _jobs(split: str, lengths: Sequence[int], tokens_per_shard: int) -> Iterator[Job]:
+    """Consecutive documents of about `tokens_per_shard` tokens (one document at least)."""
+    first = num_tokens = number = 0
+    for index, length in enumerate(lengths):
+        num_tokens += length
+        if num_tokens >= tokens_per_shard or index == len(lengths) - 1:
+            yield Job(split, f"{split}-{number:05d}.safetensors", range(first, index + 1))
+            first, num_tokens, number = index + 1, 0, number + 1
+
+
+def _batches(lengths: Sequence[int], documents: range) -> Iterator[list[int]]:
+    """Documents of like length, longest first, at most BATCH_TOKENS tokens of them with padding."""
+    batch: list[int] = []
+    for document in sorted(documents, key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(document)
+    yield batch
+
+
+def to_fp8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[T, layers, D]` -> e4m3 `[T, layers * D]` and float32 scales `[T, layers]`: the largest value becomes 448."""
+    values = values.float()
+    scale = values.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / LARGEST_FP8
+    return (values / scale[..., None]).flatten(1).to(torch.float8_e4m3fn), scale
+
+
+def from_fp8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The bf16 tensor `[T, layers * D]` that `to_fp8` was given, to 3 bits of mantissa."""
+    by_layer = values.float().unflatten(1, (scale.shape[1], -1))
+    restored: torch.Tensor = by_layer * scale[..., None]
+    return restored.flatten(1).to(torch.bfloat16)
+
+
+def target_fingerprint(target: TargetModel) -> str:
+    """A hash that tells targets apart: sizes, and the output head's first row (in bf16)."""
+    sizes = [target.hidden_size, target.num_layers, target.vocab_size]
+    row = next(target.output_head.parameters())[0].detach().to(torch.bfloat16).float().cpu().tolist()
+    return hashlib.sha256(json.dumps([sizes, row]).encode()).hexdigest()
+
+
+class FeatureExamples(Sequence[Example]):
+    """Prepared documents with their stored features, read when asked for; fit for a DataLoader with workers.
+
+    Raises:
+        ValueError: features that are unfinished, or made from other tokens, another target or other layers.
+    """
+
+    def __init__(
+        self, documents: StoredExamples, folder: str, target: TargetModel, feature_layers: tuple[int, ...]
+    ) -> None:
+        path = Path(folder)
+        index = read_index(path, FORMAT)
+        if not index["complete"]:
+            raise ValueError(f"features: {folder} is unfinished; run the same `draftwing prepare --features` again")
+        expected = {
+            "prepared": (documents.prepared.identity, "other tokens than those of `data`"),
+            "target": (target_fingerprint(target), "another target"),
+            "feature_layers": (list(feature_layers), f"the layers {index['feature_layers']}, not {feature_layers}"),
+        }
+        for name, (value, problem) in expected.items():
+            if index[name] != value:
+                raise ValueError(f"features: {folder} was made from {problem}")
+        shards: list[Shard] = shards_of(index)[documents.split]
+        check_files(path, shards, checksums=False)
+        self.lengths = documents.lengths
+        self._documents, self._reader = documents, ShardReader(path, shards)
+        self._is_fp8, self._has_own_features = index["storage"] == "fp8", list(feature_layers) != [target.num_layers]
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        document, (start, stop) = self._documents[index], self._documents.spans[index]
+        last_hidden = self._read("last_hidden", start, stop)
+        features = self._read("features", start, stop) if self._has_own_features else last_hidden
+        return Example(document.input_ids, document.loss_mask, None, features, last_hidden)
+
+    def _read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        values = self._reader.read(name, start, stop)
+        return from_fp8(values, self._reader.read(f"{name}_scale", start, stop)) if self._is_fp8 else values.clone()
+
+
+def check_features(folder: str) -> int:
+    """Check every file of a folder of features against its checksum; returns the bytes read."""
+    shards = [shard for part in shards_of(read_index(Path(folder), FORMAT)).values() for shard in part]
+    check_files(Path(folder), shards, checksums=True)
+    return sum(shard.num_bytes for shard in shards)

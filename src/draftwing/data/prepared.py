@@ -1,0 +1,323 @@
+"""A folder of tokenised documents: written once, shard by shard (a stopped run goes on), read by index."""
+
+import hashlib
+import json
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import AutoTokenizer
+
+from draftwing.data.chat import Example, cut, encode_row
+from draftwing.data.in_order import map_in_order
+from draftwing.data.rows import FoundRow, Reject, Rejects, describe, find_row, read_rejects, select_rows
+from draftwing.data.shards import (
+    INDEX,
+    Shard,
+    ShardReader,
+    as_record,
+    check_files,
+    check_same_run,
+    read_index,
+    shards_of,
+    write_index,
+    write_shard,
+)
+from draftwing.data.sources import RowRef
+from draftwing.provenance import provenance
+
+Array = np.ndarray[Any, Any]
+REJECTS = "rejects.jsonl"
+FORMAT = "draftwing-prepared-1"
+CHUNK_ROWS = 64
+SHARD_TOKENS = 1 << 24
+ROWS_WORTH_A_POOL = 4096
+"""Fewer are tokenised sooner than other processes have started."""
+SPLITS = ("train", "held_out")
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """What is tokenised: `data` as in a recipe; documents are cut into pieces of `sequence_length` tokens."""
+
+    data: tuple[str, ...]
+    sequence_length: int = 2048
+    max_rows: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class Counts:
+    """What became of the rows so far."""
+
+    rows: int = 0
+    rejected: int = 0
+    cut: int = 0
+    """Rows longer than a sequence, which became several documents."""
+    unsupervised: int = 0
+    """Pieces left out because the model says nothing in them."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows tokenised: flat `input_ids [T]` (int32), `loss_mask [T]` (bool), and each document's length."""
+
+    input_ids: Array
+    loss_mask: Array
+    lengths: list[int]
+    rejects: list[Reject]
+    num_cut: int
+    num_unsupervised: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A finished folder."""
+
+    folder: Path
+    settings: PrepareSettings
+    counts: Counts
+    splits: dict[str, list[Shard]]
+    identity: str
+    """Changes with any token of the folder."""
+
+    def describe_rejects(self) -> str:
+        """One line about the rows that could not be used; empty if there are none."""
+        if not self.counts.rejected:
+            return ""
+        path = self.folder / REJECTS
+        return describe(read_rejects(path), self.counts.rows, path)
+
+    def examples(self, split: str, length: int | None = None, max_documents: int | None = None) -> "StoredExamples":
+        """A split's first documents, those longer than `length` cut (pieces with nothing supervised are left out)."""
+        reader = ShardReader(self.folder, self.splits[split])
+        starts = [0]
+        for lengths in reader.each("lengths"):
+            for num_tokens in lengths.tolist():
+                starts.append(starts[-1] + num_tokens)
+        spans = list(pairwise(starts))[:max_documents]
+        if length is not None and length < self.settings.sequence_length:
+            spans = [(a, min(a + length, stop)) for start, stop in spans for a in range(start, stop, length)]
+            spans = [(start, stop) for start, stop in spans if reader.read("loss_mask", start, stop)[2:].any()]
+        return StoredExamples(self, split, reader, spans)
+
+
+class StoredExamples(Sequence[Example]):
+    """Documents of a prepared folder, read when asked for; `spans` are their tokens in the split."""
+
+    def __init__(self, prepared: Prepared, split: str, reader: ShardReader, spans: list[tuple[int, int]]) -> None:
+        self.prepared, self.split, self.spans, self._reader = prepared, split, spans, reader
+        self.lengths = [stop - start for start, stop in spans]
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        start, stop = self.spans[index]
+        input_ids = self._reader.read("input_ids", start, stop).to(torch.int64)
+        return Example(input_ids, self._reader.read("loss_mask", start, stop).clone())
+
+    def token_counts(self, vocab_size: int) -> torch.Tensor:
+        """How often each token is supervised in the whole split, `[V]`."""
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
+        for ids, mask in zip(self._reader.each("input_ids"), self._reader.each("loss_mask"), strict=True):
+            counts += torch.bincount(ids[mask], minlength=vocab_size)
+        return counts
+
+
+def is_prepared(folder: str) -> bool:
+    """Whether a recipe's `data` names a prepared folder."""
+    return (Path(folder) / INDEX).is_file()
+
+
+def open_prepared(folder: str, tokenizer: Any = None) -> Prepared:
+    """Open a prepared folder; its files are checked against their checksums.
+
+    Raises:
+        ValueError: it is unfinished or damaged, or was made with another tokenizer or chat template.
+    """
+    path = Path(folder)
+    index = read_index(path, FORMAT)
+    if not index["complete"]:
+        raise ValueError(f"data: {folder} is unfinished; run the same `draftwing prepare` again to go on")
+    if tokenizer is not None:
+        for name, value in fingerprint(tokenizer).items():
+            if index["tokenizer"][name] != value:
+                raise ValueError(
+                    f"data: {folder} was prepared with another {name} than the target's; prepare it for this target"
+                )
+    splits = shards_of(index)
+    check_files(path, [shard for shards in splits.values() for shard in shards], checksums=True)
+    return _as_prepared(path, index)
+
+
+def _as_prepared(folder: Path, index: dict[str, Any]) -> Prepared:
+    settings = index["settings"] | {"data": tuple(index["settings"]["data"])}
+    hashes = json.dumps(index["splits"]).encode()
+    return Prepared(
+        folder,
+        PrepareSettings(**settings),
+        Counts(**index["counts"]),
+        shards_of(index),
+        hashlib.sha256(hashes).hexdigest(),
+    )
+
+
+def fingerprint(tokenizer: Any) -> dict[str, str]:
+    """What the ids and masks of a prepared folder depend on, hashed: the vocabulary and the chat template."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    template = json.dumps(tokenizer.chat_template)
+    return {
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "chat template": hashlib.sha256(template.encode()).hexdigest(),
+    }
+
+
+class _Writer:
+    """The state of a run: what is collected for the next shard, and the index of those that are done."""
+
+    def __init__(self, folder: Path, settings: PrepareSettings, tokenizer: Any, num_rows: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._index: dict[str, Any] = {
+            "format": FORMAT,
+            "settings": asdict(settings),
+            "tokenizer": fingerprint(tokenizer),
+            "num_rows": num_rows,
+            "complete": False,
+            "counts": asdict(Counts()),
+            "splits": {split: [] for split in SPLITS},
+        }
+        if (folder / INDEX).exists():
+            earlier = read_index(folder, FORMAT)
+            check_same_run(folder, earlier["settings"], asdict(settings))
+            check_same_run(folder, earlier, {name: self._index[name] for name in ("tokenizer", "num_rows")})
+            self._index = earlier
+        self.is_complete: bool = self._index["complete"]
+        self.counts = Counts(**self._index["counts"])
+        self.rejects = Rejects(folder / REJECTS, keep=self.counts.rejected)
+        self._splits = shards_of(self._index)
+        self._chunks: list[Chunk] = []
+
+    def add(self, split: str, chunk: Chunk, num_rows: int) -> None:
+        """Take in the next rows; full shards are written."""
+        self._chunks.append(chunk)
+        self.counts.rows += num_rows
+        self.counts.cut += chunk.num_cut
+        self.counts.unsupervised += chunk.num_unsupervised
+        for reject in chunk.rejects:
+            self.rejects.add(reject)
+        self.counts.rejected = len(self.rejects)
+        if sum(chunk.input_ids.size for chunk in self._chunks) >= SHARD_TOKENS:
+            self.flush(split)
+
+    def flush(self, split: str) -> None:
+        """Write what has been collected, and the index."""
+        lengths = [length for chunk in self._chunks for length in chunk.lengths]
+        if lengths:
+            tensors = {
+                "input_ids": torch.from_numpy(np.concatenate([chunk.input_ids for chunk in self._chunks])),
+                "loss_mask": torch.from_numpy(np.concatenate([chunk.loss_mask for chunk in self._chunks])),
+                "lengths": torch.tensor(lengths, dtype=torch.int32),
+            }
+            file = f"{split}-{len(self._splits[split]):05d}.safetensors"
+            self._splits[split].append(write_shard(self.folder, file, tensors, len(lengths)))
+        self._chunks = []
+        self._save()
+
+    def finish(self) -> Prepared:
+        self.rejects.check(self.counts.rows)
+        if not self._splits["train"]:
+            raise ValueError("data: nothing is supervised in any training row")
+        self._index["provenance"] = provenance()
+        self._index["complete"] = True
+        self._save()
+        return _as_prepared(self.folder, self._index)
+
+    def _save(self) -> None:
+        self._index |= {"counts": asdict(self.counts), "splits": as_record(self._splits)}
+        write_index(self.folder, self._index)
+
+
+def prepare(settings: PrepareSettings, tokenizer: Any, folder: Path, workers: int = 1) -> Prepared:
+    """Tokenise rows into `folder` with several processes; a run that was stopped goes on after its last shard.
+
+    Raises:
+        ValueError: no row can be used, or the folder was begun with other settings.
+    """
+    selection = select_rows(settings.data, settings.max_rows, settings.seed)
+    by_split = {"train": selection.train, "held_out": selection.held_out}
+    num_rows = sum(map(len, by_split.values()))
+    writer = _Writer(folder, settings, tokenizer, num_rows)
+    if writer.is_complete:
+        return open_prepared(str(folder), tokenizer)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
+        shown = progress.add_task("tokenising rows", total=num_rows, completed=writer.counts.rows)
+        for split, refs in by_split.items():
+            refs = refs[max(0, writer.counts.rows - (num_rows - len(refs) if split == "held_out" else 0)) :]
+            for num_read, chunk in _tokenise(refs, tokenizer, settings.sequence_length, workers):
+                writer.add(split, chunk, num_read)
+                progress.advance(shown, num_read)
+            if refs:
+                writer.flush(split)
+    return writer.finish()
+
+
+def _tokenise(refs: Sequence[RowRef], tokenizer: Any, length: int, workers: int) -> Iterator[tuple[int, Chunk]]:
+    """Yield chunks of rows in order, each with how many rows it was made from."""
+    starts = range(0, len(refs), CHUNK_ROWS)
+    tasks = ([find_row(ref) for ref in refs[start : start + CHUNK_ROWS]] for start in starts)
+    sizes = [min(CHUNK_ROWS, len(refs) - start) for start in starts]
+    if workers == 1 or len(refs) < ROWS_WORTH_A_POOL:
+        yield from zip(sizes, (tokenise_chunk(task, tokenizer, length) for task in tasks), strict=True)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), _ignore_interrupts) as executor:
+        work = partial(_tokenise_elsewhere, name=tokenizer.name_or_path, length=length)
+        yield from zip(sizes, map_in_order(executor, work, tasks, ahead=4 * workers), strict=True)
+
+
+def _tokenise_elsewhere(found: list[FoundRow | Reject], name: str, length: int) -> Chunk:
+    return tokenise_chunk(found, _tokenizer(name), length)
+
+
+@cache
+def _tokenizer(name: str) -> Any:
+    return AutoTokenizer.from_pretrained(name)
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C goes to every process; the first one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def tokenise_chunk(found: Iterable[FoundRow | Reject], tokenizer: Any, length: int) -> Chunk:
+    """Tokenise rows and cut them into pieces of at most `length` tokens."""
+    pieces: list[Example] = []
+    rejects: list[Reject] = []
+    num_cut = num_unsupervised = 0
+    for item in found:
+        example = item if isinstance(item, Reject) else item.make(lambda row: encode_row(row, tokenizer))
+        if isinstance(example, Reject):
+            rejects.append(example)
+            continue
+        supervised = cut(example, length)
+        pieces += supervised
+        num_pieces = max(1, -(-len(example) // length))
+        num_cut += num_pieces > 1
+        num_unsupervised += num_pieces - len(supervised)
+    ids, mask = (
+        np.concatenate([np.empty(0, dtype), *(getattr(piece, name).numpy() for piece in pieces)]).astype(dtype)
+        for name, dtype in (("input_ids", np.int32), ("loss_mask", np.bool_))
+    )
+    return Chunk(ids, mask, [len(piece) for piece in pieces], rejects, num_cut, num_unsupervised)

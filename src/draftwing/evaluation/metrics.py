@@ -1,0 +1,179 @@
+"""The figures of an evaluation, from its runs: speed, acceptance, where the seconds went, sameness.
+
+Every interval is a bootstrap over prompts; the turns of a conversation stay together.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from draftwing.decoding.statistics import STAGES
+from draftwing.evaluation.evaluate import Cell, Evaluation, Remarks
+from draftwing.evaluation.intervals import Interval, gain_interval, ratio_interval
+from draftwing.evaluation.journal import Journal, Run
+
+
+@dataclass(frozen=True)
+class DepthRate:
+    """P(accepted at a depth | its parent was), and the cycles in which the parent was (over all repeats)."""
+
+    rate: float
+    num_reached: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Some runs of one method; `speedup` is over plain decoding of the same turns.
+
+    Attributes:
+        tokens_per_second, acceptance_length: absolute, and tau, tokens per target pass with the bonus token.
+        identical_share: of the turns whose output can be compared, those equal to plain decoding's.
+    """
+
+    num_turns: int
+    num_tokens: int
+    seconds: float
+    tokens_per_second: Interval
+    speedup: Interval | None
+    acceptance_length: Interval | None
+    identical_share: float | None
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """A method on a data set at a temperature. `figures` is None if there is no run at all.
+
+    Attributes:
+        num_expected: the turns of the data set, those that were skipped left out.
+        acceptance_rate: by depth from 1 on, conditional.
+        n_alpha: on chains only: acceptance where n = 0, 1, ... of the features the draft reads are its own
+            (arXiv 2401.15077, section 4.1); that is the rate at depth n + 1.
+        stage_seconds: prefill, draft, verify, commit, host.
+    """
+
+    data: str
+    temperature: float
+    method: str
+    num_expected: int
+    failure: str | None
+    figures: Figures | None
+    by_category: dict[str, Figures]
+    acceptance_rate: list[DepthRate]
+    n_alpha: list[float] | None
+    stage_seconds: dict[str, float]
+    peak_bytes: int | None
+    runs: list[Run]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready figures; the runs without their tokens, which runs.jsonl has."""
+        return asdict(self) | {"runs": [_figures_of_run(run) for run in self.runs]}
+
+
+def result_rows(evaluation: Evaluation, journal: Journal, remarks: Remarks, chains: Iterable[str]) -> list[ResultRow]:
+    """One row per cell. `chains` are the methods whose drafts are chains."""
+    by_cell: dict[Cell, list[Run]] = defaultdict(list)
+    for run in journal.runs.values():
+        by_cell[run.data, run.temperature, run.method].append(run)
+    chains, rows = set(chains), []
+    for data, temperature, method in evaluation.cells():
+        runs, plain = by_cell[data, temperature, method], by_cell[data, temperature, "plain"]
+        skipped = {(skip.prompt, skip.turn) for skip in remarks.skipped if skip.data == data}
+        num_turns = next(prompts.num_turns for prompts in evaluation.data if prompts.name == data)
+        rates = acceptance_rates(runs)
+        rows.append(
+            ResultRow(
+                data,
+                temperature,
+                method,
+                num_turns - len(skipped),
+                remarks.failures.get((data, temperature, method)),
+                figures_of(runs, plain),
+                by_category(runs, plain),
+                rates,
+                n_alpha(rates) if method in chains else None,
+                stage_seconds(runs),
+                max((run.peak_bytes for run in runs if run.peak_bytes is not None), default=None),
+                runs,
+            )
+        )
+    return rows
+
+
+def figures_of(runs: Sequence[Run], plain: Sequence[Run]) -> Figures | None:
+    """The figures of a method's runs beside plain decoding's; None without a run."""
+    if not runs:
+        return None
+    compared = [run.identical for run in runs if run.identical is not None]
+    has_cycles = all(run.num_cycles is not None for run in runs)
+    return Figures(
+        len(runs),
+        sum(run.num_tokens for run in runs),
+        sum(run.seconds for run in runs),
+        ratio_interval(per_prompt(runs, "num_tokens"), per_prompt(runs, "seconds")),
+        rate_ratio(runs, plain),
+        ratio_interval(per_prompt(runs, "num_tokens"), per_prompt(runs, "num_cycles")) if has_cycles else None,
+        sum(compared) / len(compared) if compared else None,
+    )
+
+
+def rate_ratio(runs: Sequence[Run], others: Sequence[Run], per: str = "seconds") -> Interval | None:
+    """Tokens per second (or per another field of a run) over the others', on the turns that both have.
+
+    None where they share none, or where the field is unknown.
+    """
+    shared = {_turn(run) for run in runs} & {_turn(run) for run in others}
+    mine, theirs = ([run for run in some if _turn(run) in shared] for some in (runs, others))
+    if not shared or any(getattr(run, per) is None for run in mine + theirs):
+        return None
+    mine_ratio, their_ratio = ((per_prompt(some, "num_tokens"), per_prompt(some, per)) for some in (mine, theirs))
+    return gain_interval(mine_ratio, their_ratio)
+
+
+def by_category(runs: Sequence[Run], plain: Sequence[Run]) -> dict[str, Figures]:
+    """Figures for each category; none where the prompts have less than two."""
+    names = sorted({run.category for run in runs})
+    if len(names) < 2:
+        return {}
+    parts = {name: [[run for run in some if run.category == name] for some in (runs, plain)] for name in names}
+    figures = {name or "(none)": figures_of(*part) for name, part in parts.items()}
+    return {name: part for name, part in figures.items() if part is not None}
+
+
+def acceptance_rates(runs: Sequence[Run]) -> list[DepthRate]:
+    """Conditional acceptance by depth, all cycles of all runs together."""
+    depth = max((len(run.reached_at) for run in runs), default=0)
+    accepted = [sum(run.accepted_at[d] for run in runs if d < len(run.accepted_at)) for d in range(depth)]
+    reached = [sum(run.reached_at[d] for run in runs if d < len(run.reached_at)) for d in range(depth)]
+    return [DepthRate(a / r if r else 0.0, r) for a, r in zip(accepted, reached, strict=True)]
+
+
+def n_alpha(rates: Sequence[DepthRate]) -> list[float]:
+    """0-alpha, 1-alpha, ... of a chain.
+
+    The draft of a chain's token at depth d + 1 reads d features of its own, and it is asked whether it is accepted only
+    where those before it were.
+    """
+    return [depth.rate for depth in rates if depth.num_reached]
+
+
+def stage_seconds(runs: Sequence[Run]) -> dict[str, float]:
+    """The seconds of each stage, summed; empty for engines that do not say."""
+    staged = [run.stages for run in runs if run.stages]
+    return {stage: sum(stages[stage] for stages in staged) for stage in STAGES} if staged else {}
+
+
+def _turn(run: Run) -> tuple[int, int]:
+    return run.prompt, run.turn
+
+
+def per_prompt(runs: Sequence[Run], name: str) -> list[float]:
+    """Sums over each prompt's turns, in the order of the prompts."""
+    sums: dict[int, float] = defaultdict(float)
+    for run in sorted(runs, key=_turn):
+        sums[run.prompt] += getattr(run, name)
+    return list(sums.values())
+
+
+def _figures_of_run(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in asdict(run).items() if name not in ("tokens", "text", "data", "method")}

@@ -1,0 +1,71 @@
+"""What a row of an evaluation decodes with: a method, and optionally its draft, plan and options, in one short text."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from draftwing.config import check_keys
+from draftwing.decoding.plan import TreePlan
+
+OPTIONS: dict[str, dict[str, Any]] = {"ngram": {"ngram": True}, "uncoupled": {"coupled": False}}
+"""What may follow a method after a `+`, and the option of `generate` that it sets."""
+FORM = re.compile(r"(?P<method>[^@:+]+)(@(?P<draft>[^@:+]+))?(:(?P<plan>[^+]+))?(?P<options>(\+[^+]+)*)")
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """`METHOD[@DRAFT][:PLAN][+OPTION...]`, such as `eagle3@large:tree:4x5x26+uncoupled`."""
+
+    method: str
+    draft: str | None = None
+    plan: str | None = None
+    options: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        draft = f"@{self.draft}" if self.draft else ""
+        plan = f":{self.plan}" if self.plan else ""
+        return self.method + draft + plan + "".join(f"+{option}" for option in self.options)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options of `generate`."""
+        settings = {} if self.plan is None else {"plan": self.plan}
+        for option in self.options:
+            settings |= OPTIONS[option]
+        return settings
+
+    @property
+    def is_chain(self) -> bool:
+        return self.plan is not None and self.plan.startswith("chain:")
+
+    def using(self, draft: str) -> "MethodSpec":
+        """The same with the draft of that name."""
+        return replace(self, draft=draft)
+
+    @staticmethod
+    def parse(text: str, methods: Sequence[str]) -> "MethodSpec":
+        """Read a spec whose method is one of `methods`.
+
+        Raises:
+            ValueError: another form, an unknown method, plan or option (the nearest is named).
+        """
+        match = FORM.fullmatch(text)
+        if match is None:
+            raise ValueError(f"methods: expected METHOD[@DRAFT][:PLAN][+OPTION...], got {text!r}")
+        _check("method", match["method"], methods)
+        options = tuple(match["options"].split("+")[1:])
+        for option in options:
+            _check("option", option, OPTIONS)
+        if match["plan"] not in (None, "auto"):
+            TreePlan.parse(match["plan"])
+        if match["method"] == "plain" and (match["draft"] or match["plan"] or options):
+            raise ValueError(f"methods: plain takes no draft, plan or option, got {text!r}")
+        return MethodSpec(match["method"], match["draft"], match["plan"], options)
+
+
+def _check(what: str, name: str, known: Sequence[str] | dict[str, Any]) -> None:
+    try:
+        check_keys([name], known)
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{name}: unknown key", f"methods: unknown {what} {name!r}")) from None

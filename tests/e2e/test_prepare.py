@@ -1,0 +1,183 @@
+"""Data for training through the command line: prepare, train, features, train from features."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from draftwing.checkpoint.load import load_tokenizer
+from draftwing.cli import main
+from draftwing.data.prepared import open_prepared
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert main(arguments) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations, texts and one bad row, and what `prepare` makes of them."""
+    folder = tmp_path_factory.mktemp("prepare")
+    rows: list[dict[str, Any]] = []
+    for n in range(40):
+        user = {"role": "user", "content": f"Write the Python function add_{n}."}
+        rows.append({"messages": [user, {"role": "assistant", "content": f"def add_{n}(a):\n    return a + {n}\n"}]})
+        rows.append({"text": f"def sub_{n}(a):\n    return a - {n}\n" * (1 + n % 5), "held_out": n % 5 == 0})
+    rows.append({"question": "?"})
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert main(["prepare", *prepare(folder)]) == 0
+    return folder
+
+
+def prepare(folder: Path) -> list[str]:
+    data, output = str(folder / "data.jsonl"), str(folder / "prepared")
+    return ["--data", data, "--target", "tiny", "--output", output, "--sequence-length", "64"]
+
+
+def recipe(folder: Path, name: str, **values: Any) -> str:
+    stage = {"objective": "eagle3", "output": str(folder / name), "target": "tiny", "data": str(folder / "prepared")}
+    stage |= {"sequence_length": 64, "batch_size": 2, "max_steps": 2, "warmup_steps": 1, "bf16": False}
+    stage |= {"draft_vocab_size": 512, "ttt_steps": 2, "evaluate_rows": 4, "log_every": 1}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(stage | values), encoding="utf-8")
+    return str(folder / f"{name}.yaml")
+
+
+def test_prepare_reports_figures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = call(capsys, "prepare", *prepare(folder), "--json")  # finished: read again
+    assert (report["rows"], report["rejected"], report["held_out_documents"]) == (81, 1, 8)
+    assert report["cut"] > 0
+    assert 0 < report["supervised_share"] < 1
+    assert report["supervised_tokens"] == round(report["supervised_share"] * report["tokens"])
+
+
+def test_prepare_shows_documents(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", *prepare(folder), "--preview", "2"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("green is supervised") == 2
+    assert "draft vocabulary of" in captured.out
+    assert "1 of 81 rows cannot be used" in captured.err
+
+
+def test_training_from_the_folder_equals_training_from_the_rows(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared = call(capsys, "train", recipe(folder, "from_folder"))
+    rows = call(capsys, "train", recipe(folder, "from_rows", data=str(folder / "data.jsonl")))
+    assert prepared["eval_loss"] == rows["eval_loss"]
+    assert (folder / "from_rows" / "rejects.jsonl").read_text(encoding="utf-8").count("\n") == 1
+
+
+@pytest.mark.parametrize(("storage", "tolerance"), [("bf16", 0.01), ("fp8", 0.05)])
+def test_training_from_stored_features(
+    folder: Path, capsys: pytest.CaptureFixture[str], storage: str, tolerance: float
+) -> None:
+    features = str(folder / f"features-{storage}")
+    common = ["--features", "--data", str(folder / "prepared"), "--target", "tiny", "--output", features]
+    written = call(capsys, "prepare", *common, "--storage", storage, "--verify", "--json")
+    assert written["feature_layers"] == [2, 6, 9]
+    assert written["verified_bytes"] >= written["tokens"] * written["bytes_per_token"]
+    assert call(capsys, "prepare", *common, "--storage", storage, "--json")["tokens"] == 0  # nothing left to do
+    online = call(capsys, "train", recipe(folder, f"online-{storage}"))
+    stored = call(capsys, "train", recipe(folder, f"stored-{storage}", features=features))
+    assert stored["eval_loss"] == pytest.approx(online["eval_loss"], rel=tolerance)
+    # They are read: other layers than the head's are refused.
+    assert main(["train", recipe(folder, "other", features=features, aux_layers=[1, 3, 5])]) == 2
+    assert "was made from the layers [2, 6, 9], not (1, 3, 5)" in capsys.readouterr().err
+
+
+def test_training_packed_rows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "train", recipe(folder, "packed", packing=True))["eval_loss"] > 0
+
+
+def test_features_need_the_folder_that_they_were_made_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"features": str(folder / "x"), "data": str(folder / "data.jsonl")}
+    assert main(["train", recipe(folder, "wrong", **values)]) == 2
+    assert "features: needs as `data` the prepared folder" in capsys.readouterr().err
+
+
+def test_regenerated_rows_are_prepared_like_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = str(folder / "answers.jsonl")
+    common = ["prepare", "--regenerate", "--data", str(folder / "data.jsonl"), "--target", "tiny", "--output", output]
+    common += [
+        "--max-rows",
+        "3",
+        "--max-new-tokens",
+        "12",
+        "--prompt-length",
+        "8",
+        "--batch-size",
+        "8",
+        "--temperatures",
+        "0",
+        "--json",
+    ]
+    made = call(capsys, *common)
+    assert made["rows"] > 3
+    assert 0 < made["new_tokens"] <= 12 * made["rows"]
+    assert call(capsys, *common)["new_tokens"] == 0  # all are there
+    call(capsys, "prepare", "--data", output, "--target", "tiny", "--output", str(folder / "again"), "--json")
+    found = open_prepared(str(folder / "again"), load_tokenizer("tiny"))
+    rows = [json.loads(line) for line in Path(output).read_text(encoding="utf-8").splitlines()]
+    expected = sorted(row["input_ids"] for row in rows if not row["held_out"])
+    assert sorted(document.input_ids.tolist() for document in found.examples("train")) == expected
+
+
+def test_ctrl_c_leaves_a_folder_that_is_finished_later(folder: Path, tmp_path: Path) -> None:
+    """A real process, interrupted while it tokenises."""
+    program = (
+        "import os, signal, sys\n"
+        "from draftwing.cli import main\n"
+        "from draftwing.data import prepared\n"
+        "write = prepared.write_shard\n"
+        "def write_and_interrupt(*arguments):\n"
+        "    shard = write(*arguments)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return shard\n"
+        "prepared.SHARD_TOKENS, prepared.CHUNK_ROWS = 500, 8\n"
+        "if sys.argv[1] == 'stop': prepared.write_shard = write_and_interrupt\n"
+        "sys.exit(main(sys.argv[2:]))\n"
+    )
+    command = ["prepare", *prepare(folder), "--json"]
+    command[command.index("--output") + 1] = str(tmp_path / "out")
+
+    def run(how: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", program, how, *command], capture_output=True, text=True)
+
+    stopped = run("stop")
+    assert stopped.returncode == 130, stopped.stderr
+    assert "stopped" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    finished = run("go on")
+    assert finished.returncode == 0, finished.stderr
+    expected = open_prepared(str(folder / "prepared"), load_tokenizer("tiny")).examples("train")
+    found = open_prepared(str(tmp_path / "out"), load_tokenizer("tiny")).examples("train")
+    assert [document.input_ids.tolist() for document in found] == [d.input_ids.tolist() for d in expected]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "nowhere.jsonl", "--output", "out"], "data: no such file: nowhere.jsonl"),
+        (["--data", "x", "--output", "out", "--regenerate", "--features"], "one of --regenerate and --features"),
+        (["--data", "x", "--output", "out", "--regenerate"], "--regenerate writes a .jsonl file, got 'out'"),
+        (["--data", "x", "y", "--output", "out", "--features"], "--features takes one prepared folder, got 2"),
+        (["--data", "nowhere", "--output", "out", "--features"], "nowhere: cannot read its index.json"),
+    ],
+)
+def test_mistakes_get_one_line(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["prepare", "--target", "tiny", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1 or "error: " in error.splitlines()[-1]
