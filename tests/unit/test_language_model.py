@@ -33,7 +33,7 @@ def test_what_the_target_did_not_say_is_read_but_not_learnt() -> None:
 
 
 def test_a_foreign_tokenizer_closes_rows_with_its_end_of_sequence() -> None:
-    tokenizer = SimpleNamespace(get_vocab=dict, eos_token_id=5)
+    tokenizer = Vocabulary({f"token {n}": n for n in range(8)})
     (block,) = blocks(ROWS, tokenizer, length=7)
     assert block["input_ids"].tolist() == [1, 2, 3, 5, 4, 6, 5]
 
