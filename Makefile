@@ -30,7 +30,8 @@ setup: .venv/ready
 # Rebuild the embedded models (hours on a CPU) and put them, with their prompts and figures, into the package.
 assets: setup
 	$(BIN)/draftwing train recipes/tiny.yaml
-	for part in target eagle1 eagle3; do \
+	$(BIN)/draftwing train recipes/tiny_rivals.yaml
+	for part in target eagle1 eagle3 medusa draft; do \
 	    mkdir -p src/draftwing/assets/tiny/$$part && \
 	    cp build/tiny/$$part/*.json build/tiny/$$part/*.safetensors src/draftwing/assets/tiny/$$part/; \
 	done

@@ -14,6 +14,8 @@ from draftwing.decoding.costs import CycleCosts
 from draftwing.decoding.drafters import NoDrafter
 from draftwing.decoding.drafters.draft_model import DraftModelDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
+from draftwing.decoding.drafters.lookahead import LookaheadDrafter
+from draftwing.decoding.drafters.medusa import MedusaDrafter
 from draftwing.decoding.drafters.ngram import NgramDrafter
 from draftwing.decoding.experience import Experience
 from draftwing.decoding.generate import DrafterFactory, Generation, Request
@@ -21,8 +23,10 @@ from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
 from draftwing.decoding.tree import DraftTree, Verdict
+from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import ATTENTION, TargetModel
 from draftwing.training.heads import new_head
+from draftwing.training.medusa import MedusaTraining, new_medusa
 from draftwing.training.objectives import HeadTraining
 
 VOCAB_SIZE = 64
@@ -74,9 +78,12 @@ def draft_model() -> TargetModel:
 
 
 @pytest.fixture(scope="session")
-def drafters(heads: dict[str, DraftNetwork], draft_model: TargetModel) -> dict[str, DrafterFactory]:
-    """Every method's drafter for `target`."""
-    return {name: eagle(head) for name, head in heads.items()} | {"draft_model": language_model(draft_model)}
+def drafters(
+    heads: dict[str, DraftNetwork], medusa_heads: MedusaModel, draft_model: TargetModel
+) -> dict[str, DrafterFactory]:
+    """Every method's drafter for `target`, but for those with plans of their own."""
+    others = {"medusa": medusa(medusa_heads), "draft_model": language_model(draft_model)}
+    return {name: eagle(head) for name, head in heads.items()} | others
 
 
 @pytest.fixture(scope="session")
@@ -100,6 +107,17 @@ def heads(target: TargetModel) -> dict[str, DraftNetwork]:
     return trained
 
 
+@pytest.fixture(scope="session")
+def medusa_heads(target: TargetModel) -> MedusaModel:
+    """Three Medusa heads for `target`, trained on what it says."""
+    config = TrainConfig(objective="medusa", output="", target="unused", medusa_heads=3)
+    data = self_generated(target, num_rows=32, length=40)
+    torch.manual_seed(1)
+    model = new_medusa(config, target).double()
+    optimise(MedusaTraining(model, target, config), data, steps=60)
+    return model.eval()
+
+
 def self_generated(target: TargetModel, num_rows: int, length: int) -> list[Example]:
     """Rows that the target samples itself from one-token prompts."""
     requests = [
@@ -115,8 +133,13 @@ def self_generated(target: TargetModel, num_rows: int, length: int) -> list[Exam
 def train_briefly(
     head: DraftNetwork, target: TargetModel, config: TrainConfig, data: Sequence[Example], steps: int
 ) -> DraftNetwork:
-    module = HeadTraining(head, target, config)
-    optimizer = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], lr=1e-2)
+    optimise(HeadTraining(head, target, config), data, steps)
+    return head.eval()
+
+
+def optimise(module: HeadTraining | MedusaTraining, data: Sequence[Example], steps: int) -> None:
+    """Train on all of the data at once."""
+    optimizer = torch.optim.AdamW([p for p in module.head.parameters() if p.requires_grad], lr=1e-2)
     ids = torch.stack([example.input_ids for example in data])
     mask = torch.stack([example.loss_mask for example in data])
     for _ in range(steps):
@@ -124,7 +147,6 @@ def train_briefly(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return head.eval()
 
 
 def eagle(head: DraftNetwork) -> DrafterFactory:
@@ -136,6 +158,16 @@ def eagle(head: DraftNetwork) -> DrafterFactory:
 def language_model(model: TargetModel) -> DrafterFactory:
     """Builds the drafter of a draft model, for a target of VOCAB_SIZE tokens."""
     return lambda batch_size, capacity: DraftModelDrafter(model, VOCAB_SIZE, batch_size, capacity)
+
+
+def medusa(model: MedusaModel) -> DrafterFactory:
+    """Builds the drafter of Medusa heads for the engine."""
+    return lambda batch_size, capacity: MedusaDrafter(model, batch_size, torch.float64, torch.device("cpu"))
+
+
+def lookahead(batch_size: int, capacity: int) -> LookaheadDrafter:
+    """Builds the drafter of Lookahead decoding for the engine."""
+    return LookaheadDrafter(batch_size, capacity, torch.device("cpu"))
 
 
 def ngram(batch_size: int, capacity: int) -> NgramDrafter:

@@ -22,6 +22,8 @@ from draftwing.decoding.costs import CycleCosts, cached_costs, measure_costs
 from draftwing.decoding.drafters import Drafter, NoDrafter
 from draftwing.decoding.drafters.draft_model import DraftModelDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
+from draftwing.decoding.drafters.lookahead import LookaheadDrafter
+from draftwing.decoding.drafters.medusa import MedusaDrafter
 from draftwing.decoding.drafters.ngram import NgramDrafter
 from draftwing.decoding.experience import Experience
 from draftwing.decoding.generate import Committed, Generation, Request
@@ -31,6 +33,7 @@ from draftwing.decoding.statistics import Statistics
 from draftwing.decoding.stopping import StopRule
 from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.fused import FusedTarget, can_fuse
+from draftwing.models.medusa import MedusaModel
 from draftwing.models.packed import pack_linears
 from draftwing.models.target import TargetModel
 from draftwing.provenance import provenance
@@ -42,7 +45,8 @@ FIXED_SHAPES = tuple(
 """Where every shape is worth capturing: what `auto` chooses among, the largest last."""
 EAGLE_METHODS = ("eagle1", "eagle2", "eagle3")
 HEAD_OPTIONS = tuple(HeadOptions.__dataclass_fields__)
-METHODS = ("plain", "ngram", *EAGLE_METHODS, "draft_model")
+DRAFTLESS_METHODS = ("plain", "ngram", "lookahead")
+METHODS = (*DRAFTLESS_METHODS, *EAGLE_METHODS, "medusa", "draft_model")
 
 
 @dataclass
@@ -76,9 +80,9 @@ class GenerateOptions:
     Attributes:
         seed: one seed per row, or a single one, which gives row b the seed `seed + b`.
         stop: stop strings; a row ends with the token that completes one.
-        plan: `auto`, `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `eagle1` or a TreePlan; None is the method's
-            default. `auto` sizes each tree by what it is expected to bring; the first time on a machine it measures
-            what a cycle costs, for a second or two.
+        plan: `auto`, `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `eagle1`, `medusa`, `lookahead:WxNxG` (for that
+            method alone) or a TreePlan; None is the method's default. `auto` sizes each tree by what it is expected to
+            bring; the first time on a machine it measures what a cycle costs, for a second or two.
         ngram: with an EAGLE method, let a continuation looked up in the text compete for the nodes of each tree.
         draft_window: let an EAGLE head read the last so many tokens only, as past the lengths it was trained on.
         coupled: rank draft candidates with the target's own noise; the same output, more of it drafted when sampling.
@@ -128,7 +132,7 @@ class GenerateOptions:
 
 
 class SpeculativeModel:
-    """A target that generates, optionally with a draft (an EAGLE head or a smaller model) by one of METHODS."""
+    """A target that generates, optionally with a draft (EAGLE or Medusa heads, a smaller model) by one of METHODS."""
 
     def __init__(
         self,
@@ -254,7 +258,7 @@ class SpeculativeModel:
         if self.method == "plain":
             return off
         plan = settings.plan or default_plan(self.method)
-        if plan == "auto" and self.method == "ngram":  # it has nothing to size: lookups cost next to nothing
+        if plan == "auto" and self.method in DRAFTLESS_METHODS:  # nothing to size: lookups cost next to nothing
             plan = default_plan(self.method)
         if plan != "auto":
             plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
@@ -277,6 +281,8 @@ class SpeculativeModel:
     def _shapes(self) -> tuple[TreePlan, ...]:
         """The shapes that trees which size themselves have, or on a CPU their bound; the largest last."""
         shapes = (LARGEST_ON_CPU,) if self.target.device.type == "cpu" else FIXED_SHAPES
+        if isinstance(self.draft, MedusaModel):
+            shapes = tuple(shape.cut_to(len(self.draft)) for shape in shapes)
         num_tokens = self.target.vocab_size if self.draft is None else draft_vocab_size(self.draft)
         return tuple(dict.fromkeys(shape.at_most(num_tokens) for shape in shapes))
 
@@ -293,10 +299,14 @@ class SpeculativeModel:
         device = self.target.device
         if self.method == "ngram":
             return NgramDrafter(batch_size, capacity, device)
+        if self.method == "lookahead":
+            return LookaheadDrafter(batch_size, capacity, device)
         if self.draft is None or self.method == "plain":
             return NoDrafter()
         if isinstance(self.draft, TargetModel):
             return DraftModelDrafter(self.draft, self.target.vocab_size, batch_size, capacity)
+        if isinstance(self.draft, MedusaModel):
+            return MedusaDrafter(self.draft, batch_size, self.target.dtype, device)
         dtype = next(self.draft.parameters()).dtype
         ngram = NgramDrafter(batch_size, capacity, device) if with_lookup else None
         return EagleDrafter(self.draft, batch_size, capacity, dtype, device, ngram, window)
@@ -341,8 +351,9 @@ def load(
 
     Args:
         target: `tiny` (the embedded model), a folder or a hub id.
-        draft: `tiny` (the embedded head that suits `method`), `tiny-eagle1`, a folder or a hub id of an EAGLE head or
-            of a smaller causal language model with the same tokenizer; None: no draft.
+        draft: `tiny` (the embedded draft that suits `method`), `tiny-eagle1`, `tiny-medusa`, `tiny-draft`, a folder or
+            a hub id of an EAGLE head, of Medusa heads or of a smaller causal language model with the same tokenizer;
+            None: no draft.
         dtype: of both models, `torch.float32` or "float32"; default: the target file's, but float32 on a CPU that has
             no bf16 products.
         method: one of METHODS; default: what the draft is made for (eagle2 for an EAGLE-1 file).
@@ -361,7 +372,7 @@ def load(
         loaded = FusedTarget(loaded.model)
     draft = draft and suitable_draft(draft, method)
     tokenizer = load_tokenizer(target)
-    if draft is None or method in ("plain", "ngram"):
+    if draft is None or method in DRAFTLESS_METHODS:
         return SpeculativeModel(loaded, None, tokenizer, method)
     return SpeculativeModel(loaded, tokenizer=tokenizer).with_draft(draft, method, chosen, head_options)
 
@@ -373,8 +384,9 @@ def _machine() -> dict[str, Any]:
 
 
 def suitable_draft(draft: str, method: str | None) -> str:
-    """The embedded head that suits the method, if `draft` is `tiny`; other names are left as they are."""
-    return "tiny-eagle1" if draft == "tiny" and method in ("eagle1", "eagle2") else draft
+    """The embedded draft that suits the method, if `draft` is `tiny`; other names are left as they are."""
+    suitable = {"eagle1": "tiny-eagle1", "eagle2": "tiny-eagle1", "medusa": "tiny-medusa", "draft_model": "tiny-draft"}
+    return suitable.get(method or "", draft) if draft == "tiny" else draft
 
 
 def draft_vocab_size(draft: Draft) -> int:
@@ -383,8 +395,9 @@ def draft_vocab_size(draft: Draft) -> int:
 
 
 def default_plan(method: str) -> str:
-    """A method's plan unless one is named: the paper's tree for EAGLE-1, else trees that size themselves."""
-    return {"plain": "off", "eagle1": "eagle1", "ngram": "chain:6"}.get(method, "auto")
+    """A method's plan unless one is named: the papers' shapes, and trees that size themselves for the others."""
+    fixed = {"plain": "off", "eagle1": "eagle1", "medusa": "medusa", "ngram": "chain:6"}
+    return (fixed | {"lookahead": "lookahead:15x5x15"}).get(method, "auto")
 
 
 def check_device(device: str | torch.device) -> None:
@@ -409,7 +422,7 @@ def resolve_method(method: str | None, draft: Draft | None) -> str:
     """The method to decode with, checked against the draft at hand."""
     if method is not None and method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if method == "ngram":
+    if method in ("ngram", "lookahead"):
         return method
     if draft is None:
         if method not in (None, "plain"):
@@ -434,6 +447,8 @@ def _methods_of(draft: Draft) -> tuple[str, tuple[str, ...]]:
     """What a draft is, and the methods that use it, the default first."""
     if isinstance(draft, TargetModel):
         return "a language model", ("draft_model",)
+    if isinstance(draft, MedusaModel):
+        return "Medusa heads", ("medusa",)
     if isinstance(draft, Eagle3Model):
         return "an EAGLE-3 head", ("eagle3",)
     return "an EAGLE-1/2 head", ("eagle2", "eagle1")

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 import yaml
 
 Config = TypeVar("Config")
-Objective = Literal["language_model", "self_generated", "eagle1", "eagle3"]
+Objective = Literal["language_model", "self_generated", "eagle1", "eagle3", "medusa"]
 OBJECTIVES = get_args(Objective)
 Loss = Literal["kl", "cross_entropy", "lk"]
 LOSSES = get_args(Loss)
@@ -19,6 +19,7 @@ Schedule = Literal["cosine", "linear"]
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 POSITIVE = ("sequence_length", "batch_size", "accumulation_steps", "max_steps", "ttt_steps") + (
     "feature_steps",
+    "medusa_heads",
     "log_every",
     "evaluate_every",
     "save_every",
@@ -30,14 +31,15 @@ POSITIVE = ("sequence_length", "batch_size", "accumulation_steps", "max_steps", 
 class TrainConfig:
     """One stage of a recipe: what is made, from which data, for how long. Lengths are in tokens.
 
-    `language_model` trains a target, `self_generated` writes rows that a target says itself (to the file `output`),
-    `eagle1` and `eagle3` train a head for a target.
+    `language_model` trains a target or, from another's `tokenizer` and `target`, a small draft model for it;
+    `self_generated` writes rows that a target says itself (to the file `output`); `eagle1` and `eagle3` train a head
+    for a target, `medusa` a set of heads.
     """
 
     objective: Objective
     output: str
     target: str = ""
-    """The frozen target: a folder, a hub id or `tiny`. Unused by `language_model`, which trains one."""
+    """The frozen target: a folder, a hub id or `tiny`. Unused by `language_model`."""
     data: str | tuple[str, ...] = "stdlib"
     """`stdlib` (the Python standard library, `data/corpus.py`), a JSONL file, `hub:org/name[/config][:split]`, several
     of these, or a folder made by `draftwing prepare`."""
@@ -49,7 +51,11 @@ class TrainConfig:
     architecture: Mapping[str, Any] = field(default_factory=dict)
     """Overrides of the trained network's configuration (Hugging Face names: `hidden_size`, ...)."""
     vocab_size: int = 4096
-    """Tokenizer entries; `language_model` only."""
+    """Entries of the tokenizer that `language_model` trains."""
+    tokenizer: str = ""
+    """An existing tokenizer for `language_model`, of a folder, a hub id or `tiny`; empty trains one on the data."""
+    teacher: str = ""
+    """A model whose distributions `language_model` learns, as the draft model of a target does; empty: the tokens."""
     init_from: str = ""
     """A trained or published head to continue from; its shape is kept. Empty starts a new one."""
     draft_vocab_size: int | None = None
@@ -95,6 +101,9 @@ class TrainConfig:
     """Sampling temperatures of `self_generated`, in turn."""
     ttt_steps: int = 7
     ttt_decay: float = 0.8
+    """Weight of each EAGLE-3 step, or Medusa head, over the one before."""
+    medusa_heads: int = 4
+    """Heads of `medusa`; the furthest predicts so many tokens beyond the next."""
     loss: Loss = "kl"
     """A head's token loss: `kl` to the target's distribution, `cross_entropy` to the target's likeliest token, or `lk`,
     which goes over from KL to the acceptance rate (training/losses.py)."""
@@ -123,6 +132,8 @@ class TrainConfig:
             raise ValueError(f"lk_decay: expected at least 0, got {self.lk_decay}")
         if self.objective != "language_model" and not self.target:
             raise ValueError(f"target: {self.objective} needs the model that the head drafts for")
+        if self.teacher and not self.tokenizer:
+            raise ValueError("tokenizer: a language_model that learns from a teacher needs the teacher's tokenizer")
         for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

@@ -23,6 +23,7 @@ import draftwing
 from draftwing.api import GenerateOutput, SpeculativeModel
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.config import TrainConfig
+from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
 from draftwing.training.heads import new_head
 
@@ -300,7 +301,43 @@ def test_a_method_must_suit_its_head(model: SpeculativeModel, target: TargetMode
     with pytest.raises(ValueError, match="needs a draft head"):
         SpeculativeModel(target, None, method="eagle3")
     with pytest.raises(ValueError, match="expected one of"):
+        model.with_method("hydra")
+    with pytest.raises(ValueError, match="medusa cannot use this draft, which is an EAGLE-3 head"):
         model.with_method("medusa")
+
+
+def test_medusa_heads_draft(target: TargetModel, medusa_heads: MedusaModel) -> None:
+    """By the paper's tree, which is cut to the heads, and by trees that size themselves."""
+    model, ids = SpeculativeModel(target, medusa_heads), torch.tensor([[1, 2, 3]])
+    plain = model.with_method("plain").generate(ids, max_new_tokens=20)
+    assert model.method == "medusa"
+    assert isinstance(plain, torch.Tensor)
+    for plan in (None, "auto", "tree:4x8x40"):
+        output = model.generate(ids, max_new_tokens=20, plan=plan, return_dict_in_generate=True)
+        assert isinstance(output, GenerateOutput)
+        assert output.sequences.equal(plain)
+        assert len(output.statistics.acceptance_rate) <= len(medusa_heads)
+
+
+def test_lookahead_needs_no_draft(model: SpeculativeModel, target: TargetModel) -> None:
+    ids = torch.tensor([[1, 2, 3], [4, 4, 5]])
+    plain = SpeculativeModel(target).generate(ids, max_new_tokens=20)
+    assert isinstance(plain, torch.Tensor)
+    for method in (model.with_method("lookahead"), SpeculativeModel(target, method="lookahead")):
+        for plan in (None, "auto", "off", "lookahead:3x3x3"):
+            assert plain.equal(method.generate(ids, max_new_tokens=20, plan=plan))
+    with pytest.raises(ValueError, match="lookahead:WxNxG is for the method lookahead"):
+        model.generate(ids, plan="lookahead:3x3x3")
+
+
+def test_drafts_that_are_not_embedded_yet_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from draftwing.checkpoint import load
+
+    missing = {name: tmp_path / name for name in load.EMBEDDED_DRAFTS}
+    monkeypatch.setattr(load, "EMBEDDED_DRAFTS", missing)
+    for name, method in (("tiny-medusa", "medusa"), ("tiny-draft", "draft_model")):
+        with pytest.raises(ValueError, match=f"draft: {name} is not part of this installation"):
+            draftwing.load("tiny", draft="tiny", method=method)
 
 
 def test_ngram_needs_no_head_and_joins_one(model: SpeculativeModel, target: TargetModel) -> None:

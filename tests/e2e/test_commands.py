@@ -30,7 +30,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained target with both heads and a smaller model, and the recipe that made them."""
+    """A trained target with its heads and smaller models, and the recipe that made them."""
     folder = tmp_path_factory.mktemp("life")
     rows: list[dict[str, Any]] = [{"text": f"def add_{n}(a, b):\n    return a + b + {n}\n" * 3} for n in range(20)]
     for n in range(20):
@@ -49,14 +49,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         | {"aux_layers": [1, 3, 5], "ttt_steps": 3},
         common | {"objective": "language_model", "output": str(folder / "small"), "vocab_size": 300}
         | {"architecture": SIZES | {"num_hidden_layers": 2}},
+        head | {"objective": "medusa", "output": str(folder / "medusa"), "medusa_heads": 2},
+        head | {"objective": "language_model", "output": str(folder / "taught"), "tokenizer": str(folder / "target")}
+        | {"teacher": str(folder / "target")}
+        | {"architecture": SIZES | {"num_hidden_layers": 1, "hidden_size": 16}},
     ]  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
     assert main(["train", str(folder / "recipe.yaml")]) == 0
     return folder
 
 
+OUTPUTS = (
+    *(("target", "eval_loss"), ("eagle1", "eval_tau_sim"), ("eagle3", "eval_accuracy_2")),
+    *(("medusa", "eval_accuracy_1"), ("taught", "eval_loss")),
+)
+
+
 def test_training_leaves_figures_and_checkpoints(folder: Path) -> None:
-    for output, metric in (("target", "eval_loss"), ("eagle1", "eval_tau_sim"), ("eagle3", "eval_accuracy_2")):
+    for output, metric in OUTPUTS:
         record = json.loads((folder / output / "training.json").read_text(encoding="utf-8"))
         assert record["metrics"][metric] >= 0
         assert record["provenance"]["torch"]
@@ -80,7 +90,37 @@ def test_data_that_is_too_short_is_refused(folder: Path, capsys: pytest.CaptureF
     assert "short.jsonl has no training row" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("draft", ["eagle1", "eagle3", "small"])
+def test_other_drafts_continue_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Medusa heads from their last checkpoint, and from another run's."""
+    before = json.loads((folder / "medusa" / "training.json").read_text(encoding="utf-8"))["metrics"]
+    again = call(capsys, "train", str(folder / "recipe.yaml"), "--stage", "4")
+    assert again["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
+    stage = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))["stages"][4]
+    stage |= {"output": str(folder / "medusa_more"), "init_from": str(folder / "medusa"), "learning_rate": 0.0}
+    (folder / "more.yaml").write_text(yaml.safe_dump(stage), encoding="utf-8")
+    more = call(capsys, "train", str(folder / "more.yaml"))
+    assert more["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-2)  # its file is bfloat16
+    stage["init_from"] = str(folder / "eagle3")
+    (folder / "more.yaml").write_text(yaml.safe_dump(stage), encoding="utf-8")
+    assert main(["train", str(folder / "more.yaml")]) == 2
+    assert "init_from" in capsys.readouterr().err
+
+
+def test_a_taught_draft_model_has_the_targets_tokens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = call(capsys, "inspect", str(folder / "taught"), "--target", str(folder / "target"), "--json")
+    assert (report["vocab_size"], report["target_vocab_size"], report["problems"]) == (300, 300, [])
+    assert not (folder / "taught" / "prompts.jsonl").exists()
+
+
+def test_a_teacher_with_fewer_tokens_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))["stages"][5]
+    stage |= {"output": str(folder / "mistaught"), "tokenizer": "tiny"}
+    (folder / "mistaught.yaml").write_text(yaml.safe_dump(stage), encoding="utf-8")
+    assert main(["train", str(folder / "mistaught.yaml")]) == 2
+    assert "tokenizer: it has 4096 tokens and the target 300" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("draft", ["eagle1", "eagle3", "medusa", "small", "taught"])
 @pytest.mark.parametrize("temperature", ["0", "1"])
 def test_generate_compares_with_plain(
     folder: Path, capsys: pytest.CaptureFixture[str], draft: str, temperature: str
@@ -94,6 +134,15 @@ def test_generate_compares_with_plain(
     for run in (result["plain"], result["speculative"]):
         assert run["num_tokens"] == len(run["token_ids"])
         assert run["tokens_per_second"] == pytest.approx(run["num_tokens"] / run["seconds"])
+    assert result["acceptance_length"] >= 1
+
+
+def test_lookahead_compares_with_plain(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = call(
+        capsys, "generate", "--target", str(folder / "target"), "--method", "lookahead", "--prompt", "def add",
+        "--dtype", "float64", "--plan", "lookahead:5x3x4", "--max-new-tokens", "40", "--compare", "--json",
+    )  # fmt: skip
+    assert result["identical"] is True
     assert result["acceptance_length"] >= 1
 
 
@@ -181,6 +230,9 @@ def test_a_method_that_the_draft_is_not_made_for(folder: Path, capsys: pytest.Ca
         (["generate", "--target", "tiny", "--prompt", "x", "--temperature", "-1"], "temperature"),
         (["generate", "--target", "tiny", "--prompt", "x", "--method", "eagle3"], "needs a draft head"),
         (["generate", "--target", "tiny", "--prompt", "x", "--dtype", "int3"], "dtype"),
+        (["generate", "--target", "tiny", "--prompt", "x", "--method", "medusa"], "needs a draft head"),
+        (["generate", "--target", "tiny", "--prompt", "x", "--method", "lookahead", "--plan", "chain:2"], "lookahead:"),
+        (["generate", "--target", "tiny", "--draft", "tiny", "--prompt", "x", "--plan", "lookahead:3x3x3"], "plan:"),
         (["train", "no/recipe.yaml"], "no/recipe.yaml"),
         (["train", "recipes/tiny.yaml", "--stage", "9"], "stage"),
     ],

@@ -8,11 +8,12 @@ import torch
 
 import draftwing
 from draftwing.api import GenerateOutput, SpeculativeModel
-from draftwing.checkpoint.load import ASSETS
+from draftwing.checkpoint.load import ASSETS, EMBEDDED_DRAFTS
 from draftwing.cli import main
 from draftwing.data.prompts import Prompt, read_prompts
 
 METHODS = {"eagle1": "tiny-eagle1", "eagle2": "tiny-eagle1", "eagle3": "tiny"}
+RIVALS = {"medusa": "tiny-medusa", "draft_model": "tiny-draft"}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,18 @@ def test_speculation_keeps_the_tokens(
         fast = decode(models[method], prompt, temperature=temperature)
         plain = decode(models[method].with_method("plain"), prompt, temperature=temperature)
         assert fast.tokens == plain.tokens
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("method", ["lookahead", *RIVALS])
+def test_rivals_keep_the_tokens(prompts: list[Prompt], method: str, temperature: float) -> None:
+    draft = RIVALS.get(method)
+    if draft and not EMBEDDED_DRAFTS[draft].is_dir():
+        pytest.skip(f"{draft} is not embedded yet")
+    model = draftwing.load("tiny", draft=draft, dtype=torch.float64, method=method)
+    fast = decode(model, prompts[0], temperature=temperature)
+    assert fast.tokens == decode(model.with_method("plain"), prompts[0], temperature=temperature).tokens
+    assert fast.statistics.acceptance_length > 1
 
 
 def test_acceptance_ranks_as_in_the_papers(models: dict[str, SpeculativeModel], prompts: list[Prompt]) -> None:

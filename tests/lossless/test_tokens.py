@@ -28,7 +28,7 @@ from draftwing.models.kv_cache import KVCache
 from draftwing.models.target import TargetModel
 
 PLANS = ("chain:1", "chain:4", "tree:2x3x7", "tree:4x4x16", "tree:10x3x60", "eagle1")
-METHODS = ("eagle1", "eagle3", "draft_model")
+METHODS = ("eagle1", "eagle3", "medusa", "draft_model")
 
 
 def test_plain_decoding_is_transformers_greedy(target: TargetModel, prompts: list[list[int]]) -> None:
@@ -105,7 +105,7 @@ def test_sampling_parameters_keep_equality(
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 @pytest.mark.parametrize("plan", ["chain:4", "tree:4x4x16", "eagle1"])
-@pytest.mark.parametrize("method", ["eagle3", "draft_model"])
+@pytest.mark.parametrize("method", ["eagle3", "medusa", "draft_model"])
 def test_coupled_drafts_change_what_is_accepted_and_nothing_else(
     target: TargetModel,
     drafters: dict[str, DrafterFactory],
@@ -187,7 +187,7 @@ def test_every_stop_position_is_exact(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("method", ["eagle3", "draft_model"])
+@pytest.mark.parametrize("method", ["eagle3", "medusa", "draft_model"])
 def test_a_row_does_not_depend_on_its_batch(
     target: TargetModel, drafters: dict[str, DrafterFactory], prompts: list[list[int]], method: str, temperature: float
 ) -> None:
@@ -273,7 +273,7 @@ def test_noise_that_drafting_uses_up_is_noticed(
 
 
 @pytest.mark.parametrize("sabotage", [break_acceptance, break_cache, break_mask, break_noise])
-@pytest.mark.parametrize("method", ["eagle3", "draft_model"])
+@pytest.mark.parametrize("method", ["eagle3", "medusa", "draft_model"])
 def test_sabotage_is_noticed(
     target: TargetModel,
     drafters: dict[str, DrafterFactory],

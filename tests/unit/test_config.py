@@ -62,7 +62,7 @@ def test_a_language_model_needs_no_target() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["sequence_length", "batch_size", "max_steps", "ttt_steps", "feature_steps", "log_every"]
+    "key", ["sequence_length", "batch_size", "max_steps", "ttt_steps", "feature_steps", "medusa_heads", "log_every"]
 )
 def test_counts_are_at_least_1(key: str) -> None:
     with pytest.raises(ValueError, match=f"^{key}: expected at least 1, got 0"):
@@ -70,7 +70,9 @@ def test_counts_are_at_least_1(key: str) -> None:
 
 
 def test_an_unknown_objective_names_the_known() -> None:
-    with pytest.raises(ValueError, match=r"objective: expected one of language_model, .*, eagle3, got 'eagle2'"):
+    with pytest.raises(
+        ValueError, match=r"objective: expected one of language_model, .*, eagle3, medusa, got 'eagle2'"
+    ):
         from_mapping(TrainConfig, VALID | {"objective": "eagle2"})
 
 

@@ -11,6 +11,7 @@ from draftwing.decoding.plan import TreePlan
         ("off", TreePlan(width=0, depth=0, num_nodes=1)),
         ("chain:5", TreePlan(width=1, depth=5, num_nodes=6)),
         ("tree:10x7x60", TreePlan(width=10, depth=7, num_nodes=60)),
+        ("lookahead:15x5x7", TreePlan(width=7, depth=4, num_nodes=88, window=15)),
     ],
 )
 def test_parse(text: str, plan: TreePlan) -> None:
@@ -19,9 +20,24 @@ def test_parse(text: str, plan: TreePlan) -> None:
 
 @pytest.mark.parametrize("text", ["", "on", "chain", "chain:", "chain:-1", "tree:3x4", "tree:3x4x5x6", "EAGLE1"])
 def test_other_text_is_refused_and_the_forms_are_named(text: str) -> None:
-    with pytest.raises(ValueError, match=r"plan: expected off, chain:DEPTH, tree:WIDTHxDEPTHxNODES .* or eagle1") as e:
+    with pytest.raises(
+        ValueError, match=r"plan: expected off, chain:DEPTH, tree:W.*, lookahead:W.*, eagle1 or medusa"
+    ) as e:
         TreePlan.parse(text)
     assert repr(text) in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["lookahead:0x5x7", "lookahead:7x5x0", "lookahead:7x1x7"])
+def test_lookahead_plans_of_nothing_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=f"plan: expected lookahead:WxNxG with .*, got {text}"):
+        TreePlan.parse(text)
+
+
+def test_a_lookahead_plan_bounds_the_depth_of_its_guesses() -> None:
+    """The last guess of a window of W columns and N - 1 levels stands W - 1 + N - 2 tokens behind the root."""
+    plan = TreePlan.parse("lookahead:15x5x7")
+    assert (plan.max_depth, plan.is_chain) == (14 + 3, False)
+    assert TreePlan.parse("lookahead:1x5x7").max_depth == 4  # its n-grams are deeper
 
 
 def test_eagle1_is_the_papers_tree() -> None:

@@ -8,11 +8,13 @@ import torch
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from draftwing.checkpoint.formats import TargetSizes, Tensors, is_language_model, read_head
+from draftwing.checkpoint.formats import TargetSizes, Tensors, is_language_model, is_medusa, read_head, read_medusa
 from draftwing.checkpoint.load import (
+    expected_medusa_shapes,
     expected_shapes,
     find_tokenizer,
     fit_problems,
+    medusa_problems,
     read_draft_files,
     resolve_draft,
     resolve_target,
@@ -75,8 +77,27 @@ class ModelReport:
     problems: list[str] = field(default_factory=list)
 
 
-def inspect_draft(name: str, target: str | None = None) -> HeadReport | ModelReport:
-    """Report on a draft: an EAGLE head or a causal language model.
+@dataclass(frozen=True)
+class MedusaReport:
+    """The facts of Medusa heads. `problems` are errors on loading; `notes` are things worth knowing."""
+
+    folder: str
+    dtype: str
+    num_parameters: int
+    num_heads: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    format: str = "medusa"
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+Report = HeadReport | MedusaReport | ModelReport
+
+
+def inspect_draft(name: str, target: str | None = None) -> Report:
+    """Report on a draft: an EAGLE head, Medusa's heads or a causal language model.
 
     With a target, check that they fit; only the target's config and tokenizer are read.
 
@@ -88,6 +109,8 @@ def inspect_draft(name: str, target: str | None = None) -> HeadReport | ModelRep
     values, tensors = read_draft_files(folder)
     if is_language_model(values, tensors):
         return _inspect_model(folder, tensors, target)
+    if is_medusa(values, tensors):
+        return _inspect_medusa(folder, values, tensors, target)
     return _inspect_head(folder, values, tensors, target)
 
 
@@ -110,6 +133,26 @@ def _inspect_model(folder: Path, tensors: Tensors, target: str | None) -> ModelR
         max_positions=model.max_positions,
         target_vocab_size=target_vocab_size,
         problems=problems,
+    )
+
+
+def _inspect_medusa(folder: Path, values: dict[str, Any], tensors: Tensors, target: str | None) -> MedusaReport:
+    heads = read_medusa(values, tensors)
+    config, notes = heads.config, []
+    problems = [] if target is None else medusa_problems(config, target_sizes(target))
+    problems += tensor_problems(expected_medusa_shapes(config), heads.tensors)
+    if (stated := values.get("medusa_num_heads")) not in (None, config.num_heads):
+        notes.append(f"config.json says medusa_num_heads {stated}, the file has {config.num_heads}, which are all used")
+    return MedusaReport(
+        folder=str(folder),
+        dtype=_dtype_name(heads.tensors),
+        num_parameters=sum(tensor.numel() for tensor in heads.tensors.values()),
+        num_heads=config.num_heads,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        problems=problems,
+        notes=notes,
     )
 
 
@@ -163,14 +206,16 @@ def target_sizes(name: str) -> TargetSizes:
     return TargetSizes(config.hidden_size, config.num_hidden_layers, config.vocab_size)
 
 
-def report_table(report: HeadReport | ModelReport) -> Table:
+def report_table(report: Report) -> Table:
     """The report as people read it."""
     table = Table(show_header=False, title=report.folder)
     table.add_row("format", report.format.replace("_", " "))
     table.add_row("parameters", f"{report.num_parameters:,} ({report.dtype})")
+    verdict = "complete", "every tensor is there, known and of the expected shape"
     if isinstance(report, HeadReport):
         _add_head_rows(table, report)
-        verdict = "complete", "every tensor is there, known and of the expected shape"
+    elif isinstance(report, MedusaReport):
+        _add_medusa_rows(table, report)
     else:
         _add_model_rows(table, report)
         checked = "" if report.target_vocab_size is None else ", and nothing contradicts the target's vocabulary"
@@ -193,6 +238,14 @@ def _add_head_rows(table: Table, report: HeadReport) -> None:
     table.add_row("feature layers", f"{layers} (hidden_states indices)")
     table.add_row("rope", ", ".join(f"{name} {value}" for name, value in report.rope_parameters.items()))
     table.add_row("options", ", ".join(report.options) or "none")
+    for note in report.notes:
+        table.add_row("note", note)
+
+
+def _add_medusa_rows(table: Table, report: MedusaReport) -> None:
+    blocks = f"{report.num_layers} residual block" + ("s" if report.num_layers > 1 else "")
+    table.add_row("network", f"{report.num_heads} heads of {blocks}, hidden size {report.hidden_size}")
+    table.add_row("vocabulary", f"{report.vocab_size:,} tokens")
     for note in report.notes:
         table.add_row("note", note)
 

@@ -17,12 +17,15 @@ from draftwing.checkpoint.formats import (
     TargetSizes,
     Tensors,
     is_language_model,
+    is_medusa,
     read_head,
+    read_medusa,
 )
 from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.eagle import EagleModel
 from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.layers import DraftConfig
+from draftwing.models.medusa import MedusaConfig, MedusaModel
 from draftwing.models.packed import multiplies_bfloat16
 from draftwing.models.target import ATTENTION, TargetModel
 
@@ -33,11 +36,18 @@ EMBEDDED = {
     "eagle1": ASSETS / "tiny" / "eagle1",
     "eagle3": ASSETS / "tiny" / "eagle3",
 }
+EMBEDDED_DRAFTS = {
+    "tiny": EMBEDDED["eagle3"],
+    "tiny-eagle1": EMBEDDED["eagle1"],
+    "tiny-medusa": ASSETS / "tiny" / "medusa",
+    "tiny-draft": ASSETS / "tiny" / "draft",
+}
 ACCEPTANCE_FILE = "acceptance.json"
 """Beside a draft's weights: how often its tokens were accepted, from `draftwing plan --save`."""
+MEDUSA_FILE = "medusa_lm_head.pt"
 DraftNetwork = EagleModel | Eagle3Model
-Draft = DraftNetwork | TargetModel
-"""What drafts for a target: an EAGLE head's network, or a second causal language model."""
+Draft = DraftNetwork | MedusaModel | TargetModel
+"""What drafts for a target: an EAGLE head's network, Medusa's heads, or a second causal language model."""
 
 
 def resolve_target(name: str) -> str:
@@ -46,20 +56,21 @@ def resolve_target(name: str) -> str:
 
 
 def resolve_draft(name: str) -> Path:
-    """The folder of the draft `name`: `tiny` (EAGLE-3), `tiny-eagle1`, a folder, or a hub id that is fetched.
+    """The folder of the draft `name`: one of EMBEDDED_DRAFTS, a folder, or a hub id that is fetched.
 
     Raises:
         ValueError: no such folder, and the hub has no such draft or cannot be reached.
     """
-    if name == "tiny":
-        return EMBEDDED["eagle3"]
-    if name == "tiny-eagle1":
-        return EMBEDDED["eagle1"]
+    if name in EMBEDDED_DRAFTS:
+        if not EMBEDDED_DRAFTS[name].is_dir():
+            raise ValueError(f"draft: {name} is not part of this installation; recipes/tiny_rivals.yaml trains it")
+        return EMBEDDED_DRAFTS[name]
     folder = Path(name)
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", *TOKENIZER_FILES]))
+        patterns = ["*.json", "*.safetensors", "*.bin", MEDUSA_FILE, *TOKENIZER_FILES]
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds; the user needs the name and the reason
         raise ValueError(
             f"draft: no folder and no reachable hub id: {name!r} ({type(error).__name__}: {error})"
@@ -145,6 +156,7 @@ def read_draft_files(folder: Path) -> tuple[dict[str, Any], Tensors]:
     tensors: Tensors = {}
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     files = [file for file in files if file.name != "training_args.bin"]  # the Trainer's, beside the weights
+    files = files or sorted(folder.glob(MEDUSA_FILE))
     if not files:
         raise ValueError(f"draft: {folder} has neither .safetensors nor .bin files")
     for file in files:
@@ -163,7 +175,7 @@ def load_draft(
     options: HeadOptions = FROM_FILE,
     tokenizer: Any = None,
 ) -> Draft:
-    """Load what a folder holds to draft for `target`: an EAGLE head or a causal language model.
+    """Load what a folder holds to draft for `target`: an EAGLE head, Medusa's heads or a causal language model.
 
     `options` override what a head's file says. `tokenizer` is the target's; with it a language model may have another
     number of ids (see `vocabulary_problems`).
@@ -173,10 +185,14 @@ def load_draft(
     """
     folder = resolve_draft(name)
     values, tensors = read_draft_files(folder)
-    if not is_language_model(values, tensors):
+    is_medusa_file = is_medusa(values, tensors)
+    if not is_medusa_file and not is_language_model(values, tensors):
         return build_head(values, tensors, target, dtype, options)
     if options.given:
-        raise ValueError(f"{', '.join(options.given)}: {folder} holds a language model, only EAGLE heads have them")
+        kind = "Medusa heads" if is_medusa_file else "a language model"
+        raise ValueError(f"{', '.join(options.given)}: {folder} holds {kind}, only EAGLE heads have them")
+    if is_medusa_file:
+        return _build_medusa(values, tensors, target, dtype)
     attention = target.model.config._attn_implementation
     model = load_target(str(folder), dtype or target.dtype, target.device, role="draft", attn_implementation=attention)
     for problem in vocabulary_problems(model.vocab_size, target.vocab_size, find_tokenizer(str(folder)), tokenizer):
@@ -254,6 +270,38 @@ def build_head(
     return network.eval()
 
 
+def _build_medusa(
+    values: dict[str, Any], tensors: Tensors, target: TargetModel, dtype: torch.dtype | None
+) -> MedusaModel:
+    heads = read_medusa(values, tensors)
+    for problem in medusa_problems(heads.config, sizes_of(target)):
+        raise ValueError(problem)
+    network = MedusaModel(heads.config).to(device=target.device, dtype=dtype or target.dtype)
+    load_strictly(network, heads.tensors)
+    return network.eval()
+
+
+def medusa_problems(config: MedusaConfig, target: TargetSizes) -> list[str]:
+    """One sentence for each way in which Medusa heads do not fit their target."""
+    problems = []
+    if config.hidden_size != target.hidden_size:
+        problems.append(
+            f"hidden_size: the heads read features of width {config.hidden_size}, the target's have "
+            f"{target.hidden_size}"
+        )
+    if config.vocab_size != target.vocab_size:
+        problems.append(
+            f"vocab_size: the heads were made for {config.vocab_size} tokens, the target has {target.vocab_size}"
+        )
+    return problems
+
+
+def expected_medusa_shapes(config: MedusaConfig) -> dict[str, torch.Size]:
+    """The parameters of Medusa heads."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in MedusaModel(config).named_parameters()}
+
+
 def sizes_of(target: TargetModel) -> TargetSizes:
     return TargetSizes(target.hidden_size, target.num_layers, target.vocab_size)
 
@@ -282,7 +330,7 @@ def expected_shapes(head: Head) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 
-def load_strictly(network: DraftNetwork, tensors: Tensors) -> None:
+def load_strictly(network: DraftNetwork | MedusaModel, tensors: Tensors) -> None:
     """Copy the tensors into the network's parameters, each exactly once."""
     expected = dict(network.named_parameters())
     for problem in tensor_problems({name: p.shape for name, p in expected.items()}, tensors):

@@ -2,11 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from draftwing.checkpoint.formats import Head, HeadFormat, TargetSizes, write_head
+from draftwing.checkpoint.formats import (
+    Head,
+    HeadFormat,
+    MedusaHeads,
+    TargetSizes,
+    Tensors,
+    write_head,
+    write_medusa,
+)
 from draftwing.checkpoint.load import DraftNetwork
 
 
@@ -20,14 +29,23 @@ def save_head(
     head: Head, folder: Path, target: TargetSizes, dtype: torch.dtype | None = None, verifier: str = ""
 ) -> None:
     """Write config.json and model.safetensors; the weights in `dtype` (default: as they are)."""
-    values, tensors = write_head(head, target, verifier)
+    _write(*write_head(head, target, verifier), folder, "model.safetensors", dtype)
+
+
+def save_medusa(heads: MedusaHeads, folder: Path, target_name: str, dtype: torch.dtype | None = None) -> None:
+    """Write config.json and medusa_lm_head.safetensors; the weights in `dtype` (default: as they are)."""
+    values, tensors = write_medusa(heads, target_name)
+    _write(values, tensors, folder, "medusa_lm_head.safetensors", dtype)
+
+
+def _write(values: dict[str, Any], tensors: Tensors, folder: Path, name: str, dtype: torch.dtype | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stored = {
-        name: tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype).cpu().contiguous()
-        for name, tensor in tensors.items()
+        key: tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype).cpu().contiguous()
+        for key, tensor in tensors.items()
     }
-    partial = folder / "model.safetensors.partial"
+    partial = folder / f"{name}.partial"
     save_file(stored, partial, metadata={"format": "pt"})
-    partial.replace(folder / "model.safetensors")  # a cut while writing leaves no half file under the real name
+    partial.replace(folder / name)  # a cut while writing leaves no half file under the real name
     values["torch_dtype"] = str(next(t.dtype for t in stored.values() if t.is_floating_point())).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -8,11 +8,12 @@ from rich.console import Console
 
 from draftwing.cli.arguments import add_device, add_head_options, head_options, positive
 
-SUMMARY = "Generate text with a target and a draft: an EAGLE head or a smaller model."
+SUMMARY = "Generate text with a target and a draft: EAGLE or Medusa heads, a smaller model, or none."
 EXAMPLES = """examples:
   draftwing generate --target tiny --draft tiny --prompt "def main(args):"
   draftwing generate --target path/to/large-model --draft path/to/small-model --prompt "def main(args):"
   draftwing generate --target tiny --draft tiny --prompt "x = [1, 2, 3]" --ngram
+  draftwing generate --target tiny --method lookahead --prompt "x = [1, 2, 3]" --compare
   draftwing generate --target tiny --draft tiny --chat --prompt "Write the Python function clamp." --compare
   draftwing generate --target meta-llama/Llama-3.1-8B-Instruct --draft yuhuili/EAGLE3-LLaMA3.1-Instruct-8B \\
       --device cuda --chat --prompt "Why is the sky blue?" --temperature 0.7 --seed 1"""
@@ -22,14 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
     parser.add_argument("--target", required=True, help="tiny (embedded), a folder or a hub id")
     parser.add_argument(
-        "--draft", help="tiny, a folder or a hub id, of an EAGLE head or a small model; without it, plain"
+        "--draft", help="tiny, a folder or a hub id, of EAGLE or Medusa heads or a small model; without it, plain"
     )
     parser.add_argument("--prompt", required=True, help="the text to continue, or with --chat the user's message")
     parser.add_argument("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
     add_device(parser)
     parser.add_argument(
         "--method",
-        choices=("plain", "ngram", "eagle1", "eagle2", "eagle3", "draft_model"),
+        choices=("plain", "ngram", "lookahead", "eagle1", "eagle2", "eagle3", "medusa", "draft_model"),
         help="default: what the draft is made for",
     )
     parser.add_argument(
@@ -39,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-window", type=positive, help="an EAGLE head reads this many last tokens (default: all)"
     )
     parser.add_argument(
-        "--plan", help="auto (default), off, chain:DEPTH, tree:WIDTHxDEPTHxNODES or eagle1 (EAGLE-1's tree)"
+        "--plan",
+        help="auto, off, chain:DEPTH, tree:WIDTHxDEPTHxNODES, eagle1 or medusa (their papers' trees), lookahead:WxNxG "
+        "(default: the method's)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")

@@ -15,7 +15,7 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
-    parser.add_argument("draft", help="tiny, tiny-eagle1, a folder or a hub id")
+    parser.add_argument("draft", help="tiny, tiny-eagle1, tiny-medusa, tiny-draft, a folder or a hub id")
     parser.add_argument("--target", help="also check the draft against this target (config and tokenizer are enough)")
 
 

@@ -17,9 +17,12 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
     parser.add_argument("--target", required=True, help="tiny, a folder or a hub id")
-    parser.add_argument("--draft", required=True, help="tiny, tiny-eagle1, a folder or a hub id")
+    parser.add_argument(
+        "--draft", required=True, help="tiny, tiny-eagle1, tiny-medusa, tiny-draft, a folder or a hub id"
+    )
     add_device(parser)
-    parser.add_argument("--method", choices=("eagle2", "eagle3", "draft_model"), help="default: what the draft is for")
+    methods = ("eagle2", "eagle3", "medusa", "draft_model")
+    parser.add_argument("--method", choices=methods, help="default: what the draft is for")
     parser.add_argument("--batch-size", type=positive, default=1, help="rows that are decoded together (default: 1)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--prompts", help="a JSONL file with prompt, messages or turns (default: the embedded ones)")

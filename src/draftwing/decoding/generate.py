@@ -108,6 +108,7 @@ class Generation:
             path = None if plan.is_chain else verdict.path
             self._cache.commit(path, num_kept, max_kept=tree.max_depth + 1)
             features = None if output.features is None else verdict.along_path(output.features)
+            self._drafter.see_choices(chosen)
             self._drafter.observe(verdict.tokens, features, num_kept)
             self._sampler.observe(verdict.tokens, num_kept)
             self._root = torch.where(self._active, verdict.bonus, self._root)

@@ -27,6 +27,16 @@ EAGLE1_PATHS: tuple[RankPath, ...] = (
     *((0, 0, 0, 0, 0), (0, 0, 0, 0, 1)),
 )  # fmt: skip
 
+# Medusa's tree (arXiv 2401.10774, section 2.3.3): 63 draft nodes, the best by the accuracies of Vicuna 7B's heads.
+MEDUSA_PATHS: tuple[RankPath, ...] = (
+    *((rank,) for rank in range(10)),
+    *((0, rank) for rank in range(10)), *((1, rank) for rank in range(7)), *((2, rank) for rank in range(3)),
+    *((3, 0), (3, 1), (4, 0), (5, 0), (6, 0), (7, 0), (8, 0), (9, 0)),
+    *((0, 0, rank) for rank in range(10)), *((0, 1, rank) for rank in range(3)), *((0, 2, rank) for rank in range(2)),
+    *((0, rank, 0) for rank in range(3, 8)), (1, 0, 0), (1, 0, 1), (2, 0, 0), (0, 0, 0, 0), (0, 0, 0, 1),
+)  # fmt: skip
+STATIC_TREES = {"eagle1": EAGLE1_PATHS, "medusa": MEDUSA_PATHS}
+
 
 class Sizing(Protocol):
     """What growth asks while it drafts a tree: the worth of a node, and whether more of them pay."""
@@ -80,6 +90,7 @@ class TreePlan:
     keeps the best `num_nodes - 1` of all candidates. A static plan has fixed rank `paths` instead. Depth 0 is no draft.
     With a `sizing` of its own, width, depth and nodes are upper bounds (dynamic plans only).
     With a `lookup_depth`, a continuation looked up in the text, as deep as that, competes for the same nodes.
+    With a `window` of so many columns, it is Lookahead decoding's: beside it are `width` n-grams of `depth` tokens.
     """
 
     width: int
@@ -88,11 +99,12 @@ class TreePlan:
     paths: tuple[RankPath, ...] = ()
     sizing: Sizing = field(default=FixedSize(), compare=False)
     lookup_depth: int = 0
+    window: int = 0
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth) < (1 if self.depth else 0) or self.num_nodes < 1:
             raise ValueError(f"plan: width, depth and nodes must be positive, got {self}")
-        if self.depth and not self.paths and self.num_nodes - 1 > self.num_candidates:
+        if self.depth and not (self.paths or self.window) and self.num_nodes - 1 > self.num_candidates:
             raise ValueError(
                 f"plan: {self.num_nodes} nodes asked for, but width {self.width} and depth {self.depth} "
                 f"draft only {self.num_candidates} candidates and the root"
@@ -133,12 +145,12 @@ class TreePlan:
 
         A lookup may branch off anywhere.
         """
-        return not self.paths and self.width <= 1 and not self.lookup_depth
+        return not self.paths and self.width <= 1 and not self.lookup_depth and not self.window
 
     @property
     def max_depth(self) -> int:
-        """Bound of the nodes' depths."""
-        return max(self.depth, self.lookup_depth)
+        """Bound of the nodes' depths, those of a window included."""
+        return max(self.depth, self.lookup_depth, self.window and self.window + self.depth - 2)
 
     def at_most(self, width: int) -> "TreePlan":
         """This dynamic plan, or a narrower one for a draft that has fewer tokens."""
@@ -150,6 +162,15 @@ class TreePlan:
     def with_lookup(self) -> "TreePlan":
         """The same nodes, for which a looked-up continuation competes; it may be deeper than the draft."""
         return replace(self, lookup_depth=min(self.num_nodes - 1, LOOKUP_DEPTH))
+
+    def cut_to(self, depth: int) -> "TreePlan":
+        """The plan's first `depth` levels, for a drafter that has no more."""
+        if self.depth <= depth:
+            return self
+        if self.paths:
+            return TreePlan.static(tuple(path for path in self.paths if len(path) <= depth))
+        num_candidates = TreePlan(self.width, depth, 1).num_candidates
+        return replace(self, depth=depth, num_nodes=min(self.num_nodes, 1 + num_candidates))
 
     @staticmethod
     def off(num_nodes: int = 1) -> "TreePlan":
@@ -175,23 +196,42 @@ class TreePlan:
         return TreePlan(width, max(map(len, ordered)), len(ordered) + 1, ordered)
 
     @staticmethod
+    def lookahead(window: int, ngram: int, num_ngrams: int) -> "TreePlan":
+        """Lookahead decoding's W columns, n-grams of N tokens and G of them verified (arXiv 2402.02057, section 3).
+
+        Raises:
+            ValueError: no column, no n-gram, or n-grams of fewer than 2 tokens.
+        """
+        if window < 1 or num_ngrams < 1 or ngram < 2:
+            raise ValueError(
+                f"plan: expected lookahead:WxNxG with W and G from 1 on and N from 2 on, got "
+                f"lookahead:{window}x{ngram}x{num_ngrams}"
+            )
+        return TreePlan(num_ngrams, ngram - 1, (window + num_ngrams) * (ngram - 1), window=window)
+
+    @staticmethod
     def parse(text: str) -> "TreePlan":
-        """Read `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES` or `eagle1` (the paper's static tree).
+        """Read `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `lookahead:WxNxG`, or the static tree of a paper.
+
+        Those are `eagle1` and `medusa`.
 
         Raises:
             ValueError: any other text.
         """
         if text == "off":
             return TreePlan.off()
-        if text == "eagle1":
-            return TreePlan.static(EAGLE1_PATHS)
+        if text in STATIC_TREES:
+            return TreePlan.static(STATIC_TREES[text])
         if match := re.fullmatch(r"chain:(\d+)", text):
             return TreePlan.chain(int(match[1]))
         if match := re.fullmatch(r"tree:(\d+)x(\d+)x(\d+)", text):
             width, depth, num_nodes = map(int, match.groups())
             return TreePlan(width, depth, num_nodes)
+        if match := re.fullmatch(r"lookahead:(\d+)x(\d+)x(\d+)", text):
+            return TreePlan.lookahead(*map(int, match.groups()))
         raise ValueError(
-            f"plan: expected off, chain:DEPTH, tree:WIDTHxDEPTHxNODES (such as tree:10x7x60) or eagle1, got {text!r}"
+            f"plan: expected off, chain:DEPTH, tree:WIDTHxDEPTHxNODES (such as tree:10x7x60), "
+            f"lookahead:WxNxG (such as lookahead:15x5x15), {' or '.join(STATIC_TREES)}, got {text!r}"
         )
 
     @cached_property

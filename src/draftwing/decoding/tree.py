@@ -20,13 +20,14 @@ class DraftTree:
     """N nodes a row; node 0 is the root, the last committed token. Parents come before children.
 
     Attributes:
-        tokens: `[B, N]` token ids; siblings differ.
+        tokens: `[B, N]` token ids; valid siblings differ.
         parents: `[B, N]` node indices; the root is its own parent.
         depths: `[B, N]` distance from the root.
-        valid: `[B, N]` False on padding nodes, which are never accepted.
+        valid: `[B, N]` False on nodes that are never accepted: padding, and guesses that the target is asked about.
         scores: `[B, N]` estimates of log P(the node is accepted); 0 at the root.
         log_probs: `[B, N]` the drafter's own log-probability of each node given its parent; 0 at the root.
-        max_depth: host-side bound of the depths.
+        max_depth: host-side bound of the valid nodes' depths.
+        num_generations: the same of all nodes, where others lie deeper.
     """
 
     tokens: torch.Tensor
@@ -36,6 +37,7 @@ class DraftTree:
     scores: torch.Tensor
     log_probs: torch.Tensor
     max_depth: int
+    num_generations: int = 0
 
     @property
     def num_nodes(self) -> int:
@@ -47,7 +49,8 @@ class DraftTree:
         num_nodes, device = self.num_nodes, self.tokens.device
         reach = torch.nn.functional.one_hot(self.parents, num_nodes).float() + torch.eye(num_nodes, device=device)
         steps = 1
-        while steps < self.max_depth:  # reach covers `steps` generations; squaring doubles them
+        num_generations = max(self.max_depth, self.num_generations)
+        while steps < num_generations:  # reach covers `steps` generations; squaring doubles them
             reach = (reach @ reach).clamp(max=1.0)
             steps *= 2
         return reach > 0

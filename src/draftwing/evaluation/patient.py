@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from draftwing.checkpoint.formats import FROM_FILE, HeadOptions, is_language_model, verifier_name
-from draftwing.checkpoint.load import Draft, build_head, load_draft, read_draft_files, resolve_draft
+from draftwing.checkpoint.formats import FROM_FILE, HeadOptions, is_language_model, is_medusa, verifier_name
+from draftwing.checkpoint.load import DraftNetwork, build_head, load_draft, read_draft_files, resolve_draft
 from draftwing.decoding.drafters import Drafter
 from draftwing.decoding.drafters.draft_model import DraftModelDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
@@ -30,24 +30,29 @@ class Patient:
         ValueError: as `load_draft`.
     """
 
+    draft: DraftNetwork | TargetModel
+
     def __init__(self, name: str, target: TargetModel, options: HeadOptions = FROM_FILE, tokenizer: Any = None) -> None:
         self.name, self.target, self.options, self._tokenizer = name, target, options, tokenizer
         self.values, self.tensors = read_draft_files(resolve_draft(name))
+        if is_medusa(self.values, self.tensors):
+            raise ValueError(f"draft: {name} holds Medusa heads; the doctor knows EAGLE heads and draft models")
         self.is_head = not is_language_model(self.values, self.tensors)
         self.draft = self.load({})
 
-    def load(self, options: Mapping[str, Any]) -> Draft:
+    def load(self, options: Mapping[str, Any]) -> DraftNetwork | TargetModel:
         """The draft with some options of `load` changed."""
         dtype = getattr(torch, options["dtype"]) if "dtype" in options else None
-        draft: Draft
         if self.is_head:
             fields = {name: value for name, value in options.items() if name in HeadOptions.__dataclass_fields__}
             chosen = HeadOptions(**self.options.given | fields)
-            draft = build_head(self.values, self.tensors, self.target, dtype, chosen)
-        else:
-            draft = load_draft(self.name, self.target, dtype, self.options, self._tokenizer)
-        pack_linears(draft.model if isinstance(draft, TargetModel) else draft)  # as for decoding
-        return draft
+            head = build_head(self.values, self.tensors, self.target, dtype, chosen)
+            pack_linears(head)  # as for decoding
+            return head
+        model = load_draft(self.name, self.target, dtype, self.options, self._tokenizer)
+        assert isinstance(model, TargetModel)
+        pack_linears(model.model)
+        return model
 
     def suspects(self, longest: int) -> list[Suspect]:
         """What to try, on rows of at most so many tokens."""

@@ -9,20 +9,24 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from draftwing.checkpoint.formats import HeadFormat
+from draftwing.checkpoint.formats import HeadFormat, MedusaHeads
 from draftwing.checkpoint.load import DraftNetwork, build_network, load_strictly, load_target, load_tokenizer, sizes_of
-from draftwing.checkpoint.save import save_head, to_head
+from draftwing.checkpoint.save import save_head, save_medusa, to_head
 from draftwing.config import TrainConfig
 from draftwing.data.chat import Example
 from draftwing.data.examples import Collator, LengthGroupedOrder, as_training_rows, lengths_of, read_documents
+from draftwing.decoding.drafters import Drafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
+from draftwing.decoding.drafters.medusa import MedusaDrafter
 from draftwing.decoding.generate import Generation, Request
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
 from draftwing.models.eagle import EagleModel
+from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
 from draftwing.training.heads import continued_head, new_head
+from draftwing.training.medusa import MedusaTraining, new_medusa
 from draftwing.training.objectives import HeadTraining
 from draftwing.training.processes import (
     current_device,
@@ -34,6 +38,7 @@ from draftwing.training.processes import (
 )
 from draftwing.training.trainer import ResumableTrainer, new_trainer
 
+Trainable = DraftNetwork | MedusaModel
 DECODED_TOKENS = 64
 """New tokens per prompt where an evaluation decodes."""
 
@@ -44,8 +49,13 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     target = frozen_target(config)
     tokenizer = load_tokenizer(config.target)
     documents = read_documents(config, tokenizer)
-    head = (continued_head if config.init_from else new_head)(config, target, documents.train).to(target.device)
-    module = HeadTraining(head, target, config)
+    head: Trainable
+    if config.objective == "medusa":
+        head = new_medusa(config, target).to(target.device)
+        module: HeadTraining = MedusaTraining(head, target, config)
+    else:
+        head = (continued_head if config.init_from else new_head)(config, target, documents.train).to(target.device)
+        module = HeadTraining(head, target, config)
     rows = as_training_rows(documents, config, target, head.config.feature_layers)
     held_out = list(rows.held_out)
     held_out += unsupervised(held_out, -len(held_out) % (config.batch_size * num_processes()))
@@ -130,9 +140,12 @@ class HeadTrainer(ResumableTrainer):
         head = self._module.head
         tensors = whole_tensors(head)  # of all processes, so before the others leave
         if is_main_process():
-            head_format: HeadFormat = "eagle1" if isinstance(head, EagleModel) else "eagle3"
-            written = dataclasses.replace(to_head(head, head_format), tensors=tensors)
-            save_head(written, folder, sizes_of(self._module.target), dtype=torch.bfloat16)
+            if isinstance(head, MedusaModel):
+                save_medusa(MedusaHeads(head.config, tensors), folder, self.config.target, torch.bfloat16)
+            else:
+                head_format: HeadFormat = "eagle1" if isinstance(head, EagleModel) else "eagle3"
+                written = dataclasses.replace(to_head(head, head_format), tensors=tensors)
+                save_head(written, folder, sizes_of(self._module.target), dtype=torch.bfloat16)
         wait_for_others()
 
     @property
@@ -150,7 +163,7 @@ class HeadTrainer(ResumableTrainer):
         return float(num_tokens / num_cycles)
 
 
-def whole_tensors(head: DraftNetwork) -> dict[str, torch.Tensor]:
+def whole_tensors(head: Trainable) -> dict[str, torch.Tensor]:
     """The head's parameters; those that are sharded are gathered, by all processes together."""
     return {
         name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
@@ -158,24 +171,28 @@ def whole_tensors(head: DraftNetwork) -> dict[str, torch.Tensor]:
     }
 
 
-def copy_of(head: DraftNetwork, target: TargetModel) -> DraftNetwork:
+def copy_of(head: Trainable, target: TargetModel) -> Trainable:
     """A whole copy of the head in the target's dtype, to decode with."""
-    network = build_network(head.config, target, head.vocab.target_ids, own_embedding=hasattr(head, "embed_tokens"))
+    network: Trainable
+    if isinstance(head, MedusaModel):
+        network = MedusaModel(head.config)
+    else:
+        network = build_network(head.config, target, head.vocab.target_ids, own_embedding=hasattr(head, "embed_tokens"))
     network = network.to(device=target.device, dtype=target.dtype)
     load_strictly(network, whole_tensors(head))
     return network.eval()
 
 
-def decode(
-    head: DraftNetwork, target: TargetModel, prompts: Sequence[Sequence[int]], plan: TreePlan
-) -> tuple[int, int]:
+def decode(head: Trainable, target: TargetModel, prompts: Sequence[Sequence[int]], plan: TreePlan) -> tuple[int, int]:
     """Decode the prompts greedily, one by one; returns how many tokens came in how many cycles."""
     num_tokens = num_cycles = 0
     for prompt in prompts:
         room = DECODED_TOKENS if target.max_positions is None else target.max_positions - len(prompt)
         stop = StopRule(min(DECODED_TOKENS, room), target.eos_token_ids)
 
-        def new_drafter(batch_size: int, capacity: int) -> EagleDrafter:
+        def new_drafter(batch_size: int, capacity: int) -> Drafter:
+            if isinstance(head, MedusaModel):
+                return MedusaDrafter(head, batch_size, target.dtype, target.device)
             return EagleDrafter(head, batch_size, capacity, target.dtype, target.device)
 
         generation = Generation(target, [Request(prompt, SamplingParams(), stop)], new_drafter, plan)

@@ -1,51 +1,107 @@
-"""Train a small Llama target from scratch, tokenizer included: what the embedded model was made with."""
+"""Train a small Llama from scratch: a target with its tokenizer (the embedded one), or a draft model for a target."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from draftwing.checkpoint.load import load_target, load_tokenizer
 from draftwing.config import TrainConfig, check_keys
 from draftwing.data.chat import encode_row
 from draftwing.data.corpus import Row
 from draftwing.data.prompts import write_held_out_prompts
 from draftwing.data.rows import Rejects, read_rows
 from draftwing.data.tokenizer import END_OF_TEXT, train_tokenizer
-from draftwing.training.processes import is_main_process, wait_for_others
-from draftwing.training.trainer import new_trainer
+from draftwing.models.target import TargetModel
+from draftwing.training.processes import current_device, is_main_process, wait_for_others
+from draftwing.training.trainer import ResumableTrainer, new_trainer
+
+IGNORED = -100
+"""The label of tokens that nothing is learnt from, as in transformers."""
 
 
 def train_language_model(config: TrainConfig) -> dict[str, float]:
-    """Train tokenizer and target on the recipe's data into `config.output`; returns the held-out metrics."""
+    """Train on the recipe's data into `config.output`, tokenizer included; returns the held-out metrics.
+
+    With a `tokenizer` that is the tokenizer; with a `teacher` the model learns its distributions instead of the tokens,
+    where the rows say that it spoke (their `loss_mask`).
+    """
     output = Path(config.output)
     rows = read_rows(config.data, config.max_rows, rejects=Rejects(output / "rejects.jsonl"))
-    if is_main_process() and not (output / "tokenizer.json").exists():  # a resumed run keeps its vocabulary
-        train_tokenizer((_row_text(row) for row in rows.train), config.vocab_size).save_pretrained(output)
-    wait_for_others()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(output)
+    tokenizer = _tokenizer(config, rows.train)
+    target = _load_teacher(config, tokenizer)
     torch.manual_seed(config.seed)
-    model = new_target(config, tokenizer)
+    model = new_model(config, tokenizer, len(tokenizer) if target is None else target.vocab_size)
+    is_masked = target is not None
     trainer = new_trainer(
         config,
         model,
-        train_dataset=blocks(rows.train, tokenizer, config.sequence_length),
-        eval_dataset=blocks(rows.held_out, tokenizer, config.sequence_length)[: config.evaluate_rows],
+        train_dataset=blocks(rows.train, tokenizer, config.sequence_length, is_masked),
+        eval_dataset=blocks(rows.held_out, tokenizer, config.sequence_length, is_masked)[: config.evaluate_rows],
+        trainer_class=ResumableTrainer if target is None else DistillationTrainer,
     )
+    if target is not None:
+        assert isinstance(trainer, DistillationTrainer)
+        trainer.teacher = target
     metrics = trainer.run()
     if is_main_process():
-        write_held_out_prompts(rows.held_out, output / "prompts.jsonl")
+        if not config.tokenizer:
+            write_held_out_prompts(rows.held_out, output / "prompts.jsonl")
         model.to(torch.bfloat16).save_pretrained(output)
     return trainer.finish(metrics)
 
 
-def new_target(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+class DistillationTrainer(ResumableTrainer):
+    """Teaches a draft model the distributions of a frozen target, its `teacher`."""
+
+    teacher: TargetModel
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+        with torch.no_grad():
+            teacher_logits = self.teacher.model(input_ids=inputs["input_ids"], use_cache=False).logits
+        loss = distillation_loss(logits, teacher_logits, inputs["labels"])
+        return (loss, {}) if return_outputs else loss
+
+
+def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy with the teacher's distributions, logits `[B, S, V]` twice, where labels are not IGNORED.
+
+    Slot t predicts the token at t + 1, so its label is `labels [B, S]` at t + 1.
+    """
+    is_learnt = labels[:, 1:] != IGNORED
+    teacher_probs = teacher_logits[:, :-1][is_learnt].float().softmax(-1)
+    total = functional.cross_entropy(logits[:, :-1][is_learnt].float(), teacher_probs, reduction="sum")
+    return total / is_learnt.sum().clamp(min=1)
+
+
+def _load_teacher(config: TrainConfig, tokenizer: Any) -> TargetModel | None:
+    if not config.teacher:
+        return None
+    is_cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if is_cuda and config.bf16 else torch.float32
+    target = load_target(config.teacher, dtype, current_device())
+    target.model.requires_grad_(False)
+    if len(tokenizer) > target.vocab_size:
+        raise ValueError(
+            f"tokenizer: it has {len(tokenizer)} tokens and the target {target.vocab_size}; a draft model learns from "
+            "a target of the same tokenizer"
+        )
+    return target
+
+
+def new_model(config: TrainConfig, tokenizer: Any, vocab_size: int) -> LlamaForCausalLM:
     """A randomly initialised Llama with the recipe's architecture and the tokenizer's special tokens."""
-    end_of_turn, end_of_text = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    end_of_turn, end_of_text = tokenizer.eos_token_id, _end_of_text(tokenizer)
     check_keys(config.architecture, LlamaConfig().to_dict())
     llama_config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         bos_token_id=None,
         eos_token_id=[end_of_turn, end_of_text],
         pad_token_id=end_of_text,
@@ -56,13 +112,39 @@ def new_target(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Llama
     return model
 
 
-def blocks(rows: Iterable[Row], tokenizer: Any, length: int) -> list[dict[str, torch.Tensor]]:
-    """All rows one after the other, each closed by the end-of-text token, cut into blocks of `length` tokens."""
-    end_of_text = torch.tensor([tokenizer.convert_tokens_to_ids(END_OF_TEXT)])
-    ids = [part for row in rows for part in (encode_row(row, tokenizer).input_ids, end_of_text)]
-    stream = torch.cat(ids)
-    stream = stream[: stream.numel() // length * length].view(-1, length)
-    return [{"input_ids": block, "labels": block} for block in stream]
+def blocks(rows: Iterable[Row], tokenizer: Any, length: int, is_masked: bool = False) -> list[dict[str, torch.Tensor]]:
+    """All rows one after the other, each closed by the end-of-text token, cut into blocks of `length` tokens.
+
+    If it `is_masked`, the tokens outside of the rows' loss masks are read but not learnt.
+    """
+    end_of_text, not_said = torch.tensor([_end_of_text(tokenizer)]), torch.tensor([False])
+    examples = [encode_row(row, tokenizer) for row in rows]
+    ids = torch.cat([part for example in examples for part in (example.input_ids, end_of_text)])
+    labels = ids
+    if is_masked:
+        is_said = torch.cat([part for example in examples for part in (example.loss_mask, not_said)])
+        labels = torch.where(is_said, ids, IGNORED)
+    whole = ids.numel() // length * length
+    pairs = zip(ids[:whole].view(-1, length), labels[:whole].view(-1, length), strict=True)
+    return [{"input_ids": block, "labels": block_labels} for block, block_labels in pairs]
+
+
+def _end_of_text(tokenizer: Any) -> int:
+    """The id that separates rows: our own tokenizers', and the end of sequence of others."""
+    return int(tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id))
+
+
+def _tokenizer(config: TrainConfig, rows: Iterable[Row]) -> Any:
+    """The tokenizer of the run, kept in its folder: a resumed run keeps its vocabulary."""
+    output = Path(config.output)
+    if is_main_process() and not (output / "tokenizer.json").exists():
+        if config.tokenizer:
+            tokenizer = load_tokenizer(config.tokenizer)
+        else:
+            tokenizer = train_tokenizer((_row_text(row) for row in rows), config.vocab_size)
+        tokenizer.save_pretrained(output)
+    wait_for_others()
+    return PreTrainedTokenizerFast.from_pretrained(output)
 
 
 def _row_text(row: Row) -> str:

@@ -9,8 +9,9 @@ from torch import nn
 from draftwing.config import TrainConfig
 from draftwing.models.eagle import EagleModel
 from draftwing.models.eagle3 import Eagle3Model
+from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
-from draftwing.training.fused import OutputHead, Teacher, fused_loss, summarize
+from draftwing.training.fused import OutputHead, StepSums, Teacher, fused_loss, summarize
 from draftwing.training.losses import feature_regression, widen
 from draftwing.training.slots import SupervisedSlots, document_positions
 from draftwing.training.ttt import TttAttention, shift_left
@@ -24,7 +25,7 @@ class HeadTraining(nn.Module):
     used in `forward`, so this is the module to wrap for DDP or FSDP.
     """
 
-    def __init__(self, head: EagleModel | Eagle3Model, target: TargetModel, config: TrainConfig) -> None:
+    def __init__(self, head: EagleModel | Eagle3Model | MedusaModel, target: TargetModel, config: TrainConfig) -> None:
         super().__init__()
         self.head = head
         self.target = target  # a TargetModel is no module, so its weights are not saved
@@ -75,7 +76,9 @@ class HeadTraining(nn.Module):
         slots = SupervisedSlots.of(loss_mask, positions)
         features = last_hidden if features is None else features
         # The target may be in bf16, the head's weights are not.
-        outputs = self._run_steps(features.to(self.head.fc.weight.dtype), input_ids, positions, document_ids, slots)
+        outputs = self._run_steps(
+            features.to(next(self.head.parameters()).dtype), input_ids, positions, document_ids, slots
+        )
         valid = slots.valid(self._num_steps)
         num_slots = valid.sum(0) if num_items_in_batch is None else num_items_in_batch
         step_weights = self._decay.to(outputs.device) / num_slots.clamp(min=1)
@@ -116,6 +119,7 @@ class HeadTraining(nn.Module):
     ) -> torch.Tensor:
         """What the output head reads at each step, at the slots that predict the teacher's: `[U, J, D]`."""
         head = self.head
+        assert not isinstance(head, MedusaModel)
         head.rotary.reserve(input_ids.shape[1] + self._num_steps)
         if isinstance(head, EagleModel) and self.training:
             features = features + (torch.rand_like(features) * 2 - 1) * self._config.feature_noise
@@ -130,25 +134,32 @@ class HeadTraining(nn.Module):
         self, outputs: torch.Tensor, last_hidden: torch.Tensor, valid: torch.Tensor, step_weights: torch.Tensor
     ) -> torch.Tensor:
         """The weighted sum of the losses of `outputs [U, J, D]`, taught by the target's `last_hidden [U, D]`."""
-        config, head = self._config, self.head
         device, step_weights = outputs.device, step_weights.to(widen(outputs[:0]).dtype)
         # A target that is split over devices has its output head on another one.
         best, log_total = summarize(last_hidden.to(self._target_head.weight.device), self._target_head)
         best, log_total, last_hidden = self._draft_ids[best].to(device), log_total.to(device), last_hidden.to(device)
         teacher = Teacher(last_hidden, self._teacher_head.ready(device), log_total, best)
-        output_head = OutputHead(head.lm_head.weight) if isinstance(head, Eagle3Model) else self._target_head
-        loss, sums = fused_loss(outputs, output_head, teacher, valid, step_weights, (config.loss, config.lk_decay))
+        loss, sums = self._token_loss(outputs, teacher, valid, step_weights)
         loss = self._token_weight * loss
         figures = {"loss": sums.loss, "accuracy": sums.hits, "acceptance_rate": sums.acceptance}
-        if isinstance(head, EagleModel):
+        if isinstance(self.head, EagleModel):
             regression = (feature_regression(outputs, last_hidden[:, None]) * valid).sum(0)
             loss = loss + (regression * step_weights).sum()
             figures["regression"] = regression
         self._add(figures, valid.sum(0))
         return loss
 
+    def _token_loss(
+        self, outputs: torch.Tensor, teacher: Teacher, valid: torch.Tensor, step_weights: torch.Tensor
+    ) -> tuple[torch.Tensor, StepSums]:
+        config, head = self._config, self.head
+        output_head = OutputHead(head.lm_head.weight) if isinstance(head, Eagle3Model) else self._target_head
+        return fused_loss(outputs, output_head, teacher, valid, step_weights, (config.loss, config.lk_decay))
+
     @property
     def _num_steps(self) -> int:
+        if isinstance(self.head, MedusaModel):
+            return len(self.head)
         return self._config.ttt_steps if isinstance(self.head, Eagle3Model) else self._config.feature_steps
 
     @property
@@ -158,7 +169,7 @@ class HeadTraining(nn.Module):
 
     @property
     def _token_weight(self) -> float:
-        return 1.0 if isinstance(self.head, Eagle3Model) else self._config.token_loss_weight
+        return self._config.token_loss_weight if isinstance(self.head, EagleModel) else 1.0
 
     def _check_target(self) -> None:
         if not self._is_checked:

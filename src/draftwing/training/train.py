@@ -13,7 +13,12 @@ from draftwing.training.language_model import train_language_model
 from draftwing.training.processes import is_main_process, wait_for_others
 from draftwing.training.self_generated import write_self_generated
 
-TRAINED = {"language_model": train_language_model, "eagle1": train_head, "eagle3": train_head}
+TRAINED = {
+    "language_model": train_language_model,
+    "eagle1": train_head,
+    "eagle3": train_head,
+    "medusa": train_head,
+}
 
 
 def train_stage(config: TrainConfig) -> dict[str, float]:

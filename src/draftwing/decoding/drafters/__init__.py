@@ -34,6 +34,13 @@ class Drafter(Protocol):
         `features [B, L, F]` are the target's at those positions and `tokens [B, L]` the tokens one position later.
         """
 
+    def see_choices(self, chosen: torch.Tensor) -> None:
+        """Take in the target's own token at every node of the tree grown last, `chosen [B, N]`, before `observe`.
+
+        Most drafters have no use for what the target says along branches that were not accepted.
+        """
+        return
+
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
         """Grow a tree below `root [B]`, the last committed token, of the shape that the plan asks for.
 
@@ -42,7 +49,7 @@ class Drafter(Protocol):
         """
 
 
-class NoDrafter:
+class NoDrafter(Drafter):
     """Plain decoding: the tree is its root."""
 
     feature_layers: tuple[int, ...] = ()

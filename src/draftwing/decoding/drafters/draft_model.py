@@ -6,7 +6,7 @@ logits of the root's children. Drafted nodes are written behind, level by level,
 
 import torch
 
-from draftwing.decoding.drafters import Ranking
+from draftwing.decoding.drafters import Drafter, Ranking
 from draftwing.decoding.drafters.growth import RootedDraft, grow_tree
 from draftwing.decoding.drafters.unread import Unread
 from draftwing.decoding.plan import TreePlan
@@ -15,7 +15,7 @@ from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.target import TargetModel
 
 
-class DraftModelDrafter:
+class DraftModelDrafter(Drafter):
     """Grows trees with a causal LM for B rows of at most `capacity` tokens, tree nodes included.
 
     Ids mean the same tokens to both models, but either may have more of them (padding of the embedding); candidates

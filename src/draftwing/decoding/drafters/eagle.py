@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from draftwing.decoding.drafters import Ranking
+from draftwing.decoding.drafters import Drafter, Ranking
 from draftwing.decoding.drafters.growth import RootedDraft, grow_tree
 from draftwing.decoding.drafters.ngram import NgramDrafter
 from draftwing.decoding.drafters.unread import Unread
@@ -36,7 +36,7 @@ class DraftModel(Protocol):
     def logits(self, output: torch.Tensor) -> torch.Tensor: ...
 
 
-class EagleDrafter:
+class EagleDrafter(Drafter):
     """Grows trees with an EAGLE network for B rows of at most `capacity` tokens, tree nodes included.
 
     With an `ngram` drafter, its continuations compete for the nodes of plans that have a lookup. With a `window`, the

@@ -50,8 +50,10 @@ def grow_tree(root: torch.Tensor, plan: TreePlan, draft: RootedDraft, merge: Mer
     """The tree that a plan of depth 1 or more asks for, below `root [B]`. `merge` adds candidates from elsewhere.
 
     Raises:
-        ValueError: a plan that is wider than the draft's vocabulary.
+        ValueError: a plan that is wider than the draft's vocabulary, or Lookahead decoding's.
     """
+    if plan.window:
+        raise ValueError("plan: lookahead:WxNxG is for the method lookahead; drafts take chain:DEPTH or a tree")
     if plan.width > len(draft.vocab):
         raise ValueError(f"plan: width {plan.width} exceeds the draft vocabulary of {len(draft.vocab)} tokens")
     levels = draft_static(plan, draft) if plan.paths else draft_dynamic(plan, draft)

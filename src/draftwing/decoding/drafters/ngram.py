@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from draftwing.decoding.drafters import Ranking
+from draftwing.decoding.drafters import Drafter, Ranking
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.tree import Candidates, DraftTree, Overlap, best_subtree, follow, no_candidates, root_tree
 
@@ -18,7 +18,7 @@ LONGEST_MATCH = 8
 NO_TOKEN = -1
 
 
-class NgramDrafter:
+class NgramDrafter(Drafter):
     """Drafts the continuation of the text's longest earlier match, for B rows of at most `capacity` tokens.
 
     The history is what `observe` has brought: a row's tokens but its prompt's first, the root included.
