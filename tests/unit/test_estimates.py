@@ -80,7 +80,13 @@ def test_a_mixture_of_experts_multiplies_what_it_chooses(tmp_path: Path) -> None
 
 
 def test_every_recipe_is_covered() -> None:
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*PUBLISHED, "tiny"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*PUBLISHED, "tiny", "tiny_rivals"}
+
+
+def test_medusa_heads_are_planned_and_the_model_that_learns_from_the_same_target() -> None:
+    medusa, draft = plan_stages(read_recipe(RECIPES / "tiny_rivals.yaml", ["target=tiny"]), 1, 1e11)
+    assert medusa.trained_params == 4 * (4096 * 256 + 256 * 256 + 256)
+    assert medusa.target_params > 8 * draft.trained_params > 0
 
 
 def test_the_embedded_recipe_plans_before_anything_exists() -> None:

@@ -22,6 +22,7 @@ from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.eagle import EagleModel
 from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.layers import DraftConfig
+from draftwing.models.medusa import MedusaConfig, MedusaModel
 from draftwing.training.heads import new_config
 
 REACHED = 0.4
@@ -72,6 +73,9 @@ def plan_stages(stages: Sequence[TrainConfig], num_processes: int, flops_per_sec
         target, text_config = count_params(full_config), full_config.get_text_config()
         if stage.objective == "self_generated":
             plans.append(_plan_rows(stage, target, text_config, num_processes))
+            continue
+        if stage.objective == "medusa":
+            plans.append(_plan_medusa(stage, (target, text_config), num_processes, flops_per_second))
             continue
         config = new_config(stage, text_config, text_config.vocab_size)
         heads[stage.output] = head = _head_shapes(stage, config, heads)
@@ -179,45 +183,89 @@ def _plan_head(
     (params, target), (head, config) = of_target, of_head
     frozen = head.get("embed_tokens.weight", 0)
     trained, active, tokens = sum(head.values()) - frozen, active_params(params, target), _tokens(stage)
-    steps = stage.ttt_steps if config.aux_layers else 1
-    shards = num_processes if stage.parallel == "fsdp2" else 1
+    steps = stage.ttt_steps if config.aux_layers else stage.feature_steps
     size = _bytes(stage)
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     # What a step of the head keeps for its backward pass: attention's input, queries, keys, values and output, the
     # norms and residuals, and three widths of the MLP.
     kept = 2 * config.hidden_size + 2 * queries + 2 * keys + 6 * config.hidden_size + 3 * config.intermediate_size
     features = len(config.feature_layers) * config.target_hidden_size
-    widest = 3 * (getattr(target, "intermediate_size", None) or 4 * target.hidden_size) + 6 * target.hidden_size
-    output_head = head.get("lm_head.weight", 0)
     logits = min(LOGIT_CHUNK, 5 * tokens * steps * config.draft_vocab_size)
-    memory = {
-        "target": sum(params.values()) * size,
-        "head: weights": 4 * (trained // shards + (trained if shards > 1 else 0) + frozen),
-        "head: gradients": 4 * (trained // shards + (trained if shards > 1 else 0)),
-        "head: optimizer": 8 * trained // shards,
-        "target's pass": tokens * (widest + features + target.hidden_size) * size,
+    memory = _frozen_target_memory(stage, params, target, features) | _trained_memory(
+        stage, trained, frozen, num_processes
+    )
+    memory |= {
         "activations": tokens * steps * (kept * size + 2 * 4 * config.hidden_size),
-        "logits": 4 * (logits + output_head),  # a chunk, and the output head's gradient
+        "logits": 4 * (logits + head.get("lm_head.weight", 0)),  # a chunk, and the output head's gradient
     }
-    target_queries = target.num_attention_heads * _head_dim(target)
-    forward = 2.0 * active + 2.0 * stage.sequence_length * target_queries * target.num_hidden_layers
     once = head.get("fc.weight", 0)
     backward = 6.0 * (once + steps * (trained - once)) + 6.0 * stage.sequence_length * queries
-    flops = (forward + backward) * tokens * stage.accumulation_steps
-    disk = {
-        "checkpoints": 4 * sum(head.values()) * (stage.keep_checkpoints + 1)
-        + 8 * trained * (stage.keep_checkpoints + 1),
-        "heads (last and best)": 2 * 2 * sum(head.values()),
-    }
+    flops = (_forward_flops(stage, active, target) + backward) * tokens * stage.accumulation_steps
     return StagePlan(
         **_common(stage, params, active, num_processes),
         trained_params=trained,
         frozen_params=frozen,
         memory=memory,
-        disk=disk,
+        disk=_head_disk(stage, trained, frozen),
         flops_per_step=flops,
         seconds=stage.max_steps * flops / rate,
     )
+
+
+def _plan_medusa(stage: TrainConfig, of_target: tuple[Shapes, Any], num_processes: int, rate: float) -> StagePlan:
+    (params, target), tokens = of_target, _tokens(stage)
+    with torch.device("meta"):
+        heads = MedusaModel(MedusaConfig(target.hidden_size, target.vocab_size, stage.medusa_heads))
+    trained = sum(parameter.numel() for parameter in heads.parameters())
+    active = active_params(params, target)
+    logits = min(LOGIT_CHUNK, 5 * tokens * target.vocab_size)
+    memory = _frozen_target_memory(stage, params, target, target.hidden_size)
+    memory |= _trained_memory(stage, trained, 0, num_processes)
+    memory |= {
+        "activations": tokens * stage.medusa_heads * 4 * target.hidden_size * _bytes(stage),
+        "logits": 4 * (logits + target.vocab_size * target.hidden_size),
+    }
+    flops = (_forward_flops(stage, active, target) + 6.0 * trained) * tokens * stage.accumulation_steps
+    return StagePlan(
+        **_common(stage, params, active, num_processes),
+        trained_params=trained,
+        frozen_params=0,
+        memory=memory,
+        disk=_head_disk(stage, trained, 0),
+        flops_per_step=flops,
+        seconds=stage.max_steps * flops / rate,
+    )
+
+
+def _frozen_target_memory(stage: TrainConfig, params: Shapes, target: Any, features: int) -> dict[str, int]:
+    widest = 3 * (getattr(target, "intermediate_size", None) or 4 * target.hidden_size) + 6 * target.hidden_size
+    return {
+        "target": sum(params.values()) * _bytes(stage),
+        "target's pass": _tokens(stage) * (widest + features + target.hidden_size) * _bytes(stage),
+    }
+
+
+def _trained_memory(stage: TrainConfig, trained: int, frozen: int, num_processes: int) -> dict[str, int]:
+    shards = num_processes if stage.parallel == "fsdp2" else 1
+    whole = trained if shards > 1 else 0  # gathered for a pass
+    return {
+        "head: weights": 4 * (trained // shards + whole + frozen),
+        "head: gradients": 4 * (trained // shards + whole),
+        "head: optimizer": 8 * trained // shards,
+    }
+
+
+def _forward_flops(stage: TrainConfig, active: int, target: Any) -> float:
+    """Of the target, a token."""
+    queries = int(target.num_attention_heads) * _head_dim(target)
+    return 2.0 * active + 2.0 * stage.sequence_length * queries * int(target.num_hidden_layers)
+
+
+def _head_disk(stage: TrainConfig, trained: int, frozen: int) -> dict[str, int]:
+    return {
+        "checkpoints": (4 * (trained + frozen) + 8 * trained) * (stage.keep_checkpoints + 1),
+        "heads (last and best)": 2 * 2 * (trained + frozen),
+    }
 
 
 def _common(stage: TrainConfig, params: Shapes, active: int, num_processes: int) -> dict[str, Any]:
