@@ -80,7 +80,7 @@ def test_a_mixture_of_experts_multiplies_what_it_chooses(tmp_path: Path) -> None
 
 
 def test_every_recipe_is_covered() -> None:
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*PUBLISHED, "tiny", "tiny_rivals"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*PUBLISHED, "tiny", "tiny_rivals", "chat_rig"}
 
 
 def test_medusa_heads_are_planned_and_the_model_that_learns_from_the_same_target() -> None:
