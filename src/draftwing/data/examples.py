@@ -76,7 +76,7 @@ def as_training_rows(
 def _tokenise(refs: Sequence[RowRef], tokenizer: Any, length: int, rejects: Rejects) -> list[Example]:
     shown = track(refs, "tokenising", console=Console(stderr=True), disable=len(refs) < 1000)
     encoded = made_from(shown, lambda row: encode_row(row, tokenizer), rejects)
-    return [piece for example in encoded for piece in cut(example, length)]
+    return [piece for examples in encoded for example in examples for piece in cut(example, length)]
 
 
 def count_supervised(documents: Sequence[Example], vocab_size: int) -> torch.Tensor:

@@ -118,7 +118,7 @@ def blocks(rows: Iterable[Row], tokenizer: Any, length: int, is_masked: bool = F
     If it `is_masked`, the tokens outside of the rows' loss masks are read but not learnt.
     """
     end_of_text, not_said = torch.tensor([_end_of_text(tokenizer)]), torch.tensor([False])
-    examples = [encode_row(row, tokenizer) for row in rows]
+    examples = [example for row in rows for example in encode_row(row, tokenizer)]
     ids = torch.cat([part for example in examples for part in (example.input_ids, end_of_text)])
     labels = ids
     if is_masked:
