@@ -207,6 +207,23 @@ class TestSeveralProcesses:
         record = record_of(folder, "fsdp2")
         assert record["metrics"]["eval_loss"] == pytest.approx(whole["metrics"]["eval_loss"], rel=1e-4)
 
+    def test_a_taught_draft_model_learns_the_same_however_a_step_is_split(self, folder: Path) -> None:
+        """A step's loss is a mean over the tokens that its rows' masks leave, whose number differs between batches."""
+        sizes = "{hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
+        target = folder / "target"
+        settings = ("objective=language_model", f"teacher={target}", f"tokenizer={target}", f"architecture={sizes}")
+        losses = [
+            entry["loss"]
+            for output, split in (("taught", ["batch_size=4"]), ("taught_4", ["batch_size=1", "accumulation_steps=4"]))
+            for entry in train(folder, output, *settings, *split)["history"]
+            if "loss" in entry
+        ]
+        assert losses[: STEPS // 2] == pytest.approx(losses[STEPS // 2 :], rel=1e-4)
+        address, command = free_address(), command_of(folder, "taught_2", *settings, "batch_size=2")
+        assert statuses(train_as, *((rank, address, command) for rank in range(2))) == [0, 0]
+        for output in ("taught_4", "taught_2"):
+            assert_same(weights_of(folder, output), weights_of(folder, "taught"), rtol=1e-3, atol=1e-5)
+
     def test_a_process_that_ends_has_said_all(self, tmp_path: Path) -> None:
         """What is buffered and registered for the end is not lost with the interpreter's own farewell."""
         script = (
