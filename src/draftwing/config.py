@@ -56,9 +56,10 @@ class TrainConfig:
     """`stdlib` (the Python standard library, `data/corpus.py`), a JSONL file, `hub:org/name[/config][:split]`, several
     of these, or a folder made by `draftwing prepare`."""
     features: str = ""
-    """A folder made by `draftwing prepare --features` from the prepared folder `data`; spares the target's passes."""
+    """A folder made by `draftwing prepare --features` from the prepared folder `data`; spares a head's target its
+    passes."""
     packing: bool = False
-    """Several documents in one row of `sequence_length` tokens."""
+    """Several documents in one row of `sequence_length` tokens, for heads of any kind."""
     max_rows: int | None = None
     architecture: Mapping[str, Any] = field(default_factory=dict)
     """Overrides of the trained network's configuration (Hugging Face names: `hidden_size`, ...)."""
@@ -113,7 +114,7 @@ class TrainConfig:
     """Sampling temperatures of `self_generated`, in turn."""
     ttt_steps: int = 7
     ttt_decay: float = 0.8
-    """Weight of each EAGLE-3 step, or Medusa head, over the one before."""
+    """Weight of each training-time-test step, or Medusa head, over the one before."""
     medusa_heads: int = 4
     """Heads of `medusa`; the furthest predicts so many tokens beyond the next."""
     loss: Loss = "kl"

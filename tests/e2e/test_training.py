@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -326,6 +327,15 @@ class TestResume:
         assert (folder / "one" / "model.safetensors").stat() == weights
         assert main(["train", str(folder / "recipe.yaml"), "--set", "seed=1"]) == 2
         assert "seed was 0, is 1" in capsys.readouterr().err
+
+    def test_finished_medusa_heads_are_skipped_too(self, folder: Path) -> None:
+        """Their file has another name."""
+        settings = ("objective=medusa", "medusa_heads=2", "max_steps=1", "save_every=1")
+        record = train(folder, "medusa", *settings)
+        shutil.rmtree(folder / "medusa" / "checkpoints")
+        weights = (folder / "medusa" / "medusa_lm_head.safetensors").stat()
+        assert train(folder, "medusa", *settings) == record
+        assert (folder / "medusa" / "medusa_lm_head.safetensors").stat() == weights
 
 
 class TestRecord:

@@ -27,6 +27,7 @@ from draftwing.decoding.generate import Generation, Request, RowOutput
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
+from draftwing.training.checkpoints import write_text
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def _resume(output: Path, settings: dict[str, Any]) -> int:
     num_done = _complete_lines(output)
     if num_done and beside.exists():
         check_same_run(output, json.loads(beside.read_text(encoding="utf-8")), settings)
-    beside.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    write_text(beside, json.dumps(settings) + "\n")
     return num_done
 
 
