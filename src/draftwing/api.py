@@ -154,11 +154,10 @@ class SpeculativeModel:
         self,
         draft: str,
         method: str | None = None,
-        dtype: torch.dtype | None = None,
         head_options: HeadOptions = FROM_FILE,
     ) -> "SpeculativeModel":
         """The same target with a draft that is loaded for it; arguments and errors are those of `load`."""
-        drafting = load_draft(draft, self.target, dtype, head_options, self.tokenizer)
+        drafting = load_draft(draft, self.target, options=head_options, tokenizer=self.tokenizer)
         pack_linears(drafting.model if isinstance(drafting, TargetModel) else drafting)
         return SpeculativeModel(self.target, drafting, self.tokenizer, method, Lessons(read_acceptance(draft)))
 
@@ -234,7 +233,7 @@ class SpeculativeModel:
         costs = self._lessons.costs
         if bucket not in costs:
             largest = self._shapes()[-1]
-            key = self._identity() | {"batch_size": bucket, "largest": str(largest)}
+            key = self._identity() | {"batch_size": bucket, "largest": repr(largest)}
             costs[bucket] = cached_costs(key, lambda: measure_costs(self.target, self._new_drafter, bucket, largest))
         return costs[bucket]
 
@@ -290,7 +289,8 @@ class SpeculativeModel:
         """What a cycle's seconds depend on."""
         assert self.draft is not None
         draft = self.draft.config.to_dict() if isinstance(self.draft, TargetModel) else vars(self.draft.config)
-        where = {"on": str(self.target.device), "dtype": str(self.target.dtype)}
+        where = {"on": str(self.target.device), "dtype": str(self.target.dtype), "pass": type(self.target).__name__}
+        where["attention"] = self.target.model.config._attn_implementation  # a user's own model has another
         return _machine() | where | {"target": self.target.config.to_dict(), "draft": draft}
 
     def _new_drafter(
@@ -364,9 +364,8 @@ def load(
         ValueError: a name that cannot be loaded, a draft that does not fit, a model whose cache cannot be rolled back.
     """
     check_device(device)
-    chosen = parse_dtype(dtype)
     head_options = HeadOptions(**{name: options.pop(name) for name in tuple(options) if name in HEAD_OPTIONS})
-    loaded = load_target(target, chosen, device, **options)
+    loaded = load_target(target, parse_dtype(dtype), device, **options)
     pack_linears(loaded.model)
     if can_fuse(loaded.model):
         loaded = FusedTarget(loaded.model)
@@ -374,7 +373,7 @@ def load(
     tokenizer = load_tokenizer(target)
     if draft is None or method in DRAFTLESS_METHODS:
         return SpeculativeModel(loaded, None, tokenizer, method)
-    return SpeculativeModel(loaded, tokenizer=tokenizer).with_draft(draft, method, chosen, head_options)
+    return SpeculativeModel(loaded, tokenizer=tokenizer).with_draft(draft, method, head_options)
 
 
 @cache

@@ -98,7 +98,7 @@ def load_target(
         model, info = AutoModelForCausalLM.from_pretrained(
             resolve_target(name), dtype=dtype or "auto", output_loading_info=True, **options
         )
-    except OSError as error:
+    except (OSError, ImportError, TypeError) as error:  # no such model; a package that an option needs; no such option
         raise ValueError(f"{role}: cannot load {name!r}: {error}") from error
     except KeyError as error:  # older modules pick their attention from a table of their own (Falcon, GPT-J)
         if error.args != (options["attn_implementation"],):
