@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from draftwing.api import METHODS, SpeculativeModel, default_plan, load, resolve_method, serves
+from draftwing.api import SpeculativeModel, load
 from draftwing.checkpoint.load import ASSETS, load_stock, resolve_draft
 from draftwing.data.benchmarks import BENCHMARKS, load_benchmark
 from draftwing.data.prompts import read_prompts, spread
@@ -21,6 +21,7 @@ from draftwing.evaluation.evaluate import Evaluation, PromptSet
 from draftwing.evaluation.memory import with_peak
 from draftwing.evaluation.rivals import endpoint_rival, transformers_rivals
 from draftwing.evaluation.specs import MethodSpec
+from draftwing.methods import METHODS, default_plan, resolve_method, serves
 from draftwing.models.target import TargetModel
 
 KNOWN_DATA = ("embedded", *BENCHMARKS)
