@@ -1,5 +1,6 @@
 """The Python API, on the small models of conftest: batches, options, the drop-in, errors."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -358,3 +359,17 @@ def test_ngram_needs_no_head_and_joins_one(model: SpeculativeModel, target: Targ
     for setting in ({"ngram": True}, {"draft_window": 8}):  # what would be ignored is refused
         with pytest.raises(ValueError, match="the method is plain"):
             SpeculativeModel(target).generate(ids, **setting)
+
+
+def test_measured_costs_belong_to_one_kind_of_pass(
+    target: TargetModel, heads: dict[str, DraftNetwork], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's own model has another attention than what `load` makes, and other seconds."""
+    keys: list[str] = []
+    monkeypatch.setattr("draftwing.api.cached_costs", lambda key, measure: keys.append(json.dumps(key, default=str)))
+    for _ in range(2):
+        SpeculativeModel(target, heads["eagle3"]).costs(1)
+    assert keys[0] == keys[1]
+    monkeypatch.setattr(target.model.config, "_attn_implementation", "sdpa")
+    SpeculativeModel(target, heads["eagle3"]).costs(1)
+    assert keys[2] != keys[0]
