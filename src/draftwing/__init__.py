@@ -1,7 +1,8 @@
 """draftwing: speculative decoding with EAGLE heads that returns exactly what plain decoding would have returned."""
 
-from draftwing.api import GenerateOptions, GenerateOutput, SpeculativeModel, load
+from draftwing.api import GenerateOutput, SpeculativeModel, load
 from draftwing.decoding.generate import Committed
+from draftwing.decoding.options import GenerateOptions
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.statistics import Statistics

@@ -1,8 +1,8 @@
 """The Python API: `load` a target with a draft, then `generate` or `stream`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,34 +19,26 @@ from draftwing.config import check_keys
 from draftwing.decoding.acceptance import AcceptanceTable
 from draftwing.decoding.auto_plan import AutoPlan
 from draftwing.decoding.costs import CycleCosts, cached_costs, measure_costs
-from draftwing.decoding.drafters import Drafter, NoDrafter
-from draftwing.decoding.drafters.draft_model import DraftModelDrafter
-from draftwing.decoding.drafters.eagle import EagleDrafter
-from draftwing.decoding.drafters.lookahead import LookaheadDrafter
-from draftwing.decoding.drafters.medusa import MedusaDrafter
-from draftwing.decoding.drafters.ngram import NgramDrafter
 from draftwing.decoding.experience import Experience
 from draftwing.decoding.generate import Committed, Generation, Request
+from draftwing.decoding.options import GenerateOptions
 from draftwing.decoding.plan import Plan, TreePlan
-from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.statistics import Statistics
-from draftwing.decoding.stopping import StopRule
-from draftwing.models.eagle3 import Eagle3Model
+from draftwing.methods import (
+    DRAFTLESS_METHODS,
+    EAGLE_METHODS,
+    default_plan,
+    drafter_factory,
+    resolve_method,
+    suitable_draft,
+    tree_shapes,
+)
 from draftwing.models.fused import FusedTarget, can_fuse
-from draftwing.models.medusa import MedusaModel
 from draftwing.models.packed import pack_linears
 from draftwing.models.target import TargetModel
 from draftwing.provenance import provenance
 
-LARGEST_ON_CPU = TreePlan(width=4, depth=8, num_nodes=32)
-FIXED_SHAPES = tuple(
-    map(TreePlan.parse, ("chain:2", "chain:4", "tree:4x4x16", "tree:6x5x30", "tree:8x6x48", "tree:10x8x60"))
-)
-"""Where every shape is worth capturing: what `auto` chooses among, the largest last."""
-EAGLE_METHODS = ("eagle1", "eagle2", "eagle3")
 HEAD_OPTIONS = tuple(HeadOptions.__dataclass_fields__)
-DRAFTLESS_METHODS = ("plain", "ngram", "lookahead")
-METHODS = (*DRAFTLESS_METHODS, *EAGLE_METHODS, "medusa", "draft_model")
 
 
 @dataclass
@@ -69,66 +61,6 @@ class GenerateOutput:
     tokens: list[list[int]]
     finish_reasons: list[str]
     statistics: Statistics
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """Everything `generate` takes beside the prompts; None is neutral, and without a temperature decoding is greedy.
-
-    Of the model's generation config only end-of-sequence and padding ids are read; its temperature, top_p, ... are not.
-
-    Attributes:
-        seed: one seed per row, or a single one, which gives row b the seed `seed + b`.
-        stop: stop strings; a row ends with the token that completes one.
-        plan: `auto`, `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `eagle1`, `medusa`, `lookahead:WxNxG` (for that
-            method alone) or a TreePlan; None is the method's default. `auto` sizes each tree by what it is expected to
-            bring; the first time on a machine it measures what a cycle costs, for a second or two.
-        ngram: with an EAGLE method, let a continuation looked up in the text compete for the nodes of each tree.
-        draft_window: let an EAGLE head read the last so many tokens only, as past the lengths it was trained on.
-        coupled: rank draft candidates with the target's own noise; the same output, more of it drafted when sampling.
-        is_done: a further end, called with a row and its new tokens after each (slow).
-    """
-
-    max_new_tokens: int = 128
-    temperature: float | None = None
-    do_sample: bool | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[int, float] = field(default_factory=dict)
-    seed: int | Sequence[int] = 0
-    eos_token_id: int | Sequence[int] | None = None
-    stop: Sequence[str] | str = ()
-    plan: str | TreePlan | None = None
-    coupled: bool = True
-    ngram: bool = False
-    draft_window: int | None = None
-    is_done: Callable[[int, Sequence[int]], bool] | None = None
-
-    def sampling(self, row: int) -> SamplingParams:
-        """The sampling parameters of one row."""
-        temperature = self.temperature
-        if temperature is None:
-            temperature = 1.0 if self.do_sample else 0.0
-        if self.do_sample is False:
-            temperature = 0.0
-        return SamplingParams(
-            temperature=temperature,
-            top_k=self.top_k or 0,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            min_p=self.min_p or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            logit_bias=self.logit_bias,
-            seed=self._seed_of(row),
-        )
-
-    def _seed_of(self, row: int) -> int:
-        if isinstance(self.seed, int):
-            return (self.seed + row) % 2**63 if self.seed >= 0 else self.seed
-        if row >= len(self.seed):
-            raise ValueError(f"seed: {len(self.seed)} seeds for more rows; expected one per row")
-        return self.seed[row]
 
 
 class SpeculativeModel:
@@ -154,11 +86,10 @@ class SpeculativeModel:
         self,
         draft: str,
         method: str | None = None,
-        dtype: torch.dtype | None = None,
         head_options: HeadOptions = FROM_FILE,
     ) -> "SpeculativeModel":
         """The same target with a draft that is loaded for it; arguments and errors are those of `load`."""
-        drafting = load_draft(draft, self.target, dtype, head_options, self.tokenizer)
+        drafting = load_draft(draft, self.target, options=head_options, tokenizer=self.tokenizer)
         pack_linears(drafting.model if isinstance(drafting, TargetModel) else drafting)
         return SpeculativeModel(self.target, drafting, self.tokenizer, method, Lessons(read_acceptance(draft)))
 
@@ -201,22 +132,8 @@ class SpeculativeModel:
         return self._start(prompts, _read_options(options))
 
     def _start(self, prompts: Sequence[Sequence[int]], settings: GenerateOptions) -> Generation:
-        stop = (settings.stop,) if isinstance(settings.stop, str) else tuple(settings.stop)
-        eos = self._eos_token_ids(settings)
-        requests = [
-            Request(
-                prompt=prompt,
-                sampling=settings.sampling(row),
-                stop=StopRule(
-                    max_new_tokens=settings.max_new_tokens,
-                    eos_token_ids=eos,
-                    stop_strings=stop,
-                    decode=None if self.tokenizer is None else self.tokenizer.decode,
-                    is_done=settings.is_done and partial(settings.is_done, row),
-                ),
-            )
-            for row, prompt in enumerate(prompts)
-        ]
+        eos, decode = self._eos_token_ids(settings), None if self.tokenizer is None else self.tokenizer.decode
+        requests = [settings.request(row, prompt, eos, decode) for row, prompt in enumerate(prompts)]
         return self.start_requests(requests, settings)
 
     def start_requests(self, requests: Sequence[Request], settings: GenerateOptions | None = None) -> Generation:
@@ -225,17 +142,19 @@ class SpeculativeModel:
         longest = max((len(request.prompt) + request.stop.max_new_tokens for request in requests), default=0)
         self._check_draft_positions(longest)
         plan = self._plan(settings, requests)
-        new_drafter = partial(self._new_drafter, with_lookup=settings.ngram, window=settings.draft_window)
-        return Generation(self.target, requests, new_drafter, plan, settings.coupled)
+        factory = drafter_factory(self.method, self.draft, self.target, settings.ngram, settings.draft_window)
+        return Generation(self.target, requests, factory, plan, settings.coupled)
 
     def costs(self, batch_size: int) -> CycleCosts:
         """What a cycle of so many rows costs with this draft, from this process, the disk's cache or a measurement."""
         bucket = 1 << (batch_size - 1).bit_length()
         costs = self._lessons.costs
         if bucket not in costs:
-            largest = self._shapes()[-1]
-            key = self._identity() | {"batch_size": bucket, "largest": str(largest)}
-            costs[bucket] = cached_costs(key, lambda: measure_costs(self.target, self._new_drafter, bucket, largest))
+            assert self.draft is not None
+            largest = tree_shapes(self.draft, self.target)[-1]
+            factory = drafter_factory(self.method, self.draft, self.target)
+            key = self._identity() | {"batch_size": bucket, "largest": repr(largest)}
+            costs[bucket] = cached_costs(key, lambda: measure_costs(self.target, factory, bucket, largest))
         return costs[bucket]
 
     def experience(self, batch_size: int, sampled: bool) -> Experience:
@@ -264,7 +183,8 @@ class SpeculativeModel:
             plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
             plan = plan.with_lookup() if settings.ngram else plan
             return plan if plan.depth else off
-        shapes = self._shapes()
+        assert self.draft is not None
+        shapes = tree_shapes(self.draft, self.target)
         if settings.ngram:
             shapes = tuple(shape.with_lookup() for shape in shapes)
         sampled = any(request.sampling.temperature > 0 for request in requests)
@@ -278,38 +198,13 @@ class SpeculativeModel:
             fixed_shapes=() if device.type == "cpu" else shapes,
         )
 
-    def _shapes(self) -> tuple[TreePlan, ...]:
-        """The shapes that trees which size themselves have, or on a CPU their bound; the largest last."""
-        shapes = (LARGEST_ON_CPU,) if self.target.device.type == "cpu" else FIXED_SHAPES
-        if isinstance(self.draft, MedusaModel):
-            shapes = tuple(shape.cut_to(len(self.draft)) for shape in shapes)
-        num_tokens = self.target.vocab_size if self.draft is None else draft_vocab_size(self.draft)
-        return tuple(dict.fromkeys(shape.at_most(num_tokens) for shape in shapes))
-
     def _identity(self) -> dict[str, Any]:
         """What a cycle's seconds depend on."""
         assert self.draft is not None
         draft = self.draft.config.to_dict() if isinstance(self.draft, TargetModel) else vars(self.draft.config)
-        where = {"on": str(self.target.device), "dtype": str(self.target.dtype)}
+        where = {"on": str(self.target.device), "dtype": str(self.target.dtype), "pass": type(self.target).__name__}
+        where["attention"] = self.target.model.config._attn_implementation  # a user's own model has another
         return _machine() | where | {"target": self.target.config.to_dict(), "draft": draft}
-
-    def _new_drafter(
-        self, batch_size: int, capacity: int, with_lookup: bool = False, window: int | None = None
-    ) -> Drafter:
-        device = self.target.device
-        if self.method == "ngram":
-            return NgramDrafter(batch_size, capacity, device)
-        if self.method == "lookahead":
-            return LookaheadDrafter(batch_size, capacity, device)
-        if self.draft is None or self.method == "plain":
-            return NoDrafter()
-        if isinstance(self.draft, TargetModel):
-            return DraftModelDrafter(self.draft, self.target.vocab_size, batch_size, capacity)
-        if isinstance(self.draft, MedusaModel):
-            return MedusaDrafter(self.draft, batch_size, self.target.dtype, device)
-        dtype = next(self.draft.parameters()).dtype
-        ngram = NgramDrafter(batch_size, capacity, device) if with_lookup else None
-        return EagleDrafter(self.draft, batch_size, capacity, dtype, device, ngram, window)
 
     def _check_draft_positions(self, num_tokens: int) -> None:
         """Raise a ValueError where a draft model would have to read more tokens than it has positions."""
@@ -364,9 +259,8 @@ def load(
         ValueError: a name that cannot be loaded, a draft that does not fit, a model whose cache cannot be rolled back.
     """
     check_device(device)
-    chosen = parse_dtype(dtype)
     head_options = HeadOptions(**{name: options.pop(name) for name in tuple(options) if name in HEAD_OPTIONS})
-    loaded = load_target(target, chosen, device, **options)
+    loaded = load_target(target, parse_dtype(dtype), device, **options)
     pack_linears(loaded.model)
     if can_fuse(loaded.model):
         loaded = FusedTarget(loaded.model)
@@ -374,30 +268,13 @@ def load(
     tokenizer = load_tokenizer(target)
     if draft is None or method in DRAFTLESS_METHODS:
         return SpeculativeModel(loaded, None, tokenizer, method)
-    return SpeculativeModel(loaded, tokenizer=tokenizer).with_draft(draft, method, chosen, head_options)
+    return SpeculativeModel(loaded, tokenizer=tokenizer).with_draft(draft, method, head_options)
 
 
 @cache
 def _machine() -> dict[str, Any]:
     made_by = provenance()
     return {name: made_by[name] for name in ("device", "threads", "cores", "torch", "transformers")}
-
-
-def suitable_draft(draft: str, method: str | None) -> str:
-    """The embedded draft that suits the method, if `draft` is `tiny`; other names are left as they are."""
-    suitable = {"eagle1": "tiny-eagle1", "eagle2": "tiny-eagle1", "medusa": "tiny-medusa", "draft_model": "tiny-draft"}
-    return suitable.get(method or "", draft) if draft == "tiny" else draft
-
-
-def draft_vocab_size(draft: Draft) -> int:
-    """How many tokens a draft chooses from."""
-    return draft.vocab_size if isinstance(draft, TargetModel) else len(draft.vocab)
-
-
-def default_plan(method: str) -> str:
-    """A method's plan unless one is named: the papers' shapes, and trees that size themselves for the others."""
-    fixed = {"plain": "off", "eagle1": "eagle1", "medusa": "medusa", "ngram": "chain:6"}
-    return (fixed | {"lookahead": "lookahead:15x5x15"}).get(method, "auto")
 
 
 def check_device(device: str | torch.device) -> None:
@@ -418,44 +295,10 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return known[dtype]
 
 
-def resolve_method(method: str | None, draft: Draft | None) -> str:
-    """The method to decode with, checked against the draft at hand."""
-    if method is not None and method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if method in ("ngram", "lookahead"):
-        return method
-    if draft is None:
-        if method not in (None, "plain"):
-            raise ValueError(f"method: {method} needs a draft head or a draft model")
-        return "plain"
-    kind, methods = _methods_of(draft)
-    if method not in (None, "plain", *methods):
-        raise ValueError(f"method: {method} cannot use this draft, which is {kind}")
-    return method or methods[0]
-
-
-def serves(method: str, draft: Draft | None) -> bool:
-    """Whether a method can decode with this draft, or without any."""
-    try:
-        resolve_method(method, draft)
-    except ValueError:
-        return False
-    return True
-
-
-def _methods_of(draft: Draft) -> tuple[str, tuple[str, ...]]:
-    """What a draft is, and the methods that use it, the default first."""
-    if isinstance(draft, TargetModel):
-        return "a language model", ("draft_model",)
-    if isinstance(draft, MedusaModel):
-        return "Medusa heads", ("medusa",)
-    if isinstance(draft, Eagle3Model):
-        return "an EAGLE-3 head", ("eagle3",)
-    return "an EAGLE-1/2 head", ("eagle2", "eagle1")
-
-
 def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
     """The prompts of a padded batch `[B, S]` as lists of ids; the mask's zeros are dropped."""
+    if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
+        raise ValueError(f"input_ids: expected a tensor of token ids [B, S], got {input_ids!r}")
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids: expected shape [B, S], got {list(input_ids.shape)}")
     if attention_mask is None:

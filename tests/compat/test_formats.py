@@ -27,15 +27,14 @@ from published import (
 )
 from safetensors.torch import load_file, save_file
 
-from draftwing.checkpoint.formats import Head, HeadOptions, TargetSizes, default_aux_layers, read_head
+from draftwing.checkpoint.fit import fit_problems, tensor_problems
+from draftwing.checkpoint.formats import HeadFile, HeadOptions, TargetSizes, default_aux_layers, read_head
 from draftwing.checkpoint.load import (
     DraftNetwork,
-    check_fit,
     expected_shapes,
     load_head,
     read_draft_files,
     sizes_of,
-    tensor_problems,
 )
 from draftwing.checkpoint.save import save_head, to_head
 from draftwing.models.target import TargetModel
@@ -214,7 +213,7 @@ def test_published_manifest_is_read(manifest: Manifest) -> None:
     assert head.format == manifest.format
     assert {name: getattr(head.config, name) for name in manifest.expected} == manifest.expected
     assert tensor_problems(expected_shapes(head), head.tensors) == []
-    check_fit(head, manifest.target)
+    assert fit_problems(head, manifest.target) == []
     if manifest.millions is not None:
         assert round(head.num_parameters / 1e6) == manifest.millions
 
@@ -372,7 +371,7 @@ def read_tiny(
     target: TargetSizes | None = TINY_TARGET,
     tensors: dict[str, torch.Tensor | None] | None = None,
     **overrides: Any,
-) -> Head:
+) -> HeadFile:
     """A tiny head with changed values (None removes) and tensors (None removes)."""
     values, shapes = TINY_HEADS[name]
     held: dict[str, Any] = random_tensors(shapes, TARGET_IDS) | (tensors or {})

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from draftwing.checkpoint.formats import HeadOptions, MedusaHeads, is_medusa, read_medusa
+from draftwing.checkpoint.formats import HeadOptions
 from draftwing.checkpoint.inspect import MedusaReport, inspect_draft, report_table
 from draftwing.checkpoint.load import expected_medusa_shapes, load_draft
+from draftwing.checkpoint.medusa_format import MedusaHeads, is_medusa, read_medusa
 from draftwing.checkpoint.save import save_medusa
 from draftwing.models.medusa import MedusaConfig, MedusaModel
 from draftwing.models.target import TargetModel

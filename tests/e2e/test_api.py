@@ -1,5 +1,6 @@
 """The Python API, on the small models of conftest: batches, options, the drop-in, errors."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,11 @@ def test_drop_in_refuses_what_it_cannot_honour(
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"seed": -1}, "seed"),
         ({"seed": []}, "seed"),
+        ({"seed": None}, "seed: expected an integer or one per row, got None"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: expected an integer of at least 1, got 2.5"),
+        ({"eos_token_id": torch.tensor(2)}, "eos_token_id: expected a token id or several"),
+        ({"stop": 3}, "stop: expected a string or several, got 3"),
+        ({"plan": 3}, "plan: expected a plan's name or a TreePlan, got 3"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": 255}, "max_new_tokens.*256 positions"),
         ({"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias"),
@@ -353,3 +359,17 @@ def test_ngram_needs_no_head_and_joins_one(model: SpeculativeModel, target: Targ
     for setting in ({"ngram": True}, {"draft_window": 8}):  # what would be ignored is refused
         with pytest.raises(ValueError, match="the method is plain"):
             SpeculativeModel(target).generate(ids, **setting)
+
+
+def test_measured_costs_belong_to_one_kind_of_pass(
+    target: TargetModel, heads: dict[str, DraftNetwork], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's own model has another attention than what `load` makes, and other seconds."""
+    keys: list[str] = []
+    monkeypatch.setattr("draftwing.api.cached_costs", lambda key, measure: keys.append(json.dumps(key, default=str)))
+    for _ in range(2):
+        SpeculativeModel(target, heads["eagle3"]).costs(1)
+    assert keys[0] == keys[1]
+    monkeypatch.setattr(target.model.config, "_attn_implementation", "sdpa")
+    SpeculativeModel(target, heads["eagle3"]).costs(1)
+    assert keys[2] != keys[0]

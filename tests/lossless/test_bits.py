@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import requests_for, run
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -128,6 +129,40 @@ def test_the_fused_pass_computes_what_the_stock_modules_do(family: str) -> None:
     )
     torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ours.features, theirs.features, atol=1e-4, rtol=1e-4)
+
+
+def test_products_that_an_adapter_has_split_are_not_fused() -> None:
+    """The fused pass multiplies queries, keys and values at once, and gate and up."""
+    for part, name in (("self_attn", "v_proj"), ("mlp", "up_proj")):
+        model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+        linear = getattr(getattr(model.model.layers[1], part), name)
+        setattr(getattr(model.model.layers[1], part), name, torch.nn.Sequential(linear))
+        pack_linears(model)
+        assert not can_fuse(model)
+
+
+def test_quantised_weights_are_not_packed() -> None:
+    class Quantised(torch.Tensor):
+        """Stands for the tensor classes of quantisation libraries."""
+
+    linear = torch.nn.Linear(8, 8)
+    linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(Quantised))
+    model = torch.nn.Sequential(linear)
+    pack_linears(model)
+    assert model[0] is linear
+
+
+@pytest.mark.parametrize("lengths", [(2,), (6,), (1, 2), (9, 6)])
+def test_no_pass_over_a_prompt_is_a_single_row(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float32 product of one row rounds differently, so a prompt's keys would depend on the batch it is read in."""
+    monkeypatch.setattr("draftwing.decoding.generate.PREFILL_CHUNK", 4)
+    target, num_rows = packed_target(torch.float32), []
+    original = target.prefill
+    monkeypatch.setattr(
+        target, "prefill", lambda tokens, *rest: num_rows.append(tokens.numel()) or original(tokens, *rest)
+    )
+    run(target, requests_for([CONTEXT[:1] * length for length in lengths], max_new_tokens=1))
+    assert min(num_rows) >= 2
 
 
 def test_what_the_fused_pass_does_not_know_is_left_to_the_stock_modules() -> None:

@@ -8,7 +8,7 @@ import torch
 from conftest import auto_plan, costs
 
 from draftwing.decoding.acceptance import EDGES
-from draftwing.decoding.auto_plan import LOOKUP_TRIAL, TRIAL, AutoPlan
+from draftwing.decoding.auto_plan import LESSON, LOOKUP_TRIAL, TRIAL, AutoPlan
 from draftwing.decoding.experience import LONGEST_PAUSE, Experience
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.tree import CycleFacts
@@ -102,6 +102,15 @@ def test_the_next_request_starts_where_the_last_one_ended() -> None:
     assert not any(run_cycles(auto_plan(1, experience), num_accepted=0, count=8))
 
 
+def test_short_generations_teach_as_a_long_one_does() -> None:
+    long, short = Experience(), Experience()
+    run_cycles(auto_plan(1, long), num_accepted=3, count=2 * LESSON)
+    for _ in range(4):
+        run_cycles(auto_plan(1, short), num_accepted=3, count=LESSON // 2)
+    auto_plan(1, short)  # the next one begins with what is left over
+    assert short.acceptance.as_dict() == long.acceptance.as_dict() != Experience().acceptance.as_dict()
+
+
 def test_a_good_drafter_is_never_paused_and_one_that_turns_good_is_found_out() -> None:
     assert all(run_cycles(auto_plan(1), num_accepted=3, count=200))
     plan = auto_plan(1)
@@ -135,6 +144,18 @@ def test_every_tree_has_one_of_the_fixed_shapes_and_the_best_is_found() -> None:
     assert seen <= {TreePlan.parse(shape) for shape in shapes}
     assert plan.num_parents(torch.tensor([[-50.0]]), depth=1) == 1
     assert plan.num_nodes(torch.tensor([[-50.0]]), limit=7) == 7
+
+
+def test_a_lookup_does_not_hide_that_a_deeper_shape_would_bring_more() -> None:
+    """What is looked up lies deeper than the draft's levels, which says nothing about those beyond them."""
+    shapes = ["tree:4x6x24", "chain:2"]
+    for lookup_depth in (0, 6):
+        plan = auto_plan(1, fixed_shapes=shapes, largest=TreePlan.chain(2), node=0.001, step=0.001)
+        facts = chain_facts(num_accepted=2, depth=2, probability=0.95)
+        for _ in range(3):
+            plan.next(longest=10)
+            plan.learn(dataclasses.replace(facts, max_depth=max(2, lookup_depth)))
+        assert plan.next(longest=10) == TreePlan.parse("tree:4x6x24")
 
 
 def test_costs_are_linear_between_what_was_measured() -> None:

@@ -1,13 +1,16 @@
 """Measured costs: the engine's own stages, kept on disk."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import costs, eagle
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.decoding.costs import CycleCosts, cache_folder, cached_costs, measure_costs
+from draftwing.decoding.drafters import NoDrafter
 from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.statistics import STAGES
 from draftwing.models.target import TargetModel
 
 
@@ -18,6 +21,22 @@ def test_every_part_of_a_cycle_is_measured(target: TargetModel, heads: dict[str,
     assert len(measured.verify[0]) == len(measured.num_nodes)
     assert min(measured.verify[0]) > 0
     assert len(measured.draft_step[0]) == len(measured.widths) == 2
+
+
+@pytest.mark.parametrize(("depth", "num_steps"), [(8, 3), (3, 2), (1, 1)])
+def test_a_steps_seconds_are_taken_from_levels_that_a_draft_has(
+    monkeypatch: pytest.MonkeyPatch, target: TargetModel, depth: int, num_steps: int
+) -> None:
+    """Medusa's trees end with its heads: deeper plans would spread fewer levels over more steps."""
+
+    def stage_seconds(*arguments: Any) -> list[dict[str, float]]:
+        plans = arguments[4]
+        return [dict.fromkeys(STAGES, 1.0) | {"draft": 1.0 + min(plan.depth, depth)} for plan in plans]
+
+    monkeypatch.setattr("draftwing.decoding.costs._stage_seconds", stage_seconds)
+    largest = TreePlan(2, depth, 3)
+    measured = measure_costs(target, lambda rows, capacity: NoDrafter(), batch_size=1, largest=largest)
+    assert measured.draft_step[0][0] == pytest.approx((min(num_steps + 1, depth) - 1) / num_steps)
 
 
 def test_between_two_contexts_costs_are_interpolated() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE, generate, lookahead, no_draft, requests_for
 
-from draftwing.decoding.drafters.lookahead import LookaheadDrafter, NgramPool
+from draftwing.decoding.drafters.lookahead import POOL_SIZE, LookaheadDrafter, NgramPool
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import uncoupled_rank
 from draftwing.decoding.tree import DraftTree
@@ -158,6 +158,11 @@ class TestTree:
         tree, _ = self.grow([(2, 3, 4)])
         assert tree.valid[0].tolist() == [True] + 13 * [False]
         assert tree.tokens.max() < VOCAB_SIZE
+
+    def test_windows_larger_than_the_pool_are_refused(self) -> None:
+        for plan in (f"lookahead:1x2x{POOL_SIZE + 1}", f"lookahead:{POOL_SIZE + 1}x2x1"):
+            with pytest.raises(ValueError, match="plan: lookahead's W and G are at most 8192"):
+                self.grow([], plan=plan)
 
     @pytest.mark.parametrize("plan", ["chain:3", "tree:2x2x4"])
     def test_other_plans_are_refused(self, plan: str) -> None:

@@ -104,3 +104,13 @@ def test_a_lookup_competes_for_the_same_nodes_and_may_be_deeper() -> None:
     assert (plan.num_nodes, plan.depth, plan.max_depth) == (6, 3, 5)
     assert TreePlan.parse("tree:10x8x60").with_lookup().max_depth == 8
     assert not TreePlan.chain(3).with_lookup().is_chain, "it may branch off"
+
+
+@pytest.mark.parametrize("text", ["off", "chain:3", "tree:1x4x3", "tree:4x4x16", "eagle1", "medusa", "lookahead:5x4x3"])
+def test_a_plan_is_written_as_it_is_read(text: str) -> None:
+    assert str(TreePlan.parse(text)) == text
+
+
+def test_a_plan_says_the_same_of_itself_in_every_process() -> None:
+    """Measured costs are kept on disk under it."""
+    assert " at 0x" not in repr(TreePlan.chain(2))

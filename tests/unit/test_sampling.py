@@ -24,6 +24,7 @@ from draftwing.decoding.sampling import (
     gumbel,
     uncoupled_rank,
 )
+from draftwing.decoding.tree import DraftTree, root_tree
 
 CPU = torch.device("cpu")
 VOCAB = 50
@@ -45,9 +46,16 @@ def gumbel_rows(seed: int, positions: list[int], vocab_size: int = VOCAB) -> tor
 def choose_at_root(sampler: Sampler, logits: torch.Tensor, position: int = 0) -> torch.Tensor:
     """The tokens chosen by plain decoding, `[B]`, from logits `[B, 1, V]`."""
     batch_size = logits.shape[0]
-    zeros, one = torch.zeros(batch_size, 1, dtype=torch.int64), torch.ones(batch_size, 1, 1, dtype=torch.bool)
+    root = torch.zeros(batch_size, dtype=torch.int64)
     sampler.reserve([position] * batch_size, 1)
-    return sampler.choose(logits, zeros, one, zeros, torch.full((batch_size,), position)).squeeze(1)
+    return sampler.choose(logits, root_tree(root), torch.full((batch_size,), position)).squeeze(1)
+
+
+def tree_of(tokens: list[int], parents: list[int], depths: list[int]) -> DraftTree:
+    """One row's tree, all of it valid."""
+    rows = torch.tensor([tokens]), torch.tensor([parents]), torch.tensor([depths])
+    no_scores = torch.zeros(rows[0].shape)
+    return DraftTree(*rows, rows[0] >= 0, no_scores, no_scores, max(depths))
 
 
 class TestWarping:
@@ -105,10 +113,7 @@ class TestWarping:
             )(torch.tensor([history]), logits[0].clone())
             sampler = sampler_of(SamplingParams(repetition_penalty=1.8, logit_bias={9: 6.0, 3: 7.0}))
             sampler.observe(torch.tensor([history]), torch.tensor([4]))
-            root = torch.tensor([[9]])
-            chosen = sampler.choose(
-                logits, root, torch.ones(1, 1, 1, dtype=torch.bool), torch.zeros_like(root), torch.tensor([4])
-            )
+            chosen = sampler.choose(logits, root_tree(torch.tensor([9])), torch.tensor([4]))
             assert chosen.item() == int(theirs.argmax())
 
     def test_a_large_bias_decides(self) -> None:
@@ -121,22 +126,22 @@ class TestRepetitionPenalty:
         logits, history = random_logits(rows=1), torch.tensor([[3, 4, 4, 9]])
         sampler = sampler_of(SamplingParams(repetition_penalty=1.8))
         sampler.observe(history, torch.tensor([4]))
-        ours = sampler._penalise(logits, torch.tensor([[9]]), torch.ones(1, 1, 1, dtype=torch.bool))
+        ours = sampler._penalise(logits, root_tree(torch.tensor([9])))
         theirs = RepetitionPenaltyLogitsProcessor(1.8)(history, logits[0].clone())
         torch.testing.assert_close(ours[0], theirs)
 
     def test_each_node_reads_its_own_branch(self) -> None:
         """Root 5 with children 6 and 7: node 1 has said 5 and 6, node 2 has said 5 and 7; the prompt said 2."""
         logits = torch.ones(1, 3, 10)
-        ancestors = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]], dtype=torch.bool)
+        tree = tree_of([5, 6, 7], parents=[0, 0, 0], depths=[0, 1, 1])
         sampler = sampler_of(SamplingParams(repetition_penalty=2.0), vocab_size=10)
         sampler.observe(torch.tensor([[2, 8]]), torch.tensor([1]))  # 8 is padding
-        penalised = sampler._penalise(logits, torch.tensor([[5, 6, 7]]), ancestors)[0] == 0.5
+        penalised = sampler._penalise(logits, tree)[0] == 0.5
         assert [node.nonzero().squeeze(1).tolist() for node in penalised] == [[2, 5], [2, 5, 6], [2, 5, 7]]
 
     def test_a_negative_score_is_made_more_negative(self) -> None:
         sampler = sampler_of(SamplingParams(repetition_penalty=2.0), vocab_size=2)
-        scores = sampler._penalise(torch.tensor([[[-1.0, 1.0]]]), torch.tensor([[0]]), torch.ones(1, 1, 1).bool())
+        scores = sampler._penalise(torch.tensor([[[-1.0, 1.0]]]), root_tree(torch.tensor([0])))
         assert scores.tolist() == [[[-2.0, 1.0]]]
 
 
@@ -210,11 +215,10 @@ class TestChoose:
 
     def test_noise_is_that_of_the_chosen_tokens_position(self) -> None:
         """A node at depth d below a root at position L chooses the token of position L + d + 1."""
-        logits, depths = random_logits(rows=3), torch.tensor([[0, 1, 1]])
-        ancestors = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]], dtype=torch.bool)
+        logits, tree = random_logits(rows=3), tree_of([1, 2, 3], parents=[0, 0, 0], depths=[0, 1, 1])
         sampler = sampler_of(SamplingParams(temperature=0.8, seed=21))
         sampler.reserve([30], 2)
-        chosen = sampler.choose(logits, torch.tensor([[1, 2, 3]]), ancestors, depths, torch.tensor([30]))
+        chosen = sampler.choose(logits, tree, torch.tensor([30]))
         noise = gumbel_rows(21, [31, 32, 32])
         assert torch.equal(chosen[0], (logits[0] / 0.8 + noise).argmax(-1))
 
@@ -224,8 +228,8 @@ class TestChoose:
         plain = choose_at_root(sampler_of(params), logits[:, 1:], position=11)
         sampler = sampler_of(params)
         sampler.reserve([10], 2)
-        chain = torch.tensor([[[1, 0], [1, 1]]], dtype=torch.bool)
-        in_tree = sampler.choose(logits, torch.tensor([[1, 2]]), chain, torch.tensor([[0, 1]]), torch.tensor([10]))
+        chain = tree_of([1, 2], parents=[0, 0], depths=[0, 1])
+        in_tree = sampler.choose(logits, chain, torch.tensor([10]))
         assert in_tree[0, 1] == plain[0]
 
     def test_a_greedy_row_beside_a_sampled_one_stays_greedy(self) -> None:

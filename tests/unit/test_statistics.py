@@ -81,3 +81,50 @@ def test_the_clock_adds_to_its_stage_alone() -> None:
         sum(range(10_000))
     assert statistics.seconds["verify"] > before
     assert statistics.total_seconds == statistics.seconds["verify"]
+
+
+class FakeEvent:
+    """A CUDA event that takes its time from a device's invented clock."""
+
+    def __init__(self, device_times: list[float]) -> None:
+        self._times = device_times
+
+    def record(self, stream: object) -> None:
+        assert stream == "the device's stream"
+        self.time = self._times.pop(0)
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return 1000 * (end.time - self.time)
+
+
+def test_on_a_gpu_stages_take_the_devices_time_and_the_host_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with a device that is not the current one, and with a caller that takes its time between two cycles."""
+    host_times = [0.0, 0.1, 0.1, 0.2, 90.0, 90.1, 90.1, 93.0]  # enter and leave: prefill, draft; then verify, host
+    device_times = [0.0, 1.0, 1.0, 1.5, 90.0, 92.0, 92.0]
+    monkeypatch.setattr("draftwing.decoding.statistics.time.perf_counter", lambda: host_times.pop(0))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(device_times))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device.index == 1 and "the device's stream")
+    statistics = Statistics()
+    clock = StageClock(statistics, torch.device("cuda", 1))
+    for name in ("prefill", "draft", "verify", "host"):
+        with clock.stage(name):
+            pass
+    clock.settle()
+    clock.settle()
+    expected = {"prefill": 1.0, "draft": 0.5, "verify": 2.0, "host": 0.0, "commit": 0.0}
+    assert statistics.seconds == pytest.approx(expected)
+
+
+def test_on_a_gpu_the_hosts_own_work_is_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    host_times, device_times = [0.0, 0.5, 0.5, 4.0], [0.0, 3.0, 3.0]
+    monkeypatch.setattr("draftwing.decoding.statistics.time.perf_counter", lambda: host_times.pop(0))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(device_times))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the device's stream")
+    statistics = Statistics()
+    clock = StageClock(statistics, torch.device("cuda"))
+    for name in ("verify", "host"):
+        with clock.stage(name):
+            pass
+    clock.settle()
+    assert statistics.seconds["verify"] == pytest.approx(3.0)
+    assert statistics.total_seconds == pytest.approx(4.0)

@@ -82,11 +82,11 @@ def test_is_done_sees_every_token_of_a_run_in_turn() -> None:
 
 class TestErrors:
     def test_limit_below_1(self) -> None:
-        with pytest.raises(ValueError, match="max_new_tokens: expected at least 1, got 0"):
+        with pytest.raises(ValueError, match="max_new_tokens: expected an integer of at least 1, got 0"):
             StopRule(0)
 
     def test_empty_stop_string(self) -> None:
-        with pytest.raises(ValueError, match="stop: a stop string is empty"):
+        with pytest.raises(ValueError, match="stop: expected strings that are not empty, got ''"):
             StopRule(1, stop_strings=("a", ""), decode=decode)
 
     def test_stop_strings_without_a_tokenizer(self) -> None:

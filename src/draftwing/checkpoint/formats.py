@@ -1,9 +1,8 @@
-"""The published head formats: their names, options and conventions, translated to ours and back in this file only.
+"""The published formats of EAGLE heads: names, options and conventions, translated to ours and back here only.
 
 eagle1        EAGLE-1/2 files: fc [D, 2D], layers.0 without input norm, own embedding, no output head
 eagle3        EAGLE-3 files: fc [D, 3D], midlayer.* (or layers.0.*), norm, lm_head [Vd, D], d2t offsets, t2d mask
 speculators   the same tensors as layers.0.*, the configuration nested in transformer_layer_config
-medusa        head i: residual blocks i.j.linear, then the output matrix i.L.weight; config.json is three lines
 """
 
 import re
@@ -14,7 +13,6 @@ from typing import Any, Literal
 import torch
 
 from draftwing.models.layers import DraftConfig
-from draftwing.models.medusa import MedusaConfig
 
 HeadFormat = Literal["eagle1", "eagle3", "speculators"]
 Tensors = dict[str, torch.Tensor]
@@ -27,7 +25,7 @@ IGNORED_TENSORS = re.compile(r".*rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadFile:
     """A head file in our terms: which network, its configuration, vocabulary and parameters.
 
     `target_ids [Vd]` are absolute (None: the whole vocabulary); `tensors` are named as the network's parameters.
@@ -98,53 +96,6 @@ FROM_FILE = HeadOptions()
 OPTIONAL_NORMS = {"fc_norm": "fc_norm.", "norm_before_fc": "input_norm."}
 """Options that a file decides by having these tensors, by their names' beginnings."""
 
-MEDUSA_TENSOR = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)$")
-
-
-@dataclass(frozen=True)
-class MedusaHeads:
-    """A file of Medusa heads in our terms; `tensors` are named as the network's parameters."""
-
-    config: MedusaConfig
-    tensors: Tensors
-
-
-def is_medusa(values: Mapping[str, Any], tensors: Tensors) -> bool:
-    """Whether files hold Medusa heads."""
-    return "medusa_num_heads" in values or (bool(tensors) and all(map(MEDUSA_TENSOR.match, tensors)))
-
-
-def read_medusa(values: Mapping[str, Any], tensors: Tensors) -> MedusaHeads:
-    """Translate Medusa heads. They are counted in the tensors: published configurations name fewer than there are.
-
-    Raises:
-        ValueError: a tensor that the format does not have, or lacks.
-    """
-    renamed, heads, blocks = {}, set(), set()
-    for name, tensor in tensors.items():
-        match = MEDUSA_TENSOR.match(name)
-        if match is None:
-            raise ValueError(f"{name}: unknown tensor of shape {tuple(tensor.shape)}; Medusa heads have none")
-        renamed[name.removeprefix("medusa_head.")] = tensor
-        heads.add(int(match[1]))
-        if match[3] == "linear.weight":
-            blocks.add(int(match[2]))
-    output = renamed.get(f"0.{len(blocks)}.weight")
-    if output is None or output.ndim != 2:
-        raise ValueError(f"0.{len(blocks)}.weight: missing; head 0 needs an output matrix [vocabulary, hidden size]")
-    vocab_size, hidden_size = output.shape
-    return MedusaHeads(MedusaConfig(hidden_size, vocab_size, max(heads) + 1, len(blocks)), renamed)
-
-
-def write_medusa(heads: MedusaHeads, target_name: str) -> tuple[dict[str, Any], Tensors]:
-    """The config.json and tensors of Medusa heads."""
-    values = {
-        "medusa_num_heads": heads.config.num_heads,
-        "medusa_num_layers": heads.config.num_layers,
-        "base_model_name_or_path": target_name,
-    }
-    return values, heads.tensors
-
 
 def default_aux_layers(num_layers: int) -> tuple[int, ...]:
     """EAGLE-3's feature layers as hidden_states indices: 2, n//2, n-3 (reference code).
@@ -163,7 +114,7 @@ def read_head(
     tensors: Tensors,
     target: TargetSizes | None = None,
     options: HeadOptions = FROM_FILE,
-) -> Head:
+) -> HeadFile:
     """Translate a head's configuration and tensors.
 
     Args:
@@ -182,14 +133,14 @@ def read_head(
         for name in options.given.keys() - {"rope_theta", "rope_scaling"}:
             raise ValueError(f"{name}: only EAGLE-3 heads have it, and this is an EAGLE-1 head")
         tensors.pop("lm_head.weight", None)  # repacks carry the target's; EAGLE-1 always uses the target's own
-        return Head(head_format, _eagle1_config(layer_values, tensors), None, tensors)
+        return HeadFile(head_format, _eagle1_config(layer_values, tensors), None, tensors)
     tensors = _canonical_names(tensors)
     for name, beginning in OPTIONAL_NORMS.items():
         if getattr(options, name) is False:
             tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(beginning)}
     target_ids = _take_target_ids(tensors, _required(layer_values, "vocab_size"), options.d2t == "absolute")
     config = _eagle3_config(values, layer_values, tensors, target, options)
-    return Head(head_format, config, target_ids, tensors)
+    return HeadFile(head_format, config, target_ids, tensors)
 
 
 def is_language_model(values: Mapping[str, Any], tensors: Tensors) -> bool:
@@ -384,7 +335,7 @@ def _count_layers(tensors: Tensors) -> int:
     return len(numbers)
 
 
-def write_head(head: Head, target: TargetSizes, verifier: str = "") -> tuple[dict[str, Any], Tensors]:
+def write_head(head: HeadFile, target: TargetSizes, verifier: str = "") -> tuple[dict[str, Any], Tensors]:
     """A head's config.json and tensors in its format. `verifier` names the target in a speculators file."""
     config, tensors = head.config, dict(head.tensors)
     layer_values = _layer_values(config, "LlamaForCausalLMEagle3" if head.is_eagle3 else "LlamaForCausalLM")

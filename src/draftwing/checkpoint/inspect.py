@@ -8,19 +8,17 @@ import torch
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from draftwing.checkpoint.formats import TargetSizes, Tensors, is_language_model, is_medusa, read_head, read_medusa
+from draftwing.checkpoint.fit import fit_problems, medusa_problems, tensor_problems, vocabulary_problems
+from draftwing.checkpoint.formats import TargetSizes, Tensors, is_language_model, read_head
 from draftwing.checkpoint.load import (
     expected_medusa_shapes,
     expected_shapes,
     find_tokenizer,
-    fit_problems,
-    medusa_problems,
     read_draft_files,
     resolve_draft,
     resolve_target,
-    tensor_problems,
-    vocabulary_problems,
 )
+from draftwing.checkpoint.medusa_format import is_medusa, read_medusa
 from draftwing.models.target import ATTENTION, TargetModel
 
 NETWORK_OPTIONS = (

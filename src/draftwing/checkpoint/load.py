@@ -10,17 +10,17 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from draftwing.checkpoint.fit import fit_problems, medusa_problems, tensor_problems, vocabulary_problems
 from draftwing.checkpoint.formats import (
     FROM_FILE,
-    Head,
+    HeadFile,
     HeadOptions,
     TargetSizes,
     Tensors,
     is_language_model,
-    is_medusa,
     read_head,
-    read_medusa,
 )
+from draftwing.checkpoint.medusa_format import is_medusa, read_medusa
 from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.eagle import EagleModel
 from draftwing.models.eagle3 import Eagle3Model
@@ -98,7 +98,7 @@ def load_target(
         model, info = AutoModelForCausalLM.from_pretrained(
             resolve_target(name), dtype=dtype or "auto", output_loading_info=True, **options
         )
-    except OSError as error:
+    except (OSError, ImportError, TypeError) as error:  # no such model; a package that an option needs; no such option
         raise ValueError(f"{role}: cannot load {name!r}: {error}") from error
     except KeyError as error:  # older modules pick their attention from a table of their own (Falcon, GPT-J)
         if error.args != (options["attn_implementation"],):
@@ -216,29 +216,6 @@ def read_acceptance(name: str) -> dict[str, Any]:
     return values
 
 
-def vocabulary_problems(draft_size: int, target_size: int, draft_tokenizer: Any, target_tokenizer: Any) -> list[str]:
-    """Why a draft model's ids may not mean the target's tokens; tokenizers are None where unknown.
-
-    Two models of one tokenizer may still differ in size, by how far their embeddings are padded.
-    """
-    if draft_tokenizer is None or target_tokenizer is None:
-        if draft_size == target_size:
-            return []
-        return [
-            f"vocab_size: the draft model has {draft_size} tokens and the target {target_size}, "
-            "and without the tokenizers of both their ids cannot be compared"
-        ]
-    draft_ids, target_ids = draft_tokenizer.get_vocab(), target_tokenizer.get_vocab()
-    differing = [token for token, draft_id in draft_ids.items() if target_ids.get(token, draft_id) != draft_id]
-    if not differing:
-        return []
-    first = min(differing, key=draft_ids.__getitem__)
-    return [
-        f"vocab_size: the draft model (of {draft_size} tokens) and the target (of {target_size}) have different "
-        f"tokenizers: {first!r} is {draft_ids[first]} in the one and {target_ids[first]} in the other"
-    ]
-
-
 def load_head(
     name: str,
     target: TargetModel,
@@ -262,7 +239,8 @@ def build_head(
 ) -> DraftNetwork:
     """As `load_head`, from a config.json's values and a file's tensors."""
     head = read_head(values, tensors, sizes_of(target), options)
-    check_fit(head, sizes_of(target))
+    for problem in fit_problems(head, sizes_of(target)):
+        raise ValueError(problem)
     network = build_network(head.config, target, head.target_ids, own_embedding="embed_tokens.weight" in head.tensors)
     # Converted before it is filled: a float64 file stays exact.
     network = network.to(device=target.device, dtype=dtype or target.dtype)
@@ -279,21 +257,6 @@ def _build_medusa(
     network = MedusaModel(heads.config).to(device=target.device, dtype=dtype or target.dtype)
     load_strictly(network, heads.tensors)
     return network.eval()
-
-
-def medusa_problems(config: MedusaConfig, target: TargetSizes) -> list[str]:
-    """One sentence for each way in which Medusa heads do not fit their target."""
-    problems = []
-    if config.hidden_size != target.hidden_size:
-        problems.append(
-            f"hidden_size: the heads read features of width {config.hidden_size}, the target's have "
-            f"{target.hidden_size}"
-        )
-    if config.vocab_size != target.vocab_size:
-        problems.append(
-            f"vocab_size: the heads were made for {config.vocab_size} tokens, the target has {target.vocab_size}"
-        )
-    return problems
 
 
 def expected_medusa_shapes(config: MedusaConfig) -> dict[str, torch.Size]:
@@ -316,7 +279,7 @@ def build_network(
     return Eagle3Model(config, vocab, target.embedding, own_embedding)
 
 
-def expected_shapes(head: Head) -> dict[str, torch.Size]:
+def expected_shapes(head: HeadFile) -> dict[str, torch.Size]:
     """The parameters that a head's network has, without building it in memory or needing its target."""
     with torch.device("meta"):
         network: DraftNetwork
@@ -338,45 +301,3 @@ def load_strictly(network: DraftNetwork | MedusaModel, tensors: Tensors) -> None
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(tensors[name])
-
-
-def tensor_problems(expected: dict[str, torch.Size], tensors: Tensors) -> list[str]:
-    """One sentence for each tensor that is missing, unknown or misshapen."""
-    problems = [f"{name}: missing; expected shape {tuple(expected[name])}" for name in expected.keys() - tensors.keys()]
-    problems += [
-        f"{name}: unknown tensor of shape {tuple(tensors[name].shape)}" for name in tensors.keys() - expected.keys()
-    ]
-    for name in expected.keys() & tensors.keys():
-        if tensors[name].shape != expected[name]:
-            problems.append(f"{name}: expected shape {tuple(expected[name])}, got {tuple(tensors[name].shape)}")
-    return sorted(problems)
-
-
-def check_fit(head: Head, target: TargetSizes) -> None:
-    """Raise a ValueError for the first way in which a head does not fit its target."""
-    for problem in fit_problems(head, target):
-        raise ValueError(problem)
-
-
-def fit_problems(head: Head, target: TargetSizes) -> list[str]:
-    """One sentence for each way in which a head does not fit its target."""
-    config, problems = head.config, []
-    if config.target_hidden_size != target.hidden_size:
-        problems.append(
-            f"hidden_size: the head reads features of width {config.target_hidden_size}, "
-            f"the target's have {target.hidden_size}"
-        )
-    if config.vocab_size != target.vocab_size:
-        problems.append(
-            f"vocab_size: the head was made for {config.vocab_size} tokens, the target has {target.vocab_size}"
-        )
-    if head.is_eagle3 and config.hidden_size != target.hidden_size and "embed_tokens.weight" not in head.tensors:
-        problems.append(
-            f"embed_tokens.weight: missing, and the target's embedding has width {target.hidden_size} instead of "
-            f"the head's {config.hidden_size}"
-        )
-    if config.aux_layers and max(config.aux_layers) > target.num_layers:
-        problems.append(f"aux_layers: {config.aux_layers} go beyond the target's {target.num_layers} layers")
-    if head.is_eagle3 and not config.aux_layers:
-        problems.append("aux_layers: the file names none and the target has no default")
-    return problems

@@ -8,25 +8,24 @@ import torch
 from safetensors.torch import save_file
 
 from draftwing.checkpoint.formats import (
-    Head,
+    HeadFile,
     HeadFormat,
-    MedusaHeads,
     TargetSizes,
     Tensors,
     write_head,
-    write_medusa,
 )
 from draftwing.checkpoint.load import DraftNetwork
+from draftwing.checkpoint.medusa_format import MedusaHeads, write_medusa
 
 
-def to_head(network: DraftNetwork, head_format: HeadFormat) -> Head:
+def to_head(network: DraftNetwork, head_format: HeadFormat) -> HeadFile:
     """A network as a head of the given format (its parameters are not copied)."""
     tensors = {name: parameter.detach() for name, parameter in network.named_parameters()}
-    return Head(head_format, network.config, network.vocab.target_ids, tensors)
+    return HeadFile(head_format, network.config, network.vocab.target_ids, tensors)
 
 
 def save_head(
-    head: Head, folder: Path, target: TargetSizes, dtype: torch.dtype | None = None, verifier: str = ""
+    head: HeadFile, folder: Path, target: TargetSizes, dtype: torch.dtype | None = None, verifier: str = ""
 ) -> None:
     """Write config.json and model.safetensors; the weights in `dtype` (default: as they are)."""
     _write(*write_head(head, target, verifier), folder, "model.safetensors", dtype)

@@ -127,12 +127,12 @@ def _report(
     methods: dict[str, "MethodSpec"],
     settings: dict[str, Any],
 ) -> Any:
-    from draftwing.api import EAGLE_METHODS
     from draftwing.data.prompts import has_chat_template
     from draftwing.evaluation.ablations import ablations
     from draftwing.evaluation.memory import memory_kind
     from draftwing.evaluation.metrics import result_rows
     from draftwing.evaluation.report import Report
+    from draftwing.methods import EAGLE_METHODS
     from draftwing.provenance import provenance
 
     chains = [name for name, spec in methods.items() if spec.is_chain and spec.method in EAGLE_METHODS]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from draftwing.api import METHODS, SpeculativeModel, default_plan, load, parse_dtype, resolve_method, serves
+from draftwing.api import SpeculativeModel, load
 from draftwing.checkpoint.load import ASSETS, load_stock, resolve_draft
 from draftwing.data.benchmarks import BENCHMARKS, load_benchmark
 from draftwing.data.prompts import read_prompts, spread
@@ -21,6 +21,7 @@ from draftwing.evaluation.evaluate import Evaluation, PromptSet
 from draftwing.evaluation.memory import with_peak
 from draftwing.evaluation.rivals import endpoint_rival, transformers_rivals
 from draftwing.evaluation.specs import MethodSpec
+from draftwing.methods import METHODS, default_plan, resolve_method, serves
 from draftwing.models.target import TargetModel
 
 KNOWN_DATA = ("embedded", *BENCHMARKS)
@@ -135,7 +136,7 @@ def prepare(
     rivals = _endpoints(options)  # before the models: a server that is not there is found out at once
     with Console(stderr=True).status("loading models"):
         bare = load(options.target, dtype=options.dtype, device=options.device)
-        models = {name: bare.with_draft(path, dtype=parse_dtype(options.dtype)) for name, path in drafts.items()}
+        models = {name: bare.with_draft(path) for name, path in drafts.items()}
         device = bare.target.device
         rivals |= {name: with_peak(decode, device) for name, decode in _transformers(options, bare).items()}
     methods: dict[str, MethodSpec] = {}

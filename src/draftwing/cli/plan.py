@@ -33,10 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    from draftwing.api import load, suitable_draft
+    from draftwing.api import load
     from draftwing.checkpoint.load import ASSETS, resolve_draft
     from draftwing.data.prompts import read_prompts
     from draftwing.evaluation.planning import as_tables, implied_plan, measure_plan, save_acceptance
+    from draftwing.methods import suitable_draft
 
     prompts = read_prompts(options.prompts or ASSETS / "tiny" / "prompts.jsonl")
     model = load(options.target, options.draft, options.dtype, options.device, options.method, **head_options(options))

@@ -14,7 +14,7 @@ from draftwing.decoding.acceptance import EDGES, NUM_DEPTHS
 from draftwing.decoding.costs import CycleCosts
 from draftwing.decoding.experience import Experience
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.tree import CycleFacts, Outcomes, join_outcomes
+from draftwing.decoding.tree import CycleFacts, join_outcomes
 
 REQUEST_MEMORY = 30.0
 """Expected acceptances per bin that a request takes over from those before it."""
@@ -64,7 +64,6 @@ class AutoPlan:
         self._values: dict[TreePlan, float] = {}
         self._tokens, self._seconds = 0.0, 0.0  # what speculation has brought and cost of late
         self._running = np.arange(batch_size)
-        self._outcomes: list[Outcomes] = []  # that no lesson was drawn from yet
         self._costs_until = self._num_cycles = 0
         self._levels_seconds = 0.0  # of the last tree's levels beyond the first
         self._looks_up, self._num_lookups = False, 0
@@ -124,7 +123,7 @@ class AutoPlan:
     def learn(self, facts: CycleFacts) -> None:
         """Take in what became of a cycle's tree."""
         self._running = facts.rows
-        self._outcomes.append(facts.outcomes())
+        self._experience.outcomes.append(facts.outcomes())
         fade = 1 - 1 / RATE_MEMORY
         self._tokens = self._tokens * fade + float(facts.accepted.sum()) * self._batch_size / len(facts.rows)
         self._seconds = self._seconds * fade + self._tree_seconds[facts.num_nodes] + self._levels_seconds
@@ -135,7 +134,7 @@ class AutoPlan:
             self._weigh_shapes(facts)
         if self._num_cycles >= TRIAL:
             self._judge()
-        if len(self._outcomes) == LESSON:
+        if len(self._experience.outcomes) >= LESSON:
             self._use_lessons()
 
     @property
@@ -183,19 +182,20 @@ class AutoPlan:
         self._step_seconds = [self._costs.step(width) for width in range(1, self.largest.width + 1)]
 
     def _use_lessons(self) -> None:
-        if self._outcomes:
-            outcomes = join_outcomes(self._outcomes)
+        if self._experience.outcomes:
+            outcomes = join_outcomes(self._experience.outcomes)
             self._table.update(outcomes)
             self._experience.acceptance.update(outcomes)
-            self._outcomes = []
+            self._experience.outcomes.clear()
         self._correction = torch.tensor(self._table.correction, dtype=torch.float32, device=self._edges.device)
         self._continuation = self._table.continuation
 
     def _weigh_shapes(self, facts: CycleFacts) -> None:
         """Estimate what each shape would have brought, and take the one with the best rate."""
-        deepest = min(facts.max_depth, NUM_DEPTHS) - 1
+        drafted_depth = min(self._shape.depth, facts.max_depth)  # a looked-up continuation may lie deeper
+        continuation = float(self._continuation[min(drafted_depth, NUM_DEPTHS) - 1])
         for shape in self._shapes:
-            brought = _expected_tokens(facts, shape, float(self._continuation[deepest]))
+            brought = _expected_tokens(facts, drafted_depth, shape, continuation)
             self._values[shape] = brought + (self._values.get(shape, brought) - brought) * (1 - 1 / RATE_MEMORY)
         rates = {shape: (1 + value) / self._costs.cycle(shape) for shape, value in self._values.items()}
         best = max(rates, key=rates.__getitem__)
@@ -203,8 +203,8 @@ class AutoPlan:
             self._shape = best
 
 
-def _expected_tokens(facts: CycleFacts, shape: TreePlan, continuation: float) -> float:
-    """Draft tokens that a row of this shape is expected to have accepted, judged from another shape's tree.
+def _expected_tokens(facts: CycleFacts, drafted_depth: int, shape: TreePlan, continuation: float) -> float:
+    """Draft tokens that a row of this shape is expected to have accepted, judged from another tree of `drafted_depth`.
 
     What the tree shows is summed; what lies beyond it is judged kindly, so that a larger shape gets its trial: nodes
     are as good as the worst one shown, further levels continue as the deepest one does.
@@ -213,7 +213,7 @@ def _expected_tokens(facts: CycleFacts, shape: TreePlan, continuation: float) ->
     ordered = -np.sort(-probs, axis=1)[:, : shape.num_nodes - 1]
     further_nodes = max(0, shape.num_nodes - facts.num_nodes)
     expected = ordered.sum(1) + further_nodes * ordered[:, -1]
-    if shape.depth > facts.max_depth:
-        leaves = np.where(facts.depths[:, 1:] == facts.max_depth, probs, 0.0).sum(1)
-        expected += leaves * sum(continuation**level for level in range(1, shape.depth - facts.max_depth + 1))
+    if shape.depth > drafted_depth:
+        leaves = np.where(facts.depths[:, 1:] == drafted_depth, probs, 0.0).sum(1)
+        expected += leaves * sum(continuation**level for level in range(1, shape.depth - drafted_depth + 1))
     return float(np.minimum(expected, shape.depth).mean())

@@ -28,7 +28,7 @@ WIDTHS = (1, 4, 8)
 CONTEXTS = (64, 512)
 WARM_UP = 2
 STEPS = 3
-"""Draft levels beyond the first that a draft step's seconds are taken from."""
+"""Draft levels beyond the first that a draft step's seconds are taken from, if the largest plan has so many."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,8 @@ def measure_costs(
     sizes = [num_nodes for num_nodes in NUM_NODES if num_nodes < largest.num_nodes] + [largest.num_nodes]
     plans = [TreePlan.off(target.best_single_row if batch_size == 1 else 1)]
     plans += [_shallowest(num_nodes, widths[-1]) for num_nodes in sizes]
-    plans += [TreePlan(width, 1 + STEPS, 2) for width in widths]
+    num_steps = max(1, min(STEPS, largest.depth - 1))
+    plans += [TreePlan(width, 1 + num_steps, 2) for width in widths]
     measured: dict[str, list[Any]] = defaultdict(list)
     for context in contexts:
         plain, *stages = _stage_seconds(target, new_drafter, batch_size, context, plans, cycles)
@@ -165,7 +166,7 @@ def measure_costs(
         first = by_nodes[0]
         measured["plain"].append(sum(plain.values()))
         measured["verify"].append([stage["verify"] for stage in by_nodes])
-        measured["draft_step"].append([max(0.0, stage["draft"] - first["draft"]) / STEPS for stage in by_width])
+        measured["draft_step"].append([max(0.0, stage["draft"] - first["draft"]) / num_steps for stage in by_width])
         measured["extend"].append(first["draft"])
         measured["fixed"].append(first["commit"] + first["host"])
     return CycleCosts(contexts=contexts, num_nodes=sizes, widths=widths, **measured)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from draftwing.decoding.acceptance import AcceptanceTable
+from draftwing.decoding.tree import Outcomes
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 16, 1024
 """Cycles of a pause."""
@@ -37,5 +38,7 @@ class Experience:
     acceptance: AcceptanceTable = field(default_factory=AcceptanceTable)
     gain: float = 1.1
     """Speculation's tokens per second over plain decoding's; at first a hope that makes it worth a trial."""
+    outcomes: list[Outcomes] = field(default_factory=list)
+    """Cycles that no lesson was drawn from yet; a short generation leaves them to the next."""
     pause: Pause = field(default_factory=Pause)
     lookup_pause: Pause = field(default_factory=Pause)

@@ -87,7 +87,6 @@ class Generation:
         """Run cycles until every row has stopped, yielding what each commits."""
         while not all(output.finish_reason for output in self.outputs):
             yield self._emit(*self._cycle())
-        self._clock.settle()
 
     @torch.inference_mode()
     def _cycle(self) -> tuple[DraftTree, Verdict]:
@@ -101,7 +100,7 @@ class Generation:
             output = self._target.forward_tree(
                 tree.tokens, tree.depths, tree.ancestors, self._cache, self._drafter.feature_layers
             )
-            chosen = self._sampler.choose(output.logits, tree.tokens, tree.ancestors, tree.depths, self._cache.lengths)
+            chosen = self._sampler.choose(output.logits, tree, self._cache.lengths)
             verdict = walk(tree, chosen)
         with self._clock.stage("commit"):
             num_kept = torch.where(self._active, verdict.num_accepted + 1, 0)
@@ -158,12 +157,13 @@ class Generation:
         tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
         self._sampler.observe(tokens, lengths)
         self._drafter.start(tokens[:, 0])
+        following = tokens.roll(-1, dims=1)
         for start in range(0, longest - 1, PREFILL_CHUNK):
-            chunk = tokens[:, start : min(start + PREFILL_CHUNK, longest - 1)]
-            num_valid = (lengths - 1 - start).clamp(0, chunk.shape[1])
-            features = self._target.prefill(chunk, num_valid, self._cache, self._drafter.feature_layers)
-            following = tokens[:, start + 1 : start + 1 + chunk.shape[1]]
-            self._drafter.observe(following, features, num_valid)
+            # The roots pass as padding: so no chunk is a single token, whose product rounds differently from several's.
+            chunk = slice(start, start + PREFILL_CHUNK)
+            num_valid = (lengths - 1 - start).clamp(0, PREFILL_CHUNK)
+            features = self._target.prefill(tokens[:, chunk], num_valid, self._cache, self._drafter.feature_layers)
+            self._drafter.observe(following[:, chunk], features, num_valid)
         return tokens.gather(1, lengths[:, None] - 1).squeeze(1)
 
 

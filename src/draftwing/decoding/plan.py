@@ -97,18 +97,31 @@ class TreePlan:
     depth: int
     num_nodes: int
     paths: tuple[RankPath, ...] = ()
-    sizing: Sizing = field(default=FixedSize(), compare=False)
+    sizing: Sizing = field(default=FixedSize(), compare=False, repr=False)
     lookup_depth: int = 0
     window: int = 0
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth) < (1 if self.depth else 0) or self.num_nodes < 1:
-            raise ValueError(f"plan: width, depth and nodes must be positive, got {self}")
+            raise ValueError(f"plan: width, depth and nodes must be positive, got {self!r}")
         if self.depth and not (self.paths or self.window) and self.num_nodes - 1 > self.num_candidates:
             raise ValueError(
                 f"plan: {self.num_nodes} nodes asked for, but width {self.width} and depth {self.depth} "
                 f"draft only {self.num_candidates} candidates and the root"
             )
+
+    def __str__(self) -> str:
+        """As `parse` reads it, but for static trees of no paper."""
+        if self.window:
+            return f"lookahead:{self.window}x{self.depth + 1}x{self.width}"
+        if self.paths:
+            named = (name for name, paths in STATIC_TREES.items() if set(paths) == set(self.paths))
+            return next(named, f"static tree of {self.num_nodes} nodes")
+        if self.width == 1 and self.num_nodes > self.depth:
+            return f"chain:{self.depth}"
+        if not self.depth:
+            return "off"
+        return f"tree:{self.width}x{self.depth}x{self.num_nodes}"
 
     @property
     def num_candidates(self) -> int:

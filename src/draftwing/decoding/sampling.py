@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from draftwing.decoding.tree import DraftTree
+
 MASK32 = 0xFFFFFFFF
 NOISE_WINDOW = 32
 """Positions whose noise is computed at once, or a cycle's if those are more; each is computed once."""
@@ -154,30 +156,22 @@ class Sampler:
             counts = torch.zeros(self._seen.shape, dtype=torch.int32, device=tokens.device)
             self._seen |= counts.scatter_add_(1, tokens, valid.int()) > 0
 
-    def choose(
-        self,
-        logits: torch.Tensor,
-        tokens: torch.Tensor,
-        ancestors: torch.Tensor,
-        depths: torch.Tensor,
-        lengths: torch.Tensor,
-    ) -> torch.Tensor:
-        """The target's token at each node, `[B, N]`; ties go to the lowest id.
+    def choose(self, logits: torch.Tensor, tree: DraftTree, lengths: torch.Tensor) -> torch.Tensor:
+        """The target's token at each node of the tree, `[B, N]`; ties go to the lowest id.
 
         Args:
             logits: `[B, N, V]`; float64 stays, anything else is read as float32.
-            tokens, ancestors, depths: the tree, `[B, N]`, `[B, N, N]`, `[B, N]`.
             lengths: `[B]` position of the root; the token chosen at depth d has position length + d + 1.
         """
         scores = logits if logits.dtype == torch.float64 else logits.float()
         if self._bias is not None:
             scores = scores + self._bias
         if self._any_penalty:
-            scores = self._penalise(scores, tokens, ancestors)
+            scores = self._penalise(scores, tree)
         greedy = scores.argmax(-1)
         if self._noise is None:
             return greedy
-        noise = self._noise.at(lengths[:, None] + depths + 1)
+        noise = self._noise.at(lengths[:, None] + tree.depths + 1)
         sampled = (self._warp(scores) + noise).argmax(-1)
         return torch.where(self._is_greedy, greedy, sampled)
 
@@ -203,11 +197,11 @@ class Sampler:
         coupled = (perturbed * (self._temperature / LOGIT_ERROR)).log_softmax(-1)
         return torch.where(self._is_greedy[..., None], log_probs, coupled)
 
-    def _penalise(self, scores: torch.Tensor, tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+    def _penalise(self, scores: torch.Tensor, tree: DraftTree) -> torch.Tensor:
         """Repetition penalty with each node's own history: the row's tokens and the node's ancestors."""
         counts = torch.zeros(scores.shape, dtype=torch.int32, device=scores.device)
-        on_branch = tokens[:, None, :].expand_as(ancestors)
-        counts.scatter_add_(2, on_branch, ancestors.int())
+        on_branch = tree.tokens[:, None, :].expand_as(tree.ancestors)
+        counts.scatter_add_(2, on_branch, tree.ancestors.int())
         seen = (counts > 0) | self._seen[:, None, :]
         penalised = torch.where(scores < 0, scores * self._penalty, scores / self._penalty)
         return torch.where(seen, penalised, scores)

@@ -82,41 +82,40 @@ class Statistics:
 class StageClock:
     """Adds the time of each stage to a Statistics; on a GPU by events, so that nothing waits for the device.
 
-    There the host's share is what of a cycle the device did not work, so that the stages' sum is the time that passed.
+    There the host's share is what the stages took on the host beyond their time on the device, which it spends waiting,
+    so that their sum is the time that passed.
     """
 
     def __init__(self, statistics: Statistics, device: torch.device) -> None:
-        self._statistics = statistics
-        self._is_cuda = device.type == "cuda"
+        self._statistics, self._device = statistics, device
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._start: float | None = None  # of the cycle
+        self._host_seconds = 0.0  # in stages since the last `settle`; a caller's time between two cycles is not ours
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        if not self._is_cuda:
+        if self._device.type != "cuda":
             yield
             self._statistics.seconds[name] += time.perf_counter() - start
             return
-        self._start = self._start or start
-        if name == "host":  # what `settle` leaves over
-            yield
-            return
-        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        events[0].record()
+        begun = self._record()
         yield
-        events[1].record()
-        self._events.append((name, *events))
+        if name != "host":  # its share is what `settle` leaves over
+            self._events.append((name, begun, self._record()))
+        self._host_seconds += time.perf_counter() - start
 
     def settle(self) -> None:
         """End a cycle; call when the host has just read from the device, which has done everything asked so far."""
-        if self._start is None:
-            return
-        seconds = self._statistics.seconds
-        host = time.perf_counter() - self._start
+        seconds, host = self._statistics.seconds, self._host_seconds
         for name, start, end in self._events:
             on_device = start.elapsed_time(end) / 1000
             seconds[name] += on_device
             host -= on_device
         seconds["host"] += max(0.0, host)
-        self._events, self._start = [], None
+        self._events, self._host_seconds = [], 0.0
+
+    def _record(self) -> torch.cuda.Event:
+        """An event of the device's own stream; the current device may be another."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event

@@ -13,7 +13,7 @@ class StopRule:
     That last token is part of the output, as in transformers. `decode` turns token ids into text; stop strings need it.
 
     Raises:
-        ValueError: a limit below 1, an empty stop string, or stop strings without a tokenizer.
+        ValueError: a limit below 1, a stop string that is empty or none, or stop strings without a tokenizer.
     """
 
     max_new_tokens: int
@@ -24,10 +24,11 @@ class StopRule:
     """A further test of the tokens emitted so far, run after each (slow; custom stopping criteria)."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
-        if any(not text for text in self.stop_strings):
-            raise ValueError("stop: a stop string is empty")
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected an integer of at least 1, got {self.max_new_tokens!r}")
+        for text in self.stop_strings:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"stop: expected strings that are not empty, got {text!r}")
         if self.stop_strings and self.decode is None:
             raise ValueError("stop: stop strings need a tokenizer")
 

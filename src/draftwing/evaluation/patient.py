@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from draftwing.checkpoint.formats import FROM_FILE, HeadOptions, is_language_model, is_medusa, verifier_name
+from draftwing.checkpoint.formats import FROM_FILE, HeadOptions, is_language_model, verifier_name
 from draftwing.checkpoint.load import DraftNetwork, build_head, load_draft, read_draft_files, resolve_draft
+from draftwing.checkpoint.medusa_format import is_medusa
 from draftwing.decoding.drafters import Drafter
 from draftwing.decoding.drafters.draft_model import DraftModelDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter

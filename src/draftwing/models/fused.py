@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from draftwing.models.layers import grouped_attention
 from draftwing.models.packed import PackedLinear, PackedProduct
-from draftwing.models.target import ATTENTION, TargetModel, TargetOutput, TreePass
+from draftwing.models.target import ATTENTION, TargetModel, TargetOutput, TreePass, attention_windows
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -50,15 +50,25 @@ def can_fuse(model: PreTrainedModel) -> bool:
     config = model.config
     return (
         type(model).__name__ in ARCHITECTURES
+        and type(model).__module__.startswith("transformers.models.")  # not a hub repository's class of that name
         and config.hidden_act == "silu"
         and config._attn_implementation == ATTENTION
-        and not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
-        and all(
-            isinstance(getattr(part, name), PackedLinear)
-            for layer in model.model.layers
-            for part, names in ((layer.self_attn, ("q_proj", "o_proj")), (layer.mlp, ("gate_proj", "down_proj")))
-            for name in names
-        )
+        and attention_windows(config) == {"full_attention": None}
+        and all(map(_is_packed, model.model.layers))
+    )
+
+
+def _is_packed(layer: Any) -> bool:
+    """Whether a layer's products are packed, each with those that read the same tensor (adapters prevent it)."""
+    attention, mlp = layer.self_attn, layer.mlp
+    groups = (
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        (attention.o_proj,),
+        (mlp.gate_proj, mlp.up_proj),
+        (mlp.down_proj,),
+    )
+    return all(
+        isinstance(linear, PackedLinear) and linear.product is group[0].product for group in groups for linear in group
     )
 
 

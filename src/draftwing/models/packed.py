@@ -42,6 +42,8 @@ def multiplies_bfloat16() -> bool:
 
 
 def _can_pack(layer: nn.Linear) -> bool:
+    if type(layer.weight) is not nn.Parameter:  # quantised weights are tensors of their own kinds
+        return False
     dtype, device = layer.weight.dtype, layer.weight.device
     if device.type != "cpu" or dtype not in PACKED_DTYPES or not torch.backends.mkldnn.is_available():
         return False

@@ -72,7 +72,7 @@ class TargetModel:
         self.device = model.device
         self.dtype = model.dtype
         self._check_interface()
-        self._windows = _attention_windows(self.config)
+        self._windows = attention_windows(self.config)
         self._layers = self._probe_layers()
         self._query_groups = getattr(self.config, "num_attention_heads", 1) // self._layers[0].num_heads
 
@@ -339,7 +339,7 @@ def _rope_types(config: Any) -> set[str]:
     return {str(mapping.get("rope_type", mapping.get("type"))) for mapping in mappings}
 
 
-def _attention_windows(config: Any) -> dict[str, int | None]:
+def attention_windows(config: Any) -> dict[str, int | None]:
     """The attention kinds of a model's layers and their sliding windows (None: all of the context).
 
     Raises:

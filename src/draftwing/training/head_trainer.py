@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from draftwing.checkpoint.formats import HeadFormat, MedusaHeads
+from draftwing.checkpoint.formats import HeadFormat
 from draftwing.checkpoint.load import DraftNetwork, build_network, load_strictly, load_target, load_tokenizer, sizes_of
+from draftwing.checkpoint.medusa_format import MedusaHeads
 from draftwing.checkpoint.save import save_head, save_medusa, to_head
 from draftwing.config import TrainConfig
 from draftwing.data.chat import Example

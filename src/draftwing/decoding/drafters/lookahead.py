@@ -52,6 +52,8 @@ class LookaheadDrafter(Drafter):
             return root_tree(root, plan.num_nodes)
         if not plan.window:
             raise ValueError(f"plan: lookahead takes lookahead:WxNxG, got {plan}")
+        if max(plan.width, plan.window) > POOL_SIZE:
+            raise ValueError(f"plan: lookahead's W and G are at most {POOL_SIZE}, got {plan}")
         if self._run is None:
             self._run = _Run(plan, self._first_window(plan))
         return self._run.tree(root)

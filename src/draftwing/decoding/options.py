@@ -1,0 +1,97 @@
+"""What a call of `generate` asks for beside its prompts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from draftwing.decoding.generate import Request
+from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.sampling import SamplingParams
+from draftwing.decoding.stopping import Decode, StopRule
+
+KINDS: dict[str, tuple[Any, str]] = {
+    "seed": (int | Sequence, "an integer or one per row"),
+    "eos_token_id": (int | Sequence | None, "a token id or several"),
+    "stop": (str | Sequence, "a string or several"),
+    "plan": (str | TreePlan | None, "a plan's name or a TreePlan"),
+}
+"""What an option may be where no later check names the field."""
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Everything `generate` takes beside the prompts; None is neutral, and without a temperature decoding is greedy.
+
+    Of the model's generation config only end-of-sequence and padding ids are read; its temperature, top_p, ... are not.
+
+    Attributes:
+        seed: one seed per row, or a single one, which gives row b the seed `seed + b`.
+        stop: stop strings; a row ends with the token that completes one.
+        plan: `auto`, `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `eagle1`, `medusa`, `lookahead:WxNxG` (for that
+            method alone) or a TreePlan; None is the method's default. `auto` sizes each tree by what it is expected to
+            bring; the first time on a machine it measures what a cycle costs, for a second or two.
+        ngram: with an EAGLE method, let a continuation looked up in the text compete for the nodes of each tree.
+        draft_window: let an EAGLE head read the last so many tokens only, as past the lengths it was trained on.
+        coupled: rank draft candidates with the target's own noise; the same output, more of it drafted when sampling.
+        is_done: a further end, called with a row and its new tokens after each (slow).
+    """
+
+    max_new_tokens: int = 128
+    temperature: float | None = None
+    do_sample: bool | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | Sequence[int] = 0
+    eos_token_id: int | Sequence[int] | None = None
+    stop: Sequence[str] | str = ()
+    plan: str | TreePlan | None = None
+    coupled: bool = True
+    ngram: bool = False
+    draft_window: int | None = None
+    is_done: Callable[[int, Sequence[int]], bool] | None = None
+
+    def __post_init__(self) -> None:
+        for name, (kind, expected) in KINDS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    def request(
+        self, row: int, prompt: Sequence[int], eos_token_ids: tuple[int, ...], decode: Decode | None
+    ) -> Request:
+        """What one row asks for; `decode` turns ids into text, which stop strings need."""
+        stop = StopRule(
+            max_new_tokens=self.max_new_tokens,
+            eos_token_ids=eos_token_ids,
+            stop_strings=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            decode=decode,
+            is_done=self.is_done and partial(self.is_done, row),
+        )
+        return Request(prompt, self.sampling(row), stop)
+
+    def sampling(self, row: int) -> SamplingParams:
+        """The sampling parameters of one row."""
+        temperature = self.temperature
+        if temperature is None:
+            temperature = 1.0 if self.do_sample else 0.0
+        if self.do_sample is False:
+            temperature = 0.0
+        return SamplingParams(
+            temperature=temperature,
+            top_k=self.top_k or 0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias=self.logit_bias,
+            seed=self._seed_of(row),
+        )
+
+    def _seed_of(self, row: int) -> int:
+        if isinstance(self.seed, int):
+            return (self.seed + row) % 2**63 if self.seed >= 0 else self.seed
+        if row >= len(self.seed):
+            raise ValueError(f"seed: {len(self.seed)} seeds for more rows; expected one per row")
+        return self.seed[row]

@@ -1,0 +1,114 @@
+"""The speculation methods by name: which draft each one uses, its plan unless one is named, and who grows its trees."""
+
+from draftwing.checkpoint.load import Draft
+from draftwing.decoding.drafters import Drafter, NoDrafter
+from draftwing.decoding.drafters.draft_model import DraftModelDrafter
+from draftwing.decoding.drafters.eagle import EagleDrafter
+from draftwing.decoding.drafters.lookahead import LookaheadDrafter
+from draftwing.decoding.drafters.medusa import MedusaDrafter
+from draftwing.decoding.drafters.ngram import NgramDrafter
+from draftwing.decoding.generate import DrafterFactory
+from draftwing.decoding.plan import TreePlan
+from draftwing.models.eagle3 import Eagle3Model
+from draftwing.models.medusa import MedusaModel
+from draftwing.models.target import TargetModel
+
+EAGLE_METHODS = ("eagle1", "eagle2", "eagle3")
+DRAFTLESS_METHODS = ("plain", "ngram", "lookahead")
+METHODS = (*DRAFTLESS_METHODS, *EAGLE_METHODS, "medusa", "draft_model")
+DEFAULT_PLANS = {
+    "plain": "off",
+    "ngram": "chain:6",
+    "lookahead": "lookahead:15x5x15",
+    "eagle1": "eagle1",
+    "medusa": "medusa",
+}
+SUITABLE_DRAFTS = {
+    "eagle1": "tiny-eagle1",
+    "eagle2": "tiny-eagle1",
+    "medusa": "tiny-medusa",
+    "draft_model": "tiny-draft",
+}
+LARGEST_ON_CPU = TreePlan(width=4, depth=8, num_nodes=32)
+FIXED_SHAPES = tuple(
+    map(TreePlan.parse, ("chain:2", "chain:4", "tree:4x4x16", "tree:6x5x30", "tree:8x6x48", "tree:10x8x60"))
+)
+"""Where every shape is worth capturing: what `auto` chooses among, the largest last."""
+
+
+def resolve_method(method: str | None, draft: Draft | None) -> str:
+    """The method to decode with, checked against the draft at hand."""
+    if method is not None and method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if method in ("ngram", "lookahead"):
+        return method
+    if draft is None:
+        if method not in (None, "plain"):
+            raise ValueError(f"method: {method} needs a draft head or a draft model")
+        return "plain"
+    kind, methods = _methods_of(draft)
+    if method not in (None, "plain", *methods):
+        raise ValueError(f"method: {method} cannot use this draft, which is {kind}")
+    return method or methods[0]
+
+
+def serves(method: str, draft: Draft | None) -> bool:
+    """Whether a method can decode with this draft, or without any."""
+    try:
+        resolve_method(method, draft)
+    except ValueError:
+        return False
+    return True
+
+
+def _methods_of(draft: Draft) -> tuple[str, tuple[str, ...]]:
+    """What a draft is, and the methods that use it, the default first."""
+    if isinstance(draft, TargetModel):
+        return "a language model", ("draft_model",)
+    if isinstance(draft, MedusaModel):
+        return "Medusa heads", ("medusa",)
+    if isinstance(draft, Eagle3Model):
+        return "an EAGLE-3 head", ("eagle3",)
+    return "an EAGLE-1/2 head", ("eagle2", "eagle1")
+
+
+def suitable_draft(draft: str, method: str | None) -> str:
+    """The embedded draft that suits the method, if `draft` is `tiny`; other names are left as they are."""
+    return SUITABLE_DRAFTS.get(method or "", draft) if draft == "tiny" else draft
+
+
+def default_plan(method: str) -> str:
+    """A method's plan unless one is named: the papers' shapes, and trees that size themselves for the others."""
+    return DEFAULT_PLANS.get(method, "auto")
+
+
+def tree_shapes(draft: Draft, target: TargetModel) -> tuple[TreePlan, ...]:
+    """The shapes that trees which size themselves have, or on a CPU their bound; the largest last."""
+    shapes = (LARGEST_ON_CPU,) if target.device.type == "cpu" else FIXED_SHAPES
+    if isinstance(draft, MedusaModel):
+        shapes = tuple(shape.cut_to(len(draft)) for shape in shapes)
+    num_tokens = min(draft.vocab_size, target.vocab_size) if isinstance(draft, TargetModel) else len(draft.vocab)
+    return tuple(dict.fromkeys(shape.at_most(num_tokens) for shape in shapes))
+
+
+def drafter_factory(
+    method: str, draft: Draft | None, target: TargetModel, with_lookup: bool = False, window: int | None = None
+) -> DrafterFactory:
+    """What builds a method's drafter for a batch; `with_lookup` and `window` are for EAGLE heads."""
+    device = target.device
+
+    def new_drafter(batch_size: int, capacity: int) -> Drafter:
+        if method == "ngram":
+            return NgramDrafter(batch_size, capacity, device)
+        if method == "lookahead":
+            return LookaheadDrafter(batch_size, capacity, device)
+        if draft is None or method == "plain":
+            return NoDrafter()
+        if isinstance(draft, TargetModel):
+            return DraftModelDrafter(draft, target.vocab_size, batch_size, capacity)
+        if isinstance(draft, MedusaModel):
+            return MedusaDrafter(draft, batch_size, target.dtype, device)
+        ngram = NgramDrafter(batch_size, capacity, device) if with_lookup else None
+        return EagleDrafter(draft, batch_size, capacity, next(draft.parameters()).dtype, device, ngram, window)
+
+    return new_drafter
