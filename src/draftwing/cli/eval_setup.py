@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from draftwing.api import METHODS, SpeculativeModel, default_plan, load, parse_dtype, resolve_method, serves
+from draftwing.api import (
+    EAGLE_METHODS,
+    METHODS,
+    SpeculativeModel,
+    default_plan,
+    load,
+    parse_dtype,
+    resolve_method,
+    serves,
+)
 from draftwing.checkpoint.load import ASSETS, load_stock, resolve_draft
 from draftwing.data.benchmarks import BENCHMARKS, load_benchmark
 from draftwing.data.prompts import read_prompts, spread
@@ -58,7 +67,7 @@ def read_methods(text: str, drafts: dict[str, str]) -> list[Wanted]:
     """The methods asked for, `plain` first, which is the reference of all others.
 
     Raises:
-        ValueError: one is unknown, of a draft that is not there, or cannot do without one.
+        ValueError: one is unknown, of a draft that is not there, lacks one, or has another method's plan or option.
     """
     wanted = [Wanted(MethodSpec("plain"), True)]
     for part in text.split(","):
@@ -72,6 +81,12 @@ def read_methods(text: str, drafts: dict[str, str]) -> list[Wanted]:
             )
         if not drafts and not serves(spec.method, None):
             raise ValueError(f"methods: {part} needs a draft: --draft [NAME=]DRAFT")
+        if "ngram" in spec.options and spec.method not in EAGLE_METHODS:
+            raise ValueError(f"methods: {part}: n-grams merge into EAGLE trees only")
+        if spec.plan not in (None, "off") and spec.plan.startswith("lookahead:") != (spec.method == "lookahead"):
+            raise ValueError(
+                f"methods: {part}: plans lookahead:WxNxG are for the method lookahead, and it takes no other"
+            )
         wanted.append(Wanted(spec, True))
     return wanted
 

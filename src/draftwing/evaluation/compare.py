@@ -108,7 +108,7 @@ def compare_methods(
             assert last.statistics is not None
             median = statistics.median(run.seconds for run in runs[name])
             result.prompts.append(PromptResult(last.num_tokens, last.statistics.num_cycles, median))
-            result.identical &= last.tokens == runs["plain"][-1].tokens
+            result.identical &= all(run.tokens == runs["plain"][-1].tokens for run in runs[name])
             result.statistics.merge(merged(runs[name]))
     return list(results.values())
 

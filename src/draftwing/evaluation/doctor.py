@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
@@ -16,7 +17,7 @@ from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
 from draftwing.evaluation.patient import Patient
 from draftwing.evaluation.replay import Recording, Trace, record
-from draftwing.evaluation.suspects import NOTHING, Suspect
+from draftwing.evaluation.suspects import Suspect
 from draftwing.evaluation.trials import Finding, Steps, Trials, compare
 
 BATCH = 8
@@ -150,10 +151,8 @@ def examine(patient: Patient, text: Text, clues: Sequence[str], steps: Steps) ->
         steps.begin(name)
         traces = patient.traces(recordings, {})
         otherwise.append(compare(name, "other text, no fault in itself", traces, trials.loaded, same_text=False))
-    is_useful = trials.reads_features(NOTHING, trials.loaded) if patient.is_head else loaded.tau.high >= HOPELESS
     cure, traces = trials.find_cure()
-    if cure.options and patient.is_head:
-        is_useful = trials.reads_features(cure, traces)
+    is_useful = trials.reads_features(cure, traces) if patient.is_head else loaded.tau.high >= HOPELESS
     cured = compare(cure.name, cure.fault, traces, trials.loaded, cure.options)
     verdict = _gross_fault(patient, text, loaded) or conclude(loaded, cured, is_useful, otherwise, trials.findings)
     return Diagnosis(verdict, loaded, trials.findings, otherwise, tau_by_position(trials.loaded), list(clues))
@@ -233,7 +232,7 @@ def tau_by_position(traces: Sequence[Trace]) -> dict[str, float]:
 
 def as_report(diagnosis: Diagnosis) -> Group:
     """The diagnosis as people read it; the sentence comes last."""
-    table = Table(title="What the draft gives the target's own tokens")
+    table = Table(title="What the draft gives the target's own tokens", box=SIMPLE_HEAD, collapse_padding=True)
     table.add_column("variant", overflow="fold")
     for column in ("tau", "95 % interval", "probability"):
         table.add_column(column, justify="right")
