@@ -43,7 +43,7 @@ from draftwing.evaluation.trials import Finding, Steps, compare
 from draftwing.models.layers import DraftConfig
 from draftwing.models.target import TargetModel
 
-NUM_NEW = 16
+NUM_NEW = 12
 LINEAR = {"rope_type": "linear", "factor": 8.0}
 
 
@@ -147,7 +147,7 @@ FAULTS = {
     ),
     "aux-layers-high": Fault(set_layers(2, 6, 11), "feature layers are one too high", {"aux_layers": RIGHT_LAYERS}),
     "rope-theta": Fault(set_rope(rope_theta=100.0), "rope_theta is not 100", {"rope_theta": 10000.0}),
-    "rope-scaling": Fault(set_rope(**LINEAR), "trained without rope_scaling", {"rope_scaling": {}}),
+    "rope-scaling": Fault(set_rope(**LINEAR), "trained without rope_scaling", {"rope_scaling": {}}, is_mild=True),
     "norm-output": Fault(set_values(norm_output=True), "norm_output is false, not true", {"norm_output": False}),
     "norm-before-residual": Fault(
         set_values(norm_before_residual=True), "norm_before_residual is false", {"norm_before_residual": False}
