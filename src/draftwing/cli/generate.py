@@ -129,7 +129,7 @@ def _timed_run(model: Any, ids: list[int], settings: dict[str, Any]) -> tuple[An
     from draftwing.decoding.stopping import cut_at_stop
     from draftwing.evaluation.compare import timed
 
-    generation, seconds = timed(model.start, ids, **settings)
+    generation, seconds = timed(model.start, [ids], **settings)
     tokens = generation.outputs[0].tokens
     text = cut_at_stop(model.tokenizer.decode(tokens, skip_special_tokens=True), settings["stop"])
     return generation, {
