@@ -31,12 +31,12 @@ setup: .venv/ready
 assets: setup
 	$(BIN)/draftwing train recipes/tiny.yaml
 	$(BIN)/draftwing train recipes/tiny_rivals.yaml
-	for part in target eagle1 eagle3 medusa draft; do \
+	set -e; for part in target eagle1 eagle3 medusa draft; do \
 	    mkdir -p src/draftwing/assets/tiny/$$part && \
 	    cp build/tiny/$$part/*.json build/tiny/$$part/*.safetensors src/draftwing/assets/tiny/$$part/; \
 	done
 	cp build/tiny/target/chat_template.jinja src/draftwing/assets/tiny/target/
-	cp build/tiny/target/prompts.jsonl src/draftwing/assets/tiny/
+	cp build/tiny/target/prompts.jsonl build/tiny/self_generated.json src/draftwing/assets/tiny/
 
 # All methods, what their choices change, and acceptance by step, on the embedded models: docs/results/tables.
 # make tables TABLES="--data mt_bench=mt_bench.jsonl --num-prompts 20" measures more.

@@ -5,7 +5,8 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -24,6 +25,17 @@ POSITIVE = ("sequence_length", "batch_size", "accumulation_steps", "max_steps", 
     "evaluate_every",
     "save_every",
     "keep_checkpoints",
+    "max_rows",
+    "vocab_size",
+    "draft_vocab_size",
+    "evaluate_rows",
+    "prompt_length",
+    "max_new_tokens",
+)
+NOT_NEGATIVE = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "decode_prompts", "lk_decay") + (
+    "feature_noise",
+    "token_loss_weight",
+    "ttt_decay",
 )
 
 
@@ -44,9 +56,10 @@ class TrainConfig:
     """`stdlib` (the Python standard library, `data/corpus.py`), a JSONL file, `hub:org/name[/config][:split]`, several
     of these, or a folder made by `draftwing prepare`."""
     features: str = ""
-    """A folder made by `draftwing prepare --features` from the prepared folder `data`; spares the target's passes."""
+    """A folder made by `draftwing prepare --features` from the prepared folder `data`; spares a head's target its
+    passes."""
     packing: bool = False
-    """Several documents in one row of `sequence_length` tokens."""
+    """Several documents in one row of `sequence_length` tokens, for heads of any kind."""
     max_rows: int | None = None
     architecture: Mapping[str, Any] = field(default_factory=dict)
     """Overrides of the trained network's configuration (Hugging Face names: `hidden_size`, ...)."""
@@ -101,7 +114,7 @@ class TrainConfig:
     """Sampling temperatures of `self_generated`, in turn."""
     ttt_steps: int = 7
     ttt_decay: float = 0.8
-    """Weight of each EAGLE-3 step, or Medusa head, over the one before."""
+    """Weight of each training-time-test step, or Medusa head, over the one before."""
     medusa_heads: int = 4
     """Heads of `medusa`; the furthest predicts so many tokens beyond the next."""
     loss: Loss = "kl"
@@ -121,22 +134,21 @@ class TrainConfig:
         if not isinstance(self.data, str):
             object.__setattr__(self, "data", _names(self.data))
         object.__setattr__(self, "temperatures", tuple(self.temperatures))
-        object.__setattr__(
-            self, "report_to", (self.report_to,) if isinstance(self.report_to, str) else tuple(self.report_to)
-        )
+        object.__setattr__(self, "report_to", tuple(self.report_to))
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         if self.loss not in LOSSES:
             raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if self.lk_decay < 0:
-            raise ValueError(f"lk_decay: expected at least 0, got {self.lk_decay}")
         if self.objective != "language_model" and not self.target:
             raise ValueError(f"target: {self.objective} needs the model that the head drafts for")
         if self.teacher and not self.tokenizer:
             raise ValueError("tokenizer: a language_model that learns from a teacher needs the teacher's tokenizer")
-        for name in POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for names, least in ((POSITIVE, 1), (NOT_NEGATIVE, 0)):
+            for name in names:
+                if (value := getattr(self, name)) is not None and not value >= least:
+                    raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise ValueError(f"temperatures: expected some numbers of at least 0, got {list(self.temperatures)}")
         for name, known in (("parallel", get_args(Parallel)), ("schedule", get_args(Schedule))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -188,7 +200,19 @@ def check_keys(values: Iterable[str], known: Iterable[str]) -> None:
 
 
 def _checked(name: str, hint: Any, value: Any) -> Any:
-    """The value if its type is the field's; numbers that YAML reads as text (1e-3) are converted."""
+    """The value if its type is the field's; numbers that YAML reads as text (1e-3) are converted.
+
+    A single value stands for a list of it.
+    """
+    kind, inner = get_origin(hint), get_args(hint)
+    if NoneType in inner:
+        return None if value is None else _checked(name, inner[0], value)
+    if kind is tuple:
+        return tuple(_checked(name, inner[0], item) for item in (value if isinstance(value, list | tuple) else [value]))
+    if kind is Mapping:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name}: expected a mapping of keys to values, got {value!r}")
+        return value
     if hint is float and not isinstance(value, bool):
         try:
             return float(value)
@@ -238,5 +262,5 @@ def _overridden(stage: Mapping[str, Any], overrides: Sequence[str]) -> dict[str,
         field_name, dot, inner = key.partition(".")
         if dot and field_name != "architecture":
             raise ValueError(f"{key}: unknown key; only architecture has keys inside")
-        values[field_name] = {**values.get(field_name, {}), inner: value} if dot else value
+        values[field_name] = {**(values.get(field_name) or {}), inner: value} if dot else value
     return values

@@ -257,7 +257,7 @@ def test_plan_measures_and_stores_what_it_learnt(
     rest = ("--prompts", str(prompts), "--batch-size", "2", "--max-new-tokens", "12", "--temperature", temperature)
     report = call(capsys, "plan", *models, *rest, "--save", "--json")
     assert report["costs"]["plain"][0] > 0
-    assert set(report["node_pays_from"]) == {"2", "4", "8", "16", "32"}
+    assert set(report["node_pays_from"]) == {"2", "4", "8", "16"}  # trees have 32 nodes at most
     assert report["speedup"] > 0
     stored = json.loads((folder / "eagle3" / "acceptance.json").read_text(encoding="utf-8"))
     name = "sampled" if temperature == "1" else "greedy"

@@ -90,6 +90,18 @@ def test_training_from_stored_features(
     assert "was made from the layers [2, 6, 9], not (1, 3, 5)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("objective", ["eagle1", "medusa"])
+def test_other_heads_read_stored_features_too(folder: Path, capsys: pytest.CaptureFixture[str], objective: str) -> None:
+    """Packed ones here: the final norm's output is all that they read."""
+    features = str(folder / f"features-{objective}")
+    common = ["--features", "--data", str(folder / "prepared"), "--target", "tiny", "--output", features, "--json"]
+    assert call(capsys, "prepare", *common, "--method", objective)["feature_layers"] == [12]
+    values = {"objective": objective, "packing": True, "feature_noise": 0.0, "medusa_heads": 2}
+    online = call(capsys, "train", recipe(folder, f"online-{objective}", **values))
+    stored = call(capsys, "train", recipe(folder, f"stored-{objective}", features=features, **values))
+    assert stored["eval_loss"] == pytest.approx(online["eval_loss"], rel=0.01)
+
+
 def test_training_packed_rows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(capsys, "train", recipe(folder, "packed", packing=True))["eval_loss"] > 0
 

@@ -3,9 +3,13 @@
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +21,57 @@ from safetensors.torch import load_file
 
 from draftwing.cli import main
 from draftwing.data.tokenizer import train_tokenizer
-from draftwing.training import checkpoints
+from draftwing.training import checkpoints, trainer
 from draftwing.training.stopping import StopOnSignal
 
 STEPS = 10
-KILL = """
-import os, signal
-from draftwing.cli import main
-from draftwing.training import checkpoints, trainer
-from draftwing.training.stopping import StopOnSignal
-on_step_end, complete = StopOnSignal.on_step_end, trainer.complete_checkpoint
+TAU = "decode_prompts=2"
+CHILDREN = get_context("forkserver")
+"""Starts processes that have imported everything already."""
 
-def stop_at_5(self, args, state, control, **kwargs):
-    if state.global_step == 5 and os.environ.get("RANK") == "1":
-        os.kill(os.getpid(), signal.SIGTERM)  # one process alone hears it
-    on_step_end(self, args, state, control, **kwargs)
 
-def die_at_8(checkpoint, *rest):
-    if checkpoint.name == "checkpoint-8":
-        os.kill(os.getpid(), signal.SIGKILL)  # its files are written, its mark is not
-    complete(checkpoint, *rest)
+def train_and_stop(rank: int, address: str, command: list[str]) -> None:
+    """One of two processes that torchrun would start; the second alone hears SIGTERM, in step 5."""
+    on_step_end = StopOnSignal.on_step_end
 
-StopOnSignal.on_step_end, trainer.complete_checkpoint = stop_at_5, die_at_8
-raise SystemExit(main())
-"""
+    def stop_at_5(self: StopOnSignal, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        on_step_end(self, args, state, control, **kwargs)
+
+    StopOnSignal.on_step_end = stop_at_5  # type: ignore[method-assign]
+    train_as(rank, address, command)
+
+
+def train_as(rank: int, address: str, command: list[str]) -> None:
+    """One of two processes that torchrun would start."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address.split(":")
+    raise SystemExit(main(command))
+
+
+def train_and_die(command: list[str]) -> None:
+    """Killed when the files of checkpoint 8 are written and its mark is not."""
+    complete = trainer.complete_checkpoint
+
+    def die_at_8(checkpoint: Path, *rest: Any) -> None:
+        if checkpoint.name == "checkpoint-8":
+            os.kill(os.getpid(), signal.SIGKILL)
+        complete(checkpoint, *rest)
+
+    trainer.complete_checkpoint = die_at_8
+    main(command)
+
+
+def statuses(target: Callable[..., None], *arguments: tuple[Any, ...]) -> list[int | None]:
+    """The exit statuses of processes that run a function, one for each tuple of arguments."""
+    CHILDREN.set_forkserver_preload(["draftwing.training.train", "draftwing.cli", __name__])
+    processes = [CHILDREN.Process(target=target, args=part) for part in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
 
 
 @pytest.fixture(scope="module")
@@ -71,33 +102,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "log_every": 2,
         "evaluate_every": 4,
         "save_every": 4,
-        "decode_prompts": 2,
         "bf16": False,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return folder
 
 
-def train(folder: Path, output: str, *overrides: str) -> dict[str, Any]:
-    """Run the recipe in this process, to another output; returns its record."""
+def command_of(folder: Path, output: str, *overrides: str) -> list[str]:
+    """Train by the recipe, to another output."""
     settings = [f"output={folder / output}", *overrides]
-    assert main(["train", str(folder / "recipe.yaml"), *(part for item in settings for part in ("--set", item))]) == 0
+    return ["train", str(folder / "recipe.yaml"), *(part for item in settings for part in ("--set", item))]
+
+
+def train(folder: Path, output: str, *overrides: str) -> dict[str, Any]:
+    """Run the recipe in this process; returns its record."""
+    assert main(command_of(folder, output, *overrides)) == 0
     return record_of(folder, output)
 
 
-def start(folder: Path, output: str, *overrides: str, script: str = "", processes: int = 0) -> None:
-    """Run the recipe in other processes, as a user would, to its end; or by a script that kills it."""
-    command = [sys.executable]
-    if processes:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    if script:
-        (folder / "kill.py").write_text(script, encoding="utf-8")
-    command += [str(folder / "kill.py")] if script else ["-m", "draftwing"]
-    settings = [f"output={folder / output}", *overrides]
-    command += ["train", str(folder / "recipe.yaml"), *(part for item in settings for part in ("--set", item))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert (result.returncode == 0) != bool(script), result.stderr
+def free_address() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{server.getsockname()[1]}"
 
 
 def record_of(folder: Path, output: str) -> dict[str, Any]:
@@ -123,7 +149,13 @@ def assert_same(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> dict[str, Any]:
     """The record of a run in one process that nothing interrupts."""
-    return train(folder, "one")
+    return train(folder, "one", TAU)
+
+
+@pytest.fixture(scope="module")
+def whole_eagle1(folder: Path) -> dict[str, Any]:
+    """The same for EAGLE-1, which draws noise; evaluated and saved at its end only."""
+    return train(folder, "one_eagle1", "objective=eagle1", "evaluate_every=100", "save_every=100")
 
 
 @pytest.fixture
@@ -142,24 +174,73 @@ def stop_at_5(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
 
 class TestSeveralProcesses:
     def test_accumulated_batches_equal_one(self, folder: Path, whole: dict[str, Any]) -> None:
-        record = train(folder, "accumulated", "batch_size=1", "accumulation_steps=4")
+        record = train(folder, "accumulated", "batch_size=1", "accumulation_steps=4", TAU)
         assert_same(weights_of(folder, "accumulated"), weights_of(folder, "one"), rtol=1e-3, atol=1e-5)
         assert_same_figures(record, whole)
 
     def test_two_processes_equal_one(self, folder: Path, whole: dict[str, Any]) -> None:
-        start(folder, "ddp", "batch_size=2", processes=2)
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "-m",
+            "draftwing",
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command += command_of(folder, "ddp", "batch_size=2", TAU)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["eval_loss"] == pytest.approx(whole["metrics"]["eval_loss"], rel=1e-4)
         assert_same(weights_of(folder, "ddp"), weights_of(folder, "one"), rtol=1e-3, atol=1e-5)
         assert_same_figures(record_of(folder, "ddp"), whole)
 
     def test_shards_stopped_and_continued_equal_one_process(self, folder: Path, whole: dict[str, Any]) -> None:
         """FSDP2 with accumulated batches; one process hears SIGTERM, both stop after that step and then go on."""
-        settings = ("batch_size=1", "accumulation_steps=2", "parallel=fsdp2")
-        start(folder, "fsdp2", *settings, script=KILL, processes=2)
+        command = command_of(folder, "fsdp2", "batch_size=1", "accumulation_steps=2", "parallel=fsdp2")
+        address = free_address()
+        assert statuses(train_and_stop, *((rank, address, command) for rank in range(2))) == [143, 143]
         assert checkpoints.newest_checkpoint(folder / "fsdp2" / "checkpoints", {}).name == "checkpoint-5"
-        start(folder, "fsdp2", *settings, processes=2)
+        address = free_address()
+        assert statuses(train_as, *((rank, address, command) for rank in range(2))) == [0, 0]
         assert_same(weights_of(folder, "fsdp2"), weights_of(folder, "one"), rtol=1e-3, atol=1e-5)
         record = record_of(folder, "fsdp2")
         assert record["metrics"]["eval_loss"] == pytest.approx(whole["metrics"]["eval_loss"], rel=1e-4)
+
+    def test_a_taught_draft_model_learns_the_same_however_a_step_is_split(self, folder: Path) -> None:
+        """A step's loss is a mean over the tokens that its rows' masks leave, whose number differs between batches."""
+        sizes = "{hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
+        target = folder / "target"
+        settings = ("objective=language_model", f"teacher={target}", f"tokenizer={target}", f"architecture={sizes}")
+        losses = [
+            entry["loss"]
+            for output, split in (("taught", ["batch_size=4"]), ("taught_4", ["batch_size=1", "accumulation_steps=4"]))
+            for entry in train(folder, output, *settings, *split)["history"]
+            if "loss" in entry
+        ]
+        assert losses[: STEPS // 2] == pytest.approx(losses[STEPS // 2 :], rel=1e-4)
+        address, command = free_address(), command_of(folder, "taught_2", *settings, "batch_size=2")
+        assert statuses(train_as, *((rank, address, command) for rank in range(2))) == [0, 0]
+        for output in ("taught_4", "taught_2"):
+            assert_same(weights_of(folder, output), weights_of(folder, "taught"), rtol=1e-3, atol=1e-5)
+
+    def test_a_process_that_ends_has_said_all(self, tmp_path: Path) -> None:
+        """What is buffered and registered for the end is not lost with the interpreter's own farewell."""
+        script = (
+            "import atexit\n"
+            "from draftwing.training.processes import end_processes, start_processes\n"
+            "start_processes()\n"
+            "atexit.register(print, 'registered')\n"
+            "print('said')\n"
+            "end_processes(3)\n"
+            "print('never')\n"
+        )
+        host, port = free_address().split(":")
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": host, "MASTER_PORT": port}
+        environment = os.environ | alone | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert (result.returncode, result.stdout) == (3, "said\nregistered\n"), result.stderr
 
 
 def assert_same_figures(record: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -171,26 +252,34 @@ def assert_same_figures(record: dict[str, Any], expected: dict[str, Any]) -> Non
 
 class TestResume:
     @pytest.mark.parametrize(
-        ("objective", "stop_at_5"), [("eagle1", signal.SIGTERM), ("eagle3", signal.SIGINT)], indirect=["stop_at_5"]
+        ("objective", "stop_at_5", "expected"),
+        [("eagle1", signal.SIGTERM, "one_eagle1"), ("eagle3", signal.SIGINT, "one")],
+        indirect=["stop_at_5"],
     )
     def test_a_stopped_run_ends_with_the_same_bits(
-        self, folder: Path, stop_at_5: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], objective: str
+        self,
+        folder: Path,
+        whole: dict[str, Any],
+        whole_eagle1: dict[str, Any],
+        stop_at_5: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        objective: str,
+        expected: str,
     ) -> None:
         """EAGLE-1 draws feature noise, so the random numbers continue too; the row of chances crosses an epoch."""
+        output = f"stopped_{objective}"
         with pytest.raises(SystemExit) as stop:
-            train(folder, f"stopped_{objective}", f"objective={objective}")
+            train(folder, output, f"objective={objective}")
         assert stop.value.code == {"eagle1": 143, "eagle3": 130}[objective]
         name = {"eagle1": "SIGTERM", "eagle3": "SIGINT"}[objective]
         assert f"stopped by {name} after step 5; the same command continues" in capsys.readouterr().err
-        interrupted = record_of(folder, f"stopped_{objective}")
+        interrupted = record_of(folder, output)
         assert not interrupted["finished"]
         assert interrupted["history"][-1]["step"] == 4
-        assert "not finished" in (folder / f"stopped_{objective}" / "training.html").read_text(encoding="utf-8")
+        assert "not finished" in (folder / output / "training.html").read_text(encoding="utf-8")
         stop_at_5.undo()
-        assert train(folder, f"stopped_{objective}", f"objective={objective}")["finished"]
-        train(folder, f"whole_{objective}", f"objective={objective}")
-        expected = weights_of(folder, f"whole_{objective}")
-        assert_same(weights_of(folder, f"stopped_{objective}"), expected, rtol=0, atol=0)
+        assert train(folder, output, f"objective={objective}")["finished"]
+        assert_same(weights_of(folder, output), weights_of(folder, expected), rtol=0, atol=0)
 
     def test_a_second_ctrl_c_stops_at_once(self) -> None:
         before = signal.getsignal(signal.SIGINT)
@@ -202,7 +291,7 @@ class TestResume:
         assert signal.getsignal(signal.SIGINT) is before
 
     def test_a_kill_while_a_checkpoint_is_written(self, folder: Path, whole: dict[str, Any]) -> None:
-        start(folder, "killed", script=KILL)
+        assert statuses(train_and_die, (command_of(folder, "killed"),)) == [-signal.SIGKILL]
         written = folder / "killed" / "checkpoints"
         assert (written / "checkpoint-8" / "trainer_state.json").is_file()
         assert checkpoints.newest_checkpoint(written, {}).name == "checkpoint-4"
@@ -210,10 +299,9 @@ class TestResume:
         assert_same(weights_of(folder, "killed"), weights_of(folder, "one"), rtol=0, atol=0)
         assert sorted(path.name for path in written.iterdir()) == ["checkpoint-10", "checkpoint-8"]
 
-    def test_the_evaluations_interval_changes_nothing(self, folder: Path) -> None:
+    def test_the_evaluations_interval_changes_nothing(self, folder: Path, whole_eagle1: dict[str, Any]) -> None:
         train(folder, "often", "objective=eagle1", "evaluate_every=1", "save_every=3", "keep_checkpoints=1")
-        train(folder, "seldom", "objective=eagle1", "evaluate_every=100", "save_every=100")
-        assert_same(weights_of(folder, "often"), weights_of(folder, "seldom"), rtol=0, atol=0)
+        assert_same(weights_of(folder, "often"), weights_of(folder, "one_eagle1"), rtol=0, atol=0)
         assert [path.name for path in (folder / "often" / "checkpoints").iterdir()] == ["checkpoint-10"]
 
     def test_other_settings_are_refused_and_listed(
@@ -222,7 +310,7 @@ class TestResume:
         with pytest.raises(SystemExit):
             train(folder, "changed")
         stop_at_5.undo()
-        command = ["train", str(folder / "recipe.yaml"), "--set", f"output={folder / 'changed'}"]
+        command = command_of(folder, "changed")
         assert main([*command, "--set", "learning_rate=1e-3", "--set", "ttt_steps=2", "--set", "log_every=1"]) == 2
         error = capsys.readouterr().err
         assert "learning_rate was 0.01, is 0.001; ttt_steps was 3, is 2." in error
@@ -240,6 +328,15 @@ class TestResume:
         assert main(["train", str(folder / "recipe.yaml"), "--set", "seed=1"]) == 2
         assert "seed was 0, is 1" in capsys.readouterr().err
 
+    def test_finished_medusa_heads_are_skipped_too(self, folder: Path) -> None:
+        """Their file has another name."""
+        settings = ("objective=medusa", "medusa_heads=2", "max_steps=1", "save_every=1")
+        record = train(folder, "medusa", *settings)
+        shutil.rmtree(folder / "medusa" / "checkpoints")
+        weights = (folder / "medusa" / "medusa_lm_head.safetensors").stat()
+        assert train(folder, "medusa", *settings) == record
+        assert (folder / "medusa" / "medusa_lm_head.safetensors").stat() == weights
+
 
 class TestRecord:
     def test_the_best_head_is_kept(self, folder: Path, whole: dict[str, Any]) -> None:
@@ -254,7 +351,7 @@ class TestRecord:
 
     def test_true_tau_is_what_the_engine_decodes(self, folder: Path, whole: dict[str, Any]) -> None:
         assert all(1 <= entry["eval_tau"] <= 4 for entry in whole["history"] if "eval_loss" in entry)
-        tree = train(folder, "tree", "decode_plan=tree:4x3x12")
+        tree = train(folder, "tree", TAU, "decode_plan=tree:4x3x12")
         assert tree["metrics"]["eval_tau"] >= whole["metrics"]["eval_tau"]
 
     def test_the_report_shows_the_curves(self, folder: Path, whole: dict[str, Any]) -> None:
@@ -289,6 +386,7 @@ class TestContinuedHead:
             (["init_from=tiny"], "the head reads features of width 256, the target's have 32"),
             (["objective=eagle1"], "is an EAGLE-3 head, the objective is eagle1"),
             (["parallel=fsdp2"], "parallel: fsdp2 shards over several processes; start them with `torchrun"),
+            (["decode_plan=tree:4"], "decode_plan: plan: expected off, chain:DEPTH, tree:"),
             (["report_to=mlflow"], "report_to: mlflow is not installed"),
         ],
     )
@@ -302,9 +400,8 @@ class TestContinuedHead:
         message: str,
     ) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        settings = [f"output={folder / 'refused'}", f"init_from={folder / 'one'}", "draft_vocab_size=null", *overrides]
-        command = ["train", str(folder / "recipe.yaml"), *(part for item in settings for part in ("--set", item))]
-        assert main(command) == 2
+        settings = (f"init_from={folder / 'one'}", "draft_vocab_size=null", *overrides)
+        assert main(command_of(folder, "refused", *settings)) == 2
         assert message in capsys.readouterr().err
 
     def test_another_vocabulary_is_refused(
@@ -313,7 +410,6 @@ class TestContinuedHead:
         for file in (folder / "target").iterdir():
             (tmp_path / file.name).write_bytes(file.read_bytes())
         tiny_llama(vocab_size=320).float().save_pretrained(tmp_path)
-        settings = [f"target={tmp_path}", f"init_from={folder / 'one'}", f"output={folder / 'refused'}"]
-        command = ["train", str(folder / "recipe.yaml"), *(part for item in settings for part in ("--set", item))]
-        assert main(command) == 2
+        settings = (f"target={tmp_path}", f"init_from={folder / 'one'}")
+        assert main(command_of(folder, "refused", *settings)) == 2
         assert re.search(r"vocab_size: the head was made for \d+ tokens, the target has 320", capsys.readouterr().err)

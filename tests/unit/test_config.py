@@ -159,9 +159,23 @@ class TestOverrides:
         ({"decode_prompts": 2, "device_map": "auto"}, "decode_prompts: a target that device_map splits cannot decode"),
         ({"objective": "language_model", "parallel": "fsdp2"}, "parallel: a language_model is trained with ddp"),
         ({"accumulation_steps": 0}, "accumulation_steps: expected at least 1, got 0"),
+        ({"max_rows": -1}, "max_rows: expected at least 1, got -1"),
+        ({"max_rows": "all"}, "max_rows: expected int, got 'all'"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ({"evaluate_rows": 0}, "evaluate_rows: expected at least 1, got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected at least 0, got nan"),
+        ({"temperatures": []}, r"temperatures: expected some numbers of at least 0, got \[\]"),
+        ({"temperatures": ["hot"]}, "temperatures: expected float, got 'hot'"),
+        ({"aux_layers": "low"}, "aux_layers: expected int, got 'low'"),
+        ({"architecture": ["fc_norm"]}, "architecture: expected a mapping of keys to values"),
         ({"keep_checkpoints": 0}, "keep_checkpoints: expected at least 1, got 0"),
     ],
 )
 def test_settings_that_do_not_go_together(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         from_mapping(TrainConfig, VALID | values)
+
+
+def test_a_single_value_stands_for_a_list() -> None:
+    config = from_mapping(TrainConfig, VALID | {"aux_layers": 3, "temperatures": 1, "report_to": "wandb"})
+    assert (config.aux_layers, config.temperatures, config.report_to) == ((3,), (1.0,), ("wandb",))

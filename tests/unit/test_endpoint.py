@@ -102,7 +102,7 @@ def test_every_turn_is_answered_in_its_new_context(config: TrainConfig, server: 
     for row in rows:
         contents = [message["content"] for message in row["messages"]]
         assert contents == ["be brief", contents[1], f"2: {contents[1]}", "and then?", "4: and then?"]
-        assert encode_row(row, load_tokenizer("tiny")).loss_mask.any()
+        assert encode_row(row, load_tokenizer("tiny"))[0].loss_mask.any()
     assert len({row["messages"][1]["content"] for row in rows}) == 10
     second = next(r for r in server.requests if len(r["messages"]) == 4)
     assert second["messages"][2]["content"].startswith("2: question")  # its own words, not the data's
@@ -196,7 +196,7 @@ def test_a_conversation_ends_where_an_answer_was_cut_off(config: TrainConfig, se
     server.reply = lambda request: said("half a sen", "length")
     for row in answer(config, server):
         assert len(row["messages"]) == 3
-        example = encode_row(row, load_tokenizer("tiny"))
+        (example,) = encode_row(row, load_tokenizer("tiny"))
         assert load_tokenizer("tiny").decode(example.input_ids[example.loss_mask]) == "half a sen"
 
 

@@ -1,5 +1,6 @@
 """`draftwing train --plan`: parameters are those of the networks, and every recipe plans from config.json alone."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -80,11 +81,14 @@ def test_a_mixture_of_experts_multiplies_what_it_chooses(tmp_path: Path) -> None
 
 
 def test_every_recipe_is_covered() -> None:
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*PUBLISHED, "tiny", "tiny_rivals"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*PUBLISHED, "tiny", "tiny_rivals", "chat_rig"}
+
+
+EMBEDDED = ["target=tiny", "teacher=tiny", "tokenizer=tiny"]
 
 
 def test_medusa_heads_are_planned_and_the_model_that_learns_from_the_same_target() -> None:
-    medusa, draft = plan_stages(read_recipe(RECIPES / "tiny_rivals.yaml", ["target=tiny"]), 1, 1e11)
+    medusa, draft = plan_stages(read_recipe(RECIPES / "tiny_rivals.yaml", EMBEDDED), 1, 1e11)
     assert medusa.trained_params == 4 * (4096 * 256 + 256 * 256 + 256)
     assert medusa.target_params > 8 * draft.trained_params > 0
 
@@ -155,3 +159,17 @@ def test_a_target_without_configuration_is_named(
     command = ["train", str(RECIPES / "qwen3-8b-eagle3.yaml"), "--plan", "--set", f"target={tmp_path / 'none'}"]
     assert main(command) == 2
     assert "target: cannot read the configuration of" in capsys.readouterr().err
+
+
+def test_a_taught_model_needs_its_teacher_too() -> None:
+    values = {
+        "architecture": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2},
+        "vocab_size": 4096,
+    }
+    alone = TrainConfig("language_model", "out", **values)
+    taught = dataclasses.replace(alone, vocab_size=7, tokenizer="tiny", teacher="tiny")
+    plain, plan = (plan_stages([stage], 1, 1e12)[0] for stage in (alone, taught))
+    assert plan.trained_params == plain.trained_params == plain.target_params
+    assert plan.target_params == sum(count_params(read_target_config("tiny")).values())
+    assert plan.memory["target"] == 2 * plan.target_params
+    assert plan.flops_per_step > plain.flops_per_step

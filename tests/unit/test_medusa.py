@@ -1,13 +1,15 @@
 """Medusa's heads: which token each one predicts, trees against the heads' own probabilities, and what they learn."""
 
-from itertools import accumulate
+import copy
+import dataclasses
+from itertools import accumulate, product
 
 import pytest
 import torch
 from conftest import VOCAB_SIZE, generate, medusa, nodes_of, requests_for, run
 from torch import nn
 
-from draftwing.config import TrainConfig
+from draftwing.config import Loss, TrainConfig
 from draftwing.decoding.drafters.medusa import MedusaDrafter
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import uncoupled_rank
@@ -129,30 +131,42 @@ class TestTraining:
         for logits in model(hidden):
             torch.testing.assert_close(logits, target.output_head(hidden).float().double())
 
-    def test_the_loss_equals_a_slow_loop(self, target: TargetModel, medusa_heads: MedusaModel) -> None:
+    @pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
+    @pytest.mark.parametrize("given", ["rows", "packed", "stored"])
+    def test_loss_and_gradients_equal_a_slow_loop(
+        self, target: TargetModel, medusa_heads: MedusaModel, given: str, loss: Loss
+    ) -> None:
         """Slot t teaches head k what the target says of x_{t+2+k}, if that token is the model's to say."""
         torch.manual_seed(0)
-        ids = torch.randint(1, VOCAB_SIZE, (3, 12))
-        mask = torch.rand(3, 12) < 0.6
+        ids, mask = torch.randint(1, VOCAB_SIZE, (3, 12)), torch.rand(3, 12) < 0.6
         with torch.no_grad():
             output = target.model(ids, output_hidden_states=True)
-            expected, accuracies = 0.0, []
-            for k, head in enumerate(medusa_heads):
-                losses, hits = [], []
-                for row in range(3):
-                    for t in range(12 - 2 - k):
-                        if mask[row, t + 2 + k]:
-                            says = output.logits[row, t + 1 + k]
-                            logits = head(output.hidden_states[-1][row, t])
-                            losses.append(-(says.softmax(-1) * logits.log_softmax(-1)).sum().item())
-                            hits.append(float(says.argmax() == logits.argmax()))
-                expected += 0.8**k * sum(losses) / len(losses)
-                accuracies.append(sum(hits) / len(hits))
-            module = MedusaTraining(medusa_heads, target, self.CONFIG).eval()
-            assert module(ids, mask)["loss"].item() == pytest.approx(expected, rel=1e-5)
-        metrics = module.pop_metrics(training=False)
-        assert [metrics[f"accuracy_{k}"] for k in range(NUM_HEADS)] == pytest.approx(accuracies, rel=1e-5)
-        assert metrics["tau_sim"] == pytest.approx(1 + sum(accumulate(accuracies, lambda a, b: a * b)), rel=1e-5)
+        model = copy.deepcopy(medusa_heads)
+        expected, accuracies = torch.zeros((), dtype=torch.float64), []
+        for k, head in enumerate(model):
+            losses, hits = [], []
+            for row, t in product(range(3), range(12 - 2 - k)):
+                if mask[row, t + 2 + k]:
+                    says = output.logits[row, t + 1 + k]
+                    taught = says.softmax(-1) if loss == "kl" else nn.functional.one_hot(says.argmax(), VOCAB_SIZE)
+                    logits = head(output.hidden_states[-1][row, t])
+                    losses.append(-(taught * logits.log_softmax(-1)).sum())
+                    hits.append(float(says.argmax() == logits.argmax()))
+            expected = expected + 0.8**k * torch.stack(losses).mean()
+            accuracies.append(sum(hits) / len(hits))
+        gradients = torch.autograd.grad(expected, list(model.parameters()))
+
+        module = MedusaTraining(model, target, dataclasses.replace(self.CONFIG, loss=loss))
+        more = {"last_hidden": output.hidden_states[-1]} if given == "stored" else {}
+        if given == "packed":
+            ids, mask, more = ids.view(1, -1), mask.view(1, -1), {"document_ids": torch.arange(36)[None] // 12}
+        result = module(ids, mask, **more)["loss"]
+        result.backward()
+        torch.testing.assert_close(result, expected)
+        torch.testing.assert_close([parameter.grad for parameter in model.parameters()], list(gradients))
+        metrics = module.pop_metrics(training=True)
+        assert [metrics[f"accuracy_{k}"] for k in range(NUM_HEADS)] == pytest.approx(accuracies)
+        assert metrics["tau_sim"] == pytest.approx(1 + sum(accumulate(accuracies, lambda a, b: a * b)))
 
     def test_a_batch_with_nothing_to_learn_has_no_loss(self, target: TargetModel, medusa_heads: MedusaModel) -> None:
         loss = MedusaTraining(medusa_heads, target, self.CONFIG)(

@@ -50,7 +50,7 @@ def expected(settings: PrepareSettings, tokenizer: Any) -> list[Example]:
     for ref in select_rows(settings.data, settings.max_rows, settings.seed).train:
         row = ref.read()
         if row.get("text") or "messages" in row or "input_ids" in row:
-            documents += cut(encode_row(row, tokenizer), settings.sequence_length)
+            documents += cut(*encode_row(row, tokenizer), settings.sequence_length)
     return documents
 
 
@@ -194,12 +194,23 @@ def test_statistics_are_counted(tmp_path: Path, tokenizer: Any) -> None:
     assert statistics.distinct_tokens == 1
     assert set(statistics.coverage.values()) == {1.0}
     figures, plot = as_tables(statistics)
-    assert (figures.row_count, plot.row_count) == (12, 10)
+    assert (figures.row_count, plot.row_count) == (13, 10)
+
+
+def test_conversations_that_the_template_rewrites_are_split_and_counted(tmp_path: Path, tokenizer: Any) -> None:
+    template = tokenizer.chat_template.replace(
+        "message.content", "'' if loop.index == 2 and not loop.last else message.content"
+    )
+    path, turns = tmp_path / "chats.jsonl", [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    path.write_text((json.dumps(row) + "\n") * 3, encoding="utf-8")
+    made = prepare(PrepareSettings((str(path),)), other(tokenizer, template), tmp_path / "out")
+    assert (made.counts.rows, made.counts.split, len(made.examples("train"))) == (3, 3, 4)
 
 
 def test_a_document_is_coloured_by_what_is_supervised(tokenizer: Any) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "def f"}]
-    text = as_coloured_text(encode_row({"messages": messages}, tokenizer), tokenizer)
+    text = as_coloured_text(*encode_row({"messages": messages}, tokenizer), tokenizer)
     green = "".join(text.plain[span.start : span.end] for span in text.spans if span.style == "green")
     assert green == "def f<|end|>"
     assert text.plain == "<|user|>\nhi<|end|>\n<|assistant|>\ndef f<|end|>\n"

@@ -11,7 +11,7 @@ from conftest import ngram, no_draft, tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 from draftwing.config import TrainConfig
-from draftwing.data.tokenizer import train_tokenizer
+from draftwing.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from draftwing.decoding.generate import DrafterFactory, Generation, Request
 from draftwing.decoding.plan import TreePlan
 from draftwing.models.target import TargetModel
@@ -104,6 +104,18 @@ def test_a_second_turn_reads_the_first_ones_answer(
         assert "<|user|>\ntwo<|end|>\n<|assistant|>\n" in text
         assert "!" not in text.split("two")[1].split("<|assistant|>")[0]
         assert len(spans(row["loss_mask"])) == 2
+
+
+def test_a_row_ends_before_its_answer_would_be_rewritten(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, talker: TargetModel
+) -> None:
+    """One row cannot hold an answer both as it was said and as the template shows it later."""
+    template = CHAT_TEMPLATE.replace(
+        "{{ message.content }}", "{{ '...' if message.role == 'assistant' and not loop.last else message.content }}"
+    )
+    rewriting = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=template)
+    rows = answer(config, rewriting, engine(talker), common_end(tokenizer))
+    assert {len(spans(row["loss_mask"])) for row in rows} == {1}
 
 
 def test_an_answer_that_hits_the_limit_is_the_last(

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     answers.add_argument("--prompt-length", type=positive, default=64, help="tokens of a text to go on (default: 64)")
     features = parser.add_argument_group("features of the target")
     features.add_argument("--features", action="store_true", help="store the target's hidden states for every token")
-    features.add_argument("--method", choices=("eagle1", "eagle3"), default="eagle3", help="default: eagle3")
+    features.add_argument("--method", choices=("eagle1", "eagle3", "medusa"), default="eagle3", help="default: eagle3")
     features.add_argument(
         "--aux-layers", type=int, nargs="+", help="eagle3: hidden_states indices (default: 2 n/2 n-3)"
     )
@@ -174,7 +174,7 @@ def _store_features(options: argparse.Namespace) -> None:
     check_device(options.device)
     prepared = open_prepared(options.data[0], load_tokenizer(options.target))
     target = load_target(options.target, parse_dtype(options.dtype), options.device)
-    if options.method == "eagle1":
+    if options.method != "eagle3":
         layers: tuple[int, ...] = (target.num_layers,)
     else:
         layers = tuple(options.aux_layers or default_aux_layers(target.num_layers))

@@ -67,13 +67,13 @@ def run(options: argparse.Namespace) -> None:
     except TrainingStopped as stop:
         if is_main_process():
             console.print(f"{stop}; the same command continues from there", highlight=False, soft_wrap=True)
+        end_processes(128 + stop.signal_number)
         raise SystemExit(128 + stop.signal_number) from None
     except ValueError:
         if os.environ.get("LOCAL_RANK", "0") != "0":  # all processes find the same mistake; one per machine says it
             sys.exit(2)
         raise
-    finally:
-        end_processes()
+    end_processes(0)
 
 
 def _show_plan(chosen: Sequence[TrainConfig], stages: Sequence[TrainConfig], options: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Rows to token ids and exact loss masks: a chat template's assistant turns, or all of a plain text.
 
-The mask comes from character offsets of the rendered conversation, so it is right for any chat template that is
-prefix-stable (rendering fewer turns gives a prefix of rendering more); others are refused.
+The mask comes from character offsets of the rendered conversation, so it is right for any chat template. Where one
+rewrites earlier turns (Qwen3's drops what was thought there), each answer is learnt in the text that the model saw.
 """
 
 from dataclasses import dataclass
@@ -48,19 +48,18 @@ def cut(example: Example, length: int) -> list[Example]:
     return pieces
 
 
-def encode_row(row: Row, tokenizer: PreTrainedTokenizerFast) -> Example:
-    """Tokenise one row.
+def encode_row(row: Row, tokenizer: PreTrainedTokenizerFast) -> list[Example]:
+    """Tokenise one row: one example, or several of a conversation whose chat template rewrites earlier turns.
 
     Raises:
-        ValueError: the row has none of the known fields or one of another shape, or its chat template is not
-            prefix-stable.
+        ValueError: the row has none of the known fields or one of another shape, or its chat template is unfit.
     """
     if "input_ids" in row:
-        return _read_ids(row, len(tokenizer))
+        return [_read_ids(row, len(tokenizer))]
     row = normalise(row)
     if "text" in row:
         ids = tokenizer(row["text"], add_special_tokens=True)["input_ids"]
-        return Example(torch.tensor(ids, dtype=torch.int64), torch.ones(len(ids), dtype=torch.bool))
+        return [Example(torch.tensor(ids, dtype=torch.int64), torch.ones(len(ids), dtype=torch.bool))]
     return encode_conversation(row["messages"], tokenizer, row.get("tools"), truncated=bool(row.get("truncated")))
 
 
@@ -165,47 +164,84 @@ def encode_conversation(
     tools: list[Any] | None = None,
     truncated: bool = False,
     add_generation_prompt: bool = False,
-) -> Example:
+) -> list[Example]:
     """Tokenise a conversation; the assistant's turns are supervised, tool calls too, if the template writes them.
+
+    It is one example as long as its rendering grows from turn to turn. Where the template rewrites an earlier turn
+    another one begins, in which only the turns from there on are supervised. The last example ends as the conversation
+    does if `add_generation_prompt`, and with a supervised turn otherwise.
 
     `truncated` says that the last answer was cut off, so that its end-of-turn token is not supervised.
 
     Raises:
-        ValueError: the chat template refuses the conversation, loses its tool calls or is not prefix-stable.
+        ValueError: the chat template refuses the conversation, loses its tool calls, or does not write a turn behind
+            the prompt for it.
     """
-    whole = render(messages, tokenizer, add_generation_prompt, tools)
-    spans = []
+    renderings: list[_Rendering] = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(messages[:index], tokenizer, True, tools)
-        through = render(messages[: index + 1], tokenizer, False, tools)
-        for longer, shorter, what in ((whole, through, "up to this turn"), (through, before, "before it")):
-            if not longer.startswith(shorter):
-                raise ValueError(_unstable(index, message["content"], longer, shorter, what))
-        if message.get("tool_calls"):
-            without = {key: value for key, value in message.items() if key != "tool_calls"}
-            if render([*messages[:index], without], tokenizer, False, tools) == through:
-                raise ValueError(f"chat_template: does not write the tool calls of turn {index}")
-        # What the template writes after the end-of-turn token (a line break, often) is not the model's to say.
-        end = len(through.rstrip())
-        if truncated and index == len(messages) - 1:
-            content = message["content"].strip()
-            if not content or content not in through[len(before) :]:
-                raise ValueError(f"chat_template: does not write the truncated turn {index} as it is")
-            end = through.rindex(content) + len(content)
-        spans.append((len(before), end))
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    supervised = [any(a <= start and end <= b for a, b in spans) for start, end in encoded["offset_mapping"]]
-    return Example(torch.tensor(encoded["input_ids"], dtype=torch.int64), torch.tensor(supervised, dtype=torch.bool))
+        if message["role"] == "assistant":
+            is_cut = truncated and index == len(messages) - 1
+            _go_on(renderings, *_render_turn(messages[: index + 1], tokenizer, tools, is_cut))
+    whole = render(messages, tokenizer, add_generation_prompt, tools)
+    if add_generation_prompt or not renderings or whole.startswith(renderings[-1].text):
+        _go_on(renderings, whole)
+    return [_encode_rendering(rendering, tokenizer) for rendering in renderings]
 
 
-def _unstable(turn: int, content: str, longer: str, shorter: str, what: str) -> str:
-    """Say where two renderings of one conversation part."""
-    same = next((i for i, (a, b) in enumerate(zip(longer, shorter, strict=False)) if a != b), len(longer))
+@dataclass
+class _Rendering:
+    """A conversation as the model reads it, and which characters of it are the model's to say."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+def _go_on(renderings: list[_Rendering], text: str, *spans: tuple[int, int]) -> None:
+    """Extend the last rendering to `text` if it is the beginning of that, or add another one."""
+    if renderings and text.startswith(renderings[-1].text):
+        renderings[-1].text = text
+        renderings[-1].spans += spans
+    else:
+        renderings.append(_Rendering(text, list(spans)))
+
+
+def _render_turn(
+    messages: list[Message], tokenizer: Any, tools: list[Any] | None, is_cut: bool
+) -> tuple[str, tuple[int, int]]:
+    """A conversation through its last turn, an assistant's, and where in it the model says that."""
+    *earlier, message = messages
+    index = len(earlier)
+    before = render(earlier, tokenizer, True, tools)
+    through = render(messages, tokenizer, False, tools)
+    if not through.startswith(before):
+        raise ValueError(_unfit(index, message["content"], through, before))
+    if message.get("tool_calls"):
+        without = {key: value for key, value in message.items() if key != "tool_calls"}
+        if render([*earlier, without], tokenizer, False, tools) == through:
+            raise ValueError(f"chat_template: does not write the tool calls of turn {index}")
+    # What the template writes after the end-of-turn token (a line break, often) is not the model's to say.
+    end = len(through.rstrip())
+    if is_cut:
+        content = message["content"].strip()
+        if not content or content not in through[len(before) :]:
+            raise ValueError(f"chat_template: does not write the truncated turn {index} as it is")
+        end = through.rindex(content) + len(content)
+    return through, (len(before), end)
+
+
+def _encode_rendering(rendering: _Rendering, tokenizer: Any) -> Example:
+    encoded = tokenizer(rendering.text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    supervised = [any(a <= start and end <= b for a, b in rendering.spans) for start, end in offsets]
+    return Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(supervised, dtype=torch.bool))
+
+
+def _unfit(turn: int, content: str, through: str, before: str) -> str:
+    """Say where a turn's rendering leaves the prompt for it."""
+    same = next((i for i, (a, b) in enumerate(zip(through, before, strict=False)) if a != b), len(through))
     start = max(0, same - SHOWN)
     return (
-        f"chat_template: not prefix-stable at turn {turn} ({content[:SHOWN]!r}): rendered with more turns the text "
-        f"goes on {longer[start : same + SHOWN]!r}, rendered {what} {shorter[start : same + SHOWN]!r}; "
+        f"chat_template: does not write turn {turn} ({content[:SHOWN]!r}) behind the prompt for it: that has "
+        f"{before[start : same + SHOWN]!r}, the conversation {through[start : same + SHOWN]!r}; "
         f"they part at character {same}"
     )

@@ -1,5 +1,6 @@
 """Tokenised samples as the trainer takes them: cut to length, packed, batched, ordered."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def read_documents(config: TrainConfig, tokenizer: Any) -> Documents:
     num_rows = len(selection.train) + len(selection.held_out)
     rejects.check(num_rows)
     if rejects.found:
-        Console(stderr=True).print(rejects.summary(num_rows), style="yellow", markup=False, soft_wrap=True)
+        _note(rejects.summary(num_rows))
     return documents
 
 
@@ -75,8 +76,16 @@ def as_training_rows(
 
 def _tokenise(refs: Sequence[RowRef], tokenizer: Any, length: int, rejects: Rejects) -> list[Example]:
     shown = track(refs, "tokenising", console=Console(stderr=True), disable=len(refs) < 1000)
-    encoded = made_from(shown, lambda row: encode_row(row, tokenizer), rejects)
-    return [piece for example in encoded for piece in cut(example, length)]
+    encoded = list(made_from(shown, lambda row: encode_row(row, tokenizer), rejects))
+    if num_split := sum(len(examples) > 1 for examples in encoded):
+        _note(f"{num_split} conversations become several documents, for the chat template rewrites earlier turns")
+    return [piece for examples in encoded for example in examples for piece in cut(example, length)]
+
+
+def _note(text: str) -> None:
+    """A line on stderr; of several processes (torchrun's) the first one writes it."""
+    if os.environ.get("RANK", "0") == "0":
+        Console(stderr=True).print(text, style="yellow", markup=False, soft_wrap=True)
 
 
 def count_supervised(documents: Sequence[Example], vocab_size: int) -> torch.Tensor:

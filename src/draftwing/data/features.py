@@ -125,9 +125,13 @@ class FeatureWriter:
 
     @property
     def bytes_per_token(self) -> int:
-        stored = [layer for layer in self._layers if self._layers != (self._target.num_layers,)]
         width = self._target.hidden_size
-        return (len(stored) + 1) * (2 * width if self._storage == "bf16" else width + 4)
+        return (len(self._stored_layers) + 1) * (2 * width if self._storage == "bf16" else width + 4)
+
+    @property
+    def _stored_layers(self) -> tuple[int, ...]:
+        """The layers that are kept beside the last one."""
+        return () if self._layers == (self._target.num_layers,) else self._layers
 
     def estimate(self) -> Estimate:
         """Bytes and time still to come; runs the first batch to time it.
@@ -194,12 +198,8 @@ class FeatureWriter:
         """Hidden states of each document, `[S, layers, D]`, the last one the input of the output head."""
         target = self._target
         ids = nn.utils.rnn.pad_sequence([document.input_ids for document in documents], batch_first=True)
-        output = target.model(
-            input_ids=ids.to(target.device), use_cache=False, output_hidden_states=True, logits_to_keep=1
-        )
-        layers = () if self._layers == (target.num_layers,) else self._layers
-        wanted = [output.hidden_states[layer] for layer in (*layers, target.num_layers)]
-        stacked = torch.stack(wanted, dim=2).cpu()
+        states = target.read_rows(ids.to(target.device), (*self._stored_layers, target.num_layers)).features
+        stacked = states.unflatten(-1, (-1, target.hidden_size)).cpu()
         return [states[: len(document)].clone() for states, document in zip(stacked, documents, strict=True)]
 
 
@@ -257,6 +257,7 @@ class FeatureExamples(Sequence[Example]):
     ) -> None:
         path = Path(folder)
         index = read_index(path, FORMAT)
+        feature_layers = tuple(target.num_layers if layer == -1 else layer for layer in feature_layers)
         if not index["complete"]:
             raise ValueError(f"features: {folder} is unfinished; run the same `draftwing prepare --features` again")
         expected = {

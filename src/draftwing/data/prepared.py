@@ -62,8 +62,10 @@ class Counts:
 
     rows: int = 0
     rejected: int = 0
+    split: int = 0
+    """Conversations that became several documents, for their chat template rewrites earlier turns."""
     cut: int = 0
-    """Rows longer than a sequence, which became several documents."""
+    """Documents longer than a sequence, which became several."""
     unsupervised: int = 0
     """Pieces left out because the model says nothing in them."""
 
@@ -76,6 +78,7 @@ class Chunk:
     loss_mask: Array
     lengths: list[int]
     rejects: list[Reject]
+    num_split: int
     num_cut: int
     num_unsupervised: int
 
@@ -213,6 +216,7 @@ class _Writer:
         """Take in the next rows; full shards are written."""
         self._chunks.append(chunk)
         self.counts.rows += num_rows
+        self.counts.split += chunk.num_split
         self.counts.cut += chunk.num_cut
         self.counts.unsupervised += chunk.num_unsupervised
         for reject in chunk.rejects:
@@ -305,19 +309,21 @@ def tokenise_chunk(found: Iterable[FoundRow | Reject], tokenizer: Any, length: i
     """Tokenise rows and cut them into pieces of at most `length` tokens."""
     pieces: list[Example] = []
     rejects: list[Reject] = []
-    num_cut = num_unsupervised = 0
+    num_split = num_cut = num_unsupervised = 0
     for item in found:
-        example = item if isinstance(item, Reject) else item.make(lambda row: encode_row(row, tokenizer))
-        if isinstance(example, Reject):
-            rejects.append(example)
+        examples = item if isinstance(item, Reject) else item.make(lambda row: encode_row(row, tokenizer))
+        if isinstance(examples, Reject):
+            rejects.append(examples)
             continue
-        supervised = cut(example, length)
-        pieces += supervised
-        num_pieces = max(1, -(-len(example) // length))
-        num_cut += num_pieces > 1
-        num_unsupervised += num_pieces - len(supervised)
+        num_split += len(examples) > 1
+        for example in examples:
+            supervised = cut(example, length)
+            pieces += supervised
+            num_pieces = max(1, -(-len(example) // length))
+            num_cut += num_pieces > 1
+            num_unsupervised += num_pieces - len(supervised)
     ids, mask = (
         np.concatenate([np.empty(0, dtype), *(getattr(piece, name).numpy() for piece in pieces)]).astype(dtype)
         for name, dtype in (("input_ids", np.int32), ("loss_mask", np.bool_))
     )
-    return Chunk(ids, mask, [len(piece) for piece in pieces], rejects, num_cut, num_unsupervised)
+    return Chunk(ids, mask, [len(piece) for piece in pieces], rejects, num_split, num_cut, num_unsupervised)

@@ -23,6 +23,7 @@ class DataStatistics:
 
     rows: int
     rejected: int
+    split: int
     cut: int
     unsupervised: int
     documents: int
@@ -73,7 +74,7 @@ def as_tables(statistics: DataStatistics) -> list[Table]:
     """The figures for people."""
     figures = Table("figure", "value", title="Prepared data")
     values = statistics.as_dict()
-    for name in ("rows", "rejected", "cut", "unsupervised", "documents", "held_out_documents", "tokens"):
+    for name in ("rows", "rejected", "split", "cut", "unsupervised", "documents", "held_out_documents", "tokens"):
         figures.add_row(name.replace("_", " "), f"{values[name]:,}")
     figures.add_row("supervised", f"{statistics.supervised_share:.1%} of the tokens")
     percentiles = [f"{p}%: {length:,}" for p, length in statistics.length_percentiles.items()]

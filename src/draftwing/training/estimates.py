@@ -62,14 +62,20 @@ def plan_stages(stages: Sequence[TrainConfig], num_processes: int, flops_per_sec
         ValueError: a target's configuration cannot be read.
     """
     targets: dict[str, Any] = {}
+
+    def read(name: str) -> Any:
+        return targets[name] if name in targets else read_target_config(name)
+
     heads: dict[str, Shapes] = {}
     plans = []
     for stage in stages:
         if stage.objective == "language_model":
-            targets[stage.output] = LlamaConfig(vocab_size=stage.vocab_size, **stage.architecture)
-            plans.append(_plan_target(stage, targets[stage.output], num_processes, flops_per_second))
+            teacher = read(stage.teacher) if stage.teacher else None
+            vocab_size = stage.vocab_size if teacher is None else teacher.get_text_config().vocab_size
+            targets[stage.output] = LlamaConfig(vocab_size=vocab_size, **stage.architecture)
+            plans.append(_plan_target(stage, targets[stage.output], teacher, num_processes, flops_per_second))
             continue
-        full_config = targets[stage.target] if stage.target in targets else read_target_config(stage.target)
+        full_config = read(stage.target)
         target, text_config = count_params(full_config), full_config.get_text_config()
         if stage.objective == "self_generated":
             plans.append(_plan_rows(stage, target, text_config, num_processes))
@@ -137,7 +143,8 @@ def _head_shapes(stage: TrainConfig, config: DraftConfig, made_before: Mapping[s
     return {name: parameter.numel() for name, parameter in network.named_parameters()}
 
 
-def _plan_target(stage: TrainConfig, config: Any, num_processes: int, rate: float) -> StagePlan:
+def _plan_target(stage: TrainConfig, config: Any, teacher: Any, num_processes: int, rate: float) -> StagePlan:
+    """A language model's stage; its `teacher`, if it has one, is the target."""
     params = count_params(config)
     total, active, tokens = sum(params.values()), active_params(params, config), _tokens(stage)
     width = config.num_hidden_layers * (10 * config.hidden_size + 4 * config.intermediate_size)
@@ -146,10 +153,19 @@ def _plan_target(stage: TrainConfig, config: Any, num_processes: int, rate: floa
         "activations": tokens * width * _bytes(stage),
         "logits": 3 * tokens * config.vocab_size * 4,  # as float32, their softmax and its gradient
     }
-    flops = 6.0 * active * tokens * stage.accumulation_steps
+    flops = 6.0 * active
+    target, target_active = params, active
+    if teacher is not None:
+        text_config = teacher.get_text_config()
+        target = count_params(teacher)
+        target_active = active_params(target, text_config)
+        memory |= _frozen_target_memory(stage, target, text_config, 0)
+        memory["logits"] *= 2
+        flops += _forward_flops(stage, target_active, text_config)
+    flops *= tokens * stage.accumulation_steps
     disk = {"checkpoints": 12 * total * (stage.keep_checkpoints + 1), "result": 2 * total}
     return StagePlan(
-        **_common(stage, params, active, num_processes),
+        **_common(stage, target, target_active, num_processes),
         trained_params=total,
         frozen_params=0,
         memory=memory,

@@ -46,6 +46,7 @@ DECODED_TOKENS = 64
 def train_head(config: TrainConfig) -> dict[str, float]:
     """Train the recipe's head into `config.output`, in its published format; returns the held-out metrics."""
     torch.manual_seed(config.seed)
+    plan = decode_plan(config)
     target = frozen_target(config)
     tokenizer = load_tokenizer(config.target)
     documents = read_documents(config, tokenizer)
@@ -61,11 +62,20 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     held_out += unsupervised(held_out, -len(held_out) % (config.batch_size * num_processes()))
     trainer = new_trainer(config, module, rows.train, held_out, Collator(tokenizer.pad_token_id or 0), HeadTrainer)
     assert isinstance(trainer, HeadTrainer)
+    trainer.plan = plan
     num_prompts = min(config.decode_prompts, len(documents.held_out))
     trainer.prompts = [prompt_of(documents.held_out[index], config) for index in range(num_prompts)]
     metrics = trainer.run()
     trainer.save(Path(config.output))
     return trainer.finish(metrics)
+
+
+def decode_plan(config: TrainConfig) -> TreePlan:
+    """The tree plan with which evaluations decode."""
+    try:
+        return TreePlan.parse(config.decode_plan) if config.decode_plan else TreePlan.chain(config.ttt_steps)
+    except ValueError as error:
+        raise ValueError(f"decode_plan: {error}") from None
 
 
 def frozen_target(config: TrainConfig) -> TargetModel:
@@ -100,6 +110,7 @@ class HeadTrainer(ResumableTrainer):
     """Batches rows of like length, logs each step's loss and accuracy, keeps the best head, decodes `prompts`."""
 
     prompts: Sequence[Sequence[int]] = ()
+    plan: TreePlan
 
     def order(self) -> LengthGroupedOrder:
         return LengthGroupedOrder(
@@ -155,10 +166,9 @@ class HeadTrainer(ResumableTrainer):
 
     def _decoded_tau(self) -> float:
         """tau over `prompts`, of which each process decodes its share."""
-        module, config = self._module, self.config
-        plan = TreePlan.parse(config.decode_plan) if config.decode_plan else TreePlan.chain(config.ttt_steps)
+        module = self._module
         mine = self.prompts[process_index() :: num_processes()]
-        counts = decode(copy_of(module.head, module.target), module.target, mine, plan)
+        counts = decode(copy_of(module.head, module.target), module.target, mine, self.plan)
         num_tokens, num_cycles = sum_over_processes(torch.tensor(counts, dtype=torch.float64)).tolist()
         return float(num_tokens / num_cycles)
 

@@ -17,7 +17,7 @@ from draftwing.data.prompts import write_held_out_prompts
 from draftwing.data.rows import Rejects, read_rows
 from draftwing.data.tokenizer import END_OF_TEXT, train_tokenizer
 from draftwing.models.target import TargetModel
-from draftwing.training.processes import current_device, is_main_process, wait_for_others
+from draftwing.training.processes import current_device, is_main_process, num_processes, wait_for_others
 from draftwing.training.trainer import ResumableTrainer, new_trainer
 
 IGNORED = -100
@@ -61,24 +61,30 @@ class DistillationTrainer(ResumableTrainer):
     teacher: TargetModel
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
+        """The mean over the learnt tokens of the step's batches in all processes (whose gradients are averaged)."""
         logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
         with torch.no_grad():
             teacher_logits = self.teacher.model(input_ids=inputs["input_ids"], use_cache=False).logits
-        loss = distillation_loss(logits, teacher_logits, inputs["labels"])
+        assert num_items_in_batch is not None
+        share = num_processes() / num_items_in_batch.clamp(min=1)
+        loss = distillation_loss(logits, teacher_logits, inputs["labels"]) * share
         return (loss, {}) if return_outputs else loss
 
 
 def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy with the teacher's distributions, logits `[B, S, V]` twice, where labels are not IGNORED.
+    """Summed cross-entropy with the teacher's distributions, logits `[B, S, V]` twice, where labels are not IGNORED.
 
     Slot t predicts the token at t + 1, so its label is `labels [B, S]` at t + 1.
     """
     is_learnt = labels[:, 1:] != IGNORED
     teacher_probs = teacher_logits[:, :-1][is_learnt].float().softmax(-1)
-    total = functional.cross_entropy(logits[:, :-1][is_learnt].float(), teacher_probs, reduction="sum")
-    return total / is_learnt.sum().clamp(min=1)
+    return functional.cross_entropy(logits[:, :-1][is_learnt].float(), teacher_probs, reduction="sum")
 
 
 def _load_teacher(config: TrainConfig, tokenizer: Any) -> TargetModel | None:
@@ -118,7 +124,7 @@ def blocks(rows: Iterable[Row], tokenizer: Any, length: int, is_masked: bool = F
     If it `is_masked`, the tokens outside of the rows' loss masks are read but not learnt.
     """
     end_of_text, not_said = torch.tensor([_end_of_text(tokenizer)]), torch.tensor([False])
-    examples = [encode_row(row, tokenizer) for row in rows]
+    examples = [example for row in rows for example in encode_row(row, tokenizer)]
     ids = torch.cat([part for example in examples for part in (example.input_ids, end_of_text)])
     labels = ids
     if is_masked:

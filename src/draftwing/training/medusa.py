@@ -35,10 +35,6 @@ def new_medusa(config: TrainConfig, target: TargetModel) -> MedusaModel:
 class MedusaTraining(HeadTraining):
     """HeadTraining for heads that read the target's feature alone and have an output matrix each."""
 
-    def __init__(self, heads: MedusaModel, target: TargetModel, config: TrainConfig) -> None:
-        super().__init__(heads, target, config)
-        self._heads = (heads,)  # in a tuple, so that the module is not registered twice
-
     def _run_steps(
         self,
         features: torch.Tensor,
@@ -47,27 +43,30 @@ class MedusaTraining(HeadTraining):
         document_ids: torch.Tensor | None,
         slots: SupervisedSlots,
     ) -> torch.Tensor:
-        flat, (heads,) = features.flatten(0, 1), self._heads
-        read = [flat.index_select(0, slots.student(step)) for step in range(len(heads))]
-        return torch.stack([blocks_of(head)(x) for head, x in zip(heads, read, strict=True)], dim=1)
+        flat = features.flatten(0, 1)
+        read = (flat.index_select(0, slots.student(step)) for step in range(self._num_steps))
+        return torch.stack([blocks_of(head)(x) for head, x in zip(self.heads, read, strict=True)], dim=1)
 
     def _token_loss(
         self, outputs: torch.Tensor, teacher: Teacher, valid: torch.Tensor, step_weights: torch.Tensor
     ) -> tuple[torch.Tensor, StepSums]:
-        (heads,), config = self._heads, self._config
+        kind = self._config.loss, self._config.lk_decay
         losses, sums = [], []
-        for step, head in enumerate(heads):
+        for step, head in enumerate(self.heads):
             only = slice(step, step + 1)
             output_head = OutputHead(output_of(head).weight)
-            kind = config.loss, config.lk_decay
-            of_step = fused_loss(outputs[:, only], output_head, teacher, valid[:, only], step_weights[only], kind)
-            losses.append(of_step[0])
-            sums.append(of_step[1])
-        return torch.stack(losses).sum(), StepSums(
-            loss=torch.cat([part.loss for part in sums]),
-            acceptance=torch.cat([part.acceptance for part in sums]),
-            hits=torch.cat([part.hits for part in sums]),
+            loss, figures = fused_loss(outputs[:, only], output_head, teacher, valid[:, only], step_weights[only], kind)
+            losses.append(loss)
+            sums.append(figures)
+        loss_sums, acceptance, hits = (
+            torch.cat([getattr(part, name) for part in sums]) for name in ("loss", "acceptance", "hits")
         )
+        return torch.stack(losses).sum(), StepSums(loss_sums, acceptance, hits)
+
+    @property
+    def heads(self) -> MedusaModel:
+        assert isinstance(self.head, MedusaModel)
+        return self.head
 
 
 def blocks_of(head: nn.Module) -> nn.Sequential:

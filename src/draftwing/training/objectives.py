@@ -31,9 +31,9 @@ class HeadTraining(nn.Module):
         self.target = target  # a TargetModel is no module, so its weights are not saved
         target.model.requires_grad_(False)  # nor trained, though the head shares its embedding or output head
         self._config = config
-        self._is_checked = False
         # (Sum, count) of each figure since they were last read, apart for training and evaluation.
         self._sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
+        target.check_logits()
         assert isinstance(target.output_head, nn.Linear), "a packed target cannot be trained with"
         weight = target.output_head.weight
         self._target_head = OutputHead(weight, target.output_head.bias, target.logit_transform)
@@ -69,7 +69,6 @@ class HeadTraining(nn.Module):
         """
         positions = _positions(loss_mask, document_ids)
         if last_hidden is None:
-            self._check_target()
             layers = self.head.config.feature_layers
             states = self.target.read_rows(input_ids, layers, positions, document_ids)
             features, last_hidden = states.features, states.last_hidden
@@ -170,11 +169,6 @@ class HeadTraining(nn.Module):
     @property
     def _token_weight(self) -> float:
         return self._config.token_loss_weight if isinstance(self.head, EagleModel) else 1.0
-
-    def _check_target(self) -> None:
-        if not self._is_checked:
-            self.target.check_logits()
-            self._is_checked = True
 
     def _add(self, figures: dict[str, torch.Tensor], num_slots: torch.Tensor) -> None:
         """Add each step's sums `[J]` over its slots; they stay on the device, so that no step waits for them."""

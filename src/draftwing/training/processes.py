@@ -1,6 +1,8 @@
 """The processes of a run, which torchrun starts; alone, a process is the main one and sums are its own."""
 
+import atexit
 import os
+import sys
 from datetime import timedelta
 
 import torch
@@ -21,10 +23,20 @@ def start_processes() -> None:
     distributed.init_process_group(backend, timeout=LONGEST_WAIT)
 
 
-def end_processes() -> None:
-    """Leave the group that `start_processes` joined."""
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+def end_processes(status: int) -> None:
+    """End this process with a status, after the others have come here too; alone, do nothing.
+
+    Python's own way out is left out but for what was registered with atexit: gloo's threads live on while anything
+    (a device mesh, say) holds the group, and one that drops a tensor while the interpreter ends aborts the process.
+    """
+    if not distributed.is_initialized():
+        return
+    wait_for_others()
+    distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def num_processes() -> int:

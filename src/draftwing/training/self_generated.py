@@ -27,6 +27,7 @@ from draftwing.decoding.generate import Generation, Request, RowOutput
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
+from draftwing.training.checkpoints import write_text
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _candidates(
 
     def make(row: Row) -> list[tuple[Prompt, int]]:
         if "text" in row:
-            ids = tuple(encode_row(row, tokenizer).input_ids.tolist())
+            ids = tuple(encode_row(row, tokenizer)[0].input_ids.tolist())
             starts = range(0, len(ids) - config.prompt_length, config.sequence_length)
             if not starts:
                 raise ValueError(
@@ -140,7 +141,7 @@ def _candidates(
             raise ValueError("messages: no assistant turn to regenerate")
         if "tool" in roles or any(message.get("tool_calls") for message in messages):
             raise ValueError("messages: tool calls cannot be regenerated: nobody runs the tools")
-        first = encode_conversation(messages[: roles.index("assistant")], tokenizer, add_generation_prompt=True)
+        (first,) = encode_conversation(messages[: roles.index("assistant")], tokenizer, add_generation_prompt=True)
         return [(Prompt(0, held_out, tuple(messages)), len(first))]
 
     shown = track(refs, "reading prompts", console=Console(stderr=True), disable=len(refs) < 1000)
@@ -206,11 +207,9 @@ class _Dialogue:
             self._said.append(self._rest.popleft())
         if self._rest:
             self._rest.popleft()
-            try:
-                self.prompt = encode_conversation(self._said, self._tokenizer, add_generation_prompt=True)
-            except ValueError:  # a template that rewrites earlier turns: the row ends with the last answer
-                if self._answered is None:
-                    raise
+            *rewritten, prompt = encode_conversation(self._said, self._tokenizer, add_generation_prompt=True)
+            if not rewritten:  # one row cannot hold answers that its later turns show otherwise: it ends there
+                self.prompt = prompt
 
     def take(self, output: RowOutput) -> None:
         """Take in the answer to `prompt`; the tokens count, not their text."""
@@ -239,7 +238,7 @@ def _resume(output: Path, settings: dict[str, Any]) -> int:
     num_done = _complete_lines(output)
     if num_done and beside.exists():
         check_same_run(output, json.loads(beside.read_text(encoding="utf-8")), settings)
-    beside.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    write_text(beside, json.dumps(settings) + "\n")
     return num_done
 
 

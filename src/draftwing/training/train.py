@@ -31,13 +31,14 @@ def train_stage(config: TrainConfig) -> dict[str, float]:
     """
     if config.objective == "self_generated":
         return _generate(config)
-    record = read_record(Path(config.output))
+    output = Path(config.output)
+    record = read_record(output)
     wait_for_others()  # nobody writes before everyone has looked
     # Records of before `finished` was kept were written at the end only.
-    if record and record.get("finished", True) and (Path(config.output) / "model.safetensors").is_file():
+    if record and record.get("finished", True) and any(output.glob("*.safetensors")):
         # On one process both: how many there were no longer matters.
         made_with = settings_of(record["recipe"], num_processes=1)
-        check_same(made_with, settings_of(config.as_dict(), num_processes=1), Path(config.output) / RECORD)
+        check_same(made_with, settings_of(config.as_dict(), num_processes=1), output / RECORD)
         metrics: dict[str, float] = record["metrics"]
         return metrics
     return TRAINED[config.objective](config)
