@@ -204,6 +204,7 @@ def test_nothing_is_wrong_with_a_good_head(name: str, model: SpeculativeModel, r
     assert diagnosis.verdict.sentence.startswith("Nothing is wrong")
     assert diagnosis.verdict.cure == {}
     assert diagnosis.loaded.tau.value > 1.5
+    assert Patient(name, model.target).clues("tiny", recording.longest) == []
 
 
 def forget(values: dict[str, Any], tensors: Tensors) -> None:
