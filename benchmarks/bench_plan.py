@@ -11,7 +11,6 @@ best fixed plan (found by trying all), and `auto` with the useless head over pla
 import argparse
 import statistics
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
@@ -26,7 +25,7 @@ from torch import nn
 from draftwing.api import Lessons, SpeculativeModel
 from draftwing.checkpoint.load import ASSETS, load_draft, load_target, load_tokenizer, read_acceptance
 from draftwing.data.prompts import read_prompts
-from draftwing.evaluation.compare import Start
+from draftwing.evaluation.compare import Start, timed
 from draftwing.models.packed import pack_linears
 from draftwing.models.target import TargetModel
 from draftwing.provenance import write_record
@@ -118,11 +117,8 @@ def measure(methods: dict[str, Start], batches: Sequence[Any], options: argparse
 
 
 def decode(start: Start, batch: Sequence[Sequence[int]], settings: dict[str, Any]) -> tuple[list[list[int]], float]:
-    begin = time.perf_counter()
-    generation = start(batch, **settings)
-    for _ in generation.cycles():
-        pass
-    return [output.tokens for output in generation.outputs], time.perf_counter() - begin
+    generation, seconds = timed(start, batch, **settings)
+    return [output.tokens for output in generation.outputs], seconds
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

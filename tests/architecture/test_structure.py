@@ -45,6 +45,32 @@ def test_examples_in_help_parse() -> None:
             build_parser().parse_args(words[1:])
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("eval --temperatures 0,nan", "--temperatures: expected a number from 0 on, got nan"),
+        ("eval --temperatures 1,1.0", "--temperatures: expected each once, got 1,1.0"),
+        ("eval --methods draft_model+ngram", "methods: draft_model+ngram: n-grams merge into EAGLE trees only"),
+        ("eval --methods eagle3:lookahead:2x3x2", "plans lookahead:WxNxG are for the method lookahead"),
+        ("eval --methods lookahead:chain:3", "plans lookahead:WxNxG are for the method lookahead"),
+        ("generate --target tiny --prompt x --max-new-tokens 0", "--max-new-tokens: expected a whole number from 1 on"),
+        ("generate --target tiny --prompt x --temperature inf", "--temperature: expected a number from 0 on, got inf"),
+        ("doctor --target tiny --draft tiny --aux-layers a,b", "--aux-layers: expected whole numbers"),
+        ("doctor --target tiny --draft tiny --rope-scaling [1", "--rope-scaling: expected a JSON object, got [1"),
+        ("inspect", "the following arguments are required: draft (see draftwing inspect --help)"),
+        ("inspct", "invalid choice: 'inspct'"),
+        ("eval --num-prompts 1 --output /dev/null/folder", "Not a directory"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(command: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command.split()) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    assert says in line
+    assert captured.out == ""
+
+
 def test_modules_say_what_they_are() -> None:
     for path in (ROOT / "src" / "draftwing").rglob("*.py"):
         text = path.read_text(encoding="utf-8")

@@ -5,14 +5,17 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from draftwing.data.prompts import Prompt, as_prompt
 from draftwing.decoding.statistics import Statistics
 from draftwing.evaluation.ablations import ablations
+from draftwing.evaluation.charts import bar_chart, line_chart
 from draftwing.evaluation.compare import Decoded
 from draftwing.evaluation.evaluate import Evaluation, PromptSet, Remarks, evaluate
+from draftwing.evaluation.intervals import Interval
 from draftwing.evaluation.journal import Journal, Run
 from draftwing.evaluation.metrics import ResultRow, acceptance_rates, figures_of, n_alpha, result_rows
 from draftwing.evaluation.published import published_figures
@@ -332,3 +335,32 @@ def test_published_figures_are_those_of_the_data_sets() -> None:
     assert (one.speedup, one.acceptance_length) == (5.32, 6.29)
     assert {figure.data for figure in published_figures(["mine"])} == {"mt_bench"}
     assert all(1 < f.acceptance_length < 9 and f.source for f in published_figures(["mean", "mt_bench", "alpaca"]))
+
+
+def test_one_repeat_that_differs_is_not_identical() -> None:
+    class Moody(Method):
+        def __call__(self, *arguments: Any, **options: Any) -> Decoded:
+            self.wrong = not self.wrong and len(self.asked) > 0  # wrong in the first of the two repeats
+            return super().__call__(*arguments, **options)
+
+    rows = measured(evaluation({"plain": Method(), "moody": Moody()}, data=prompt_sets()[1:], repeats=2))
+    shares = {row.method: row.figures and row.figures.identical_share for row in rows if row.temperature == 0}
+    assert shares == {"plain": 1.0, "moody": 0.0}
+
+
+def test_there_is_no_noise_to_know_at_temperature_0() -> None:
+    plan = "eagle3:tree:2x2x4"
+    methods = {"plain": Method(), plan: Method(0.5, [3]), f"{plan}+uncoupled": Method(0.5, [3])}
+    found = report_of(evaluation(methods), Remarks()).ablations
+    assert {(one.what, one.temperature) for one in found} == {("drafting without the target's noise", 1.0)}
+
+
+def test_charts_are_images_of_their_own() -> None:
+    """XML with a namespace, a font and a box: they draw as files too."""
+    charts = [bar_chart({"a <b>": Interval(2, 1, 3)}, mark=1.0), line_chart({"a <b>": [(0, 1), (1, 2)]}, "x", "y")]
+    for chart in charts:
+        image = ElementTree.fromstring(chart)
+        assert image.tag == "{http://www.w3.org/2000/svg}svg"
+        assert image.get("font-family")
+        assert image.get("viewBox") == f"0 0 {image.get('width')} {image.get('height')}"
+        assert "a <b>" in [text.text for text in image.iter("{http://www.w3.org/2000/svg}text")]

@@ -148,3 +148,9 @@ def test_the_real_loader_reads_a_folder(tmp_path: Path, monkeypatch: pytest.Monk
     )
     monkeypatch.setitem(BENCHMARKS, "gsm8k", local)
     assert [prompt.messages[0]["content"] for prompt in load_benchmark("gsm8k")] == ["a"]
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"prompts: .*latin.jsonl is not UTF-8"):
+        read_prompts(tmp_path / "latin.jsonl")

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -21,12 +22,19 @@ COMMANDS: dict[str, ModuleType] = {
 """Each module has SUMMARY, EXAMPLES, `add_arguments(parser)` and `run(options)`, which may return an exit status."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors look like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; a user's mistake ends with a one-line message and status 2, Ctrl-C with 130."""
-    options = build_parser().parse_args(arguments)
+    """Run a command; a mistake, or a file that fails, ends with one line and status 2, Ctrl-C with 130."""
     try:
+        options = build_parser().parse_args(arguments)
         status: int | None = options.run(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
@@ -37,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="draftwing", description="Speculative decoding with EAGLE heads: faster, and exactly the same tokens."
     )
     commands = parser.add_subparsers(required=True, metavar="command")

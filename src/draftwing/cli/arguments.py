@@ -2,15 +2,33 @@
 
 import argparse
 import json
+import math
+from contextlib import suppress
 from typing import Any
 
 
 def positive(text: str) -> int:
     """An option's whole number from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
+    with suppress(ValueError):
+        if (value := int(text)) >= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
+
+
+def temperature(text: str) -> float:
+    """An option's temperature."""
+    with suppress(ValueError):
+        if 0 <= (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {text}")
+
+
+def temperatures(text: str) -> tuple[float, ...]:
+    """An option's temperatures, separated by commas."""
+    values = tuple(map(temperature, text.split(",")))
+    if len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"expected each once, got {text}")
+    return values
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -44,12 +62,15 @@ def head_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def layers(text: str) -> tuple[int, ...]:
     """An option's layer numbers, separated by commas."""
-    return tuple(map(int, text.split(",")))
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text}") from None
 
 
 def json_object(text: str) -> dict[str, Any]:
     """An option's JSON object."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
-    return value
+    with suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")

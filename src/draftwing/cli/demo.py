@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
     add_device(parser)
     parser.add_argument("--prompts", type=positive, default=8, help="how many of the held-out prompts (default: 8)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="per prompt (default: 128)")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, help="per prompt (default: 128)")
     parser.add_argument(
         "--repeats", type=positive, default=3, help="runs of each prompt; the median counts (default: 3)"
     )

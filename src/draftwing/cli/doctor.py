@@ -6,7 +6,7 @@ import json
 from rich.console import Console
 from rich.progress import Progress
 
-from draftwing.cli.arguments import add_device, add_head_options, head_options, positive
+from draftwing.cli.arguments import add_device, add_head_options, head_options, positive, temperature
 
 SUMMARY = "Say why acceptance is low: try the known faults of heads and settings, and name the one that explains it."
 EXAMPLES = """examples:
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", help="a JSONL file with prompt, messages or turns (default: the embedded ones)")
     parser.add_argument("--num-prompts", type=positive, default=8, help="how many of them at most (default: 8)")
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="per prompt (default: 64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default)")
     add_head_options(parser)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from draftwing.cli.arguments import add_device, positive
+from draftwing.cli.arguments import add_device, positive, temperatures
 
 if TYPE_CHECKING:
     from draftwing.evaluation.evaluate import Evaluation
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="comma-separated: embedded (the default), mt_bench, humaneval, gsm8k, alpaca, cnn_dm, spec_bench, "
         "speed_bench (from the hub), or JSONL files of prompt, messages or turns",
     )
-    parser.add_argument("--temperatures", type=_temperatures, default=(0.0, 1.0), help="default: 0,1")
+    parser.add_argument("--temperatures", type=temperatures, default=(0.0, 1.0), help="default: 0,1")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="per turn (default: 128)")
     parser.add_argument(
         "--num-prompts",
@@ -77,15 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoint-model", help="the model's name at the URL (default: the first it serves)")
 
 
-def _temperatures(text: str) -> tuple[float, ...]:
-    values = tuple(float(part) for part in text.split(","))
-    if min(values) < 0 or len(set(values)) < len(values):
-        raise argparse.ArgumentTypeError(f"expected different numbers from 0 on, got {text}")
-    return values
-
-
 def run(options: argparse.Namespace) -> int:
-    """Run the command; 1 if a method failed."""
+    """Run the command; 1 if a method failed, or no turn could be decoded."""
     from draftwing.api import check_device
     from draftwing.cli.eval_setup import prepare, read_data, read_drafts, read_methods, settings_of
     from draftwing.evaluation.evaluate import Remarks, evaluate
@@ -116,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
     _show(options, _report(options, evaluation, journal, remarks, methods, settings))
     if is_stopped:
         raise KeyboardInterrupt
-    return 1 if remarks.failures else 0
+    return 1 if remarks.failures or not journal.runs else 0
 
 
 def _report(

@@ -21,7 +21,7 @@ from draftwing.evaluation.evaluate import Evaluation, PromptSet
 from draftwing.evaluation.memory import with_peak
 from draftwing.evaluation.rivals import endpoint_rival, transformers_rivals
 from draftwing.evaluation.specs import MethodSpec
-from draftwing.methods import METHODS, default_plan, resolve_method, serves
+from draftwing.methods import EAGLE_METHODS, METHODS, default_plan, resolve_method, serves
 from draftwing.models.target import TargetModel
 
 KNOWN_DATA = ("embedded", *BENCHMARKS)
@@ -59,7 +59,7 @@ def read_methods(text: str, drafts: dict[str, str]) -> list[Wanted]:
     """The methods asked for, `plain` first, which is the reference of all others.
 
     Raises:
-        ValueError: one is unknown, of a draft that is not there, or cannot do without one.
+        ValueError: one is unknown, of a draft that is not there, lacks one, or has another method's plan or option.
     """
     wanted = [Wanted(MethodSpec("plain"), True)]
     for part in text.split(","):
@@ -73,6 +73,12 @@ def read_methods(text: str, drafts: dict[str, str]) -> list[Wanted]:
             )
         if not drafts and not serves(spec.method, None):
             raise ValueError(f"methods: {part} needs a draft: --draft [NAME=]DRAFT")
+        if "ngram" in spec.options and spec.method not in EAGLE_METHODS:
+            raise ValueError(f"methods: {part}: n-grams merge into EAGLE trees only")
+        if spec.plan not in (None, "off") and spec.plan.startswith("lookahead:") != (spec.method == "lookahead"):
+            raise ValueError(
+                f"methods: {part}: plans lookahead:WxNxG are for the method lookahead, and it takes no other"
+            )
         wanted.append(Wanted(spec, True))
     return wanted
 

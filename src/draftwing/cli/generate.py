@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from draftwing.cli.arguments import add_device, add_head_options, head_options, positive
+from draftwing.cli.arguments import add_device, add_head_options, head_options, positive, temperature
 
 SUMMARY = "Generate text with a target and a draft: EAGLE or Medusa heads, a smaller model, or none."
 EXAMPLES = """examples:
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto, off, chain:DEPTH, tree:WIDTHxDEPTHxNODES, eagle1 or medusa (their papers' trees), lookahead:WxNxG "
         "(default: the method's)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, help="default: 128")
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="default: 1 (off)")
     parser.add_argument("--top-k", type=int, default=0, help="default: 0 (off)")
     parser.add_argument("--min-p", type=float, default=0.0, help="default: 0 (off)")
@@ -129,7 +129,7 @@ def _timed_run(model: Any, ids: list[int], settings: dict[str, Any]) -> tuple[An
     from draftwing.decoding.stopping import cut_at_stop
     from draftwing.evaluation.compare import timed
 
-    generation, seconds = timed(model.start, ids, **settings)
+    generation, seconds = timed(model.start, [ids], **settings)
     tokens = generation.outputs[0].tokens
     text = cut_at_stop(model.tokenizer.decode(tokens, skip_special_tokens=True), settings["stop"])
     return generation, {

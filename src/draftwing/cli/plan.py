@@ -5,7 +5,7 @@ import json
 
 from rich.console import Console
 
-from draftwing.cli.arguments import add_device, add_head_options, head_options, positive
+from draftwing.cli.arguments import add_device, add_head_options, head_options, positive, temperature
 
 SUMMARY = "Measure what a cycle costs and what is accepted, and show which trees pay."
 EXAMPLES = """examples:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     methods = ("eagle2", "eagle3", "medusa", "draft_model")
     parser.add_argument("--method", choices=methods, help="default: what the draft is for")
     parser.add_argument("--batch-size", type=positive, default=1, help="rows that are decoded together (default: 1)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--prompts", help="a JSONL file with prompt, messages or turns (default: the embedded ones)")
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="per prompt (default: 64)")
     add_head_options(parser)

@@ -52,13 +52,17 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """Read a JSONL file whose rows have `prompt`, `messages` or `turns` (what the user says, turn by turn).
 
     Raises:
-        ValueError: no such file, no rows, no JSON, or a row with none of these fields (named by its line).
+        ValueError: no such file, no UTF-8, no rows, no JSON, or a row with none of these fields (named by its line).
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"prompts: no such file: {path}")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts: {path} is not UTF-8: {error}") from None
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if line.strip():
             prompts.append(as_prompt(_parse(line, f"{path}, line {number}"), f"{path}, line {number}"))
     if not prompts:

@@ -69,4 +69,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
 
 
 def _svg(width: float, height: float, parts: Sequence[str]) -> str:
-    return f'<svg width="{width:g}" height="{height:g}" font-size="12" role="img">{"".join(parts)}</svg>'
+    """A chart that stands alone when it is saved, and shrinks with a narrow page."""
+    size = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
+    font = 'font-family="sans-serif" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font} role="img">{"".join(parts)}</svg>'

@@ -108,7 +108,7 @@ def compare_methods(
             assert last.statistics is not None
             median = statistics.median(run.seconds for run in runs[name])
             result.prompts.append(PromptResult(last.num_tokens, last.statistics.num_cycles, median))
-            result.identical &= last.tokens == runs["plain"][-1].tokens
+            result.identical &= all(run.tokens == runs["plain"][-1].tokens for run in runs[name])
             result.statistics.merge(merged(runs[name]))
     return list(results.values())
 
@@ -142,7 +142,7 @@ def decoder(start: Start) -> Decode:
     """Decodes single prompts by a method of ours."""
 
     def decode(prompt: Sequence[int], **options: Any) -> Decoded:
-        generation, seconds = timed(start, prompt, **options)
+        generation, seconds = timed(start, [prompt], **options)
         tokens = generation.outputs[0].tokens
         return Decoded(seconds, len(tokens), tokens, statistics=generation.statistics)
 
@@ -160,13 +160,13 @@ def merged(runs: Sequence[Decoded]) -> Statistics:
 
 def warm_up(start: Start, prompt: Sequence[int], max_new_tokens: int, **options: Any) -> None:
     """Decode a few tokens that nobody counts."""
-    timed(start, prompt, max_new_tokens=min(8, max_new_tokens), **options)
+    timed(start, [prompt], max_new_tokens=min(8, max_new_tokens), **options)
 
 
-def timed(start: Start, prompt: Sequence[int], **options: Any) -> tuple[Generation, float]:
-    """Decode one prompt to its end; the seconds include the prefill."""
+def timed(start: Start, prompts: Sequence[Sequence[int]], **options: Any) -> tuple[Generation, float]:
+    """Decode prompts together to their ends; the seconds include the prefill."""
     begin = time.perf_counter()
-    generation = start([prompt], **options)
+    generation = start(prompts, **options)
     for _ in generation.cycles():
         pass
     return generation, time.perf_counter() - begin

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
@@ -16,8 +17,9 @@ from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
 from draftwing.evaluation.patient import Patient
 from draftwing.evaluation.replay import Recording, Trace, record
-from draftwing.evaluation.suspects import NOTHING, Suspect
+from draftwing.evaluation.suspects import Suspect
 from draftwing.evaluation.trials import Finding, Steps, Trials, compare
+from draftwing.models.target import TargetModel
 
 BATCH = 8
 FEWEST_PROMPTS = 4
@@ -140,37 +142,34 @@ def as_chat(prompt: Prompt) -> Prompt:
 def examine(patient: Patient, text: Text, clues: Sequence[str], steps: Steps) -> Diagnosis:
     """Try every suspect on what the target said, then the best one with each other, and conclude.
 
-    The recordings hold `Patient.layers_of_suspects`.
+    The recordings hold `Patient.layers_of_suspects`. Nothing is tried on features that overflow.
     """
     trials = Trials(patient, text.recordings, steps)
     loaded = compare("as loaded", "", trials.loaded, trials.loaded)
+    positions = tau_by_position(trials.loaded)
+    if text.overflows:
+        return Diagnosis(_overflow(patient.target), loaded, [], [], positions, list(clues))
     steps.expect(len(text.otherwise))
     otherwise = []
     for name, recordings in text.otherwise.items():
         steps.begin(name)
         traces = patient.traces(recordings, {})
         otherwise.append(compare(name, "other text, no fault in itself", traces, trials.loaded, same_text=False))
-    is_useful = trials.reads_features(NOTHING, trials.loaded) if patient.is_head else loaded.tau.high >= HOPELESS
     cure, traces = trials.find_cure()
-    if cure.options and patient.is_head:
-        is_useful = trials.reads_features(cure, traces)
+    is_useful = trials.reads_features(cure, traces) if patient.is_head else loaded.tau.high >= HOPELESS
     cured = compare(cure.name, cure.fault, traces, trials.loaded, cure.options)
-    verdict = _gross_fault(patient, text, loaded) or conclude(loaded, cured, is_useful, otherwise, trials.findings)
-    return Diagnosis(verdict, loaded, trials.findings, otherwise, tau_by_position(trials.loaded), list(clues))
-
-
-def _gross_fault(patient: Patient, text: Text, loaded: Finding) -> Verdict | None:
-    """What stands above all trials: text that tells nothing."""
-    if text.overflows:
-        dtype = str(patient.target.dtype).removeprefix("torch.")
-        cure = {"dtype": "float32" if patient.target.device.type == "cpu" else "bfloat16"}
-        return Verdict(f"Fault: the target's features overflow in {dtype}; pass {advice(cure)}.", True, cure)
     if text.num_prompts < FEWEST_PROMPTS:
-        return Verdict(
-            f"Too few prompts to tell: {text.num_prompts}, with a tau of {loaded.tau.value:.2f}; give at least "
-            f"{FEWEST_PROMPTS} with --prompts."
-        )
-    return None
+        got = f"{text.num_prompts}, with a tau of {loaded.tau.value:.2f}"
+        verdict = Verdict(f"Too few prompts to tell: {got}; give at least {FEWEST_PROMPTS} with --prompts.")
+    else:
+        verdict = conclude(loaded, cured, is_useful, otherwise, trials.findings)
+    return Diagnosis(verdict, loaded, trials.findings, otherwise, positions, list(clues))
+
+
+def _overflow(target: TargetModel) -> Verdict:
+    dtype = str(target.dtype).removeprefix("torch.")
+    cure = {"dtype": "float32" if target.device.type == "cpu" else "bfloat16"}
+    return Verdict(f"Fault: the target's features overflow in {dtype}; pass {advice(cure)}.", True, cure)
 
 
 def conclude(
@@ -233,7 +232,7 @@ def tau_by_position(traces: Sequence[Trace]) -> dict[str, float]:
 
 def as_report(diagnosis: Diagnosis) -> Group:
     """The diagnosis as people read it; the sentence comes last."""
-    table = Table(title="What the draft gives the target's own tokens")
+    table = Table(title="What the draft gives the target's own tokens", box=SIMPLE_HEAD, collapse_padding=True)
     table.add_column("variant", overflow="fold")
     for column in ("tau", "95 % interval", "probability"):
         table.add_column(column, justify="right")

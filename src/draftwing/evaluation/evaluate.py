@@ -187,13 +187,14 @@ class _Conversation:
                 self.remarks.failures[cell] = f"{type(outcome).__name__}: {outcome} (prompt {prompt.name})"
             else:
                 plain = self.journal.runs.get((*key, "plain"))
-                identical = True if method == "plain" else self._is_identical(method, outcome[-1], plain)
+                identical = True if method == "plain" else self._is_identical(method, outcome, plain)
                 self.journal.add(_as_run(key, method, prompt, len(ids), outcome, identical))
 
-    def _is_identical(self, method: str, decoded: Decoded, plain: Run | None) -> bool | None:
+    def _is_identical(self, method: str, repeats: Sequence[Decoded], plain: Run | None) -> bool | None:
         if plain is None or (self.temperature > 0 and method in self.evaluation.rivals):
             return None
-        return decoded.tokens == plain.tokens if decoded.text is None else decoded.text == self._text(plain.tokens)
+        text = self._text(plain.tokens)
+        return all(one.tokens == plain.tokens if one.text is None else one.text == text for one in repeats)
 
     def _text(self, tokens: list[int] | None) -> str:
         text: str = self.evaluation.tokenizer.decode(tokens, skip_special_tokens=True)

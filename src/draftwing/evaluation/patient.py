@@ -20,8 +20,8 @@ from draftwing.models.target import TargetModel
 
 DEPTH = 5
 """Of the chains that are drafted."""
-LEAST_SIMILARITY = 0.9
-"""Mean cosine between the embeddings of a file and its target; a head's copy has 1."""
+LEAST_SIMILARITY = 0.5
+"""Mean cosine between the embeddings of a file and its target: a copy has 1, one trained on 0.9, another target's 0."""
 
 
 class Patient:

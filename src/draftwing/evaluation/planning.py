@@ -1,7 +1,6 @@
 """What `draftwing plan` shows: measured costs, learnt acceptance, and the trees that follow from them."""
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from draftwing.checkpoint.load import ACCEPTANCE_FILE
 from draftwing.decoding.acceptance import EDGES, NUM_DEPTHS, AcceptanceTable
 from draftwing.decoding.costs import CycleCosts
 from draftwing.decoding.experience import Experience
-from draftwing.evaluation.compare import MethodResult, PromptResult, Start
+from draftwing.evaluation.compare import MethodResult, PromptResult, Start, timed
 
 BAR = 40
 
@@ -70,11 +69,8 @@ def measure_plan(
     results = {plan: MethodResult(plan, options["temperature"]) for plan in ("off", "auto")}
     for first in range(0, len(prompts) - batch_size + 1, batch_size):  # whole batches only: costs are theirs
         for plan, result in results.items():
-            begin = time.perf_counter()
-            generation = start(prompts[first : first + batch_size], plan=plan, **options)
-            for _ in generation.cycles():
-                pass
-            figures, seconds = generation.statistics, time.perf_counter() - begin
+            generation, seconds = timed(start, prompts[first : first + batch_size], plan=plan, **options)
+            figures = generation.statistics
             result.prompts.append(PromptResult(figures.num_tokens, figures.num_cycles, seconds))
             result.statistics.merge(figures)
     return PlanReport(costs, experience, results["off"], results["auto"])

@@ -20,7 +20,7 @@ from draftwing.models.target import TargetModel
 
 MOST_TOKENS = 4096
 """Rows times their length that are replayed at once, unless there are more to begin with."""
-SHORTEST_PART = 8
+SHORTEST_PART = 4
 """Positions of a part, whose prompt is read anew."""
 LEAST_LOG_PROB = -10.0
 """Less is not told apart: a token that the draft lacks, an overflow."""

@@ -24,7 +24,8 @@ table { border-collapse: collapse; margin: 0.8rem 0 } caption { text-align: left
 th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { background: #f4f4f4 }
 .bad { color: #b00020; font-weight: 600 } .note { color: #555; max-width: 50rem } figure { margin: 1rem 0 }
-figcaption { font-weight: 600 } .scroll { overflow-x: auto }
+figcaption { font-weight: 600 } .scroll { overflow-x: auto } svg { max-width: 100%; height: auto }
+@media print { @page { size: A4 landscape } body { font-size: 11px; max-width: none } figure { break-inside: avoid } }
 """
 MEANINGS = """tokens/s: new tokens over wall time, prefill included. Speed-up: over plain decoding by the same engine,
 on the same turns. tau: tokens per target pass, the bonus token included; 1 is no gain. Acceptance at a depth: of the
