@@ -1,6 +1,6 @@
 """How much a head gains from more data, and what each part of EAGLE-3 brings: heads trained alike but for one thing.
 
-    python benchmarks/data_scaling.py --rows build/tiny/self_generated.jsonl --output results.json
+    python benchmarks/data_scaling.py --rows build/tiny/self_generated.jsonl --output results.json --plot curve.svg
 
 All heads get the same number of steps and differ in how many rows these repeat (1x, 2x, 4x, 8x: EAGLE-3, figure 1), or,
 at 8x, in one part that is left out (EAGLE-3, table 2): training-time test, the low and middle layers. Figures are the
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from draftwing.api import load
+from draftwing.charts import line_chart
 from draftwing.checkpoint.load import ASSETS
 from draftwing.config import TrainConfig
 from draftwing.data.prompts import read_prompts
@@ -51,9 +52,23 @@ def main() -> int:
             finished.write_text(json.dumps(row), encoding="utf-8")
         rows.append(json.loads(finished.read_text(encoding="utf-8")))
     print_table(rows)
+    if options.plot:
+        Path(options.plot).write_text(plot(rows), encoding="utf-8")
     if options.output:
         write_record(options.output, rows, vars(options))
     return 0
+
+
+def plot(rows: list[dict[str, Any]]) -> str:
+    """tau against rows, of the heads that differ in these alone, as SVG."""
+    lines = {
+        f"{objective}, {plan}": [
+            (row["rows"], row["tau"][plan]) for row in rows if row["objective"] == objective and "," not in row["name"]
+        ]
+        for objective in ("eagle3", "eagle1")
+        for plan in PLANS
+    }
+    return line_chart(lines, "rows", "tau")
 
 
 def variants(times: list[int]) -> list[Variant]:
@@ -86,7 +101,7 @@ def train_and_measure(variant: Variant, folder: Path, options: argparse.Namespac
         save_every=max(1, options.steps // 4),
         **(settings if variant.objective == "eagle3" else {}),
     )
-    metrics = train_stage(config)
+    metrics = train_stage(config)  # of a finished run, the record
     model = load(options.target, draft=str(folder), dtype="float32")
     prompts = [prompt.token_ids(model.tokenizer) for prompt in read_prompts(ASSETS / "tiny" / "prompts.jsonl")]
     tau = {}
@@ -127,6 +142,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
+    parser.add_argument("--plot", help="draw tau against rows into this SVG file")
     parser.add_argument("--output", help="write the figures with their provenance to this JSON file")
     return parser.parse_args()
 

@@ -12,7 +12,7 @@ import pytest
 from draftwing.data.prompts import Prompt, as_prompt
 from draftwing.decoding.statistics import Statistics
 from draftwing.evaluation.ablations import ablations
-from draftwing.evaluation.charts import bar_chart, line_chart
+from draftwing.charts import bar_chart, line_chart
 from draftwing.evaluation.compare import Decoded
 from draftwing.evaluation.evaluate import Evaluation, PromptSet, Remarks, evaluate
 from draftwing.evaluation.intervals import Interval

@@ -9,8 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
+from draftwing.charts import bar_chart, line_chart
 from draftwing.evaluation.ablations import Ablation
-from draftwing.evaluation.charts import bar_chart, line_chart
 from draftwing.evaluation.evaluate import Skipped
 from draftwing.evaluation.intervals import Interval
 from draftwing.evaluation.metrics import Figures, ResultRow

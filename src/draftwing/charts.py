@@ -2,17 +2,29 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
-
-from draftwing.evaluation.intervals import Interval
+from typing import Protocol
 
 COLOURS = ("#1f77b4", "#d95f02", "#2a9d5c", "#c2255c", "#7048a8", "#8a6d3b", "#0b8a9e", "#666666", "#b8860b", "#444bb5")
 LABEL, BAR, LINE = 260, 420, 22
 """Widths of a bar chart's labels and bars, and the height of a bar's line, in pixels."""
 WIDTH, HEIGHT, MARGIN, TOP = 460, 260, 40, 26
 """A line chart's plot, and the space around it."""
+MOST_POINTS, MOST_TICKS = 600, 12
+"""Of a line; and of an axis, beyond which only its ends are labelled."""
 
 
-def bar_chart(bars: Mapping[str, Interval], mark: float | None = None) -> str:
+class Bar(Protocol):
+    """A figure and the ends of its interval."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+
+
+def bar_chart(bars: Mapping[str, Bar], mark: float | None = None) -> str:
     """Horizontal bars with their intervals as whiskers; `mark` draws a vertical line at a value."""
     most = max((bar.high for bar in bars.values()), default=1.0) or 1.0
     x = lambda value: LABEL + BAR * value / most
@@ -34,21 +46,24 @@ def bar_chart(bars: Mapping[str, Interval], mark: float | None = None) -> str:
 def line_chart(
     lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, y_most: float | None = None
 ) -> str:
-    """Lines of points `(x, y)` from y = 0 up, with a legend."""
+    """Lines of points `(x, y)` from y = 0 (or the lowest below) up, with a legend."""
+    lines = {name: line[:: 1 + len(line) // MOST_POINTS] for name, line in lines.items()}
     points = [point for line in lines.values() for point in line]
     xs = sorted({x for x, _ in points})
     if not xs:
         return ""
     y_top = y_most or 1.05 * max(y for _, y in points) or 1.0
+    y_low = min(0.0, *(y for _, y in points))
     spread = (xs[-1] - xs[0]) or 1.0
     across = lambda value: MARGIN + WIDTH * ((value - xs[0]) / spread if len(xs) > 1 else 0.5)
-    down = lambda value: TOP + HEIGHT * (1 - min(value, y_top) / y_top)
+    down = lambda value: TOP + HEIGHT * (1 - (min(value, y_top) - y_low) / (y_top - y_low))
     parts = [f'<path d="M{MARGIN} {TOP}V{TOP + HEIGHT}H{MARGIN + WIDTH}" fill="none" stroke="#888"/>']
-    parts += [_text(across(x), TOP + HEIGHT + 16, f"{x:g}", "middle") for x in xs]
+    ticks = xs if len(xs) <= MOST_TICKS else [xs[0], xs[-1]]
+    parts += [_text(across(x), TOP + HEIGHT + 16, f"{x:g}", "middle") for x in ticks]
     for step in range(5):
-        value = y_top * step / 4
+        value = y_low + (y_top - y_low) * step / 4
         parts += [
-            _text(MARGIN - 6, down(value) + 4, f"{value:.2f}", "end"),
+            _text(MARGIN - 6, down(value) + 4, f"{value:.3g}", "end"),
             f'<path d="M{MARGIN} {down(value):.1f}H{MARGIN + WIDTH}" stroke="#eee"/>',
         ]
     for index, (name, line) in enumerate(lines.items()):
@@ -56,7 +71,8 @@ def line_chart(
         dashes = "" if index < len(COLOURS) else ' stroke-dasharray="5 3"'
         path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
-        parts += [f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="3" fill="{colour}"/>' for x, y in line]
+        if len(line) <= MOST_TICKS:
+            parts += [f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="3" fill="{colour}"/>' for x, y in line]
         left, middle = MARGIN + WIDTH + 16, TOP + 8 + index * 18
         parts.append(f'<path d="M{left} {middle}h18" stroke="{colour}" stroke-width="3"{dashes}/>')
         parts.append(_text(left + 24, middle + 4, name))
