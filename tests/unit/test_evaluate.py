@@ -9,10 +9,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from draftwing.charts import bar_chart, line_chart
 from draftwing.data.prompts import Prompt, as_prompt
 from draftwing.decoding.statistics import Statistics
 from draftwing.evaluation.ablations import ablations
-from draftwing.charts import bar_chart, line_chart
 from draftwing.evaluation.compare import Decoded
 from draftwing.evaluation.evaluate import Evaluation, PromptSet, Remarks, evaluate
 from draftwing.evaluation.intervals import Interval
