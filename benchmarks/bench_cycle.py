@@ -26,6 +26,7 @@ from draftwing.checkpoint.load import build_network
 from draftwing.decoding.costs import CycleCosts, measure_costs
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.plan import TreePlan
+from draftwing.models.fused import pack_target
 from draftwing.models.layers import DraftConfig
 from draftwing.models.packed import pack_linears
 from draftwing.models.target import ATTENTION, TargetModel
@@ -53,7 +54,7 @@ def main() -> int:
     needed = weight_bytes(target.model)
     bandwidth = copy_bandwidth(device)
     if device.type == "cpu":
-        pack_linears(target.model)
+        target = pack_target(target)
         pack_linears(head)
 
     def new_drafter(rows: int, capacity: int) -> EagleDrafter:

@@ -26,6 +26,7 @@ from draftwing.api import Lessons, SpeculativeModel
 from draftwing.checkpoint.load import ASSETS, load_draft, load_target, load_tokenizer, read_acceptance
 from draftwing.data.prompts import read_prompts
 from draftwing.evaluation.compare import Start, timed
+from draftwing.models.fused import pack_target
 from draftwing.models.packed import pack_linears
 from draftwing.models.target import TargetModel
 from draftwing.provenance import write_record
@@ -72,8 +73,7 @@ def widened(size: int, dtype: str) -> TargetModel:
             linear.weight = nn.Parameter(wide, requires_grad=False)
             setattr(mlp, name, linear)
     target.config.intermediate_size *= size
-    pack_linears(target.model)
-    return target
+    return pack_target(target)
 
 
 def head_for(target: TargetModel, random: bool) -> Any:

@@ -33,7 +33,7 @@ from draftwing.methods import (
     suitable_draft,
     tree_shapes,
 )
-from draftwing.models.fused import FusedTarget, can_fuse
+from draftwing.models.fused import pack_target
 from draftwing.models.packed import pack_linears
 from draftwing.models.target import TargetModel
 from draftwing.provenance import provenance
@@ -90,7 +90,10 @@ class SpeculativeModel:
     ) -> "SpeculativeModel":
         """The same target with a draft that is loaded for it; arguments and errors are those of `load`."""
         drafting = load_draft(draft, self.target, options=head_options, tokenizer=self.tokenizer)
-        pack_linears(drafting.model if isinstance(drafting, TargetModel) else drafting)
+        if isinstance(drafting, TargetModel):
+            drafting = pack_target(drafting)
+        else:
+            pack_linears(drafting)
         return SpeculativeModel(self.target, drafting, self.tokenizer, method, Lessons(read_acceptance(draft)))
 
     def generate(
@@ -260,10 +263,7 @@ def load(
     """
     check_device(device)
     head_options = HeadOptions(**{name: options.pop(name) for name in tuple(options) if name in HEAD_OPTIONS})
-    loaded = load_target(target, parse_dtype(dtype), device, **options)
-    pack_linears(loaded.model)
-    if can_fuse(loaded.model):
-        loaded = FusedTarget(loaded.model)
+    loaded = pack_target(load_target(target, parse_dtype(dtype), device, **options))
     draft = draft and suitable_draft(draft, method)
     tokenizer = load_tokenizer(target)
     if draft is None or method in DRAFTLESS_METHODS:

@@ -8,10 +8,10 @@ import torch
 from conftest import auto_plan, costs
 
 from draftwing.decoding.acceptance import EDGES
-from draftwing.decoding.auto_plan import LESSON, LOOKUP_TRIAL, TRIAL, AutoPlan
+from draftwing.decoding.auto_plan import LESSON, LOOKUP_TRIAL, STUDIED, TRIAL, AutoPlan
 from draftwing.decoding.experience import LONGEST_PAUSE, Experience
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.tree import CycleFacts
+from draftwing.decoding.tree import CycleFacts, CycleReport
 
 
 def chain_facts(num_accepted: int, depth: int = 4, probability: float = 0.75) -> CycleFacts:
@@ -29,13 +29,17 @@ def chain_facts(num_accepted: int, depth: int = 4, probability: float = 0.75) ->
     )
 
 
+def report_of(facts: CycleFacts) -> CycleReport:
+    return CycleReport(facts.rows, int(facts.accepted.sum()), facts.num_nodes, lambda: facts)
+
+
 def run_cycles(plan: AutoPlan, num_accepted: int, count: int) -> list[bool]:
     """Whether each of the next cycles drafts; those that do have this many draft tokens accepted."""
     drafts = []
     for _ in range(count):
         drafts.append(plan.next(longest=10).depth > 0)
         if drafts[-1]:
-            plan.learn(chain_facts(num_accepted))
+            plan.learn(report_of(chain_facts(num_accepted)))
     return drafts
 
 
@@ -104,9 +108,9 @@ def test_the_next_request_starts_where_the_last_one_ended() -> None:
 
 def test_short_generations_teach_as_a_long_one_does() -> None:
     long, short = Experience(), Experience()
-    run_cycles(auto_plan(1, long), num_accepted=3, count=2 * LESSON)
+    run_cycles(auto_plan(1, long), num_accepted=3, count=2 * STUDIED * LESSON)
     for _ in range(4):
-        run_cycles(auto_plan(1, short), num_accepted=3, count=LESSON // 2)
+        run_cycles(auto_plan(1, short), num_accepted=3, count=STUDIED * LESSON // 2)
     auto_plan(1, short)  # the next one begins with what is left over
     assert short.acceptance.as_dict() == long.acceptance.as_dict() != Experience().acceptance.as_dict()
 
@@ -127,8 +131,8 @@ def test_lookups_are_paused_while_the_draft_knows_as_much(brings: bool) -> None:
     looked_up = []
     for _ in range(200):
         looked_up.append(plan.next(longest=10).lookup_depth > 0)
-        plan.learn(facts)
-    assert looked_up[:LOOKUP_TRIAL] == [True] * LOOKUP_TRIAL
+        plan.learn(report_of(facts))
+    assert looked_up[: STUDIED * LOOKUP_TRIAL] == [True] * (STUDIED * LOOKUP_TRIAL)
     assert all(looked_up) if brings else sum(looked_up) < 60
 
 
@@ -139,7 +143,7 @@ def test_every_tree_has_one_of_the_fixed_shapes_and_the_best_is_found() -> None:
     for _ in range(60):
         cycle = plan.next(longest=10)
         seen.add(cycle)
-        plan.learn(chain_facts(num_accepted=4, depth=min(cycle.depth, 4), probability=0.95))
+        plan.learn(report_of(chain_facts(num_accepted=4, depth=min(cycle.depth, 4), probability=0.95)))
     assert plan.next(longest=10) == TreePlan.parse("chain:4")
     assert seen <= {TreePlan.parse(shape) for shape in shapes}
     assert plan.num_parents(torch.tensor([[-50.0]]), depth=1) == 1
@@ -154,7 +158,7 @@ def test_a_lookup_does_not_hide_that_a_deeper_shape_would_bring_more() -> None:
         facts = chain_facts(num_accepted=2, depth=2, probability=0.95)
         for _ in range(3):
             plan.next(longest=10)
-            plan.learn(dataclasses.replace(facts, max_depth=max(2, lookup_depth)))
+            plan.learn(report_of(dataclasses.replace(facts, max_depth=max(2, lookup_depth))))
         assert plan.next(longest=10) == TreePlan.parse("tree:4x6x24")
 
 

@@ -5,6 +5,7 @@ more than the rate reached so far (a level, a node), and drafts nothing where th
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from draftwing.decoding.acceptance import EDGES, NUM_DEPTHS
 from draftwing.decoding.costs import CycleCosts
 from draftwing.decoding.experience import Experience
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.tree import CycleFacts, join_outcomes
+from draftwing.decoding.tree import CycleFacts, CycleReport, join_outcomes
 
 REQUEST_MEMORY = 30.0
 """Expected acceptances per bin that a request takes over from those before it."""
@@ -24,16 +25,18 @@ TRIAL = 4
 """Cycles that speculation is tried for before it is judged."""
 SWITCH_GAIN = 1.03
 """What another fixed shape must promise before it replaces the present one."""
-LESSON = 8
-"""Cycles after which what was learnt is put to use."""
+STUDIED = 2
+"""Of so many cycles one is learnt from."""
+LESSON = 4
+"""Studied cycles after which what was learnt is put to use."""
 FEW_NODES = 16
 """Nodes over which the seconds of one more are averaged where it is not known yet how many there will be."""
 CONTEXT_STEP = 64
 """Tokens after which the costs are looked up anew."""
 LOOKUP_SHARE = 0.03
 """Share of the tokens that lookups alone must bring: about their share of a cycle's seconds."""
-LOOKUP_TRIAL = 12
-"""Cycles that lookups are tried for before they are judged."""
+LOOKUP_TRIAL = 6
+"""Studied cycles that lookups are tried for before they are judged."""
 
 
 class AutoPlan:
@@ -92,12 +95,14 @@ class AutoPlan:
         """Of how many nodes at `depth`, with these scores `[B, K]`, the children bring most beyond their seconds."""
         if self._shapes:
             return scores.shape[1]
-        # Numbers of Python: the levels are so narrow that arrays would take longer.
-        tokens, rate = self._tokens_of(scores).tolist(), self._rate
-        continuation = float(self._continuation[min(depth + 1, NUM_DEPTHS) - 1])
+        # Numbers of Python: a level is so narrow that arrays would take longer.
+        rows, rate = scores.tolist(), self._rate
+        if len(self._running) < self._batch_size:
+            rows = [rows[row] for row in self._running]
+        share = self._batch_size / len(rows) * self._continuation[min(depth + 1, NUM_DEPTHS) - 1]
         best, best_gain, total = 0, 0.0, 0.0
-        for count, (expected, seconds) in enumerate(zip(tokens, self._step_seconds, strict=False), 1):
-            total += max(expected * continuation - rate * self._few_seconds, 0.0)
+        for count, (column, seconds) in enumerate(zip(zip(*rows, strict=True), self._step_seconds, strict=False), 1):
+            total += max(share * sum(map(math.exp, column)) - rate * self._few_seconds, 0.0)
             if total - rate * seconds > best_gain:
                 best, best_gain = count, total - rate * seconds
         if best:
@@ -108,30 +113,27 @@ class AutoPlan:
         """How many of the candidates with these scores `[B, M]` bring enough for their seconds, the root included."""
         if self._shapes:
             return limit
-        tokens = self._tokens_of(scores.sort(dim=1, descending=True).values[:, : limit - 1]).numpy()
+        values = scores.numpy()
+        if len(self._running) < self._batch_size:  # rows that have ended count as the mean of the others
+            values = values[self._running]
+        ordered = np.sort(values, axis=1)[:, ::-1][:, : limit - 1]
+        tokens = np.exp(ordered).sum(0) * (self._batch_size / len(values))
         return 1 + max(1, int((tokens > self._rate * self._node_seconds[: len(tokens)]).sum()))
 
-    def _tokens_of(self, scores: torch.Tensor) -> torch.Tensor:
-        """Tokens `[M]` that the rows' best nodes bring, their second best, ..., from sorted scores `[B, M]`.
-
-        Rows that have ended count as much as the mean of the others, as they do in the rate.
-        """
-        if len(self._running) < self._batch_size:
-            scores = scores[self._running]
-        return scores.exp().sum(0).mul_(self._batch_size / len(scores))
-
-    def learn(self, facts: CycleFacts) -> None:
-        """Take in what became of a cycle's tree."""
-        self._running = facts.rows
-        self._experience.outcomes.append(facts.outcomes())
+    def learn(self, report: CycleReport) -> None:
+        """Take in what became of a cycle's tree; only every few are looked at closely, which takes time."""
+        self._running = report.rows
         fade = 1 - 1 / RATE_MEMORY
-        self._tokens = self._tokens * fade + float(facts.accepted.sum()) * self._batch_size / len(facts.rows)
-        self._seconds = self._seconds * fade + self._tree_seconds[facts.num_nodes] + self._levels_seconds
+        self._tokens = self._tokens * fade + report.num_tokens * self._batch_size / len(report.rows)
+        self._seconds = self._seconds * fade + self._tree_seconds[report.num_nodes] + self._levels_seconds
         self._num_cycles += 1
-        if self._looks_up:
-            self._judge_lookups(facts)
-        if self._shapes:
-            self._weigh_shapes(facts)
+        if self._num_cycles % STUDIED == 0:
+            facts = report.facts()
+            self._experience.outcomes.append(facts.outcomes())
+            if self._looks_up:
+                self._judge_lookups(facts)
+            if self._shapes:
+                self._weigh_shapes(facts)
         if self._num_cycles >= TRIAL:
             self._judge()
         if len(self._experience.outcomes) >= LESSON:
@@ -188,12 +190,12 @@ class AutoPlan:
             self._experience.acceptance.update(outcomes)
             self._experience.outcomes.clear()
         self._correction = torch.tensor(self._table.correction, dtype=torch.float32, device=self._edges.device)
-        self._continuation = self._table.continuation
+        self._continuation = self._table.continuation.tolist()
 
     def _weigh_shapes(self, facts: CycleFacts) -> None:
         """Estimate what each shape would have brought, and take the one with the best rate."""
         drafted_depth = min(self._shape.depth, facts.max_depth)  # a looked-up continuation may lie deeper
-        continuation = float(self._continuation[min(drafted_depth, NUM_DEPTHS) - 1])
+        continuation = self._continuation[min(drafted_depth, NUM_DEPTHS) - 1]
         for shape in self._shapes:
             brought = _expected_tokens(facts, drafted_depth, shape, continuation)
             self._values[shape] = brought + (self._values.get(shape, brought) - brought) * (1 - 1 / RATE_MEMORY)

@@ -20,7 +20,7 @@ from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.statistics import STAGES
 from draftwing.decoding.stopping import StopRule
-from draftwing.decoding.tree import CycleFacts
+from draftwing.decoding.tree import CycleReport
 from draftwing.models.target import TargetModel
 
 NUM_NODES = (2, 4, 8, 16, 32, 64)
@@ -192,7 +192,7 @@ class _Schedule:
     def next(self, longest: int) -> TreePlan:
         return next(self._turns)
 
-    def learn(self, facts: CycleFacts) -> None:
+    def learn(self, report: CycleReport) -> None:
         pass
 
 

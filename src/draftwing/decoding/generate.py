@@ -11,7 +11,7 @@ from draftwing.decoding.plan import Plan
 from draftwing.decoding.sampling import Sampler, SamplingParams, uncoupled_rank
 from draftwing.decoding.statistics import StageClock, Statistics
 from draftwing.decoding.stopping import StopRule
-from draftwing.decoding.tree import Array, DraftTree, Verdict, facts_of, read_cycle, walk
+from draftwing.decoding.tree import Array, CycleReport, DraftTree, Verdict, read_cycle, walk
 from draftwing.models.target import TargetModel
 
 PREFILL_CHUNK = 512
@@ -144,9 +144,10 @@ class Generation:
         """`[B, 1 + L]` on the host: accepted draft tokens and tokens to emit. A plan that learns is told the rest."""
         if not self._plan.learns or tree.max_depth == 0:
             return torch.cat((verdict.num_accepted[:, None], verdict.tokens), dim=1).numpy(force=True)
-        result, parts = read_cycle(tree, verdict)
-        running = [row for row, output in enumerate(self.outputs) if output.finish_reason is None]
-        self._plan.learn(facts_of(parts, np.array(running), tree.max_depth))
+        result, facts_of_rows = read_cycle(tree, verdict)
+        rows = np.array([row for row, output in enumerate(self.outputs) if output.finish_reason is None])
+        num_tokens = int(result[rows, 0].sum()) + len(rows)
+        self._plan.learn(CycleReport(rows, num_tokens, tree.num_nodes, lambda: facts_of_rows(rows)))
         return result
 
     def _prefill(self, prompts: list[list[int]]) -> torch.Tensor:

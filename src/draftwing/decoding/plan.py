@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from draftwing.decoding.tree import CycleFacts
+from draftwing.decoding.tree import CycleReport
 
 RankPath = tuple[int, ...]
 
@@ -78,7 +78,7 @@ class Plan(Protocol):
     def next(self, longest: int) -> "TreePlan":
         """The next cycle's plan, given the committed tokens of the longest row."""
 
-    def learn(self, facts: CycleFacts) -> None:
+    def learn(self, report: CycleReport) -> None:
         """Take in what became of the cycle's tree."""
 
 
@@ -149,7 +149,7 @@ class TreePlan:
     def next(self, longest: int) -> "TreePlan":
         return self
 
-    def learn(self, facts: CycleFacts) -> None:
+    def learn(self, report: CycleReport) -> None:
         pass
 
     @property

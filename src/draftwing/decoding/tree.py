@@ -4,7 +4,7 @@ Acceptance is one rule for every method: the target chooses its own token at eac
 parent is and the parent's chosen token is this node's token. The last accepted node's choice is the bonus token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -259,23 +259,36 @@ class CycleFacts:
         return Outcomes(self.accepted[tried], depths, self.log_probs[tried], np.nonzero(has_children)[1])
 
 
-def read_cycle(tree: DraftTree, verdict: Verdict) -> tuple[Array, tuple[Array, ...]]:
-    """Copy a cycle's result to the host in one go: `[B, 1 + L]`, and the six `[B, N]` that CycleFacts is made of.
+@dataclass(frozen=True)
+class CycleReport:
+    """What a cycle brought to the running `rows [R]`: `num_tokens` over all of them, from trees of `num_nodes`.
 
-    The result is accepted draft tokens and tokens to emit.
+    `facts()` are worked out when they are asked for.
+    """
+
+    rows: Array
+    num_tokens: int
+    num_nodes: int
+    facts: Callable[[], CycleFacts]
+
+
+def read_cycle(tree: DraftTree, verdict: Verdict) -> tuple[Array, Callable[[Array], CycleFacts]]:
+    """Copy a cycle's result to the host in one go: `[B, 1 + L]`, accepted draft tokens and tokens to emit.
+
+    The second value gives the facts of some rows; on a CPU nothing is copied for them before.
     """
     result = torch.cat((verdict.num_accepted[:, None], verdict.tokens), dim=1)
     parts = (verdict.accepted, tree.parents, tree.depths, tree.valid, tree.scores, tree.log_probs)
-    if not result.is_cuda:
-        return result.numpy(), tuple(part.numpy() for part in parts)
+    if result.device.type == "cpu":
+        return result.numpy(), lambda rows: facts_of(tuple(part.numpy() for part in parts), rows, tree.max_depth)
     width, num_nodes = result.shape[1], tree.num_nodes
     values = torch.cat((result.double(), *(part.double() for part in parts)), dim=1).numpy(force=True)
     arrays = np.split(values[:, width:], range(num_nodes, 6 * num_nodes, num_nodes), axis=1)
-    return values[:, :width].astype(np.int64), tuple(arrays)
+    return values[:, :width].astype(np.int64), lambda rows: facts_of(tuple(arrays), rows, tree.max_depth)
 
 
 def facts_of(parts: tuple[Array, ...], rows: Array, max_depth: int) -> CycleFacts:
-    """The facts of some rows from what `read_cycle` gave."""
+    """The facts of some rows, from accepted, parents, depths, valid, scores and log_probs of all, `[B, N]` each."""
     if len(rows) < len(parts[0]):
         parts = tuple(part[rows] for part in parts)
     accepted, parents, depths, valid, scores, log_probs = parts

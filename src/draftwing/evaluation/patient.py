@@ -15,6 +15,7 @@ from draftwing.decoding.drafters.draft_model import DraftModelDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.evaluation.replay import Recording, Trace, replay
 from draftwing.evaluation.suspects import Suspect, head_suspects, precision_suspects
+from draftwing.models.fused import pack_target
 from draftwing.models.packed import pack_linears
 from draftwing.models.target import TargetModel
 
@@ -52,8 +53,7 @@ class Patient:
             return head
         model = load_draft(self.name, self.target, dtype, self.options, self._tokenizer)
         assert isinstance(model, TargetModel)
-        pack_linears(model.model)
-        return model
+        return pack_target(model)
 
     def suspects(self, longest: int) -> list[Suspect]:
         """What to try, on rows of at most so many tokens."""

@@ -13,8 +13,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from draftwing.models.layers import grouped_attention
-from draftwing.models.packed import PackedLinear, PackedProduct
-from draftwing.models.target import ATTENTION, TargetModel, TargetOutput, TreePass, attention_windows
+from draftwing.models.packed import PackedLinear, PackedProduct, pack_linears
+from draftwing.models.target import ATTENTION, Role, TargetModel, TargetOutput, TreePass, attention_windows
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -72,11 +72,17 @@ def _is_packed(layer: Any) -> bool:
     )
 
 
+def pack_target(target: TargetModel) -> TargetModel:
+    """Pack a model's products in place and, where its pass is known, write that out too."""
+    pack_linears(target.model)
+    return FusedTarget(target.model, target.role) if can_fuse(target.model) else target
+
+
 class FusedTarget(TargetModel):
     """A TargetModel whose pass is written out here. Made from a model for which `can_fuse` holds."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model)
+    def __init__(self, model: PreTrainedModel, role: Role = "target") -> None:
+        super().__init__(model, role)
         decoder: Any = model.model
         self._rotary = decoder.rotary_emb
         self._num_heads, self._num_key_heads = self.config.num_attention_heads, self.config.num_key_value_heads

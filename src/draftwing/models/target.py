@@ -18,6 +18,7 @@ from draftwing.models.logits import LogitTransform
 from draftwing.models.packed import PackedLinear
 
 ATTENTION = "draftwing"
+Role = Literal["target", "draft"]
 TREE_ATTENTIONS = (ATTENTION, "sdpa", "eager")
 LENGTH_DEPENDENT_ROPE = frozenset(("dynamic", "longrope"))
 
@@ -65,9 +66,9 @@ class TargetModel:
             implementation cannot take a tree mask. The message names the reason.
     """
 
-    def __init__(self, model: PreTrainedModel, role: Literal["target", "draft"] = "target") -> None:
+    def __init__(self, model: PreTrainedModel, role: Role = "target") -> None:
         self.model = model
-        self._role = role
+        self.role = role
         self.config = model.config.get_text_config()
         self.device = model.device
         self.dtype = model.dtype
@@ -239,7 +240,7 @@ class TargetModel:
         gap = output.logits.float() - self.logits(output.hidden_states[-1]).float()
         if gap.norm() > 0.01 * output.logits.float().norm():
             raise ValueError(
-                f"{self._role}: {type(self.model).__name__} changes its logits behind the output head in a way that "
+                f"{self.role}: {type(self.model).__name__} changes its logits behind the output head in a way that "
                 "training does not know"
             )
 
@@ -267,19 +268,19 @@ class TargetModel:
         name = type(self.model).__name__
         if getattr(self.model, "_is_stateful", False):
             raise ValueError(
-                f"{self._role}: {name} keeps a recurrent state, which cannot be rolled back after a rejected draft"
+                f"{self.role}: {name} keeps a recurrent state, which cannot be rolled back after a rejected draft"
             )
         if "position_ids" not in inspect.signature(self.model.forward).parameters:
-            raise ValueError(f"{self._role}: {name} takes no position_ids, so tree nodes cannot be placed")
+            raise ValueError(f"{self.role}: {name} takes no position_ids, so tree nodes cannot be placed")
         for rope_type in LENGTH_DEPENDENT_ROPE & _rope_types(self.config):
             raise ValueError(
-                f"{self._role}: {name} has {rope_type!r} positions, which depend on the longest row of a pass, so its "
+                f"{self.role}: {name} has {rope_type!r} positions, which depend on the longest row of a pass, so its "
                 "tokens would depend on the tree and the batch"
             )
         if getattr(self.config, "alibi", False):
-            raise ValueError(f"{self._role}: {name} has alibi position biases, which do not follow a tree's positions")
+            raise ValueError(f"{self.role}: {name} has alibi position biases, which do not follow a tree's positions")
         if "local" in getattr(self.config, "attention_layers", ()):
-            raise ValueError(f"{self._role}: {name} has local attention layers that count slots instead of positions")
+            raise ValueError(f"{self.role}: {name} has local attention layers that count slots instead of positions")
         attention = self.model.config._attn_implementation
         if attention == ATTENTION and not (self.model._supports_attention_backend or self.model._supports_sdpa):
             raise ValueError(f"attn_implementation: {name} has its own attention; load it with 'eager'")
@@ -299,7 +300,7 @@ class TargetModel:
             if keys is None or values is None:
                 name = type(self.model).__name__
                 raise ValueError(
-                    f"{self._role}: layer {index} of {name} keeps a recurrent state, which cannot be rolled back "
+                    f"{self.role}: layer {index} of {name} keeps a recurrent state, which cannot be rolled back "
                     "after a rejected draft"
                 )
             shapes.append(LayerShape(keys.shape[1], keys.shape[-1], values.shape[-1]))
