@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.models.layers import grouped_attention, pack_mask
 from draftwing.models.logits import LogitTransform
-from draftwing.models.packed import PackedLinear
+from draftwing.models.packed import PACKED_DTYPES, PackedLinear
 
 ATTENTION = "draftwing"
 Role = Literal["target", "draft"]
@@ -98,9 +98,10 @@ class TargetModel:
     def best_single_row(self) -> int:
         """How many nodes a pass over one node of one row should be padded to.
 
-        torch's float32 matrix-vector product on a CPU does not use all threads: two rows take half the time of one.
+        On a CPU the product of a single row rounds differently from that of several: in oneDNN, from some 2000 inputs
+        on. And torch's own in float32 does not use all threads: two rows take half the time of one.
         """
-        return 2 if self.device.type == "cpu" and self.dtype == torch.float32 else 1
+        return 2 if self.device.type == "cpu" and self.dtype in PACKED_DTYPES else 1
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
