@@ -1,8 +1,8 @@
 """Linear layers of a frozen model on a CPU, in oneDNN's own weight layout.
 
 Two things that torch's product of a few rows with a plain weight lacks. A row's result has the same bits however many
-rows pass with it, from two on, so that a tree's nodes and plain decoding's token agree to the last bit. And few rows are
-fast: nothing is laid out anew at each call, and all threads work.
+rows pass with it, from two on, so that a tree's nodes and plain decoding's token agree to the last bit. And few rows
+are fast: nothing is laid out anew at each call, and all threads work.
 """
 
 from collections.abc import Sequence
