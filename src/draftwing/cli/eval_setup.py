@@ -113,7 +113,7 @@ def settings_of(
     return {
         "target": options.target,
         "drafts": {name: _stamped(path) for name, path in drafts.items()},
-        "methods": [str(item.spec) for item in wanted],
+        "methods": list(dict.fromkeys(str(item.spec) for item in wanted)),
         "against": options.against,
         "assistant": options.assistant,
         "data": {prompts.name: prompts.fingerprint for prompts in data},
