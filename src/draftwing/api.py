@@ -20,7 +20,7 @@ from draftwing.decoding.acceptance import AcceptanceTable
 from draftwing.decoding.auto_plan import AutoPlan
 from draftwing.decoding.costs import CycleCosts, cached_costs, measure_costs
 from draftwing.decoding.experience import Experience
-from draftwing.decoding.generate import Committed, Generation, Request
+from draftwing.decoding.generate import Committed, Generation, Request, plain_plan
 from draftwing.decoding.options import GenerateOptions
 from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.statistics import Statistics
@@ -150,7 +150,7 @@ class SpeculativeModel:
 
     def costs(self, batch_size: int) -> CycleCosts:
         """What a cycle of so many rows costs with this draft, from this process, the disk's cache or a measurement."""
-        bucket = 1 << (batch_size - 1).bit_length()
+        bucket = _bucket(batch_size)
         costs = self._lessons.costs
         if bucket not in costs:
             assert self.draft is not None
@@ -162,7 +162,7 @@ class SpeculativeModel:
 
     def experience(self, batch_size: int, sampled: bool) -> Experience:
         """What earlier generations with as many rows, and at first the draft's stored counts, teach the next ones."""
-        key = 1 << (batch_size - 1).bit_length(), sampled
+        key = _bucket(batch_size), sampled
         experience = self._lessons.experience
         if key not in experience:
             stored = self._lessons.stored.get("sampled" if sampled else "greedy")
@@ -172,7 +172,7 @@ class SpeculativeModel:
 
     def _plan(self, settings: GenerateOptions, requests: Sequence[Request]) -> Plan:
         batch_size, device = len(requests), self.target.device
-        off = TreePlan.off(self.target.best_single_row if batch_size == 1 else 1)
+        off = plain_plan(self.target, batch_size)
         if settings.ngram and self.method not in EAGLE_METHODS:
             raise ValueError(f"ngram: merges into EAGLE trees; the method is {self.method}")
         if settings.draft_window is not None and self.method not in EAGLE_METHODS:
@@ -269,6 +269,11 @@ def load(
     if draft is None or method in DRAFTLESS_METHODS:
         return SpeculativeModel(loaded, None, tokenizer, method)
     return SpeculativeModel(loaded, tokenizer=tokenizer).with_draft(draft, method, head_options)
+
+
+def _bucket(batch_size: int) -> int:
+    """The next power of two: batches of like size share what was measured and learnt."""
+    return 1 << (batch_size - 1).bit_length()
 
 
 @cache

@@ -65,6 +65,14 @@ class AutoPlan:
         self._edges = torch.tensor(EDGES, dtype=torch.float32, device=device)
         self._shapes, self._shape = tuple(fixed_shapes), largest
         self._values: dict[TreePlan, float] = {}
+        # What `next` gives for each shape, without and with its lookup: made once, not in every cycle.
+        self._sized = {
+            (shape, looks_up): dataclasses.replace(
+                shape, sizing=self, lookup_depth=shape.lookup_depth if looks_up else 0
+            )
+            for shape in {largest, *fixed_shapes}
+            for looks_up in (False, True)
+        }
         self._tokens, self._seconds = 0.0, 0.0  # what speculation has brought and cost of late
         self._running = np.arange(batch_size)
         self._costs_until = self._num_cycles = 0
@@ -83,8 +91,7 @@ class AutoPlan:
             return self._off
         self._levels_seconds = self._costs.levels(self._shape) if self._shapes else 0.0
         self._looks_up = self._shape.lookup_depth > 0 and not self._experience.lookup_pause.goes_on()
-        lookup_depth = self._shape.lookup_depth if self._looks_up else 0
-        return dataclasses.replace(self._shape, sizing=self, lookup_depth=lookup_depth)
+        return self._sized[self._shape, self._looks_up]
 
     def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
         """The drafter's log-probabilities, corrected by how often such nodes at `depth` were accepted."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from draftwing.decoding.generate import DrafterFactory, Generation, Request
+from draftwing.decoding.generate import DrafterFactory, Generation, Request, plain_plan
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.statistics import STAGES
@@ -155,7 +155,7 @@ def measure_costs(
     contexts = sorted({max(1, min(context, limit // 4)) for context in contexts})
     widths = [width for width in WIDTHS if width < largest.width] + [largest.width]
     sizes = [num_nodes for num_nodes in NUM_NODES if num_nodes < largest.num_nodes] + [largest.num_nodes]
-    plans = [TreePlan.off(target.best_single_row if batch_size == 1 else 1)]
+    plans = [plain_plan(target, batch_size)]
     plans += [_shallowest(num_nodes, widths[-1]) for num_nodes in sizes]
     num_steps = max(1, min(STEPS, largest.depth - 1))
     plans += [TreePlan(width, 1 + num_steps, 2) for width in widths]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from draftwing.decoding.drafters import Drafter
-from draftwing.decoding.plan import Plan
+from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.sampling import Sampler, SamplingParams, uncoupled_rank
 from draftwing.decoding.statistics import StageClock, Statistics
 from draftwing.decoding.stopping import StopRule
@@ -166,6 +166,11 @@ class Generation:
             features = self._target.prefill(tokens[:, chunk], num_valid, self._cache, self._drafter.feature_layers)
             self._drafter.observe(following[:, chunk], features, num_valid)
         return tokens.gather(1, lengths[:, None] - 1).squeeze(1)
+
+
+def plain_plan(target: TargetModel, batch_size: int) -> TreePlan:
+    """The plan of plain decoding: a single row is padded, see `TargetModel.best_single_row`."""
+    return TreePlan.off(target.best_single_row if batch_size == 1 else 1)
 
 
 def _check_prompts(target: TargetModel, requests: Sequence[Request]) -> None:

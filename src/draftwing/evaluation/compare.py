@@ -9,6 +9,7 @@ from typing import Any
 from draftwing.decoding.generate import Generation
 from draftwing.decoding.statistics import Statistics
 
+WARM_UP_TOKENS = 8
 Start = Callable[..., Generation]
 """Starts a generation over prompts (lists of token ids) with the options of `generate`."""
 
@@ -160,7 +161,7 @@ def merged(runs: Sequence[Decoded]) -> Statistics:
 
 def warm_up(start: Start, prompt: Sequence[int], max_new_tokens: int, **options: Any) -> None:
     """Decode a few tokens that nobody counts."""
-    timed(start, [prompt], max_new_tokens=min(8, max_new_tokens), **options)
+    timed(start, [prompt], max_new_tokens=min(WARM_UP_TOKENS, max_new_tokens), **options)
 
 
 def timed(start: Start, prompts: Sequence[Sequence[int]], **options: Any) -> tuple[Generation, float]:

@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from draftwing.data.prompts import Prompt
-from draftwing.evaluation.compare import Decode, Decoded, decode_in_turn, merged
+from draftwing.evaluation.compare import WARM_UP_TOKENS, Decode, Decoded, decode_in_turn, merged
 from draftwing.evaluation.journal import Journal, Run
 
 Cell = tuple[str, float, str]
 """Data set, temperature, method: one row of the results."""
-WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from draftwing.decoding.drafters import Drafter, NoDrafter, Ranking
-from draftwing.decoding.generate import PREFILL_CHUNK, DrafterFactory, Generation, Request
+from draftwing.decoding.generate import PREFILL_CHUNK, DrafterFactory, Generation, Request, plain_plan
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import Sampler, SamplingParams, log_probabilities
 from draftwing.decoding.tree import Array
@@ -99,7 +99,7 @@ def record(target: TargetModel, requests: Sequence[Request], feature_layers: Seq
         recorders.append(_Recorder(tuple(feature_layers), batch_size))
         return recorders[0]
 
-    generation = Generation(target, requests, new_recorder, TreePlan.off())
+    generation = Generation(target, requests, new_recorder, plain_plan(target, len(requests)))
     for _ in generation.cycles():
         pass
     tokens = [[*request.prompt, *row.tokens] for request, row in zip(requests, generation.outputs, strict=True)]

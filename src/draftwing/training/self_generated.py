@@ -23,8 +23,7 @@ from draftwing.data.rows import Rejects, made_from, select_rows
 from draftwing.data.shards import check_same_run
 from draftwing.data.sources import RowRef
 from draftwing.decoding.drafters import NoDrafter
-from draftwing.decoding.generate import Generation, Request, RowOutput
-from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.generate import Generation, Request, RowOutput, plain_plan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
 from draftwing.training.checkpoints import write_text
@@ -63,7 +62,7 @@ def write_self_generated(config: TrainConfig) -> dict[str, float]:
     tokenizer = load_tokenizer(config.target)
 
     def start(requests: Sequence[Request]) -> Generation:
-        return Generation(target, requests, lambda rows, capacity: NoDrafter(), TreePlan.off())
+        return Generation(target, requests, lambda rows, capacity: NoDrafter(), plain_plan(target, len(requests)))
 
     return regenerate(config, tokenizer, EngineAnswers(config, tokenizer, start, target.eos_token_ids))
 
