@@ -18,8 +18,9 @@ from draftwing.decoding.drafters.lookahead import LookaheadDrafter
 from draftwing.decoding.drafters.medusa import MedusaDrafter
 from draftwing.decoding.drafters.ngram import NgramDrafter
 from draftwing.decoding.experience import Experience
-from draftwing.decoding.generate import DrafterFactory, Generation, Request
+from draftwing.decoding.generate import Generation, Request
 from draftwing.decoding.plan import Plan, TreePlan
+from draftwing.decoding.rows import DrafterFactory, NewRows, Rows
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
 from draftwing.decoding.tree import DraftTree, Verdict
@@ -229,10 +230,11 @@ def generate(
     drafter: DrafterFactory = no_draft,
     plan: str | Plan = "off",
     coupled: bool = True,
+    new_rows: NewRows = Rows,
 ) -> Generation:
     """Run requests to their end."""
     plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
-    generation = Generation(target, requests, drafter, plan, coupled)
+    generation = Generation(target, requests, drafter, plan, coupled, new_rows)
     for _ in generation.cycles():
         pass
     return generation

@@ -18,11 +18,13 @@ from draftwing.checkpoint.load import (
 from draftwing.config import check_keys
 from draftwing.decoding.acceptance import AcceptanceTable
 from draftwing.decoding.auto_plan import AutoPlan
+from draftwing.decoding.captured import RowsPool
 from draftwing.decoding.costs import CycleCosts, cached_costs, measure_costs
 from draftwing.decoding.experience import Experience
 from draftwing.decoding.generate import Committed, Generation, Request, plain_plan
 from draftwing.decoding.options import GenerateOptions
 from draftwing.decoding.plan import Plan, TreePlan
+from draftwing.decoding.rows import NewRows, Rows
 from draftwing.decoding.statistics import Statistics
 from draftwing.methods import (
     DRAFTLESS_METHODS,
@@ -64,7 +66,10 @@ class GenerateOutput:
 
 
 class SpeculativeModel:
-    """A target that generates, optionally with a draft (EAGLE or Medusa heads, a smaller model) by one of METHODS."""
+    """A target that generates, optionally with a draft (EAGLE or Medusa heads, a smaller model) by one of METHODS.
+
+    On a CUDA device cycles are captured: recorded once for each shape and replayed, unless `capture` is False.
+    """
 
     def __init__(
         self,
@@ -73,14 +78,18 @@ class SpeculativeModel:
         tokenizer: Any = None,
         method: str | None = None,
         lessons: Lessons | None = None,
+        capture: bool = True,
     ) -> None:
         self.target, self.draft, self.tokenizer = target, draft, tokenizer
         self.method = resolve_method(method, draft)
         self._lessons = lessons or Lessons()
+        self._captures = capture and target.device.type == "cuda" and not target.is_split
+        self._pools: dict[tuple[bool, int | None], RowsPool] = {}  # by what else a drafter is made with
 
     def with_method(self, method: str) -> "SpeculativeModel":
         """The same weights, decoding another way."""
-        return SpeculativeModel(self.target, self.draft, self.tokenizer, method, Lessons(self._lessons.stored))
+        lessons = Lessons(self._lessons.stored)
+        return SpeculativeModel(self.target, self.draft, self.tokenizer, method, lessons, self._captures)
 
     def with_draft(
         self,
@@ -94,7 +103,8 @@ class SpeculativeModel:
             drafting = pack_target(drafting)
         else:
             pack_linears(drafting)
-        return SpeculativeModel(self.target, drafting, self.tokenizer, method, Lessons(read_acceptance(draft)))
+        lessons = Lessons(read_acceptance(draft))
+        return SpeculativeModel(self.target, drafting, self.tokenizer, method, lessons, self._captures)
 
     def generate(
         self,
@@ -128,7 +138,11 @@ class SpeculativeModel:
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any
     ) -> Iterator[Committed]:
         """Generate as `generate` does, yielding the tokens that each cycle commits, per row."""
-        yield from self.start(unpad(input_ids, attention_mask), **options).cycles()
+        generation = self.start(unpad(input_ids, attention_mask), **options)
+        try:
+            yield from generation.cycles()
+        finally:
+            generation.close()
 
     def start(self, prompts: Sequence[Sequence[int]], **options: Any) -> Generation:
         """A generation over prompts given as token ids, prefilled and ready to cycle."""
@@ -146,7 +160,10 @@ class SpeculativeModel:
         self._check_draft_positions(longest)
         plan = self._plan(settings, requests)
         factory = drafter_factory(self.method, self.draft, self.target, settings.ngram, settings.draft_window)
-        return Generation(self.target, requests, factory, plan, settings.coupled)
+        new_rows: NewRows = Rows
+        if self._captures:
+            new_rows = self._pools.setdefault((settings.ngram, settings.draft_window), RowsPool()).take
+        return Generation(self.target, requests, factory, plan, settings.coupled, new_rows)
 
     def costs(self, batch_size: int) -> CycleCosts:
         """What a cycle of so many rows costs with this draft, from this process, the disk's cache or a measurement."""
@@ -157,7 +174,10 @@ class SpeculativeModel:
             largest = tree_shapes(self.draft, self.target)[-1]
             factory = drafter_factory(self.method, self.draft, self.target)
             key = self._identity() | {"batch_size": bucket, "largest": repr(largest)}
-            costs[bucket] = cached_costs(key, lambda: measure_costs(self.target, factory, bucket, largest))
+            new_rows = RowsPool().take if self._captures else Rows
+            costs[bucket] = cached_costs(
+                key, lambda: measure_costs(self.target, factory, bucket, largest, new_rows=new_rows)
+            )
         return costs[bucket]
 
     def experience(self, batch_size: int, sampled: bool) -> Experience:
@@ -206,6 +226,7 @@ class SpeculativeModel:
         assert self.draft is not None
         draft = self.draft.config.to_dict() if isinstance(self.draft, TargetModel) else vars(self.draft.config)
         where = {"on": str(self.target.device), "dtype": str(self.target.dtype), "pass": type(self.target).__name__}
+        where["captured"] = str(self._captures)
         where["attention"] = self.target.model.config._attn_implementation  # a user's own model has another
         return _machine() | where | {"target": self.target.config.to_dict(), "draft": draft}
 
@@ -243,6 +264,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     method: str | None = None,
+    capture: bool = True,
     **options: Any,
 ) -> SpeculativeModel:
     """Load a target and a draft, ready to generate.
@@ -255,6 +277,7 @@ def load(
         dtype: of both models, `torch.float32` or "float32"; default: the target file's, but float32 on a CPU that has
             no bf16 products.
         method: one of METHODS; default: what the draft is made for (eagle2 for an EAGLE-1 file).
+        capture: on a CUDA device, record cycles once and replay them (CUDA graphs).
         options: the fields of HeadOptions (`aux_layers`, `rope_theta`, `norm_output`, ...) override what a head's file
             says (see `draftwing inspect`, `draftwing doctor`); others go to transformers' `from_pretrained`.
 
@@ -267,8 +290,8 @@ def load(
     draft = draft and suitable_draft(draft, method)
     tokenizer = load_tokenizer(target)
     if draft is None or method in DRAFTLESS_METHODS:
-        return SpeculativeModel(loaded, None, tokenizer, method)
-    return SpeculativeModel(loaded, tokenizer=tokenizer).with_draft(draft, method, head_options)
+        return SpeculativeModel(loaded, None, tokenizer, method, capture=capture)
+    return SpeculativeModel(loaded, tokenizer=tokenizer, capture=capture).with_draft(draft, method, head_options)
 
 
 def _bucket(batch_size: int) -> int:

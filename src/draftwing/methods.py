@@ -7,8 +7,8 @@ from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.drafters.lookahead import LookaheadDrafter
 from draftwing.decoding.drafters.medusa import MedusaDrafter
 from draftwing.decoding.drafters.ngram import NgramDrafter
-from draftwing.decoding.generate import DrafterFactory
 from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.rows import DrafterFactory
 from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel

@@ -8,8 +8,8 @@ from conftest import auto_plan, eagle, eagle_with_ngram, generate, ngram, reques
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.decoding.drafters import ngram as ngram_module
-from draftwing.decoding.generate import DrafterFactory
 from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.rows import DrafterFactory
 from draftwing.decoding.tree import Candidates, Overlap
 from draftwing.models.target import TargetModel
 

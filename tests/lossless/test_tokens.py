@@ -21,7 +21,7 @@ from conftest import (
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.decoding.experience import Experience, Pause
-from draftwing.decoding.generate import DrafterFactory
+from draftwing.decoding.rows import DrafterFactory
 from draftwing.decoding.sampling import Noise, SamplingParams
 from draftwing.models import target as target_module
 from draftwing.models.kv_cache import KVCache
@@ -213,7 +213,7 @@ def test_rows_may_differ_in_their_parameters(
 def test_prompts_longer_than_a_prefill_chunk(
     target: TargetModel, heads: dict[str, DraftNetwork], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("draftwing.decoding.generate.PREFILL_CHUNK", 4)
+    monkeypatch.setattr("draftwing.decoding.rows.PREFILL_CHUNK", 4)
     prompts = [[1 + i % 60 for i in range(length)] for length in (4, 5, 6, 21)]
     requests = requests_for(prompts)
     chunked = run(target, requests, eagle(heads["eagle3"]), "tree:4x4x16")
@@ -225,7 +225,7 @@ def test_prompts_longer_than_a_prefill_chunk(
 
 
 def break_acceptance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("draftwing.decoding.generate.walk", accept_always)
+    monkeypatch.setattr("draftwing.decoding.rows.walk", accept_always)
 
 
 def break_cache(monkeypatch: pytest.MonkeyPatch) -> None:

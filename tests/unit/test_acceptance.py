@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from draftwing.decoding.acceptance import MEMORY, AcceptanceTable
-from draftwing.decoding.tree import CycleFacts, Outcomes
+from draftwing.decoding.readback import CycleFacts, Outcomes
 
 
 def outcomes(accepted: list[bool], probability: float = 0.5, num_cycles: int = 1) -> Outcomes:

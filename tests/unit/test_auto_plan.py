@@ -11,7 +11,7 @@ from draftwing.decoding.acceptance import EDGES
 from draftwing.decoding.auto_plan import LESSON, LOOKUP_TRIAL, STUDIED, TRIAL, AutoPlan
 from draftwing.decoding.experience import LONGEST_PAUSE, Experience
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.tree import CycleFacts, CycleReport
+from draftwing.decoding.readback import CycleFacts, CycleReport
 
 
 def chain_facts(num_accepted: int, depth: int = 4, probability: float = 0.75) -> CycleFacts:
@@ -146,8 +146,9 @@ def test_every_tree_has_one_of_the_fixed_shapes_and_the_best_is_found() -> None:
         plan.learn(report_of(chain_facts(num_accepted=4, depth=min(cycle.depth, 4), probability=0.95)))
     assert plan.next(longest=10) == TreePlan.parse("chain:4")
     assert seen <= {TreePlan.parse(shape) for shape in shapes}
-    assert plan.num_parents(torch.tensor([[-50.0]]), depth=1) == 1
-    assert plan.num_nodes(torch.tensor([[-50.0]]), limit=7) == 7
+    sizing = plan.next(longest=10).sizing
+    assert sizing.num_parents(torch.tensor([[-50.0]]), depth=1) == 1
+    assert sizing.num_nodes(torch.tensor([[-50.0]]), limit=7) == 7
 
 
 def test_a_lookup_does_not_hide_that_a_deeper_shape_would_bring_more() -> None:

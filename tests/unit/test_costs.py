@@ -30,7 +30,7 @@ def test_a_steps_seconds_are_taken_from_levels_that_a_draft_has(
     """Medusa's trees end with its heads: deeper plans would spread fewer levels over more steps."""
 
     def stage_seconds(*arguments: Any) -> list[dict[str, float]]:
-        plans = arguments[4]
+        plans = arguments[1]
         return [dict.fromkeys(STAGES, 1.0) | {"draft": 1.0 + min(plan.depth, depth)} for plan in plans]
 
     monkeypatch.setattr("draftwing.decoding.costs._stage_seconds", stage_seconds)

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from draftwing.config import TrainConfig
 from draftwing.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
-from draftwing.decoding.generate import DrafterFactory, Generation, Request
+from draftwing.decoding.generate import Generation, Request
 from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.rows import DrafterFactory
 from draftwing.models.target import TargetModel
 from draftwing.training.self_generated import EngineAnswers, Shard, StartGeneration, read_prompts, regenerate
 

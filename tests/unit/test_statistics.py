@@ -1,5 +1,7 @@
 """Acceptance figures: tau counts emitted tokens, rates are conditional on the parent."""
 
+import math
+
 import pytest
 import torch
 
@@ -93,6 +95,12 @@ class FakeEvent:
         assert stream == "the device's stream"
         self.time = self._times.pop(0)
 
+    def query(self) -> bool:
+        return self.time < math.inf
+
+    def synchronize(self) -> None:
+        self.time = min(self.time, 9.0)
+
     def elapsed_time(self, end: "FakeEvent") -> float:
         return 1000 * (end.time - self.time)
 
@@ -128,3 +136,20 @@ def test_on_a_gpu_the_hosts_own_work_is_its_share(monkeypatch: pytest.MonkeyPatc
     clock.settle()
     assert statistics.seconds["verify"] == pytest.approx(3.0)
     assert statistics.total_seconds == pytest.approx(4.0)
+
+
+def test_a_stage_that_the_device_is_still_at_counts_with_the_next_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
+    host_times, device_times = [0.0, 1.0, 1.0, 1.1, 1.1, 4.0], [0.0, 3.0, 3.0, math.inf, math.inf]
+    monkeypatch.setattr("draftwing.decoding.statistics.time.perf_counter", lambda: host_times.pop(0))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(device_times))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the device's stream")
+    statistics = Statistics()
+    clock = StageClock(statistics, torch.device("cuda"))
+    for name in ("verify", "commit", "host"):
+        with clock.stage(name):
+            pass
+    clock.settle()
+    assert statistics.seconds["verify"] == pytest.approx(3.0)
+    assert statistics.seconds["commit"] == 0.0
+    clock.settle(wait=True)
+    assert statistics.seconds["commit"] == pytest.approx(6.0)

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
-from draftwing.decoding.tree import Array, Outcomes
+from draftwing.decoding.plan import FixedSize
+from draftwing.decoding.readback import Array, Outcomes
 
 EDGES = np.log([0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97])
 """Between the bins of a node's log-probability given its parent."""
@@ -15,6 +17,22 @@ TRUST = 2.0
 """Accepted nodes that a bin must have been wrong by before its correction outweighs the drafter's own word."""
 MEMORY = 400.0
 """Expected acceptances a bin remembers; older ones fade."""
+
+
+class CalibratedSize(FixedSize):
+    """A plan's own shape, with the drafter's probabilities corrected by a table; kept on a device, in one place."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._edges = torch.tensor(EDGES, dtype=torch.float32, device=device)
+        self._correction = torch.zeros(NUM_DEPTHS, len(EDGES) + 1, device=device)
+
+    def learn(self, table: "AcceptanceTable") -> None:
+        """Correct as this table says from now on."""
+        self._correction.copy_(torch.from_numpy(table.correction), non_blocking=True)
+
+    def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
+        correction = self._correction[min(depth, NUM_DEPTHS) - 1]
+        return (log_probs + correction[torch.bucketize(log_probs, self._edges)]).clamp(max=-1e-3)
 
 
 class AcceptanceTable:

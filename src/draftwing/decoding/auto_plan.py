@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from draftwing.decoding.acceptance import EDGES, NUM_DEPTHS
+from draftwing.decoding.acceptance import NUM_DEPTHS, CalibratedSize
 from draftwing.decoding.costs import CycleCosts
 from draftwing.decoding.experience import Experience
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.tree import CycleFacts, CycleReport, join_outcomes
+from draftwing.decoding.readback import CycleFacts, CycleReport, join_outcomes
 
 REQUEST_MEMORY = 30.0
 """Expected acceptances per bin that a request takes over from those before it."""
@@ -44,7 +44,7 @@ class AutoPlan:
 
     `largest` bounds the trees. Without `fixed_shapes`, levels and nodes are decided tree by tree, which reads scores
     while a tree grows: free on a CPU. With them every tree has one of these shapes (`largest` among them), so that each
-    can be captured, and the drafter is asked nothing.
+    can be captured, and growth asks for the worth of nodes alone.
     """
 
     learns = True
@@ -62,13 +62,17 @@ class AutoPlan:
         self.largest = largest
         self._all_costs, self._experience, self._batch_size, self._off = costs, experience, batch_size, off
         self._table = experience.acceptance.copy(REQUEST_MEMORY)
-        self._edges = torch.tensor(EDGES, dtype=torch.float32, device=device)
+        if experience.sizing is None:
+            experience.sizing = CalibratedSize(device)
+        self._calibrated = experience.sizing
         self._shapes, self._shape = tuple(fixed_shapes), largest
         self._values: dict[TreePlan, float] = {}
         # What `next` gives for each shape, without and with its lookup: made once, not in every cycle.
         self._sized = {
             (shape, looks_up): dataclasses.replace(
-                shape, sizing=self, lookup_depth=shape.lookup_depth if looks_up else 0
+                shape,
+                sizing=self._calibrated if fixed_shapes else self,
+                lookup_depth=shape.lookup_depth if looks_up else 0,
             )
             for shape in {largest, *fixed_shapes}
             for looks_up in (False, True)
@@ -95,13 +99,10 @@ class AutoPlan:
 
     def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
         """The drafter's log-probabilities, corrected by how often such nodes at `depth` were accepted."""
-        correction = self._correction[min(depth, NUM_DEPTHS) - 1]
-        return (log_probs + correction[torch.bucketize(log_probs, self._edges)]).clamp(max=-1e-3)
+        return self._calibrated.worth(log_probs, depth)
 
     def num_parents(self, scores: torch.Tensor, depth: int) -> int:
         """Of how many nodes at `depth`, with these scores `[B, K]`, the children bring most beyond their seconds."""
-        if self._shapes:
-            return scores.shape[1]
         # Numbers of Python: a level is so narrow that arrays would take longer.
         rows, rate = scores.tolist(), self._rate
         if len(self._running) < self._batch_size:
@@ -118,8 +119,6 @@ class AutoPlan:
 
     def num_nodes(self, scores: torch.Tensor, limit: int) -> int:
         """How many of the candidates with these scores `[B, M]` bring enough for their seconds, the root included."""
-        if self._shapes:
-            return limit
         values = scores.numpy()
         if len(self._running) < self._batch_size:  # rows that have ended count as the mean of the others
             values = values[self._running]
@@ -196,7 +195,7 @@ class AutoPlan:
             self._table.update(outcomes)
             self._experience.acceptance.update(outcomes)
             self._experience.outcomes.clear()
-        self._correction = torch.tensor(self._table.correction, dtype=torch.float32, device=self._edges.device)
+        self._calibrated.learn(self._table)
         self._continuation = self._table.continuation.tolist()
 
     def _weigh_shapes(self, facts: CycleFacts) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from draftwing.decoding.generate import DrafterFactory, Generation, Request, plain_plan
+from draftwing.decoding.generate import Generation, Request, plain_plan
 from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.readback import CycleReport
+from draftwing.decoding.rows import DrafterFactory, NewRows, Rows
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.statistics import STAGES
 from draftwing.decoding.stopping import StopRule
-from draftwing.decoding.tree import CycleReport
 from draftwing.models.target import TargetModel
 
 NUM_NODES = (2, 4, 8, 16, 32, 64)
@@ -145,6 +146,7 @@ def measure_costs(
     largest: TreePlan,
     cycles: int = 10,
     contexts: Sequence[int] = CONTEXTS,
+    new_rows: NewRows = Rows,
 ) -> CycleCosts:
     """Time the engine's own stages with the plans that tell them apart, up to the largest.
 
@@ -161,7 +163,9 @@ def measure_costs(
     plans += [TreePlan(width, 1 + num_steps, 2) for width in widths]
     measured: dict[str, list[Any]] = defaultdict(list)
     for context in contexts:
-        plain, *stages = _stage_seconds(target, new_drafter, batch_size, context, plans, cycles)
+        requests, per_plan = _requests(target, batch_size, context, plans, cycles)
+        generation = Generation(target, requests, new_drafter, _Schedule(plans, per_plan), new_rows=new_rows)
+        plain, *stages = _stage_seconds(generation, plans, per_plan)
         by_nodes, by_width = stages[: len(sizes)], stages[len(sizes) :]
         first = by_nodes[0]
         measured["plain"].append(sum(plain.values()))
@@ -196,15 +200,10 @@ class _Schedule:
         pass
 
 
-def _stage_seconds(
-    target: TargetModel,
-    new_drafter: DrafterFactory,
-    batch_size: int,
-    context: int,
-    plans: Sequence[TreePlan],
-    cycles: int,
-) -> list[dict[str, float]]:
-    """Median seconds of each stage of a cycle, for each plan."""
+def _requests(
+    target: TargetModel, batch_size: int, context: int, plans: Sequence[TreePlan], cycles: int
+) -> tuple[list[Request], int]:
+    """Prompts of random text for so many cycles of each plan, or for as many as there are positions for."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(target.vocab_size, (batch_size, context), generator=generator).tolist()
     # Every plan gets its cycles even if all drafts are accepted, but for targets of a hundred positions or fewer.
@@ -212,8 +211,11 @@ def _stage_seconds(
     most_tokens = sum(plan.depth + 1 for plan in plans)
     per_plan = max(2, min(cycles + WARM_UP, room // most_tokens))
     stop = StopRule(min(room, per_plan * most_tokens), ())
-    requests = [Request(prompt, SamplingParams(), stop) for prompt in prompts]
-    generation = Generation(target, requests, new_drafter, _Schedule(plans, per_plan))
+    return [Request(prompt, SamplingParams(), stop) for prompt in prompts], per_plan
+
+
+def _stage_seconds(generation: Generation, plans: Sequence[TreePlan], per_plan: int) -> list[dict[str, float]]:
+    """Median seconds of each stage of a cycle, for each of the plans, which have so many cycles each."""
     clock = [dict(generation.statistics.seconds)]
     for _ in itertools.islice(generation.cycles(), per_plan * len(plans)):
         clock.append(dict(generation.statistics.seconds))

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from draftwing.decoding.acceptance import AcceptanceTable
-from draftwing.decoding.tree import Outcomes
+from draftwing.decoding.acceptance import AcceptanceTable, CalibratedSize
+from draftwing.decoding.readback import Outcomes
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 16, 1024
 """Cycles of a pause."""
@@ -40,5 +40,7 @@ class Experience:
     """Speculation's tokens per second over plain decoding's; at first a hope that makes it worth a trial."""
     outcomes: list[Outcomes] = field(default_factory=list)
     """Cycles that no lesson was drawn from yet; a short generation leaves them to the next."""
+    sizing: CalibratedSize | None = None
+    """What judges nodes on the device, for trees of a fixed shape; cycles that were captured read from it."""
     pause: Pause = field(default_factory=Pause)
     lookup_pause: Pause = field(default_factory=Pause)

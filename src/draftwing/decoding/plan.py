@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from draftwing.decoding.tree import CycleReport
+from draftwing.decoding.readback import CycleReport
 
 RankPath = tuple[int, ...]
 

@@ -90,6 +90,11 @@ class Noise:
                 self._window[row, positions % self._window.shape[1]] = rows
                 self._filled_to[row] = start + self._num_ahead
 
+    def take_over(self, other: "Noise") -> None:
+        """Give the noise of another's seeds from now on, from the same storage."""
+        self._seeds.copy_(other._seeds)
+        self._filled_to = [0] * len(self._filled_to)
+
     def at(self, positions: torch.Tensor) -> torch.Tensor:
         """Noise rows `[B, P, V]` of `positions [B, P]`, which must have been reserved."""
         rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
@@ -119,6 +124,30 @@ def _hash32(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
+@dataclass(frozen=True)
+class SamplingWork:
+    """What some row of a batch asks for; a cycle does nothing else."""
+
+    draws: bool
+    has_bias: bool
+    has_penalty: bool
+    has_top_k: bool
+    has_top_p: bool
+    has_min_p: bool
+
+    @staticmethod
+    def of(params: Sequence[SamplingParams]) -> "SamplingWork":
+        """The work for rows with these parameters."""
+        return SamplingWork(
+            draws=any(p.temperature > 0 for p in params),
+            has_bias=any(p.logit_bias for p in params),
+            has_penalty=any(p.repetition_penalty != 1 for p in params),
+            has_top_k=any(p.top_k for p in params),
+            has_top_p=any(p.top_p < 1 for p in params),
+            has_min_p=any(p.min_p > 0 for p in params),
+        )
+
+
 class Sampler:
     """Chooses the target's token at every node for B rows with their own parameters.
 
@@ -136,13 +165,18 @@ class Sampler:
         self._is_greedy = (self._temperature == 0).squeeze(-1)
         self._bias = _bias_matrix(params, vocab_size, device)
         self._seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
-        # Facts known on the host, so that a cycle does only the work that some row asks for.
-        self._any_sampled = any(p.temperature > 0 for p in params)
-        self._any_penalty = any(p.repetition_penalty != 1 for p in params)
-        self._any_top_k, self._any_top_p = any(p.top_k for p in params), any(p.top_p < 1 for p in params)
-        self._any_min_p = any(p.min_p > 0 for p in params)
+        self.work = SamplingWork.of(params)
         seeds = [p.seed for p in params]
-        self._noise = Noise(seeds, vocab_size, device, depth + 2) if self._any_sampled else None
+        self._noise = Noise(seeds, vocab_size, device, depth + 2) if self.work.draws else None
+
+    def take_over(self, other: "Sampler") -> None:
+        """Serve the rows of another sampler with the same work and depth; all state stays where it lies."""
+        assert self.work == other.work
+        for name, value in vars(other).items():
+            if isinstance(value, torch.Tensor):
+                getattr(self, name).copy_(value)
+        if self._noise is not None and other._noise is not None:
+            self._noise.take_over(other._noise)
 
     def reserve(self, lengths: Sequence[int], depth: int) -> None:
         """Prepare the noise for a tree of `depth` whose roots have positions `lengths`."""
@@ -151,7 +185,7 @@ class Sampler:
 
     def observe(self, tokens: torch.Tensor, num_valid: torch.Tensor) -> None:
         """Record the first `num_valid [B]` of the prompt or emitted tokens `[B, L]`, for the repetition penalty."""
-        if self._any_penalty:
+        if self.work.has_penalty:
             valid = torch.arange(tokens.shape[1], device=tokens.device) < num_valid[:, None]
             counts = torch.zeros(self._seen.shape, dtype=torch.int32, device=tokens.device)
             self._seen |= counts.scatter_add_(1, tokens, valid.int()) > 0
@@ -166,7 +200,7 @@ class Sampler:
         scores = logits if logits.dtype == torch.float64 else logits.float()
         if self._bias is not None:
             scores = scores + self._bias
-        if self._any_penalty:
+        if self.work.has_penalty:
             scores = self._penalise(scores, tree)
         greedy = scores.argmax(-1)
         if self._noise is None:
@@ -210,21 +244,21 @@ class Sampler:
         """Scores / T with everything outside top-k, top-p and min-p at -inf."""
         scores = scores / torch.where(self._temperature == 0, 1.0, self._temperature)
         vocab_size = scores.shape[-1]
-        if self._any_top_k or self._any_top_p:
+        if self.work.has_top_k or self.work.has_top_p:
             ordered = scores.sort(-1, descending=True).values
-            if self._any_top_k:
+            if self.work.has_top_k:
                 last = torch.where(self._top_k == 0, vocab_size, self._top_k).clamp(max=vocab_size) - 1
                 threshold = ordered.gather(-1, last.expand(*scores.shape[:2], 1))
                 scores = scores.masked_fill(scores < threshold, -torch.inf)
                 ordered = ordered.masked_fill(ordered < threshold, -torch.inf)
-            if self._any_top_p:
+            if self.work.has_top_p:
                 probs = ordered.softmax(-1)
                 # A token stays while the tokens before it hold less than top_p; the first always stays.
                 stays = (probs.cumsum(-1) - probs) < self._top_p
                 num_kept = stays.sum(-1, keepdim=True).clamp(min=1)
                 threshold = ordered.gather(-1, num_kept - 1)
                 scores = scores.masked_fill((scores < threshold) & (self._top_p < 1), -torch.inf)
-        if self._any_min_p:
+        if self.work.has_min_p:
             log_probs = scores.log_softmax(-1)
             floor = log_probs.amax(-1, keepdim=True) + self._min_p.log()
             scores = scores.masked_fill(log_probs < floor, -torch.inf)

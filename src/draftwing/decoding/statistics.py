@@ -89,7 +89,7 @@ class StageClock:
     def __init__(self, statistics: Statistics, device: torch.device) -> None:
         self._statistics, self._device = statistics, device
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._host_seconds = 0.0  # in stages since the last `settle`; a caller's time between two cycles is not ours
+        self._host_seconds = 0.0  # in stages, not settled yet; a caller's time between two cycles is not ours
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -104,15 +104,24 @@ class StageClock:
             self._events.append((name, begun, self._record()))
         self._host_seconds += time.perf_counter() - start
 
-    def settle(self) -> None:
-        """End a cycle; call when the host has just read from the device, which has done everything asked so far."""
-        seconds, host = self._statistics.seconds, self._host_seconds
+    def settle(self, wait: bool = False) -> None:
+        """End a cycle: count the stages that the device has done, or with `wait` all of them.
+
+        A device that is still at the last stage is not waited for otherwise; that stage counts with the next cycle.
+        """
+        seconds = self._statistics.seconds
+        unfinished: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         for name, start, end in self._events:
+            if wait:
+                end.synchronize()
+            if unfinished or not end.query():
+                unfinished.append((name, start, end))
+                continue
             on_device = start.elapsed_time(end) / 1000
             seconds[name] += on_device
-            host -= on_device
-        seconds["host"] += max(0.0, host)
-        self._events, self._host_seconds = [], 0.0
+            self._host_seconds -= on_device
+        seconds["host"] += max(0.0, self._host_seconds)
+        self._events, self._host_seconds = unfinished, min(0.0, self._host_seconds)
 
     def _record(self) -> torch.cuda.Event:
         """An event of the device's own stream; the current device may be another."""

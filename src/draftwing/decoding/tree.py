@@ -4,15 +4,11 @@ Acceptance is one rule for every method: the target chooses its own token at eac
 parent is and the parent's chosen token is this node's token. The last accepted node's choice is the bonus token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
 
-import numpy as np
 import torch
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -192,7 +188,7 @@ def root_tree(root: torch.Tensor, num_nodes: int = 1) -> DraftTree:
 def walk(tree: DraftTree, chosen: torch.Tensor) -> Verdict:
     """Accept the longest branch that the target itself produces; `chosen [B, N]` is its own token at each node."""
     matches = tree.valid & (chosen.gather(1, tree.parents) == tree.tokens)
-    matches[:, 0] = True
+    matches[:, 0].fill_(True)
     accepted = ~(tree.ancestors & ~matches[:, None, :]).any(-1)
     # Siblings differ, so at most one node is accepted at each depth; rejected ones are sent past the end.
     length = tree.max_depth + 1
@@ -204,94 +200,3 @@ def walk(tree: DraftTree, chosen: torch.Tensor) -> Verdict:
     in_path = torch.arange(length, device=path.device) <= num_accepted[:, None]
     path = torch.where(in_path, path, 0)
     return Verdict(accepted, path, num_accepted, chosen.gather(1, path))
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """What became of the M drafted nodes whose parent was accepted, so that they had a chance; arrays `[M]`.
-
-    `parent_depths` has one entry for each accepted node that had children.
-    """
-
-    accepted: Array
-    depths: Array
-    log_probs: Array
-    parent_depths: Array
-
-
-def join_outcomes(parts: Sequence[Outcomes]) -> Outcomes:
-    """The outcomes of several cycles."""
-    return Outcomes(
-        *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Outcomes)),
-    )
-
-
-@dataclass(frozen=True)
-class CycleFacts:
-    """What became of the running rows' trees, on the host: arrays `[R, N]` as in DraftTree and Verdict.
-
-    Attributes:
-        rows: `[R]` their indices in the batch.
-        drafted: what a network has drafted: neither the root, nor padding, nor what was looked up.
-    """
-
-    rows: Array
-    accepted: Array
-    parents: Array
-    depths: Array
-    drafted: Array
-    scores: Array
-    log_probs: Array
-    max_depth: int
-
-    @property
-    def num_nodes(self) -> int:
-        return int(self.depths.shape[1])
-
-    def outcomes(self) -> Outcomes:
-        """The nodes that had a chance."""
-        tried = self.drafted & self.accepted[np.arange(len(self.rows))[:, None], self.parents]
-        # At each depth at most one node of a row is accepted, so these are the children of one parent.
-        has_children = np.zeros((len(self.rows), self.max_depth + 1), dtype=bool)
-        rows, nodes = np.nonzero(tried)
-        depths = self.depths[rows, nodes]
-        has_children[rows, depths - 1] = True
-        return Outcomes(self.accepted[tried], depths, self.log_probs[tried], np.nonzero(has_children)[1])
-
-
-@dataclass(frozen=True)
-class CycleReport:
-    """What a cycle brought to the running `rows [R]`: `num_tokens` over all of them, from trees of `num_nodes`.
-
-    `facts()` are worked out when they are asked for.
-    """
-
-    rows: Array
-    num_tokens: int
-    num_nodes: int
-    facts: Callable[[], CycleFacts]
-
-
-def read_cycle(tree: DraftTree, verdict: Verdict) -> tuple[Array, Callable[[Array], CycleFacts]]:
-    """Copy a cycle's result to the host in one go: `[B, 1 + L]`, accepted draft tokens and tokens to emit.
-
-    The second value gives the facts of some rows; on a CPU nothing is copied for them before.
-    """
-    result = torch.cat((verdict.num_accepted[:, None], verdict.tokens), dim=1)
-    parts = (verdict.accepted, tree.parents, tree.depths, tree.valid, tree.scores, tree.log_probs)
-    if result.device.type == "cpu":
-        return result.numpy(), lambda rows: facts_of(tuple(part.numpy() for part in parts), rows, tree.max_depth)
-    width, num_nodes = result.shape[1], tree.num_nodes
-    values = torch.cat((result.double(), *(part.double() for part in parts)), dim=1).numpy(force=True)
-    arrays = np.split(values[:, width:], range(num_nodes, 6 * num_nodes, num_nodes), axis=1)
-    return values[:, :width].astype(np.int64), lambda rows: facts_of(tuple(arrays), rows, tree.max_depth)
-
-
-def facts_of(parts: tuple[Array, ...], rows: Array, max_depth: int) -> CycleFacts:
-    """The facts of some rows, from accepted, parents, depths, valid, scores and log_probs of all, `[B, N]` each."""
-    if len(rows) < len(parts[0]):
-        parts = tuple(part[rows] for part in parts)
-    accepted, parents, depths, valid, scores, log_probs = parts
-    drafted = (valid > 0) & (depths > 0) & np.isfinite(log_probs)
-    parents, depths = (part.astype(np.int64, copy=False) for part in (parents, depths))
-    return CycleFacts(rows, accepted > 0, parents, depths, drafted, scores, log_probs, max_depth)

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from draftwing.decoding.drafters import Drafter, NoDrafter, Ranking
-from draftwing.decoding.generate import PREFILL_CHUNK, DrafterFactory, Generation, Request, plain_plan
+from draftwing.decoding.generate import Generation, Request, plain_plan
 from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.readback import Array
+from draftwing.decoding.rows import PREFILL_CHUNK, DrafterFactory
 from draftwing.decoding.sampling import Sampler, SamplingParams, log_probabilities
-from draftwing.decoding.tree import Array
 from draftwing.models.target import TargetModel
 
 MOST_TOKENS = 4096

@@ -52,6 +52,11 @@ class KVCache:
         self._keys, self._values = views[: len(layers)], views[len(layers) :]
         self._row_starts = torch.arange(batch_size, device=device)[:, None] * self._num_slots
 
+    def clear(self) -> None:
+        """Forget everything, for other rows."""
+        self.lengths.zero_()
+        self.bound = 0
+
     def slots_behind(self, num_new: int) -> torch.Tensor:
         """The `num_new` slots behind each row's committed tokens, `[B, num_new]`, in the form `write` takes."""
         return self._flat(self.lengths[:, None] + torch.arange(num_new, device=self.lengths.device))
@@ -83,7 +88,7 @@ class KVCache:
             goal = self.slots_behind(path.shape[1]).flatten()
             for slab in self._slabs.values():
                 slab.index_copy_(1, goal, slab.index_select(1, source))
-        self.lengths = self.lengths + num_kept
+        self.lengths += num_kept
         self.bound = min(self.bound + max_kept, self.capacity)
 
     def _flat(self, slots: torch.Tensor) -> torch.Tensor:

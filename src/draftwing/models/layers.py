@@ -124,11 +124,13 @@ class Rotary(nn.Module):
         self.settings = settings
         self.cos: torch.Tensor
         self.sin: torch.Tensor
+        self._outgrown: list[torch.Tensor] = []  # captured cycles go on reading them
         self._fill(num_positions, torch.get_default_dtype(), None)
 
     def reserve(self, num_positions: int) -> None:
         """Make room for positions below `num_positions` (published configs say 2048 and are used far beyond)."""
         if num_positions > self.cos.shape[0]:
+            self._outgrown += [self.cos, self.sin]
             self._fill(num_positions, self.cos.dtype, self.cos.device)
 
     def forward(self, positions: torch.Tensor) -> Rotation:

@@ -95,6 +95,11 @@ class TargetModel:
         return getattr(self.config, "max_position_embeddings", None)
 
     @property
+    def is_split(self) -> bool:
+        """Whether the model's parts lie on several devices (`device_map`)."""
+        return len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
+
+    @property
     def best_single_row(self) -> int:
         """How many nodes a pass over one node of one row should be padded to.
 

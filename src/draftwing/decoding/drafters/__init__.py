@@ -25,6 +25,9 @@ class Drafter(Protocol):
     feature_layers: tuple[int, ...]
     """The target's hidden_states indices that `observe` wants; none for drafters that read tokens only."""
 
+    keeps_its_place: bool = False
+    """Whether all state is updated where it lies and read from there, so that a cycle can be captured."""
+
     def start(self, tokens: torch.Tensor) -> None:
         """Take in the prompts' first `tokens [B]`, which `observe` never brings."""
 
@@ -41,6 +44,16 @@ class Drafter(Protocol):
         """
         return
 
+    def catch_up(self, longest: int, at_least: int = 1) -> None:
+        """Read what `observe` has brought and `grow` not read yet, if it is `at_least` so many positions.
+
+        `longest` is as for `grow`, which does this as well.
+        """
+        return
+
+    def reset(self) -> None:
+        """Forget everything, for other rows."""
+
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
         """Grow a tree below `root [B]`, the last committed token, of the shape that the plan asks for.
 
@@ -53,6 +66,10 @@ class NoDrafter(Drafter):
     """Plain decoding: the tree is its root."""
 
     feature_layers: tuple[int, ...] = ()
+    keeps_its_place = True
+
+    def reset(self) -> None:
+        pass
 
     def start(self, tokens: torch.Tensor) -> None:
         pass

@@ -23,6 +23,7 @@ class DraftModelDrafter(Drafter):
     """
 
     feature_layers: tuple[int, ...] = ()
+    keeps_its_place = True
 
     def __init__(self, model: TargetModel, target_vocab_size: int, batch_size: int, capacity: int) -> None:
         self._model = model
@@ -34,17 +35,21 @@ class DraftModelDrafter(Drafter):
         self._unread = Unread()
         self._root_logits = torch.zeros(batch_size, 1, num_shared, dtype=model.dtype, device=model.device)
 
+    def reset(self) -> None:
+        self._cache.clear()
+        self._unread.take()
+
     def start(self, tokens: torch.Tensor) -> None:
         self.observe(tokens[:, None], None, torch.ones_like(tokens))
 
     def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         self._unread.add((tokens, None, num_new))
-        if self._unread.is_full:
-            self._read()
 
-    def _read(self) -> None:
-        for tokens, _, num_new in self._unread.take():
+    def catch_up(self, longest: int, at_least: int = 1) -> None:
+        for tokens, _, num_new in self._unread.take(at_least):
+            self._cache.bound = longest + 1
             self._extend(tokens, num_new)
+        self._cache.bound = longest + 1
 
     def _extend(self, tokens: torch.Tensor, num_new: torch.Tensor) -> None:
         batch_size, length = tokens.shape
@@ -54,14 +59,13 @@ class DraftModelDrafter(Drafter):
         depths = torch.cat((columns[:length].expand(batch_size, length), last), 1)
         ancestors = (columns < depths[:, :, None]) | (columns == columns[:, None])
         logits = self._logits(torch.cat((tokens, tokens.gather(1, last)), 1), depths, ancestors, last_logits_only=True)
-        self._root_logits = torch.where((num_new > 0)[:, None, None], logits, self._root_logits)
+        self._root_logits.copy_(torch.where((num_new > 0)[:, None, None], logits, self._root_logits))
         self._cache.commit(None, num_new, max_kept=length)
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
         if plan.depth == 0:
             return root_tree(root, plan.num_nodes)
-        self._read()
-        self._cache.bound = longest + 1
+        self.catch_up(longest)
         levels = _Levels(root)
 
         def step(parent: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -46,6 +46,8 @@ class EagleDrafter(Drafter):
         ValueError: a window below 1.
     """
 
+    keeps_its_place = True
+
     def __init__(
         self,
         model: DraftModel,
@@ -69,6 +71,12 @@ class EagleDrafter(Drafter):
         self._last_output = torch.zeros(batch_size, config.hidden_size, dtype=dtype, device=device)
         self._unread = Unread()
 
+    def reset(self) -> None:
+        self._cache.clear()
+        self._unread.take()
+        if self._ngram is not None:
+            self._ngram.reset()
+
     def start(self, tokens: torch.Tensor) -> None:
         """Nothing: the first slot has read the first feature and the second token."""
 
@@ -76,13 +84,13 @@ class EagleDrafter(Drafter):
         if self._ngram is not None:
             self._ngram.observe(tokens, None, num_new)
         self._unread.add((tokens, features, num_new))
-        if self._unread.is_full:
-            self._read()
 
-    def _read(self) -> None:
-        for tokens, features, num_new in self._unread.take():
+    def catch_up(self, longest: int, at_least: int = 1) -> None:
+        for tokens, features, num_new in self._unread.take(at_least):
             assert features is not None
+            self._cache.bound = longest
             self._extend(tokens, features, num_new)
+        self._cache.bound = longest
 
     def _extend(self, tokens: torch.Tensor, features: torch.Tensor, num_new: torch.Tensor) -> None:
         length = tokens.shape[1]
@@ -95,14 +103,13 @@ class EagleDrafter(Drafter):
         slots = self._cache.slots_behind(length)
         output = self._forward(self._model.fuse(features), tokens, positions, visible, slots)
         last = output.gather(1, (num_new - 1).clamp(min=0)[:, None, None].expand(-1, 1, output.shape[-1])).squeeze(1)
-        self._last_output = torch.where((num_new > 0)[:, None], last, self._last_output)
+        self._last_output.copy_(torch.where((num_new > 0)[:, None], last, self._last_output))
         self._cache.commit(None, num_new, max_kept=length)
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
         if plan.depth == 0:
             return root_tree(root, plan.num_nodes)
-        self._read()
-        self._cache.bound = longest
+        self.catch_up(longest)
         levels, output = _Levels(self._cache, plan.num_inner, self._window), self._last_output[:, None]
 
         def step(parent: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -94,21 +95,51 @@ def draft_dynamic(plan: TreePlan, draft: RootedDraft) -> list[Candidates]:
 
 def draft_static(plan: TreePlan, draft: RootedDraft) -> list[Candidates]:
     """EAGLE-1's fixed tree: node (.., r) is the r-th best child of its parent."""
-    device = draft.root_logits.device
-    number_of = {(): -1} | {path: number for number, path in enumerate(plan.paths)}
-    expanded: list[RankPath] = [()]  # the nodes whose children are being drafted
     logits, scores = draft.root_logits, draft.root_logits.new_zeros(len(draft.root_logits), 1, dtype=torch.float32)
     drafted = []
-    for level, paths in enumerate(plan.levels, 1):
-        log_probs, child_tokens = draft.best_children(logits, plan.width, level - 1)  # [B, E, K]
-        picks = [expanded.index(path[:-1]) * plan.width + path[-1] for path in paths]
-        level_scores = (scores[:, :, None] + log_probs).flatten(1)[:, picks]
-        tokens, log_probs = child_tokens.flatten(1)[:, picks], log_probs.flatten(1)[:, picks]
-        parents = torch.tensor([number_of[path[:-1]] for path in paths], device=device).expand_as(tokens)
-        drafted.append(Candidates(tokens, level_scores, log_probs, parents, torch.full_like(tokens, level)))
-        if level < plan.depth:
-            kept = [index for index, path in enumerate(paths) if path in plan.inner_paths]
-            parent = torch.tensor([expanded.index(paths[index][:-1]) for index in kept], device=device)
-            expanded, scores = [paths[index] for index in kept], level_scores[:, kept]
-            logits = draft.step(parent.expand(len(tokens), -1), tokens[:, kept])
+    for depth, level in enumerate(_static_levels(plan, logits.device), 1):
+        log_probs, child_tokens = draft.best_children(logits, plan.width, depth - 1)  # [B, E, K]
+        level_scores = (scores[:, :, None] + log_probs).flatten(1)[:, level.picks]
+        tokens, log_probs = child_tokens.flatten(1)[:, level.picks], log_probs.flatten(1)[:, level.picks]
+        parents = level.parents.expand_as(tokens)
+        drafted.append(Candidates(tokens, level_scores, log_probs, parents, torch.full_like(tokens, depth)))
+        if depth < plan.depth:
+            scores = level_scores[:, level.expanded]
+            logits = draft.step(level.expanded_parents.expand(len(tokens), -1), tokens[:, level.expanded])
     return drafted
+
+
+@dataclass(frozen=True)
+class _StaticLevel:
+    """Where a level of a static plan comes from; M nodes, of which E are expanded.
+
+    Attributes:
+        picks: `[M]` among the children of the level before, `width` to each expanded node.
+        parents: `[M]` candidate indices, -1 for the root.
+        expanded: `[E]` the nodes whose children are drafted.
+        expanded_parents: `[E]` the same nodes' parents, among the expanded ones of the level before.
+    """
+
+    picks: torch.Tensor
+    parents: torch.Tensor
+    expanded: torch.Tensor
+    expanded_parents: torch.Tensor
+
+
+@cache
+def _static_levels(plan: TreePlan, device: torch.device) -> tuple[_StaticLevel, ...]:
+    """A static plan's levels; made once, for a captured cycle cannot bring them to the device."""
+    number_of = {(): -1} | {path: number for number, path in enumerate(plan.paths)}
+    expanded: list[RankPath] = [()]
+    levels = []
+    for paths in plan.levels:
+        kept = [index for index, path in enumerate(paths) if path in plan.inner_paths]
+        lists = (
+            [expanded.index(path[:-1]) * plan.width + path[-1] for path in paths],
+            [number_of[path[:-1]] for path in paths],
+            kept,
+            [expanded.index(paths[index][:-1]) for index in kept],
+        )
+        levels.append(_StaticLevel(*(torch.tensor(values, dtype=torch.int64, device=device) for values in lists)))
+        expanded = [paths[index] for index in kept]
+    return tuple(levels)

@@ -37,6 +37,10 @@ class LookaheadDrafter(Drafter):
         self._lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._run: _Run | None = None
 
+    def reset(self) -> None:
+        self._lengths.zero_()
+        self._run = None
+
     def start(self, tokens: torch.Tensor) -> None:
         self.observe(tokens[:, None], None, torch.ones_like(tokens))
 

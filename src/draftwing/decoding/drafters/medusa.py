@@ -18,6 +18,8 @@ from draftwing.models.medusa import MedusaModel
 class MedusaDrafter(Drafter):
     """Grows trees with Medusa's heads, of the target's `dtype`, for B rows; deeper plans end with the heads."""
 
+    keeps_its_place = True
+
     def __init__(self, model: MedusaModel, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
         config = model.config
         self.feature_layers = config.feature_layers
@@ -25,14 +27,17 @@ class MedusaDrafter(Drafter):
         self._hidden = torch.zeros(batch_size, config.hidden_size, dtype=dtype, device=device)
         self._lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
+    def reset(self) -> None:
+        self._lengths.zero_()
+
     def start(self, tokens: torch.Tensor) -> None:
         """Nothing: the heads read features alone."""
 
     def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         assert features is not None
         last = (num_new - 1).clamp(min=0)[:, None, None].expand(-1, 1, features.shape[-1])
-        self._hidden = torch.where((num_new > 0)[:, None], features.gather(1, last).squeeze(1), self._hidden)
-        self._lengths = self._lengths + num_new
+        self._hidden.copy_(torch.where((num_new > 0)[:, None], features.gather(1, last).squeeze(1), self._hidden))
+        self._lengths += num_new
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
         if plan.depth == 0:

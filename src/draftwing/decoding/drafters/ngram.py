@@ -25,6 +25,7 @@ class NgramDrafter(Drafter):
     """
 
     feature_layers: tuple[int, ...] = ()
+    keeps_its_place = True
 
     def __init__(self, batch_size: int, capacity: int, device: torch.device) -> None:
         self._capacity = capacity
@@ -34,6 +35,12 @@ class NgramDrafter(Drafter):
         self._history = torch.full(shape, NO_TOKEN, dtype=torch.int64, device=device)
         self._rates = MatchRates(batch_size, device)
         self._proposed: Lookup | None = None
+
+    def reset(self) -> None:
+        self._lengths.zero_()
+        self._history.fill_(NO_TOKEN)
+        self._rates.reset()
+        self._proposed = None
 
     def start(self, tokens: torch.Tensor) -> None:
         """Nothing: a prompt's first token is the one that no match of two tokens ends with."""
@@ -46,7 +53,7 @@ class NgramDrafter(Drafter):
             self._proposed = None
         slots = torch.where(is_new, self._lengths[:, None] + steps, self._capacity)
         self._history.scatter_(1, slots + LONGEST_MATCH - 1, tokens)
-        self._lengths = self._lengths + num_new
+        self._lengths += num_new
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
         if plan.depth == 0:
@@ -119,7 +126,12 @@ class MatchRates:
         lengths = torch.arange(LONGEST_MATCH + 1, device=device).float()
         right = torch.cat((lengths, lengths / 4))
         wrong = torch.cat((torch.full_like(lengths, 2.0), torch.full_like(lengths, 5.0)))
-        self._counts = torch.stack((right, wrong)).repeat(batch_size, 1, 1)  # [B, right or wrong, bucket]
+        self._priors = torch.stack((right, wrong))
+        self._counts = self._priors.repeat(batch_size, 1, 1)  # [B, right or wrong, bucket]
+
+    def reset(self) -> None:
+        """Forget what was learnt."""
+        self._counts.copy_(self._priors.expand_as(self._counts))
 
     def log_rates(self, lookup: Lookup) -> torch.Tensor:
         """The log of each token's rate, `[B, D]`; -inf without a match."""

@@ -7,9 +7,6 @@ import torch
 Piece = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 """Tokens `[B, L]`, features `[B, L, F]` if there are any, and how many of each row are valid `[B]`."""
 
-MOST_UNREAD = 256
-"""Positions that may wait; the features take memory, and a draft that comes after many reads for long."""
-
 
 class Unread:
     """Observations in their order, to be read in few passes."""
@@ -20,12 +17,13 @@ class Unread:
     def add(self, piece: Piece) -> None:
         self._pieces.append(piece)
 
-    @property
-    def is_full(self) -> bool:
-        return sum(tokens.shape[1] for tokens, _, _ in self._pieces) >= MOST_UNREAD
+    def take(self, at_least: int = 1) -> list[Piece]:
+        """All pieces if they are `at_least` so many positions, else none, and all stay.
 
-    def take(self) -> list[Piece]:
-        """All pieces, those of a single token next to each other joined, as cycles without drafts leave them."""
+        Single tokens next to each other, as cycles without drafts leave them, come joined.
+        """
+        if sum(tokens.shape[1] for tokens, _, _ in self._pieces) < at_least:
+            return []
         taken: list[Piece] = []
         for is_single, group in itertools.groupby(self._pieces, key=lambda piece: piece[0].shape[1] == 1):
             pieces = list(group)
