@@ -1,9 +1,14 @@
 """Shared models: tiny, random, float64, made here; the heads are trained for a few seconds so that they draft well."""
 
+import os
 from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, if it is installed; read at its import
+
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftwing.checkpoint.load import DraftNetwork

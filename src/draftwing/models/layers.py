@@ -1,12 +1,18 @@
 """The Llama building blocks of the draft networks. Parameter names equal those of the published checkpoints."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+FEW_QUERIES = 128
+"""Nodes of a pass whose attention splits the context over a GPU; with more there is work for all of it anyway."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ def grouped_attention(
     queries `[B, Hq, N, dim]`, keys and values `[B, Hk, S, dim]`, mask `[B, 1, N, S]` (bool or additive), the same
     packed by `pack_mask`, or None (every key is visible, or the causal ones) -> `[B, Hq, N, value_dim]`.
     """
+    if mask is not None and _suits_kernel(queries, mask) and (split_attention := _split_attention()):
+        return split_attention(queries, keys, values, mask, scale)
     batch_size, num_heads, num_queries, _ = queries.shape
     groups = num_heads // keys.shape[1]
     if mask is not None and mask.shape[2] not in (1, groups * num_queries):
@@ -79,6 +87,26 @@ def grouped_attention(
     packed = queries.reshape(batch_size, keys.shape[1], groups * num_queries, queries.shape[-1])
     output = functional.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scale)
     return output.reshape(batch_size, num_heads, num_queries, values.shape[-1])
+
+
+def _suits_kernel(queries: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether this is a tree's attention on a GPU, not a prompt's, and in a dtype that the kernel multiplies."""
+    return (
+        queries.device.type == "cuda"
+        and queries.shape[2] <= FEW_QUERIES
+        and mask.dtype == torch.bool
+        and (queries.dtype in (torch.bfloat16, torch.float16, torch.float32))
+    )
+
+
+@cache
+def _split_attention() -> Callable[..., torch.Tensor] | None:
+    """The kernel, where Triton is installed (with torch for CUDA it is)."""
+    if find_spec("triton") is None:
+        return None
+    from draftwing.models.split_attention import split_attention
+
+    return split_attention
 
 
 def pack_mask(mask: torch.Tensor, groups: int) -> torch.Tensor:

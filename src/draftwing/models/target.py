@@ -264,7 +264,7 @@ class TargetModel:
             attention = self.model.config._attn_implementation
             if attention == "eager":
                 mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
-            elif attention == ATTENTION and self._query_groups > 1:
+            elif attention == ATTENTION and self._query_groups > 1 and self.device.type == "cpu":
                 mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
                 mask = pack_mask(mask, self._query_groups)
             masks[layer_type] = mask
