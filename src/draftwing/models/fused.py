@@ -1,10 +1,14 @@
 """A Llama-like target's pass in few operations: the stock modules' arithmetic without their overhead.
 
-On a CPU a small model's pass is bound by the number of operations and by Python, not by arithmetic. This is a second
-implementation of `TargetModel.forward_tree` for targets whose products are packed (packed.py).
+A small model's pass on a CPU is bound by the number of operations and by Python, not by arithmetic, and so is a large
+one's on a GPU between its products. This is a second implementation of `TargetModel.forward_tree` for targets whose
+products are packed (packed.py).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,7 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from draftwing.models.layers import grouped_attention
-from draftwing.models.packed import PackedLinear, PackedProduct, pack_linears
+from draftwing.models.packed import PackedLinear, Product, pack_linears
 from draftwing.models.target import ATTENTION, Role, TargetModel, TargetOutput, TreePass, attention_windows
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -21,15 +25,45 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMS norm: `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, the mean in float32."""
+    """An RMS norm's weight and epsilon."""
 
     weight: torch.Tensor
     eps: torch.Tensor
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.addcmul(self.eps, length, length, value=1 / x.shape[-1]).rsqrt_()
-        return (x * scale).to(x.dtype).mul_(self.weight)
+
+def normalise(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, the mean in float32."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+    return (x * scale).to(x.dtype).mul_(weight)
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rotary positions of query and key heads `[B, N, H, dim]` -> `[B, H, N, dim]` in the cache's dtype."""
+    half = heads.shape[-1] // 2
+    swapped = torch.cat((heads[..., half:], heads[..., :half]), dim=-1)
+    return torch.addcmul(heads * cos, swapped, signed_sin).transpose(1, 2).to(dtype)
+
+
+def gate(gate_up: torch.Tensor) -> torch.Tensor:
+    """The MLP between its products: `silu(gate) * up`."""
+    gated, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gated).mul_(up)
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """What a pass does between its products: as written, or compiled into one kernel each."""
+
+    normalise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = normalise
+    rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor] = rotate
+    gate: Callable[[torch.Tensor], torch.Tensor] = gate
+
+    @staticmethod
+    @cache
+    def compiled() -> "Elementwise":
+        """By torch.compile, when they are first called with each dtype."""
+        return Elementwise(*(torch.compile(step, dynamic=True) for step in (normalise, rotate, gate)))
 
 
 @dataclass(frozen=True)
@@ -37,12 +71,12 @@ class Layer:
     """One decoder layer's weights; `heads_norm` is Qwen3's, over each query and key head."""
 
     input_norm: Norm
-    queries_keys_values: PackedProduct
+    queries_keys_values: Product
     heads_norm: Norm | None
-    attention_output: PackedProduct
+    attention_output: Product
     mlp_norm: Norm
-    gate_up: PackedProduct
-    down: PackedProduct
+    gate_up: Product
+    down: Product
 
 
 def can_fuse(model: PreTrainedModel) -> bool:
@@ -72,17 +106,31 @@ def _is_packed(layer: Any) -> bool:
     )
 
 
-def pack_target(target: TargetModel) -> TargetModel:
-    """Pack a model's products in place and, where its pass is known, write that out too."""
+def pack_target(target: TargetModel, compiles: bool | None = None) -> TargetModel:
+    """Pack a model's products in place and, where its pass is known, write that out too.
+
+    `compiles`: see FusedTarget; by default on a GPU that Triton compiles for.
+    """
+    if target.is_split:
+        return target
     pack_linears(target.model)
-    return FusedTarget(target.model, target.role) if can_fuse(target.model) else target
+    if not can_fuse(target.model):
+        return target
+    if compiles is None:
+        compiles = target.device.type == "cuda" and find_spec("triton") is not None
+    return FusedTarget(target.model, target.role, compiles)
 
 
 class FusedTarget(TargetModel):
-    """A TargetModel whose pass is written out here. Made from a model for which `can_fuse` holds."""
+    """A TargetModel whose pass is written out here. Made from a model for which `can_fuse` holds.
 
-    def __init__(self, model: PreTrainedModel, role: Role = "target") -> None:
+    With `compiles`, torch.compile makes one kernel of what lies between two products: worth it where kernels are
+    replayed without Python in between (captured.py), not on a CPU (docs/LOG.md).
+    """
+
+    def __init__(self, model: PreTrainedModel, role: Role = "target", compiles: bool = False) -> None:
         super().__init__(model, role)
+        self._steps = Elementwise.compiled() if compiles else Elementwise()
         decoder: Any = model.model
         self._rotary = decoder.rotary_emb
         self._num_heads, self._num_key_heads = self.config.num_attention_heads, self.config.num_key_value_heads
@@ -94,27 +142,28 @@ class FusedTarget(TargetModel):
         cos, sin = (table.unsqueeze(2) for table in self._rotary(x, tree.positions))  # [B, N, 1, dim]
         half = cos.shape[-1] // 2
         signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-        num_rotated = self._num_heads + self._num_key_heads
+        num_rotated, steps = self._num_heads + self._num_key_heads, self._steps
         hidden = [x]
         for index, layer in enumerate(self._decoder_layers):
-            heads = layer.queries_keys_values(layer.input_norm(x)).unflatten(-1, (-1, cos.shape[-1]))
+            heads = layer.queries_keys_values(self._normalise(x, layer.input_norm)).unflatten(-1, (-1, cos.shape[-1]))
             rotated = heads[..., :num_rotated, :]
             if layer.heads_norm is not None:
-                rotated = layer.heads_norm(rotated)
-            swapped = torch.cat((rotated[..., half:], rotated[..., :half]), dim=-1)
-            rotated = torch.addcmul(rotated * cos, swapped, signed_sin).transpose(1, 2).to(tree.cache.dtype)
+                rotated = self._normalise(rotated, layer.heads_norm)
+            rotated = steps.rotate(rotated, cos, signed_sin, tree.cache.dtype)
             queries, keys = rotated.split((self._num_heads, self._num_key_heads), dim=1)
             values = heads[..., num_rotated:, :].transpose(1, 2)
             keys, values = tree.cache.write(index, keys, values, tree.slots, tree.num_read)
             attended = grouped_attention(queries, keys, values, tree.masks).transpose(1, 2)
             x = layer.attention_output.add_to(x, attended.to(x.dtype, memory_format=torch.contiguous_format).flatten(2))
-            gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, dim=-1)
-            x = layer.down.add_to(x, functional.silu(gate).mul_(up))
+            x = layer.down.add_to(x, steps.gate(layer.gate_up(self._normalise(x, layer.mlp_norm))))
             hidden.append(x)
-        hidden[-1] = self._norm(x)
+        hidden[-1] = self._normalise(x, self._norm)
         logits = self.output_head(hidden[-1][:, -1:] if last_logits_only else hidden[-1])
         features = torch.cat([hidden[index] for index in feature_layers], dim=-1) if feature_layers else None
         return TargetOutput(logits, features)
+
+    def _normalise(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        return self._steps.normalise(x, norm.weight, norm.eps)
 
 
 def _read_layer(layer: Any, num_heads: int, num_key_heads: int) -> Layer:
@@ -122,7 +171,7 @@ def _read_layer(layer: Any, num_heads: int, num_key_heads: int) -> Layer:
     heads_norm = None
     if hasattr(attention, "q_norm"):
         weights = [attention.q_norm.weight.expand(num_heads, -1), attention.k_norm.weight.expand(num_key_heads, -1)]
-        heads_norm = Norm(torch.cat(weights).detach(), torch.tensor(attention.q_norm.variance_epsilon))
+        heads_norm = Norm(torch.cat(weights).detach(), _scalar_like(weights[0], attention.q_norm.variance_epsilon))
     return Layer(
         input_norm=_read_norm(layer.input_layernorm),
         queries_keys_values=attention.q_proj.product,
@@ -137,4 +186,9 @@ def _read_layer(layer: Any, num_heads: int, num_key_heads: int) -> Layer:
 def _read_norm(norm: nn.Module) -> Norm:
     weight = norm.weight
     assert isinstance(weight, torch.Tensor)
-    return Norm(weight.detach(), torch.tensor(norm.variance_epsilon))
+    return Norm(weight.detach(), _scalar_like(weight, norm.variance_epsilon))
+
+
+def _scalar_like(weight: torch.Tensor, value: Any) -> torch.Tensor:
+    """A float32 scalar on the weight's device."""
+    return torch.tensor(value, dtype=torch.float32, device=weight.device)

@@ -1,14 +1,16 @@
-"""Linear layers of a frozen model on a CPU, in oneDNN's own weight layout.
+"""Linear layers of a frozen model for products of few rows; those that read the same tensor become one product.
 
-Two things that torch's product of a few rows with a plain weight lacks. A row's result has the same bits however many
-rows pass with it, from two on, so that a tree's nodes and plain decoding's token agree to the last bit. And few rows
-are fast: nothing is laid out anew at each call, and all threads work.
+On a CPU weights take oneDNN's own layout, for two things that torch's product with a plain weight lacks. A row's result
+has the same bits however many rows pass with it, from two on, so that a tree's nodes and plain decoding's token agree
+to the last bit. And few rows are fast: nothing is laid out anew at each call, and all threads work.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -16,7 +18,7 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace the model's linear layers by packed ones, in place, where this machine's oneDNN has the dtype.
+    """Replace the model's linear layers by packed ones, in place: on a GPU, and on a CPU whose oneDNN has the dtype.
 
     The model can be run as before but not trained, saved or moved to another device.
     """
@@ -30,7 +32,8 @@ def pack_linears(model: nn.Module) -> None:
         ]
         groups += [(name,) for name in layers if not any(name in group for group in groups)]
         for group in groups:
-            product = PackedProduct([layers[name] for name in group])
+            kind = PackedProduct if layers[group[0]].weight.device.type == "cpu" else JoinedProduct
+            product = kind([layers[name] for name in group])
             for index, name in enumerate(group):
                 setattr(parent, name, PackedLinear(product, index))
 
@@ -42,26 +45,22 @@ def multiplies_bfloat16() -> bool:
 
 
 def _can_pack(layer: nn.Linear) -> bool:
-    if type(layer.weight) is not nn.Parameter:  # quantised weights are tensors of their own kinds
+    # Weights that are quantised or spread over processes are tensors of their own kinds.
+    if type(layer.weight) is not nn.Parameter or type(layer.weight.data) is not torch.Tensor:
         return False
     dtype, device = layer.weight.dtype, layer.weight.device
+    if device.type == "cuda":
+        return True
     if device.type != "cpu" or dtype not in PACKED_DTYPES or not torch.backends.mkldnn.is_available():
         return False
     return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class PackedProduct:
+class Product(ABC):
     """One product for one or more layers that read the same tensor."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.sizes = [layer.out_features for layer in layers]
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        biases = [
-            torch.zeros(layer.out_features, dtype=weight.dtype) if layer.bias is None else layer.bias.detach()
-            for layer in layers
-        ]
-        self._bias = torch.cat(biases) if any(layer.bias is not None for layer in layers) else None
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self._last: tuple[torch.Tensor, Sequence[torch.Tensor]] | None = None
 
     def output(self, x: torch.Tensor, index: int) -> torch.Tensor:
@@ -74,21 +73,64 @@ class PackedProduct:
         self._last = last if index < len(self.sizes) - 1 else None
         return last[1][index]
 
+    @abstractmethod
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """All layers' outputs side by side."""
+
+    @abstractmethod
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The residual plus the product, which is rounded once."""
+
+
+class PackedProduct(Product):
+    """oneDNN's, with a weight in its own layout."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__(layers)
+        weight, self._bias = _joined(layers)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return product
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The residual plus the product, which is rounded once."""
         total: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
         return total
+
+
+class JoinedProduct(Product):
+    """The device's own, with the layers' weights one below the other."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__(layers)
+        self._weight, self._bias = _joined(layers)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self._weight, self._bias)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if self._bias is not None:
+            residual = residual + self._bias
+        return torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), self._weight.T).view_as(residual)
+
+
+def _joined(layers: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The layers' weights and biases, if any has one; a single layer's are shared, not copied."""
+    if len(layers) == 1:
+        bias = layers[0].bias
+        return layers[0].weight.detach(), None if bias is None else bias.detach()
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    if all(layer.bias is None for layer in layers):
+        return weight, None
+    biases = [weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach() for layer in layers]
+    return weight, torch.cat(biases)
 
 
 class PackedLinear(nn.Module):
     """`x @ W.T + b` with a packed weight, in the weight's dtype; the same bits for a row whatever the other rows."""
 
-    def __init__(self, product: PackedProduct, index: int) -> None:
+    def __init__(self, product: Product, index: int) -> None:
         super().__init__()
         self.product, self._index = product, index
         self.out_features = product.sizes[index]
