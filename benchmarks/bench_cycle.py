@@ -4,8 +4,9 @@
     python benchmarks/bench_cycle.py --shape llama-3.1-8b --device cuda --dtype bfloat16 --context 1024 --output r.json
 
 The least is reading every weight that a token needs once, at the copy bandwidth measured in the same run. Beside it
-stand plain decoding by this engine and by transformers' `generate` (its own attention and cache). A random head's
-drafts are never accepted, so tokens per second are worked out with a published tau, not measured here.
+stand plain decoding by this engine and by transformers' `generate` (its own attention and cache). On a CUDA device
+cycles are captured. A random head's drafts are never accepted, so tokens per second are worked out with a published
+tau, not measured here.
 """
 
 import argparse
@@ -23,9 +24,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
 from draftwing.checkpoint.formats import default_aux_layers
 from draftwing.checkpoint.load import build_network
+from draftwing.decoding.captured import RowsPool
 from draftwing.decoding.costs import CycleCosts, measure_costs
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.rows import Rows
 from draftwing.models.fused import pack_target
 from draftwing.models.layers import DraftConfig
 from draftwing.models.packed import pack_linears
@@ -53,16 +56,18 @@ def main() -> int:
     head = random_head(target, options.draft_vocab_size, dtype)
     needed = weight_bytes(target.model)
     bandwidth = copy_bandwidth(device)
-    if device.type == "cpu":
-        target = pack_target(target)
-        pack_linears(head)
+    target = pack_target(target, False if options.no_compile else None)
+    pack_linears(head)
+    new_rows = RowsPool().take if device.type == "cuda" and not options.no_capture else Rows
 
     def new_drafter(rows: int, capacity: int) -> EagleDrafter:
         return EagleDrafter(head, rows, capacity, dtype, device)
 
     plans = [TreePlan.parse(plan) for plan in options.plans]
     largest = max(plans, key=lambda plan: (plan.num_nodes, plan.width))
-    costs = measure_costs(target, new_drafter, options.batch_size, largest, options.cycles, (options.context,))
+    costs = measure_costs(
+        target, new_drafter, options.batch_size, largest, options.cycles, (options.context,), new_rows
+    )
     kv_bytes = kv_cache_bytes(target, options)
     result = {
         "weight_bytes": needed,
@@ -236,6 +241,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--draft-vocab-size", type=int, default=32000)
     parser.add_argument("--plans", nargs="+", default=["chain:3", "tree:4x5x26", "tree:10x8x60"])
     parser.add_argument("--cycles", type=int, default=20, help="of each kind; the median counts (default: 20)")
+    parser.add_argument("--no-capture", action="store_true", help="run cycles eagerly on a CUDA device")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the target's pass")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers' generate out")
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--output", help="write the figures with their provenance to this JSON file")
