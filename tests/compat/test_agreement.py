@@ -4,7 +4,7 @@ The second implementation (after EAGLE's cnets.py) has no caches, no batch and n
 it recomputes the whole sequence in plain torch. What both propose is also kept in `agreement.json`; to record it
 again after a deliberate change, run this file as a script.
 
-`agreement_llama_cpp.json` holds what llama.cpp did (the one in llama-cpp-python 0.3.36), with the same models in float32:
+`agreement_llama_cpp.json` holds what llama.cpp (of llama-cpp-python 0.3.36) did with the same models in float32:
 
     python tests/compat/test_agreement.py FOLDER  # writes the models, with a tokenizer that the converter can read
     python convert_hf_to_gguf.py FOLDER/target --outtype f32 --outfile target.gguf
