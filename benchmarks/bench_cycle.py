@@ -2,14 +2,19 @@
 
     python benchmarks/bench_cycle.py --shape tiny
     python benchmarks/bench_cycle.py --shape llama-3.1-8b --device cuda --dtype bfloat16 --context 1024 --output r.json
+    python benchmarks/bench_cycle.py --shape 240m --save build/240m  # only writes the target, for other engines
+    python benchmarks/bench_cycle.py --shape 240m --threads 4 --llama-bench path/to/llama-bench build/240m.gguf
 
 The least is reading every weight that a token needs once, at the copy bandwidth measured in the same run. Beside it
-stand plain decoding by this engine and by transformers' `generate` (its own attention and cache). On a CUDA device
-cycles are captured. A random head's drafts are never accepted, so tokens per second are worked out with a published
-tau, not measured here.
+stand plain decoding by this engine, by transformers' `generate` (its own attention and cache), and by llama.cpp. On a
+CUDA device cycles are captured. A random head's drafts are never accepted, so tokens per second are worked out with a
+published tau, not measured here.
 """
 
 import argparse
+import json
+import statistics
+import subprocess
 import sys
 import time
 from typing import Any
@@ -23,7 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
 from draftwing.checkpoint.formats import default_aux_layers
-from draftwing.checkpoint.load import build_network
+from draftwing.checkpoint.load import build_network, load_tokenizer
 from draftwing.decoding.captured import RowsPool
 from draftwing.decoding.costs import CycleCosts, measure_costs
 from draftwing.decoding.drafters.eagle import EagleDrafter
@@ -38,6 +43,7 @@ from draftwing.provenance import write_record
 # Layers, width, MLP width, heads, key/value heads, head width, vocabulary, whether the embedding is the output head.
 SHAPES: dict[str, tuple[type[LlamaConfig] | type[Qwen3Config], tuple[int, ...]]] = {
     "tiny": (LlamaConfig, (12, 256, 704, 4, 2, 64, 4096, 1)),
+    "240m": (LlamaConfig, (16, 1024, 2816, 16, 16, 64, 32768, 1)),
     "llama-3.2-1b": (LlamaConfig, (16, 2048, 8192, 32, 8, 64, 128256, 1)),
     "llama-3.1-8b": (LlamaConfig, (32, 4096, 14336, 32, 8, 128, 128256, 0)),
     "qwen3-8b": (Qwen3Config, (36, 4096, 12288, 32, 8, 128, 151936, 0)),
@@ -51,7 +57,12 @@ def main() -> int:
     torch.set_num_threads(options.threads or torch.get_num_threads())
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     model = random_target(options.shape, device, dtype)
+    if options.save:
+        model.save_pretrained(options.save)
+        load_tokenizer("tiny").save_pretrained(options.save)  # converters want one; its 4096 tokens fit every shape
+        return 0
     transformers_seconds = stock_seconds(model, options) if not options.no_transformers else None
+    llama_cpp = run_llama_bench(model, options) if options.llama_bench else None
     target = TargetModel(model)
     head = random_head(target, options.draft_vocab_size, dtype)
     needed = weight_bytes(target.model)
@@ -75,9 +86,10 @@ def main() -> int:
         "copy_bytes_per_second": bandwidth,
         "least_seconds": (needed + kv_bytes) / bandwidth,
         "transformers_seconds": transformers_seconds,
+        "llama_cpp": llama_cpp,
         "costs": costs.as_dict(),
         "cycles": [
-            cycle_row(plan, PUBLISHED_TAU.get((options.shape, text)), text, costs)
+            cycle_row(plan, PUBLISHED_TAU.get((options.shape, text)), text, costs, llama_cpp)
             for plan, text in zip(plans, options.plans, strict=True)
         ],
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
@@ -184,12 +196,31 @@ def stock_seconds(model: PreTrainedModel, options: argparse.Namespace) -> float:
     return (seconds[36] - seconds[4]) / 32
 
 
+def run_llama_bench(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, Any]:
+    """What llama-bench reports of decoding one token at a time after the context, and seconds per token (the median).
+
+    It chooses no tokens, and its caches are float16.
+
+    Raises:
+        ValueError: the GGUF file has another number of weights.
+    """
+    program, weights = options.llama_bench
+    sizes = {"-p": 0, "-n": 64, "-d": options.context, "-t": torch.get_num_threads(), "-r": 5}
+    command = [program, "-m", weights, "-o", "json", *(str(part) for pair in sizes.items() for part in pair)]
+    (report,) = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    if report["model_n_params"] != model.num_parameters():
+        raise ValueError(f"llama-bench: {weights} has {report['model_n_params']} weights, not {model.num_parameters()}")
+    return {"seconds": statistics.median(report["samples_ns"]) / report["n_gen"] / 1e9, **report}
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def cycle_row(plan: TreePlan, tau: float | None, text: str, costs: CycleCosts) -> dict[str, Any]:
+def cycle_row(
+    plan: TreePlan, tau: float | None, text: str, costs: CycleCosts, llama_cpp: dict[str, Any] | None
+) -> dict[str, Any]:
     """A plan's cycle from its parts."""
     seconds = costs.at(costs.contexts[0]).cycle(plan)
     return {
@@ -197,6 +228,7 @@ def cycle_row(plan: TreePlan, tau: float | None, text: str, costs: CycleCosts) -
         "seconds": seconds,
         "draft_seconds": costs.extend[0] + costs.levels(plan),
         "over_plain": seconds / costs.plain[0],
+        "over_llama_cpp": seconds / llama_cpp["seconds"] if llama_cpp else None,
         "published_tau": tau,
         "tokens_per_second": tau / seconds if tau else None,
     }
@@ -212,6 +244,8 @@ def print_tables(result: dict[str, Any], options: argparse.Namespace) -> None:
     parts = [(f"least: {1e-9 * result['weight_bytes']:.2f} GB of weights, copies at {bandwidth:.0f} GB/s", least)]
     if result["transformers_seconds"] is not None:
         parts.append(("transformers' generate, a token", result["transformers_seconds"]))
+    if rival := result["llama_cpp"]:
+        parts.append((f"llama.cpp, {rival['model_type']}, a token", rival["seconds"]))
     parts.append(("plain decoding, a token", costs["plain"][0]))
     parts += [(f"target's pass, {n} nodes", s) for n, s in zip(costs["num_nodes"], costs["verify"][0], strict=True)]
     parts.append(("draft: reading the committed tokens, and the first level", costs["extend"][0]))
@@ -219,13 +253,16 @@ def print_tables(result: dict[str, Any], options: argparse.Namespace) -> None:
     parts.append(("commit and host", costs["fixed"][0]))
     for name, seconds in parts:
         table.add_row(name, f"{1000 * seconds:.3f}", f"{seconds / least:.2f}")
-    cycles = Table(title="A cycle")
-    for column in ("plan", "ms", "draft's share", "over a plain step (the tau that breaks even)", "tokens/s at tau"):
+    cycles = Table(title="A cycle; its time over a token's is the tau that breaks even")
+    for column in ("plan", "ms", "draft's share", "over plain", "over llama.cpp", "tokens/s at tau"):
         cycles.add_column(column, justify="left" if column == "plan" else "right")
     for row in result["cycles"]:
         speed = f"{row['tokens_per_second']:.0f} at {row['published_tau']}" if row["published_tau"] else ""
         share = f"{100 * row['draft_seconds'] / row['seconds']:.0f} %"
-        cycles.add_row(row["plan"], f"{1000 * row['seconds']:.3f}", share, f"{row['over_plain']:.2f}", speed)
+        over_rival = f"{row['over_llama_cpp']:.2f}" if row["over_llama_cpp"] else ""
+        cycles.add_row(
+            row["plan"], f"{1000 * row['seconds']:.3f}", share, f"{row['over_plain']:.2f}", over_rival, speed
+        )
     console = Console(width=118)
     console.print(table)
     console.print(cycles)
@@ -244,6 +281,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--no-capture", action="store_true", help="run cycles eagerly on a CUDA device")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the target's pass")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers' generate out")
+    parser.add_argument(
+        "--llama-bench", nargs=2, metavar=("PROGRAM", "GGUF"), help="time llama.cpp too, on a target that --save wrote"
+    )
+    parser.add_argument("--save", metavar="FOLDER", help="write the target, with a tokenizer, and stop")
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--output", help="write the figures with their provenance to this JSON file")
     return parser.parse_args()

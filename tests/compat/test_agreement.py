@@ -3,6 +3,17 @@
 The second implementation (after EAGLE's cnets.py) has no caches, no batch and no shared code: for every draft step
 it recomputes the whole sequence in plain torch. What both propose is also kept in `agreement.json`; to record it
 again after a deliberate change, run this file as a script.
+
+`agreement_llama_cpp.json` holds what llama.cpp (of llama-cpp-python 0.3.36) did with the same models in float32:
+
+    python tests/compat/test_agreement.py FOLDER  # writes the models, with a tokenizer that the converter can read
+    python convert_hf_to_gguf.py FOLDER/target --outtype f32 --outfile target.gguf
+    python convert_hf_to_gguf.py FOLDER/head --target-model-dir FOLDER/target --outtype f32 --outfile head.gguf
+    llama-server -m target.gguf -md head.gguf --spec-type draft-eagle3 --spec-draft-n-max 3 -lv 5
+
+and `-fa off -ctk f32 -ctv f32 -ctkd f32 -ctvd f32`, asked at /completion for `{"prompt": PROMPT, "n_predict": 30,
+"temperature": 0, "return_tokens": true}`. The drafts are those of its log ("draft candidate 0"). The converter knows
+tokenizers by a hash; where it does not know this one, it must be made to take it for `gpt-2`.
 """
 
 import json
@@ -19,6 +30,11 @@ if __name__ == "__main__":
 from conftest import Request, generate, requests_for, tiny_llama
 from published import TINY, eagle3_shapes, random_tensors
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from draftwing.checkpoint.formats import HeadOptions
 from draftwing.checkpoint.load import DraftNetwork, load_head, sizes_of
@@ -31,6 +47,7 @@ from draftwing.models.target import TargetModel
 Tensors = dict[str, torch.Tensor]
 
 FIXTURE = Path(__file__).with_name("agreement.json")
+LLAMA_CPP = Path(__file__).with_name("agreement_llama_cpp.json")
 PROMPT = [5, 17, 33, 2, 60, 41, 9]
 NUM_NEW = 30
 CHAIN = 3
@@ -169,8 +186,10 @@ class RecordingDrafter(EagleDrafter):
         return tree
 
 
-def our_run(network: DraftNetwork, target: TargetModel) -> tuple[list[int], list[list[int]], float]:
-    """The tokens, each cycle's draft, and tokens per cycle."""
+def our_run(
+    network: DraftNetwork, target: TargetModel, begun: tuple[int, ...] = ()
+) -> tuple[list[int], list[list[int]], float]:
+    """The tokens, each cycle's draft, and tokens per cycle. `begun` tokens count as prompt, and as made."""
     drafts: list[list[int]] = []
 
     def new_drafter(batch_size: int, capacity: int) -> Drafter:
@@ -178,7 +197,7 @@ def our_run(network: DraftNetwork, target: TargetModel) -> tuple[list[int], list
         drafter.drafts = drafts
         return drafter
 
-    requests: list[Request] = requests_for([PROMPT], NUM_NEW, eos=())
+    requests: list[Request] = requests_for([[*PROMPT, *begun]], NUM_NEW - len(begun), eos=())
     generation = generate(target, requests, new_drafter, f"chain:{CHAIN}")
     return generation.outputs[0].tokens, drafts, generation.statistics.acceptance_length
 
@@ -223,6 +242,14 @@ def test_drafts_are_the_recorded_ones(deep_target: TargetModel, head: Tensors, f
     assert acceptance_length == len(recorded["tokens"]) / len(recorded["emitted"])
 
 
+def test_llama_cpp_drafts_the_same(deep_target: TargetModel, head: Tensors, folder: Path) -> None:
+    """Its pass over the prompt emits a token, which it drafts on from; ours is given that token."""
+    recorded = json.loads(LLAMA_CPP.read_text(encoding="utf-8"))
+    first, *following = recorded["tokens"]
+    ours = our_run(load_head(str(folder), deep_target), deep_target, begun=(first,))
+    assert ours == (following, recorded["drafts"], len(following) / len(recorded["drafts"]))
+
+
 def test_the_comparison_is_worth_something(deep_target: TargetModel, head: Tensors) -> None:
     """Some drafts are accepted, some are not, and the map of the draft vocabulary moves most ids."""
     _, drafts, emitted = reference_run(head, deep_target.model)
@@ -246,7 +273,28 @@ def test_a_misread_option_would_show(
     assert our_run(load_head(str(folder), deep_target, options=HeadOptions(**overrides)), deep_target)[1] != drafts
 
 
-if __name__ == "__main__":
+def write_models(folder: Path) -> None:
+    """The target, with a tokenizer of a character for each id, and the head, in float32."""
+    target = make_target()
+    head = make_head(target.model)
+    alphabet = ["Ċ", *map(chr, range(ord("!"), ord("_"))), "AB"]  # a line feed, 62 characters, and one merge
+    tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(alphabet)}, [("A", "B")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "target")
+    model = target.model.float()
+    model.config.eos_token_id = model.generation_config.eos_token_id = 0  # it never comes
+    model.save_pretrained(folder / "target")
+    (folder / "head").mkdir()
+    (folder / "head" / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    stored = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in head.items()}
+    save_file(stored, folder / "head" / "model.safetensors")
+
+
+def record() -> None:
     model = make_target().model
     tokens, drafts, emitted = reference_run(make_head(model), model)
     FIXTURE.write_text(json.dumps({"tokens": tokens, "drafts": drafts, "emitted": emitted}) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_models(Path(sys.argv[1])) if len(sys.argv) > 1 else record()

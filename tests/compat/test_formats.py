@@ -538,7 +538,10 @@ def test_written_feature_layers_follow_each_format(target: TargetModel, tmp_path
     network = load_head(str(write_files(tmp_path / "in", values, random_tensors(shapes, TARGET_IDS))), target)
     key = "eagle_aux_hidden_state_layer_ids"
     save_head(to_head(network, "eagle3"), tmp_path / "eagle3", sizes_of(target))
-    assert json.loads((tmp_path / "eagle3" / "config.json").read_text())["eagle_config"][key] == [0, 2, 4]
+    written = json.loads((tmp_path / "eagle3" / "config.json").read_text())
+    assert written["eagle_config"][key] == [0, 2, 4]  # SpecForge, SGLang
+    assert written[key] == [1, 3, 5]  # vLLM, llama.cpp
+    assert load_head(str(tmp_path / "eagle3"), target).config.aux_layers == AUX_LAYERS
     save_head(to_head(network, "speculators"), tmp_path / "speculators", sizes_of(target))
     assert json.loads((tmp_path / "speculators" / "config.json").read_text())[key] == [1, 3, 5]
 

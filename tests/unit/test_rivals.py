@@ -60,7 +60,54 @@ def test_a_server_is_asked_for_completions_of_token_ids() -> None:
     assert (decoded.num_tokens, decoded.text, decoded.tokens, decoded.statistics) == (3, " world", None, None)
     assert decoded.seconds > 0
     (body,) = posted
-    assert body == {"model": "first", "prompt": [1, 2], "max_tokens": 3, "temperature": 0.5, "seed": 7, "stream": False}
+    assert body == {
+        "model": "first", "prompt": [1, 2], "max_tokens": 3, "temperature": 0.5, "seed": 7, "stream": False,
+        "top_p": 1.0, "top_k": -1, "min_p": 0.0, "cache_prompt": False,
+    }  # fmt: skip
+
+
+def test_llama_server_is_read() -> None:
+    """What llama.cpp's server (of llama-cpp-python 0.3.36) said, with an EAGLE-3 head, when asked for 8 tokens."""
+    models = {
+        "models": [{"name": "tiny-f32.gguf", "model": "tiny-f32.gguf", "type": "model"}],
+        "object": "list",
+        "data": [{"id": "tiny-f32.gguf", "aliases": ["tiny-f32.gguf"], "object": "model", "owned_by": "llamacpp"}],
+    }
+    completion = {
+        "choices": [{"text": "QUENCES.", "index": 0, "logprobs": None, "finish_reason": "stop"}],
+        "created": 1795268316,
+        "model": "tiny-f32.gguf",
+        "system_fingerprint": "b1-0c1e570",
+        "object": "text_completion",
+        "usage": {
+            "completion_tokens": 6,  # the end token is one of them, as in ours
+            "prompt_tokens": 4,
+            "total_tokens": 10,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
+        "id": "chatcmpl-1czqjVVD01KSILFxExAAiiFaXNLLpWVn",
+        "timings": {"cache_n": 0, "prompt_n": 4, "predicted_n": 6, "draft_n": 9, "draft_n_accepted": 2},
+    }
+    with server({"/v1/models": (200, models), "/v1/completions": (200, completion)}) as (url, _):
+        ((name, decode),) = endpoint_rival(url).items()
+        decoded = decode([3, 199, 40, 41], temperature=0.0, max_new_tokens=8, seed=0)
+    assert name.startswith("tiny-f32.gguf at 127.0.0.1:")
+    assert (decoded.num_tokens, decoded.text) == (6, "QUENCES.")
+
+
+def test_llama_server_says_why_it_refuses() -> None:
+    refused = {
+        "code": 400,
+        "message": "request (1500 tokens) exceeds the available context size (1024 tokens), try increasing it",
+        "type": "exceed_context_size_error",
+    }
+    with server(MODELS | {"/v1/completions": (400, {"error": refused})}) as (url, _):
+        (decode,) = endpoint_rival(url).values()
+        with pytest.raises(RuntimeError, match=r"status 400: .*exceeds the available context size \(1024 tokens\)"):
+            decode([1], **ASK)
+    loading = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}
+    with server({"/v1/models": (503, loading)}) as (url, _), pytest.raises(ValueError, match=r"503.*Loading model"):
+        endpoint_rival(url)
 
 
 def test_a_server_that_is_not_there_or_another_kind_is_refused() -> None:

@@ -356,8 +356,10 @@ def write_head(head: HeadFile, target: TargetSizes, verifier: str = "") -> tuple
         if getattr(config, name):
             options[name] = True  # no published EAGLE-3 engine but vLLM reads it; written only where it matters
     if config.aux_layers and config.aux_layers != _default_or_none(target.num_layers):
+        key = "eagle_aux_hidden_state_layer_ids"
         output_ids = [layer - 1 for layer in config.aux_layers]
-        options["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": output_ids, "use_aux_hidden_state": True}
+        options["eagle_config"] = {key: output_ids, "use_aux_hidden_state": True}
+        options[key] = list(config.aux_layers)  # vLLM and llama.cpp read these, and without them their defaults
     return layer_values | options, _file_names(tensors, "midlayer")
 
 

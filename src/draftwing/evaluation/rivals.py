@@ -1,6 +1,7 @@
 """Other engines on the same prompts: transformers' own `generate`, and any server with an OpenAI-compatible API.
 
-Servers are asked for completions of token ids, so that no template or tokenizer can make the prompts differ.
+Servers are asked for completions of token ids, so that no template or tokenizer can make the prompts differ, and for
+the plain softmax, whatever sampling they default to.
 """
 
 import json
@@ -19,6 +20,9 @@ from draftwing.evaluation.compare import Decode, Decoded
 LOOKUP_TOKENS = 10
 """Of transformers' prompt lookup: its documentation's own choice."""
 CONNECT_SECONDS, DECODE_SECONDS = 10, 3600
+ASKED = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "cache_prompt": False, "stream": False}
+"""Of every server. llama.cpp draws from 40 tokens by default, and reads no prompt twice; others ignore what they do not
+know."""
 
 
 def transformers_rivals(model: Any, assistant: Any = None) -> dict[str, Decode]:
@@ -73,7 +77,7 @@ def _complete(
 ) -> Decoded:
     request = {"model": model, "prompt": list(prompt), "max_tokens": max_new_tokens, "temperature": temperature}
     begin = time.perf_counter()
-    answer = _call(url, request | {"seed": seed, "stream": False}, DECODE_SECONDS)
+    answer = _call(url, request | {"seed": seed} | ASKED, DECODE_SECONDS)
     seconds = time.perf_counter() - begin
     try:
         return Decoded(seconds, int(answer["usage"]["completion_tokens"]), text=str(answer["choices"][0]["text"]))
