@@ -1,6 +1,7 @@
 """`draftwing eval` on the embedded models: figures, files, stops and resumes, failures, mistakes."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,6 +124,16 @@ def test_a_stopped_run_leaves_a_report_and_goes_on(
     assert main((*COMMON, *command, *output, "--seed", "1")) == 2
     assert "seed was 0 and is 1" in capsys.readouterr().err
     assert len(call(capsys, *command, *output, "--seed", "1", "--fresh")["rows"]) == 2
+
+
+def test_a_model_that_was_trained_on_is_another_one(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.touch()
+    before = eval_setup._stamped("mine", tmp_path)
+    assert before == eval_setup._stamped("mine", tmp_path)
+    os.utime(weights, (0, 10**9))
+    assert eval_setup._stamped("mine", tmp_path) == "mine of 2001-09-09T01:46:40+00:00" != before
+    assert eval_setup._stamped("org/name", tmp_path / "nowhere") == "org/name"
 
 
 def test_a_method_that_fails_is_marked_and_the_others_are_written(

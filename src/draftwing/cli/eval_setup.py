@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from draftwing.api import SpeculativeModel, load
-from draftwing.checkpoint.load import ASSETS, load_stock, resolve_draft
+from draftwing.checkpoint.load import ASSETS, load_stock, resolve_draft, resolve_target
 from draftwing.data.benchmarks import BENCHMARKS, load_benchmark
 from draftwing.data.prompts import read_prompts, spread
 from draftwing.evaluation.compare import Decode, decoder
@@ -111,8 +111,8 @@ def settings_of(
 ) -> dict[str, Any]:
     """What decides the figures: runs with other settings are not mixed."""
     return {
-        "target": options.target,
-        "drafts": {name: _stamped(path) for name, path in drafts.items()},
+        "target": _stamped(options.target, Path(resolve_target(options.target))),
+        "drafts": {name: _stamped(path, resolve_draft(path)) for name, path in drafts.items()},
         "methods": list(dict.fromkeys(str(item.spec) for item in wanted)),
         "against": options.against,
         "assistant": options.assistant,
@@ -127,12 +127,13 @@ def settings_of(
     }
 
 
-def _stamped(draft: str) -> str:
-    """A draft with the time of its weights: a head that was trained on is another one."""
-    folder = resolve_draft(draft)
+def _stamped(name: str, folder: Path) -> str:
+    """A model's name with the time of its weights: one that was trained on is another one."""
+    if not folder.is_dir():  # a target on the hub
+        return name
     weights = [file for ending in ("safetensors", "bin", "pt") for file in folder.glob(f"*.{ending}")]
     newest = max((file.stat().st_mtime for file in weights), default=0.0)  # loading says what is missing
-    return f"{draft} of {datetime.fromtimestamp(newest, UTC).isoformat(timespec='seconds')}"
+    return f"{name} of {datetime.fromtimestamp(newest, UTC).isoformat(timespec='seconds')}"
 
 
 def prepare(
