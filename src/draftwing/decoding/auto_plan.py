@@ -25,8 +25,9 @@ TRIAL = 4
 """Cycles that speculation is tried for before it is judged."""
 SWITCH_GAIN = 1.03
 """What another fixed shape must promise before it replaces the present one."""
-STUDIED = 2
-"""Of so many cycles one is learnt from."""
+STUDIED, STUDIED_LATER = 2, 8
+"""Of so many cycles one is learnt from, at first and with lookups, and after YOUTH lessons; looking takes time."""
+YOUTH = 16
 LESSON = 4
 """Studied cycles after which what was learnt is put to use."""
 FEW_NODES = 16
@@ -133,7 +134,8 @@ class AutoPlan:
         self._tokens = self._tokens * fade + report.num_tokens * self._batch_size / len(report.rows)
         self._seconds = self._seconds * fade + self._tree_seconds[report.num_nodes] + self._levels_seconds
         self._num_cycles += 1
-        if self._num_cycles % STUDIED == 0:
+        is_young = self._experience.num_lessons < YOUTH
+        if self._num_cycles % (STUDIED if is_young or self._looks_up else STUDIED_LATER) == 0:
             facts = report.facts()
             self._experience.outcomes.append(facts.outcomes())
             if self._looks_up:
@@ -195,6 +197,7 @@ class AutoPlan:
             self._table.update(outcomes)
             self._experience.acceptance.update(outcomes)
             self._experience.outcomes.clear()
+            self._experience.num_lessons += 1
         self._calibrated.learn(self._table)
         self._continuation = self._table.continuation.tolist()
 

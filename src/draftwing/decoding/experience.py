@@ -40,6 +40,7 @@ class Experience:
     """Speculation's tokens per second over plain decoding's; at first a hope that makes it worth a trial."""
     outcomes: list[Outcomes] = field(default_factory=list)
     """Cycles that no lesson was drawn from yet; a short generation leaves them to the next."""
+    num_lessons: int = 0
     sizing: CalibratedSize | None = None
     """What judges nodes on the device, for trees of a fixed shape; cycles that were captured read from it."""
     pause: Pause = field(default_factory=Pause)
