@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -94,21 +95,52 @@ def draft_dynamic(plan: TreePlan, draft: RootedDraft) -> list[Candidates]:
 
 def draft_static(plan: TreePlan, draft: RootedDraft) -> list[Candidates]:
     """EAGLE-1's fixed tree: node (.., r) is the r-th best child of its parent."""
-    device = draft.root_logits.device
-    number_of = {(): -1} | {path: number for number, path in enumerate(plan.paths)}
-    expanded: list[RankPath] = [()]  # the nodes whose children are being drafted
     logits, scores = draft.root_logits, draft.root_logits.new_zeros(len(draft.root_logits), 1, dtype=torch.float32)
     drafted = []
-    for level, paths in enumerate(plan.levels, 1):
-        log_probs, child_tokens = draft.best_children(logits, plan.width, level - 1)  # [B, E, K]
-        picks = [expanded.index(path[:-1]) * plan.width + path[-1] for path in paths]
-        level_scores = (scores[:, :, None] + log_probs).flatten(1)[:, picks]
-        tokens, log_probs = child_tokens.flatten(1)[:, picks], log_probs.flatten(1)[:, picks]
-        parents = torch.tensor([number_of[path[:-1]] for path in paths], device=device).expand_as(tokens)
-        drafted.append(Candidates(tokens, level_scores, log_probs, parents, torch.full_like(tokens, level)))
-        if level < plan.depth:
-            kept = [index for index, path in enumerate(paths) if path in plan.inner_paths]
-            parent = torch.tensor([expanded.index(paths[index][:-1]) for index in kept], device=device)
-            expanded, scores = [paths[index] for index in kept], level_scores[:, kept]
-            logits = draft.step(parent.expand(len(tokens), -1), tokens[:, kept])
+    for depth, level in enumerate(_static_levels(plan, logits.device), 1):
+        log_probs, child_tokens = draft.best_children(logits, plan.width, depth - 1)  # [B, E, K]
+        level_scores, log_probs, tokens = (
+            t.flatten(1).index_select(1, level.picks) for t in (scores[:, :, None] + log_probs, log_probs, child_tokens)
+        )
+        parents = level.parents.expand_as(tokens)
+        drafted.append(Candidates(tokens, level_scores, log_probs, parents, torch.full_like(tokens, depth)))
+        if depth < plan.depth:
+            scores, inner = (t.index_select(1, level.inner) for t in (level_scores, tokens))
+            logits = draft.step(level.inner_parents.expand_as(inner), inner)
     return drafted
+
+
+@dataclass(frozen=True)
+class _StaticLevel:
+    """Where a static tree's nodes of one depth lie, `[M]`, and which of them have children, `[E]`.
+
+    Attributes:
+        picks: among the children `[E, K]`, flattened, of the level before's nodes with children.
+        parents: candidate indices; -1 is the root.
+        inner: of the nodes with children, among this level's.
+        inner_parents: their parents, among the level before's nodes with children.
+    """
+
+    picks: torch.Tensor
+    parents: torch.Tensor
+    inner: torch.Tensor
+    inner_parents: torch.Tensor
+
+
+@lru_cache(maxsize=16)
+def _static_levels(plan: TreePlan, device: torch.device) -> list[_StaticLevel]:
+    """A static plan's levels, sent to the device once: in every cycle each copy would wait for the device."""
+    number_of = {(): -1} | {path: number for number, path in enumerate(plan.paths)}
+    expanded: list[RankPath] = [()]
+    levels = []
+    for paths in plan.levels:
+        inner = [index for index, path in enumerate(paths) if path in plan.inner_paths]
+        indices = (
+            [expanded.index(path[:-1]) * plan.width + path[-1] for path in paths],
+            [number_of[path[:-1]] for path in paths],
+            inner,
+            [expanded.index(paths[index][:-1]) for index in inner],
+        )
+        levels.append(_StaticLevel(*(torch.tensor(part, dtype=torch.int64, device=device) for part in indices)))
+        expanded = [paths[index] for index in inner]
+    return levels

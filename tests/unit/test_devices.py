@@ -1,0 +1,223 @@
+"""What a GPU would punish, found without one: on the meta device a read of a value raises, as does mixing devices.
+
+A copy between host and device waits for all that the device still has to do. So a cycle may ask the device for values
+once, and may send it nothing.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCAB_SIZE, auto_plan, requests_for, tiny_llama
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from draftwing.checkpoint.load import Draft, build_network
+from draftwing.decoding.drafters import NoDrafter
+from draftwing.decoding.generate import DrafterFactory, Generation
+from draftwing.decoding.plan import Plan, TreePlan
+from draftwing.decoding.tree import DraftTree
+from draftwing.methods import drafter_factory
+from draftwing.models.layers import DraftConfig
+from draftwing.models.medusa import MedusaConfig, MedusaModel
+from draftwing.models.target import TargetModel
+
+META = torch.device("meta")
+UPLOADS = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.new_tensor)
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "penalty": {"repetition_penalty": 1.2, "logit_bias": {3: 1.0}},
+    "all": {
+        "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.2, "logit_bias": {3: 1.0},
+    },
+}  # fmt: skip
+CYCLES = {
+    "plain": ("plain", "off"),
+    "eagle1, its static tree": ("eagle1", "eagle1"),
+    "eagle2": ("eagle2", "tree:4x4x12"),
+    "eagle3": ("eagle3", "tree:4x4x12"),
+    "eagle3, a static tree": ("eagle3", "eagle1"),
+    "eagle3, a chain": ("eagle3", "chain:3"),
+    "eagle3, sizing itself": ("eagle3", "auto"),
+    "eagle3 with n-grams": ("eagle3", "tree:4x4x12+ngram"),
+    "ngram": ("ngram", "chain:4"),
+    "draft model": ("draft_model", "tree:4x4x12"),
+    "draft model, a static tree": ("draft_model", "eagle1"),
+    "medusa": ("medusa", "medusa"),
+    "medusa, a dynamic tree": ("medusa", "tree:4x3x12"),
+    "lookahead": ("lookahead", "lookahead:4x3x4"),
+}
+
+
+class Transfers:
+    """While it is entered: `reads` counts what is read from the device (as zeros), `uploads` lists what is sent to it.
+
+    Every other read raises, since a meta tensor has no values.
+    """
+
+    def __init__(self) -> None:
+        self.reads = 0
+        self.uploads: list[str] = []
+        self._entered = ExitStack()
+
+    def __enter__(self) -> "Transfers":
+        self._entered.enter_context(_Calls(self))
+        self._entered.enter_context(_Operations(self))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.__exit__(*error)
+
+
+class _Calls(TorchFunctionMode):
+    """Sees Python's calls: a list becomes a tensor of the device without an operation that could be seen."""
+
+    def __init__(self, seen: Transfers) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_function__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if call is torch.Tensor.numpy and args[0].device == META:
+            self._seen.reads += 1
+            return np.zeros(args[0].shape, dtype=np.float64 if args[0].is_floating_point() else np.int64)
+        result = call(*args, **(kwargs or {}))
+        is_indexing = call in (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+        sends_index = is_indexing and any(isinstance(part, int | float) for part in _listed(args[1]))
+        if sends_index or (call in UPLOADS and result.device == META):
+            self._seen.uploads.append(call.__name__)
+        return result
+
+
+class _Operations(TorchDispatchMode):
+    """Sees the operations: those on the device take no tensor of the host, but for single numbers."""
+
+    def __init__(self, seen: Transfers) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        read, made = (
+            [leaf for leaf in tree_leaves(part) if isinstance(leaf, torch.Tensor)] for part in ((args, kwargs), result)
+        )
+        on_host = [tensor for tensor in read if tensor.device != META]
+        is_number = all(tensor.dim() == 0 for tensor in on_host) and len(on_host) < len(read)  # an operand, no copy
+        if on_host and not is_number and any(tensor.device == META for tensor in (*read, *made)):
+            self._seen.uploads.append(str(operation))
+        return result
+
+
+def _listed(index: Any) -> list[Any]:
+    """The members of the lists and arrays in an index."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return [member for part in parts if isinstance(part, list | range | np.ndarray) for member in part]
+
+
+@pytest.fixture(scope="module")
+def target() -> TargetModel:
+    return TargetModel(tiny_llama(num_hidden_layers=2).to(META))
+
+
+def draft_for(method: str, target: TargetModel) -> Draft | None:
+    """A draft on the target's device, of random weights."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "vocab_size": VOCAB_SIZE, "target_hidden_size": 32,
+    }  # fmt: skip
+    if method in ("eagle1", "eagle2"):
+        return build_network(DraftConfig(**sizes, draft_vocab_size=VOCAB_SIZE), target, None).double().to(META)
+    if method == "eagle3":
+        config = DraftConfig(**sizes, draft_vocab_size=48, aux_layers=(0, 1, 2))
+        return build_network(config, target, torch.arange(48)).double().to(META)  # the ids as from a file, on the host
+    if method == "medusa":
+        return MedusaModel(MedusaConfig(32, VOCAB_SIZE, 3)).double().to(META)
+    if method == "draft_model":
+        return TargetModel(tiny_llama(1, num_hidden_layers=2).to(META), role="draft")
+    return None
+
+
+def plan_of(text: str, batch_size: int) -> Plan:
+    if text == "auto":
+        shapes = ["chain:2", "tree:4x4x12"]
+        return auto_plan(batch_size, largest=TreePlan.parse(shapes[-1]), fixed_shapes=shapes, device=META)
+    plan = TreePlan.parse(text.removesuffix("+ngram"))
+    return plan.with_lookup() if text.endswith("+ngram") else plan
+
+
+class Sabotaged(NoDrafter):
+    """Plain decoding that does something with the root in every cycle."""
+
+    def __init__(self, act: Callable[[torch.Tensor], Any]) -> None:
+        self._act = act
+
+    def grow(self, root: torch.Tensor, *args: Any) -> DraftTree:
+        self._act(root)
+        return super().grow(root, *args)
+
+
+def start(
+    target: TargetModel, factory: DrafterFactory, plan: Plan, sampling: str = "greedy", batch_size: int = 1
+) -> Generation:
+    prompts = [[1, 2, 3, 4, 5], [7], [3, 3, 3]][:batch_size]
+    return Generation(target, requests_for(prompts, eos=(), **SAMPLINGS[sampling]), factory, plan)
+
+
+def run_cycle(generation: Generation) -> Transfers:
+    """What a cycle copies before the host reads what it has brought; asserts that this is its only read."""
+    with Transfers() as cycle:
+        brought = generation._cycle()
+    with Transfers() as host:
+        generation._emit(*brought)
+    assert (cycle.reads, host.reads) == (0, 1)
+    return cycle
+
+
+class TestCycle:
+    @pytest.mark.parametrize(("sampling", "batch_size"), [("greedy", 1), ("penalty", 3), ("all", 3)])
+    @pytest.mark.parametrize("cycle", CYCLES)
+    def test_reads_once_and_sends_nothing(
+        self, target: TargetModel, cycle: str, sampling: str, batch_size: int
+    ) -> None:
+        method, plan = CYCLES[cycle]
+        factory = drafter_factory(method, draft_for(method, target), target, with_lookup=plan.endswith("+ngram"))
+        generation = start(target, factory, plan_of(plan, batch_size), sampling, batch_size)
+        run_cycle(generation)  # in the first cycle, what a plan always needs is sent
+        assert not run_cycle(generation).uploads
+
+    @pytest.mark.parametrize(
+        ("sabotage", "error"),
+        [
+            (lambda root: root[0].item(), "meta tensors"),
+            (lambda root: root[root > 0], "nonzero"),
+            (lambda root: root.cpu(), "no data"),
+            (lambda root: root + torch.ones(len(root), dtype=torch.int64), "device"),
+        ],
+        ids=["item", "rows of a mask", "copy to the host", "operands on two devices"],
+    )
+    def test_notices_a_read(self, target: TargetModel, sabotage: Callable[[torch.Tensor], Any], error: str) -> None:
+        generation = start(target, lambda *_: Sabotaged(sabotage), TreePlan.off())
+        with pytest.raises((RuntimeError, NotImplementedError), match=error):
+            run_cycle(generation)
+
+    @pytest.mark.parametrize(
+        "sabotage",
+        [
+            lambda root: root[[0, 0]],
+            lambda root: root[torch.tensor([0, 0])],
+            lambda root: torch.tensor([1, 2], device=root.device),
+            lambda root: torch.ones(()).to(root.device),
+            lambda root: root.gather(0, torch.zeros(1, dtype=torch.int64)),
+        ],
+        ids=["list as an index", "index on the host", "list to a tensor", "number to the device", "gather"],
+    )
+    def test_notices_what_is_sent(self, target: TargetModel, sabotage: Callable[[torch.Tensor], Any]) -> None:
+        assert len(run_cycle(start(target, lambda *_: Sabotaged(sabotage), TreePlan.off())).uploads) == 1
+
+    def test_notices_a_second_read(self, target: TargetModel) -> None:
+        generation = start(target, lambda *_: Sabotaged(lambda root: root.numpy(force=True)), TreePlan.off())
+        with pytest.raises(AssertionError):
+            run_cycle(generation)
