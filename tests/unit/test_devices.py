@@ -1,7 +1,7 @@
 """What a GPU would punish, found without one: on the meta device a read of a value raises, as does mixing devices.
 
 A copy between host and device waits for all that the device still has to do. So a cycle may ask the device for values
-once, and may send it nothing.
+once, and may send it nothing. Nor may it use float64, which not every device has.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ from draftwing.checkpoint.load import Draft, build_network
 from draftwing.decoding.drafters import NoDrafter
 from draftwing.decoding.generate import DrafterFactory, Generation
 from draftwing.decoding.plan import Plan, TreePlan
-from draftwing.decoding.tree import DraftTree
+from draftwing.decoding.tree import Candidates, DraftTree, best_subtree, facts_of, read_cycle, read_together, walk
 from draftwing.methods import drafter_factory
 from draftwing.models.layers import DraftConfig
 from draftwing.models.medusa import MedusaConfig, MedusaModel
 from draftwing.models.target import TargetModel
 
-META = torch.device("meta")
+META, DTYPE = torch.device("meta"), torch.bfloat16
 UPLOADS = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.new_tensor)
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -54,14 +54,15 @@ CYCLES = {
 
 
 class Transfers:
-    """While it is entered: `reads` counts what is read from the device (as zeros), `uploads` lists what is sent to it.
+    """While it is entered: `reads` counts arrays read from the device (as zeros), `uploads` lists what is sent to it.
 
-    Every other read raises, since a meta tensor has no values.
+    Every other read raises, since a meta tensor has no values. `doubles` lists what makes float64 tensors there.
     """
 
     def __init__(self) -> None:
         self.reads = 0
         self.uploads: list[str] = []
+        self.doubles: list[str] = []
         self._entered = ExitStack()
 
     def __enter__(self) -> "Transfers":
@@ -83,7 +84,7 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if call is torch.Tensor.numpy and args[0].device == META:
             self._seen.reads += 1
-            return np.zeros(args[0].shape, dtype=np.float64 if args[0].is_floating_point() else np.int64)
+            return np.zeros(args[0].shape, str(args[0].dtype).removeprefix("torch."))
         result = call(*args, **(kwargs or {}))
         is_indexing = call in (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
         sends_index = is_indexing and any(isinstance(part, int | float) for part in _listed(args[1]))
@@ -108,6 +109,8 @@ class _Operations(TorchDispatchMode):
         is_number = all(tensor.dim() == 0 for tensor in on_host) and len(on_host) < len(read)  # an operand, no copy
         if on_host and not is_number and any(tensor.device == META for tensor in (*read, *made)):
             self._seen.uploads.append(str(operation))
+        if any(tensor.device == META and tensor.dtype == torch.float64 for tensor in made):
+            self._seen.doubles.append(str(operation))
         return result
 
 
@@ -119,7 +122,7 @@ def _listed(index: Any) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def target() -> TargetModel:
-    return TargetModel(tiny_llama(num_hidden_layers=2).to(META))
+    return TargetModel(tiny_llama(num_hidden_layers=2).to(META, DTYPE))
 
 
 def draft_for(method: str, target: TargetModel) -> Draft | None:
@@ -129,14 +132,14 @@ def draft_for(method: str, target: TargetModel) -> Draft | None:
         "vocab_size": VOCAB_SIZE, "target_hidden_size": 32,
     }  # fmt: skip
     if method in ("eagle1", "eagle2"):
-        return build_network(DraftConfig(**sizes, draft_vocab_size=VOCAB_SIZE), target, None).double().to(META)
+        return build_network(DraftConfig(**sizes, draft_vocab_size=VOCAB_SIZE), target, None).to(META, DTYPE)
     if method == "eagle3":
         config = DraftConfig(**sizes, draft_vocab_size=48, aux_layers=(0, 1, 2))
-        return build_network(config, target, torch.arange(48)).double().to(META)  # the ids as from a file, on the host
+        return build_network(config, target, torch.arange(48)).to(META, DTYPE)  # the ids as from a file, on the host
     if method == "medusa":
-        return MedusaModel(MedusaConfig(32, VOCAB_SIZE, 3)).double().to(META)
+        return MedusaModel(MedusaConfig(32, VOCAB_SIZE, 3)).to(META, DTYPE)
     if method == "draft_model":
-        return TargetModel(tiny_llama(1, num_hidden_layers=2).to(META), role="draft")
+        return TargetModel(tiny_llama(1, num_hidden_layers=2).to(META, DTYPE), role="draft")
     return None
 
 
@@ -173,6 +176,7 @@ def run_cycle(generation: Generation) -> Transfers:
     with Transfers() as host:
         generation._emit(*brought)
     assert (cycle.reads, host.reads) == (0, 1)
+    cycle.doubles += host.doubles
     return cycle
 
 
@@ -184,9 +188,11 @@ class TestCycle:
     ) -> None:
         method, plan = CYCLES[cycle]
         factory = drafter_factory(method, draft_for(method, target), target, with_lookup=plan.endswith("+ngram"))
-        generation = start(target, factory, plan_of(plan, batch_size), sampling, batch_size)
-        run_cycle(generation)  # in the first cycle, what a plan always needs is sent
-        assert not run_cycle(generation).uploads
+        with Transfers() as prefill:
+            generation = start(target, factory, plan_of(plan, batch_size), sampling, batch_size)
+        first, second = run_cycle(generation), run_cycle(generation)
+        assert not second.uploads  # in the first cycle, what a plan always needs is sent
+        assert not (*prefill.doubles, *first.doubles, *second.doubles)
 
     @pytest.mark.parametrize(
         ("sabotage", "error"),
@@ -217,7 +223,40 @@ class TestCycle:
     def test_notices_what_is_sent(self, target: TargetModel, sabotage: Callable[[torch.Tensor], Any]) -> None:
         assert len(run_cycle(start(target, lambda *_: Sabotaged(sabotage), TreePlan.off())).uploads) == 1
 
+    def test_notices_float64(self, target: TargetModel) -> None:
+        generation = start(target, lambda *_: Sabotaged(torch.Tensor.double), TreePlan.off())
+        assert run_cycle(generation).doubles
+
     def test_notices_a_second_read(self, target: TargetModel) -> None:
         generation = start(target, lambda *_: Sabotaged(lambda root: root.numpy(force=True)), TreePlan.off())
         with pytest.raises(AssertionError):
             run_cycle(generation)
+
+
+def test_what_is_read_together_keeps_its_values() -> None:
+    flags = torch.tensor([[True, False]]).expand(2, 2)
+    scores = torch.tensor([[0.0, -1.5, -torch.inf], [-0.1, torch.nan, 3e-39]])
+    ids = torch.tensor([[2**31 - 1], [-1]])
+    parts = (ids, flags, scores[:, 1:], scores[:, :1].double())
+    for part, array in zip(parts, read_together(parts), strict=True):
+        np.testing.assert_array_equal(
+            array.astype(part.numpy().dtype), part.float().numpy() if part.is_floating_point() else part.numpy()
+        )
+
+
+def test_facts_are_the_same_however_they_are_read() -> None:
+    root, tokens = torch.tensor([1, 2]), torch.tensor([[3, 4, 5], [3, 4, 5]])
+    scores = torch.tensor([[-0.5, -1.0, -1.5], [-0.25, -torch.inf, -2.0]])
+    parents, depths = torch.tensor([-1, -1, 0]).expand(2, 3), torch.tensor([1, 1, 2]).expand(2, 3)
+    tree = best_subtree(root, Candidates(tokens, scores, scores, parents, depths), 4, 2)
+    verdict = walk(tree, torch.tensor([[3, 5, 7, 8], [4, 1, 1, 1]]))
+    rows = np.array([1])
+    result, facts = read_cycle(tree, verdict)
+    together = read_together((verdict.accepted, tree.parents, tree.depths, tree.valid, tree.scores, tree.log_probs))
+    for mine, expected in zip(
+        vars(facts_of(tuple(together), rows, 2)).values(), vars(facts(rows)).values(), strict=True
+    ):
+        np.testing.assert_array_equal(mine, expected)
+    np.testing.assert_array_equal(
+        result, read_together((torch.cat((verdict.num_accepted[:, None], verdict.tokens), 1),))[0]
+    )

@@ -281,10 +281,20 @@ def read_cycle(tree: DraftTree, verdict: Verdict) -> tuple[Array, Callable[[Arra
     parts = (verdict.accepted, tree.parents, tree.depths, tree.valid, tree.scores, tree.log_probs)
     if result.device.type == "cpu":
         return result.numpy(), lambda rows: facts_of(tuple(part.numpy() for part in parts), rows, tree.max_depth)
-    width, num_nodes = result.shape[1], tree.num_nodes
-    values = torch.cat((result.double(), *(part.double() for part in parts)), dim=1).numpy(force=True)
-    arrays = np.split(values[:, width:], range(num_nodes, 6 * num_nodes, num_nodes), axis=1)
-    return values[:, :width].astype(np.int64), lambda rows: facts_of(tuple(arrays), rows, tree.max_depth)
+    result_read, *parts_read = read_together((result, *parts))
+    return result_read, lambda rows: facts_of(tuple(parts_read), rows, tree.max_depth)
+
+
+def read_together(parts: Sequence[torch.Tensor]) -> list[Array]:
+    """Copy tensors `[B, ...]` of ids, flags and scores to the host in one go, as int32 and float32.
+
+    The scores travel as the integers of their bits: not every device has a number type that holds both.
+    """
+    as_integers = [part.float().view(torch.int32) if part.is_floating_point() else part.int() for part in parts]
+    values = torch.cat(as_integers, dim=1).numpy(force=True)
+    arrays = np.split(values, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
+    pairs = zip(parts, arrays, strict=True)
+    return [array.view(np.float32) if part.is_floating_point() else array for part, array in pairs]
 
 
 def facts_of(parts: tuple[Array, ...], rows: Array, max_depth: int) -> CycleFacts:
