@@ -4,27 +4,34 @@ A copy between host and device waits for all that the device still has to do. So
 once, and may send it nothing. Nor may it use float64, which not every device has.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import VOCAB_SIZE, auto_plan, requests_for, tiny_llama
+from torch.fx.experimental import _config as symbolic_shapes
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from draftwing.checkpoint.load import Draft, build_network
+from draftwing.config import Loss, Objective, TrainConfig
 from draftwing.decoding.drafters import NoDrafter
 from draftwing.decoding.generate import DrafterFactory, Generation
 from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.tree import Candidates, DraftTree, best_subtree, facts_of, read_cycle, read_together, walk
 from draftwing.methods import drafter_factory
+from draftwing.models.eagle import EagleModel
 from draftwing.models.layers import DraftConfig
 from draftwing.models.medusa import MedusaConfig, MedusaModel
 from draftwing.models.target import TargetModel
+from draftwing.training import fused, ttt
+from draftwing.training.medusa import MedusaTraining
+from draftwing.training.objectives import HeadTraining
 
 META, DTYPE = torch.device("meta"), torch.bfloat16
 UPLOADS = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.new_tensor)
@@ -56,13 +63,15 @@ CYCLES = {
 class Transfers:
     """While it is entered: `reads` counts arrays read from the device (as zeros), `uploads` lists what is sent to it.
 
-    Every other read raises, since a meta tensor has no values. `doubles` lists what makes float64 tensors there.
+    Every other read raises, since a meta tensor has no values (`nonzeros` counts searches, where those are allowed).
+    `doubles` lists what makes float64 tensors there.
     """
 
     def __init__(self) -> None:
         self.reads = 0
         self.uploads: list[str] = []
         self.doubles: list[str] = []
+        self.nonzeros = 0
         self._entered = ExitStack()
 
     def __enter__(self) -> "Transfers":
@@ -109,6 +118,7 @@ class _Operations(TorchDispatchMode):
         is_number = all(tensor.dim() == 0 for tensor in on_host) and len(on_host) < len(read)  # an operand, no copy
         if on_host and not is_number and any(tensor.device == META for tensor in (*read, *made)):
             self._seen.uploads.append(str(operation))
+        self._seen.nonzeros += operation is torch.ops.aten.nonzero.default
         if any(tensor.device == META and tensor.dtype == torch.float64 for tensor in made):
             self._seen.doubles.append(str(operation))
         return result
@@ -231,6 +241,73 @@ class TestCycle:
         generation = start(target, lambda *_: Sabotaged(lambda root: root.numpy(force=True)), TreePlan.off())
         with pytest.raises(AssertionError):
             run_cycle(generation)
+
+
+class TestTraining:
+    """A step waits for the device once, to learn which slots are supervised."""
+
+    @pytest.fixture(autouse=True)
+    def _parts_that_meta_tensors_lack(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        monkeypatch.setattr(TargetModel, "check_logits", lambda self: None)  # reads, when training begins
+        monkeypatch.setattr(ttt, "_compiled_flex_attention", lambda: plain_flex_attention)
+        monkeypatch.setattr(fused, "_in_autocast", lambda x: x.to(DTYPE))
+        monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+        with symbolic_shapes.patch(meta_nonzero_assume_all_nonzero=True):
+            yield
+
+    @pytest.mark.parametrize("is_packed", [False, True])
+    @pytest.mark.parametrize("loss", ["kl", "cross_entropy", "lk"])
+    @pytest.mark.parametrize("objective", ["eagle1", "eagle3", "medusa"])
+    def test_a_step_reads_once_and_sends_nothing(
+        self, target: TargetModel, objective: Objective, loss: Loss, is_packed: bool
+    ) -> None:
+        training = new_training(target, objective, loss)
+        with Transfers() as step:
+            training(**batch(objective, is_packed))["loss"].backward()
+        assert step.uploads == []
+        assert step.nonzeros == 1 and step.reads == 0
+        trained = [parameter for parameter in training.parameters() if parameter.requires_grad]
+        assert trained and all(parameter.grad is not None for parameter in trained)
+
+    def test_notices_another_read(self, target: TargetModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        training = new_training(target, "eagle3", "kl")
+        monkeypatch.setattr(training, "_add", lambda figures, num_slots: num_slots.tolist())
+        with pytest.raises(NotImplementedError, match="no data"), Transfers():
+            training(**batch("eagle3", is_packed=False))
+
+
+def new_training(target: TargetModel, objective: Objective, loss: Loss) -> HeadTraining:
+    config = TrainConfig(
+        objective=objective, loss=loss, output="", target="unused", ttt_steps=3, medusa_heads=3, draft_vocab_size=48
+    )
+    head = draft_for(objective, target)
+    assert isinstance(head, torch.nn.Module)
+    if isinstance(head, EagleModel):
+        head.embed_tokens.requires_grad_(False)
+    return (MedusaTraining if objective == "medusa" else HeadTraining)(head.float(), target, config)  # type: ignore[arg-type]
+
+
+def batch(objective: Objective, is_packed: bool) -> dict[str, torch.Tensor]:
+    """Two rows of 128 tokens: packed ones that the target runs over, or others with stored features.
+
+    (Over rows that are not packed, transformers reads once more to find out whether they are.)
+    """
+    ids = torch.zeros(2, 128, dtype=torch.int64, device=META)
+    given = {"input_ids": ids, "loss_mask": torch.ones_like(ids, dtype=torch.bool)}
+    if is_packed:
+        return given | {"document_ids": ids}
+    hidden = torch.zeros(2, 128, 32, dtype=DTYPE, device=META)
+    features = {"features": torch.cat([hidden] * 3, 2)} if objective == "eagle3" else {}
+    return given | features | {"last_hidden": hidden}
+
+
+def plain_flex_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, Any]:
+    """Shapes and dtypes of flex attention, which takes no meta tensors."""
+    keys, values = (x.repeat_interleave(queries.shape[1] // x.shape[1], dim=1) for x in (keys, values))
+    scores = (queries @ keys.mT).float()
+    return scores.softmax(-1).to(values.dtype) @ values, SimpleNamespace(lse=scores.logsumexp(-1))
 
 
 def test_what_is_read_together_keeps_its_values() -> None:
