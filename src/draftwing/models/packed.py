@@ -44,6 +44,8 @@ def multiplies_bfloat16() -> bool:
 def _can_pack(layer: nn.Linear) -> bool:
     if type(layer.weight) is not nn.Parameter:  # quantised weights are tensors of their own kinds
         return False
+    if "forward" in vars(layer) or layer._forward_pre_hooks or layer._forward_hooks:  # it does more than its product
+        return False
     dtype, device = layer.weight.dtype, layer.weight.device
     if device.type != "cpu" or dtype not in PACKED_DTYPES or not torch.backends.mkldnn.is_available():
         return False

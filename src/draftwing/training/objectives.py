@@ -34,9 +34,13 @@ class HeadTraining(nn.Module):
         # (Sum, count) of each figure since they were last read, apart for training and evaluation.
         self._sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
         target.check_logits()
-        assert isinstance(target.output_head, nn.Linear), "a packed target cannot be trained with"
-        weight = target.output_head.weight
-        self._target_head = OutputHead(weight, target.output_head.bias, target.logit_transform)
+        output_head = target.output_head
+        if not isinstance(output_head, nn.Linear) or not output_head.weight.is_floating_point():
+            raise ValueError(
+                f"target: its output head is quantised ({type(output_head).__name__}); training reads its weight"
+            )
+        weight = output_head.weight
+        self._target_head = OutputHead(weight, output_head.bias, target.logit_transform)
         ids = head.vocab.target_ids
         # The target's head over the draft vocabulary, and each target token's draft id, -1 if it has none.
         self._teacher_head, self._draft_ids = self._target_head, torch.arange(target.vocab_size, device=weight.device)
