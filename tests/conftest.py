@@ -37,6 +37,7 @@ from draftwing.training.objectives import HeadTraining
 
 VOCAB_SIZE = 64
 EOS = 11
+CPU = torch.device("cpu")
 Path = tuple[int, ...]
 """The tokens from a tree's root, which is left out, to a node."""
 
@@ -158,7 +159,7 @@ def optimise(module: HeadTraining | MedusaTraining, data: Sequence[Example], ste
 def eagle(head: DraftNetwork) -> DrafterFactory:
     """Builds the drafter of a head for the engine."""
     dtype = next(head.parameters()).dtype
-    return lambda batch_size, capacity: EagleDrafter(head, batch_size, capacity, dtype, torch.device("cpu"))
+    return lambda batch_size, capacity: EagleDrafter(head, batch_size, capacity, dtype, CPU)
 
 
 def language_model(model: TargetModel) -> DrafterFactory:
@@ -168,17 +169,17 @@ def language_model(model: TargetModel) -> DrafterFactory:
 
 def medusa(model: MedusaModel) -> DrafterFactory:
     """Builds the drafter of Medusa heads for the engine."""
-    return lambda batch_size, capacity: MedusaDrafter(model, batch_size, torch.float64, torch.device("cpu"))
+    return lambda batch_size, capacity: MedusaDrafter(model, batch_size, torch.float64, CPU)
 
 
 def lookahead(batch_size: int, capacity: int) -> LookaheadDrafter:
     """Builds the drafter of Lookahead decoding for the engine."""
-    return LookaheadDrafter(batch_size, capacity, torch.device("cpu"))
+    return LookaheadDrafter(batch_size, capacity, CPU)
 
 
 def ngram(batch_size: int, capacity: int) -> NgramDrafter:
     """Builds the n-gram drafter for the engine."""
-    return NgramDrafter(batch_size, capacity, torch.device("cpu"))
+    return NgramDrafter(batch_size, capacity, CPU)
 
 
 def eagle_with_ngram(head: DraftNetwork) -> DrafterFactory:
@@ -187,7 +188,7 @@ def eagle_with_ngram(head: DraftNetwork) -> DrafterFactory:
 
     def new_drafter(batch_size: int, capacity: int) -> EagleDrafter:
         lookup = ngram(batch_size, capacity)
-        return EagleDrafter(head, batch_size, capacity, dtype, torch.device("cpu"), lookup)
+        return EagleDrafter(head, batch_size, capacity, dtype, CPU, lookup)
 
     return new_drafter
 
@@ -215,6 +216,7 @@ def auto_plan(
     experience: Experience | None = None,
     largest: TreePlan | None = None,
     fixed_shapes: Sequence[str] = (),
+    device: torch.device = CPU,
     **seconds: float,
 ) -> AutoPlan:
     """A plan that sizes itself by invented costs."""
@@ -224,7 +226,7 @@ def auto_plan(
         batch_size,
         largest or TreePlan(4, 6, 24),
         TreePlan.off(),
-        torch.device("cpu"),
+        device,
         [TreePlan.parse(shape) for shape in fixed_shapes],
     )
 

@@ -278,8 +278,10 @@ def load(
             no bf16 products.
         method: one of METHODS; default: what the draft is made for (eagle2 for an EAGLE-1 file).
         capture: on a CUDA device, record cycles once and replay them (CUDA graphs).
-        options: the fields of HeadOptions (`aux_layers`, `rope_theta`, `norm_output`, ...) override what a head's file
-            says (see `draftwing inspect`, `draftwing doctor`); others go to transformers' `from_pretrained`.
+        options: `quantize="int8"` (or int4, float8) keeps the target's linear layers in fewer bits, by torchao; files
+            that are quantised already need none. The fields of HeadOptions (`aux_layers`, `rope_theta`, `norm_output`,
+            ...) override what a head's file says (see `draftwing inspect`, `draftwing doctor`). Others go to
+            transformers' `from_pretrained` of the target.
 
     Raises:
         ValueError: a name that cannot be loaded, a draft that does not fit, a model whose cache cannot be rolled back.

@@ -22,10 +22,10 @@ def _loaded_once() -> Iterator[None]:
     loaded: dict[Any, SpeculativeModel] = {}
     real = eval_setup.load
 
-    def load(target: str, dtype: Any, device: Any) -> SpeculativeModel:
-        if (target, dtype) not in loaded:
-            loaded[target, dtype] = real(target, dtype=dtype, device=device)
-        return loaded[target, dtype]
+    def load(target: str, dtype: Any, device: Any, quantize: Any) -> SpeculativeModel:
+        if (target, dtype, quantize) not in loaded:
+            loaded[target, dtype, quantize] = real(target, dtype=dtype, device=device, quantize=quantize)
+        return loaded[target, dtype, quantize]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eval_setup, "load", load)

@@ -21,6 +21,7 @@ from draftwing.checkpoint.formats import (
     read_head,
 )
 from draftwing.checkpoint.medusa_format import is_medusa, read_medusa
+from draftwing.checkpoint.quantize import is_quantized_file, quantization_config
 from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.eagle import EagleModel
 from draftwing.models.eagle3 import Eagle3Model
@@ -82,49 +83,63 @@ def load_target(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = "cpu",
     role: Literal["target", "draft"] = "target",
+    quantize: str | None = None,
     **options: Any,
 ) -> TargetModel:
     """Load a causal language model with our attention function. `options` go to transformers' `from_pretrained`.
 
-    A `device` of None leaves it where the options (`device_map`) put it.
+    A `device` of None leaves it where the options (`device_map`) put it. `quantize` is one of QUANTIZATIONS.
     Without a `dtype` it is the file's; on a CPU without bf16 products, and for float16 files there, float32.
 
     Raises:
         ValueError: a name that cannot be loaded, missing tensors, a model that cannot verify trees. The message begins
-            with the `role`.
+            with the `role`. A quantisation that cannot be had.
     """
     options.setdefault("attn_implementation", ATTENTION)
+    model, info = _load_model(name, dtype, device, role, quantize, **options)
+    if missing := sorted(info["missing_keys"]):  # transformers fills them with random values
+        raise ValueError(f"{role}: {name!r} lacks {len(missing)} tensors, the first is {missing[0]}")
+    return TargetModel(model.eval(), role)
+
+
+def _load_model(
+    name: str, dtype: torch.dtype | None, device: Any, role: str, quantize: str | None = None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """transformers' model on its device, and what it says of the loading; arguments as those of `load_target`."""
+    path, is_on_cpu = resolve_target(name), device is not None and torch.device(device).type == "cpu"
+    if quantize is not None:
+        options["quantization_config"] = quantization_config(quantize, torch.device(device or "cuda"))
+        if is_on_cpu and dtype is None and not multiplies_bfloat16():
+            dtype = torch.float32  # a quantised model cannot be converted
     try:
+        is_quantized = "quantization_config" in options or is_quantized_file(path, **options)
+        if is_quantized and device is not None and not is_on_cpu:
+            # Weights are packed for the device that they are on, and must not be moved. accelerate places them.
+            options, device = {"device_map": device} | options, None
         model, info = AutoModelForCausalLM.from_pretrained(
-            resolve_target(name), dtype=dtype or "auto", output_loading_info=True, **options
+            path, dtype=dtype or "auto", output_loading_info=True, **options
         )
     except (OSError, ImportError, TypeError) as error:  # no such model; a package that an option needs; no such option
         raise ValueError(f"{role}: cannot load {name!r}: {error}") from error
     except KeyError as error:  # older modules pick their attention from a table of their own (Falcon, GPT-J)
-        if error.args != (options["attn_implementation"],):
+        if error.args != (options.get("attn_implementation"),):
             raise
         raise ValueError(
             f"attn_implementation: {name!r} does not know {error}; pass attn_implementation='sdpa' or 'eager'"
         ) from error
-    if missing := sorted(info["missing_keys"]):  # transformers fills them with random values
-        raise ValueError(f"{role}: {name!r} lacks {len(missing)} tensors, the first is {missing[0]}")
+    if is_quantized or device is None:
+        return model, info
     is_slow = model.dtype == torch.float16 or (model.dtype == torch.bfloat16 and not multiplies_bfloat16())
-    if dtype is None and device is not None and torch.device(device).type == "cpu" and is_slow:
-        model = model.float()
-    return TargetModel((model if device is None else model.to(device)).eval(), role)
+    return (model.float() if dtype is None and is_on_cpu and is_slow else model.to(device)), info
 
 
-def load_stock(name: str, dtype: torch.dtype, device: str | torch.device) -> Any:
+def load_stock(name: str, dtype: torch.dtype, device: str | torch.device, quantize: str | None = None) -> Any:
     """A causal language model as transformers runs it, to compare with.
 
     Raises:
         ValueError: a name that cannot be loaded.
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(resolve_target(name), dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model: cannot load {name!r}: {error}") from error
-    return model.to(device).eval()
+    return _load_model(name, dtype, device, "model", quantize)[0].eval()
 
 
 def load_tokenizer(name: str) -> Any:

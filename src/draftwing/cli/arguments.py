@@ -39,6 +39,16 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    """How the target's weights are kept."""
+    parser.add_argument(
+        "--quantize",
+        choices=("int8", "int4", "float8"),
+        help="keep the target's linear layers in fewer bits, by torchao (int4: CUDA only); files that are quantised "
+        "already need no option",
+    )
+
+
 def add_head_options(parser: argparse.ArgumentParser) -> None:
     """What overrides an EAGLE head's file: the fields of HeadOptions (checkpoint/formats.py)."""
     group = parser.add_argument_group("instead of what an EAGLE head's file says (see `draftwing doctor`)")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from draftwing.cli.arguments import add_device, positive, temperatures
+from draftwing.cli.arguments import add_device, add_quantize, positive, temperatures
 
 if TYPE_CHECKING:
     from draftwing.evaluation.evaluate import Evaluation
@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=positive, default=1, help="runs of each turn; the median counts (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     add_device(parser)
+    add_quantize(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -134,7 +135,8 @@ def _report(
     is_chat = any(prompt.messages for data in evaluation.data for prompt in data.prompts)
     if is_chat and not has_chat_template(evaluation.tokenizer):
         warnings.append("the tokenizer has no chat template: turns are put as plain text")
-    title = f"{options.target} on {options.device}, up to {options.max_new_tokens} new tokens"
+    target = f"{options.target} in {options.quantize}" if options.quantize else options.target
+    title = f"{target} on {options.device}, up to {options.max_new_tokens} new tokens"
     memory = memory_kind(options.device)
     return Report(title, rows, ablations(rows, methods), remarks.skipped, warnings, memory, settings, provenance())
 

@@ -123,6 +123,7 @@ def settings_of(
         "seed": options.seed,
         "device": options.device,
         "dtype": options.dtype,
+        **({"quantize": options.quantize} if options.quantize else {}),
         "threads": torch.get_num_threads(),
     }
 
@@ -142,7 +143,7 @@ def prepare(
     """Load the models; the methods by row name, with their plans filled in, and what is to be measured."""
     rivals = _endpoints(options)  # before the models: a server that is not there is found out at once
     with Console(stderr=True).status("loading models"):
-        bare = load(options.target, dtype=options.dtype, device=options.device)
+        bare = load(options.target, dtype=options.dtype, device=options.device, quantize=options.quantize)
         models = {name: bare.with_draft(path) for name, path in drafts.items()}
         device = bare.target.device
         rivals |= {name: with_peak(decode, device) for name, decode in _transformers(options, bare).items()}
@@ -206,4 +207,4 @@ def _transformers(options: argparse.Namespace, bare: SpeculativeModel) -> dict[s
         return {}
     dtype, device = bare.target.dtype, options.device
     assistant = load_stock(options.assistant, dtype, device) if options.assistant else None
-    return transformers_rivals(load_stock(options.target, dtype, device), assistant)
+    return transformers_rivals(load_stock(options.target, dtype, device, options.quantize), assistant)

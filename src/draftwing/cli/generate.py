@@ -6,13 +6,14 @@ from typing import Any
 
 from rich.console import Console
 
-from draftwing.cli.arguments import add_device, add_head_options, head_options, positive, temperature
+from draftwing.cli.arguments import add_device, add_head_options, add_quantize, head_options, positive, temperature
 
 SUMMARY = "Generate text with a target and a draft: EAGLE or Medusa heads, a smaller model, or none."
 EXAMPLES = """examples:
   draftwing generate --target tiny --draft tiny --prompt "def main(args):"
   draftwing generate --target path/to/large-model --draft path/to/small-model --prompt "def main(args):"
   draftwing generate --target tiny --draft tiny --prompt "x = [1, 2, 3]" --ngram
+  draftwing generate --target tiny --draft tiny --prompt "x = [1, 2, 3]" --quantize int8
   draftwing generate --target tiny --method lookahead --prompt "x = [1, 2, 3]" --compare
   draftwing generate --target tiny --draft tiny --chat --prompt "Write the Python function clamp." --compare
   draftwing generate --target meta-llama/Llama-3.1-8B-Instruct --draft yuhuili/EAGLE3-LLaMA3.1-Instruct-8B \\
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, help="the text to continue, or with --chat the user's message")
     parser.add_argument("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
     add_device(parser)
+    add_quantize(parser)
     parser.add_argument(
         "--method",
         choices=("plain", "ngram", "lookahead", "eagle1", "eagle2", "eagle3", "medusa", "draft_model"),
@@ -67,7 +69,8 @@ def run(options: argparse.Namespace) -> None:
     from draftwing.data.prompts import Prompt
     from draftwing.evaluation.demo import print_stream
 
-    model = load(options.target, options.draft, options.dtype, options.device, options.method, **head_options(options))
+    more = head_options(options) | {"quantize": options.quantize}
+    model = load(options.target, options.draft, options.dtype, options.device, options.method, **more)
     prompt = Prompt("prompt", text=options.prompt)
     if options.chat:
         prompt = Prompt("prompt", messages=({"role": "user", "content": options.prompt},))

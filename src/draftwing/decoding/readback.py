@@ -81,44 +81,41 @@ class CycleReport:
 class CycleReading:
     """A cycle's result on its way to the host, the cycle's only copy; of a `tree` its facts as well.
 
-    A GPU starts to copy here, and `result` waits for that alone: the device works on meanwhile. On a CPU nothing is
-    copied; the facts are read where they lie.
+    A CUDA device starts to copy here, and `result` waits for that alone: the device works on meanwhile. On a CPU
+    nothing is copied; the facts are read where they lie.
     """
 
     def __init__(self, verdict: Verdict, tree: DraftTree | None) -> None:
         self._max_depth = 0 if tree is None else tree.max_depth
         self._event: torch.cuda.Event | None = None
-        self._packed: torch.Tensor | None = None
-        result = torch.cat((verdict.num_accepted[:, None], verdict.tokens), dim=1)
-        self._parts: tuple[torch.Tensor, ...] = (result,)
+        self._parts: tuple[torch.Tensor, ...] = (torch.cat((verdict.num_accepted[:, None], verdict.tokens), dim=1),)
         if tree is not None:
-            facts = (verdict.accepted, tree.parents, tree.depths, tree.valid, tree.scores, tree.log_probs)
-            self._parts = (result, *facts)
-        if result.device.type != "cpu":
-            self._widths = [part.shape[1] for part in self._parts]
-            packed = torch.cat([_as_int32(part) for part in self._parts], dim=1)
-            self._packed = packed.to("cpu", non_blocking=packed.device.type == "cuda")
-        if result.device.type == "cuda":
+            self._parts += (verdict.accepted, tree.parents, tree.depths, tree.valid, tree.scores, tree.log_probs)
+        device = self._parts[0].device
+        self._packed = None if device.type == "cpu" else pack(self._parts)
+        if self._packed is not None and device.type == "cuda":
+            self._packed = self._packed.to("cpu", non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(result.device))
+            self._event.record(torch.cuda.current_stream(device))
 
     @property
     def has_facts(self) -> bool:
+        """Whether there will be facts."""
         return len(self._parts) > 1
 
     def result(self) -> Array:
         """`[B, 1 + L]`: accepted draft tokens, and tokens to emit."""
         if self._event is not None:
             self._event.synchronize()
-        if self._packed is not None:
-            integers = self._packed.split(self._widths, dim=1)
-            self._parts = (*integers[:5], *(part.contiguous().view(torch.float32) for part in integers[5:]))
-        result: Array = self._parts[0].numpy()
-        return result
+        if self._packed is None:
+            self._arrays: list[Array] = [part.numpy() for part in self._parts]
+        else:
+            self._arrays = unpack(self._packed.numpy(force=True), self._parts)
+        return self._arrays[0]
 
     def facts(self, rows: Array) -> CycleFacts:
         """What became of some rows' trees; after `result`."""
-        arrays: list[Array] = [part.numpy() for part in self._parts[1:]]
+        arrays = self._arrays[1:]
         if len(rows) < len(arrays[0]):
             arrays = [array[rows] for array in arrays]
         accepted, parents, depths, valid, scores, log_probs = arrays
@@ -127,6 +124,17 @@ class CycleReading:
         return CycleFacts(rows, accepted > 0, parents, depths, drafted, scores, log_probs, self._max_depth)
 
 
-def _as_int32(part: torch.Tensor) -> torch.Tensor:
-    """Ids and flags as they are, scores as the bits of float32, so that one copy takes all of them."""
-    return part.float().view(torch.int32) if part.is_floating_point() else part.int()
+def pack(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors `[B, ...]` of ids, flags and scores side by side, as int32: one copy takes all.
+
+    Scores travel as the bits of float32, for not every device has a number type that holds both.
+    """
+    as_integers = [part.float().view(torch.int32) if part.is_floating_point() else part.int() for part in parts]
+    return torch.cat(as_integers, dim=1)
+
+
+def unpack(packed: Array, parts: Sequence[torch.Tensor]) -> list[Array]:
+    """What was packed from tensors of these shapes and kinds, as int32 and float32."""
+    arrays = np.split(packed, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
+    pairs = zip(parts, arrays, strict=True)
+    return [array.view(np.float32) if part.is_floating_point() else array for part, array in pairs]

@@ -170,8 +170,9 @@ class Rotary(nn.Module):
         angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), frequencies)
         cos, sin = angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=1)
         # Buffers, so that they follow the module's device and dtype; not parameters, so that files don't hold them.
-        self.register_buffer("cos", cos.to(dtype=dtype, device=device), persistent=False)
-        self.register_buffer("sin", sin.to(dtype=dtype, device=device), persistent=False)
+        # First the dtype: not every device has float64.
+        self.register_buffer("cos", cos.to(dtype).to(device), persistent=False)
+        self.register_buffer("sin", sin.to(dtype).to(device), persistent=False)
 
 
 def rope_frequencies(head_dim: int, parameters: dict[str, Any]) -> torch.Tensor:

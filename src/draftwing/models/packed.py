@@ -48,6 +48,8 @@ def _can_pack(layer: nn.Linear) -> bool:
     # Weights that are quantised or spread over processes are tensors of their own kinds.
     if type(layer.weight) is not nn.Parameter or type(layer.weight.data) is not torch.Tensor:
         return False
+    if "forward" in vars(layer) or layer._forward_pre_hooks or layer._forward_hooks:  # it does more than its product
+        return False
     dtype, device = layer.weight.dtype, layer.weight.device
     if device.type == "cuda":
         return True

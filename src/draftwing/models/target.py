@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.models.layers import grouped_attention, pack_mask
 from draftwing.models.logits import LogitTransform
-from draftwing.models.packed import PACKED_DTYPES, PackedLinear
+from draftwing.models.packed import PACKED_DTYPES
 
 ATTENTION = "draftwing"
 Role = Literal["target", "draft"]
@@ -74,16 +74,12 @@ class TargetModel:
         self.dtype = model.dtype
         self._check_interface()
         self._windows = attention_windows(self.config)
-        self._layers = self._probe_layers()
+        self._layers, self.vocab_size = self._probe()
         self._query_groups = getattr(self.config, "num_attention_heads", 1) // self._layers[0].num_heads
 
     @property
     def hidden_size(self) -> int:
         return int(self.config.hidden_size)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.output_head.out_features
 
     @property
     def num_layers(self) -> int:
@@ -115,9 +111,9 @@ class TargetModel:
         return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
     @property
-    def output_head(self) -> nn.Linear | PackedLinear:
+    def output_head(self) -> nn.Module:
         head = self.model.get_output_embeddings()
-        assert isinstance(head, nn.Linear | PackedLinear)
+        assert isinstance(head, nn.Module)  # of any class: quantised models have their own
         return head
 
     @property
@@ -127,7 +123,8 @@ class TargetModel:
 
     def logits(self, last_hidden: torch.Tensor) -> torch.Tensor:
         """The model's logits `[..., V]` from the output of its final norm."""
-        return self.logit_transform.apply(self.output_head(last_hidden))
+        product: torch.Tensor = self.output_head(last_hidden)
+        return self.logit_transform.apply(product)
 
     @property
     def embedding(self) -> nn.Module:
@@ -296,10 +293,10 @@ class TargetModel:
             )
 
     @torch.inference_mode()
-    def _probe_layers(self) -> list[LayerShape]:
-        """Each cache layer's sizes, read from a forward pass over one token."""
-        cache = DynamicCache()
-        self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device), past_key_values=cache)
+    def _probe(self) -> tuple[list[LayerShape], int]:
+        """Each cache layer's sizes and the number of logits, read from a forward pass over one token."""
+        cache, token = DynamicCache(), torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        logits = self.model(input_ids=token, past_key_values=cache).logits
         shapes = []
         for index, layer in enumerate(cache.layers):
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -310,7 +307,7 @@ class TargetModel:
                     "after a rejected draft"
                 )
             shapes.append(LayerShape(keys.shape[1], keys.shape[-1], values.shape[-1]))
-        return shapes
+        return shapes, logits.shape[-1]
 
 
 class SlotCacheView(Cache):

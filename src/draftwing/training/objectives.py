@@ -34,9 +34,13 @@ class HeadTraining(nn.Module):
         # (Sum, count) of each figure since they were last read, apart for training and evaluation.
         self._sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
         target.check_logits()
-        assert isinstance(target.output_head, nn.Linear), "a packed target cannot be trained with"
-        weight = target.output_head.weight
-        self._target_head = OutputHead(weight, target.output_head.bias, target.logit_transform)
+        output_head = target.output_head
+        if not isinstance(output_head, nn.Linear) or not output_head.weight.is_floating_point():
+            raise ValueError(
+                f"target: its output head is quantised ({type(output_head).__name__}); training reads its weight"
+            )
+        weight = output_head.weight
+        self._target_head = OutputHead(weight, output_head.bias, target.logit_transform)
         ids = head.vocab.target_ids
         # The target's head over the draft vocabulary, and each target token's draft id, -1 if it has none.
         self._teacher_head, self._draft_ids = self._target_head, torch.arange(target.vocab_size, device=weight.device)
@@ -68,11 +72,11 @@ class HeadTraining(nn.Module):
                 step; default: of this batch alone.
         """
         positions = _positions(loss_mask, document_ids)
+        slots = SupervisedSlots.of(loss_mask, positions)  # waits for the device, so before there is much to wait for
         if last_hidden is None:
             layers = self.head.config.feature_layers
             states = self.target.read_rows(input_ids, layers, positions, document_ids)
             features, last_hidden = states.features, states.last_hidden
-        slots = SupervisedSlots.of(loss_mask, positions)
         features = last_hidden if features is None else features
         # The target may be in bf16, the head's weights are not.
         outputs = self._run_steps(
@@ -80,7 +84,7 @@ class HeadTraining(nn.Module):
         )
         valid = slots.valid(self._num_steps)
         num_slots = valid.sum(0) if num_items_in_batch is None else num_items_in_batch
-        step_weights = self._decay.to(outputs.device) / num_slots.clamp(min=1)
+        step_weights = self._decay(outputs.device) / num_slots.clamp(min=1)
         return {"loss": self._loss(outputs, last_hidden.flatten(0, 1)[slots.teacher], valid, step_weights)}
 
     def count_slots(self, loss_mask: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -101,7 +105,7 @@ class HeadTraining(nn.Module):
         totals = reduce(torch.stack(list(sums.values()))).tolist()
         metrics = {name: total / max(count, 1) for name, (total, count) in zip(sums, totals, strict=True)}
         loss, product, tau = 0.0, 1.0, 1.0
-        for step, weight in enumerate(self._decay.tolist()):
+        for step, weight in enumerate(self._decay(torch.device("cpu")).tolist()):
             of_tokens, of_features = metrics.get(f"loss_{step}", 0.0), metrics.get(f"regression_{step}", 0.0)
             loss += weight * (self._token_weight * of_tokens + of_features)
             product *= metrics[f"accuracy_{step}"]
@@ -161,10 +165,9 @@ class HeadTraining(nn.Module):
             return len(self.head)
         return self._config.ttt_steps if isinstance(self.head, Eagle3Model) else self._config.feature_steps
 
-    @property
-    def _decay(self) -> torch.Tensor:
+    def _decay(self, device: torch.device) -> torch.Tensor:
         """`decay^j` of each step, `[J]` (float64)."""
-        return self._config.ttt_decay ** torch.arange(self._num_steps, dtype=torch.float64)
+        return self._config.ttt_decay ** torch.arange(self._num_steps, dtype=torch.float64, device=device)
 
     @property
     def _token_weight(self) -> float:

@@ -42,15 +42,15 @@ class TttAttention:
         past = self._past.setdefault(layer, [])
         past.append((keys, values))
         first, own = past[0], past[1:]
-        if queries.device.type == "cuda":
-            if self._mask is None:
-                self._mask = block_mask(self._documents, queries.shape[2], queries.device)
-            output: torch.Tensor = flex_merged_attention(queries, first, own, self._mask, _compiled_flex_attention())
-        else:
+        if queries.device.type == "cpu":
             if self._mask is None and self._documents is not None:
                 self._mask = additive_mask(self._documents, queries.dtype)
             flat = [x for step in own for x in step]
-            output = _MergedAttention.apply(self._mask, queries, *first, *flat)  # type: ignore[no-untyped-call]
+            output: torch.Tensor = _MergedAttention.apply(self._mask, queries, *first, *flat)  # type: ignore[no-untyped-call]
+        else:
+            if self._mask is None:
+                self._mask = block_mask(self._documents, queries.shape[2], queries.device)
+            output = flex_merged_attention(queries, first, own, self._mask, _compiled_flex_attention())
         return output.transpose(1, 2).flatten(2)
 
 

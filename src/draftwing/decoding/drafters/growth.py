@@ -99,47 +99,48 @@ def draft_static(plan: TreePlan, draft: RootedDraft) -> list[Candidates]:
     drafted = []
     for depth, level in enumerate(_static_levels(plan, logits.device), 1):
         log_probs, child_tokens = draft.best_children(logits, plan.width, depth - 1)  # [B, E, K]
-        level_scores = (scores[:, :, None] + log_probs).flatten(1)[:, level.picks]
-        tokens, log_probs = child_tokens.flatten(1)[:, level.picks], log_probs.flatten(1)[:, level.picks]
+        level_scores, log_probs, tokens = (
+            t.flatten(1).index_select(1, level.picks) for t in (scores[:, :, None] + log_probs, log_probs, child_tokens)
+        )
         parents = level.parents.expand_as(tokens)
         drafted.append(Candidates(tokens, level_scores, log_probs, parents, torch.full_like(tokens, depth)))
         if depth < plan.depth:
-            scores = level_scores[:, level.expanded]
-            logits = draft.step(level.expanded_parents.expand(len(tokens), -1), tokens[:, level.expanded])
+            scores, inner = (t.index_select(1, level.inner) for t in (level_scores, tokens))
+            logits = draft.step(level.inner_parents.expand_as(inner), inner)
     return drafted
 
 
 @dataclass(frozen=True)
 class _StaticLevel:
-    """Where a level of a static plan comes from; M nodes, of which E are expanded.
+    """Where a static tree's nodes of one depth lie, `[M]`, and which of them have children, `[E]`.
 
     Attributes:
-        picks: `[M]` among the children of the level before, `width` to each expanded node.
-        parents: `[M]` candidate indices, -1 for the root.
-        expanded: `[E]` the nodes whose children are drafted.
-        expanded_parents: `[E]` the same nodes' parents, among the expanded ones of the level before.
+        picks: among the children `[E, K]`, flattened, of the level before's nodes with children.
+        parents: candidate indices; -1 is the root.
+        inner: of the nodes with children, among this level's.
+        inner_parents: their parents, among the level before's nodes with children.
     """
 
     picks: torch.Tensor
     parents: torch.Tensor
-    expanded: torch.Tensor
-    expanded_parents: torch.Tensor
+    inner: torch.Tensor
+    inner_parents: torch.Tensor
 
 
 @cache
-def _static_levels(plan: TreePlan, device: torch.device) -> tuple[_StaticLevel, ...]:
-    """A static plan's levels; made once, for a captured cycle cannot bring them to the device."""
+def _static_levels(plan: TreePlan, device: torch.device) -> list[_StaticLevel]:
+    """A static plan's levels, sent to the device once and kept, for captured cycles go on reading them."""
     number_of = {(): -1} | {path: number for number, path in enumerate(plan.paths)}
     expanded: list[RankPath] = [()]
     levels = []
     for paths in plan.levels:
-        kept = [index for index, path in enumerate(paths) if path in plan.inner_paths]
-        lists = (
+        inner = [index for index, path in enumerate(paths) if path in plan.inner_paths]
+        indices = (
             [expanded.index(path[:-1]) * plan.width + path[-1] for path in paths],
             [number_of[path[:-1]] for path in paths],
-            kept,
-            [expanded.index(paths[index][:-1]) for index in kept],
+            inner,
+            [expanded.index(paths[index][:-1]) for index in inner],
         )
-        levels.append(_StaticLevel(*(torch.tensor(values, dtype=torch.int64, device=device) for values in lists)))
-        expanded = [paths[index] for index in kept]
-    return tuple(levels)
+        levels.append(_StaticLevel(*(torch.tensor(part, dtype=torch.int64, device=device) for part in indices)))
+        expanded = [paths[index] for index in inner]
+    return levels
