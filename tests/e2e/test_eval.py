@@ -22,10 +22,11 @@ def _loaded_once() -> Iterator[None]:
     loaded: dict[Any, SpeculativeModel] = {}
     real = eval_setup.load
 
-    def load(target: str, dtype: Any, device: Any, quantize: Any) -> SpeculativeModel:
-        if (target, dtype, quantize) not in loaded:
-            loaded[target, dtype, quantize] = real(target, dtype=dtype, device=device, quantize=quantize)
-        return loaded[target, dtype, quantize]
+    def load(target: str, **options: Any) -> SpeculativeModel:
+        key = target, *options.values()
+        if key not in loaded:
+            loaded[key] = real(target, **options)
+        return loaded[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eval_setup, "load", load)

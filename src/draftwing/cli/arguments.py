@@ -39,14 +39,25 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_quantize(parser: argparse.ArgumentParser) -> None:
-    """How the target's weights are kept."""
+def add_execution(parser: argparse.ArgumentParser) -> None:
+    """How the target's weights are kept and cycles are run."""
     parser.add_argument(
         "--quantize",
         choices=("int8", "int4", "float8"),
         help="keep the target's linear layers in fewer bits, by torchao (int4: CUDA only); files that are quantised "
         "already need no option",
     )
+    parser.add_argument(
+        "--no-capture",
+        dest="capture",
+        action="store_false",
+        help="on a CUDA device, run cycles operation by operation instead of replaying recorded ones",
+    )
+
+
+def execution(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_execution`, for `load`."""
+    return {"quantize": options.quantize, "capture": options.capture}
 
 
 def add_head_options(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from draftwing.cli.arguments import add_device, add_quantize, positive, temperatures
+from draftwing.cli.arguments import add_device, add_execution, positive, temperatures
 
 if TYPE_CHECKING:
     from draftwing.evaluation.evaluate import Evaluation
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=positive, default=1, help="runs of each turn; the median counts (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     add_device(parser)
-    add_quantize(parser)
+    add_execution(parser)
     parser.add_argument(
         "--output",
         type=Path,

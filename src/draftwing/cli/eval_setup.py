@@ -14,6 +14,7 @@ from rich.console import Console
 
 from draftwing.api import SpeculativeModel, load
 from draftwing.checkpoint.load import ASSETS, load_stock, resolve_draft, resolve_target
+from draftwing.cli.arguments import execution
 from draftwing.data.benchmarks import BENCHMARKS, load_benchmark
 from draftwing.data.prompts import read_prompts, spread
 from draftwing.evaluation.compare import Decode, decoder
@@ -123,7 +124,7 @@ def settings_of(
         "seed": options.seed,
         "device": options.device,
         "dtype": options.dtype,
-        **({"quantize": options.quantize} if options.quantize else {}),
+        **execution(options),
         "threads": torch.get_num_threads(),
     }
 
@@ -143,7 +144,7 @@ def prepare(
     """Load the models; the methods by row name, with their plans filled in, and what is to be measured."""
     rivals = _endpoints(options)  # before the models: a server that is not there is found out at once
     with Console(stderr=True).status("loading models"):
-        bare = load(options.target, dtype=options.dtype, device=options.device, quantize=options.quantize)
+        bare = load(options.target, dtype=options.dtype, device=options.device, **execution(options))
         models = {name: bare.with_draft(path) for name, path in drafts.items()}
         device = bare.target.device
         rivals |= {name: with_peak(decode, device) for name, decode in _transformers(options, bare).items()}

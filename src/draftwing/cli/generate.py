@@ -6,7 +6,15 @@ from typing import Any
 
 from rich.console import Console
 
-from draftwing.cli.arguments import add_device, add_head_options, add_quantize, head_options, positive, temperature
+from draftwing.cli.arguments import (
+    add_device,
+    add_execution,
+    add_head_options,
+    execution,
+    head_options,
+    positive,
+    temperature,
+)
 
 SUMMARY = "Generate text with a target and a draft: EAGLE or Medusa heads, a smaller model, or none."
 EXAMPLES = """examples:
@@ -29,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, help="the text to continue, or with --chat the user's message")
     parser.add_argument("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
     add_device(parser)
-    add_quantize(parser)
+    add_execution(parser)
     parser.add_argument(
         "--method",
         choices=("plain", "ngram", "lookahead", "eagle1", "eagle2", "eagle3", "medusa", "draft_model"),
@@ -69,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
     from draftwing.data.prompts import Prompt
     from draftwing.evaluation.demo import print_stream
 
-    more = head_options(options) | {"quantize": options.quantize}
+    more = head_options(options) | execution(options)
     model = load(options.target, options.draft, options.dtype, options.device, options.method, **more)
     prompt = Prompt("prompt", text=options.prompt)
     if options.chat:

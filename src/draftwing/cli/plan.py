@@ -5,7 +5,15 @@ import json
 
 from rich.console import Console
 
-from draftwing.cli.arguments import add_device, add_head_options, head_options, positive, temperature
+from draftwing.cli.arguments import (
+    add_device,
+    add_execution,
+    add_head_options,
+    execution,
+    head_options,
+    positive,
+    temperature,
+)
 
 SUMMARY = "Measure what a cycle costs and what is accepted, and show which trees pay."
 EXAMPLES = """examples:
@@ -21,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft", required=True, help="tiny, tiny-eagle1, tiny-medusa, tiny-draft, a folder or a hub id"
     )
     add_device(parser)
+    add_execution(parser)
     methods = ("eagle2", "eagle3", "medusa", "draft_model")
     parser.add_argument("--method", choices=methods, help="default: what the draft is for")
     parser.add_argument("--batch-size", type=positive, default=1, help="rows that are decoded together (default: 1)")
@@ -40,7 +49,8 @@ def run(options: argparse.Namespace) -> None:
     from draftwing.methods import suitable_draft
 
     prompts = read_prompts(options.prompts or ASSETS / "tiny" / "prompts.jsonl")
-    model = load(options.target, options.draft, options.dtype, options.device, options.method, **head_options(options))
+    more = head_options(options) | execution(options)
+    model = load(options.target, options.draft, options.dtype, options.device, options.method, **more)
     ids = [prompt.token_ids(model.tokenizer) for prompt in prompts]
     console, progress = Console(), Console(stderr=True)
     with progress.status("measuring costs"):
