@@ -80,18 +80,32 @@ def resolve_draft(name: str) -> Path:
 def load_target(
     name: str,
     dtype: torch.dtype | None = None,
-    device: str | torch.device | None = "cpu",
+    device: str | torch.device = "cpu",
     role: Literal["target", "draft"] = "target",
     **options: Any,
 ) -> TargetModel:
     """Load a causal language model with our attention function. `options` go to transformers' `from_pretrained`.
 
-    A `device` of None leaves it where the options (`device_map`) put it.
     Without a `dtype` it is the file's; on a CPU without bf16 products, and for float16 files there, float32.
 
     Raises:
         ValueError: a name that cannot be loaded, missing tensors, a model that cannot verify trees. The message begins
             with the `role`.
+    """
+    model = load_model(name, dtype, role, **options)
+    is_slow = model.dtype == torch.float16 or (model.dtype == torch.bfloat16 and not multiplies_bfloat16())
+    if dtype is None and torch.device(device).type == "cpu" and is_slow:
+        model = model.float()
+    return TargetModel(model.to(device), role)
+
+
+def load_model(
+    name: str, dtype: torch.dtype | None = None, role: Literal["target", "draft"] = "target", **options: Any
+) -> Any:
+    """The transformers model of a target, where the `options` (`device_map`) put it; arguments as `load_target`'s.
+
+    Raises:
+        ValueError: a name that cannot be loaded, missing tensors.
     """
     options.setdefault("attn_implementation", ATTENTION)
     try:
@@ -108,10 +122,7 @@ def load_target(
         ) from error
     if missing := sorted(info["missing_keys"]):  # transformers fills them with random values
         raise ValueError(f"{role}: {name!r} lacks {len(missing)} tensors, the first is {missing[0]}")
-    is_slow = model.dtype == torch.float16 or (model.dtype == torch.bfloat16 and not multiplies_bfloat16())
-    if dtype is None and device is not None and torch.device(device).type == "cpu" and is_slow:
-        model = model.float()
-    return TargetModel((model if device is None else model.to(device)).eval(), role)
+    return model.eval()
 
 
 def load_stock(name: str, dtype: torch.dtype, device: str | torch.device) -> Any:

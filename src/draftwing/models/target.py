@@ -290,7 +290,7 @@ class TargetModel:
                 f"attn_implementation: {attention!r} cannot take a tree mask; load {name} with one of {TREE_ATTENTIONS}"
             )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _probe_layers(self) -> list[LayerShape]:
         """Each cache layer's sizes, read from a forward pass over one token."""
         cache = DynamicCache()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from draftwing.checkpoint.load import load_target, load_tokenizer
+from draftwing.checkpoint.load import load_tokenizer
 from draftwing.config import TrainConfig, check_keys
 from draftwing.data.chat import encode_row
 from draftwing.data.corpus import Row
@@ -17,7 +17,8 @@ from draftwing.data.prompts import write_held_out_prompts
 from draftwing.data.rows import Rejects, read_rows
 from draftwing.data.tokenizer import END_OF_TEXT, train_tokenizer
 from draftwing.models.target import TargetModel
-from draftwing.training.processes import current_device, is_main_process, num_processes, wait_for_others
+from draftwing.training.frozen_target import frozen_target
+from draftwing.training.processes import is_main_process, num_processes, wait_for_others
 from draftwing.training.trainer import ResumableTrainer, new_trainer
 
 IGNORED = -100
@@ -90,10 +91,7 @@ def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, labels
 def _load_teacher(config: TrainConfig, tokenizer: Any) -> TargetModel | None:
     if not config.teacher:
         return None
-    is_cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if is_cuda and config.bf16 else torch.float32
-    target = load_target(config.teacher, dtype, current_device())
-    target.model.requires_grad_(False)
+    target = frozen_target(config, config.teacher)
     if len(tokenizer) > target.vocab_size:
         raise ValueError(
             f"tokenizer: it has {len(tokenizer)} tokens and the target {target.vocab_size}; a draft model learns from "
