@@ -89,7 +89,8 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 0.5
     bf16: bool = True
-    compile: bool = False
+    compile: bool | None = None
+    """torch.compile for a language model, or for a head's layers; None: where there is a GPU."""
     parallel: Parallel = "ddp"
     """What several processes (torchrun) share out: `ddp` the rows, `fsdp2` also the head's weights and optimizer."""
     device_map: str | Mapping[str, Any] = ""

@@ -257,7 +257,10 @@ class TestSeveralProcesses:
             if "loss" in entry
         ]
         assert losses[: STEPS // 2] == pytest.approx(losses[STEPS // 2 :], rel=1e-4)
-        address, command = free_address(), command_of(folder, "taught_2", *settings, "batch_size=2", "shard_target=true")
+        address, command = (
+            free_address(),
+            command_of(folder, "taught_2", *settings, "batch_size=2", "shard_target=true"),
+        )
         assert statuses(train_as, *((rank, address, command) for rank in range(2))) == [0, 0]
         for output in ("taught_4", "taught_2"):
             assert_same(weights_of(folder, output), weights_of(folder, "taught"), rtol=1e-3, atol=1e-5)

@@ -27,7 +27,7 @@ from draftwing.models.eagle import EagleModel
 from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
 from draftwing.training.frozen_target import frozen_target
-from draftwing.training.heads import continued_head, new_head
+from draftwing.training.heads import compile_layers, continued_head, new_head
 from draftwing.training.medusa import MedusaTraining, new_medusa
 from draftwing.training.objectives import HeadTraining
 from draftwing.training.processes import (
@@ -37,7 +37,7 @@ from draftwing.training.processes import (
     sum_over_processes,
     wait_for_others,
 )
-from draftwing.training.trainer import ResumableTrainer, new_trainer
+from draftwing.training.trainer import ResumableTrainer, new_trainer, wants_compile
 
 Trainable = DraftNetwork | MedusaModel
 DECODED_TOKENS = 64
@@ -58,6 +58,8 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     else:
         head = (continued_head if config.init_from else new_head)(config, target, documents.train).to(target.device)
         module = HeadTraining(head, target, config)
+    if wants_compile(config):
+        compile_layers(head)
     rows = as_training_rows(documents, config, target, head.config.feature_layers)
     held_out = list(rows.held_out)
     held_out += unsupervised(held_out, -len(held_out) % (config.batch_size * num_processes()))
