@@ -250,19 +250,15 @@ class TestSeveralProcesses:
         sizes = "{hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
         target = folder / "target"
         settings = ("objective=language_model", f"teacher={target}", f"tokenizer={target}", f"architecture={sizes}")
-        losses = [
-            entry["loss"]
-            for output, split in (("taught", ["batch_size=4"]), ("taught_4", ["batch_size=1", "accumulation_steps=4"]))
-            for entry in train(folder, output, *settings, *split)["history"]
-            if "loss" in entry
-        ]
-        assert losses[: STEPS // 2] == pytest.approx(losses[STEPS // 2 :], rel=1e-4)
-        address, command = (
-            free_address(),
-            command_of(folder, "taught_2", *settings, "batch_size=2", "shard_target=true"),
-        )
+        splits = {"taught": ["batch_size=4"], "taught_4": ["batch_size=1", "accumulation_steps=4"]}
+        records = [train(folder, output, *settings, *split) for output, split in splits.items()]
+        command = command_of(folder, "taught_2", *settings, "batch_size=2", "shard_target=true")
+        address = free_address()
         assert statuses(train_as, *((rank, address, command) for rank in range(2))) == [0, 0]
-        for output in ("taught_4", "taught_2"):
+        losses = [losses_of(record) for record in (*records, record_of(folder, "taught_2"))]
+        assert len(losses[0]) == STEPS // 2 + 3, "of training and held out"
+        for output, others in zip(("taught_4", "taught_2"), losses[1:], strict=True):
+            assert others == pytest.approx(losses[0], rel=1e-4)
             assert_same(weights_of(folder, output), weights_of(folder, "taught"), rtol=1e-3, atol=1e-5)
 
     def test_a_process_that_ends_has_said_all(self, tmp_path: Path) -> None:
@@ -281,6 +277,11 @@ class TestSeveralProcesses:
         environment = os.environ | alone | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
         assert (result.returncode, result.stdout) == (3, "said\nregistered\n"), result.stderr
+
+
+def losses_of(record: dict[str, Any]) -> list[float]:
+    """Every logged loss, of training and evaluation."""
+    return [entry[name] for entry in record["history"] for name in ("loss", "eval_loss") if name in entry]
 
 
 def assert_same_figures(record: dict[str, Any], expected: dict[str, Any]) -> None:
