@@ -120,6 +120,12 @@ def load_model(
         raise ValueError(
             f"attn_implementation: {name!r} does not know {error}; pass attn_implementation='sdpa' or 'eager'"
         ) from error
+    except RuntimeError as error:  # also raised for lack of memory
+        if "mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{role}: the tensors of {name!r} have other shapes than its config.json says; is it a draft head?"
+        ) from error
     if missing := sorted(info["missing_keys"]):  # transformers fills them with random values
         raise ValueError(f"{role}: {name!r} lacks {len(missing)} tensors, the first is {missing[0]}")
     return model.eval()
@@ -139,8 +145,15 @@ def load_stock(name: str, dtype: torch.dtype, device: str | torch.device) -> Any
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer that belongs to a target."""
-    return AutoTokenizer.from_pretrained(resolve_target(name))
+    """The tokenizer that belongs to a target.
+
+    Raises:
+        ValueError: it has none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(resolve_target(name))
+    except OSError as error:
+        raise ValueError(f"target: {name!r} has no tokenizer: {error}") from error
 
 
 def find_tokenizer(name: str) -> Any:
