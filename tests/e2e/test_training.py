@@ -245,6 +245,10 @@ class TestSeveralProcesses:
             assert statuses(train_as, *((rank, address, command) for rank in range(2))) == [0, 0]
             assert_same(weights_of(folder, output), weights_of(folder, "one"), rtol=1e-3, atol=1e-5)
 
+    def test_heads_learn_the_same_from_a_target_on_disk(self, folder: Path, whole: dict[str, Any]) -> None:
+        train(folder, "on_disk", "device_map={model: disk, lm_head: disk}")
+        assert_same(weights_of(folder, "on_disk"), weights_of(folder, "one"), rtol=0, atol=0)
+
     def test_a_taught_draft_model_learns_the_same_however_a_step_is_split(self, folder: Path) -> None:
         """A step's loss is a mean over the tokens that its rows' masks leave, whose number differs between batches."""
         sizes = "{hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
