@@ -245,6 +245,13 @@ class TestSeveralProcesses:
             assert statuses(train_as, *((rank, address, command) for rank in range(2))) == [0, 0]
             assert_same(weights_of(folder, output), weights_of(folder, "one"), rtol=1e-3, atol=1e-5)
 
+    def test_a_target_without_weights_is_every_processs_mistake(self, folder: Path, tmp_path: Path) -> None:
+        """None waits for another that has left, though they load one after another."""
+        (tmp_path / "config.json").write_bytes((folder / "target" / "config.json").read_bytes())
+        command = command_of(folder, "no_weights", f"target={tmp_path}", "shard_target=true")
+        address = free_address()
+        assert statuses(train_as, *((rank, address, command) for rank in range(2))) == [2, 2]
+
     def test_heads_learn_the_same_from_a_target_on_disk(self, folder: Path, whole: dict[str, Any]) -> None:
         train(folder, "on_disk", "device_map={model: disk, lm_head: disk}")
         assert_same(weights_of(folder, "on_disk"), weights_of(folder, "one"), rtol=0, atol=0)

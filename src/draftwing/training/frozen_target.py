@@ -16,7 +16,6 @@ from torch.distributed.fsdp import fully_shard
 from draftwing.checkpoint.load import load_model, load_target
 from draftwing.config import TrainConfig
 from draftwing.models.target import TargetModel
-from draftwing.training.estimates import read_target_config
 from draftwing.training.processes import current_device, num_processes, wait_for_others
 
 
@@ -81,13 +80,18 @@ def sharded_target(name: str, dtype: torch.dtype, device: torch.device) -> Targe
 
     So all processes have to run it equally often, but each on rows of its own.
     """
-    read_target_config(name)  # a wrong name is every process's mistake, before they wait for each other
-    mesh, model = init_device_mesh(device.type, (num_processes(),)), None
+    mesh = init_device_mesh(device.type, (num_processes(),))
+    model, mistake = None, None
     for turn in range(num_processes()):  # one process of a machine after another, for it holds a whole model in memory
         if turn == int(os.environ["LOCAL_RANK"]):
-            model = load_model(name, dtype).requires_grad_(False)
-            shard_layers(model, mesh, device)
+            try:
+                model = load_model(name, dtype).requires_grad_(False)
+                shard_layers(model, mesh, device)
+            except ValueError as error:  # every process makes it; none leaves while others wait for it
+                mistake = error
         wait_for_others()
+    if mistake is not None:
+        raise mistake
     return TargetModel(model)
 
 

@@ -145,7 +145,8 @@ def new_model(config: TrainConfig, tokenizer: Any, vocab_size: int) -> LlamaForC
 def blocks(rows: Iterable[Row], tokenizer: Any, length: int, is_masked: bool = False) -> list[Block]:
     """All rows one after the other, each closed by the end-of-text token, cut into blocks of `length` tokens.
 
-    If it `is_masked`, the tokens outside of the rows' loss masks are read but not learnt.
+    If it `is_masked`, the tokens outside of the rows' loss masks are read but not learnt; neither is a block's first,
+    which nothing predicts.
     """
     end_of_text, not_said = torch.tensor([_end_of_text(tokenizer)]), torch.tensor([False])
     examples = [example for row in rows for example in encode_row(row, tokenizer)]
@@ -154,6 +155,7 @@ def blocks(rows: Iterable[Row], tokenizer: Any, length: int, is_masked: bool = F
     if is_masked:
         is_said = torch.cat([part for example in examples for part in (example.loss_mask, not_said)])
         labels = torch.where(is_said, ids, IGNORED)
+        labels[::length] = IGNORED
     whole = ids.numel() // length * length
     pairs = zip(ids[:whole].view(-1, length), labels[:whole].view(-1, length), strict=True)
     return [{"input_ids": block, "labels": block_labels} for block, block_labels in pairs]
