@@ -14,6 +14,7 @@ from draftwing.checkpoint.load import (
     load_target,
     load_tokenizer,
     read_acceptance,
+    resolve_draft,
 )
 from draftwing.config import check_keys
 from draftwing.decoding.acceptance import AcceptanceTable
@@ -288,10 +289,12 @@ def load(
     """
     check_device(device)
     head_options = HeadOptions(**{name: options.pop(name) for name in tuple(options) if name in HEAD_OPTIONS})
+    draft = None if draft is None or method in DRAFTLESS_METHODS else suitable_draft(draft, method)
+    if draft is not None:
+        resolve_draft(draft)  # a wrong name is known before the target is loaded
     loaded = pack_target(load_target(target, parse_dtype(dtype), device, **options))
-    draft = draft and suitable_draft(draft, method)
     tokenizer = load_tokenizer(target)
-    if draft is None or method in DRAFTLESS_METHODS:
+    if draft is None:
         return SpeculativeModel(loaded, None, tokenizer, method, capture=capture)
     return SpeculativeModel(loaded, tokenizer=tokenizer, capture=capture).with_draft(draft, method, head_options)
 

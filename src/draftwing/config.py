@@ -17,6 +17,7 @@ Loss = Literal["kl", "cross_entropy", "lk"]
 LOSSES = get_args(Loss)
 Parallel = Literal["ddp", "fsdp2"]
 Schedule = Literal["cosine", "linear"]
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 POSITIVE = ("sequence_length", "batch_size", "accumulation_steps", "max_steps", "ttt_steps") + (
     "feature_steps",
@@ -88,11 +89,15 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 0.5
     bf16: bool = True
-    compile: bool = False
+    compile: bool | None = None
+    """torch.compile for a language model, or for a head's layers; None: where there is a GPU."""
     parallel: Parallel = "ddp"
     """What several processes (torchrun) share out: `ddp` the rows, `fsdp2` also the head's weights and optimizer."""
-    device_map: str = ""
-    """Split the frozen target over this process's GPUs (transformers' `device_map`: auto, balanced, ...)."""
+    device_map: str | Mapping[str, Any] = ""
+    """Split the frozen target over the devices of one process: auto, balanced, balanced_low_0, sequential, or a mapping
+    of its modules to devices, `cpu` and `disk` among them (transformers' `device_map`)."""
+    shard_target: bool = False
+    """Shard the frozen target's layers over several processes (torchrun); each is gathered while it runs."""
     seed: int = 0
     log_every: int = 20
     evaluate_every: int = 500
@@ -157,10 +162,20 @@ class TrainConfig:
                 raise ValueError(f"report_to: expected some of {', '.join(TRACKERS)}, got {tracker!r}")
         if self.init_from and self.architecture:
             raise ValueError("architecture: the head of init_from has its own; give one of the two")
-        if self.decode_prompts and self.device_map:
-            raise ValueError("decode_prompts: a target that device_map splits cannot decode; set it to 0")
+        self._check_split()
         if self.parallel == "fsdp2" and self.objective == "language_model":
             raise ValueError("parallel: a language_model is trained with ddp; fsdp2 shards heads")
+
+    def _check_split(self) -> None:
+        """Whether the target can be had in parts, if it is to be."""
+        if not isinstance(self.device_map, Mapping) and self.device_map not in ("", *DEVICE_MAPS):
+            expected = f"one of {', '.join(DEVICE_MAPS)} or a mapping of modules to devices"
+            raise ValueError(f"device_map: expected {expected}, got {self.device_map!r}")
+        splits = [name for name in ("device_map", "shard_target") if getattr(self, name)]
+        if len(splits) > 1:
+            raise ValueError("shard_target: is for several processes and device_map for one; give one of the two")
+        if splits and self.decode_prompts:
+            raise ValueError(f"decode_prompts: a target that {splits[0]} splits cannot decode; set it to 0")
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""

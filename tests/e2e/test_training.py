@@ -1,5 +1,6 @@
 """Training at scale, small: several processes equal one; a run that is stopped or killed ends with the same bits."""
 
+import dataclasses
 import json
 import os
 import re
@@ -18,10 +19,14 @@ import torch
 import yaml
 from conftest import tiny_llama
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from draftwing.cli import main
+from draftwing.config import TrainConfig
 from draftwing.data.tokenizer import train_tokenizer
 from draftwing.training import checkpoints, trainer
+from draftwing.training.frozen_target import frozen_target
+from draftwing.training.processes import end_processes, start_processes
 from draftwing.training.stopping import StopOnSignal
 
 STEPS = 10
@@ -48,6 +53,25 @@ def train_as(rank: int, address: str, command: list[str]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address.split(":")
     raise SystemExit(main(command))
+
+
+def compare_shards(rank: int, address: str, folder: Path) -> None:
+    """One of two processes; each reads rows of its own with a target of which it keeps half of the layers."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address.split(":")
+    start_processes()
+    recipe = TrainConfig("eagle3", "", target=str(folder / "target"), bf16=False, shard_target=True)
+    shards = frozen_target(recipe, recipe.target)
+    whole = frozen_target(dataclasses.replace(recipe, shard_target=False), recipe.target)
+    rows = torch.randint(0, whole.vocab_size, (1 + rank, 5 + rank))
+    states, expected = (target.read_rows(rows, (1, 3, 5)) for target in (shards, whole))
+    assert torch.equal(states.features, expected.features)
+    assert torch.equal(states.last_hidden, expected.last_hidden)
+    layers = sum(p.numel() for p in whole.model.model.layers.parameters())
+    kept = sum(p.to_local().numel() for p in shards.model.model.layers.parameters() if isinstance(p, DTensor))
+    assert kept == layers // 2
+    assert torch.equal(shards.output_head.weight, whole.output_head.weight)
+    end_processes(0)
 
 
 def train_and_die(command: list[str]) -> None:
@@ -208,21 +232,44 @@ class TestSeveralProcesses:
         record = record_of(folder, "fsdp2")
         assert record["metrics"]["eval_loss"] == pytest.approx(whole["metrics"]["eval_loss"], rel=1e-4)
 
+    def test_shards_of_a_target_compute_what_a_whole_one_computes(self, folder: Path) -> None:
+        address = free_address()
+        assert statuses(compare_shards, *((rank, address, folder) for rank in range(2))) == [0, 0]
+
+    def test_heads_learn_the_same_from_shards_of_a_target(self, folder: Path, whole: dict[str, Any]) -> None:
+        """Its layers in shards beside the head's, which are put together apart from them."""
+        for parallel in ("ddp", "fsdp2"):
+            output = f"shards_{parallel}"
+            command = command_of(folder, output, "batch_size=2", "shard_target=true", f"parallel={parallel}")
+            address = free_address()
+            assert statuses(train_as, *((rank, address, command) for rank in range(2))) == [0, 0]
+            assert_same(weights_of(folder, output), weights_of(folder, "one"), rtol=1e-3, atol=1e-5)
+
+    def test_a_target_without_weights_is_every_processs_mistake(self, folder: Path, tmp_path: Path) -> None:
+        """None waits for another that has left, though they load one after another."""
+        (tmp_path / "config.json").write_bytes((folder / "target" / "config.json").read_bytes())
+        command = command_of(folder, "no_weights", f"target={tmp_path}", "shard_target=true")
+        address = free_address()
+        assert statuses(train_as, *((rank, address, command) for rank in range(2))) == [2, 2]
+
+    def test_heads_learn_the_same_from_a_target_on_disk(self, folder: Path, whole: dict[str, Any]) -> None:
+        train(folder, "on_disk", "device_map={model: disk, lm_head: disk}")
+        assert_same(weights_of(folder, "on_disk"), weights_of(folder, "one"), rtol=0, atol=0)
+
     def test_a_taught_draft_model_learns_the_same_however_a_step_is_split(self, folder: Path) -> None:
         """A step's loss is a mean over the tokens that its rows' masks leave, whose number differs between batches."""
         sizes = "{hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
         target = folder / "target"
         settings = ("objective=language_model", f"teacher={target}", f"tokenizer={target}", f"architecture={sizes}")
-        losses = [
-            entry["loss"]
-            for output, split in (("taught", ["batch_size=4"]), ("taught_4", ["batch_size=1", "accumulation_steps=4"]))
-            for entry in train(folder, output, *settings, *split)["history"]
-            if "loss" in entry
-        ]
-        assert losses[: STEPS // 2] == pytest.approx(losses[STEPS // 2 :], rel=1e-4)
-        address, command = free_address(), command_of(folder, "taught_2", *settings, "batch_size=2")
+        splits = {"taught": ["batch_size=4"], "taught_4": ["batch_size=1", "accumulation_steps=4"]}
+        records = [train(folder, output, *settings, *split) for output, split in splits.items()]
+        command = command_of(folder, "taught_2", *settings, "batch_size=2", "shard_target=true")
+        address = free_address()
         assert statuses(train_as, *((rank, address, command) for rank in range(2))) == [0, 0]
-        for output in ("taught_4", "taught_2"):
+        losses = [losses_of(record) for record in (*records, record_of(folder, "taught_2"))]
+        assert len(losses[0]) == STEPS // 2 + 3, "of training and held out"
+        for output, others in zip(("taught_4", "taught_2"), losses[1:], strict=True):
+            assert others == pytest.approx(losses[0], rel=1e-4)
             assert_same(weights_of(folder, output), weights_of(folder, "taught"), rtol=1e-3, atol=1e-5)
 
     def test_a_process_that_ends_has_said_all(self, tmp_path: Path) -> None:
@@ -241,6 +288,11 @@ class TestSeveralProcesses:
         environment = os.environ | alone | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
         assert (result.returncode, result.stdout) == (3, "said\nregistered\n"), result.stderr
+
+
+def losses_of(record: dict[str, Any]) -> list[float]:
+    """Every logged loss, of training and evaluation."""
+    return [entry[name] for entry in record["history"] for name in ("loss", "eval_loss") if name in entry]
 
 
 def assert_same_figures(record: dict[str, Any], expected: dict[str, Any]) -> None:

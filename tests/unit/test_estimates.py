@@ -15,6 +15,8 @@ from draftwing.cli import main
 from draftwing.config import TrainConfig, read_recipe
 from draftwing.models.target import TargetModel
 from draftwing.training.estimates import StagePlan, active_params, count_params, plan_stages, read_target_config
+from draftwing.training.heads import new_head
+from draftwing.training.objectives import HeadTraining
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LLAMA_8B = {
@@ -130,6 +132,43 @@ def test_shards_divide_the_optimizer_and_steps_multiply_the_work(tmp_path: Path,
     longer = plan_stages([stage_for(tmp_path, accumulation_steps=3)], 1, 1e12)[0]
     assert longer.flops_per_step == 3 * plan.flops_per_step
     assert longer.memory == plan.memory
+
+
+@pytest.mark.parametrize("objective", ["eagle1", "eagle3"])
+def test_activations_are_what_autograd_keeps(tmp_path: Path, objective: str) -> None:
+    """In bfloat16 autocast, a storage counted once, weights and their copies not at all; never less than there are."""
+    sizes = {"hidden_size": 128, "intermediate_size": 448, "num_attention_heads": 8, "vocab_size": 256}
+    model = tiny_llama(**sizes).bfloat16()
+    model.config.save_pretrained(tmp_path)
+    stage = stage_for(tmp_path, objective=objective, draft_vocab_size=None, batch_size=2, sequence_length=96)
+    target = TargetModel(model)
+    head = new_head(stage, target, []).float()
+    weights = {p.numel() for p in [*head.parameters(), *model.parameters()] if p.dim() > 1}
+    kept: dict[int, torch.Tensor] = {}
+    training, ids = HeadTraining(head, target, stage), torch.randint(1, 250, (2, 96))
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x), lambda x: x
+        ),
+    ):
+        training(ids, torch.ones_like(ids, dtype=torch.bool))
+    measured = sum(x.untyped_storage().nbytes() for x in kept.values() if x.numel() not in weights)
+    planned = plan_stages([stage], 1, 1e12)[0].memory["activations"]
+    assert 0.8 * planned < measured < planned
+
+
+def test_targets_in_shards_and_buckets_of_gradients(tmp_path: Path, plan: StagePlan) -> None:
+    """DDP sums gradients in buckets as large as they are; of a target in shards two layers are whole at a time."""
+    alone, *four = (
+        plan_stages([stage_for(tmp_path, **changes)], num_processes, 1e12)[0].memory
+        for num_processes, changes in ((1, {}), (4, {}), (4, {"shard_target": True}))
+    )
+    assert alone == plan.memory
+    assert [memory["head: gradients"] for memory in four] == [2 * alone["head: gradients"]] * 2
+    layers = tiny_llama().model.layers
+    size, one = sum(p.numel() for p in layers.parameters()), sum(p.numel() for p in layers[0].parameters())
+    assert four[0]["target"] - four[1]["target"] == 2 * (size - size // 4 - 2 * one)
 
 
 def test_products_are_those_that_torch_counts(tmp_path: Path, target: TargetModel, plan: StagePlan) -> None:

@@ -32,6 +32,11 @@ def test_what_the_target_did_not_say_is_read_but_not_learnt() -> None:
     assert block["labels"].tolist() == [IGNORED, 2, 3, IGNORED, 4, IGNORED]
 
 
+def test_a_blocks_first_token_is_not_learnt_nor_counted() -> None:
+    labels = [block["labels"].tolist() for block in blocks(ROWS, TOKENIZER, length=2, is_masked=True)]
+    assert labels == [[IGNORED, 2], [IGNORED, IGNORED], [IGNORED, IGNORED]]  # 3 and 4 begin blocks
+
+
 def test_a_foreign_tokenizer_closes_rows_with_its_end_of_sequence() -> None:
     tokenizer = Vocabulary({f"token {n}": n for n in range(8)})
     (block,) = blocks(ROWS, tokenizer, length=7)

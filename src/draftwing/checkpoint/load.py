@@ -81,56 +81,21 @@ def resolve_draft(name: str) -> Path:
 def load_target(
     name: str,
     dtype: torch.dtype | None = None,
-    device: str | torch.device | None = "cpu",
+    device: str | torch.device = "cpu",
     role: Literal["target", "draft"] = "target",
     quantize: str | None = None,
     **options: Any,
 ) -> TargetModel:
     """Load a causal language model with our attention function. `options` go to transformers' `from_pretrained`.
 
-    A `device` of None leaves it where the options (`device_map`) put it. `quantize` is one of QUANTIZATIONS.
     Without a `dtype` it is the file's; on a CPU without bf16 products, and for float16 files there, float32.
+    `quantize` is one of QUANTIZATIONS.
 
     Raises:
         ValueError: a name that cannot be loaded, missing tensors, a model that cannot verify trees. The message begins
             with the `role`. A quantisation that cannot be had.
     """
-    options.setdefault("attn_implementation", ATTENTION)
-    model, info = _load_model(name, dtype, device, role, quantize, **options)
-    if missing := sorted(info["missing_keys"]):  # transformers fills them with random values
-        raise ValueError(f"{role}: {name!r} lacks {len(missing)} tensors, the first is {missing[0]}")
-    return TargetModel(model.eval(), role)
-
-
-def _load_model(
-    name: str, dtype: torch.dtype | None, device: Any, role: str, quantize: str | None = None, **options: Any
-) -> tuple[Any, dict[str, Any]]:
-    """transformers' model on its device, and what it says of the loading; arguments as those of `load_target`."""
-    path, is_on_cpu = resolve_target(name), device is not None and torch.device(device).type == "cpu"
-    if quantize is not None:
-        options["quantization_config"] = quantization_config(quantize, torch.device(device or "cuda"))
-        if is_on_cpu and dtype is None and not multiplies_bfloat16():
-            dtype = torch.float32  # a quantised model cannot be converted
-    try:
-        is_quantized = "quantization_config" in options or is_quantized_file(path, **options)
-        if is_quantized and device is not None and not is_on_cpu:
-            # Weights are packed for the device that they are on, and must not be moved. accelerate places them.
-            options, device = {"device_map": device} | options, None
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", output_loading_info=True, **options
-        )
-    except (OSError, ImportError, TypeError) as error:  # no such model; a package that an option needs; no such option
-        raise ValueError(f"{role}: cannot load {name!r}: {error}") from error
-    except KeyError as error:  # older modules pick their attention from a table of their own (Falcon, GPT-J)
-        if error.args != (options.get("attn_implementation"),):
-            raise
-        raise ValueError(
-            f"attn_implementation: {name!r} does not know {error}; pass attn_implementation='sdpa' or 'eager'"
-        ) from error
-    if is_quantized or device is None:
-        return model, info
-    is_slow = model.dtype == torch.float16 or (model.dtype == torch.bfloat16 and not multiplies_bfloat16())
-    return (model.float() if dtype is None and is_on_cpu and is_slow else model.to(device)), info
+    return TargetModel(_load_on(torch.device(device), name, dtype, role, quantize, **options), role)
 
 
 def load_stock(name: str, dtype: torch.dtype, device: str | torch.device, quantize: str | None = None) -> Any:
@@ -139,12 +104,69 @@ def load_stock(name: str, dtype: torch.dtype, device: str | torch.device, quanti
     Raises:
         ValueError: a name that cannot be loaded.
     """
-    return _load_model(name, dtype, device, "model", quantize)[0].eval()
+    return _load_on(torch.device(device), name, dtype, "model", quantize, attn_implementation=None)
+
+
+def _load_on(
+    device: torch.device, name: str, dtype: torch.dtype | None, role: str, quantize: str | None, **options: Any
+) -> Any:
+    """A model on its device, or where a `device_map` in the options puts it; arguments as those of `load_target`."""
+    lacks_bfloat16 = device.type == "cpu" and not multiplies_bfloat16()
+    if quantize is not None:
+        options["quantization_config"] = quantization_config(quantize, device)
+        if dtype is None and lacks_bfloat16:
+            dtype = torch.float32  # a quantised model cannot be converted
+    is_quantized = "quantization_config" in options or is_quantized_file(resolve_target(name), **options)
+    if is_quantized and device.type != "cpu":
+        # Weights are packed for the device that they are on, and must not be moved. accelerate places them.
+        options = {"device_map": str(device)} | options
+    model = load_model(name, dtype, role, **options)
+    if is_quantized or "device_map" in options:
+        return model
+    is_slow = model.dtype == torch.float16 or (model.dtype == torch.bfloat16 and lacks_bfloat16)
+    return model.float() if dtype is None and device.type == "cpu" and is_slow else model.to(device)
+
+
+def load_model(name: str, dtype: torch.dtype | None = None, role: str = "target", **options: Any) -> Any:
+    """The transformers model of a target, where the `options` (`device_map`) put it; arguments as `load_target`'s.
+
+    Raises:
+        ValueError: a name that cannot be loaded, missing tensors.
+    """
+    options.setdefault("attn_implementation", ATTENTION)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            resolve_target(name), dtype=dtype or "auto", output_loading_info=True, **options
+        )
+    except (OSError, ImportError, TypeError) as error:  # no such model; a package that an option needs; no such option
+        raise ValueError(f"{role}: cannot load {name!r}: {error}") from error
+    except KeyError as error:  # older modules pick their attention from a table of their own (Falcon, GPT-J)
+        if error.args != (options["attn_implementation"],):
+            raise
+        raise ValueError(
+            f"attn_implementation: {name!r} does not know {error}; pass attn_implementation='sdpa' or 'eager'"
+        ) from error
+    except RuntimeError as error:  # also raised for lack of memory
+        if "mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{role}: the tensors of {name!r} have other shapes than its config.json says; is it a draft head?"
+        ) from error
+    if missing := sorted(info["missing_keys"]):  # transformers fills them with random values
+        raise ValueError(f"{role}: {name!r} lacks {len(missing)} tensors, the first is {missing[0]}")
+    return model.eval()
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer that belongs to a target."""
-    return AutoTokenizer.from_pretrained(resolve_target(name))
+    """The tokenizer that belongs to a target.
+
+    Raises:
+        ValueError: it has none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(resolve_target(name))
+    except OSError as error:
+        raise ValueError(f"target: {name!r} has no tokenizer: {error}") from error
 
 
 def find_tokenizer(name: str) -> Any:

@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = build_parser().parse_args(arguments)
         status: int | None = options.run(options)
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        message = f"error: {' '.join(str(error).split())}"  # those of other packages may have several lines
+        Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped")

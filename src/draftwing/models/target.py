@@ -292,7 +292,7 @@ class TargetModel:
                 f"attn_implementation: {attention!r} cannot take a tree mask; load {name} with one of {TREE_ATTENTIONS}"
             )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _probe(self) -> tuple[list[LayerShape], int]:
         """Each cache layer's sizes and the number of logits, read from a forward pass over one token."""
         cache, token = DynamicCache(), torch.zeros(1, 1, dtype=torch.int64, device=self.device)

@@ -13,7 +13,8 @@ from typing import Any
 MARK = "recipe.json"
 FREE_KEYS = frozenset(
     ("output", "log_every", "evaluate_every", "evaluate_rows", "save_every", "keep_checkpoints", "report_to")
-    + ("decode_prompts", "decode_plan", "compile", "device_map", "batch_size", "accumulation_steps")
+    + ("decode_prompts", "decode_plan", "compile", "device_map", "shard_target")
+    + ("batch_size", "accumulation_steps")
 )
 """What a continued run may change: nothing of it changes what is learnt. The rows of an optimizer step may be split
 anew, by `batch_size`, `accumulation_steps` and the number of processes, as long as they are as many."""

@@ -6,6 +6,7 @@ share of it a run reaches is assumed.
 """
 
 import dataclasses
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ def _plan_target(stage: TrainConfig, config: Any, teacher: Any, num_processes: i
     total, active, tokens = sum(params.values()), active_params(params, config), _tokens(stage)
     width = config.num_hidden_layers * (10 * config.hidden_size + 4 * config.intermediate_size)
     memory = {
-        "weights, gradients and optimizer": 16 * total,
+        "weights, gradients and optimizer": total * (16 + _autocast_bytes(stage) + (4 if num_processes > 1 else 0)),
         "activations": tokens * width * _bytes(stage),
         "logits": 3 * tokens * config.vocab_size * 4,  # as float32, their softmax and its gradient
     }
@@ -159,7 +160,7 @@ def _plan_target(stage: TrainConfig, config: Any, teacher: Any, num_processes: i
         text_config = teacher.get_text_config()
         target = count_params(teacher)
         target_active = active_params(target, text_config)
-        memory |= _frozen_target_memory(stage, target, text_config, 0)
+        memory |= _frozen_target_memory(stage, target, text_config, num_processes)
         memory["logits"] *= 2
         flops += _forward_flops(stage, target_active, text_config)
     flops *= tokens * stage.accumulation_steps
@@ -202,17 +203,19 @@ def _plan_head(
     steps = stage.ttt_steps if config.aux_layers else stage.feature_steps
     size = _bytes(stage)
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    # What a step of the head keeps for its backward pass: attention's input, queries, keys, values and output, the
-    # norms and residuals, and three widths of the MLP.
-    kept = 2 * config.hidden_size + 2 * queries + 2 * keys + 6 * config.hidden_size + 3 * config.intermediate_size
-    features = len(config.feature_layers) * config.target_hidden_size
+    # What a step of the head keeps for its backward pass, uncompiled: what attention and the MLP read, queries, keys,
+    # values, attention's output before and behind the merger, four widths of the MLP; as float32 what the norms read,
+    # the residuals, what the output head reads and its gradient.
+    kept = 3 * config.hidden_size + 3 * queries + 2 * keys + 4 * config.intermediate_size
+    kept_wide = 7 * config.hidden_size
+    teacher_rows = config.draft_vocab_size * target.hidden_size if config.draft_vocab_size < config.vocab_size else 0
     logits = min(LOGIT_CHUNK, 5 * tokens * steps * config.draft_vocab_size)
-    memory = _frozen_target_memory(stage, params, target, features) | _trained_memory(
-        stage, trained, frozen, num_processes
-    )
+    memory = _frozen_target_memory(stage, params, target, num_processes, config.feature_layers)
+    memory |= _trained_memory(stage, trained, frozen, num_processes)
     memory |= {
-        "activations": tokens * steps * (kept * size + 2 * 4 * config.hidden_size),
-        "logits": 4 * (logits + head.get("lm_head.weight", 0)),  # a chunk, and the output head's gradient
+        "activations": tokens * steps * (kept * size + kept_wide * 4),
+        # A chunk, and the output head's gradient; the target's rows of the draft vocabulary.
+        "logits": 4 * (logits + head.get("lm_head.weight", 0)) + size * teacher_rows,
     }
     once = head.get("fc.weight", 0)
     backward = 6.0 * (once + steps * (trained - once)) + 6.0 * stage.sequence_length * queries
@@ -235,7 +238,7 @@ def _plan_medusa(stage: TrainConfig, of_target: tuple[Shapes, Any], num_processe
     trained = sum(parameter.numel() for parameter in heads.parameters())
     active = active_params(params, target)
     logits = min(LOGIT_CHUNK, 5 * tokens * target.vocab_size)
-    memory = _frozen_target_memory(stage, params, target, target.hidden_size)
+    memory = _frozen_target_memory(stage, params, target, num_processes, (-1,))
     memory |= _trained_memory(stage, trained, 0, num_processes)
     memory |= {
         "activations": tokens * stage.medusa_heads * 4 * target.hidden_size * _bytes(stage),
@@ -253,22 +256,46 @@ def _plan_medusa(stage: TrainConfig, of_target: tuple[Shapes, Any], num_processe
     )
 
 
-def _frozen_target_memory(stage: TrainConfig, params: Shapes, target: Any, features: int) -> dict[str, int]:
+def _frozen_target_memory(
+    stage: TrainConfig, params: Shapes, target: Any, num_processes: int, feature_layers: Sequence[int] = ()
+) -> dict[str, int]:
+    """`feature_layers` are those that a head reads; a teacher has none, of which the logits are read."""
     widest = 3 * (getattr(target, "intermediate_size", None) or 4 * target.hidden_size) + 6 * target.hidden_size
-    return {
-        "target": sum(params.values()) * _bytes(stage),
-        "target's pass": _tokens(stage) * (widest + features + target.hidden_size) * _bytes(stage),
-    }
+    # transformers gives the hidden states of all layers, of which those that are read are put together, as float32 too.
+    states = (target.num_hidden_layers + 1 + len(feature_layers)) * target.hidden_size if feature_layers else 0
+    wide = len(feature_layers) * target.hidden_size * 4
+    whole, size = sum(params.values()), _bytes(stage)
+    if stage.shard_target:
+        layers = _layer_sizes(params)
+        # Of the layers a share, and two that are gathered.
+        whole += sum(layers) // num_processes + 2 * max(layers) - sum(layers)
+    return {"target": whole * size, "target's pass": _tokens(stage) * ((widest + states) * size + wide)}
+
+
+def _layer_sizes(params: Shapes) -> list[int]:
+    """The parameters of each decoder layer."""
+    layers: dict[str, int] = {}
+    for name, num_elements in params.items():
+        if match := re.match(r".*?\.\d+\.", name):
+            layers[match[0]] = layers.get(match[0], 0) + num_elements
+    return list(layers.values())
 
 
 def _trained_memory(stage: TrainConfig, trained: int, frozen: int, num_processes: int) -> dict[str, int]:
-    shards = num_processes if stage.parallel == "fsdp2" else 1
+    is_sharded = stage.parallel == "fsdp2"
+    shards = num_processes if is_sharded else 1
     whole = trained if shards > 1 else 0  # gathered for a pass
+    buckets = trained if num_processes > 1 and not is_sharded else 0  # in which DDP sums gradients
     return {
-        "head: weights": 4 * (trained // shards + whole + frozen),
-        "head: gradients": 4 * (trained // shards + whole),
+        "head: weights": 4 * (trained // shards + whole + frozen) + _autocast_bytes(stage) * trained,
+        "head: gradients": 4 * (trained // shards + whole + buckets),
         "head: optimizer": 8 * trained // shards,
     }
+
+
+def _autocast_bytes(stage: TrainConfig) -> int:
+    """Bytes of the copy of a trained number that autocast multiplies with."""
+    return 2 if stage.bf16 else 0
 
 
 def _forward_flops(stage: TrainConfig, active: int, target: Any) -> float:

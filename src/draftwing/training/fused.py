@@ -38,10 +38,9 @@ class OutputHead:
         """The head of some of the tokens only."""
         return OutputHead(self.weight[ids], None if self.bias is None else self.bias[ids], self.transform)
 
-    def ready(self, device: torch.device) -> "OutputHead":
-        """The head in autocast's dtype on a device, cast and moved once for many products."""
-        bias = None if self.bias is None else self.bias.to(device)
-        return OutputHead(_in_autocast(self.weight).to(device), bias, self.transform)
+    def ready(self) -> "OutputHead":
+        """The head in autocast's dtype, cast once for many products."""
+        return OutputHead(_in_autocast(self.weight), self.bias, self.transform)
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class _FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, outputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, settings: _Settings
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        head = OutputHead(weight, bias, settings.transform).ready(outputs.device)
+        head = OutputHead(weight, bias, settings.transform).ready()
         inputs = (outputs, weight, bias)
         gradients = [
             None if x is None or not needed else torch.zeros_like(x, dtype=widen(x[:0]).dtype)

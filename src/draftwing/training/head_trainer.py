@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from draftwing.checkpoint.formats import HeadFormat
-from draftwing.checkpoint.load import DraftNetwork, build_network, load_strictly, load_target, load_tokenizer, sizes_of
+from draftwing.checkpoint.load import DraftNetwork, build_network, load_strictly, load_tokenizer, sizes_of
 from draftwing.checkpoint.medusa_format import MedusaHeads
 from draftwing.checkpoint.save import save_head, save_medusa, to_head
 from draftwing.config import TrainConfig
@@ -26,18 +26,18 @@ from draftwing.decoding.stopping import StopRule
 from draftwing.models.eagle import EagleModel
 from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
-from draftwing.training.heads import continued_head, new_head
+from draftwing.training.frozen_target import frozen_target
+from draftwing.training.heads import compile_layers, continued_head, new_head
 from draftwing.training.medusa import MedusaTraining, new_medusa
 from draftwing.training.objectives import HeadTraining
 from draftwing.training.processes import (
-    current_device,
     is_main_process,
     num_processes,
     process_index,
     sum_over_processes,
     wait_for_others,
 )
-from draftwing.training.trainer import ResumableTrainer, new_trainer
+from draftwing.training.trainer import ResumableTrainer, new_trainer, wants_compile
 
 Trainable = DraftNetwork | MedusaModel
 DECODED_TOKENS = 64
@@ -48,7 +48,7 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     """Train the recipe's head into `config.output`, in its published format; returns the held-out metrics."""
     torch.manual_seed(config.seed)
     plan = decode_plan(config)
-    target = frozen_target(config)
+    target = frozen_target(config, config.target)
     tokenizer = load_tokenizer(config.target)
     documents = read_documents(config, tokenizer)
     head: Trainable
@@ -58,6 +58,8 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     else:
         head = (continued_head if config.init_from else new_head)(config, target, documents.train).to(target.device)
         module = HeadTraining(head, target, config)
+    if wants_compile(config):
+        compile_layers(head)
     rows = as_training_rows(documents, config, target, head.config.feature_layers)
     held_out = list(rows.held_out)
     held_out += unsupervised(held_out, -len(held_out) % (config.batch_size * num_processes()))
@@ -77,21 +79,6 @@ def decode_plan(config: TrainConfig) -> TreePlan:
         return TreePlan.parse(config.decode_plan) if config.decode_plan else TreePlan.chain(config.ttt_steps)
     except ValueError as error:
         raise ValueError(f"decode_plan: {error}") from None
-
-
-def frozen_target(config: TrainConfig) -> TargetModel:
-    """The recipe's target, in bfloat16 on a GPU if the recipe says so.
-
-    Raises:
-        ValueError: `device_map` with several processes, which would each split it over all GPUs.
-    """
-    is_cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if is_cuda and config.bf16 else torch.float32
-    if not config.device_map:
-        return load_target(config.target, dtype, current_device())
-    if num_processes() > 1:
-        raise ValueError("device_map: splits the target over the GPUs of one process; run without torchrun")
-    return load_target(config.target, dtype, None, device_map=config.device_map)
 
 
 def unsupervised(rows: Sequence[Example], count: int) -> list[Example]:

@@ -1,6 +1,6 @@
 """Train a small Llama from scratch: a target with its tokenizer (the embedded one), or a draft model for a target."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from draftwing.checkpoint.load import load_target, load_tokenizer
+from draftwing.checkpoint.load import load_tokenizer
 from draftwing.config import TrainConfig, check_keys
 from draftwing.data.chat import encode_row
 from draftwing.data.corpus import Row
@@ -17,9 +17,11 @@ from draftwing.data.prompts import write_held_out_prompts
 from draftwing.data.rows import Rejects, read_rows
 from draftwing.data.tokenizer import END_OF_TEXT, train_tokenizer
 from draftwing.models.target import TargetModel
-from draftwing.training.processes import current_device, is_main_process, num_processes, wait_for_others
+from draftwing.training.frozen_target import frozen_target
+from draftwing.training.processes import is_main_process, num_processes, sum_over_processes, wait_for_others
 from draftwing.training.trainer import ResumableTrainer, new_trainer
 
+Block = dict[str, torch.Tensor]
 IGNORED = -100
 """The label of tokens that nothing is learnt from, as in transformers."""
 
@@ -37,11 +39,14 @@ def train_language_model(config: TrainConfig) -> dict[str, float]:
     torch.manual_seed(config.seed)
     model = new_model(config, tokenizer, len(tokenizer) if target is None else target.vocab_size)
     is_masked = target is not None
+    held_out = blocks(rows.held_out, tokenizer, config.sequence_length, is_masked)[: config.evaluate_rows]
+    if is_masked:
+        held_out += not_learnt(held_out, -len(held_out) % (config.batch_size * num_processes()))
     trainer = new_trainer(
         config,
         model,
         train_dataset=blocks(rows.train, tokenizer, config.sequence_length, is_masked),
-        eval_dataset=blocks(rows.held_out, tokenizer, config.sequence_length, is_masked)[: config.evaluate_rows],
+        eval_dataset=held_out,
         trainer_class=ResumableTrainer if target is None else DistillationTrainer,
     )
     if target is not None:
@@ -60,6 +65,11 @@ class DistillationTrainer(ResumableTrainer):
 
     teacher: TargetModel
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._evaluated = torch.zeros(2, dtype=torch.float64)
+        """Summed loss and number of learnt tokens of an evaluation, so far, in this process."""
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -68,13 +78,30 @@ class DistillationTrainer(ResumableTrainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
         """The mean over the learnt tokens of the step's batches in all processes (whose gradients are averaged)."""
+        assert num_items_in_batch is not None
+        loss = self._summed_loss(model, inputs) * (num_processes() / num_items_in_batch.clamp(min=1))
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            total = self._summed_loss(model, inputs).detach()
+        num_learnt = (inputs["labels"][:, 1:] != IGNORED).sum()
+        self._evaluated += torch.stack((total.double(), num_learnt.double())).cpu()
+        return total, None, None  # of which the Trainer's own mean is over batches: `log` has the one over tokens
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "eval_loss" in logs:
+            total, num_learnt = sum_over_processes(self._evaluated).tolist()
+            self._evaluated.zero_()
+            logs["eval_loss"] = total / max(num_learnt, 1)
+        super().log(logs, *args, **kwargs)
+
+    def _summed_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
         with torch.no_grad():
             teacher_logits = self.teacher.model(input_ids=inputs["input_ids"], use_cache=False).logits
-        assert num_items_in_batch is not None
-        share = num_processes() / num_items_in_batch.clamp(min=1)
-        loss = distillation_loss(logits, teacher_logits, inputs["labels"]) * share
-        return (loss, {}) if return_outputs else loss
+        return distillation_loss(logits, teacher_logits, inputs["labels"])
 
 
 def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -90,10 +117,7 @@ def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, labels
 def _load_teacher(config: TrainConfig, tokenizer: Any) -> TargetModel | None:
     if not config.teacher:
         return None
-    is_cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if is_cuda and config.bf16 else torch.float32
-    target = load_target(config.teacher, dtype, current_device())
-    target.model.requires_grad_(False)
+    target = frozen_target(config, config.teacher)
     if len(tokenizer) > target.vocab_size:
         raise ValueError(
             f"tokenizer: it has {len(tokenizer)} tokens and the target {target.vocab_size}; a draft model learns from "
@@ -118,10 +142,11 @@ def new_model(config: TrainConfig, tokenizer: Any, vocab_size: int) -> LlamaForC
     return model
 
 
-def blocks(rows: Iterable[Row], tokenizer: Any, length: int, is_masked: bool = False) -> list[dict[str, torch.Tensor]]:
+def blocks(rows: Iterable[Row], tokenizer: Any, length: int, is_masked: bool = False) -> list[Block]:
     """All rows one after the other, each closed by the end-of-text token, cut into blocks of `length` tokens.
 
-    If it `is_masked`, the tokens outside of the rows' loss masks are read but not learnt.
+    If it `is_masked`, the tokens outside of the rows' loss masks are read but not learnt; neither is a block's first,
+    which nothing predicts.
     """
     end_of_text, not_said = torch.tensor([_end_of_text(tokenizer)]), torch.tensor([False])
     examples = [example for row in rows for example in encode_row(row, tokenizer)]
@@ -130,9 +155,15 @@ def blocks(rows: Iterable[Row], tokenizer: Any, length: int, is_masked: bool = F
     if is_masked:
         is_said = torch.cat([part for example in examples for part in (example.loss_mask, not_said)])
         labels = torch.where(is_said, ids, IGNORED)
+        labels[::length] = IGNORED
     whole = ids.numel() // length * length
     pairs = zip(ids[:whole].view(-1, length), labels[:whole].view(-1, length), strict=True)
     return [{"input_ids": block, "labels": block_labels} for block, block_labels in pairs]
+
+
+def not_learnt(held_out: Sequence[Block], count: int) -> list[Block]:
+    """Blocks that count for nothing: processes evaluate equally many batches, and none counts a block twice."""
+    return [block | {"labels": torch.full_like(block["labels"], IGNORED)} for block in held_out[:1]] * count
 
 
 def _end_of_text(tokenizer: Any) -> int:

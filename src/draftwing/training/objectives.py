@@ -137,11 +137,9 @@ class HeadTraining(nn.Module):
         self, outputs: torch.Tensor, last_hidden: torch.Tensor, valid: torch.Tensor, step_weights: torch.Tensor
     ) -> torch.Tensor:
         """The weighted sum of the losses of `outputs [U, J, D]`, taught by the target's `last_hidden [U, D]`."""
-        device, step_weights = outputs.device, step_weights.to(widen(outputs[:0]).dtype)
-        # A target that is split over devices has its output head on another one.
-        best, log_total = summarize(last_hidden.to(self._target_head.weight.device), self._target_head)
-        best, log_total, last_hidden = self._draft_ids[best].to(device), log_total.to(device), last_hidden.to(device)
-        teacher = Teacher(last_hidden, self._teacher_head.ready(device), log_total, best)
+        step_weights = step_weights.to(widen(outputs[:0]).dtype)
+        best, log_total = summarize(last_hidden, self._target_head)
+        teacher = Teacher(last_hidden, self._teacher_head.ready(), log_total, self._draft_ids[best])
         loss, sums = self._token_loss(outputs, teacher, valid, step_weights)
         loss = self._token_weight * loss
         figures = {"loss": sums.loss, "accuracy": sums.hits, "acceptance_rate": sums.acceptance}

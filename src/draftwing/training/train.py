@@ -29,6 +29,7 @@ def train_stage(config: TrainConfig) -> dict[str, float]:
     Raises:
         ValueError: a finished or interrupted run of other settings is in its place.
     """
+    _check_split(config)
     if config.objective == "self_generated":
         return _generate(config)
     output = Path(config.output)
@@ -42,6 +43,15 @@ def train_stage(config: TrainConfig) -> dict[str, float]:
         metrics: dict[str, float] = record["metrics"]
         return metrics
     return TRAINED[config.objective](config)
+
+
+def _check_split(config: TrainConfig) -> None:
+    """Whether the stage has a target that can be had in parts; asked of those that run, for `--set` reaches all."""
+    for name in ("device_map", "shard_target"):
+        if getattr(config, name) and config.objective == "self_generated":
+            raise ValueError(f"{name}: a target in parts cannot decode; let an endpoint answer (draftwing prepare)")
+        if getattr(config, name) and config.objective == "language_model" and not config.teacher:
+            raise ValueError(f"{name}: a language_model without a teacher has no frozen target")
 
 
 def _generate(config: TrainConfig) -> dict[str, float]:

@@ -183,6 +183,11 @@ def new_trainer(
     )
 
 
+def wants_compile(config: TrainConfig) -> bool:
+    """Whether the recipe's network is compiled: as the recipe says, else where there is a GPU."""
+    return torch.cuda.is_available() if config.compile is None else config.compile
+
+
 def training_arguments(config: TrainConfig) -> TrainingArguments:
     """The recipe's settings as the Trainer names them.
 
@@ -217,7 +222,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch_fused" if is_cuda else "adamw_torch",
         bf16=config.bf16,
-        torch_compile=config.compile,
+        torch_compile=wants_compile(config) and config.objective == "language_model",  # of heads, the layers alone are
         use_cpu=not is_cuda,
         seed=config.seed,
         logging_steps=config.log_every,

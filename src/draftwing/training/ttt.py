@@ -36,6 +36,7 @@ class TttAttention:
         self._past: dict[int, list[KeyValue]] = {}
         self._mask: Any = None
 
+    @torch.compiler.disable  # it differs from step to step; a compiled layer runs up to it and on from it
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """queries `[B, Hq, S, dim]`, keys and values `[B, Hk, S, dim]` of this step -> `[B, S, Hq * dim]`."""
         queries, keys = queries.to(values.dtype), keys.to(values.dtype)  # autocast rotates them in float32
