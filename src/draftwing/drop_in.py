@@ -44,7 +44,8 @@ def custom_generate(draft: str | Path | Draft, plan: str | None = None, seed: in
             if model not in known:
                 known[model] = _load(draft, target)
             loaded, lessons = known[model]
-            generation = SpeculativeModel(target, loaded, lessons=lessons).start(
+            # Not captured: a recording would go on with the old weights where the caller changes the model.
+            generation = SpeculativeModel(target, loaded, lessons=lessons, capture=False).start(
                 unpad(input_ids, kwargs.get("attention_mask")),
                 plan=plan,
                 seed=int(torch.randint(2**31, ())) if seed is None else seed,

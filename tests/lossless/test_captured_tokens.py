@@ -1,6 +1,8 @@
 """Captured cycles give plain decoding's tokens. On a CPU a tape stands for the CUDA graph: see TapeRecorder."""
 
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -169,7 +171,7 @@ def test_recordings_serve_the_generations_that_follow(
         replayed = generate(target, requests, drafters["eagle3"], "tree:4x4x16", new_rows=pool.take)
         assert tokens_of(replayed) == run(target, requests)
         assert replayed.statistics.accepted_at == eager.statistics.accepted_at
-    assert [recorder.num_recorded for recorder in recorders] == [1, 3]  # a trial; draft, verify, commit
+    assert [recorder.num_recorded for recorder in recorders] == [3, 3]  # draft, verify, commit; before that a trial
 
 
 def test_a_generation_that_is_not_over_keeps_its_rows(
@@ -184,6 +186,42 @@ def test_a_generation_that_is_not_over_keeps_its_rows(
     for _ in cycles:
         pass
     assert tokens_of(first) == run(target, requests)
+
+
+def test_rows_are_lent_to_one_generation_at_a_time(
+    target: TargetModel, drafters: dict[str, DrafterFactory], prompts: list[list[int]]
+) -> None:
+    """Also when a generation is closed where it stands, closed twice, or forgotten; a pool's rows end with it."""
+    requests, pool = requests_for(prompts, max_new_tokens=20), RowsPool(TapeRecorder)
+
+    start = partial(Generation, target, requests, drafters["eagle3"], TreePlan.chain(2), True, pool.take)
+
+    first = start()
+    for _ in first.cycles():
+        pass
+    first.close()
+    second, third = start(), start()
+    assert second._rows is first._rows
+    assert third._rows is not second._rows
+    next(second.cycles())
+    second.close()
+    assert start()._rows is second._rows
+    rows = weakref.ref(third._rows)
+    del pool, start
+    third.close()
+    del third
+    assert rows() is None
+
+
+def test_rows_made_in_inference_mode_serve_outside_of_it(
+    target: TargetModel, drafters: dict[str, DrafterFactory], prompts: list[list[int]]
+) -> None:
+    requests, pool, experience = requests_for(prompts), RowsPool(TapeRecorder), Experience()
+    for mode in (True, False):
+        with torch.inference_mode(mode):
+            plan = auto_plan(len(prompts), experience, fixed_shapes=("chain:2", "tree:4x6x24"))
+            tokens = tokens_of(generate(target, requests, drafters["eagle3"], plan, new_rows=pool.take))
+    assert tokens == run(target, requests)
 
 
 def test_what_cannot_be_captured_is_decoded_without(

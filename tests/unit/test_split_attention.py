@@ -12,6 +12,7 @@ from conftest import eagle, requests_for, run, tiny_llama
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.models import layers
+from draftwing.models import target as target_module
 from draftwing.models.split_attention import split_attention
 from draftwing.models.target import TargetModel
 
@@ -68,6 +69,7 @@ def test_half_precision_and_a_scale_of_its_own() -> None:
     torch.testing.assert_close(output.double(), expected, atol=5e-3, rtol=2e-2)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels do not read a CPU's memory; see test_cuda.py")
 def test_a_generation_uses_it_for_trees(
     heads: dict[str, DraftNetwork], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,8 +82,9 @@ def test_a_generation_uses_it_for_trees(
         seen.add(queries.shape[2])
         return split_attention(queries, *arguments)
 
-    monkeypatch.setattr(layers, "_suits_kernel", lambda queries, mask: mask.dtype == torch.bool)
-    monkeypatch.setattr(layers, "_split_attention", lambda: count)
+    for module in (layers, target_module):
+        monkeypatch.setattr(module, "has_kernel", lambda *arguments: True)
+    monkeypatch.setattr("draftwing.models.split_attention.split_attention", count)
     head = copy.deepcopy(heads["eagle3"]).float()
     assert run(target, requests_for(prompts[:2], max_new_tokens=6), eagle(head), "tree:2x2x5") == plain
-    assert {2} <= seen
+    assert seen >= {2, 5}  # a level of the draft, and the tree

@@ -26,6 +26,7 @@ class CalibratedSize(FixedSize):
         self._edges = torch.tensor(EDGES, dtype=torch.float32, device=device)
         self._correction = torch.zeros(NUM_DEPTHS, len(EDGES) + 1, device=device)
 
+    @torch.inference_mode()
     def learn(self, table: "AcceptanceTable") -> None:
         """Correct as this table says from now on."""
         self._correction.copy_(torch.from_numpy(table.correction), non_blocking=True)

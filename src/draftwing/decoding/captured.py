@@ -1,11 +1,15 @@
 """Cycles recorded once and replayed: CUDA graphs of draft, verify and commit, so that the host starts three things.
 
 The steps are those of rows.py. A recording is good for one plan, one kind of sampling and contexts up to a bound; it
-reads and writes the rows' own storage, so rows must be used again and again: see RowsPool.
+reads and writes the rows' own storage, so rows must be used again and again: see RowsPool. All recordings of rows share
+memory, which is safe because the steps of a cycle are replayed in the order in which they were recorded, and nothing
+that lies there outlives a cycle.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
@@ -14,15 +18,15 @@ import torch
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.rows import DrafterFactory, Rows, Verification
 from draftwing.decoding.sampling import Sampler, SamplingParams
-from draftwing.decoding.tree import DraftTree, root_tree
+from draftwing.decoding.tree import DraftTree
 from draftwing.models.target import TargetModel
 
 T = TypeVar("T")
 SMALLEST_BOUND = 256
 """Contexts are recorded for up to so many tokens, then for half as much again, twice as much, ..."""
 SMALLEST_CAPACITY = 1024
-MOST_IDLE = 4
-"""Idle rows that a pool keeps; their caches take memory."""
+IDLE_BYTES = 1 << 32
+"""Caches of idle rows that a pool keeps, beside those used last."""
 
 
 @dataclass(frozen=True)
@@ -44,25 +48,38 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one pool of memory."""
+    """Records CUDA graphs that share one pool of memory and a stream of their own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
 
     def warm_up(self, steps: Callable[[], None]) -> None:
-        with torch.cuda.device(self._device):
-            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
+        """Run the steps twice: kernels are chosen and compiled, then whatever turns to the host raises."""
+        with self._on_stream():
+            steps()
+            mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
                 steps()
-                steps()
-            current.wait_stream(stream)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
 
     def record(self, step: Callable[[], T]) -> Recorded[T]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
+        # Our own stream context as well: it puts the caller's stream back even where ending a capture fails.
+        with self._on_stream(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             result = step()
         return Recorded(result, graph.replay)
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                yield
+            current.wait_stream(self._stream)
 
 
 @dataclass(frozen=True)
@@ -75,10 +92,9 @@ class CapturedCycle:
 
 
 class CapturedRows(Rows):
-    """Rows whose cycles are recorded when they are first needed. `on_release` is told when a generation has ended.
+    """Rows whose cycles are recorded when they are first needed.
 
-    Raises:
-        RuntimeError: the target's pass cannot be recorded: it asks the host for something.
+    `on_release` gives whom to tell that a generation has ended, if there is anyone (a weak reference).
     """
 
     def __init__(
@@ -88,7 +104,7 @@ class CapturedRows(Rows):
         batch_size: int,
         capacity: int,
         recorder: Recorder,
-        on_release: Callable[["CapturedRows"], None] = lambda rows: None,
+        on_release: Callable[[], Callable[["CapturedRows"], None] | None] = lambda: None,
     ) -> None:
         super().__init__(target, new_drafter, batch_size, capacity)
         assert self.drafter.keeps_its_place
@@ -115,7 +131,18 @@ class CapturedRows(Rows):
         super().commit(plan, tree, replace(verification, verdict=verdict))
 
     def release(self) -> None:
-        self._on_release(self)
+        if take_back := self._on_release():
+            take_back(self)
+
+    @torch.inference_mode()
+    def try_to_record(self) -> None:
+        """Record a cycle of one drafted token for nothing.
+
+        Raises:
+            RuntimeError: a pass turns to the host and cannot be recorded.
+        """
+        self.begin([[0, 0]] * self.batch_size, [SamplingParams()] * self.batch_size, 1, coupled=True)
+        self._record(TreePlan.chain(1), context_bound(1, self.capacity))
 
     def _draft(self, plan: TreePlan, longest: int) -> DraftTree:
         if plan.depth:  # what a prompt or cycles without drafts have left; captured cycles leave nothing
@@ -190,37 +217,34 @@ class RowsPool:
     def take(self, target: TargetModel, new_drafter: DrafterFactory, batch_size: int, capacity: int) -> Rows:
         """Rows for a generation; they come back when it is over."""
         capacity = max(SMALLEST_CAPACITY, 1 << (capacity - 1).bit_length())
-        if self._can_record is None:
-            self._can_record = _can_record(target, new_drafter, self._new_recorder(target.device))
-        if not self._can_record:
-            return Rows(target, new_drafter, batch_size, capacity)
         for rows in self._idle:
             if (rows.batch_size, rows.capacity) == (batch_size, capacity):
                 self._idle.remove(rows)
                 return rows
-        recorder = self._new_recorder(target.device)
-        return CapturedRows(target, new_drafter, batch_size, capacity, recorder, self._take_back)
+        if self._can_record is None:
+            self._can_record = self._try(target, new_drafter)
+        if not self._can_record:
+            return Rows(target, new_drafter, batch_size, capacity)
+        return self._new(target, new_drafter, batch_size, capacity)
+
+    def _new(self, target: TargetModel, new_drafter: DrafterFactory, batch_size: int, capacity: int) -> CapturedRows:
+        recorder, take_back = self._new_recorder(target.device), weakref.WeakMethod(self._take_back)
+        return CapturedRows(target, new_drafter, batch_size, capacity, recorder, take_back)
 
     def _take_back(self, rows: CapturedRows) -> None:
-        self._idle = [*self._idle, rows][-MOST_IDLE:]
+        self._idle.append(rows)
+        while len(self._idle) > 1 and sum(rows.num_bytes for rows in self._idle) > IDLE_BYTES:
+            self._idle.pop(0)
 
-
-@torch.inference_mode()
-def _can_record(target: TargetModel, new_drafter: DrafterFactory, recorder: Recorder) -> bool:
-    """Whether cycles can be recorded; some targets ask the host where to go on (mixtures of experts, for example)."""
-    if not new_drafter(1, SMALLEST_CAPACITY).keeps_its_place:
-        return False
-    cache = target.new_cache(1, SMALLEST_CAPACITY)
-    tree = root_tree(torch.zeros(1, dtype=torch.int64, device=target.device), 2)
-
-    def run() -> None:
-        target.forward_tree(tree.tokens, tree.depths, tree.ancestors, cache)
-
-    recorder.warm_up(run)
-    try:
-        recorder.record(run)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        warnings.warn(f"{type(target.model).__name__} cannot be captured, so cycles are slower: {reason}", stacklevel=2)
-        return False
-    return True
+    def _try(self, target: TargetModel, new_drafter: DrafterFactory) -> bool:
+        """Whether cycles can be recorded; some targets ask the host where to go on (mixtures of experts, say)."""
+        if not new_drafter(1, SMALLEST_CAPACITY).keeps_its_place:
+            return False
+        try:
+            self._new(target, new_drafter, 1, SMALLEST_CAPACITY).try_to_record()
+        except RuntimeError as error:
+            reason = str(error.__context__ or error).splitlines()[0]
+            name = type(target.model).__name__
+            warnings.warn(f"{name} cannot be captured, so cycles are slower: {reason}", stacklevel=2)
+            return False
+        return True

@@ -70,6 +70,7 @@ class Generation:
         # Behind the committed tokens: the verified tree or the draft's levels, and what a last cycle commits too much.
         tree = plan.largest
         capacity = longest + max(tree.num_nodes, tree.width * tree.max_depth) + tree.max_depth + 1
+        self._is_closed = False
         self._rows = new_rows(target, new_drafter, len(requests), capacity)
         self._lengths = [len(request.prompt) - 1 for request in requests]  # committed tokens before the root
         with self._clock.stage("prefill"), torch.inference_mode():
@@ -88,8 +89,10 @@ class Generation:
         self.close()
 
     def close(self) -> None:
-        """End the generation where it stands."""
-        self._rows.release()
+        """End the generation where it stands; it may be closed already."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._rows.release()
 
     @torch.inference_mode()
     def _cycle(self) -> tuple[DraftTree, CycleReading]:

@@ -41,12 +41,18 @@ class Rows:
         self._root = torch.zeros(batch_size, dtype=torch.int64, device=target.device)
         self._active = torch.ones(batch_size, dtype=torch.bool, device=target.device)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the target's cache."""
+        return self._cache.num_bytes
+
     def begin(self, prompts: list[list[int]], params: Sequence[SamplingParams], depth: int, coupled: bool) -> None:
         """Read the prompts; later trees are at most `depth` deep, and ranked with the target's noise if `coupled`."""
         self._sampler = self._new_sampler(params, depth)
         self._rank = self._sampler.rank if coupled else uncoupled_rank
         self._prefill(prompts)
 
+    @torch.inference_mode()
     def set_active(self, active: Sequence[bool]) -> None:
         """Say which rows still generate; nothing is committed for the others."""
         self._active.copy_(torch.tensor(active))

@@ -76,12 +76,15 @@ class Noise:
         self._tokens = torch.arange(vocab_size, device=device)
         self._seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
         self._num_ahead = max(NOISE_WINDOW, most_positions)
-        self._window = torch.empty(len(seeds), 2 * self._num_ahead, vocab_size, device=device)
+        self._window = torch.empty(0, device=device)  # made when it is first needed
         self._filled_to = [0] * len(seeds)
 
     def reserve(self, starts: Sequence[int], num_positions: int) -> None:
         """Make positions `starts[b] .. starts[b] + num_positions - 1` of each row readable. Starts never fall."""
         assert num_positions <= self._num_ahead
+        if self._window.dim() == 1:
+            shape = len(starts), 2 * self._num_ahead, len(self._tokens)
+            self._window = torch.empty(shape, device=self._tokens.device)
         for row, start in enumerate(starts):
             first = max(start, self._filled_to[row])
             if start + num_positions > self._filled_to[row]:

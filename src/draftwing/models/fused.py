@@ -8,7 +8,6 @@ products are packed (packed.py).
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from draftwing.models.layers import grouped_attention
+from draftwing.models.layers import grouped_attention, has_triton
 from draftwing.models.packed import PackedLinear, Product, pack_linears
 from draftwing.models.target import ATTENTION, Role, TargetModel, TargetOutput, TreePass, attention_windows
 
@@ -39,10 +38,10 @@ def normalise(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rotary positions of query and key heads `[B, N, H, dim]` -> `[B, H, N, dim]` in the cache's dtype."""
+    """Rotary positions of query and key heads `[R, H, dim]`, cosines and sines `[R, 1, dim]`; in the cache's dtype."""
     half = heads.shape[-1] // 2
     swapped = torch.cat((heads[..., half:], heads[..., :half]), dim=-1)
-    return torch.addcmul(heads * cos, swapped, signed_sin).transpose(1, 2).to(dtype)
+    return torch.addcmul(heads * cos, swapped, signed_sin).to(dtype)
 
 
 def gate(gate_up: torch.Tensor) -> torch.Tensor:
@@ -62,8 +61,8 @@ class Elementwise:
     @staticmethod
     @cache
     def compiled() -> "Elementwise":
-        """By torch.compile, when they are first called with each dtype."""
-        return Elementwise(*(torch.compile(step, dynamic=True) for step in (normalise, rotate, gate)))
+        """By torch.compile: once for each dtype, and again when the number of rows first changes."""
+        return Elementwise(torch.compile(normalise), torch.compile(rotate), torch.compile(gate))
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def pack_target(target: TargetModel, compiles: bool | None = None) -> TargetMode
     if not can_fuse(target.model):
         return target
     if compiles is None:
-        compiles = target.device.type == "cuda" and find_spec("triton") is not None
+        compiles = target.device.type == "cuda" and has_triton()
     return FusedTarget(target.model, target.role, compiles)
 
 
@@ -138,29 +137,42 @@ class FusedTarget(TargetModel):
         self._norm = _read_norm(decoder.norm)
 
     def _run(self, tree: TreePass, feature_layers: tuple[int, ...], last_logits_only: bool) -> TargetOutput:
-        x: torch.Tensor = self.embedding(tree.tokens)
-        cos, sin = (table.unsqueeze(2) for table in self._rotary(x, tree.positions))  # [B, N, 1, dim]
+        batch_size, num_nodes = tree.tokens.shape
+        embedded = self.embedding(tree.tokens)
+        # From here on nodes of all rows lie one below the other, [R, ...].
+        cos, sin = (table.flatten(0, 1).unsqueeze(1) for table in self._rotary(embedded, tree.positions))
         half = cos.shape[-1] // 2
         signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
         num_rotated, steps = self._num_heads + self._num_key_heads, self._steps
-        hidden = [x]
+        num_layers = len(self._decoder_layers)
+        wanted = {index % (num_layers + 1) for index in feature_layers}
+        x: torch.Tensor = embedded.flatten(0, 1)
+        hidden = {0: x}
         for index, layer in enumerate(self._decoder_layers):
             heads = layer.queries_keys_values(self._normalise(x, layer.input_norm)).unflatten(-1, (-1, cos.shape[-1]))
-            rotated = heads[..., :num_rotated, :]
+            rotated = heads[:, :num_rotated]
             if layer.heads_norm is not None:
                 rotated = self._normalise(rotated, layer.heads_norm)
             rotated = steps.rotate(rotated, cos, signed_sin, tree.cache.dtype)
+            rotated, values = (
+                part.unflatten(0, (batch_size, num_nodes)).transpose(1, 2) for part in (rotated, heads[:, num_rotated:])
+            )
             queries, keys = rotated.split((self._num_heads, self._num_key_heads), dim=1)
-            values = heads[..., num_rotated:, :].transpose(1, 2)
             keys, values = tree.cache.write(index, keys, values, tree.slots, tree.num_read)
             attended = grouped_attention(queries, keys, values, tree.masks).transpose(1, 2)
-            x = layer.attention_output.add_to(x, attended.to(x.dtype, memory_format=torch.contiguous_format).flatten(2))
-            x = layer.down.add_to(x, steps.gate(layer.gate_up(self._normalise(x, layer.mlp_norm))))
-            hidden.append(x)
-        hidden[-1] = self._normalise(x, self._norm)
-        logits = self.output_head(hidden[-1][:, -1:] if last_logits_only else hidden[-1])
-        features = torch.cat([hidden[index] for index in feature_layers], dim=-1) if feature_layers else None
-        return TargetOutput(logits, features)
+            attended = attended.to(x.dtype, memory_format=torch.contiguous_format).reshape(len(x), -1)
+            x = layer.attention_output.add_to(x, attended, overwrite=index not in wanted)
+            gated = steps.gate(layer.gate_up(self._normalise(x, layer.mlp_norm)))
+            x = layer.down.add_to(x, gated, overwrite=True)
+            if index + 1 in wanted:
+                hidden[index + 1] = x
+        last = hidden[num_layers] = self._normalise(x, self._norm)
+        last, *parts = (
+            part.unflatten(0, (batch_size, num_nodes))
+            for part in (last, *(hidden[index % (num_layers + 1)] for index in feature_layers))
+        )
+        logits = self.output_head(last[:, -1:] if last_logits_only else last)
+        return TargetOutput(logits, torch.cat(parts, dim=-1) if parts else None)
 
     def _normalise(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         return self._steps.normalise(x, norm.weight, norm.eps)

@@ -53,9 +53,16 @@ class KVCache:
         self._row_starts = torch.arange(batch_size, device=device)[:, None] * self._num_slots
 
     def clear(self) -> None:
-        """Forget everything, for other rows."""
+        """Forget everything, for other rows; masked slots are multiplied too, so that nothing infinite may be left."""
+        for slab in self._slabs.values():
+            slab.zero_()
         self.lengths.zero_()
         self.bound = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the slots."""
+        return sum(slab.numel() * slab.element_size() for slab in self._slabs.values())
 
     def slots_behind(self, num_new: int) -> torch.Tensor:
         """The `num_new` slots behind each row's committed tokens, `[B, num_new]`, in the form `write` takes."""

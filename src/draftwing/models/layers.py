@@ -1,10 +1,11 @@
 """The Llama building blocks of the draft networks. Parameter names equal those of the published checkpoints."""
 
 import math
-from collections.abc import Callable
+import os
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
+from shutil import which
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,8 @@ from torch.nn import functional
 
 FEW_QUERIES = 128
 """Nodes of a pass whose attention splits the context over a GPU; with more there is work for all of it anyway."""
+LARGEST_KEY = 256
+"""Bytes of a key; the kernel's blocks of wider ones pass the shared memory of smaller GPUs."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,13 @@ def grouped_attention(
     queries `[B, Hq, N, dim]`, keys and values `[B, Hk, S, dim]`, mask `[B, 1, N, S]` (bool or additive), the same
     packed by `pack_mask`, or None (every key is visible, or the causal ones) -> `[B, Hq, N, value_dim]`.
     """
-    if mask is not None and _suits_kernel(queries, mask) and (split_attention := _split_attention()):
-        return split_attention(queries, keys, values, mask, scale)
-    batch_size, num_heads, num_queries, _ = queries.shape
+    batch_size, num_heads, num_queries, key_dim = queries.shape
     groups = num_heads // keys.shape[1]
+    width = max(key_dim, values.shape[-1])
+    if mask is not None and mask.dtype == torch.bool and has_kernel(queries.device, queries.dtype, num_queries, width):
+        from draftwing.models.split_attention import split_attention
+
+        return split_attention(queries, keys, values, mask, scale)
     if mask is not None and mask.shape[2] not in (1, groups * num_queries):
         mask = pack_mask(mask[:, :, :num_queries], groups)
     if groups == 1 or is_causal:
@@ -89,24 +95,21 @@ def grouped_attention(
     return output.reshape(batch_size, num_heads, num_queries, values.shape[-1])
 
 
-def _suits_kernel(queries: torch.Tensor, mask: torch.Tensor) -> bool:
-    """Whether this is a tree's attention on a GPU, not a prompt's, and in a dtype that the kernel multiplies."""
+def has_kernel(device: torch.device, dtype: torch.dtype, num_queries: int, width: int) -> bool:
+    """Whether split_attention.py serves so many queries of a tree, with keys and values at most `width` wide."""
     return (
-        queries.device.type == "cuda"
-        and queries.shape[2] <= FEW_QUERIES
-        and mask.dtype == torch.bool
-        and (queries.dtype in (torch.bfloat16, torch.float16, torch.float32))
+        device.type == "cuda"
+        and num_queries <= FEW_QUERIES
+        and dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and width * dtype.itemsize <= LARGEST_KEY
+        and has_triton()
     )
 
 
 @cache
-def _split_attention() -> Callable[..., torch.Tensor] | None:
-    """The kernel, where Triton is installed (with torch for CUDA it is)."""
-    if find_spec("triton") is None:
-        return None
-    from draftwing.models.split_attention import split_attention
-
-    return split_attention
+def has_triton() -> bool:
+    """Whether kernels can be compiled: Triton comes with torch for CUDA, but wants a C compiler."""
+    return find_spec("triton") is not None and any(map(which, (os.environ.get("CC", "cc"), "gcc", "clang")))
 
 
 def pack_mask(mask: torch.Tensor, groups: int) -> torch.Tensor:

@@ -22,7 +22,8 @@ def pack_linears(model: nn.Module) -> None:
 
     The model can be run as before but not trained, saved or moved to another device.
     """
-    for parent in list(model.modules()):
+    # Without the layers themselves, so that each one's weights go when they have been packed.
+    for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         layers = {name: child for name, child in parent.named_children() if type(child) is nn.Linear}
         layers = {name: layer for name, layer in layers.items() if _can_pack(layer)}
         groups: list[tuple[str, ...]] = [
@@ -80,8 +81,8 @@ class Product(ABC):
         """All layers' outputs side by side."""
 
     @abstractmethod
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The residual plus the product, which is rounded once."""
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        """The residual `[R, out]` plus the product of `x [R, in]`, rounded once; it may `overwrite` the residual."""
 
 
 class PackedProduct(Product):
@@ -96,7 +97,7 @@ class PackedProduct(Product):
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return product
 
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
         total: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
         return total
 
@@ -111,10 +112,12 @@ class JoinedProduct(Product):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self._weight, self._bias)
 
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
         if self._bias is not None:
-            residual = residual + self._bias
-        return torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), self._weight.T).view_as(residual)
+            residual, overwrite = residual + self._bias, True
+        if overwrite:  # the product is added where the residual lies; else addmm copies it first
+            return residual.addmm_(x, self._weight.T)
+        return torch.addmm(residual, x, self._weight.T)
 
 
 def _joined(layers: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -5,6 +5,8 @@ of the device idle. Here each part of the context is a program of its own; a sec
 log-sum-exp ("flash decoding"). The mask is any, and the grouped query heads of a key/value head are read with it once.
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,8 @@ import triton.language as tl
 BLOCK_QUERIES, BLOCK_KEYS = 32, 64
 PROGRAMS = 264
 """Programs to aim at: two for each processor of the largest devices."""
+SIZES = ["num_nodes", "num_rows", "num_keys", "num_parts", "part_length", "mask_b", "mask_n"]
+"""What differs from plan to plan: one compiled kernel serves all."""
 
 
 def split_attention(
@@ -20,43 +24,44 @@ def split_attention(
     """Attention in float32, of queries `[B, Hq, N, dim]` to keys and values `[B, Hk, S, dim]` (any strides).
 
     mask `[B, 1, N, S]` is bool. A query that sees nothing gives zeros. Returns `[B, Hq, N, value_dim]` in the queries'
-    dtype.
+    dtype; in memory a node's heads lie together, as the product that follows wants them.
     """
-    batch_size, num_heads, num_queries, key_dim = queries.shape
+    batch_size, num_heads, num_nodes, key_dim = queries.shape
     num_key_heads, num_keys, value_dim = keys.shape[1], keys.shape[2], values.shape[-1]
-    # The query heads of one key/value head become further rows of it: row r is node r % N.
-    num_rows = num_heads // num_key_heads * num_queries
-    rows = queries.reshape(batch_size, num_key_heads, num_rows, key_dim)
+    # The query heads of one key/value head become further rows of it: row r is node r % N of its head r // N.
+    num_rows = num_heads // num_key_heads * num_nodes
     row_blocks = triton.cdiv(num_rows, BLOCK_QUERIES)
     num_parts = PROGRAMS // (batch_size * num_key_heads * row_blocks)
     num_parts = max(1, min(num_parts, triton.cdiv(num_keys, 2 * BLOCK_KEYS)))
     part_length = triton.cdiv(triton.cdiv(num_keys, num_parts), BLOCK_KEYS) * BLOCK_KEYS
     num_parts = triton.cdiv(num_keys, part_length)
-    parts = rows.new_empty(batch_size, num_key_heads, num_parts, num_rows, value_dim, dtype=torch.float32)
-    log_sums = rows.new_empty(batch_size, num_key_heads, num_parts, num_rows, dtype=torch.float32)
-    output = rows.new_empty(batch_size, num_key_heads, num_rows, value_dim)
+    parts = queries.new_empty(batch_size, num_key_heads, num_parts, num_rows, value_dim, dtype=torch.float32)
+    log_sums = queries.new_empty(batch_size, num_key_heads, num_parts, num_rows, dtype=torch.float32)
+    output = queries.new_empty(batch_size, num_nodes, num_heads, value_dim)
     heads = batch_size * num_key_heads
-    _attend_part[(row_blocks, num_parts, heads)](
-        rows, keys, values, mask, parts, log_sums,
-        *rows.stride(), *keys.stride(), *values.stride(), mask.stride(0), mask.stride(2), mask.stride(3),
-        num_key_heads, num_queries, num_rows, num_keys, num_parts, part_length,
-        key_dim**-0.5 if scale is None else scale,
-        KEY_DIM=key_dim, VALUE_DIM=value_dim,
-        KEY_WIDTH=max(16, triton.next_power_of_2(key_dim)), VALUE_WIDTH=max(16, triton.next_power_of_2(value_dim)),
-        BLOCK_ROWS=BLOCK_QUERIES, BLOCK_KEYS=BLOCK_KEYS, num_warps=4,
-    )  # fmt: skip
-    _join_parts[(num_rows, heads)](
-        parts, log_sums, output, num_rows, num_parts,
-        VALUE_DIM=value_dim, VALUE_WIDTH=triton.next_power_of_2(value_dim),
-        PARTS=triton.next_power_of_2(num_parts), num_warps=4,
-    )  # fmt: skip
-    return output.view(batch_size, num_heads, num_queries, value_dim)
+    # Triton launches on the current device.
+    with torch.cuda.device(queries.device) if queries.device.type == "cuda" else nullcontext():
+        _attend_part[(row_blocks, num_parts, heads)](
+            queries, keys, values, mask, parts, log_sums,
+            *queries.stride(), *keys.stride(), *values.stride(), mask.stride(0), mask.stride(2), mask.stride(3),
+            num_key_heads, num_nodes, num_rows, num_keys, num_parts, part_length,
+            key_dim**-0.5 if scale is None else scale,
+            KEY_DIM=key_dim, VALUE_DIM=value_dim,
+            KEY_WIDTH=max(16, triton.next_power_of_2(key_dim)), VALUE_WIDTH=max(16, triton.next_power_of_2(value_dim)),
+            BLOCK_ROWS=BLOCK_QUERIES, BLOCK_KEYS=BLOCK_KEYS, num_warps=4,
+        )  # fmt: skip
+        _join_parts[(num_rows, heads)](
+            parts, log_sums, output, num_key_heads, num_nodes, num_rows, num_parts,
+            VALUE_DIM=value_dim, VALUE_WIDTH=triton.next_power_of_2(value_dim),
+            PARTS=triton.next_power_of_2(num_parts), num_warps=4,
+        )  # fmt: skip
+    return output.transpose(1, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _attend_part(
     queries, keys, values, mask, parts, log_sums,
-    query_b, query_h, query_r, query_d, key_b, key_h, key_s, key_d, value_b, value_h, value_s, value_d,
+    query_b, query_h, query_n, query_d, key_b, key_h, key_s, key_d, value_b, value_h, value_s, value_d,
     mask_b, mask_n, mask_s,
     num_key_heads, num_nodes, num_rows, num_keys, num_parts, part_length, scale,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
@@ -68,8 +73,9 @@ def _attend_part(
     b, h = (head // num_key_heads).to(tl.int64), (head % num_key_heads).to(tl.int64)
     d, e, step = tl.arange(0, KEY_WIDTH), tl.arange(0, VALUE_WIDTH), tl.arange(0, BLOCK_KEYS)
     is_row = row < num_rows
+    node, query_head = row % num_nodes, h * (num_rows // num_nodes) + row // num_nodes
     query = tl.load(
-        queries + b * query_b + h * query_h + row[:, None] * query_r + d[None, :] * query_d,
+        queries + b * query_b + query_head[:, None] * query_h + node[:, None] * query_n + d[None, :] * query_d,
         mask=is_row[:, None] & (d[None, :] < KEY_DIM),
         other=0.0,
     )
@@ -85,7 +91,7 @@ def _attend_part(
             other=0.0,
         )
         visible = tl.load(
-            mask + b * mask_b + (row % num_nodes)[:, None] * mask_n + slot[None, :] * mask_s,
+            mask + b * mask_b + node[:, None] * mask_n + slot[None, :] * mask_s,
             mask=is_row[:, None] & is_slot[None, :],
             other=0,
         )
@@ -113,9 +119,9 @@ def _attend_part(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _join_parts(
-    parts, log_sums, output, num_rows, num_parts,
+    parts, log_sums, output, num_key_heads, num_nodes, num_rows, num_parts,
     VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One row of one head: the mean of its parts, each with the weight of what it has seen."""
@@ -132,4 +138,7 @@ def _join_parts(
     )
     total = tl.sum(weight, 0)
     joined = tl.sum(value * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(output + (head * num_rows + row) * VALUE_DIM + e, joined, mask=e < VALUE_DIM)
+    groups = num_rows // num_nodes
+    b, query_head = head // num_key_heads, head % num_key_heads * groups + row // num_nodes
+    place = (b * num_nodes + row % num_nodes) * num_key_heads * groups + query_head
+    tl.store(output + place * VALUE_DIM + e, joined, mask=e < VALUE_DIM)

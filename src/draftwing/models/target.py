@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Dyna
 from transformers.masking_utils import sdpa_mask
 
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
-from draftwing.models.layers import grouped_attention, pack_mask
+from draftwing.models.layers import grouped_attention, has_kernel, pack_mask
 from draftwing.models.logits import LogitTransform
 from draftwing.models.packed import PACKED_DTYPES
 
@@ -76,6 +76,7 @@ class TargetModel:
         self._windows = attention_windows(self.config)
         self._layers, self.vocab_size = self._probe()
         self._query_groups = getattr(self.config, "num_attention_heads", 1) // self._layers[0].num_heads
+        self._widest = max(max(layer.key_dim, layer.value_dim) for layer in self._layers)
 
     @property
     def hidden_size(self) -> int:
@@ -261,7 +262,11 @@ class TargetModel:
             attention = self.model.config._attn_implementation
             if attention == "eager":
                 mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
-            elif attention == ATTENTION and self._query_groups > 1 and self.device.type == "cpu":
+            elif (
+                attention == ATTENTION
+                and self._query_groups > 1
+                and not has_kernel(self.device, dtype, mask.shape[2], self._widest)
+            ):
                 mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
                 mask = pack_mask(mask, self._query_groups)
             masks[layer_type] = mask

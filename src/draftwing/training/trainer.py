@@ -232,7 +232,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         report_to=list(config.report_to) or "none",
         remove_unused_columns=False,
         disable_tqdm=True,
-        dataloader_num_workers=2 if config.features else 0,  # stored features are read ahead
+        # Stored features are read ahead.
+        dataloader_num_workers=min(2, len(os.sched_getaffinity(0))) if config.features else 0,
         dataloader_pin_memory=is_cuda,
         ddp_find_unused_parameters=False,
         **sharding,
