@@ -2,7 +2,7 @@
 
     python benchmarks/bench_flips.py --quantize int8 --dtype bfloat16 --output docs/results/tiny_cpu_flips_int8.json
 
-Of each prompt the first half is another prompt. Differences come from rounding alone: a row's products may depend on
+Of each prompt the first parts are prompts too: with 2 cuts the first half and all of it. Differences come from rounding alone: a row's products may depend on
 how many rows pass with it.
 """
 
@@ -25,7 +25,8 @@ def main() -> int:
     torch.set_num_threads(options.threads or torch.get_num_threads())
     model = load(options.target, options.draft, options.dtype, options.device, quantize=options.quantize)
     whole = [prompt.token_ids(model.tokenizer) for prompt in read_prompts(options.prompts)]
-    prompts = whole + [ids[: max(1, len(ids) // 2)] for ids in whole]
+    cuts = range(1, options.cuts + 1)
+    prompts = [ids[: max(1, len(ids) * cut // options.cuts)] for cut in cuts for ids in whole]
     rows = []
     for temperature in options.temperatures:
         num_tokens = num_cycles = num_different = 0
@@ -70,6 +71,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--plan", default="tree:4x4x16")
     parser.add_argument("--prompts", type=Path, default=ASSETS / "tiny" / "prompts.jsonl")
+    parser.add_argument("--cuts", type=int, default=2, help="prompts that are made of each (default: 2)")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int)

@@ -233,7 +233,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         remove_unused_columns=False,
         disable_tqdm=True,
         # Stored features are read ahead.
-        dataloader_num_workers=min(2, len(os.sched_getaffinity(0))) if config.features else 0,
+        dataloader_num_workers=min(2, torch.get_num_threads()) if config.features else 0,
         dataloader_pin_memory=is_cuda,
         ddp_find_unused_parameters=False,
         **sharding,
