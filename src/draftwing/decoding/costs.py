@@ -24,7 +24,7 @@ from draftwing.decoding.statistics import STAGES
 from draftwing.decoding.stopping import StopRule
 from draftwing.models.target import TargetModel
 
-NUM_NODES = (2, 4, 8, 16, 32, 64)
+NUM_NODES = (2, 4, 8, 12, 16, 24, 32, 48, 64)
 WIDTHS = (1, 4, 8)
 CONTEXTS = (64, 512)
 WARM_UP = 2
