@@ -47,7 +47,7 @@ class EagleDrafter(Drafter):
         ValueError: a window below 1.
     """
 
-    keeps_its_place = True
+    is_capturable = True
 
     def __init__(
         self,
