@@ -1,4 +1,4 @@
-"""Cycles recorded once and replayed: CUDA graphs of draft, verify and commit, so that the host starts three things.
+"""Cycles recorded once and replayed: CUDA graphs of draft, verify and commit, three launches a cycle.
 
 The steps are those of rows.py. A recording is good for one plan, one kind of sampling and contexts up to a bound; it
 reads and writes the rows' own storage, so rows must be used again and again: see RowsPool. All recordings of rows share
