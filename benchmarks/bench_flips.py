@@ -2,8 +2,8 @@
 
     python benchmarks/bench_flips.py --quantize int8 --dtype bfloat16 --output docs/results/tiny_cpu_flips_int8.json
 
-Of each prompt the first parts are prompts too: with 2 cuts the first half and all of it. Differences come from rounding alone: a row's products may depend on
-how many rows pass with it.
+Of each prompt the first parts are prompts too: with 2 cuts the first half and all of it. Differences come from rounding
+alone: a row's products may depend on how many rows pass with it.
 """
 
 import argparse

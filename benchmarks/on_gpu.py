@@ -1,6 +1,6 @@
 """Everything that only a CUDA device can tell, in one command: the checks, then cycles beside the goals.
 
-    python benchmarks/on_gpu.py --output docs/results/gpu            # about 15 minutes on one H100
+    python benchmarks/on_gpu.py --output docs/results/gpu            # the goals are for one H100
     python benchmarks/on_gpu.py --output /tmp/gpu --device cpu --tiny  # see that everything runs, on a CPU
 
 Each part is a process of its own with a time limit; one that fails is reported and the others go on. Parts whose
@@ -28,7 +28,7 @@ LONGEST = 600
 
 @dataclass(frozen=True)
 class Part:
-    """A command that writes a JSON file, and the goals for its figures: names of `figures` and at most what."""
+    """The arguments of bench_cycle.py for one result, and its goals: names of `figures`, and at most what."""
 
     name: str
     arguments: tuple[str, ...]
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def check(folder: Path, device: str, console: Console) -> bool:
-    """Run the tests that need the device (on a CPU they are skipped)."""
+    """Run the tests that need the device; on a CPU they are skipped, and pytest's status 5 says that none is left."""
     marks = ("-m", "gpu or not slow") if device != "cpu" else ("-m", "gpu")
     return run("checks", [sys.executable, "-m", "pytest", *CHECKS, *marks], folder, console) in (0, 5)
 

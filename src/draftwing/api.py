@@ -277,6 +277,7 @@ def load(
             None: no draft.
         dtype: of both models, `torch.float32` or "float32"; default: the target file's, but float32 on a CPU that has
             no bf16 products.
+        device: of both models.
         method: one of METHODS; default: what the draft is made for (eagle2 for an EAGLE-1 file).
         capture: on a CUDA device, record cycles once and replay them (CUDA graphs).
         options: `quantize="int8"` (or int4, float8) keeps the target's linear layers in fewer bits, by torchao; files

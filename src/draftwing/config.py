@@ -167,7 +167,7 @@ class TrainConfig:
             raise ValueError("parallel: a language_model is trained with ddp; fsdp2 shards heads")
 
     def _check_split(self) -> None:
-        """Whether the target can be had in parts, if it is to be."""
+        """Raise a ValueError for a split of the target that cannot be, or that the other keys do not go with."""
         if not isinstance(self.device_map, Mapping) and self.device_map not in ("", *DEVICE_MAPS):
             expected = f"one of {', '.join(DEVICE_MAPS)} or a mapping of modules to devices"
             raise ValueError(f"device_map: expected {expected}, got {self.device_map!r}")

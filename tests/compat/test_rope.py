@@ -17,10 +17,11 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
+from draftwing.models.attention import grouped_attention
 from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.eagle import EagleModel
 from draftwing.models.eagle3 import Eagle3Model
-from draftwing.models.layers import DecoderLayer, DraftConfig, Rotary, grouped_attention, rope_frequencies
+from draftwing.models.layers import DecoderLayer, DraftConfig, Rotary, rope_frequencies
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from conftest import eagle, requests_for, run, tiny_llama
 
 from draftwing.checkpoint.load import DraftNetwork
-from draftwing.models import layers
+from draftwing.models import attention
 from draftwing.models import target as target_module
 from draftwing.models.split_attention import split_attention
 from draftwing.models.target import TargetModel
@@ -82,7 +82,7 @@ def test_a_generation_uses_it_for_trees(
         seen.add(queries.shape[2])
         return split_attention(queries, *arguments)
 
-    for module in (layers, target_module):
+    for module in (attention, target_module):
         monkeypatch.setattr(module, "has_kernel", lambda *arguments: True)
     monkeypatch.setattr("draftwing.models.split_attention.split_attention", count)
     head = copy.deepcopy(heads["eagle3"]).float()

@@ -43,7 +43,7 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     """How the target's weights are kept and cycles are run."""
     parser.add_argument(
         "--quantize",
-        choices=("int8", "int4", "float8"),
+        choices=("int8", "int4", "float8"),  # QUANTIZATIONS, whose module imports transformers
         help="keep the target's linear layers in fewer bits, by torchao (int4: CUDA only); files that are quantised "
         "already need no option",
     )

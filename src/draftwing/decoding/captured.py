@@ -1,4 +1,4 @@
-"""Cycles recorded once and replayed: CUDA graphs of draft, verify and commit, so that the host starts three things.
+"""Cycles recorded once and replayed: CUDA graphs of draft, verify and commit, three launches a cycle.
 
 The steps are those of rows.py. A recording is good for one plan, one kind of sampling and contexts up to a bound; it
 reads and writes the rows' own storage, so rows must be used again and again: see RowsPool. All recordings of rows share
@@ -25,6 +25,7 @@ T = TypeVar("T")
 SMALLEST_BOUND = 256
 """Contexts are recorded for up to so many tokens, then for half as much again, twice as much, ..."""
 SMALLEST_CAPACITY = 1024
+"""Tokens that rows hold at least, so that short generations share them."""
 IDLE_BYTES = 1 << 32
 """Caches of idle rows that a pool keeps, beside those used last."""
 
@@ -94,7 +95,8 @@ class CapturedCycle:
 class CapturedRows(Rows):
     """Rows whose cycles are recorded when they are first needed.
 
-    `on_release` gives whom to tell that a generation has ended, if there is anyone (a weak reference).
+    `on_release` gives whom to tell that a generation has ended, if there is anyone: a weak reference, so that a pool
+    that is dropped frees its rows at once.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class CapturedRows(Rows):
         on_release: Callable[[], Callable[["CapturedRows"], None] | None] = lambda: None,
     ) -> None:
         super().__init__(target, new_drafter, batch_size, capacity)
-        assert self.drafter.keeps_its_place
+        assert self.drafter.is_capturable
         self._recorder, self._on_release = recorder, on_release
         self._samplers: list[tuple[int, Sampler]] = []
         self._cycles: dict[tuple[object, ...], CapturedCycle] = {}
@@ -238,7 +240,7 @@ class RowsPool:
 
     def _try(self, target: TargetModel, new_drafter: DrafterFactory) -> bool:
         """Whether cycles can be recorded; some targets ask the host where to go on (mixtures of experts, say)."""
-        if not new_drafter(1, SMALLEST_CAPACITY).keeps_its_place:
+        if not new_drafter(1, SMALLEST_CAPACITY).is_capturable:
             return False
         try:
             self._new(target, new_drafter, 1, SMALLEST_CAPACITY).try_to_record()

@@ -41,6 +41,7 @@ class Experience:
     outcomes: list[Outcomes] = field(default_factory=list)
     """Cycles that no lesson was drawn from yet; a short generation leaves them to the next."""
     num_lessons: int = 0
+    """How often outcomes were turned into acceptance."""
     sizing: CalibratedSize | None = None
     """What judges nodes on the device, for trees of a fixed shape; cycles that were captured read from it."""
     pause: Pause = field(default_factory=Pause)

@@ -76,7 +76,7 @@ class Noise:
         self._tokens = torch.arange(vocab_size, device=device)
         self._seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
         self._num_ahead = max(NOISE_WINDOW, most_positions)
-        self._window = torch.empty(0, device=device)  # made when it is first needed
+        self._window = torch.empty(0, device=device)  # made by `reserve`: noise that is only taken over needs none
         self._filled_to = [0] * len(seeds)
 
     def reserve(self, starts: Sequence[int], num_positions: int) -> None:

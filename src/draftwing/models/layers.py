@@ -1,21 +1,12 @@
 """The Llama building blocks of the draft networks. Parameter names equal those of the published checkpoints."""
 
 import math
-import os
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.util import find_spec
-from shutil import which
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
-
-FEW_QUERIES = 128
-"""Nodes of a pass whose attention splits the context over a GPU; with more there is work for all of it anyway."""
-LARGEST_KEY = 256
-"""Bytes of a key; the kernel's blocks of wider ones pass the shared memory of smaller GPUs."""
 
 
 @dataclass(frozen=True)
@@ -61,63 +52,6 @@ class Attend(Protocol):
     """
 
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor: ...
-
-
-def grouped_attention(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float | None = None,
-    is_causal: bool = False,
-) -> torch.Tensor:
-    """Attention that reads grouped key/value heads without copying them.
-
-    queries `[B, Hq, N, dim]`, keys and values `[B, Hk, S, dim]`, mask `[B, 1, N, S]` (bool or additive), the same
-    packed by `pack_mask`, or None (every key is visible, or the causal ones) -> `[B, Hq, N, value_dim]`.
-    """
-    batch_size, num_heads, num_queries, key_dim = queries.shape
-    groups = num_heads // keys.shape[1]
-    width = max(key_dim, values.shape[-1])
-    if mask is not None and mask.dtype == torch.bool and has_kernel(queries.device, queries.dtype, num_queries, width):
-        from draftwing.models.split_attention import split_attention
-
-        return split_attention(queries, keys, values, mask, scale)
-    if mask is not None and mask.shape[2] not in (1, groups * num_queries):
-        mask = pack_mask(mask[:, :, :num_queries], groups)
-    if groups == 1 or is_causal:
-        return functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, scale=scale, is_causal=is_causal, enable_gqa=groups > 1
-        )
-    # The query heads of one key/value head become further query rows of it.
-    packed = queries.reshape(batch_size, keys.shape[1], groups * num_queries, queries.shape[-1])
-    output = functional.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scale)
-    return output.reshape(batch_size, num_heads, num_queries, values.shape[-1])
-
-
-def has_kernel(device: torch.device, dtype: torch.dtype, num_queries: int, width: int) -> bool:
-    """Whether split_attention.py serves so many queries of a tree, with keys and values at most `width` wide."""
-    return (
-        device.type == "cuda"
-        and num_queries <= FEW_QUERIES
-        and dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and width * dtype.itemsize <= LARGEST_KEY
-        and has_triton()
-    )
-
-
-@cache
-def has_triton() -> bool:
-    """Whether kernels can be compiled: Triton comes with torch for CUDA, but wants a C compiler."""
-    return find_spec("triton") is not None and any(map(which, (os.environ.get("CC", "cc"), "gcc", "clang")))
-
-
-def pack_mask(mask: torch.Tensor, groups: int) -> torch.Tensor:
-    """A mask `[B, 1, N, S]` for `groups` query heads packed as rows of one key/value head: `[B, 1, groups * N, S]`.
-
-    Callers with many layers pack once for all of them.
-    """
-    return torch.cat([mask] * groups, dim=2)
 
 
 class RMSNorm(nn.Module):

@@ -133,7 +133,7 @@ def _joined(layers: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | N
 
 
 class PackedLinear(nn.Module):
-    """`x @ W.T + b` with a packed weight, in the weight's dtype; the same bits for a row whatever the other rows."""
+    """A linear layer's place in a model, once its weight is part of a product: `x @ W.T + b` in the weight's dtype."""
 
     def __init__(self, product: Product, index: int) -> None:
         super().__init__()

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from draftwing.models.attention import attention_forward, has_kernel, pack_mask
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
-from draftwing.models.layers import grouped_attention, has_kernel, pack_mask
 from draftwing.models.logits import LogitTransform
 from draftwing.models.packed import PACKED_DTYPES
 
@@ -366,54 +366,5 @@ def attention_windows(config: Any) -> dict[str, int | None]:
     return {kind: known[kind] for kind in sorted(kinds)}
 
 
-def _attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """The attention function that models loaded by draftwing use, in the signature of transformers."""
-    dtype, query = query.dtype, query.to(key.dtype)
-    if softcap is not None or s_aux is not None:
-        output = _explicit_attention(query, key, value, attention_mask, scaling, softcap, s_aux)
-    else:
-        is_causal = attention_mask is None and query.shape[2] > 1
-        output = grouped_attention(query, key, value, attention_mask, scaling, is_causal)
-    return output.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format), None
-
-
-def _explicit_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attention with capped scores (Gemma 2) or learned sinks (gpt-oss), which SDPA lacks."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        num_queries, num_keys = scores.shape[-2:]
-        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores.device).tril(num_keys - num_queries)
-    if mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    else:  # packed for grouped_attention: the first rows are one query head's
-        scores = scores + mask[:, :, : scores.shape[2]]
-    if sinks is not None:
-        column = sinks.reshape(1, -1, 1, 1).to(scores.dtype).expand(*scores.shape[:3], 1)
-        return torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1].to(value.dtype) @ value
-    return scores.softmax(-1).to(value.dtype) @ value
-
-
-AttentionInterface.register(ATTENTION, _attention_forward)
+AttentionInterface.register(ATTENTION, attention_forward)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)

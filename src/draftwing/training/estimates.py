@@ -177,6 +177,7 @@ def _plan_target(stage: TrainConfig, config: Any, teacher: Any, num_processes: i
 
 
 def _plan_rows(stage: TrainConfig, params: Shapes, config: Any, num_processes: int) -> StagePlan:
+    """A stage in which the target answers rows: it decodes, and nothing is trained."""
     cached = 2 * config.num_hidden_layers * _key_size(config)
     memory = {
         "target": sum(params.values()) * _bytes(stage),
@@ -259,7 +260,10 @@ def _plan_medusa(stage: TrainConfig, of_target: tuple[Shapes, Any], num_processe
 def _frozen_target_memory(
     stage: TrainConfig, params: Shapes, target: Any, num_processes: int, feature_layers: Sequence[int] = ()
 ) -> dict[str, int]:
-    """`feature_layers` are those that a head reads; a teacher has none, of which the logits are read."""
+    """Bytes of a frozen target and of its pass.
+
+    `feature_layers` are those that a head reads; a teacher has none, of which the logits are read.
+    """
     widest = 3 * (getattr(target, "intermediate_size", None) or 4 * target.hidden_size) + 6 * target.hidden_size
     # transformers gives the hidden states of all layers, of which those that are read are put together, as float32 too.
     states = (target.num_hidden_layers + 1 + len(feature_layers)) * target.hidden_size if feature_layers else 0
@@ -282,6 +286,7 @@ def _layer_sizes(params: Shapes) -> list[int]:
 
 
 def _trained_memory(stage: TrainConfig, trained: int, frozen: int, num_processes: int) -> dict[str, int]:
+    """Bytes of a head with so many `trained` and `frozen` numbers, and of what the optimizer keeps of it."""
     is_sharded = stage.parallel == "fsdp2"
     shards = num_processes if is_sharded else 1
     whole = trained if shards > 1 else 0  # gathered for a pass
@@ -299,7 +304,7 @@ def _autocast_bytes(stage: TrainConfig) -> int:
 
 
 def _forward_flops(stage: TrainConfig, active: int, target: Any) -> float:
-    """Of the target, a token."""
+    """Operations of the target's pass, for one token."""
     queries = int(target.num_attention_heads) * _head_dim(target)
     return 2.0 * active + 2.0 * stage.sequence_length * queries * int(target.num_hidden_layers)
 

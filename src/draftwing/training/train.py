@@ -46,7 +46,7 @@ def train_stage(config: TrainConfig) -> dict[str, float]:
 
 
 def _check_split(config: TrainConfig) -> None:
-    """Whether the stage has a target that can be had in parts; asked of those that run, for `--set` reaches all."""
+    """Raise a ValueError where a target in parts does not suit a stage that runs (`--set` reaches all stages)."""
     for name in ("device_map", "shard_target"):
         if getattr(config, name) and config.objective == "self_generated":
             raise ValueError(f"{name}: a target in parts cannot decode; let an endpoint answer (draftwing prepare)")

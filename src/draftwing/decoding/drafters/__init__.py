@@ -25,7 +25,7 @@ class Drafter(Protocol):
     feature_layers: tuple[int, ...]
     """The target's hidden_states indices that `observe` wants; none for drafters that read tokens only."""
 
-    keeps_its_place: bool = False
+    is_capturable: bool = False
     """Whether all state is updated where it lies and read from there, so that a cycle can be captured."""
 
     def start(self, tokens: torch.Tensor) -> None:
@@ -66,7 +66,7 @@ class NoDrafter(Drafter):
     """Plain decoding: the tree is its root."""
 
     feature_layers: tuple[int, ...] = ()
-    keeps_its_place = True
+    is_capturable = True
 
     def reset(self) -> None:
         pass

@@ -23,7 +23,7 @@ class DraftModelDrafter(Drafter):
     """
 
     feature_layers: tuple[int, ...] = ()
-    keeps_its_place = True
+    is_capturable = True
 
     def __init__(self, model: TargetModel, target_vocab_size: int, batch_size: int, capacity: int) -> None:
         self._model = model

@@ -16,9 +16,10 @@ from draftwing.decoding.drafters.ngram import NgramDrafter
 from draftwing.decoding.drafters.unread import Unread
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.tree import DraftTree, root_tree
+from draftwing.models.attention import grouped_attention
 from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
-from draftwing.models.layers import Attend, DraftConfig, Rotary, grouped_attention
+from draftwing.models.layers import Attend, DraftConfig, Rotary
 
 
 class DraftModel(Protocol):
@@ -46,7 +47,7 @@ class EagleDrafter(Drafter):
         ValueError: a window below 1.
     """
 
-    keeps_its_place = True
+    is_capturable = True
 
     def __init__(
         self,

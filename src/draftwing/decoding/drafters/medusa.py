@@ -18,7 +18,7 @@ from draftwing.models.medusa import MedusaModel
 class MedusaDrafter(Drafter):
     """Grows trees with Medusa's heads, of the target's `dtype`, for B rows; deeper plans end with the heads."""
 
-    keeps_its_place = True
+    is_capturable = True
 
     def __init__(self, model: MedusaModel, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
         config = model.config

@@ -25,7 +25,7 @@ class NgramDrafter(Drafter):
     """
 
     feature_layers: tuple[int, ...] = ()
-    keeps_its_place = True
+    is_capturable = True
 
     def __init__(self, batch_size: int, capacity: int, device: torch.device) -> None:
         self._capacity = capacity
