@@ -33,7 +33,7 @@ class CalibratedSize(FixedSize):
 
     def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
         correction = self._correction[min(depth, NUM_DEPTHS) - 1]
-        return (log_probs + correction[torch.bucketize(log_probs, self._edges)]).clamp(max=-1e-3)
+        return (log_probs + correction.take(torch.bucketize(log_probs, self._edges))).clamp_(max=-1e-3)
 
 
 class AcceptanceTable:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from draftwing.decoding.plan import Plan, TreePlan
-from draftwing.decoding.readback import Array, CycleReading, CycleReport
+from draftwing.decoding.readback import CycleReading, CycleReport
 from draftwing.decoding.rows import DrafterFactory, NewRows, Rows
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.statistics import StageClock, Statistics
@@ -71,6 +71,7 @@ class Generation:
         tree = plan.largest
         capacity = longest + max(tree.num_nodes, tree.width * tree.max_depth) + tree.max_depth + 1
         self._is_closed = False
+        self._running = np.arange(len(requests))
         self._rows = new_rows(target, new_drafter, len(requests), capacity)
         self._lengths = [len(request.prompt) - 1 for request in requests]  # committed tokens before the root
         with self._clock.stage("prefill"), torch.inference_mode():
@@ -110,13 +111,10 @@ class Generation:
     def _emit(self, tree: DraftTree, reading: CycleReading) -> Committed:
         """Read the verdict, the cycle's one device-to-host copy, and hand out tokens up to each row's stop."""
         with self._clock.stage("host"):
-            result = reading.result()
-            if reading.has_facts:
-                self._plan.learn(self._report(tree, result, reading))
             emitted: list[list[int]] = []
             num_accepted_emitted = []
-            some_row_ended = False
-            for row, (num_accepted, *tokens) in enumerate(result.tolist()):
+            some_row_ended, num_committed = False, 0
+            for row, (num_accepted, *tokens) in enumerate(reading.result().tolist()):
                 output = self.outputs[row]
                 if output.finish_reason:
                     emitted.append([])
@@ -124,22 +122,22 @@ class Generation:
                     continue
                 new = tokens[: num_accepted + 1]
                 self._lengths[row] += len(new)
+                num_committed += len(new)
                 num_emitted, output.finish_reason = self._stops[row].check(output.tokens, new)
                 output.tokens += new[:num_emitted]
                 emitted.append(new[:num_emitted])
                 num_accepted_emitted.append(min(num_accepted, num_emitted))
                 self.statistics.count_cycle(num_accepted, tree.max_depth, num_emitted)
                 some_row_ended |= output.finish_reason is not None
+            if reading.has_facts:
+                rows = self._running
+                self._plan.learn(CycleReport(rows, num_committed, tree.num_nodes, lambda: reading.facts(rows)))
             if some_row_ended:  # the device learns it once, not in every cycle after
-                self._rows.set_active([output.finish_reason is None for output in self.outputs])
+                active = [output.finish_reason is None for output in self.outputs]
+                self._running = np.flatnonzero(active)
+                self._rows.set_active(active)
         self._clock.settle(wait=self.is_done)
         return Committed(emitted, num_accepted_emitted)
-
-    def _report(self, tree: DraftTree, result: Array, reading: CycleReading) -> CycleReport:
-        """What a plan that learns is told."""
-        rows = np.array([row for row, output in enumerate(self.outputs) if output.finish_reason is None])
-        num_tokens = int(result[rows, 0].sum()) + len(rows)
-        return CycleReport(rows, num_tokens, tree.num_nodes, lambda: reading.facts(rows))
 
 
 def plain_plan(target: TargetModel, batch_size: int) -> TreePlan:

@@ -78,7 +78,8 @@ def draft_dynamic(plan: TreePlan, draft: RootedDraft) -> list[Candidates]:
         num_parents = sizing.num_parents(scores, level)
         if num_parents == 0:
             break
-        scores, tokens, parent, frontier = (t[:, :num_parents] for t in (scores, tokens, parent, frontier))
+        if num_parents < scores.shape[1]:
+            scores, tokens, parent, frontier = (t[:, :num_parents] for t in (scores, tokens, parent, frontier))
         log_probs, child_tokens = draft.best_children(draft.step(parent, tokens), width, level)  # [B, P, K]
         child_scores = (scores[:, :, None] + sizing.worth(log_probs, level + 1)).flatten(1)
         child_tokens = child_tokens.flatten(1)
