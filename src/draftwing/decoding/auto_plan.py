@@ -27,7 +27,7 @@ SWITCH_GAIN = 1.03
 """What another fixed shape must promise before it replaces the present one."""
 STUDIED, STUDIED_LATER = 2, 8
 """Of so many cycles one is looked at closely, which takes time: at first and where lookups are tried, and later."""
-YOUTH = 16
+YOUTH = 8
 """Lessons for which "at first" lasts."""
 LESSON = 4
 """Studied cycles after which what was learnt is put to use."""
