@@ -4,7 +4,8 @@
     python benchmarks/on_gpu.py --output /tmp/gpu --device cpu --tiny  # see that everything runs, on a CPU
 
 Each part is a process of its own with a time limit; one that fails is reported and the others go on. Parts whose
-result is in the folder already are not run again. chat_rig.py has the methods side by side on a trained model.
+result is in the folder already, of the same shape on such a device, are not run again. chat_rig.py has the methods side
+by side on a trained model.
 """
 
 import argparse
@@ -78,7 +79,9 @@ def measure(part: Part, folder: Path, options: argparse.Namespace, console: Cons
     """Run bench_cycle.py for a part, unless its result is there."""
     result = folder / f"{part.name}.json"
     if result.exists():
-        return True
+        made_with = json.loads(result.read_text(encoding="utf-8"))["options"]
+        if (made_with["device"], made_with["shape"]) == (options.device, part.arguments[1]):
+            return True
     command = [sys.executable, str(ROOT / "benchmarks" / "bench_cycle.py"), *part.arguments, "--output", str(result)]
     command += ["--device", options.device, "--plans", "chain:3", "tree:4x5x26", TREE]
     command += ["--cycles", "3"] if options.tiny else []

@@ -95,8 +95,7 @@ class CapturedCycle:
 class CapturedRows(Rows):
     """Rows whose cycles are recorded when they are first needed.
 
-    `on_release` gives whom to tell that a generation has ended, if there is anyone: a weak reference, so that a pool
-    that is dropped frees its rows at once.
+    They go back to their `pool`, if it is still there, when a generation has ended.
     """
 
     def __init__(
@@ -106,11 +105,12 @@ class CapturedRows(Rows):
         batch_size: int,
         capacity: int,
         recorder: Recorder,
-        on_release: Callable[[], Callable[["CapturedRows"], None] | None] = lambda: None,
+        pool: "RowsPool | None" = None,
     ) -> None:
         super().__init__(target, new_drafter, batch_size, capacity)
         assert self.drafter.is_capturable
-        self._recorder, self._on_release = recorder, on_release
+        self._recorder = recorder
+        self._pool = None if pool is None else weakref.ref(pool)  # a pool that is dropped frees its rows at once
         self._samplers: list[tuple[int, Sampler]] = []
         self._cycles: dict[tuple[object, ...], CapturedCycle] = {}
 
@@ -133,8 +133,8 @@ class CapturedRows(Rows):
         super().commit(plan, tree, replace(verification, verdict=verdict))
 
     def release(self) -> None:
-        if take_back := self._on_release():
-            take_back(self)
+        if self._pool is not None and (pool := self._pool()) is not None:
+            pool.take_back(self)
 
     @torch.inference_mode()
     def try_to_record(self) -> None:
@@ -230,10 +230,10 @@ class RowsPool:
         return self._new(target, new_drafter, batch_size, capacity)
 
     def _new(self, target: TargetModel, new_drafter: DrafterFactory, batch_size: int, capacity: int) -> CapturedRows:
-        recorder, take_back = self._new_recorder(target.device), weakref.WeakMethod(self._take_back)
-        return CapturedRows(target, new_drafter, batch_size, capacity, recorder, take_back)
+        return CapturedRows(target, new_drafter, batch_size, capacity, self._new_recorder(target.device), self)
 
-    def _take_back(self, rows: CapturedRows) -> None:
+    def take_back(self, rows: CapturedRows) -> None:
+        """Keep rows for later generations, within IDLE_BYTES."""
         self._idle.append(rows)
         while len(self._idle) > 1 and sum(rows.num_bytes for rows in self._idle) > IDLE_BYTES:
             self._idle.pop(0)
