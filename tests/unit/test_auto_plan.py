@@ -8,7 +8,7 @@ import torch
 from conftest import auto_plan, costs
 
 from draftwing.decoding.acceptance import EDGES
-from draftwing.decoding.auto_plan import LESSON, LOOKUP_TRIAL, STUDIED, TRIAL, AutoPlan
+from draftwing.decoding.auto_plan import LESSON, LOOKUP_TRIAL, STUDIED, STUDIED_LATER, TRIAL, YOUTH, AutoPlan
 from draftwing.decoding.experience import LONGEST_PAUSE, Experience
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.readback import CycleFacts, CycleReport
@@ -134,6 +134,23 @@ def test_lookups_are_paused_while_the_draft_knows_as_much(brings: bool) -> None:
         plan.learn(report_of(facts))
     assert looked_up[: STUDIED * LOOKUP_TRIAL] == [True] * (STUDIED * LOOKUP_TRIAL)
     assert all(looked_up) if brings else sum(looked_up) < 60
+
+
+def test_later_fewer_cycles_are_looked_at_closely() -> None:
+    plan, looks = auto_plan(1), []
+    for _ in range(200):
+        plan.next(longest=10)
+        report = report_of(chain_facts(num_accepted=3))
+        looks.append(0)
+
+        def facts(report: CycleReport = report) -> CycleFacts:
+            looks[-1] = 1
+            return report.facts()
+
+        plan.learn(dataclasses.replace(report, facts=facts))
+    youth = STUDIED * LESSON * YOUTH
+    assert sum(looks[:youth]) == youth // STUDIED
+    assert sum(looks[youth:]) == pytest.approx((200 - youth) / STUDIED_LATER, abs=1)
 
 
 def test_every_tree_has_one_of_the_fixed_shapes_and_the_best_is_found() -> None:

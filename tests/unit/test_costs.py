@@ -7,7 +7,7 @@ import pytest
 from conftest import costs, eagle
 
 from draftwing.checkpoint.load import DraftNetwork
-from draftwing.decoding.costs import CycleCosts, cache_folder, cached_costs, measure_costs
+from draftwing.decoding.costs import CycleCosts, _fastest, cache_folder, cached_costs, measure_costs
 from draftwing.decoding.drafters import NoDrafter
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.statistics import STAGES
@@ -37,6 +37,12 @@ def test_a_steps_seconds_are_taken_from_levels_that_a_draft_has(
     largest = TreePlan(2, depth, 3)
     measured = measure_costs(target, lambda rows, capacity: NoDrafter(), batch_size=1, largest=largest)
     assert measured.draft_step[0][0] == pytest.approx((min(num_steps + 1, depth) - 1) / num_steps)
+
+
+def test_a_hiccup_in_one_round_is_not_kept() -> None:
+    quick, slow = dict.fromkeys(STAGES, 1.0), dict.fromkeys(STAGES, 9.0)
+    first_round, second_round = [quick, slow | {"draft": 0.5}], [slow, quick]
+    assert _fastest([*first_round, *second_round], num_plans=2) == [quick, quick | {"draft": 0.5}]
 
 
 def test_between_two_contexts_costs_are_interpolated() -> None:
