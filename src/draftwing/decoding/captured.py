@@ -179,11 +179,13 @@ class CapturedRows(Rows):
 
         active = self._active.clone()
         self._active.fill_(False)
-        self._recorder.warm_up(all_steps)
-        tree = self._recorder.record(draft)
-        verification = self._recorder.record(lambda: verify(tree.result))
-        committed = self._recorder.record(lambda: commit(tree.result, verification.result)) if plan.depth else None
-        self._active.copy_(active)
+        try:
+            self._recorder.warm_up(all_steps)
+            tree = self._recorder.record(draft)
+            verification = self._recorder.record(lambda: verify(tree.result))
+            committed = self._recorder.record(lambda: commit(tree.result, verification.result)) if plan.depth else None
+        finally:
+            self._active.copy_(active)
         return CapturedCycle(tree, verification, committed)
 
     def _new_sampler(self, params: Sequence[SamplingParams], depth: int) -> Sampler:
