@@ -234,7 +234,7 @@ def test_a_method_that_the_draft_is_not_made_for(folder: Path, capsys: pytest.Ca
         (["generate", "--target", "tiny", "--prompt", "x", "--method", "lookahead", "--plan", "chain:2"], "lookahead:"),
         (["generate", "--target", "tiny", "--draft", "tiny", "--prompt", "x", "--plan", "lookahead:3x3x3"], "plan:"),
         (["train", "no/recipe.yaml"], "no/recipe.yaml"),
-        (["train", "recipes/tiny.yaml", "--stage", "9"], "stage"),
+        (["train", "recipes/tiny.yaml", "--stage", "99"], "stage"),
     ],
 )
 def test_mistakes_get_one_line_that_names_the_field(
@@ -257,7 +257,7 @@ def test_plan_measures_and_stores_what_it_learnt(
     rest = ("--prompts", str(prompts), "--batch-size", "2", "--max-new-tokens", "12", "--temperature", temperature)
     report = call(capsys, "plan", *models, *rest, "--save", "--json")
     assert report["costs"]["plain"][0] > 0
-    assert set(report["node_pays_from"]) == {"2", "4", "8", "16"}, "trees have up to 32 nodes on a CPU"
+    assert set(report["node_pays_from"]) == {"2", "4", "8", "12", "16", "24"}, "trees have up to 32 nodes on a CPU"
     assert report["speedup"] > 0
     stored = json.loads((folder / "eagle3" / "acceptance.json").read_text(encoding="utf-8"))
     name = "sampled" if temperature == "1" else "greedy"
