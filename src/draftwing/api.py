@@ -161,10 +161,8 @@ class SpeculativeModel:
         self._check_draft_positions(longest)
         plan = self._plan(settings, requests)
         factory = drafter_factory(self.method, self.draft, self.target, settings.ngram, settings.draft_window)
-        new_rows: NewRows = Rows
-        if self._captures:
-            new_rows = self._pools.setdefault((settings.ngram, settings.draft_window), RowsPool()).take
-        return Generation(self.target, requests, factory, plan, settings.coupled, new_rows)
+        pool = self._pools.setdefault((settings.ngram, settings.draft_window), RowsPool())
+        return Generation(self.target, requests, factory, plan, settings.coupled, self._new_rows(pool))
 
     def costs(self, batch_size: int) -> CycleCosts:
         """What a cycle of so many rows costs with this draft, from this process, the disk's cache or a measurement."""
@@ -175,11 +173,15 @@ class SpeculativeModel:
             largest = tree_shapes(self.draft, self.target)[-1]
             factory = drafter_factory(self.method, self.draft, self.target)
             key = self._identity() | {"batch_size": bucket, "largest": repr(largest)}
-            new_rows = RowsPool().take if self._captures else Rows
+            new_rows = self._new_rows(RowsPool())
             costs[bucket] = cached_costs(
                 key, lambda: measure_costs(self.target, factory, bucket, largest, new_rows=new_rows)
             )
         return costs[bucket]
+
+    def _new_rows(self, pool: RowsPool) -> NewRows:
+        """What gives a generation its rows: the pool where cycles are captured."""
+        return pool.take if self._captures else Rows
 
     def experience(self, batch_size: int, sampled: bool) -> Experience:
         """What earlier generations with as many rows, and at first the draft's stored counts, teach the next ones."""

@@ -97,11 +97,12 @@ class Generation:
 
     @torch.inference_mode()
     def _cycle(self) -> tuple[DraftTree, CycleReading]:
-        plan = self._plan.next(max(self._lengths))
+        longest = max(self._lengths)
+        plan = self._plan.next(longest)
         with self._clock.stage("draft"):
             tree = self._rows.draft(plan, self._lengths)
         with self._clock.stage("verify"):
-            verification = self._rows.verify(tree, max(self._lengths))
+            verification = self._rows.verify(tree, longest)
             learns = self._plan.learns and tree.max_depth > 0
             reading = CycleReading(verification.verdict, tree if learns else None)
         with self._clock.stage("commit"):

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from draftwing.models.attention import grouped_attention, has_triton
+from draftwing.models.layers import rotate
 from draftwing.models.packed import PackedLinear, Product, pack_linears
 from draftwing.models.target import ATTENTION, Role, TargetModel, TargetOutput, TreePass, attention_windows
 
@@ -37,11 +38,9 @@ def normalise(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch
     return (x * scale).to(x.dtype).mul_(weight)
 
 
-def rotate(heads: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def rotate_to(dtype: torch.dtype, heads: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
     """Rotary positions of query and key heads `[R, H, dim]`, cosines and sines `[R, 1, dim]`; in the cache's dtype."""
-    half = heads.shape[-1] // 2
-    swapped = torch.cat((heads[..., half:], heads[..., :half]), dim=-1)
-    return torch.addcmul(heads * cos, swapped, signed_sin).to(dtype)
+    return rotate(heads, cos, signed_sin).to(dtype)
 
 
 def gate(gate_up: torch.Tensor) -> torch.Tensor:
@@ -55,14 +54,14 @@ class Elementwise:
     """What a pass does between its products: as written, or compiled into one kernel each."""
 
     normalise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = normalise
-    rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor] = rotate
+    rotate_to: Callable[[torch.dtype, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = rotate_to
     gate: Callable[[torch.Tensor], torch.Tensor] = gate
 
     @staticmethod
     @cache
     def compiled() -> "Elementwise":
         """By torch.compile: once for each dtype, and again when the number of rows first changes."""
-        return Elementwise(torch.compile(normalise), torch.compile(rotate), torch.compile(gate))
+        return Elementwise(torch.compile(normalise), torch.compile(rotate_to), torch.compile(gate))
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ class FusedTarget(TargetModel):
         signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
         num_rotated, steps = self._num_heads + self._num_key_heads, self._steps
         num_layers = len(self._decoder_layers)
-        wanted = {index % (num_layers + 1) for index in feature_layers}
+        wanted = [index % (num_layers + 1) for index in feature_layers]
         x: torch.Tensor = embedded.flatten(0, 1)
         hidden = {0: x}
         for index, layer in enumerate(self._decoder_layers):
@@ -153,7 +152,7 @@ class FusedTarget(TargetModel):
             rotated = heads[:, :num_rotated]
             if layer.heads_norm is not None:
                 rotated = self._normalise(rotated, layer.heads_norm)
-            rotated = steps.rotate(rotated, cos, signed_sin, tree.cache.dtype)
+            rotated = steps.rotate_to(tree.cache.dtype, rotated, cos, signed_sin)
             rotated, values = (
                 part.unflatten(0, (batch_size, num_nodes)).transpose(1, 2) for part in (rotated, heads[:, num_rotated:])
             )
@@ -168,8 +167,7 @@ class FusedTarget(TargetModel):
                 hidden[index + 1] = x
         last = hidden[num_layers] = self._normalise(x, self._norm)
         last, *parts = (
-            part.unflatten(0, (batch_size, num_nodes))
-            for part in (last, *(hidden[index % (num_layers + 1)] for index in feature_layers))
+            part.unflatten(0, (batch_size, num_nodes)) for part in (last, *(hidden[index] for index in wanted))
         )
         logits = self.output_head(last[:, -1:] if last_logits_only else last)
         return TargetOutput(logits, torch.cat(parts, dim=-1) if parts else None)

@@ -74,10 +74,15 @@ class Rotation:
     sin: torch.Tensor
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotate `x [B, H, N, dim]`; pairs are (i, i + dim / 2), the first half's sines carry the minus sign."""
-        half = x.shape[-1] // 2
-        swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-        return torch.addcmul(x * self.cos, swapped, self.sin)
+        """Rotate `x [B, H, N, dim]`."""
+        return rotate(x, self.cos, self.sin)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+    """Rotate `x [..., dim]`; pairs are (i, i + dim / 2), the first half's sines carry the minus sign."""
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    return torch.addcmul(x * cos, swapped, signed_sin)
 
 
 class Rotary(nn.Module):

@@ -29,7 +29,7 @@ def train_stage(config: TrainConfig) -> dict[str, float]:
     Raises:
         ValueError: a finished or interrupted run of other settings is in its place.
     """
-    _check_split(config)
+    _check_frozen_target(config)
     if config.objective == "self_generated":
         return _generate(config)
     output = Path(config.output)
@@ -45,7 +45,7 @@ def train_stage(config: TrainConfig) -> dict[str, float]:
     return TRAINED[config.objective](config)
 
 
-def _check_split(config: TrainConfig) -> None:
+def _check_frozen_target(config: TrainConfig) -> None:
     """Raise a ValueError where a target in parts does not suit a stage that runs (`--set` reaches all stages)."""
     for name in ("device_map", "shard_target"):
         if getattr(config, name) and config.objective == "self_generated":
