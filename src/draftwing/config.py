@@ -17,6 +17,8 @@ Loss = Literal["kl", "cross_entropy", "lk"]
 LOSSES = get_args(Loss)
 Parallel = Literal["ddp", "fsdp2"]
 Schedule = Literal["cosine", "linear"]
+QUANTIZATIONS = ("int8", "int4", "float8")
+"""How a target's linear layers can be kept in fewer bits (checkpoint/quantize.py)."""
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 POSITIVE = ("sequence_length", "batch_size", "accumulation_steps", "max_steps", "ttt_steps") + (

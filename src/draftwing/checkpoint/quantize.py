@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, TorchAoConfig
 
-QUANTIZATIONS = ("int8", "int4", "float8")
+from draftwing.config import QUANTIZATIONS
 
 
 def quantization_config(name: str, device: torch.device) -> TorchAoConfig:

@@ -6,6 +6,8 @@ import math
 from contextlib import suppress
 from typing import Any
 
+from draftwing.config import QUANTIZATIONS
+
 
 def positive(text: str) -> int:
     """An option's whole number from 1 on."""
@@ -43,7 +45,7 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     """How the target's weights are kept and cycles are run."""
     parser.add_argument(
         "--quantize",
-        choices=("int8", "int4", "float8"),  # QUANTIZATIONS, whose module imports transformers
+        choices=QUANTIZATIONS,
         help="keep the target's linear layers in fewer bits, by torchao (int4: CUDA only); files that are quantised "
         "already need no option",
     )
