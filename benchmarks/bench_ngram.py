@@ -1,11 +1,13 @@
 """What n-grams add: plain, n-gram, EAGLE-3 and both merged, where the answer copies its prompt and elsewhere.
 
     python benchmarks/bench_ngram.py --measure speed --output speed.json
-    python benchmarks/bench_ngram.py --measure position --output position.json
+    python benchmarks/bench_ngram.py --measure position --positions 4096 --bucket 512 --output position.json
 
 Two sets of prompts. `open-ended`: the embedded ones, continued freely. `edit`: each shows a function and asks for it
 with one name changed. The embedded target cannot copy, so the answers of `edit` are prescribed (see Replay): its rows
-are those of a target that edits without a mistake. `position` follows tau along long open-ended outputs.
+are those of a target that edits without a mistake. `position` follows tau along long open-ended outputs; for more
+`--positions` than the target has, its rotary positions are stretched (YaRN, arXiv 2309.00071), which the embedded one
+bears without training.
 """
 
 import argparse
@@ -30,6 +32,8 @@ from draftwing.provenance import write_record
 
 SOURCE_TOKENS = 160
 PRESCRIBED = 1e6
+TRAINED_POSITIONS = 512
+"""Of the embedded target: its recipe's `sequence_length`."""
 
 
 class Replay(TargetModel):
@@ -52,7 +56,8 @@ class Replay(TargetModel):
 def main() -> int:
     options = parse_options()
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    model = load(options.target, draft=options.draft, dtype=options.dtype, device=options.device)
+    longer = {} if options.positions is None else stretched_to(options.positions)
+    model = load(options.target, draft=options.draft, dtype=options.dtype, device=options.device, **longer)
     prompts = [prompt.token_ids(model.tokenizer) for prompt in read_prompts(options.prompts)][: options.num_prompts]
     rows = (
         measure_speed(model, prompts, options)
@@ -62,6 +67,13 @@ def main() -> int:
     if options.output:
         write_record(options.output, rows, vars(options))
     return 0
+
+
+def stretched_to(num_positions: int) -> dict[str, Any]:
+    """The configuration of the embedded target with so many positions."""
+    trained = {"rope_theta": 10000.0, "original_max_position_embeddings": TRAINED_POSITIONS}
+    rope = {"rope_type": "yarn", "factor": num_positions / TRAINED_POSITIONS, **trained}
+    return {"max_position_embeddings": num_positions, "rope_parameters": rope}
 
 
 def methods_of(model: SpeculativeModel) -> dict[str, Start]:
@@ -137,7 +149,9 @@ def measure_position(
             cycles: Counter[int] = Counter()
             for prompt in prompts:
                 limit = model.target.max_positions - len(prompt)
-                generation = start([prompt], max_new_tokens=limit, temperature=temperature, eos_token_id=[])
+                generation = start(
+                    [prompt], max_new_tokens=limit, temperature=temperature, eos_token_id=[], plan=options.plan
+                )
                 position = 0
                 for committed in generation.cycles():
                     bucket = position // options.bucket
@@ -161,6 +175,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--windows", nargs="*", type=int, default=[192], help="draft windows of the position measure")
+    parser.add_argument("--positions", type=int, help="stretch the embedded target to so many (default: its own)")
+    parser.add_argument("--plan", default="tree:4x4x16", help="of the position measure (default: %(default)s)")
     parser.add_argument("--bucket", type=int, default=128, help="output positions in a bucket (default: 128)")
     parser.add_argument("--dtype", help="default: the package's own choice")
     parser.add_argument("--device", default="cpu")

@@ -23,6 +23,7 @@ from draftwing.decoding.captured import RowsPool
 from draftwing.decoding.costs import CycleCosts, cached_costs, measure_costs
 from draftwing.decoding.experience import Experience
 from draftwing.decoding.generate import Committed, Generation, Request, plain_plan
+from draftwing.decoding.lookups import LookupPlan
 from draftwing.decoding.options import GenerateOptions
 from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.rows import NewRows, Rows
@@ -205,18 +206,19 @@ class SpeculativeModel:
         plan = settings.plan or default_plan(self.method)
         if plan == "auto" and self.method in DRAFTLESS_METHODS:  # nothing to size: lookups cost next to nothing
             plan = default_plan(self.method)
+        experience = self.experience(batch_size, sampled=any(request.sampling.temperature > 0 for request in requests))
         if plan != "auto":
             plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
-            plan = plan.with_lookup() if settings.ngram else plan
-            return plan if plan.depth else off
+            if not plan.depth:
+                return off
+            return LookupPlan(plan, experience.lookup_pause) if settings.ngram else plan
         assert self.draft is not None
         shapes = tree_shapes(self.draft, self.target)
         if settings.ngram:
             shapes = tuple(shape.with_lookup() for shape in shapes)
-        sampled = any(request.sampling.temperature > 0 for request in requests)
         return AutoPlan(
             self.costs(batch_size),
-            self.experience(batch_size, sampled),
+            experience,
             batch_size,
             shapes[-1],
             off,

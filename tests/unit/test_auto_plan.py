@@ -8,8 +8,10 @@ import torch
 from conftest import auto_plan, costs
 
 from draftwing.decoding.acceptance import EDGES
-from draftwing.decoding.auto_plan import LESSON, LOOKUP_TRIAL, STUDIED, STUDIED_LATER, TRIAL, YOUTH, AutoPlan
-from draftwing.decoding.experience import LONGEST_PAUSE, Experience
+from draftwing.decoding.auto_plan import INHERITED_PAUSE, LESSON, STUDIED, STUDIED_LATER, TRIAL, YOUTH, AutoPlan
+from draftwing.decoding.experience import LONGEST_PAUSE, SHORTEST_PAUSE, Experience, Pause
+from draftwing.decoding.lookups import TRIAL as LOOKUP_TRIAL
+from draftwing.decoding.lookups import LookupPlan
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.readback import CycleFacts, CycleReport
 
@@ -106,6 +108,14 @@ def test_the_next_request_starts_where_the_last_one_ended() -> None:
     assert not any(run_cycles(auto_plan(1, experience), num_accepted=0, count=8))
 
 
+def test_a_long_pause_does_not_outlast_its_generation_by_much() -> None:
+    experience = Experience()
+    run_cycles(auto_plan(1, experience), num_accepted=0, count=2000)
+    drafts = run_cycles(auto_plan(1, experience), num_accepted=3, count=LONGEST_PAUSE)
+    assert drafts.index(True) <= INHERITED_PAUSE, "the next text may be easy"
+    assert all(drafts[INHERITED_PAUSE:])
+
+
 def test_short_generations_teach_as_a_long_one_does() -> None:
     long, short = Experience(), Experience()
     run_cycles(auto_plan(1, long), num_accepted=3, count=2 * STUDIED * LESSON)
@@ -122,18 +132,28 @@ def test_a_good_drafter_is_never_paused_and_one_that_turns_good_is_found_out() -
     assert all(run_cycles(plan, num_accepted=3, count=300)[-40:])
 
 
+@pytest.mark.parametrize("is_auto", [True, False])
 @pytest.mark.parametrize("brings", [True, False])
-def test_lookups_are_paused_while_the_draft_knows_as_much(brings: bool) -> None:
-    plan = auto_plan(1, largest=TreePlan(4, 6, 24).with_lookup())
-    facts = chain_facts(num_accepted=3)
-    if brings:
-        facts = dataclasses.replace(facts, drafted=facts.drafted & (facts.depths < 3))
-    looked_up = []
-    for _ in range(200):
-        looked_up.append(plan.next(longest=10).lookup_depth > 0)
-        plan.learn(report_of(facts))
-    assert looked_up[: STUDIED * LOOKUP_TRIAL] == [True] * (STUDIED * LOOKUP_TRIAL)
-    assert all(looked_up) if brings else sum(looked_up) < 60
+def test_lookups_are_paused_while_the_draft_knows_as_much(is_auto: bool, brings: bool) -> None:
+    pause = Pause()
+    merged = TreePlan(4, 6, 24).with_lookup()
+
+    def looked_up(cycles: int) -> list[bool]:
+        """Whether each of a generation's cycles looks something up."""
+        plan = auto_plan(1, Experience(lookup_pause=pause), largest=merged) if is_auto else LookupPlan(merged, pause)
+        facts, found = chain_facts(num_accepted=3), []
+        if brings:
+            facts = dataclasses.replace(facts, drafted=facts.drafted & (facts.depths < 3))
+        for _ in range(cycles):
+            found.append(plan.next(longest=10).lookup_depth > 0)
+            if plan.learns:
+                plan.learn(report_of(facts))
+        return found
+
+    first = looked_up(200)
+    assert first[: STUDIED * LOOKUP_TRIAL] == [True] * (STUDIED * LOOKUP_TRIAL)
+    assert all(first) if brings else sum(first) < 60
+    assert any(looked_up(SHORTEST_PAUSE + 1)), "the next text may repeat itself"
 
 
 def test_later_fewer_cycles_are_looked_at_closely() -> None:

@@ -14,6 +14,7 @@ import torch
 from draftwing.decoding.acceptance import NUM_DEPTHS, CalibratedSize
 from draftwing.decoding.costs import CycleCosts
 from draftwing.decoding.experience import Experience
+from draftwing.decoding.lookups import LookupTrial
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.readback import CycleFacts, CycleReport, join_outcomes
 
@@ -35,10 +36,8 @@ FEW_NODES = 16
 """Nodes over which the seconds of one more are averaged where it is not known yet how many there will be."""
 CONTEXT_STEP = 64
 """Tokens after which the costs are looked up anew."""
-LOOKUP_SHARE = 0.03
-"""Share of the tokens that lookups alone must bring: about their share of a cycle's seconds."""
-LOOKUP_TRIAL = 6
-"""Studied cycles that lookups are tried for before they are judged."""
+INHERITED_PAUSE = 256
+"""Cycles of an earlier generation's pause that the next one waits for at most: it may be of another kind."""
 
 
 class AutoPlan:
@@ -83,11 +82,11 @@ class AutoPlan:
         self._running = np.arange(batch_size)
         self._costs_until = self._num_cycles = 0
         self._levels_seconds = 0.0  # of the last tree's levels beyond the first
-        self._looks_up, self._num_lookups = False, 0
-        self._looked_up, self._beside_lookups = 0.0, 0.0  # tokens of the trial: by lookups alone, and all
+        self._lookups, self._looks_up = LookupTrial(experience.lookup_pause), False
         self._look_up_costs(0)
         self._use_lessons()
         self._start_trial(experience.gain)
+        experience.pause.inherit(INHERITED_PAUSE)
 
     def next(self, longest: int) -> TreePlan:
         """The next cycle's plan, given the committed tokens of the longest row."""
@@ -96,7 +95,7 @@ class AutoPlan:
         if self._experience.pause.goes_on():
             return self._off
         self._levels_seconds = self._costs.levels(self._shape) if self._shapes else 0.0
-        self._looks_up = self._shape.lookup_depth > 0 and not self._experience.lookup_pause.goes_on()
+        self._looks_up = self._shape.lookup_depth > 0 and self._lookups.goes_on()
         return self._sized[self._shape, self._looks_up]
 
     def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
@@ -140,7 +139,7 @@ class AutoPlan:
             facts = report.facts()
             self._experience.outcomes.append(facts.outcomes())
             if self._looks_up:
-                self._judge_lookups(facts)
+                self._lookups.study(facts)
             if self._shapes:
                 self._weigh_shapes(facts)
         if self._num_cycles >= TRIAL:
@@ -161,19 +160,6 @@ class AutoPlan:
             self._start_trial(1.0)
         elif self._num_cycles > RATE_MEMORY:
             experience.pause.shorten()
-
-    def _judge_lookups(self, facts: CycleFacts) -> None:
-        looked_up = facts.accepted & ~facts.drafted
-        self._num_lookups += 1
-        self._looked_up += float(looked_up.sum() - len(facts.rows))  # less the roots
-        self._beside_lookups += float(facts.accepted.sum())
-        if self._num_lookups < LOOKUP_TRIAL:
-            return
-        if self._looked_up < LOOKUP_SHARE * self._beside_lookups:
-            self._experience.lookup_pause.begin()
-        else:
-            self._experience.lookup_pause.shorten()
-        self._num_lookups, self._looked_up, self._beside_lookups = 0, 0.0, 0.0
 
     def _start_trial(self, gain: float) -> None:
         """Begin to measure the rate anew, expecting this gain over plain decoding."""

@@ -23,6 +23,10 @@ class Pause:
         self.left -= 1
         return True
 
+    def inherit(self, most: int) -> None:
+        """Begin a generation: what an earlier one learnt holds for this many cycles at most."""
+        self.left = min(self.left, most)
+
     def begin(self) -> None:
         self.left, self.length = self.length, min(2 * self.length, LONGEST_PAUSE)
 

@@ -1,0 +1,68 @@
+"""When looked-up continuations compete for a tree's nodes: as long as they bring what the draft does not."""
+
+from dataclasses import replace
+
+from draftwing.decoding.experience import SHORTEST_PAUSE, Pause
+from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.readback import CycleFacts, CycleReport
+
+SHARE = 0.03
+"""Share of the tokens that lookups alone must bring: about their share of a cycle's seconds."""
+TRIAL = 6
+"""Studied cycles that lookups are tried for before they are judged."""
+STUDIED = 2
+"""Of so many cycles with a lookup one is studied, which takes time."""
+
+
+class LookupTrial:
+    """Tries lookups for a while, pauses them where they bring little, and tries again.
+
+    The `pause` outlives a generation, but only its shortest length is waited for: the next text may be an edit.
+    """
+
+    def __init__(self, pause: Pause) -> None:
+        pause.inherit(SHORTEST_PAUSE)
+        self._pause = pause
+        self._num_studied, self._looked_up, self._accepted = 0, 0.0, 0.0
+
+    def goes_on(self) -> bool:
+        """Whether this cycle looks up."""
+        return not self._pause.goes_on()
+
+    def study(self, facts: CycleFacts) -> None:
+        """Count what lookups alone brought to a cycle that looked up."""
+        self._num_studied += 1
+        self._looked_up += float((facts.accepted & ~facts.drafted).sum() - len(facts.rows))  # less the roots
+        self._accepted += float(facts.accepted.sum())
+        if self._num_studied < TRIAL:
+            return
+        if self._looked_up < SHARE * self._accepted:
+            self._pause.begin()
+        else:
+            self._pause.shorten()
+        self._num_studied, self._looked_up, self._accepted = 0, 0.0, 0.0
+
+
+class LookupPlan:
+    """A fixed plan, with a lookup in the cycles in which that may bring something."""
+
+    def __init__(self, plan: TreePlan, pause: Pause) -> None:
+        self.largest = plan.with_lookup()
+        self._without = replace(plan, lookup_depth=0)
+        self._trial = LookupTrial(pause)
+        self._looks_up, self._num_lookups = False, 0
+
+    @property
+    def learns(self) -> bool:
+        """Whether this cycle looks up and is one of those that are studied."""
+        return self._looks_up and self._num_lookups % STUDIED == 0
+
+    def next(self, longest: int) -> TreePlan:
+        """The plan with or without its lookup."""
+        self._looks_up = self._trial.goes_on()
+        self._num_lookups += self._looks_up
+        return self.largest if self._looks_up else self._without
+
+    def learn(self, report: CycleReport) -> None:
+        """Judge the lookups by what they brought."""
+        self._trial.study(report.facts())
