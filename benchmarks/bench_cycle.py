@@ -34,9 +34,8 @@ from draftwing.decoding.costs import CycleCosts, measure_costs
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.rows import Rows
-from draftwing.models.fused import pack_target
+from draftwing.models.fused import pack_head, pack_target
 from draftwing.models.layers import DraftConfig
-from draftwing.models.packed import pack_linears
 from draftwing.models.target import ATTENTION, TargetModel
 from draftwing.provenance import write_record
 
@@ -67,8 +66,9 @@ def main() -> int:
     head = random_head(target, options.draft_vocab_size, dtype)
     needed = weight_bytes(target.model)
     bandwidth = copy_bandwidth(device)
-    target = pack_target(target, False if options.no_compile else None)
-    pack_linears(head)
+    compiles = False if options.no_compile else None
+    target = pack_target(target, compiles)
+    pack_head(head, compiles)
     new_rows = RowsPool().take if device.type == "cuda" and not options.no_capture else Rows
 
     def new_drafter(rows: int, capacity: int) -> EagleDrafter:

@@ -26,8 +26,7 @@ from draftwing.api import Lessons, SpeculativeModel
 from draftwing.checkpoint.load import ASSETS, load_draft, load_target, load_tokenizer, read_acceptance
 from draftwing.data.prompts import read_prompts
 from draftwing.evaluation.compare import Start, timed
-from draftwing.models.fused import pack_target
-from draftwing.models.packed import pack_linears
+from draftwing.models.fused import pack_head, pack_target
 from draftwing.models.target import TargetModel
 from draftwing.provenance import write_record
 
@@ -84,7 +83,7 @@ def head_for(target: TargetModel, random: bool) -> Any:
         for weight in head.parameters():
             if weight.ndim > 1:
                 weight.data.normal_(std=weight.shape[1] ** -0.5, generator=generator)
-    pack_linears(head)
+    pack_head(head)
     return head
 
 

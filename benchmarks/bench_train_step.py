@@ -92,7 +92,7 @@ class WithScores:
         output = weights[..., :length] @ first_values
         for index, (_, step_values) in enumerate(own, start=length):
             output = output + weights[..., index : index + 1] * step_values
-        return output.transpose(1, 2).flatten(2)
+        return output.transpose(1, 2)
 
 
 VARIANTS: dict[str, tuple[type[HeadTraining], Any]] = {

@@ -37,8 +37,7 @@ from draftwing.methods import (
     suitable_draft,
     tree_shapes,
 )
-from draftwing.models.fused import pack_target
-from draftwing.models.packed import pack_linears
+from draftwing.models.fused import pack_head, pack_target
 from draftwing.models.target import TargetModel
 from draftwing.provenance import provenance
 
@@ -104,7 +103,7 @@ class SpeculativeModel:
         if isinstance(drafting, TargetModel):
             drafting = pack_target(drafting)
         else:
-            pack_linears(drafting)
+            pack_head(drafting)
         lessons = Lessons(read_acceptance(draft))
         return SpeculativeModel(self.target, drafting, self.tokenizer, method, lessons, self._captures)
 

@@ -134,7 +134,7 @@ class Norm(nn.Module):
 def attend(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Causal attention without a cache."""
     mask = torch.ones(queries.shape[2], queries.shape[2], dtype=torch.bool).tril()[None, None]
-    return grouped_attention(queries, keys, values, mask).transpose(1, 2).flatten(2)
+    return grouped_attention(queries, keys, values, mask).transpose(1, 2)
 
 
 def randomise(module: nn.Module) -> None:

@@ -27,7 +27,7 @@ def full_causal_attention(layer: int, queries: torch.Tensor, keys: torch.Tensor,
     keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
     scores = queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5
     scores = scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf)
-    return (scores.softmax(-1) @ values).transpose(1, 2).flatten(2)
+    return (scores.softmax(-1) @ values).transpose(1, 2)
 
 
 @dataclass

@@ -10,9 +10,15 @@ from conftest import tiny_llama
 from torch import nn
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from draftwing.checkpoint.load import DraftNetwork
 from draftwing.decoding.tree import root_tree
 from draftwing.models import packed
-from draftwing.models.fused import FusedTarget, pack_target
+from draftwing.models.attention import grouped_attention
+from draftwing.models.draft_vocab import DraftVocab
+from draftwing.models.eagle import EagleModel
+from draftwing.models.eagle3 import Eagle3Model
+from draftwing.models.fused import FusedTarget, pack_head, pack_target
+from draftwing.models.layers import DraftConfig
 from draftwing.models.packed import JoinedProduct
 from draftwing.models.target import ATTENTION, TargetModel, TargetOutput
 
@@ -25,6 +31,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "attn_implementation": ATTENTION,
 }
+needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +78,44 @@ def test_joined_products_are_the_stock_modules(new_model: Callable[[], PreTraine
     torch.testing.assert_close(output.features, expected.features, atol=1e-4, rtol=1e-4)
 
 
+def random_head(kind: str) -> DraftNetwork:
+    """A head of two layers with every option that a layer can have."""
+    torch.manual_seed(0)
+    options = {"qk_norm": True, "norm_before_residual": True, "attention_bias": True} if kind == "eagle3" else {}
+    config = DraftConfig(
+        32, 48, 4, 2, 8, 50, 40, 32, num_hidden_layers=2, aux_layers=(0, 1) if kind == "eagle3" else (), **options
+    )
+    embed, output = nn.Embedding(50, 32), nn.Linear(32, 50)
+    if kind == "eagle1":
+        return EagleModel(config, output)
+    return Eagle3Model(config, DraftVocab(torch.arange(40), 50), embed)
+
+
+@torch.inference_mode()
+def head_pass(head: DraftNetwork) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs and logits of two rows of three slots that read nothing but themselves."""
+    torch.manual_seed(1)
+
+    def attend(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return grouped_attention(queries, keys, values, torch.eye(3, dtype=torch.bool)[None, None]).transpose(1, 2)
+
+    features = torch.randn(2, 3, 32 * len(head.config.feature_layers))
+    output = head(head.fuse(features), torch.arange(6).view(2, 3), torch.arange(6).view(2, 3), attend)
+    return output, head.logits(output)
+
+
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=needs_a_compiler)])
+@pytest.mark.parametrize("kind", ["eagle1", "eagle3"])
+def test_fused_heads_are_the_heads(kind: str, compiles: bool) -> None:
+    expected = head_pass(random_head(kind))
+    head = random_head(kind)
+    pack_head(head, compiles)
+    fused = [type(module).__name__ for module in head.modules() if type(module).__module__ == pack_head.__module__]
+    assert len(fused) == (3 if kind == "eagle3" else 2), "two layers, and EAGLE-3's norm"
+    for ours, theirs in zip(head_pass(head), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 def test_single_layers_share_their_weights() -> None:
     """Nothing is held twice, whatever the size of the output head."""
     model = llama()
@@ -79,7 +124,7 @@ def test_single_layers_share_their_weights() -> None:
     assert model.lm_head.product._weight.data_ptr() == weight.data_ptr()
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+@needs_a_compiler
 def test_compiled_steps_are_the_same() -> None:
     expected, output = tree_pass(TargetModel(qwen3())), tree_pass(pack_target(TargetModel(qwen3()), compiles=True))
     torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)

@@ -39,7 +39,7 @@ def explicit_attention(
 ) -> torch.Tensor:
     """`[B, H, Q, dim]` queries over `[B, H, K, dim]` keys where `mask [..., Q, K]` -> `[B, Q, H * dim]`."""
     scores = queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5
-    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values).transpose(1, 2).flatten(2)
+    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values).transpose(1, 2)
 
 
 def causal_attention(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ def flex_steps(steps: Sequence[Sequence[torch.Tensor]], mask: Any, attend: Any) 
         flex_merged_attention(queries, steps[0][1:], [own[1:] for own in steps[1 : step + 1]], mask, attend)  # type: ignore[misc, arg-type]
         for step, (queries, _, _) in enumerate(steps)
     ]
-    return [output.transpose(1, 2).flatten(2) for output in outputs]
+    return [output.transpose(1, 2) for output in outputs]
 
 
 def random_batch() -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,8 +15,7 @@ from draftwing.decoding.drafters.draft_model import DraftModelDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.evaluation.replay import Recording, Trace, replay
 from draftwing.evaluation.suspects import Suspect, head_suspects, precision_suspects
-from draftwing.models.fused import pack_target
-from draftwing.models.packed import pack_linears
+from draftwing.models.fused import pack_head, pack_target
 from draftwing.models.target import TargetModel
 
 DEPTH = 5
@@ -49,7 +48,7 @@ class Patient:
             fields = {name: value for name, value in options.items() if name in HeadOptions.__dataclass_fields__}
             chosen = HeadOptions(**self.options.given | fields)
             head = build_head(self.values, self.tensors, self.target, dtype, chosen)
-            pack_linears(head)  # as for decoding
+            pack_head(head)  # as for decoding
             return head
         model = load_draft(self.name, self.target, dtype, self.options, self._tokenizer)
         assert isinstance(model, TargetModel)

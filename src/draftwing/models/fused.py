@@ -1,8 +1,8 @@
-"""A Llama-like target's pass in few operations: the stock modules' arithmetic without their overhead.
+"""Decoder layers in few operations: the arithmetic of the stock modules, and of layers.py, without their overhead.
 
 A small model's pass on a CPU is bound by the number of operations and by Python, not by arithmetic, and so is a large
-one's on a GPU between its products. This is a second implementation of `TargetModel.forward_tree` for targets whose
-products are packed (packed.py).
+one's on a GPU between its products. This is a second implementation of the layers whose products are packed
+(packed.py): of Llama-like targets, as `FusedTarget`, and of EAGLE networks, whose layers are replaced in place.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from draftwing.models.attention import grouped_attention, has_triton
-from draftwing.models.layers import rotate
+from draftwing.models.eagle3 import Eagle3Layer
+from draftwing.models.layers import Attend, DecoderLayer, RMSNorm, Rotation, rotate
 from draftwing.models.packed import PackedLinear, Product, pack_linears
 from draftwing.models.target import ATTENTION, Role, TargetModel, TargetOutput, TreePass, attention_windows
 
@@ -51,7 +52,11 @@ def gate(gate_up: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Elementwise:
-    """What a pass does between its products: as written, or compiled into one kernel each."""
+    """What a pass does between its products: as written, or compiled into one kernel each.
+
+    Compiling is worth it where kernels are replayed without Python in between (captured.py), not on a CPU
+    (docs/LOG.md).
+    """
 
     normalise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = normalise
     rotate_to: Callable[[torch.dtype, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = rotate_to
@@ -64,17 +69,65 @@ class Elementwise:
         return Elementwise(torch.compile(normalise), torch.compile(rotate_to), torch.compile(gate))
 
 
+AS_WRITTEN = Elementwise()
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """What a pass knows of its B x N nodes, which lie one below the other: R = B N rows.
+
+    Attributes:
+        shape: B and N.
+        cos, signed_sin: `[R, 1, dim]` of their positions.
+        dtype: of rotated queries and keys.
+        attend: stores keys and values, and attends.
+        steps: what is done between products.
+    """
+
+    shape: tuple[int, int]
+    cos: torch.Tensor
+    signed_sin: torch.Tensor
+    dtype: torch.dtype
+    attend: Attend
+    steps: Elementwise
+
+    def normalise(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """`x [..., D]`, or each head of it, by an RMS norm."""
+        return self.steps.normalise(x, norm.weight, norm.eps)
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """`[R, ...]` as `[B, N, ...]`."""
+        return x.view(*self.shape, *x.shape[1:])
+
+
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer's weights; `heads_norm` is Qwen3's, over each query and key head."""
+    """One decoder layer's weights behind its input norm; `heads_norm` is over each query and key head (Qwen3)."""
 
-    input_norm: Norm
+    index: int
+    num_heads: int
+    num_key_heads: int
     queries_keys_values: Product
     heads_norm: Norm | None
     attention_output: Product
     mlp_norm: Norm
     gate_up: Product
     down: Product
+
+    def run(self, residual: torch.Tensor, inputs: torch.Tensor, nodes: Nodes, overwrite: bool) -> torch.Tensor:
+        """The layer's output `[R, D]` from its residual `[R, D]`, which it may `overwrite`, and normed `inputs`."""
+        num_rotated = self.num_heads + self.num_key_heads
+        heads = self.queries_keys_values(inputs).unflatten(-1, (-1, nodes.cos.shape[-1]))
+        rotated = heads[:, :num_rotated]
+        if self.heads_norm is not None:
+            rotated = nodes.normalise(rotated, self.heads_norm)
+        rotated = nodes.steps.rotate_to(nodes.dtype, rotated, nodes.cos, nodes.signed_sin)
+        rotated, values = (nodes.spread(part).transpose(1, 2) for part in (rotated, heads[:, num_rotated:]))
+        queries, keys = rotated.split((self.num_heads, self.num_key_heads), dim=1)
+        attended = nodes.attend(self.index, queries, keys, values).reshape(len(inputs), -1)
+        x = self.attention_output.add_to(residual, attended, overwrite=overwrite)
+        gated = nodes.steps.gate(self.gate_up(nodes.normalise(x, self.mlp_norm)))
+        return self.down.add_to(x, gated, overwrite=True)
 
 
 def can_fuse(model: PreTrainedModel) -> bool:
@@ -107,83 +160,144 @@ def _is_packed(layer: Any) -> bool:
 def pack_target(target: TargetModel, compiles: bool | None = None) -> TargetModel:
     """Pack a model's products in place and, where its pass is known, write that out too.
 
-    `compiles`: see FusedTarget; by default on a GPU that Triton compiles for.
+    `compiles`: what lies between products, too; by default on a GPU that Triton compiles for.
     """
     if target.is_split:
         return target
     pack_linears(target.model)
     if not can_fuse(target.model):
         return target
+    return FusedTarget(target.model, target.role, _elementwise(target.device, compiles))
+
+
+def _elementwise(device: torch.device, compiles: bool | None) -> Elementwise:
     if compiles is None:
-        compiles = target.device.type == "cuda" and has_triton()
-    return FusedTarget(target.model, target.role, compiles)
+        compiles = device.type == "cuda" and has_triton()
+    return Elementwise.compiled() if compiles else AS_WRITTEN
 
 
 class FusedTarget(TargetModel):
-    """A TargetModel whose pass is written out here. Made from a model for which `can_fuse` holds.
+    """A TargetModel whose pass is written out here. Made from a model for which `can_fuse` holds."""
 
-    With `compiles`, torch.compile makes one kernel of what lies between two products: worth it where kernels are
-    replayed without Python in between (captured.py), not on a CPU (docs/LOG.md).
-    """
-
-    def __init__(self, model: PreTrainedModel, role: Role = "target", compiles: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, role: Role = "target", steps: Elementwise = AS_WRITTEN) -> None:
         super().__init__(model, role)
-        self._steps = Elementwise.compiled() if compiles else Elementwise()
+        self._steps = steps
         decoder: Any = model.model
         self._rotary = decoder.rotary_emb
-        self._num_heads, self._num_key_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        self._decoder_layers = [_read_layer(layer, self._num_heads, self._num_key_heads) for layer in decoder.layers]
+        self._input_norms = [_read_norm(layer.input_layernorm) for layer in decoder.layers]
+        self._decoder_layers = [_read_layer(layer, index) for index, layer in enumerate(decoder.layers)]
         self._norm = _read_norm(decoder.norm)
 
     def _run(self, tree: TreePass, feature_layers: tuple[int, ...], last_logits_only: bool) -> TargetOutput:
-        batch_size, num_nodes = tree.tokens.shape
+        def attend(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            keys, values = tree.cache.write(layer, keys, values, tree.slots, tree.num_read)
+            attended = grouped_attention(queries, keys, values, tree.masks).transpose(1, 2)
+            return attended.to(embedded.dtype, memory_format=torch.contiguous_format)
+
         embedded = self.embedding(tree.tokens)
-        # From here on nodes of all rows lie one below the other, [R, ...].
         cos, sin = (table.flatten(0, 1).unsqueeze(1) for table in self._rotary(embedded, tree.positions))
         half = cos.shape[-1] // 2
         signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-        num_rotated, steps = self._num_heads + self._num_key_heads, self._steps
+        batch_size, num_nodes = tree.tokens.shape
+        nodes = Nodes((batch_size, num_nodes), cos, signed_sin, tree.cache.dtype, attend, self._steps)
         num_layers = len(self._decoder_layers)
         wanted = [index % (num_layers + 1) for index in feature_layers]
         x: torch.Tensor = embedded.flatten(0, 1)
         hidden = {0: x}
-        for index, layer in enumerate(self._decoder_layers):
-            heads = layer.queries_keys_values(self._normalise(x, layer.input_norm)).unflatten(-1, (-1, cos.shape[-1]))
-            rotated = heads[:, :num_rotated]
-            if layer.heads_norm is not None:
-                rotated = self._normalise(rotated, layer.heads_norm)
-            rotated = steps.rotate_to(tree.cache.dtype, rotated, cos, signed_sin)
-            rotated, values = (
-                part.unflatten(0, (batch_size, num_nodes)).transpose(1, 2) for part in (rotated, heads[:, num_rotated:])
-            )
-            queries, keys = rotated.split((self._num_heads, self._num_key_heads), dim=1)
-            keys, values = tree.cache.write(index, keys, values, tree.slots, tree.num_read)
-            attended = grouped_attention(queries, keys, values, tree.masks).transpose(1, 2)
-            attended = attended.to(x.dtype, memory_format=torch.contiguous_format).reshape(len(x), -1)
-            x = layer.attention_output.add_to(x, attended, overwrite=index not in wanted)
-            gated = steps.gate(layer.gate_up(self._normalise(x, layer.mlp_norm)))
-            x = layer.down.add_to(x, gated, overwrite=True)
+        for index, (layer, input_norm) in enumerate(zip(self._decoder_layers, self._input_norms, strict=True)):
+            x = layer.run(x, nodes.normalise(x, input_norm), nodes, overwrite=index not in wanted)
             if index + 1 in wanted:
                 hidden[index + 1] = x
-        last = hidden[num_layers] = self._normalise(x, self._norm)
-        last, *parts = (
-            part.unflatten(0, (batch_size, num_nodes)) for part in (last, *(hidden[index] for index in wanted))
-        )
+        last = hidden[num_layers] = nodes.normalise(x, self._norm)
+        last, *parts = (nodes.spread(part) for part in (last, *(hidden[index] for index in wanted)))
         logits = self.output_head(last[:, -1:] if last_logits_only else last)
         return TargetOutput(logits, torch.cat(parts, dim=-1) if parts else None)
 
-    def _normalise(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        return self._steps.normalise(x, norm.weight, norm.eps)
+
+def pack_head(head: nn.Module, compiles: bool | None = None) -> None:
+    """Pack a draft head's products, and fuse its norms and those layers all of whose products are packed; in place.
+
+    `compiles`: as for targets.
+    """
+    device = next(head.parameters()).device
+    steps = _elementwise(device, compiles)
+    pack_linears(head)
+    for name, module in list(head.named_modules()):
+        if isinstance(module, Eagle3Layer) and _is_packed(module):
+            head.set_submodule(name, FusedEagle3Layer(module, steps))
+        elif isinstance(module, DecoderLayer) and _is_packed(module):
+            head.set_submodule(name, FusedDecoderLayer(module, steps))
+    for name, module in list(head.named_modules()):
+        if isinstance(module, RMSNorm) and module.weight.dtype != torch.float64:
+            head.set_submodule(name, FusedNorm(module, steps))
 
 
-def _read_layer(layer: Any, num_heads: int, num_key_heads: int) -> Layer:
+class FusedNorm(nn.Module):
+    """In the place of an RMSNorm of layers.py."""
+
+    def __init__(self, module: RMSNorm, steps: Elementwise) -> None:
+        super().__init__()
+        self._norm, self._steps = _read_norm(module), steps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._steps.normalise(x, self._norm.weight, self._norm.eps)
+
+
+class FusedDecoderLayer(nn.Module):
+    """In the place of a DecoderLayer of layers.py."""
+
+    def __init__(self, module: DecoderLayer, steps: Elementwise) -> None:
+        super().__init__()
+        self._layer, self._steps = _read_layer(module, module.self_attn.layer), steps
+        norm = module.input_layernorm
+        self._input_norm = None if isinstance(norm, nn.Identity) else _read_norm(norm)
+
+    def forward(self, x: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
+        nodes = _nodes(x, rotation, attend, self._steps)
+        residual = x.flatten(0, 1)
+        inputs = residual if self._input_norm is None else nodes.normalise(residual, self._input_norm)
+        return nodes.spread(self._layer.run(residual, inputs, nodes, overwrite=False))
+
+
+class FusedEagle3Layer(nn.Module):
+    """In the place of an Eagle3Layer."""
+
+    def __init__(self, module: Eagle3Layer, steps: Elementwise) -> None:
+        super().__init__()
+        self._layer, self._steps = _read_layer(module, module.self_attn.layer), steps
+        self._input_norm, self._hidden_norm = _read_norm(module.input_layernorm), _read_norm(module.hidden_norm)
+        self._norm_before_residual = module.norm_before_residual
+
+    def forward(
+        self, embedding: torch.Tensor, hidden: torch.Tensor, rotation: Rotation, attend: Attend
+    ) -> torch.Tensor:
+        nodes = _nodes(hidden, rotation, attend, self._steps)
+        normed = nodes.normalise(hidden, self._hidden_norm)
+        residual = (normed if self._norm_before_residual else hidden).flatten(0, 1)
+        inputs = torch.cat((nodes.normalise(embedding, self._input_norm), normed), dim=-1).flatten(0, 1)
+        return nodes.spread(self._layer.run(residual, inputs, nodes, overwrite=False))
+
+
+def _nodes(hidden: torch.Tensor, rotation: Rotation, attend: Attend, steps: Elementwise) -> Nodes:
+    """The nodes of a draft network's pass over `hidden [B, N, D]`."""
+    batch_size, num_nodes, _ = hidden.shape
+    cos, sin = (table.transpose(1, 2).flatten(0, 1) for table in (rotation.cos, rotation.sin))
+    return Nodes((batch_size, num_nodes), cos, sin, hidden.dtype, attend, steps)
+
+
+def _read_layer(layer: Any, index: int) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
+    num_heads, num_key_heads = (
+        projection.out_features // attention.head_dim for projection in (attention.q_proj, attention.k_proj)
+    )
     heads_norm = None
     if hasattr(attention, "q_norm"):
         weights = [attention.q_norm.weight.expand(num_heads, -1), attention.k_norm.weight.expand(num_key_heads, -1)]
-        heads_norm = Norm(torch.cat(weights).detach(), _scalar_like(weights[0], attention.q_norm.variance_epsilon))
+        heads_norm = Norm(torch.cat(weights).detach(), _scalar_like(weights[0], _epsilon(attention.q_norm)))
     return Layer(
-        input_norm=_read_norm(layer.input_layernorm),
+        index,
+        num_heads,
+        num_key_heads,
         queries_keys_values=attention.q_proj.product,
         heads_norm=heads_norm,
         attention_output=attention.o_proj.product,
@@ -196,7 +310,13 @@ def _read_layer(layer: Any, num_heads: int, num_key_heads: int) -> Layer:
 def _read_norm(norm: nn.Module) -> Norm:
     weight = norm.weight
     assert isinstance(weight, torch.Tensor)
-    return Norm(weight.detach(), _scalar_like(weight, norm.variance_epsilon))
+    return Norm(weight.detach(), _scalar_like(weight, _epsilon(norm)))
+
+
+def _epsilon(norm: Any) -> float:
+    """An RMS norm's epsilon: transformers' name or ours."""
+    epsilon: float = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    return epsilon
 
 
 def _scalar_like(weight: torch.Tensor, value: Any) -> torch.Tensor:

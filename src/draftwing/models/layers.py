@@ -48,7 +48,7 @@ class DraftConfig:
 class Attend(Protocol):
     """How a layer's queries meet keys: stores the new ones, returns the attention output.
 
-    `queries [B, Hq, N, dim]`, `keys, values [B, Hk, N, dim]` -> `[B, N, Hq * dim]`.
+    `queries [B, Hq, N, dim]`, `keys, values [B, Hk, N, dim]` -> `[B, N, Hq, dim]`.
     """
 
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor: ...
@@ -166,7 +166,8 @@ class Attention(nn.Module):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries = rotation.apply(queries.transpose(1, 2))
         keys = rotation.apply(keys.transpose(1, 2))
-        output: torch.Tensor = self.o_proj(attend(self.layer, queries, keys, values.transpose(1, 2)))
+        attended = attend(self.layer, queries, keys, values.transpose(1, 2))
+        output: torch.Tensor = self.o_proj(attended.flatten(2))
         return output
 
 

@@ -38,7 +38,7 @@ class TttAttention:
 
     @torch.compiler.disable  # it differs from step to step; a compiled layer runs up to it and on from it
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """queries `[B, Hq, S, dim]`, keys and values `[B, Hk, S, dim]` of this step -> `[B, S, Hq * dim]`."""
+        """queries `[B, Hq, S, dim]`, keys and values `[B, Hk, S, dim]` of this step -> `[B, S, Hq, dim]`."""
         queries, keys = queries.to(values.dtype), keys.to(values.dtype)  # autocast rotates them in float32
         past = self._past.setdefault(layer, [])
         past.append((keys, values))
@@ -52,7 +52,7 @@ class TttAttention:
             if self._mask is None:
                 self._mask = block_mask(self._documents, queries.shape[2], queries.device)
             output = flex_merged_attention(queries, first, own, self._mask, _compiled_flex_attention())
-        return output.transpose(1, 2).flatten(2)
+        return output.transpose(1, 2)
 
 
 class _MergedAttention(torch.autograd.Function):

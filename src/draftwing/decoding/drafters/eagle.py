@@ -147,7 +147,7 @@ class EagleDrafter(Drafter):
 
         def attend(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
             keys, values = cache.write(layer, keys, values, slots, visible.shape[-1])
-            return grouped_attention(queries, keys, values, mask).transpose(1, 2).flatten(2)
+            return grouped_attention(queries, keys, values, mask).transpose(1, 2)
 
         return self._model(hidden, tokens, positions.clamp(max=cache.capacity), attend)
 
