@@ -158,7 +158,7 @@ def optimise(module: HeadTraining | MedusaTraining, data: Sequence[Example], ste
 
 def eagle(head: DraftNetwork) -> DrafterFactory:
     """Builds the drafter of a head for the engine."""
-    dtype = next(head.parameters()).dtype
+    dtype = head.dtype
     return lambda batch_size, capacity: EagleDrafter(head, batch_size, capacity, dtype, CPU)
 
 
@@ -184,7 +184,7 @@ def ngram(batch_size: int, capacity: int) -> NgramDrafter:
 
 def eagle_with_ngram(head: DraftNetwork) -> DrafterFactory:
     """Builds a head's drafter into whose trees n-grams are merged; for plans with a lookup."""
-    dtype = next(head.parameters()).dtype
+    dtype = head.dtype
 
     def new_drafter(batch_size: int, capacity: int) -> EagleDrafter:
         lookup = ngram(batch_size, capacity)

@@ -1,6 +1,7 @@
 """Trees grown with caches equal a slow reference that recomputes every node from the whole sequence."""
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from itertools import islice
 
@@ -314,8 +315,24 @@ def test_a_draft_window_hides_what_lies_before_it(
     histories = [1, 2, 3], [8, 7, 9]
     windowed, others = (nodes_of(tree_after(first, window=3), 0) for first in histories)
     assert_same_nodes(windowed, others)
-    unlimited = [tree_after(first, window=None).scores for first in histories]
+    unlimited = [tree_after(first, window=CAPACITY).scores for first in histories]
     assert not torch.allclose(*unlimited)
+
+
+@torch.no_grad()
+def test_a_head_reads_as_many_tokens_as_it_was_trained_on(heads: dict[str, DraftNetwork]) -> None:
+    has_window = []
+    for trained_length in (3, None):  # if it is not known, its positions count, which are many more
+        head, trees = copy.deepcopy(heads["eagle3"]), []
+        head.config = dataclasses.replace(head.config, trained_length=trained_length)
+        for window in (None, 3):
+            drafter = EagleDrafter(head, 1, CAPACITY, torch.float64, torch.device("cpu"), window=window)
+            torch.manual_seed(0)
+            features = torch.randn(1, 6, head.fc.in_features, dtype=torch.float64)
+            drafter.observe(torch.tensor([[2, 3, 4, 5, 6, 7]]), features, torch.tensor([6]))
+            trees.append(drafter.grow(torch.tensor([7]), TreePlan.chain(3), longest=6, rank=uncoupled_rank).scores)
+        has_window.append(torch.equal(*trees))
+    assert has_window == [True, False]
 
 
 def test_a_draft_window_below_1_is_refused(heads: dict[str, DraftNetwork]) -> None:

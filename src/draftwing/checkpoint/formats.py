@@ -298,6 +298,7 @@ def _common_config(values: Mapping[str, Any], tensors: Tensors, layer: str) -> d
         "vocab_size": values["vocab_size"],
         "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
         "max_position_embeddings": values.get("max_position_embeddings", 2048),
+        "trained_length": values.get("trained_length"),
         "rope_parameters": values["rope_parameters"],
         "attention_bias": f"{layer}.self_attn.q_proj.bias" in tensors,
         "fc_bias": "fc.bias" in tensors,
@@ -365,7 +366,7 @@ def write_head(head: HeadFile, target: TargetSizes, verifier: str = "") -> tuple
 
 def _layer_values(config: DraftConfig, architecture: str) -> dict[str, Any]:
     """The Llama part of a config.json."""
-    return {
+    values = {
         "model_type": "llama",
         "architectures": [architecture],
         "hidden_act": "silu",
@@ -385,6 +386,9 @@ def _layer_values(config: DraftConfig, architecture: str) -> dict[str, Any]:
         "attention_bias": config.attention_bias,
         "tie_word_embeddings": False,
     }
+    if config.trained_length is not None:
+        values["trained_length"] = config.trained_length  # a key of our own
+    return values
 
 
 def _speculators_values(config: DraftConfig, layer_values: dict[str, Any], verifier: str) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ngram", action="store_true", help="let n-grams looked up in the text compete for an EAGLE tree's nodes"
     )
     parser.add_argument(
-        "--draft-window", type=positive, help="an EAGLE head reads this many last tokens (default: all)"
+        "--draft-window", type=positive, help="an EAGLE head reads this many last tokens (default: as it was trained)"
     )
     parser.add_argument(
         "--plan",

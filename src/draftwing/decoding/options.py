@@ -32,7 +32,8 @@ class GenerateOptions:
             method alone) or a TreePlan; None is the method's default. `auto` sizes each tree by what it is expected to
             bring; the first time on a machine it measures what a cycle costs, for a second or two.
         ngram: with an EAGLE method, let a continuation looked up in the text compete for the nodes of each tree.
-        draft_window: let an EAGLE head read the last so many tokens only, as past the lengths it was trained on.
+        draft_window: the last tokens that an EAGLE head reads; None: as many as it was trained on, for past these
+            lengths it gets worse.
         coupled: rank draft candidates with the target's own noise; the same output, more of it drafted when sampling.
         is_done: a further end, called with a row and its new tokens after each (slow).
     """

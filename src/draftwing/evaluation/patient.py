@@ -82,7 +82,7 @@ class Patient:
             window = options.get("draft_window")
             return EagleDrafter(draft, batch_size, capacity, dtype, target.device, window=window)
 
-        dtype = draft.dtype if isinstance(draft, TargetModel) else next(draft.parameters()).dtype
+        dtype = draft.dtype
         return [
             trace for recording in recordings for trace in replay(recording, new_drafter, DEPTH, dtype, target.device)
         ]

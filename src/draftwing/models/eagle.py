@@ -32,6 +32,11 @@ class EagleModel(nn.Module):
         self.rotary = Rotary(config.head_dim, config.rope_parameters, config.max_position_embeddings)
         self._target_head = (target_head,)  # in a tuple, so that it is no submodule of ours
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype, packed ones' too."""
+        return self.rotary.cos.dtype
+
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """The draft's state from target features: here the features themselves, `[..., D]`."""
         return features

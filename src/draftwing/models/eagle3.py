@@ -74,6 +74,11 @@ class Eagle3Model(nn.Module):
         self._embed = (self.embed_tokens if own_embedding else target_embedding,)
         self.rotary = Rotary(config.head_dim, config.rope_parameters, config.max_position_embeddings)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype, packed ones' too."""
+        return self.rotary.cos.dtype
+
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """Target features `[..., F]` (low; mid; high) to the draft's state `[..., D]`."""
         if self.config.fc_norm:

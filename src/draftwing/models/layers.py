@@ -24,6 +24,8 @@ class DraftConfig:
     num_hidden_layers: int = 1
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 2048
+    trained_length: int | None = None
+    """Tokens of the longest rows that it was trained on, where its file tells."""
     rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     attention_bias: bool = False
     fc_bias: bool = False
@@ -43,6 +45,11 @@ class DraftConfig:
     def feature_layers(self) -> tuple[int, ...]:
         """The hidden_states indices that are read: `aux_layers`, or -1, the final norm's output (EAGLE-1/2)."""
         return self.aux_layers or (-1,)
+
+    @property
+    def window(self) -> int:
+        """The last tokens that it reads by default: past the lengths that it was trained on a head gets worse."""
+        return self.trained_length or self.max_position_embeddings
 
 
 class Attend(Protocol):

@@ -31,6 +31,7 @@ def continued_head(config: TrainConfig, target: TargetModel, train: Sequence[Exa
     if isinstance(head, EagleModel) != (config.objective == "eagle1"):
         kind = "an EAGLE-1/2 head" if isinstance(head, EagleModel) else "an EAGLE-3 head"
         raise ValueError(f"init_from: {config.init_from} is {kind}, the objective is {config.objective}")
+    head.config = dataclasses.replace(head.config, trained_length=max(config.sequence_length, head.config.window))
     if hasattr(head, "embed_tokens"):
         head.embed_tokens.requires_grad_(False)
     if isinstance(head, EagleModel) or config.draft_vocab_size is None:
@@ -71,6 +72,7 @@ def new_config(config: TrainConfig, target_config: Any, vocab_size: int) -> Draf
         "head_dim": of_target("head_dim", hidden_size // num_heads),
         "rms_norm_eps": of_target("rms_norm_eps", 1e-5),
         "max_position_embeddings": of_target("max_position_embeddings", 2048),
+        "trained_length": config.sequence_length,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "vocab_size": vocab_size,
         "draft_vocab_size": vocab_size,

@@ -40,8 +40,8 @@ class DraftModel(Protocol):
 class EagleDrafter(Drafter):
     """Grows trees with an EAGLE network for B rows of at most `capacity` tokens, tree nodes included.
 
-    With an `ngram` drafter, its continuations compete for the nodes of plans that have a lookup. With a `window`, the
-    network reads the last so many committed tokens only, as many as it was trained on, say.
+    With an `ngram` drafter, its continuations compete for the nodes of plans that have a lookup. The network reads the
+    last `window` committed tokens only; None: as many as it was trained on.
 
     Raises:
         ValueError: a window below 1.
@@ -61,7 +61,7 @@ class EagleDrafter(Drafter):
     ) -> None:
         if window is not None and window < 1:
             raise ValueError(f"draft_window: expected at least 1, got {window}")
-        self._ngram, self._window = ngram, window or capacity
+        self._ngram, self._window = ngram, window or model.config.window
         self.feature_layers = model.config.feature_layers
         self._model = model
         self._vocab = model.vocab.to(device)
