@@ -2,9 +2,10 @@
 
     python benchmarks/data_scaling.py --rows build/tiny/self_generated.jsonl --output results.json --plot curve.svg
 
-All heads get the same number of steps and differ in how many rows these repeat (1x, 2x, 4x, 8x: EAGLE-3, figure 1), or,
-at 8x, in one part that is left out (EAGLE-3, table 2): training-time test, the low and middle layers. Figures are the
-held-out accuracy of training and tau on held-out prompts, decoded greedily. A stopped run goes on where it was.
+Heads differ in how many rows they learn from (1x, 2x, 4x, 8x: EAGLE-3, figure 1), or, at 8x, in one part that is left
+out (EAGLE-3, table 2): training-time test, the low and middle layers. All get the same number of steps, which repeat
+the rows, or with `--epochs` all rows are repeated as often. Figures are the held-out accuracy of training and tau on
+held-out prompts, decoded greedily. A stopped run goes on where it was; with `--only` several processes share the work.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from draftwing.data.prompts import read_prompts
 from draftwing.provenance import write_record
 from draftwing.training.train import train_stage
 
+BATCH_SIZE = 16
 PLANS = ("chain:5", "tree:4x5x26")
 
 
@@ -45,6 +47,8 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     rows = []
     for variant in variants(options.times):
+        if not variant.name.startswith(options.only):
+            continue
         folder = Path(options.folder) / variant.name.replace(" ", "_").replace(",", "")
         finished = folder / "result.json"
         if not finished.is_file():
@@ -81,6 +85,8 @@ def variants(times: list[int]) -> list[Variant]:
 
 
 def train_and_measure(variant: Variant, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    rows = variant.times * options.smallest
+    steps = options.steps if options.epochs is None else round(rows * options.epochs / BATCH_SIZE)
     settings: dict[str, Any] = {
         "ttt_steps": options.ttt_steps,
         "aux_layers": (2, 6, 11),
@@ -91,14 +97,14 @@ def train_and_measure(variant: Variant, folder: Path, options: argparse.Namespac
         output=str(folder),
         target=options.target,
         data=options.rows,
-        max_rows=variant.times * options.smallest,
+        max_rows=rows,
         sequence_length=192,
-        batch_size=16,
-        max_steps=options.steps,
+        batch_size=BATCH_SIZE,
+        max_steps=steps,
         learning_rate=1e-3,
-        warmup_steps=options.steps // 20,
-        evaluate_every=options.steps,
-        save_every=max(1, options.steps // 4),
+        warmup_steps=steps // 20,
+        evaluate_every=steps,
+        save_every=max(1, steps // 4),
         **(settings if variant.objective == "eagle3" else {}),
     )
     metrics = train_stage(config)  # of a finished run, the record
@@ -113,7 +119,8 @@ def train_and_measure(variant: Variant, folder: Path, options: argparse.Namespac
     return {
         "name": variant.name,
         "objective": variant.objective,
-        "rows": variant.times * options.smallest,
+        "rows": rows,
+        "steps": steps,
         "accuracy": metrics["eval_accuracy_0"],
         "tau_sim": metrics["eval_tau_sim"],
         "tau": tau,
@@ -122,11 +129,11 @@ def train_and_measure(variant: Variant, folder: Path, options: argparse.Namespac
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     table = Table(title="Heads trained alike, but for one thing")
-    for column in ("head", "rows", "accuracy", *(f"tau, {plan}" for plan in PLANS)):
+    for column in ("head", "rows", "steps", "accuracy", *(f"tau, {plan}" for plan in PLANS)):
         table.add_column(column, justify="left" if column == "head" else "right")
     for row in rows:
         figures = [row["accuracy"], *(row["tau"][plan] for plan in PLANS)]
-        table.add_row(row["name"], str(row["rows"]), *(f"{figure:.3f}" for figure in figures))
+        table.add_row(row["name"], str(row["rows"]), str(row["steps"]), *(f"{figure:.3f}" for figure in figures))
     Console(width=110).print(table)
 
 
@@ -137,7 +144,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--folder", default="build/data_scaling", help="where the heads are trained")
     parser.add_argument("--smallest", type=int, default=800, help="rows of the 1x data set (default: 800)")
     parser.add_argument("--times", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--steps", type=int, default=400, help="of 16 rows, for every head (default: 400)")
+    parser.add_argument("--steps", type=int, default=400, help="of 16 rows, for every head (default: %(default)s)")
+    parser.add_argument("--epochs", type=float, help="repeat all rows as often, instead of --steps for every head")
+    parser.add_argument("--only", default="", help="the heads whose names begin so: eagle1, 'eagle3 8x, '")
     parser.add_argument("--ttt-steps", type=int, default=4)
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=96)
