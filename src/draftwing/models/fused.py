@@ -92,7 +92,7 @@ class Nodes:
     steps: Elementwise
 
     def normalise(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        """`x [..., D]`, or each head of it, by an RMS norm."""
+        """`x [R, D]`, or each head of `x [R, H, dim]`, by an RMS norm."""
         return self.steps.normalise(x, norm.weight, norm.eps)
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
@@ -240,7 +240,8 @@ class FusedNorm(nn.Module):
         self._norm, self._steps = _read_norm(module), steps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._steps.normalise(x, self._norm.weight, self._norm.eps)
+        rows = x.flatten(0, -2)  # as elsewhere, so that one compiled kernel serves all
+        return self._steps.normalise(rows, self._norm.weight, self._norm.eps).view(x.shape)
 
 
 class FusedDecoderLayer(nn.Module):
@@ -272,9 +273,10 @@ class FusedEagle3Layer(nn.Module):
         self, embedding: torch.Tensor, hidden: torch.Tensor, rotation: Rotation, attend: Attend
     ) -> torch.Tensor:
         nodes = _nodes(hidden, rotation, attend, self._steps)
+        embedding, hidden = embedding.flatten(0, 1), hidden.flatten(0, 1)
         normed = nodes.normalise(hidden, self._hidden_norm)
-        residual = (normed if self._norm_before_residual else hidden).flatten(0, 1)
-        inputs = torch.cat((nodes.normalise(embedding, self._input_norm), normed), dim=-1).flatten(0, 1)
+        inputs = torch.cat((nodes.normalise(embedding, self._input_norm), normed), dim=-1)
+        residual = normed if self._norm_before_residual else hidden
         return nodes.spread(self._layer.run(residual, inputs, nodes, overwrite=False))
 
 
