@@ -80,7 +80,7 @@ def methods_of(model: SpeculativeModel) -> dict[str, Start]:
     return {
         "plain": model.with_method("plain").start,
         "ngram": model.with_method("ngram").start,
-        "eagle3": model.start,
+        "eagle3": partial(model.start, ngram=False),
         "eagle3+ngram": partial(model.start, ngram=True),
     }
 

@@ -47,9 +47,12 @@ def main() -> int:
             target, head_for(target, random=False), tokenizer, lessons=Lessons(read_acceptance("tiny"))
         )
         useless = SpeculativeModel(target, head_for(target, random=True), tokenizer)
-        methods: dict[str, Start] = {"off": partial(trained.start, plan="off"), "auto": trained.start}
+        methods: dict[str, Start] = {
+            "off": partial(trained.start, plan="off"),
+            "auto": partial(trained.start, ngram=False),
+        }
         methods |= {plan: partial(trained.start, plan=plan) for plan in PLANS}
-        methods["useless auto"] = useless.start
+        methods["useless auto"] = partial(useless.start, ngram=False)
         batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
         batches = [batch for batch in batches if len(batch) == batch_size][: options.batches]
         rows.append(measure(methods, batches, options) | {"target_size": size, "batch_size": batch_size})

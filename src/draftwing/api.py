@@ -37,7 +37,7 @@ from draftwing.methods import (
     suitable_draft,
     tree_shapes,
 )
-from draftwing.models.fused import pack_head, pack_target
+from draftwing.models.fused import pack_draft, pack_target
 from draftwing.models.target import TargetModel
 from draftwing.provenance import provenance
 
@@ -100,12 +100,8 @@ class SpeculativeModel:
     ) -> "SpeculativeModel":
         """The same target with a draft that is loaded for it; arguments and errors are those of `load`."""
         drafting = load_draft(draft, self.target, options=head_options, tokenizer=self.tokenizer)
-        if isinstance(drafting, TargetModel):
-            drafting = pack_target(drafting)
-        else:
-            pack_head(drafting)
         lessons = Lessons(read_acceptance(draft))
-        return SpeculativeModel(self.target, drafting, self.tokenizer, method, lessons, self._captures)
+        return SpeculativeModel(self.target, pack_draft(drafting), self.tokenizer, method, lessons, self._captures)
 
     def generate(
         self,
@@ -159,9 +155,10 @@ class SpeculativeModel:
         settings = settings or GenerateOptions()
         longest = max((len(request.prompt) + request.stop.max_new_tokens for request in requests), default=0)
         self._check_draft_positions(longest)
-        plan = self._plan(settings, requests)
-        factory = drafter_factory(self.method, self.draft, self.target, settings.ngram, settings.draft_window)
-        pool = self._pools.setdefault((settings.ngram, settings.draft_window), RowsPool())
+        with_lookup = self._looks_up(settings)
+        plan = self._plan(settings, requests, with_lookup)
+        factory = drafter_factory(self.method, self.draft, self.target, with_lookup, settings.draft_window)
+        pool = self._pools.setdefault((with_lookup, settings.draft_window), RowsPool())
         return Generation(self.target, requests, factory, plan, settings.coupled, self._new_rows(pool))
 
     def costs(self, batch_size: int) -> CycleCosts:
@@ -193,11 +190,17 @@ class SpeculativeModel:
             experience[key] = Experience(table)
         return experience[key]
 
-    def _plan(self, settings: GenerateOptions, requests: Sequence[Request]) -> Plan:
-        batch_size, device = len(requests), self.target.device
-        off = plain_plan(self.target, batch_size)
+    def _looks_up(self, settings: GenerateOptions) -> bool:
+        """Whether n-grams are merged into the trees."""
         if settings.ngram and self.method not in EAGLE_METHODS:
             raise ValueError(f"ngram: merges into EAGLE trees; the method is {self.method}")
+        if settings.ngram is not None:
+            return settings.ngram
+        return self.method in EAGLE_METHODS and (settings.plan or default_plan(self.method)) == "auto"
+
+    def _plan(self, settings: GenerateOptions, requests: Sequence[Request], with_lookup: bool) -> Plan:
+        batch_size, device = len(requests), self.target.device
+        off = plain_plan(self.target, batch_size)
         if settings.draft_window is not None and self.method not in EAGLE_METHODS:
             raise ValueError(f"draft_window: limits what an EAGLE head reads; the method is {self.method}")
         if self.method == "plain":
@@ -210,10 +213,10 @@ class SpeculativeModel:
             plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
             if not plan.depth:
                 return off
-            return LookupPlan(plan, experience.lookup_pause) if settings.ngram else plan
+            return LookupPlan(plan, experience.lookup_pause) if with_lookup else plan
         assert self.draft is not None
         shapes = tree_shapes(self.draft, self.target)
-        if settings.ngram:
+        if with_lookup:
             shapes = tuple(shape.with_lookup() for shape in shapes)
         return AutoPlan(
             self.costs(batch_size),

@@ -10,6 +10,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from draftwing.api import Lessons, SpeculativeModel, append_padded, unpad
 from draftwing.checkpoint.load import Draft, load_draft, read_acceptance
+from draftwing.models.fused import pack_draft
 from draftwing.models.target import TargetModel
 
 
@@ -70,7 +71,7 @@ def custom_generate(draft: str | Path | Draft, plan: str | None = None, seed: in
 
 def _load(draft: str | Path | Draft, target: TargetModel) -> tuple[Draft, Lessons]:
     if isinstance(draft, str | Path):
-        return load_draft(str(draft), target), Lessons(read_acceptance(str(draft)))
+        return pack_draft(load_draft(str(draft), target)), Lessons(read_acceptance(str(draft)))
     return draft, Lessons()
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ import draftwing
 from draftwing.api import GenerateOutput, SpeculativeModel
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.config import TrainConfig
+from draftwing.decoding.options import GenerateOptions
 from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
 from draftwing.training.heads import new_head
@@ -359,6 +361,23 @@ def test_ngram_needs_no_head_and_joins_one(model: SpeculativeModel, target: Targ
     for setting in ({"ngram": True}, {"draft_window": 8}):  # what would be ignored is refused
         with pytest.raises(ValueError, match="the method is plain"):
             SpeculativeModel(target).generate(ids, **setting)
+
+
+def test_lookups_compete_where_trees_size_themselves(model: SpeculativeModel, target: TargetModel) -> None:
+    """Unless they are turned off, and elsewhere if they are asked for; methods without EAGLE trees have none."""
+
+    def looks_up(model: SpeculativeModel, **options: Any) -> bool:
+        return model._looks_up(GenerateOptions(**options))
+
+    assert looks_up(model) and looks_up(model, plan="auto")
+    assert not looks_up(model, ngram=False)
+    assert not looks_up(model, plan="tree:4x4x16") and looks_up(model, plan="tree:4x4x16", ngram=True)
+    assert not looks_up(model.with_method("plain"))
+    ids = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4, 1, 2]])
+    plain = SpeculativeModel(target).generate(ids, max_new_tokens=20)
+    assert isinstance(plain, torch.Tensor)
+    for options in ({"plan": "auto"}, {"plan": "auto", "ngram": False}, {"plan": "tree:2x3x7", "ngram": True}):
+        assert plain.equal(model.generate(ids, max_new_tokens=20, **options))
 
 
 def test_measured_costs_belong_to_one_kind_of_pass(

@@ -29,7 +29,7 @@ def test_a_spec_is_read_and_written_back(text: str, expected: MethodSpec) -> Non
 
 
 def test_settings_are_options_of_generate() -> None:
-    assert spec("eagle3").settings == {}
+    assert spec("eagle3").settings == {"ngram": False}, "a paper's method has its own drafts only"
     assert spec("eagle3:chain:5+ngram+uncoupled").settings == {"plan": "chain:5", "ngram": True, "coupled": False}
 
 

@@ -20,7 +20,7 @@ SUMMARY = "Generate text with a target and a draft: EAGLE or Medusa heads, a sma
 EXAMPLES = """examples:
   draftwing generate --target tiny --draft tiny --prompt "def main(args):"
   draftwing generate --target path/to/large-model --draft path/to/small-model --prompt "def main(args):"
-  draftwing generate --target tiny --draft tiny --prompt "x = [1, 2, 3]" --ngram
+  draftwing generate --target tiny --draft tiny --prompt "x = [1, 2, 3]" --plan tree:4x4x16 --ngram
   draftwing generate --target tiny --draft tiny --prompt "x = [1, 2, 3]" --quantize int8
   draftwing generate --target tiny --method lookahead --prompt "x = [1, 2, 3]" --compare
   draftwing generate --target tiny --draft tiny --chat --prompt "Write the Python function clamp." --compare
@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: what the draft is made for",
     )
     parser.add_argument(
-        "--ngram", action="store_true", help="let n-grams looked up in the text compete for an EAGLE tree's nodes"
+        "--ngram",
+        action=argparse.BooleanOptionalAction,
+        help="let n-grams looked up in the text compete for an EAGLE tree's nodes (default: with --plan auto)",
     )
     parser.add_argument(
         "--draft-window", type=positive, help="an EAGLE head reads this many last tokens (default: as it was trained)"

@@ -31,7 +31,8 @@ class GenerateOptions:
         plan: `auto`, `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `eagle1`, `medusa`, `lookahead:WxNxG` (for that
             method alone) or a TreePlan; None is the method's default. `auto` sizes each tree by what it is expected to
             bring; the first time on a machine it measures what a cycle costs, for a second or two.
-        ngram: with an EAGLE method, let a continuation looked up in the text compete for the nodes of each tree.
+        ngram: with an EAGLE method, let a continuation looked up in the text compete for the nodes of each tree; None:
+            where trees size themselves. Lookups that bring nothing are paused.
         draft_window: the last tokens that an EAGLE head reads; None: as many as it was trained on, for past these
             lengths it gets worse.
         coupled: rank draft candidates with the target's own noise; the same output, more of it drafted when sampling.
@@ -51,7 +52,7 @@ class GenerateOptions:
     stop: Sequence[str] | str = ()
     plan: str | TreePlan | None = None
     coupled: bool = True
-    ngram: bool = False
+    ngram: bool | None = None
     draft_window: int | None = None
     is_done: Callable[[int, Sequence[int]], bool] | None = None
 

@@ -15,7 +15,7 @@ from draftwing.decoding.drafters.draft_model import DraftModelDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.evaluation.replay import Recording, Trace, replay
 from draftwing.evaluation.suspects import Suspect, head_suspects, precision_suspects
-from draftwing.models.fused import pack_head, pack_target
+from draftwing.models.fused import pack_draft
 from draftwing.models.target import TargetModel
 
 DEPTH = 5
@@ -48,11 +48,10 @@ class Patient:
             fields = {name: value for name, value in options.items() if name in HeadOptions.__dataclass_fields__}
             chosen = HeadOptions(**self.options.given | fields)
             head = build_head(self.values, self.tensors, self.target, dtype, chosen)
-            pack_head(head)  # as for decoding
-            return head
+            return pack_draft(head)  # as for decoding
         model = load_draft(self.name, self.target, dtype, self.options, self._tokenizer)
         assert isinstance(model, TargetModel)
-        return pack_target(model)
+        return pack_draft(model)
 
     def suspects(self, longest: int) -> list[Suspect]:
         """What to try, on rows of at most so many tokens."""

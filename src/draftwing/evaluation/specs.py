@@ -29,8 +29,8 @@ class MethodSpec:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options of `generate`."""
-        settings = {} if self.plan is None else {"plan": self.plan}
+        """The options of `generate`; n-grams are merged where that is asked for only."""
+        settings: dict[str, Any] = {"ngram": False} | ({} if self.plan is None else {"plan": self.plan})
         for option in self.options:
             settings |= OPTIONS[option]
         return settings

@@ -8,7 +8,7 @@ one's on a GPU between its products. This is a second implementation of the laye
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from draftwing.models.layers import Attend, DecoderLayer, RMSNorm, Rotation, rot
 from draftwing.models.packed import PackedLinear, Product, pack_linears
 from draftwing.models.target import ATTENTION, Role, TargetModel, TargetOutput, TreePass, attention_windows
 
+Draft = TypeVar("Draft", bound=nn.Module | TargetModel)
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
@@ -168,6 +169,14 @@ def pack_target(target: TargetModel, compiles: bool | None = None) -> TargetMode
     if not can_fuse(target.model):
         return target
     return FusedTarget(target.model, target.role, _elementwise(target.device, compiles))
+
+
+def pack_draft(draft: Draft) -> Draft:
+    """Pack a draft model as a target is packed, or a head in place."""
+    if isinstance(draft, TargetModel):
+        return cast(Draft, pack_target(draft))
+    pack_head(draft)
+    return draft
 
 
 def _elementwise(device: torch.device, compiles: bool | None) -> Elementwise:
