@@ -41,7 +41,7 @@ assets: setup
 # All methods, what their choices change, and acceptance by step, on the embedded models: docs/results/tables.
 # make tables TABLES="--data mt_bench=mt_bench.jsonl --num-prompts 20" measures more.
 TABLE_METHODS := all,eagle1:chain:7,eagle2:tree:4x5x26,eagle3:chain:7,eagle3:tree:4x5x26
-TABLE_METHODS := $(TABLE_METHODS),eagle3:tree:4x5x26+uncoupled,eagle3:tree:4x5x26+ngram
+TABLE_METHODS := $(TABLE_METHODS),eagle3:tree:4x5x26+uncoupled,eagle3:tree:4x5x26+ngram,eagle3+ngram
 tables: setup
 	$(BIN)/draftwing eval --methods $(TABLE_METHODS) --data embedded --num-prompts 16 --repeats 3 \
 	    --output docs/results/tables $(TABLES)
