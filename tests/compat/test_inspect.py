@@ -46,6 +46,7 @@ def test_an_eagle3_head(tmp_path: Path) -> None:
     assert (report.num_heads, report.num_key_value_heads, report.head_dim) == (4, 2, 8)
     assert (report.vocab_size, report.draft_vocab_size) == (64, 48)
     assert report.aux_layers == [1, 3, 5]
+    assert report.trained_length is None and report.window == 2048, "as many as it has positions"
     assert report.options == ["norm_output"]
     assert report.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
     assert report.problems == []

@@ -49,6 +49,8 @@ class HeadReport:
     draft_vocab_size: int
     aux_layers: list[int]
     rope_parameters: dict[str, Any]
+    trained_length: int | None
+    window: int
     options: list[str]
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -179,6 +181,8 @@ def _inspect_head(folder: Path, values: dict[str, Any], tensors: Tensors, target
         draft_vocab_size=config.draft_vocab_size,
         aux_layers=list(config.aux_layers),
         rope_parameters=config.rope_parameters,
+        trained_length=config.trained_length,
+        window=config.window,
         options=options,
         problems=problems,
         notes=_notes(values, head.is_eagle3, bool(config.aux_layers)),
@@ -235,6 +239,8 @@ def _add_head_rows(table: Table, report: HeadReport) -> None:
     layers = ", ".join(map(str, report.aux_layers)) or ("last" if report.format == "eagle1" else "not named")
     table.add_row("feature layers", f"{layers} (hidden_states indices)")
     table.add_row("rope", ", ".join(f"{name} {value}" for name, value in report.rope_parameters.items()))
+    source = "max_position_embeddings" if report.trained_length is None else "the length it was trained on"
+    table.add_row("reads", f"the last {report.window} tokens ({source})")
     table.add_row("options", ", ".join(report.options) or "none")
     for note in report.notes:
         table.add_row("note", note)
