@@ -32,6 +32,8 @@ from draftwing.provenance import write_record
 
 SOURCE_TOKENS = 160
 PRESCRIBED = 1e6
+ALL = 10**6
+"""Tokens that a draft window has at least if it hides none."""
 TRAINED_POSITIONS = 512
 """Of the embedded target: its recipe's `sequence_length`."""
 
@@ -141,7 +143,7 @@ def measure_position(
     assert model.target.max_positions is not None
     methods: dict[str, Start] = {name: methods_of(model)[name] for name in ("eagle3", "eagle3+ngram")}
     for window in options.windows:
-        methods[f"eagle3 window {window}"] = partial(model.start, draft_window=window)
+        methods[f"eagle3 window {window}"] = partial(model.start, ngram=False, draft_window=window)
     rows = []
     for temperature in options.temperatures:
         for method, start in methods.items():
@@ -174,7 +176,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--windows", nargs="*", type=int, default=[192], help="draft windows of the position measure")
+    parser.add_argument(
+        "--windows",
+        nargs="*",
+        type=int,
+        default=[ALL],
+        help="draft windows of the position measure (default: all tokens)",
+    )
     parser.add_argument("--positions", type=int, help="stretch the embedded target to so many (default: its own)")
     parser.add_argument("--plan", default="tree:4x4x16", help="of the position measure (default: %(default)s)")
     parser.add_argument("--bucket", type=int, default=128, help="output positions in a bucket (default: 128)")

@@ -49,7 +49,8 @@ def main() -> int:
     for variant in variants(options.times):
         if not variant.name.startswith(options.only):
             continue
-        folder = Path(options.folder) / variant.name.replace(" ", "_").replace(",", "")
+        length = f"{options.steps} steps" if options.epochs is None else f"{options.epochs:g} epochs"
+        folder = Path(options.folder) / f"{variant.name} {length}".replace(" ", "_").replace(",", "")
         finished = folder / "result.json"
         if not finished.is_file():
             row = train_and_measure(variant, folder, options)

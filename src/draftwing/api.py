@@ -208,19 +208,19 @@ class SpeculativeModel:
         plan = settings.plan or default_plan(self.method)
         if plan == "auto" and self.method in DRAFTLESS_METHODS:  # nothing to size: lookups cost next to nothing
             plan = default_plan(self.method)
-        experience = self.experience(batch_size, sampled=any(request.sampling.temperature > 0 for request in requests))
+        sampled = any(request.sampling.temperature > 0 for request in requests)
         if plan != "auto":
             plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
             if not plan.depth:
                 return off
-            return LookupPlan(plan, experience.lookup_pause) if with_lookup else plan
+            return LookupPlan(plan, self.experience(batch_size, sampled).lookups) if with_lookup else plan
         assert self.draft is not None
         shapes = tree_shapes(self.draft, self.target)
         if with_lookup:
             shapes = tuple(shape.with_lookup() for shape in shapes)
         return AutoPlan(
             self.costs(batch_size),
-            experience,
+            self.experience(batch_size, sampled),
             batch_size,
             shapes[-1],
             off,
@@ -233,6 +233,11 @@ class SpeculativeModel:
         assert self.draft is not None
         draft = self.draft.config.to_dict() if isinstance(self.draft, TargetModel) else vars(self.draft.config)
         where = {"on": str(self.target.device), "dtype": str(self.target.dtype), "pass": type(self.target).__name__}
+        network = self.draft.model if isinstance(self.draft, TargetModel) else self.draft
+        kinds = {
+            type(part).__name__ for part in (self.draft, *network.modules())
+        }  # packed and fused ones have their own
+        where["draft_pass"] = ", ".join(sorted(kinds))
         where["captured"] = str(self._captures)
         where["attention"] = self.target.model.config._attn_implementation  # a user's own model has another
         return _machine() | where | {"target": self.target.config.to_dict(), "draft": draft}

@@ -71,7 +71,7 @@ def custom_generate(draft: str | Path | Draft, plan: str | None = None, seed: in
 
 def _load(draft: str | Path | Draft, target: TargetModel) -> tuple[Draft, Lessons]:
     if isinstance(draft, str | Path):
-        return pack_draft(load_draft(str(draft), target)), Lessons(read_acceptance(str(draft)))
+        return pack_draft(load_draft(str(draft), target), compiles=False), Lessons(read_acceptance(str(draft)))
     return draft, Lessons()
 
 

@@ -21,9 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from draftwing.checkpoint.load import DraftNetwork
+from draftwing.decoding import lookups
 from draftwing.decoding.captured import CapturedRows, Recorded, RowsPool, context_bound
-from draftwing.decoding.experience import Experience, Pause
+from draftwing.decoding.experience import Experience
 from draftwing.decoding.generate import Generation
+from draftwing.decoding.lookups import LookupPlan, LookupTrial
+from draftwing.decoding.pause import Pause
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.rows import DrafterFactory, Rows
 from draftwing.models.kv_cache import KVCache
@@ -114,6 +117,27 @@ def test_plain_decoding_and_ngrams_are_captured_too(
         replayed = generate(target, requests, drafter, plan, new_rows=captured)
         assert [output.tokens for output in replayed.outputs] == plain
         assert replayed.statistics.accepted_at == eager.statistics.accepted_at
+
+
+@pytest.mark.parametrize("plan", ["chain:5", "eagle1", "tree:4x4x16"])
+def test_lookups_come_and_go_between_recordings(
+    target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]], plan: str, monkeypatch: Any
+) -> None:
+    """A plan has one recording with its lookup and one without; what was looked up is learnt from in both."""
+    monkeypatch.setattr(lookups, "TRIAL", 1)
+    monkeypatch.setattr(lookups, "SHARE", 2.0)  # never enough: a pause after each trial
+    requests, pool = requests_for(prompts, max_new_tokens=40, eos=(), temperature=1.0), RowsPool(TapeRecorder)
+    plain, trials = run(target, requests), (LookupTrial(), LookupTrial())
+    for trial in trials:
+        trial.pause.length = 3
+    for _ in range(2):
+        eager, replayed = (
+            generate(target, requests, eagle_with_ngram(heads["eagle3"]), LookupPlan(TreePlan.parse(plan), trial), rows)
+            for trial, rows in zip(trials, (Rows, pool.take), strict=True)
+        )
+        assert tokens_of(eager) == plain == tokens_of(replayed)
+        assert eager.statistics.accepted_at == replayed.statistics.accepted_at
+        assert trials[0].pause == trials[1].pause != LookupTrial().pause
 
 
 @pytest.mark.parametrize(

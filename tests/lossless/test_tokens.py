@@ -20,7 +20,8 @@ from conftest import (
 )
 
 from draftwing.checkpoint.load import DraftNetwork
-from draftwing.decoding.experience import Experience, Pause
+from draftwing.decoding.experience import Experience
+from draftwing.decoding.pause import Pause
 from draftwing.decoding.rows import DrafterFactory
 from draftwing.decoding.sampling import Noise, SamplingParams
 from draftwing.models import target as target_module

@@ -1,6 +1,7 @@
 """Trees that size themselves: what pays, what does not, and when drafting pauses."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import torch
 from conftest import auto_plan, costs
 
 from draftwing.decoding.acceptance import EDGES
-from draftwing.decoding.auto_plan import INHERITED_PAUSE, LESSON, STUDIED, STUDIED_LATER, TRIAL, YOUTH, AutoPlan
-from draftwing.decoding.experience import LONGEST_PAUSE, SHORTEST_PAUSE, Experience, Pause
+from draftwing.decoding.auto_plan import LESSON, STUDIED, STUDIED_LATER, TRIAL, YOUTH, AutoPlan
+from draftwing.decoding.experience import Experience
 from draftwing.decoding.lookups import TRIAL as LOOKUP_TRIAL
-from draftwing.decoding.lookups import LookupPlan
+from draftwing.decoding.lookups import LookupPlan, LookupTrial
+from draftwing.decoding.pause import INHERITED_PAUSE, LONGEST_PAUSE, SHORTEST_PAUSE
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.readback import CycleFacts, CycleReport
 
@@ -132,15 +134,20 @@ def test_a_good_drafter_is_never_paused_and_one_that_turns_good_is_found_out() -
     assert all(run_cycles(plan, num_accepted=3, count=300)[-40:])
 
 
+def pauses_of(looked_up: list[bool]) -> list[int]:
+    """The lengths of the runs of cycles that look nothing up."""
+    return [len(list(run)) for looks_up, run in itertools.groupby(looked_up) if not looks_up]
+
+
 @pytest.mark.parametrize("is_auto", [True, False])
 @pytest.mark.parametrize("brings", [True, False])
 def test_lookups_are_paused_while_the_draft_knows_as_much(is_auto: bool, brings: bool) -> None:
-    pause = Pause()
+    trial = LookupTrial()
     merged = TreePlan(4, 6, 24).with_lookup()
 
     def looked_up(cycles: int) -> list[bool]:
         """Whether each of a generation's cycles looks something up."""
-        plan = auto_plan(1, Experience(lookup_pause=pause), largest=merged) if is_auto else LookupPlan(merged, pause)
+        plan = auto_plan(1, Experience(lookups=trial), largest=merged) if is_auto else LookupPlan(merged, trial)
         facts, found = chain_facts(num_accepted=3), []
         if brings:
             facts = dataclasses.replace(facts, drafted=facts.drafted & (facts.depths < 3))
@@ -154,6 +161,10 @@ def test_lookups_are_paused_while_the_draft_knows_as_much(is_auto: bool, brings:
     assert first[: STUDIED * LOOKUP_TRIAL] == [True] * (STUDIED * LOOKUP_TRIAL)
     assert all(first) if brings else sum(first) < 60
     assert any(looked_up(SHORTEST_PAUSE + 1)), "the next text may repeat itself"
+    if not brings:
+        assert max(pauses_of(looked_up(200))) < LONGEST_PAUSE / 8, "and pauses grow from the shortest again"
+        short = [looked_up(SHORTEST_PAUSE // 2) for _ in range(100)]
+        assert sum(map(sum, short)) < 0.6 * 100 * SHORTEST_PAUSE // 2, "short generations come to a verdict together"
 
 
 def test_later_fewer_cycles_are_looked_at_closely() -> None:

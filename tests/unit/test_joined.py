@@ -78,30 +78,32 @@ def test_joined_products_are_the_stock_modules(new_model: Callable[[], PreTraine
     torch.testing.assert_close(output.features, expected.features, atol=1e-4, rtol=1e-4)
 
 
-def random_head(kind: str) -> DraftNetwork:
+def random_head(kind: str, dtype: torch.dtype = torch.float32) -> DraftNetwork:
     """A head of two layers with every option that a layer can have."""
     torch.manual_seed(0)
-    options = {"qk_norm": True, "norm_before_residual": True, "attention_bias": True} if kind == "eagle3" else {}
-    config = DraftConfig(
-        32, 48, 4, 2, 8, 50, 40, 32, num_hidden_layers=2, aux_layers=(0, 1) if kind == "eagle3" else (), **options
-    )
-    embed, output = nn.Embedding(50, 32), nn.Linear(32, 50)
-    if kind == "eagle1":
-        return EagleModel(config, output)
-    return Eagle3Model(config, DraftVocab(torch.arange(40), 50), embed)
+    names = ("qk_norm", "norm_before_residual", "attention_bias", "fc_norm", "norm_before_fc", "norm_output")
+    options = dict.fromkeys(names, True) | {"aux_layers": (0, 1)} if kind == "eagle3" else {}
+    config = DraftConfig(32, 48, 4, 2, 8, 50, 40, 32, num_hidden_layers=2, **options)
+    embed, output = nn.Embedding(50, 32).to(dtype), nn.Linear(32, 50).to(dtype)
+    is_eagle3 = kind == "eagle3"
+    head = Eagle3Model(config, DraftVocab(torch.arange(40), 50), embed) if is_eagle3 else EagleModel(config, output)
+    for weight in head.parameters():  # norms begin as ones, biases as zeros
+        nn.init.uniform_(weight, -0.5, 0.5)
+    return head.to(dtype)
 
 
 @torch.inference_mode()
-def head_pass(head: DraftNetwork) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs and logits of two rows of three slots that read nothing but themselves."""
+def head_pass(head: DraftNetwork) -> tuple[torch.Tensor, ...]:
+    """Outputs and logits of two rows of three slots."""
     torch.manual_seed(1)
+    causal = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
 
     def attend(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return grouped_attention(queries, keys, values, torch.eye(3, dtype=torch.bool)[None, None]).transpose(1, 2)
+        return grouped_attention(queries, keys, values, causal).transpose(1, 2)
 
-    features = torch.randn(2, 3, 32 * len(head.config.feature_layers))
+    features = torch.randn(2, 3, 32 * len(head.config.feature_layers)).to(head.dtype)
     output = head(head.fuse(features), torch.arange(6).view(2, 3), torch.arange(6).view(2, 3), attend)
-    return output, head.logits(output)
+    return output, head.feed_back(output), head.logits(output)
 
 
 @pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=needs_a_compiler)])
@@ -112,8 +114,14 @@ def test_fused_heads_are_the_heads(kind: str, compiles: bool) -> None:
     pack_head(head, compiles)
     fused = [type(module).__name__ for module in head.modules() if type(module).__module__ == pack_head.__module__]
     assert len(fused) == (3 if kind == "eagle3" else 2), "two layers, and EAGLE-3's norm"
-    for ours, theirs in zip(head_pass(head), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(head_pass(head), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["eagle1", "eagle3"])
+def test_fused_heads_keep_float64(kind: str) -> None:
+    expected, head = head_pass(random_head(kind, torch.float64)), random_head(kind, torch.float64)
+    pack_head(head)
+    torch.testing.assert_close(head_pass(head), expected, atol=1e-12, rtol=1e-12)
 
 
 def test_single_layers_share_their_weights() -> None:

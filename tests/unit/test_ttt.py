@@ -37,7 +37,7 @@ CONFIGS = {"eagle1": EAGLE1, "eagle3": EAGLE3}
 def explicit_attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """`[B, H, Q, dim]` queries over `[B, H, K, dim]` keys where `mask [..., Q, K]` -> `[B, Q, H * dim]`."""
+    """`[B, H, Q, dim]` queries over `[B, H, K, dim]` keys where `mask [..., Q, K]` -> `[B, Q, H, dim]`."""
     scores = queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5
     return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values).transpose(1, 2)
 

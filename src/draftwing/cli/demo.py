@@ -56,4 +56,6 @@ def run(options: argparse.Namespace) -> None:
     dtype = str(eagle3.target.dtype).removeprefix("torch.")
     console.print(as_table(rows, f"embedded models, {dtype} on {options.device}, {len(prompts)} held-out prompts"))
     console.print("tau: tokens per target pass. Speed-ups are over plain decoding by the same engine.")
-    console.print(f"Trees: EAGLE-1 the paper's of 26 nodes, EAGLE-2 {EAGLE2_PLAN}, EAGLE-3 sized by themselves.")
+    console.print(
+        f"Trees: EAGLE-1 the paper's of 26 nodes, EAGLE-2 {EAGLE2_PLAN}, EAGLE-3 by themselves, with looked-up text."
+    )

@@ -14,7 +14,7 @@ import torch
 from draftwing.decoding.acceptance import NUM_DEPTHS, CalibratedSize
 from draftwing.decoding.costs import CycleCosts
 from draftwing.decoding.experience import Experience
-from draftwing.decoding.lookups import LookupTrial
+from draftwing.decoding.pause import INHERITED_PAUSE
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.readback import CycleFacts, CycleReport, join_outcomes
 
@@ -36,8 +36,6 @@ FEW_NODES = 16
 """Nodes over which the seconds of one more are averaged where it is not known yet how many there will be."""
 CONTEXT_STEP = 64
 """Tokens after which the costs are looked up anew."""
-INHERITED_PAUSE = 256
-"""Cycles of an earlier generation's pause that the next one waits for at most: it may be of another kind."""
 
 
 class AutoPlan:
@@ -82,11 +80,12 @@ class AutoPlan:
         self._running = np.arange(batch_size)
         self._costs_until = self._num_cycles = 0
         self._levels_seconds = 0.0  # of the last tree's levels beyond the first
-        self._lookups, self._looks_up = LookupTrial(experience.lookup_pause), False
+        self._looks_up = False
         self._look_up_costs(0)
         self._use_lessons()
         self._start_trial(experience.gain)
         experience.pause.inherit(INHERITED_PAUSE)
+        experience.lookups.begin()
 
     def next(self, longest: int) -> TreePlan:
         """The next cycle's plan, given the committed tokens of the longest row."""
@@ -95,7 +94,7 @@ class AutoPlan:
         if self._experience.pause.goes_on():
             return self._off
         self._levels_seconds = self._costs.levels(self._shape) if self._shapes else 0.0
-        self._looks_up = self._shape.lookup_depth > 0 and self._lookups.goes_on()
+        self._looks_up = self._shape.lookup_depth > 0 and self._experience.lookups.looks_up()
         return self._sized[self._shape, self._looks_up]
 
     def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
@@ -139,7 +138,7 @@ class AutoPlan:
             facts = report.facts()
             self._experience.outcomes.append(facts.outcomes())
             if self._looks_up:
-                self._lookups.study(facts)
+                self._experience.lookups.study(facts)
             if self._shapes:
                 self._weigh_shapes(facts)
         if self._num_cycles >= TRIAL:

@@ -3,36 +3,9 @@
 from dataclasses import dataclass, field
 
 from draftwing.decoding.acceptance import AcceptanceTable, CalibratedSize
+from draftwing.decoding.lookups import LookupTrial
+from draftwing.decoding.pause import Pause
 from draftwing.decoding.readback import Outcomes
-
-SHORTEST_PAUSE, LONGEST_PAUSE = 16, 1024
-"""Cycles of a pause."""
-
-
-@dataclass
-class Pause:
-    """Cycles without something that did not pay; a pause that was right is followed by one twice as long."""
-
-    length: int = SHORTEST_PAUSE
-    left: int = 0
-
-    def goes_on(self) -> bool:
-        """Whether this cycle is one of the pause's."""
-        if self.left == 0:
-            return False
-        self.left -= 1
-        return True
-
-    def inherit(self, most: int) -> None:
-        """Begin a generation: what an earlier one learnt holds for this many cycles at most."""
-        self.left = min(self.left, most)
-
-    def begin(self) -> None:
-        self.left, self.length = self.length, min(2 * self.length, LONGEST_PAUSE)
-
-    def shorten(self) -> None:
-        """Forget that pauses were right: it has paid for a while."""
-        self.length = SHORTEST_PAUSE
 
 
 @dataclass
@@ -49,4 +22,4 @@ class Experience:
     sizing: CalibratedSize | None = None
     """What judges nodes on the device, for trees of a fixed shape; cycles that were captured read from it."""
     pause: Pause = field(default_factory=Pause)
-    lookup_pause: Pause = field(default_factory=Pause)
+    lookups: LookupTrial = field(default_factory=LookupTrial)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from draftwing.decoding.experience import SHORTEST_PAUSE, Pause
+from draftwing.decoding.pause import SHORTEST_PAUSE, Pause
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.readback import CycleFacts, CycleReport
 
@@ -17,17 +17,21 @@ STUDIED = 2
 class LookupTrial:
     """Tries lookups for a while, pauses them where they bring little, and tries again.
 
-    The `pause` outlives a generation, but only its shortest length is waited for: the next text may be an edit.
+    It outlives a generation, so that short ones come to a verdict together; but a next one waits for the shortest pause
+    only, for its text may be an edit.
     """
 
-    def __init__(self, pause: Pause) -> None:
-        pause.inherit(SHORTEST_PAUSE)
-        self._pause = pause
+    def __init__(self) -> None:
+        self.pause = Pause()
         self._num_studied, self._looked_up, self._accepted = 0, 0.0, 0.0
 
-    def goes_on(self) -> bool:
+    def begin(self) -> None:
+        """Begin a generation."""
+        self.pause.inherit(SHORTEST_PAUSE)
+
+    def looks_up(self) -> bool:
         """Whether this cycle looks up."""
-        return not self._pause.goes_on()
+        return not self.pause.goes_on()
 
     def study(self, facts: CycleFacts) -> None:
         """Count what lookups alone brought to a cycle that looked up."""
@@ -37,19 +41,20 @@ class LookupTrial:
         if self._num_studied < TRIAL:
             return
         if self._looked_up < SHARE * self._accepted:
-            self._pause.begin()
+            self.pause.begin()
         else:
-            self._pause.shorten()
+            self.pause.shorten()
         self._num_studied, self._looked_up, self._accepted = 0, 0.0, 0.0
 
 
 class LookupPlan:
     """A fixed plan, with a lookup in the cycles in which that may bring something."""
 
-    def __init__(self, plan: TreePlan, pause: Pause) -> None:
+    def __init__(self, plan: TreePlan, trial: LookupTrial) -> None:
         self.largest = plan.with_lookup()
         self._without = replace(plan, lookup_depth=0)
-        self._trial = LookupTrial(pause)
+        self._trial = trial
+        trial.begin()
         self._looks_up, self._num_lookups = False, 0
 
     @property
@@ -59,7 +64,7 @@ class LookupPlan:
 
     def next(self, longest: int) -> TreePlan:
         """The plan with or without its lookup."""
-        self._looks_up = self._trial.goes_on()
+        self._looks_up = self._trial.looks_up()
         self._num_lookups += self._looks_up
         return self.largest if self._looks_up else self._without
 

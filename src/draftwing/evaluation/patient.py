@@ -48,10 +48,10 @@ class Patient:
             fields = {name: value for name, value in options.items() if name in HeadOptions.__dataclass_fields__}
             chosen = HeadOptions(**self.options.given | fields)
             head = build_head(self.values, self.tensors, self.target, dtype, chosen)
-            return pack_draft(head)  # as for decoding
+            return pack_draft(head, compiles=False)  # as for decoding
         model = load_draft(self.name, self.target, dtype, self.options, self._tokenizer)
         assert isinstance(model, TargetModel)
-        return pack_draft(model)
+        return pack_draft(model, compiles=False)
 
     def suspects(self, longest: int) -> list[Suspect]:
         """What to try, on rows of at most so many tokens."""

@@ -113,9 +113,11 @@ def _norms(config: DraftConfig) -> Iterator[Suspect]:
 
 
 def _windows(config: DraftConfig, longest: int) -> Iterator[Suspect]:
+    fault = "the head is worse past the lengths that it was trained on"
+    if config.trained_length is not None:
+        fault = "the head was trained on shorter texts than its config.json says"
     for window in sorted({*WINDOWS, config.max_position_embeddings}):
         if window < 0.75 * min(longest, config.window):  # a longer one hides too little to tell
-            fault = "the head is worse past the lengths that it was trained on"
             yield Suspect(fault, {"draft_window": window})
     if config.window < 0.75 * longest:
         yield Suspect("the head bears more than it was trained on", {"draft_window": 1 << longest.bit_length()})

@@ -34,8 +34,9 @@ class Norm:
 
 
 def normalise(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, the mean in float32."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, the mean in float32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     scale = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
     return (x * scale).to(x.dtype).mul_(weight)
 
@@ -66,7 +67,7 @@ class Elementwise:
     @staticmethod
     @cache
     def compiled() -> "Elementwise":
-        """By torch.compile: once for each dtype, and again when the number of rows first changes."""
+        """By torch.compile: once for each dtype and width, and again when the number of rows first changes."""
         return Elementwise(torch.compile(normalise), torch.compile(rotate_to), torch.compile(gate))
 
 
@@ -171,11 +172,11 @@ def pack_target(target: TargetModel, compiles: bool | None = None) -> TargetMode
     return FusedTarget(target.model, target.role, _elementwise(target.device, compiles))
 
 
-def pack_draft(draft: Draft) -> Draft:
+def pack_draft(draft: Draft, compiles: bool | None = None) -> Draft:
     """Pack a draft model as a target is packed, or a head in place."""
     if isinstance(draft, TargetModel):
-        return cast(Draft, pack_target(draft))
-    pack_head(draft)
+        return cast(Draft, pack_target(draft, compiles))
+    pack_head(draft, compiles)
     return draft
 
 
@@ -224,7 +225,7 @@ class FusedTarget(TargetModel):
 
 
 def pack_head(head: nn.Module, compiles: bool | None = None) -> None:
-    """Pack a draft head's products, and fuse its norms and those layers all of whose products are packed; in place.
+    """Pack a draft head's products, and fuse its layers whose products are all packed, with the output norm; in place.
 
     `compiles`: as for targets.
     """
@@ -236,8 +237,7 @@ def pack_head(head: nn.Module, compiles: bool | None = None) -> None:
             head.set_submodule(name, FusedEagle3Layer(module, steps))
         elif isinstance(module, DecoderLayer) and _is_packed(module):
             head.set_submodule(name, FusedDecoderLayer(module, steps))
-    for name, module in list(head.named_modules()):
-        if isinstance(module, RMSNorm) and module.weight.dtype != torch.float64:
+        elif isinstance(module, RMSNorm) and name == "norm":
             head.set_submodule(name, FusedNorm(module, steps))
 
 

@@ -31,7 +31,9 @@ def continued_head(config: TrainConfig, target: TargetModel, train: Sequence[Exa
     if isinstance(head, EagleModel) != (config.objective == "eagle1"):
         kind = "an EAGLE-1/2 head" if isinstance(head, EagleModel) else "an EAGLE-3 head"
         raise ValueError(f"init_from: {config.init_from} is {kind}, the objective is {config.objective}")
-    head.config = dataclasses.replace(head.config, trained_length=max(config.sequence_length, head.config.window))
+    if head.config.trained_length is not None or config.sequence_length > head.config.window:
+        longest = max(config.sequence_length, head.config.window)
+        head.config = dataclasses.replace(head.config, trained_length=longest)
     if hasattr(head, "embed_tokens"):
         head.embed_tokens.requires_grad_(False)
     if isinstance(head, EagleModel) or config.draft_vocab_size is None:
