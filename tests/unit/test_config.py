@@ -1,12 +1,24 @@
 """Recipes: unknown keys name the nearest one, missing keys and bad values name the field."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
+from draftwing.cli import build_parser, train
 from draftwing.config import TrainConfig, from_mapping, read_recipe
 
 VALID = {"objective": "eagle3", "output": "out", "target": "tiny"}
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_examples_of_train_are_commands_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for line in train.EXAMPLES.splitlines()[1:]:
+        options = build_parser().parse_args(shlex.split(line, comments=True)[1:])
+        assert read_recipe(options.recipe, options.set)
 
 
 def recipe(folder: Path, text: str) -> Path:
