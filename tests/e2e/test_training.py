@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_llama
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from draftwing.cli import main
@@ -376,9 +376,31 @@ class TestResume:
     ) -> None:
         weights = (folder / "one" / "model.safetensors").stat()
         assert train(folder, "one") == whole
+        assert re.search(r"finished already \(begun \d{4}-.*\), skipped", capsys.readouterr().err)
         assert (folder / "one" / "model.safetensors").stat() == weights
         assert main(["train", str(folder / "recipe.yaml"), "--set", "seed=1"]) == 2
         assert "seed was 0, is 1" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("changed", ["target", "data"])
+    def test_a_finished_stage_is_refused_when_its_inputs_changed(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: str
+    ) -> None:
+        """A copy, of another time, is the same input; a changed weight, or another row, is not."""
+        target, data = tmp_path / "target", tmp_path / "data.jsonl"
+        settings = (f"target={target}", f"data={data}", "max_steps=1", "save_every=1")
+        for _ in range(2):
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(folder / "target", target, copy_function=shutil.copyfile)
+            data.write_bytes((folder / "data.jsonl").read_bytes())
+            train(folder, f"inputs_{changed}", *settings)
+        assert "finished already" in capsys.readouterr().err
+        if changed == "target":
+            weights = load_file(target / "model.safetensors")
+            save_file({name: tensor + 1 for name, tensor in weights.items()}, target / "model.safetensors")
+        else:
+            data.write_text(data.read_text(encoding="utf-8").replace("add_1(", "sub_1("), encoding="utf-8")
+        assert main(command_of(folder, f"inputs_{changed}", *settings)) == 2
+        assert f"content of {changed} was" in capsys.readouterr().err
 
     def test_finished_medusa_heads_are_skipped_too(self, folder: Path) -> None:
         """Their file has another name."""

@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from draftwing.config import TrainConfig
-from draftwing.training.checkpoints import complete_checkpoint, newest_checkpoint, settings_of
+from draftwing.training.checkpoints import complete_checkpoint, contents_of, data_content_of, newest_checkpoint, settings_of
 from draftwing.training.display import ProgressDisplay, RecordKeeper
 from draftwing.training.processes import is_main_process, num_processes, wait_for_others
 from draftwing.training.stopping import StopOnSignal, TrainingStopped
@@ -68,11 +68,13 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, config: TrainConfig, **arguments: Any) -> None:
         self.config, self._steps = config, WholeSteps([], 1)
-        self.settings = settings_of(config.as_dict(), num_processes()) | {"examples": len(arguments["train_dataset"])}
+        contents = contents_of(config)
+        self.settings = settings_of(config.as_dict(), num_processes()) | contents
+        self.settings["examples"] = len(arguments["train_dataset"])
         super().__init__(**arguments)
         self.remove_callback(PrinterCallback)
         self.add_callback(Housekeeping(self))
-        self.record = RecordKeeper(config)
+        self.record = RecordKeeper(config, contents | data_content_of(config))
         if is_main_process():
             self.add_callback(ProgressDisplay())
             self.add_callback(self.record)
