@@ -371,6 +371,23 @@ class TestResume:
         assert "rows_per_step was 4, is 2" in capsys.readouterr().err
         assert main([*command, "--set", "batch_size=2", "--set", "accumulation_steps=2"]) == 0
 
+    def test_other_rows_are_refused_though_they_are_as_many(
+        self, folder: Path, tmp_path: Path, stop_at_5: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data = tmp_path / "data.jsonl"
+        data.write_bytes((folder / "data.jsonl").read_bytes())
+        with pytest.raises(SystemExit):
+            train(folder, "edited", f"data={data}")
+        stop_at_5.undo()
+        data.write_text(data.read_text(encoding="utf-8").replace("add_1(", "add_7("), encoding="utf-8")
+        assert main(command_of(folder, "edited", f"data={data}")) == 2
+        assert re.search(r"made with other settings: rows was '\w+', is '\w+'\. Undo", capsys.readouterr().err)
+        (mark,) = (folder / "edited" / "checkpoints").glob("checkpoint-5/recipe.json")
+        settings = json.loads(mark.read_text(encoding="utf-8"))
+        del settings["rows"]  # as older runs have it
+        mark.write_text(json.dumps(settings), encoding="utf-8")
+        train(folder, "edited", f"data={data}")
+
     def test_a_finished_stage_is_skipped_but_not_another(
         self, folder: Path, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -15,7 +15,14 @@ from draftwing.checkpoint.medusa_format import MedusaHeads
 from draftwing.checkpoint.save import save_head, save_medusa, to_head
 from draftwing.config import TrainConfig
 from draftwing.data.chat import Example
-from draftwing.data.examples import Collator, LengthGroupedOrder, as_training_rows, lengths_of, read_documents
+from draftwing.data.examples import (
+    Collator,
+    LengthGroupedOrder,
+    as_training_rows,
+    fingerprint_of,
+    lengths_of,
+    read_documents,
+)
 from draftwing.decoding.drafters import Drafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.drafters.medusa import MedusaDrafter
@@ -63,7 +70,8 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     rows = as_training_rows(documents, config, target, head.config.feature_layers)
     held_out = list(rows.held_out)
     held_out += unsupervised(held_out, -len(held_out) % (config.batch_size * num_processes()))
-    trainer = new_trainer(config, module, rows.train, held_out, Collator(tokenizer.pad_token_id or 0), HeadTrainer)
+    tokens, collator = fingerprint_of(documents.train), Collator(tokenizer.pad_token_id or 0)
+    trainer = new_trainer(config, module, rows.train, held_out, tokens, collator, HeadTrainer)
     assert isinstance(trainer, HeadTrainer)
     trainer.plan = plan
     num_prompts = min(config.decode_prompts, len(documents.held_out))

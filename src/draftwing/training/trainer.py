@@ -66,11 +66,12 @@ class WholeSteps(Sampler[int]):
 class ResumableTrainer(Trainer):
     """A Trainer that continues where it left off, bit for bit, on as many processes as before or on others."""
 
-    def __init__(self, config: TrainConfig, **arguments: Any) -> None:
+    def __init__(self, config: TrainConfig, rows: str, **arguments: Any) -> None:
+        """`rows` is a hash of what is trained on: a run that continues with other rows is refused."""
         self.config, self._steps = config, WholeSteps([], 1)
         contents = contents_of(config)
         self.settings = settings_of(config.as_dict(), num_processes()) | contents
-        self.settings["examples"] = len(arguments["train_dataset"])
+        self.settings |= {"examples": len(arguments["train_dataset"]), "rows": rows}
         super().__init__(**arguments)
         self.remove_callback(PrinterCallback)
         self.add_callback(Housekeeping(self))
@@ -162,10 +163,13 @@ def new_trainer(
     model: nn.Module,
     train_dataset: Sequence[Any],
     eval_dataset: Sequence[Any],
+    rows: str,
     data_collator: Callable[[list[Any]], Any] | None = None,
     trainer_class: type[ResumableTrainer] = ResumableTrainer,
 ) -> ResumableTrainer:
     """A Trainer over `model` (its forward returns a mapping with `loss`) with checkpoints under `config.output`.
+
+    `rows` is a hash of the tokens of `train_dataset`.
 
     Raises:
         ValueError: there is nothing to train on or to evaluate on, or a tracker is not installed.
@@ -177,6 +181,7 @@ def new_trainer(
             )
     return trainer_class(
         config,
+        rows,
         model=model,
         args=training_arguments(config),
         train_dataset=train_dataset,
