@@ -453,6 +453,23 @@ class TestRecord:
             assert f">{name}</text>" in page
 
 
+@pytest.mark.parametrize("plan", [(), ("--plan", "--tflops", "1")])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("aux_layers=[1,2,9]", "error: aux_layers: expected hidden_states indices from 0 to 6, the number of the "),
+        ("aux_layers=[-1,2,3]", "error: aux_layers: expected hidden_states indices from 0 to 6, the number of the "),
+        ("architecture.hidden_size=16", "error: architecture.hidden_size: expected the target's 32, got 16"),
+    ],
+)
+def test_shapes_that_the_target_does_not_have_are_found_first(
+    folder: Path, capsys: pytest.CaptureFixture[str], plan: tuple[str, ...], override: str, message: str
+) -> None:
+    assert main([*command_of(folder, "unfit", override), *plan]) == 2
+    assert message in capsys.readouterr().err
+    assert not (folder / "unfit").exists()
+
+
 class TestContinuedHead:
     """`init_from`: a head for a fine-tuned target starts from the one for its base."""
 

@@ -33,8 +33,9 @@ from draftwing.decoding.stopping import StopRule
 from draftwing.models.eagle import EagleModel
 from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
+from draftwing.training.estimates import read_target_config
 from draftwing.training.frozen_target import frozen_target
-from draftwing.training.heads import compile_layers, continued_head, new_head
+from draftwing.training.heads import compile_layers, continued_head, new_config, new_head
 from draftwing.training.medusa import MedusaTraining, new_medusa
 from draftwing.training.objectives import HeadTraining
 from draftwing.training.processes import (
@@ -55,6 +56,9 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     """Train the recipe's head into `config.output`, in its published format; returns the held-out metrics."""
     torch.manual_seed(config.seed)
     plan = decode_plan(config)
+    if config.objective != "medusa" and not config.init_from:  # mistakes are found before anything large is read
+        target_config = read_target_config(config.target).get_text_config()
+        new_config(config, target_config, target_config.vocab_size)
     target = frozen_target(config, config.target)
     tokenizer = load_tokenizer(config.target)
     documents = read_documents(config, tokenizer)
