@@ -47,6 +47,20 @@ def recipe(folder: Path, name: str, **values: Any) -> str:
     return str(folder / f"{name}.yaml")
 
 
+def test_it_says_so_when_the_rows_held_out_are_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": "def f(a):\n    return a\n" * 4} for _ in range(4)]
+    (tmp_path / "data.jsonl").write_text("".join(map(json_line, [*rows, {"question": "?"}])), encoding="utf-8")
+    assert main(["prepare", *prepare(tmp_path)]) == 0
+    assert "nothing is held out, so no head can be trained: " in capsys.readouterr().err
+    for data in ("prepared", "data.jsonl"):
+        assert main(["train", recipe(tmp_path, "head", data=str(tmp_path / data))]) == 2
+        assert "data: no usable held-out row: of " in capsys.readouterr().err
+
+
+def json_line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
 def test_prepare_reports_figures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = call(capsys, "prepare", *prepare(folder), "--json")  # finished: read again
     assert (report["rows"], report["rejected"], report["held_out_documents"]) == (81, 1, 8)

@@ -175,9 +175,14 @@ def new_trainer(
         ValueError: there is nothing to train on or to evaluate on, or a tracker is not installed.
     """
     for name, dataset in (("training", train_dataset), ("held-out", eval_dataset)):
-        if not dataset:
+        if not dataset and config.objective == "language_model":
             raise ValueError(
-                f"data: {config.data} has no {name} row that fills sequence_length {config.sequence_length}"
+                f"data: {config.data} has no usable {name} rows that fill sequence_length {config.sequence_length}"
+            )
+        if not dataset:
+            which = "those marked `held_out`, else the last ones" if name == "held-out" else "the others"
+            raise ValueError(
+                f"data: no usable {name} row: of {config.data} {which} cannot be used, or the model says nothing in them"
             )
     return trainer_class(
         config,
