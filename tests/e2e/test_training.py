@@ -470,6 +470,17 @@ def test_shapes_that_the_target_does_not_have_are_found_first(
     assert not (folder / "unfit").exists()
 
 
+def test_it_is_said_how_much_a_draft_vocabulary_covers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    warning = "; no other one can be accepted: choose a larger draft_vocab_size"
+    for size, is_low in ((4, True), (200, False)):
+        train(folder, f"covers_{size}", f"draft_vocab_size={size}", "max_steps=1", "save_every=1")
+        said = capsys.readouterr().err
+        assert re.search(rf"the draft vocabulary of {size} tokens covers [\d.]+% of the supervised tokens", said)
+        assert (warning in said) == is_low
+    train(folder, "covers_all", "draft_vocab_size=null", "max_steps=1", "save_every=1")
+    assert "the draft vocabulary" not in capsys.readouterr().err
+
+
 class TestContinuedHead:
     """`init_from`: a head for a fine-tuned target starts from the one for its base."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -35,7 +36,7 @@ from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
 from draftwing.training.estimates import read_target_config
 from draftwing.training.frozen_target import frozen_target
-from draftwing.training.heads import compile_layers, continued_head, new_config, new_head
+from draftwing.training.heads import compile_layers, continued_head, coverage, new_config, new_head
 from draftwing.training.medusa import MedusaTraining, new_medusa
 from draftwing.training.objectives import HeadTraining
 from draftwing.training.processes import (
@@ -48,6 +49,8 @@ from draftwing.training.processes import (
 from draftwing.training.trainer import ResumableTrainer, new_trainer, wants_compile
 
 Trainable = DraftNetwork | MedusaModel
+LEAST_COVERAGE = 0.8
+"""Of the supervised tokens by a draft vocabulary; with less, many drafts end at a token that it lacks."""
 DECODED_TOKENS = 64
 """New tokens per prompt where an evaluation decodes."""
 
@@ -69,6 +72,8 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     else:
         head = (continued_head if config.init_from else new_head)(config, target, documents.train).to(target.device)
         module = HeadTraining(head, target, config)
+        if is_main_process():
+            _show_coverage(head, documents.train)
     if wants_compile(config):
         compile_layers(head)
     rows = as_training_rows(documents, config, target, head.config.feature_layers)
@@ -83,6 +88,16 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     metrics = trainer.run()
     trainer.save(Path(config.output))
     return trainer.finish(metrics)
+
+
+def _show_coverage(head: DraftNetwork, train: Sequence[Example]) -> None:
+    """Say how much of what the rows say the head can draft at all, in yellow if that is little."""
+    if (share := coverage(head, train)) is None:
+        return
+    text = f"the draft vocabulary of {len(head.vocab):,} tokens covers {share:.1%} of the supervised tokens"
+    is_low = share < LEAST_COVERAGE
+    text += "; no other one can be accepted: choose a larger draft_vocab_size" if is_low else ""
+    Console(stderr=True).print(text, style="yellow" if is_low else "", markup=False, highlight=False, soft_wrap=True)
 
 
 def decode_plan(config: TrainConfig) -> TreePlan:

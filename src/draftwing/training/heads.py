@@ -137,6 +137,15 @@ def most_frequent_tokens(train: Sequence[Example], size: int | None, vocab_size:
     return counts.sort(descending=True, stable=True).indices[:size].sort().values
 
 
+def coverage(head: DraftNetwork, train: Sequence[Example]) -> float | None:
+    """The share of the supervised tokens that the head's draft vocabulary has; None if it has all of the target's."""
+    target_ids = head.vocab.target_ids
+    if target_ids is None:
+        return None
+    counts = count_supervised(train, head.config.vocab_size)
+    return float(counts[target_ids.cpu()].sum() / counts.sum().clamp(min=1))
+
+
 def _initialise(head: DraftNetwork) -> None:
     for module in head.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
