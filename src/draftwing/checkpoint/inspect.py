@@ -208,8 +208,8 @@ def target_sizes(name: str) -> TargetSizes:
     return TargetSizes(config.hidden_size, config.num_hidden_layers, config.vocab_size)
 
 
-def report_table(report: Report) -> Table:
-    """The report as people read it."""
+def report_table(report: Report, target: str | None = None) -> Table:
+    """The report as people read it; `target` is the one that the draft was checked against."""
     table = Table(show_header=False, title=report.folder)
     table.add_row("format", report.format.replace("_", " "))
     table.add_row("parameters", f"{report.num_parameters:,} ({report.dtype})")
@@ -226,6 +226,8 @@ def report_table(report: Report) -> Table:
         table.add_row("[red]does not fit[/red]", problem)
     if not report.problems:
         table.add_row(f"[green]{verdict[0]}[/green]", verdict[1])
+        if target is not None:
+            table.add_row("[green]fits[/green]", target)
     return table
 
 
