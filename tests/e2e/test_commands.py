@@ -88,7 +88,7 @@ def test_data_that_is_too_short_is_refused(folder: Path, capsys: pytest.CaptureF
         encoding="utf-8",
     )
     assert main(["train", str(folder / "short.yaml")]) == 2
-    assert "short.jsonl has no training row" in capsys.readouterr().err
+    assert "data: no usable training row: of " in capsys.readouterr().err
 
 
 def test_other_drafts_continue_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

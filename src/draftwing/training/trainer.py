@@ -180,10 +180,9 @@ def new_trainer(
                 f"data: {config.data} has no usable {name} rows that fill sequence_length {config.sequence_length}"
             )
         if not dataset:
-            which = "those marked `held_out`, else the last ones" if name == "held-out" else "the others"
-            raise ValueError(
-                f"data: no usable {name} row: of {config.data} {which} cannot be used, or the model says nothing in them"
-            )
+            which = "those marked `held_out`, else the last ones," if name == "held-out" else "those that train"
+            reason = "cannot be read, are too short, or have nothing that the model says"
+            raise ValueError(f"data: no usable {name} row: of {config.data}, {which} {reason}")
     return trainer_class(
         config,
         rows,
