@@ -240,6 +240,17 @@ def test_a_head_that_no_option_cures(
     assert [clue.startswith("the file's embedding is not the target's") for clue in clues] == [True] * (name != "tiny")
 
 
+def spoil(values: dict[str, Any], tensors: Tensors) -> None:
+    tensors["norm.weight"][3] = torch.nan
+
+
+def test_a_broken_file_is_named(model: SpeculativeModel, recording: Recording, tmp_path: Path) -> None:
+    folder = write_head(tmp_path, "tiny", spoil)
+    verdict = diagnose(folder, model.target, recording).verdict
+    assert verdict.is_fault
+    assert verdict.sentence == "Fault: the draft's norm.weight: holds NaN or infinity; fetch or train it anew."
+
+
 def overflow(values: dict[str, Any], tensors: Tensors) -> None:
     """The same function in exact arithmetic, with numbers too large for float16 on the way."""
     tensors["midlayer.mlp.up_proj.weight"] = tensors["midlayer.mlp.up_proj.weight"].float() * 2**14
