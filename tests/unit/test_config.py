@@ -52,6 +52,21 @@ def test_an_unknown_key_names_the_nearest() -> None:
         from_mapping(TrainConfig, VALID | {"learning_rat": 1.0})
 
 
+def test_a_misspelt_list_of_stages_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^stage: unknown key; did you mean 'stages'"):
+        read_recipe(recipe(tmp_path, "stage: [{objective: eagle3, output: out, target: tiny}]"))
+
+
+def test_no_stages_are_nothing_to_train(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^stages: empty; .*recipe\.yaml has nothing to train"):
+        read_recipe(recipe(tmp_path, "stages: []"))
+
+
+def test_null_is_no_list() -> None:
+    with pytest.raises(ValueError, match=r"^aux_layers: expected a list of int, got None; an empty one is \[\]"):
+        from_mapping(TrainConfig, VALID | {"aux_layers": None})
+
+
 def test_an_unknown_key_near_nothing_lists_them_all() -> None:
     with pytest.raises(ValueError, match=r"^zzz: unknown key; known: objective, output, .*ttt_steps"):
         from_mapping(TrainConfig, VALID | {"zzz": 1})
