@@ -86,7 +86,10 @@ class ModelReport:
 
 @dataclass(frozen=True)
 class MedusaReport:
-    """The facts of Medusa heads. `problems` are errors on loading, or make them useless; `notes` are things worth knowing."""
+    """The facts of Medusa heads.
+
+    `problems` are errors on loading, or make them useless; `notes` are things worth knowing.
+    """
 
     folder: str
     dtype: str

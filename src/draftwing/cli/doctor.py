@@ -41,7 +41,9 @@ def run(options: argparse.Namespace) -> int:
 
     file = options.prompts or ASSETS / "tiny" / "prompts.jsonl"
     if options.num_prompts < FEWEST_PROMPTS:
-        raise ValueError(f"num-prompts: expected at least {FEWEST_PROMPTS}, fewer tell nothing, got {options.num_prompts}")
+        raise ValueError(
+            f"num-prompts: expected at least {FEWEST_PROMPTS}, fewer tell nothing, got {options.num_prompts}"
+        )
     prompts = read_prompts(file)[: options.num_prompts]
     if len(prompts) < FEWEST_PROMPTS:
         raise ValueError(f"prompts: expected at least {FEWEST_PROMPTS}, fewer tell nothing; {file} has {len(prompts)}")

@@ -12,7 +12,9 @@ EXAMPLES = """examples:
   draftwing inspect path/to/small-model --target path/to/large-model
   draftwing inspect path/to/head --target meta-llama/Llama-3.1-8B-Instruct --json"""
 
-EXIT_STATUS = "Exit status: 0 if all is well, 1 if something is missing, broken or does not fit, 2 if it cannot be read."
+EXIT_STATUS = (
+    "Exit status: 0 if all is well, 1 if something is missing, broken or does not fit, 2 if it cannot be read."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -52,6 +52,7 @@ def read_documents(config: TrainConfig, tokenizer: Any) -> Documents:
         _tokenise(selection.held_out, tokenizer, length, rejects),
     )
     num_rows = len(selection.train) + len(selection.held_out)
+    rejects.sort()
     rejects.check(num_rows)
     if rejects.found:
         _note(rejects.summary(num_rows))

@@ -14,7 +14,13 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from draftwing.config import TrainConfig
-from draftwing.training.checkpoints import complete_checkpoint, contents_of, data_content_of, newest_checkpoint, settings_of
+from draftwing.training.checkpoints import (
+    complete_checkpoint,
+    contents_of,
+    data_content_of,
+    newest_checkpoint,
+    settings_of,
+)
 from draftwing.training.display import ProgressDisplay, RecordKeeper
 from draftwing.training.processes import is_main_process, num_processes, wait_for_others
 from draftwing.training.stopping import StopOnSignal, TrainingStopped
