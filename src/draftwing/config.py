@@ -225,6 +225,8 @@ def _checked(name: str, hint: Any, value: Any) -> Any:
     if NoneType in inner:
         return None if value is None else _checked(name, inner[0], value)
     if kind is tuple:
+        if value is None:
+            raise ValueError(f"{name}: expected a list of {inner[0].__name__}, got None; an empty one is []")
         return tuple(_checked(name, inner[0], item) for item in (value if isinstance(value, list | tuple) else [value]))
     if kind is Mapping:
         if not isinstance(value, Mapping):
@@ -260,7 +262,11 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[TrainCo
         raise ValueError(
             f"{next(key for key in values if key != 'stages')}: unknown key beside `stages`; put it in a stage"
         )
+    if "stages" not in values:
+        check_keys(values, [*(field.name for field in dataclasses.fields(TrainConfig)), "stages"])
     stages = values.get("stages", [values])
+    if stages == []:
+        raise ValueError(f"stages: empty; {path} has nothing to train")
     if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
         raise ValueError(f"{path}: expected `stages` to be a list of mappings of keys to values")
     return [from_mapping(TrainConfig, _overridden(stage, overrides)) for stage in stages]

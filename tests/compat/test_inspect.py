@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from published import TINY, Shapes, eagle1_shapes, eagle3_shapes, random_tensors, speculators_values
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from draftwing.checkpoint.inspect import inspect_draft, report_table
 
@@ -114,6 +114,19 @@ def test_wrong_tensors_are_problems_all_at_once(tmp_path: Path) -> None:
         "midlayer.mlp.up_proj.weight: expected shape (48, 32), got (47, 32)",
         "norm.weight: missing; expected shape (32,)",
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_numbers_that_are_not_finite_are_problems(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = write_head(tmp_path / "head", VALUES, eagle1_shapes(TINY))
+    tensors = load_file(Path(folder) / "model.safetensors")
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    tensors[name].view(-1)[5] = torch.nan
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, Path(folder) / "model.safetensors")
+    report = inspect_draft(folder)
+    assert report.problems == [f"{name}: holds NaN or infinity"]
+    assert any("broken" in str(cell) for cell in report_table(report).columns[0].cells)
 
 
 def test_the_table_shows_problems_or_says_there_are_none(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The life of a head through the command line: train, inspect, generate; in a temporary folder, on a few rows."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_data_that_is_too_short_is_refused(folder: Path, capsys: pytest.CaptureF
         encoding="utf-8",
     )
     assert main(["train", str(folder / "short.yaml")]) == 2
-    assert "short.jsonl has no training row" in capsys.readouterr().err
+    assert "data: no usable training row: of " in capsys.readouterr().err
 
 
 def test_other_drafts_continue_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,8 +191,16 @@ def test_inspect_reports_and_checks_the_fit(folder: Path, capsys: pytest.Capture
     report = call(capsys, "inspect", str(folder / "eagle3"), "--target", str(folder / "target"), "--json")
     assert (report["format"], report["draft_vocab_size"], report["aux_layers"]) == ("eagle3", 200, [1, 3, 5])
     assert report["problems"] == []
-    report = call(capsys, "inspect", str(folder / "eagle3"), "--target", "tiny", "--json")
-    assert any("vocab_size" in problem for problem in report["problems"])
+    assert main(["inspect", str(folder / "eagle3"), "--target", "tiny", "--json"]) == 1
+    assert any("vocab_size" in problem for problem in json.loads(capsys.readouterr().out)["problems"])
+
+
+def test_inspect_says_what_the_draft_fits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for draft in ("eagle3", "medusa", "small"):
+        assert main(["inspect", str(folder / draft)]) == 0
+        assert "fits" not in capsys.readouterr().out
+        assert main(["inspect", str(folder / draft), "--target", str(folder / "target")]) == 0
+        assert re.search(r"│ fits\s+│ /", capsys.readouterr().out)
 
 
 def test_inspect_recognises_a_draft_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +215,8 @@ def test_inspect_recognises_a_draft_model(folder: Path, capsys: pytest.CaptureFi
 
 def test_a_draft_model_with_another_tokenizer_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = str(folder / "small")
-    (problem,) = call(capsys, "inspect", small, "--target", "tiny", "--json")["problems"]
+    assert main(["inspect", small, "--target", "tiny", "--json"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
     assert "vocab_size" in problem
     assert "different tokenizers" in problem
     assert main(["generate", "--target", "tiny", "--draft", small, "--prompt", "x"]) == 2

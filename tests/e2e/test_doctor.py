@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -240,6 +241,17 @@ def test_a_head_that_no_option_cures(
     assert [clue.startswith("the file's embedding is not the target's") for clue in clues] == [True] * (name != "tiny")
 
 
+def spoil(values: dict[str, Any], tensors: Tensors) -> None:
+    tensors["norm.weight"][3] = torch.nan
+
+
+def test_a_broken_file_is_named(model: SpeculativeModel, recording: Recording, tmp_path: Path) -> None:
+    folder = write_head(tmp_path, "tiny", spoil)
+    verdict = diagnose(folder, model.target, recording).verdict
+    assert verdict.is_fault
+    assert verdict.sentence == "Fault: the draft's norm.weight: holds NaN or infinity; fetch or train it anew."
+
+
 def overflow(values: dict[str, Any], tensors: Tensors) -> None:
     """The same function in exact arithmetic, with numbers too large for float16 on the way."""
     tensors["midlayer.mlp.up_proj.weight"] = tensors["midlayer.mlp.up_proj.weight"].float() * 2**14
@@ -403,6 +415,17 @@ def test_the_command_reports_for_people_and_machines(capsys: pytest.CaptureFixtu
     assert "misplaced features" in shown
     assert "Note: max_position_embeddings is 16" in shown
     assert shown.splitlines()[-1].startswith("Nothing is wrong: a tau of ")
+
+
+def test_too_few_prompts_are_refused_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    common = ("doctor", "--target", "nowhere", "--draft", "tiny")
+    assert main((*common, "--num-prompts", "2")) == 2
+    assert "error: num-prompts: expected at least 4, fewer tell nothing, got 2" in capsys.readouterr().err
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n', encoding="utf-8")
+    assert main((*common, "--prompts", str(tmp_path / "p.jsonl"))) == 2
+    assert re.search(r"error: prompts: expected at least 4, .* has 2", capsys.readouterr().err)
 
 
 def test_a_draft_that_does_not_load_is_shown_as_inspect_does(

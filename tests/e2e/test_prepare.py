@@ -47,6 +47,40 @@ def recipe(folder: Path, name: str, **values: Any) -> str:
     return str(folder / f"{name}.yaml")
 
 
+def test_it_says_so_when_the_rows_held_out_are_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": "def f(a):\n    return a\n" * 4} for _ in range(4)]
+    (tmp_path / "data.jsonl").write_text("".join(map(json_line, [*rows, {"question": "?"}])), encoding="utf-8")
+    assert main(["prepare", *prepare(tmp_path)]) == 0
+    assert "nothing is held out, so no head can be trained: " in capsys.readouterr().err
+    for data in ("prepared", "data.jsonl"):
+        assert main(["train", recipe(tmp_path, "head", data=str(tmp_path / data))]) == 2
+        assert "data: no usable held-out row: of " in capsys.readouterr().err
+
+
+def test_features_of_a_file_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = str(folder / "data.jsonl")
+    assert main(["prepare", "--features", "--data", data, "--target", "tiny", "--output", str(folder / "no")]) == 2
+    assert "error: data: --features takes a folder made by `draftwing prepare`, got " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["prepare", "train"])
+def test_rejects_are_in_the_order_of_lines(tmp_path: Path, command: str) -> None:
+    rows: list[dict[str, Any]] = [{"text": "def f(a):\n    return a\n" * 4}, {"question": "?"}] * 20
+    (tmp_path / "data.jsonl").write_text("".join(map(json_line, [*rows, rows[0]])), encoding="utf-8")
+    if command == "prepare":
+        assert main(["prepare", *prepare(tmp_path)]) == 0
+        rejects = tmp_path / "prepared" / "rejects.jsonl"
+    else:
+        assert main(["train", recipe(tmp_path, "head", data=str(tmp_path / "data.jsonl"), max_steps=1)]) == 0
+        rejects = tmp_path / "head" / "rejects.jsonl"
+    lines = [json.loads(line)["line"] for line in rejects.read_text(encoding="utf-8").splitlines()]
+    assert lines == list(range(2, 41, 2))
+
+
+def json_line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
 def test_prepare_reports_figures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = call(capsys, "prepare", *prepare(folder), "--json")  # finished: read again
     assert (report["rows"], report["rejected"], report["held_out_documents"]) == (81, 1, 8)
@@ -178,7 +212,10 @@ def test_ctrl_c_leaves_a_folder_that_is_finished_later(folder: Path, tmp_path: P
         (["--data", "x", "--output", "out", "--regenerate", "--features"], "one of --regenerate and --features"),
         (["--data", "x", "--output", "out", "--regenerate"], "--regenerate writes a .jsonl file, got 'out'"),
         (["--data", "x", "y", "--output", "out", "--features"], "--features takes one prepared folder, got 2"),
-        (["--data", "nowhere", "--output", "out", "--features"], "nowhere: cannot read its index.json"),
+        (
+            ["--data", "nowhere", "--output", "out", "--features"],
+            "--features takes a folder made by `draftwing prepare`, got nowhere",
+        ),
     ],
 )
 def test_mistakes_get_one_line(

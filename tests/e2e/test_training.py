@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_llama
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from draftwing.cli import main
@@ -371,14 +371,53 @@ class TestResume:
         assert "rows_per_step was 4, is 2" in capsys.readouterr().err
         assert main([*command, "--set", "batch_size=2", "--set", "accumulation_steps=2"]) == 0
 
+    def test_other_rows_are_refused_though_they_are_as_many(
+        self, folder: Path, tmp_path: Path, stop_at_5: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data = tmp_path / "data.jsonl"
+        data.write_bytes((folder / "data.jsonl").read_bytes())
+        with pytest.raises(SystemExit):
+            train(folder, "edited", f"data={data}")
+        stop_at_5.undo()
+        data.write_text(data.read_text(encoding="utf-8").replace("add_1(", "add_7("), encoding="utf-8")
+        assert main(command_of(folder, "edited", f"data={data}")) == 2
+        assert re.search(r"made with other settings: rows was '\w+', is '\w+'\. Undo", capsys.readouterr().err)
+        (mark,) = (folder / "edited" / "checkpoints").glob("checkpoint-5/recipe.json")
+        settings = json.loads(mark.read_text(encoding="utf-8"))
+        del settings["rows"]  # as older runs have it
+        mark.write_text(json.dumps(settings), encoding="utf-8")
+        train(folder, "edited", f"data={data}")
+
     def test_a_finished_stage_is_skipped_but_not_another(
         self, folder: Path, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
     ) -> None:
         weights = (folder / "one" / "model.safetensors").stat()
         assert train(folder, "one") == whole
+        assert re.search(r"finished already \(begun \d{4}-.*\), skipped", capsys.readouterr().err)
         assert (folder / "one" / "model.safetensors").stat() == weights
         assert main(["train", str(folder / "recipe.yaml"), "--set", "seed=1"]) == 2
         assert "seed was 0, is 1" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("changed", ["target", "data"])
+    def test_a_finished_stage_is_refused_when_its_inputs_changed(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: str
+    ) -> None:
+        """A copy, of another time, is the same input; a changed weight, or another row, is not."""
+        target, data = tmp_path / "target", tmp_path / "data.jsonl"
+        settings = (f"target={target}", f"data={data}", "max_steps=1", "save_every=1")
+        for _ in range(2):
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(folder / "target", target, copy_function=shutil.copyfile)
+            data.write_bytes((folder / "data.jsonl").read_bytes())
+            train(folder, f"inputs_{changed}", *settings)
+        assert "finished already" in capsys.readouterr().err
+        if changed == "target":
+            weights = load_file(target / "model.safetensors")
+            save_file({name: tensor + 1 for name, tensor in weights.items()}, target / "model.safetensors")
+        else:
+            data.write_text(data.read_text(encoding="utf-8").replace("add_1(", "sub_1("), encoding="utf-8")
+        assert main(command_of(folder, f"inputs_{changed}", *settings)) == 2
+        assert f"content of {changed} was" in capsys.readouterr().err
 
     def test_finished_medusa_heads_are_skipped_too(self, folder: Path) -> None:
         """Their file has another name."""
@@ -412,6 +451,34 @@ class TestRecord:
         assert page.count("<polyline") >= 8
         for name in ("eval_tau_sim", "eval_tau", "eval_accuracy_2", "learning_rate"):
             assert f">{name}</text>" in page
+
+
+@pytest.mark.parametrize("plan", [(), ("--plan", "--tflops", "1")])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("aux_layers=[1,2,9]", "error: aux_layers: expected hidden_states indices from 0 to 6, the number of the "),
+        ("aux_layers=[-1,2,3]", "error: aux_layers: expected hidden_states indices from 0 to 6, the number of the "),
+        ("architecture.hidden_size=16", "error: architecture.hidden_size: expected the target's 32, got 16"),
+    ],
+)
+def test_shapes_that_the_target_does_not_have_are_found_first(
+    folder: Path, capsys: pytest.CaptureFixture[str], plan: tuple[str, ...], override: str, message: str
+) -> None:
+    assert main([*command_of(folder, "unfit", override), *plan]) == 2
+    assert message in capsys.readouterr().err
+    assert not (folder / "unfit").exists()
+
+
+def test_it_is_said_how_much_a_draft_vocabulary_covers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    warning = "; no other one can be accepted: choose a larger draft_vocab_size"
+    for size, is_low in ((4, True), (200, False)):
+        train(folder, f"covers_{size}", f"draft_vocab_size={size}", "max_steps=1", "save_every=1")
+        said = capsys.readouterr().err
+        assert re.search(rf"the draft vocabulary of {size} tokens covers [\d.]+% of the supervised tokens", said)
+        assert (warning in said) == is_low
+    train(folder, "covers_all", "draft_vocab_size=null", "max_steps=1", "save_every=1")
+    assert "the draft vocabulary" not in capsys.readouterr().err
 
 
 class TestContinuedHead:

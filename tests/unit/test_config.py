@@ -1,12 +1,24 @@
 """Recipes: unknown keys name the nearest one, missing keys and bad values name the field."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
+from draftwing.cli import build_parser, train
 from draftwing.config import TrainConfig, from_mapping, read_recipe
 
 VALID = {"objective": "eagle3", "output": "out", "target": "tiny"}
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_examples_of_train_are_commands_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for line in train.EXAMPLES.splitlines()[1:]:
+        options = build_parser().parse_args(shlex.split(line, comments=True)[1:])
+        assert read_recipe(options.recipe, options.set)
 
 
 def recipe(folder: Path, text: str) -> Path:
@@ -38,6 +50,21 @@ def test_other_data_is_refused(data: object) -> None:
 def test_an_unknown_key_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"^learning_rat: unknown key; did you mean 'learning_rate'"):
         from_mapping(TrainConfig, VALID | {"learning_rat": 1.0})
+
+
+def test_a_misspelt_list_of_stages_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^stage: unknown key; did you mean 'stages'"):
+        read_recipe(recipe(tmp_path, "stage: [{objective: eagle3, output: out, target: tiny}]"))
+
+
+def test_no_stages_are_nothing_to_train(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^stages: empty; .*recipe\.yaml has nothing to train"):
+        read_recipe(recipe(tmp_path, "stages: []"))
+
+
+def test_null_is_no_list() -> None:
+    with pytest.raises(ValueError, match=r"^aux_layers: expected a list of int, got None; an empty one is \[\]"):
+        from_mapping(TrainConfig, VALID | {"aux_layers": None})
 
 
 def test_an_unknown_key_near_nothing_lists_them_all() -> None:

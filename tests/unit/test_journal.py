@@ -73,3 +73,9 @@ def test_without_a_folder_nothing_is_written() -> None:
     journal = Journal(SETTINGS)
     journal.add(run(0))
     assert list(journal.runs.values()) == [run(0)]
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^output: expected a folder, .*results is a file"):
+        Journal({}, tmp_path / "results")

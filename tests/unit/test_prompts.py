@@ -44,6 +44,13 @@ def test_without_a_chat_template_turns_are_plain_text() -> None:
     assert text_of(second.token_ids(Letters())) == "\0one?\n\n1.\n\ntwo?\n\n"
 
 
+@pytest.mark.parametrize("template", ["template", None])
+def test_text_parts_of_a_turn_are_joined(template: str | None) -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "?"}]
+    prompt = as_prompt({"messages": [{"role": "user", "content": parts}]}, "here")
+    assert text_of(prompt.token_ids(Letters(template))) == ("<u>one?<a>" if template else "\0one?\n\n")
+
+
 def test_a_question_id_of_zero_is_a_name() -> None:
     assert as_prompt({"question_id": 0, "turns": ["a"]}, "here").name == "0"
 
@@ -61,6 +68,11 @@ def test_a_question_id_of_zero_is_a_name() -> None:
         ('{"turns": "a"}', "line 1: turns: expected a list of texts"),
         ('{"prompt": ["a"]}', "line 1: prompt: expected a text"),
         ('{"messages": [{"role": "user"}]}', "line 1: messages: expected a list of role and content"),
+        ('{"messages": [{"role": "user", "content": null}]}', "line 1: messages: turn 0 has as content NoneType"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            "line 1: messages: turn 0 has a part of type 'image_url'; only text is read",
+        ),
         ('{"messages": ["a role and content"]}', "line 1: messages: expected"),
         ('{"prompt": "a"', "line 1: no JSON"),
         ("[1]", "line 1: expected an object"),

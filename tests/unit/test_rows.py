@@ -53,6 +53,12 @@ def test_a_row_that_is_no_object_is_named(tmp_path: Path) -> None:
         read_rows(str(path))
 
 
+def test_a_file_of_another_kind_is_no_short_one(tmp_path: Path) -> None:
+    (tmp_path / "data.bin").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(ValueError, match=r"data: .*data\.bin, line 1: not UTF-8: "):
+        read_rows(str(tmp_path / "data.bin"))
+
+
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(ValueError, match=r"data: no such file: nowhere\.jsonl"):
         read_rows("nowhere.jsonl")

@@ -7,6 +7,8 @@ import torch
 from draftwing.checkpoint.formats import HeadFile, TargetSizes, Tensors
 from draftwing.models.medusa import MedusaConfig
 
+BROKEN = "holds NaN or infinity"
+
 
 def tensor_problems(expected: dict[str, torch.Size], tensors: Tensors) -> list[str]:
     """One sentence for each tensor that is missing, unknown or misshapen."""
@@ -18,6 +20,16 @@ def tensor_problems(expected: dict[str, torch.Size], tensors: Tensors) -> list[s
         if tensors[name].shape != expected[name]:
             problems.append(f"{name}: expected shape {tuple(expected[name])}, got {tuple(tensors[name].shape)}")
     return sorted(problems)
+
+
+def broken_tensors(tensors: Tensors) -> list[str]:
+    """One sentence for each tensor with a number that is not finite."""
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _is_finite(tensor)]
+    return [f"{name}: {BROKEN}" for name in sorted(broken)]
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool((tensor if tensor.element_size() > 1 else tensor.float()).isfinite().all())  # float8 has no isfinite
 
 
 def fit_problems(head: HeadFile, target: TargetSizes) -> list[str]:

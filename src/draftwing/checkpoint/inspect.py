@@ -8,7 +8,14 @@ import torch
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from draftwing.checkpoint.fit import fit_problems, medusa_problems, tensor_problems, vocabulary_problems
+from draftwing.checkpoint.fit import (
+    BROKEN,
+    broken_tensors,
+    fit_problems,
+    medusa_problems,
+    tensor_problems,
+    vocabulary_problems,
+)
 from draftwing.checkpoint.formats import TargetSizes, Tensors, is_language_model, read_head
 from draftwing.checkpoint.load import (
     expected_medusa_shapes,
@@ -34,7 +41,7 @@ NETWORK_OPTIONS = (
 
 @dataclass(frozen=True)
 class HeadReport:
-    """A head's facts. `problems` are errors on loading; `notes` are things worth knowing."""
+    """A head's facts. `problems` are errors on loading, or make it useless; `notes` are things worth knowing."""
 
     folder: str
     format: str
@@ -79,7 +86,10 @@ class ModelReport:
 
 @dataclass(frozen=True)
 class MedusaReport:
-    """The facts of Medusa heads. `problems` are errors on loading; `notes` are things worth knowing."""
+    """The facts of Medusa heads.
+
+    `problems` are errors on loading, or make them useless; `notes` are things worth knowing.
+    """
 
     folder: str
     dtype: str
@@ -140,7 +150,7 @@ def _inspect_medusa(folder: Path, values: dict[str, Any], tensors: Tensors, targ
     heads = read_medusa(values, tensors)
     config, notes = heads.config, []
     problems = [] if target is None else medusa_problems(config, target_sizes(target))
-    problems += tensor_problems(expected_medusa_shapes(config), heads.tensors)
+    problems += tensor_problems(expected_medusa_shapes(config), heads.tensors) + broken_tensors(heads.tensors)
     if (stated := values.get("medusa_num_heads")) not in (None, config.num_heads):
         notes.append(f"config.json says medusa_num_heads {stated}, the file has {config.num_heads}, which are all used")
     return MedusaReport(
@@ -165,7 +175,7 @@ def _inspect_head(folder: Path, values: dict[str, Any], tensors: Tensors, target
     head = read_head(values, tensors, sizes)
     config = head.config
     problems = [] if sizes is None else fit_problems(head, sizes)
-    problems += tensor_problems(expected_shapes(head), head.tensors)
+    problems += tensor_problems(expected_shapes(head), head.tensors) + broken_tensors(head.tensors)
     options = [option for option in NETWORK_OPTIONS if getattr(config, option)]
     return HeadReport(
         folder=str(folder),
@@ -208,8 +218,8 @@ def target_sizes(name: str) -> TargetSizes:
     return TargetSizes(config.hidden_size, config.num_hidden_layers, config.vocab_size)
 
 
-def report_table(report: Report) -> Table:
-    """The report as people read it."""
+def report_table(report: Report, target: str | None = None) -> Table:
+    """The report as people read it; `target` is the one that the draft was checked against."""
     table = Table(show_header=False, title=report.folder)
     table.add_row("format", report.format.replace("_", " "))
     table.add_row("parameters", f"{report.num_parameters:,} ({report.dtype})")
@@ -223,9 +233,12 @@ def report_table(report: Report) -> Table:
         checked = "" if report.target_vocab_size is None else ", and nothing contradicts the target's vocabulary"
         verdict = "can draft", f"its cache can be rolled back{checked}"
     for problem in report.problems:
-        table.add_row("[red]does not fit[/red]", problem)
+        label = "broken" if problem.endswith(BROKEN) else "does not fit"
+        table.add_row(f"[red]{label}[/red]", problem)
     if not report.problems:
         table.add_row(f"[green]{verdict[0]}[/green]", verdict[1])
+        if target is not None:
+            table.add_row("[green]fits[/green]", target)
     return table
 
 

@@ -35,11 +35,18 @@ def run(options: argparse.Namespace) -> int:
     from draftwing.checkpoint.formats import HeadOptions
     from draftwing.checkpoint.load import ASSETS
     from draftwing.data.prompts import read_prompts
-    from draftwing.evaluation.doctor import as_report, decode_prompts, examine
+    from draftwing.evaluation.doctor import FEWEST_PROMPTS, as_report, decode_prompts, examine
     from draftwing.evaluation.patient import Patient
     from draftwing.evaluation.trials import Steps
 
-    prompts = read_prompts(options.prompts or ASSETS / "tiny" / "prompts.jsonl")[: options.num_prompts]
+    file = options.prompts or ASSETS / "tiny" / "prompts.jsonl"
+    if options.num_prompts < FEWEST_PROMPTS:
+        raise ValueError(
+            f"num-prompts: expected at least {FEWEST_PROMPTS}, fewer tell nothing, got {options.num_prompts}"
+        )
+    prompts = read_prompts(file)[: options.num_prompts]
+    if len(prompts) < FEWEST_PROMPTS:
+        raise ValueError(f"prompts: expected at least {FEWEST_PROMPTS}, fewer tell nothing; {file} has {len(prompts)}")
     model = load(options.target, None, options.dtype, options.device)
     try:
         patient = Patient(options.draft, model.target, HeadOptions(**head_options(options)), model.tokenizer)

@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _tokenise(options: argparse.Namespace) -> None:
     from draftwing.checkpoint.load import load_tokenizer
-    from draftwing.data.prepared import PrepareSettings, prepare
+    from draftwing.data.prepared import REJECTS, PrepareSettings, prepare
     from draftwing.data.statistics import as_tables, summarise
 
     tokenizer = load_tokenizer(options.target)
@@ -92,6 +92,12 @@ def _tokenise(options: argparse.Namespace) -> None:
     statistics = summarise(prepared, len(tokenizer))
     if summary := prepared.describe_rejects():
         Console(stderr=True).print(summary, style="yellow", markup=False, soft_wrap=True)
+    if not prepared.splits["held_out"]:
+        warning = (
+            "nothing is held out, so no head can be trained: the rows marked `held_out`, or else the last ones of "
+        )
+        warning += f"each source, cannot be used (see {REJECTS}) or supervise nothing"
+        Console(stderr=True).print(warning, style="yellow", markup=False, soft_wrap=True)
     if options.json:
         print(json.dumps({"output": options.output, **statistics.as_dict()}))
         return
@@ -167,10 +173,12 @@ def _store_features(options: argparse.Namespace) -> None:
     from draftwing.checkpoint.formats import default_aux_layers
     from draftwing.checkpoint.load import load_target, load_tokenizer
     from draftwing.data.features import FeatureWriter, check_features
-    from draftwing.data.prepared import open_prepared
+    from draftwing.data.prepared import is_prepared, open_prepared
 
     if len(options.data) > 1:
         raise ValueError(f"data: --features takes one prepared folder, got {len(options.data)} names")
+    if not is_prepared(options.data[0]):
+        raise ValueError(f"data: --features takes a folder made by `draftwing prepare`, got {options.data[0]}")
     check_device(options.device)
     prepared = open_prepared(options.data[0], load_tokenizer(options.target))
     target = load_target(options.target, parse_dtype(options.dtype), options.device)

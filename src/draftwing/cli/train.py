@@ -18,7 +18,7 @@ EXAMPLES = """examples:
   draftwing train recipes/tiny.yaml            # all stages; a stopped run continues where it was
   draftwing train recipes/tiny.yaml --stage 2  # the third stage alone
   draftwing train recipes/tiny.yaml --plan     # parameters, memory, disk and time, without running
-  draftwing train recipes/tiny.yaml --set learning_rate=1e-4 --set architecture.hidden_size=128
+  draftwing train recipes/tiny.yaml --set learning_rate=1e-4 --set max_steps=500
   draftwing train recipes/tiny.yaml            # on 8 GPUs: torchrun --nproc-per-node 8 -m draftwing train ..."""
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from draftwing.config import TrainConfig
+from draftwing.data import fingerprint
 from draftwing.data.chat import Example, cut, encode_row
 from draftwing.data.features import FeatureExamples
 from draftwing.data.packing import PackedExamples
@@ -51,6 +52,7 @@ def read_documents(config: TrainConfig, tokenizer: Any) -> Documents:
         _tokenise(selection.held_out, tokenizer, length, rejects),
     )
     num_rows = len(selection.train) + len(selection.held_out)
+    rejects.sort()
     rejects.check(num_rows)
     if rejects.found:
         _note(rejects.summary(num_rows))
@@ -96,6 +98,13 @@ def count_supervised(documents: Sequence[Example], vocab_size: int) -> torch.Ten
     for document in documents:
         counts += torch.bincount(document.input_ids[document.loss_mask], minlength=vocab_size)
     return counts
+
+
+def fingerprint_of(documents: Sequence[Example]) -> str:
+    """A hash of the documents' tokens and masks; of stored ones, of their whole folder."""
+    if isinstance(documents, StoredExamples):
+        return documents.prepared.identity
+    return fingerprint.of_tensors(part for row in documents for part in (row.input_ids, row.loss_mask))
 
 
 def lengths_of(rows: Sequence[Example]) -> list[int]:

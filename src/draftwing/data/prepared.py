@@ -240,6 +240,7 @@ class _Writer:
         self._save()
 
     def finish(self) -> Prepared:
+        self.rejects.sort()
         self.rejects.check(self.counts.rows)
         if not self._splits["train"]:
             raise ValueError("data: nothing is supervised in any training row")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from draftwing.data.chat import render
+from draftwing.data.chat import Message, conversation, render
 from draftwing.data.corpus import Row
 
 FIELDS = ("prompt", "messages", "turns")
@@ -18,7 +18,7 @@ class Prompt:
 
     name: str
     text: str = ""
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[Message, ...] = ()
     later_turns: tuple[str, ...] = ()
     category: str = ""
 
@@ -92,8 +92,8 @@ def as_prompt(row: Row, place: str) -> Prompt:
     match next((field for field in FIELDS if field in row), None):
         case "prompt" if isinstance(text := row["prompt"], str):
             return Prompt(name, text=text, category=category)
-        case "messages" if _are_messages(messages := row["messages"]):
-            return Prompt(name, messages=tuple(messages), category=category)
+        case "messages" if _are_messages(row["messages"]):
+            return Prompt(name, messages=_read_messages(row, place), category=category)
         case "turns" if _are_texts(turns := row["turns"]):
             first = {"role": "user", "content": turns[0]}
             return Prompt(name, messages=(first,), later_turns=tuple(turns[1:]), category=category)
@@ -111,6 +111,14 @@ def _are_texts(value: Any) -> bool:
 def _are_messages(value: Any) -> bool:
     is_message = lambda turn: isinstance(turn, dict) and {"role", "content"} <= turn.keys()
     return isinstance(value, list) and bool(value) and all(map(is_message, value))
+
+
+def _read_messages(row: Row, place: str) -> tuple[Message, ...]:
+    """The messages as training rows are read: text parts joined, a turn without text refused."""
+    try:
+        return tuple(conversation(row))
+    except ValueError as error:
+        raise ValueError(f"prompts: {place}: {error}") from None
 
 
 def spread(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:

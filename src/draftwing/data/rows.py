@@ -53,7 +53,7 @@ class FoundRow:
 
 
 class Rejects:
-    """Rows that could not be used: kept, counted, and written as JSONL to `path` as they come.
+    """Rows that could not be used: kept, counted, and written as JSONL to `path` as they come, sorted at the end.
 
     The first `keep` lines of an existing file are of an earlier part of this run; the others are dropped. Of several
     processes (torchrun's) the first one writes.
@@ -81,7 +81,16 @@ class Rejects:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
+            file.write(_as_line(reject))
+
+    def sort(self) -> None:
+        """Bring them into the order of the sources' lines; rows are read in a random one."""
+        if self.found != (ordered := sorted(self.found, key=lambda reject: (reject.source, reject.line))):
+            self.found = ordered
+            if self._writes:
+                partial = self.path.with_name(self.path.name + ".partial")
+                partial.write_text("".join(map(_as_line, ordered)), encoding="utf-8")
+                partial.replace(self.path)
 
     def summary(self, num_rows: int) -> str:
         """One line for people; empty if every row was good."""
@@ -91,6 +100,10 @@ class Rejects:
         """Raise a ValueError with the first reason if none of `num_rows` rows was good."""
         if self.found and len(self) >= num_rows:
             raise ValueError(f"data: {describe(self.found, num_rows, self.path)}")
+
+
+def _as_line(reject: Reject) -> str:
+    return json.dumps(asdict(reject), ensure_ascii=False) + "\n"
 
 
 def read_rejects(path: Path, count: int | None = None) -> list[Reject]:
@@ -125,6 +138,8 @@ def select_rows(names: str | Sequence[str], max_rows: int | None = None, seed: i
         marked = source.marked()
         if not marked:
             if len(source) < 2:
+                for index in range(len(source)):  # a file of another kind may seem to have one
+                    list(made_from([RowRef(source, index)], normalise))
                 raise ValueError(f"data: {name} has {len(source)} rows; at least 2 are needed (one is held out)")
             marked = set(range(len(source) - max(1, int(len(source) * HELD_OUT_SHARE)), len(source)))
         for index in range(len(source)):
@@ -146,6 +161,7 @@ def read_rows(
     selection = select_rows(names, max_rows, seed)
     train, held_out = (list(made_from(refs, normalise, rejects)) for refs in (selection.train, selection.held_out))
     if rejects is not None:
+        rejects.sort()
         rejects.check(len(selection.train) + len(selection.held_out))
     return Corpus(train, held_out)
 

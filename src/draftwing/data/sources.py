@@ -113,8 +113,10 @@ class JsonlSource:
 
     def read(self, index: int) -> Row:
         try:
-            row = json.loads(self._line(index))
-        except ValueError as error:  # no JSON, or no UTF-8
+            row = json.loads(self._line(index).decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8: {error}") from None
+        except ValueError as error:
             raise ValueError(f"no JSON object: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"expected an object, got {type(row).__name__}")

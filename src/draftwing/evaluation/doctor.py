@@ -142,13 +142,17 @@ def as_chat(prompt: Prompt) -> Prompt:
 def examine(patient: Patient, text: Text, clues: Sequence[str], steps: Steps) -> Diagnosis:
     """Try every suspect on what the target said, then the best one with each other, and conclude.
 
-    The recordings hold `Patient.layers_of_suspects`. Nothing is tried on features that overflow.
+    The recordings hold `Patient.layers_of_suspects`. Nothing is tried on features that overflow, nor of a draft
+    whose file is broken.
     """
     trials = Trials(patient, text.recordings, steps)
     loaded = compare("as loaded", "", trials.loaded, trials.loaded)
     positions = tau_by_position(trials.loaded)
     if text.overflows:
         return Diagnosis(_overflow(patient.target), loaded, [], [], positions, list(clues))
+    if patient.broken:
+        verdict = Verdict(f"Fault: the draft's {'; '.join(patient.broken)}; fetch or train it anew.", True)
+        return Diagnosis(verdict, loaded, [], [], positions, list(clues))
     steps.expect(len(text.otherwise))
     otherwise = []
     for name, recordings in text.otherwise.items():

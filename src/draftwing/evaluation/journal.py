@@ -53,7 +53,8 @@ class Journal:
     A last line that was cut while it was written is dropped.
 
     Raises:
-        ValueError: the folder holds runs of other settings (the first difference is named), or another kind of file.
+        ValueError: the folder holds runs of other settings (the first difference is named), or another kind of file, or
+            is a file itself.
     """
 
     def __init__(self, settings: Settings, folder: Path | None = None, fresh: bool = False) -> None:
@@ -61,6 +62,8 @@ class Journal:
         self._file = None if folder is None else folder / FILE
         if folder is None or self._file is None:
             return
+        if folder.is_file():
+            raise ValueError(f"output: expected a folder, {folder} is a file")
         folder.mkdir(parents=True, exist_ok=True)
         lines = [] if fresh or not self._file.is_file() else self._file.read_text(encoding="utf-8").split("\n")
         *whole, cut = lines or [""]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from draftwing.checkpoint.fit import broken_tensors
 from draftwing.checkpoint.formats import FROM_FILE, HeadOptions, is_language_model, verifier_name
 from draftwing.checkpoint.load import DraftNetwork, build_head, load_draft, read_draft_files, resolve_draft
 from draftwing.checkpoint.medusa_format import is_medusa
@@ -39,6 +40,8 @@ class Patient:
         if is_medusa(self.values, self.tensors):
             raise ValueError(f"draft: {name} holds Medusa heads; the doctor knows EAGLE heads and draft models")
         self.is_head = not is_language_model(self.values, self.tensors)
+        self.broken = broken_tensors(self.tensors)
+        """Of the file's tensors, those that hold NaN or infinity."""
         self.draft = self.load({})
 
     def load(self, options: Mapping[str, Any]) -> DraftNetwork | TargetModel:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,13 @@ class ProgressDisplay(TrainerCallback):
 
 
 class RecordKeeper(TrainerCallback):
-    """Keeps training.json and training.html up to date with the log, so that an interrupted run has them too."""
+    """Keeps training.json and training.html up to date with the log, so that an interrupted run has them too.
 
-    def __init__(self, config: TrainConfig) -> None:
-        self._config, self._provenance = config, provenance()
+    `inputs` are hashes of what the run reads.
+    """
+
+    def __init__(self, config: TrainConfig, inputs: Mapping[str, str]) -> None:
+        self._config, self._inputs, self._provenance = config, dict(inputs), provenance()
         self._start = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -68,6 +72,7 @@ class RecordKeeper(TrainerCallback):
             "metrics": metrics or {},
             "seconds": round(time.perf_counter() - self._start),
             "recipe": self._config.as_dict(),
+            "inputs": self._inputs,
             "provenance": self._provenance,
             "history": [_figures(entry) for entry in history],
         }

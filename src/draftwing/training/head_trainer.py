@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -15,7 +16,14 @@ from draftwing.checkpoint.medusa_format import MedusaHeads
 from draftwing.checkpoint.save import save_head, save_medusa, to_head
 from draftwing.config import TrainConfig
 from draftwing.data.chat import Example
-from draftwing.data.examples import Collator, LengthGroupedOrder, as_training_rows, lengths_of, read_documents
+from draftwing.data.examples import (
+    Collator,
+    LengthGroupedOrder,
+    as_training_rows,
+    fingerprint_of,
+    lengths_of,
+    read_documents,
+)
 from draftwing.decoding.drafters import Drafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.drafters.medusa import MedusaDrafter
@@ -26,8 +34,9 @@ from draftwing.decoding.stopping import StopRule
 from draftwing.models.eagle import EagleModel
 from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
+from draftwing.training.estimates import read_target_config
 from draftwing.training.frozen_target import frozen_target
-from draftwing.training.heads import compile_layers, continued_head, new_head
+from draftwing.training.heads import compile_layers, continued_head, coverage, new_config, new_head
 from draftwing.training.medusa import MedusaTraining, new_medusa
 from draftwing.training.objectives import HeadTraining
 from draftwing.training.processes import (
@@ -40,6 +49,8 @@ from draftwing.training.processes import (
 from draftwing.training.trainer import ResumableTrainer, new_trainer, wants_compile
 
 Trainable = DraftNetwork | MedusaModel
+LEAST_COVERAGE = 0.8
+"""Of the supervised tokens by a draft vocabulary; with less, many drafts end at a token that it lacks."""
 DECODED_TOKENS = 64
 """New tokens per prompt where an evaluation decodes."""
 
@@ -48,6 +59,9 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     """Train the recipe's head into `config.output`, in its published format; returns the held-out metrics."""
     torch.manual_seed(config.seed)
     plan = decode_plan(config)
+    if config.objective != "medusa" and not config.init_from:  # mistakes are found before anything large is read
+        target_config = read_target_config(config.target).get_text_config()
+        new_config(config, target_config, target_config.vocab_size)
     target = frozen_target(config, config.target)
     tokenizer = load_tokenizer(config.target)
     documents = read_documents(config, tokenizer)
@@ -58,12 +72,15 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     else:
         head = (continued_head if config.init_from else new_head)(config, target, documents.train).to(target.device)
         module = HeadTraining(head, target, config)
+        if is_main_process():
+            _show_coverage(head, documents.train)
     if wants_compile(config):
         compile_layers(head)
     rows = as_training_rows(documents, config, target, head.config.feature_layers)
     held_out = list(rows.held_out)
     held_out += unsupervised(held_out, -len(held_out) % (config.batch_size * num_processes()))
-    trainer = new_trainer(config, module, rows.train, held_out, Collator(tokenizer.pad_token_id or 0), HeadTrainer)
+    tokens, collator = fingerprint_of(documents.train), Collator(tokenizer.pad_token_id or 0)
+    trainer = new_trainer(config, module, rows.train, held_out, tokens, collator, HeadTrainer)
     assert isinstance(trainer, HeadTrainer)
     trainer.plan = plan
     num_prompts = min(config.decode_prompts, len(documents.held_out))
@@ -71,6 +88,16 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     metrics = trainer.run()
     trainer.save(Path(config.output))
     return trainer.finish(metrics)
+
+
+def _show_coverage(head: DraftNetwork, train: Sequence[Example]) -> None:
+    """Say how much of what the rows say the head can draft at all, in yellow if that is little."""
+    if (share := coverage(head, train)) is None:
+        return
+    text = f"the draft vocabulary of {len(head.vocab):,} tokens covers {share:.1%} of the supervised tokens"
+    is_low = share < LEAST_COVERAGE
+    text += "; no other one can be accepted: choose a larger draft_vocab_size" if is_low else ""
+    Console(stderr=True).print(text, style="yellow" if is_low else "", markup=False, highlight=False, soft_wrap=True)
 
 
 def decode_plan(config: TrainConfig) -> TreePlan:

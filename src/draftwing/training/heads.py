@@ -59,6 +59,9 @@ def new_config(config: TrainConfig, target_config: Any, vocab_size: int) -> Draf
     """A head shaped like one layer of its target, unless `architecture` says otherwise.
 
     `target_config` is the target's text configuration in transformers.
+
+    Raises:
+        ValueError: the recipe asks for what this target does not have.
     """
 
     def of_target(name: str, otherwise: Any) -> Any:
@@ -81,10 +84,19 @@ def new_config(config: TrainConfig, target_config: Any, vocab_size: int) -> Draf
         "target_hidden_size": hidden_size,
         **config.architecture,
     }
+    if sizes["hidden_size"] != hidden_size:  # it reads the target's embedding and starts from its output head
+        raise ValueError(f"architecture.hidden_size: expected the target's {hidden_size}, got {sizes['hidden_size']}")
     if config.objective == "eagle3":
+        _check_layers(config.aux_layers, int(target_config.num_hidden_layers))
         sizes["aux_layers"] = config.aux_layers or default_aux_layers(int(target_config.num_hidden_layers))
         sizes["draft_vocab_size"] = min(config.draft_vocab_size or vocab_size, vocab_size)
     return DraftConfig(**sizes)
+
+
+def _check_layers(layers: Sequence[int], num_layers: int) -> None:
+    if wrong := [layer for layer in layers if not 0 <= layer <= num_layers]:
+        expected = f"hidden_states indices from 0 to {num_layers}, the number of the target's layers"
+        raise ValueError(f"aux_layers: expected {expected}, got {wrong[0]}")
 
 
 def new_head(config: TrainConfig, target: TargetModel, train: Sequence[Example]) -> DraftNetwork:
@@ -125,6 +137,15 @@ def most_frequent_tokens(train: Sequence[Example], size: int | None, vocab_size:
         return None
     counts = count_supervised(train, vocab_size)
     return counts.sort(descending=True, stable=True).indices[:size].sort().values
+
+
+def coverage(head: DraftNetwork, train: Sequence[Example]) -> float | None:
+    """The share of the supervised tokens that the head's draft vocabulary has; None if it has all of the target's."""
+    target_ids = head.vocab.target_ids
+    if target_ids is None:
+        return None
+    counts = count_supervised(train, head.config.vocab_size)
+    return float(counts[target_ids.cpu()].sum() / counts.sum().clamp(min=1))
 
 
 def _initialise(head: DraftNetwork) -> None:

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from draftwing.checkpoint.load import load_tokenizer
 from draftwing.config import TrainConfig, check_keys
+from draftwing.data import fingerprint
 from draftwing.data.chat import encode_row
 from draftwing.data.corpus import Row
 from draftwing.data.prompts import write_held_out_prompts
@@ -42,11 +43,13 @@ def train_language_model(config: TrainConfig) -> dict[str, float]:
     held_out = blocks(rows.held_out, tokenizer, config.sequence_length, is_masked)[: config.evaluate_rows]
     if is_masked:
         held_out += not_learnt(held_out, -len(held_out) % (config.batch_size * num_processes()))
+    train = blocks(rows.train, tokenizer, config.sequence_length, is_masked)
     trainer = new_trainer(
         config,
         model,
-        train_dataset=blocks(rows.train, tokenizer, config.sequence_length, is_masked),
+        train_dataset=train,
         eval_dataset=held_out,
+        rows=fingerprint.of_tensors(tensor for block in train for tensor in block.values()),
         trainer_class=ResumableTrainer if target is None else DistillationTrainer,
     )
     if target is not None:

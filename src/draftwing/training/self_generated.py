@@ -26,7 +26,7 @@ from draftwing.decoding.drafters import NoDrafter
 from draftwing.decoding.generate import Generation, Request, RowOutput, plain_plan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
-from draftwing.training.checkpoints import write_text
+from draftwing.training.checkpoints import contents_of, data_content_of, write_text
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def regenerate(
     prompts, counts = read_prompts(config, tokenizer)
     names = ("data", "max_rows", "seed", "sequence_length", "prompt_length", "max_new_tokens", "temperatures")
     settings = {name: getattr(config, name) for name in names} | {"source": source or config.target}
-    num_done = _resume(output, settings | {"prompts": len(prompts), "shard": f"{shard.number}/{shard.count}"})
+    settings |= {"prompts": len(prompts), "shard": f"{shard.number}/{shard.count}"}
+    num_done = _resume(output, settings, contents_of(config) | data_content_of(config))
     mine = prompts[shard.number - 1 :: shard.count]
     num_tokens = num_failed = 0
     shown = track(answer(mine[num_done:]), "self-generated rows", len(mine), num_done, console=Console(stderr=True))
@@ -110,6 +111,7 @@ def read_prompts(config: TrainConfig, tokenizer: Any) -> tuple[list[Prompt], dic
         candidates = list(_candidates(refs, held_out, config, tokenizer, rejects))
         found[held_out] = [prompt for prompt, length in candidates if 0 < length <= config.sequence_length // 2]
         num_long += len(candidates) - len(found[held_out])
+    rejects.sort()
     rejects.check(len(selection.train) + len(selection.held_out))
     random.Random(config.seed).shuffle(found[False])
     chosen = [*found[True][: config.evaluate_rows], *found[False][: config.max_rows]]
@@ -230,14 +232,19 @@ class _Dialogue:
         return {"input_ids": ids, "loss_mask": mask, "held_out": self._held_out}
 
 
-def _resume(output: Path, settings: dict[str, Any]) -> int:
-    """How many rows an earlier run has written with the same settings, which are kept beside its output."""
+def _resume(output: Path, settings: dict[str, Any], contents: dict[str, str]) -> int:
+    """How many rows an earlier run has written with the same settings, which are kept beside its output.
+
+    The `contents` of its inputs count where that run has kept them.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     beside = output.with_suffix(".run.json")
     num_done = _complete_lines(output)
     if num_done and beside.exists():
-        check_same_run(output, json.loads(beside.read_text(encoding="utf-8")), settings)
-    write_text(beside, json.dumps(settings) + "\n")
+        earlier = json.loads(beside.read_text(encoding="utf-8"))
+        check_same_run(output, earlier, settings)
+        check_same_run(output, earlier, {name: value for name, value in contents.items() if name in earlier})
+    write_text(beside, json.dumps(settings | contents) + "\n")
     return num_done
 
 

@@ -4,9 +4,11 @@ import json
 import time
 from pathlib import Path
 
+from rich.console import Console
+
 from draftwing.config import TrainConfig
 from draftwing.provenance import provenance
-from draftwing.training.checkpoints import check_same, settings_of, write_text
+from draftwing.training.checkpoints import check_same, contents_of, data_content_of, settings_of, write_text
 from draftwing.training.display import RECORD, read_record
 from draftwing.training.head_trainer import train_head
 from draftwing.training.language_model import train_language_model
@@ -27,7 +29,7 @@ def train_stage(config: TrainConfig) -> dict[str, float]:
     They are written with the recipe and provenance beside its output.
 
     Raises:
-        ValueError: a finished or interrupted run of other settings is in its place.
+        ValueError: a finished or interrupted run of other settings, or from other inputs, is in its place.
     """
     _check_frozen_target(config)
     if config.objective == "self_generated":
@@ -38,8 +40,12 @@ def train_stage(config: TrainConfig) -> dict[str, float]:
     # Records of before `finished` was kept were written at the end only.
     if record and record.get("finished", True) and any(output.glob("*.safetensors")):
         # On one process both: how many there were no longer matters.
-        made_with = settings_of(record["recipe"], num_processes=1)
-        check_same(made_with, settings_of(config.as_dict(), num_processes=1), output / RECORD)
+        made_with = settings_of(record["recipe"], num_processes=1) | record.get("inputs", {})
+        wanted = settings_of(config.as_dict(), num_processes=1) | contents_of(config) | data_content_of(config)
+        check_same(made_with, wanted, output / RECORD)
+        if is_main_process():
+            begun = record["provenance"]["time"]
+            Console(stderr=True).print(f"finished already (begun {begun}), skipped", highlight=False, soft_wrap=True)
         metrics: dict[str, float] = record["metrics"]
         return metrics
     return TRAINED[config.objective](config)

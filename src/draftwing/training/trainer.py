@@ -14,7 +14,13 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from draftwing.config import TrainConfig
-from draftwing.training.checkpoints import complete_checkpoint, newest_checkpoint, settings_of
+from draftwing.training.checkpoints import (
+    complete_checkpoint,
+    contents_of,
+    data_content_of,
+    newest_checkpoint,
+    settings_of,
+)
 from draftwing.training.display import ProgressDisplay, RecordKeeper
 from draftwing.training.processes import is_main_process, num_processes, wait_for_others
 from draftwing.training.stopping import StopOnSignal, TrainingStopped
@@ -66,13 +72,16 @@ class WholeSteps(Sampler[int]):
 class ResumableTrainer(Trainer):
     """A Trainer that continues where it left off, bit for bit, on as many processes as before or on others."""
 
-    def __init__(self, config: TrainConfig, **arguments: Any) -> None:
+    def __init__(self, config: TrainConfig, rows: str, **arguments: Any) -> None:
+        """`rows` is a hash of what is trained on: a run that continues with other rows is refused."""
         self.config, self._steps = config, WholeSteps([], 1)
-        self.settings = settings_of(config.as_dict(), num_processes()) | {"examples": len(arguments["train_dataset"])}
+        contents = contents_of(config)
+        self.settings = settings_of(config.as_dict(), num_processes()) | contents
+        self.settings |= {"examples": len(arguments["train_dataset"]), "rows": rows}
         super().__init__(**arguments)
         self.remove_callback(PrinterCallback)
         self.add_callback(Housekeeping(self))
-        self.record = RecordKeeper(config)
+        self.record = RecordKeeper(config, contents | data_content_of(config))
         if is_main_process():
             self.add_callback(ProgressDisplay())
             self.add_callback(self.record)
@@ -160,21 +169,29 @@ def new_trainer(
     model: nn.Module,
     train_dataset: Sequence[Any],
     eval_dataset: Sequence[Any],
+    rows: str,
     data_collator: Callable[[list[Any]], Any] | None = None,
     trainer_class: type[ResumableTrainer] = ResumableTrainer,
 ) -> ResumableTrainer:
     """A Trainer over `model` (its forward returns a mapping with `loss`) with checkpoints under `config.output`.
 
+    `rows` is a hash of the tokens of `train_dataset`.
+
     Raises:
         ValueError: there is nothing to train on or to evaluate on, or a tracker is not installed.
     """
     for name, dataset in (("training", train_dataset), ("held-out", eval_dataset)):
-        if not dataset:
+        if not dataset and config.objective == "language_model":
             raise ValueError(
-                f"data: {config.data} has no {name} row that fills sequence_length {config.sequence_length}"
+                f"data: {config.data} has no usable {name} rows that fill sequence_length {config.sequence_length}"
             )
+        if not dataset:
+            which = "those marked `held_out`, else the last ones," if name == "held-out" else "those that train"
+            reason = "cannot be read, are too short, or have nothing that the model says"
+            raise ValueError(f"data: no usable {name} row: of {config.data}, {which} {reason}")
     return trainer_class(
         config,
+        rows,
         model=model,
         args=training_arguments(config),
         train_dataset=train_dataset,
