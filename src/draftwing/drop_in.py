@@ -1,12 +1,13 @@
 """Drop-in for transformers: our decoding inside `hf_model.generate`, with what transformers has prepared."""
 
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 
 from draftwing.api import Lessons, SpeculativeModel, append_padded, unpad
 from draftwing.checkpoint.load import Draft, load_draft, read_acceptance
@@ -17,8 +18,8 @@ from draftwing.models.target import TargetModel
 def custom_generate(draft: str | Path | Draft, plan: str | None = None, seed: int | None = None) -> Callable[..., Any]:
     """A drop-in for transformers: `hf_model.generate(..., custom_generate=draftwing.custom_generate(draft))`.
 
-    Sampling parameters, EOS ids, stop strings, stopping criteria and streamers are honoured as `generate` has prepared
-    them. With `seed=None` each call draws its seed from torch's generator, so that `torch.manual_seed` repeats it.
+    Sampling parameters, EOS ids, stopping criteria and a `streamer` are honoured as `generate` has prepared them; the
+    streamer gets the first row's tokens cycle by cycle, and its end also where decoding fails. With `seed=None` each call draws its seed from torch's generator, so that `torch.manual_seed` repeats it.
 
     `draft` is a folder or hub id of an EAGLE head or of a causal language model with as many tokens, or a loaded one.
     Keep the returned function: it loads the draft once per model, and trees that size themselves learn from each call.
@@ -37,10 +38,11 @@ def custom_generate(draft: str | Path | Draft, plan: str | None = None, seed: in
         streamer: Any = None,
         **kwargs: Any,
     ) -> Any:
-        _check_generation_config(generation_config)
+        streamer = streamer or _streamer_of_caller()
         was_training = model.training
         model.eval()
         try:
+            _check_generation_config(generation_config)
             target = TargetModel(model)
             if model not in known:
                 known[model] = _load(draft, target)
@@ -58,8 +60,8 @@ def custom_generate(draft: str | Path | Draft, plan: str | None = None, seed: in
                     streamer.put(torch.tensor([token]))
         finally:
             model.train(was_training)
-        if streamer is not None:
-            streamer.end()
+            if streamer is not None:
+                streamer.end()  # whoever reads from it would wait for ever
         pad = (_as_ids(generation_config.pad_token_id) or _as_ids(generation_config.eos_token_id) or [0])[0]
         sequences = append_padded(input_ids, [output.tokens for output in generation.outputs], pad)
         return (
@@ -67,6 +69,18 @@ def custom_generate(draft: str | Path | Draft, plan: str | None = None, seed: in
         )
 
     return generate
+
+
+def _streamer_of_caller() -> Any:
+    """The streamer that `hf_model.generate` was called with, None if there is none or another function calls us.
+
+    transformers (5.17 to 5.23 at least) gives it the prompt, but keeps it from a `custom_generate`; so it is read from
+    the frame of `generate`. Without that, a reader in another thread would wait for ever.
+    """
+    ours = inspect.currentframe()
+    caller = ours.f_back.f_back if ours and ours.f_back else None
+    is_transformers = caller is not None and caller.f_code is inspect.unwrap(GenerationMixin.generate).__code__
+    return caller.f_locals.get("streamer") if caller is not None and is_transformers else None
 
 
 def _load(draft: str | Path | Draft, target: TargetModel) -> tuple[Draft, Lessons]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import EOS, VOCAB_SIZE, requests_for, run, tiny_llama
 from transformers import (
+    AutoTokenizer,
     EosTokenCriteria,
     GPT2Config,
     GPT2LMHeadModel,
@@ -19,11 +20,13 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
 )
 
 import draftwing
 from draftwing.api import GenerateOutput, SpeculativeModel
-from draftwing.checkpoint.load import DraftNetwork
+from draftwing.checkpoint.load import EMBEDDED, DraftNetwork
 from draftwing.config import TrainConfig
 from draftwing.decoding.options import GenerateOptions
 from draftwing.models.medusa import MedusaModel
@@ -170,6 +173,37 @@ def test_drop_in_leaves_the_training_mode(heads: dict[str, DraftNetwork]) -> Non
     )
     assert output.sequences.shape == (1, 6)
     assert stock.training
+
+
+@pytest.fixture(scope="module")
+def tiny_and_head() -> tuple[Any, Any, Any]:
+    """The embedded target as transformers loads it, its tokenizer, and a drop-in with the embedded head."""
+    folder = EMBEDDED["target"]
+    model = LlamaForCausalLM.from_pretrained(folder, dtype="float32")
+    return model, AutoTokenizer.from_pretrained(folder), draftwing.custom_generate("tiny", plan="chain:3")
+
+
+def test_drop_in_feeds_a_streamer(tiny_and_head: tuple[Any, Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    stock, tokenizer, fast = tiny_and_head
+    prompt = tokenizer("def main(args):", return_tensors="pt")
+    common = {"max_new_tokens": 12, "do_sample": False, "custom_generate": fast}
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
+    ids = stock.generate(**prompt, **common, streamer=streamer)
+    new = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :])
+    assert "".join(streamer) == new != ""
+    stock.generate(**prompt, **common, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out == new + "\n"
+
+
+def test_drop_in_ends_a_streamer_where_it_fails(tiny_and_head: tuple[Any, Any, Any]) -> None:
+    """Its reader would wait for ever."""
+    stock, tokenizer, fast = tiny_and_head
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=1)
+    with pytest.raises(ValueError, match="output_scores"):
+        stock.generate(
+            torch.tensor([[5, 6]]), max_new_tokens=4, custom_generate=fast, output_scores=True, streamer=streamer
+        )
+    assert "".join(streamer) == ""
 
 
 class Custom(LogitsProcessor):
