@@ -295,7 +295,7 @@ def load(
         ValueError: a name that cannot be loaded, a draft that does not fit, a model whose cache cannot be rolled back.
     """
     check_device(device)
-    head_options = HeadOptions(**{name: options.pop(name) for name in tuple(options) if name in HEAD_OPTIONS})
+    head_options = take_head_options(options)
     draft = None if draft is None or method in DRAFTLESS_METHODS else suitable_draft(draft, method)
     if draft is not None:
         resolve_draft(draft)  # a wrong name is known before the target is loaded
@@ -304,6 +304,11 @@ def load(
     if draft is None:
         return SpeculativeModel(loaded, None, tokenizer, method, capture=capture)
     return SpeculativeModel(loaded, tokenizer=tokenizer, capture=capture).with_draft(draft, method, head_options)
+
+
+def take_head_options(options: dict[str, Any]) -> HeadOptions:
+    """The fields of HeadOptions among the options, which are taken out of them."""
+    return HeadOptions(**{name: options.pop(name) for name in tuple(options) if name in HEAD_OPTIONS})
 
 
 def _bucket(batch_size: int) -> int:

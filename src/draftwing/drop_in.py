@@ -9,25 +9,58 @@ from typing import Any
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 
-from draftwing.api import Lessons, SpeculativeModel, append_padded, unpad
+from draftwing.api import HEAD_OPTIONS, Lessons, SpeculativeModel, append_padded, take_head_options, unpad
 from draftwing.checkpoint.load import Draft, load_draft, read_acceptance
+from draftwing.config import check_keys
+from draftwing.decoding.plan import TreePlan
+from draftwing.methods import suitable_draft
 from draftwing.models.fused import pack_draft
 from draftwing.models.target import TargetModel
 
 
-def custom_generate(draft: str | Path | Draft, plan: str | None = None, seed: int | None = None) -> Callable[..., Any]:
+OPTIONS = ("ngram", "draft_window", "coupled", "stop")
+"""Fields of GenerateOptions that a drop-in takes; the other ones come from transformers."""
+
+
+def custom_generate(
+    draft: str | Path | Draft | None,
+    plan: str | TreePlan | None = None,
+    seed: int | None = None,
+    method: str | None = None,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Callable[..., Any]:
     """A drop-in for transformers: `hf_model.generate(..., custom_generate=draftwing.custom_generate(draft))`.
 
     Sampling parameters, EOS ids, stopping criteria and a `streamer` are honoured as `generate` has prepared them; the
-    streamer gets the first row's tokens cycle by cycle, and its end also where decoding fails. With `seed=None` each call draws its seed from torch's generator, so that `torch.manual_seed` repeats it.
+    streamer gets the first row's tokens cycle by cycle, and its end also where decoding fails.
 
-    `draft` is a folder or hub id of an EAGLE head or of a causal language model with as many tokens, or a loaded one.
     Keep the returned function: it loads the draft once per model, and trees that size themselves learn from each call.
 
+    Args:
+        draft: what `load` takes, or a loaded one; None with a method that needs none.
+        plan, method: as `load` and GenerateOptions have them.
+        seed: None: each call draws its seed from torch's generator, so that `torch.manual_seed` repeats it.
+        tokenizer: the target's, for `stop`, and for a draft model with another number of ids.
+        options: `ngram`, `draft_window`, `coupled` and `stop` of GenerateOptions, and the fields of HeadOptions.
+            Give stop strings here, or as a StopStringCriteria: transformers keeps the `tokenizer` that its own
+            `stop_strings` needs from drop-ins, and says that it could not locate one.
+
     Raises:
-        ValueError: on use, a setting that is not supported (the message names it).
+        ValueError: an unknown option; on use, a setting that is not supported (the message names it).
     """
-    known: weakref.WeakKeyDictionary[Any, tuple[Draft, Lessons]] = weakref.WeakKeyDictionary()
+    check_keys(options, (*OPTIONS, "plan", "seed", "method", "tokenizer", *HEAD_OPTIONS))
+    head_options = take_head_options(options)
+    if head_options.given and not isinstance(draft, str | Path):
+        raise ValueError(f"{', '.join(head_options.given)}: for a draft that is loaded by its name, got {type(draft)}")
+    known: weakref.WeakKeyDictionary[Any, tuple[Draft | None, Lessons]] = weakref.WeakKeyDictionary()
+
+    def load(target: TargetModel) -> tuple[Draft | None, Lessons]:
+        if not isinstance(draft, str | Path):
+            return draft, Lessons()
+        name = suitable_draft(str(draft), method)
+        loaded = load_draft(name, target, options=head_options, tokenizer=tokenizer)
+        return pack_draft(loaded), Lessons(read_acceptance(name))
 
     def generate(
         model: Any,
@@ -45,15 +78,16 @@ def custom_generate(draft: str | Path | Draft, plan: str | None = None, seed: in
             _check_generation_config(generation_config)
             target = TargetModel(model)
             if model not in known:
-                known[model] = _load(draft, target)
+                known[model] = load(target)
             loaded, lessons = known[model]
             # Not captured: a recording would go on with the old weights where the caller changes the model.
-            generation = SpeculativeModel(target, loaded, lessons=lessons, capture=False).start(
+            generation = SpeculativeModel(target, loaded, tokenizer, method, lessons, capture=False).start(
                 unpad(input_ids, kwargs.get("attention_mask")),
                 plan=plan,
                 seed=int(torch.randint(2**31, ())) if seed is None else seed,
                 **_sampling_of(logits_processor, bool(generation_config.do_sample)),
                 **_stop_of(stopping_criteria, input_ids),
+                **options,
             )
             for committed in generation.cycles():
                 for token in committed.tokens[0] if streamer is not None else ():
@@ -81,12 +115,6 @@ def _streamer_of_caller() -> Any:
     caller = ours.f_back.f_back if ours and ours.f_back else None
     is_transformers = caller is not None and caller.f_code is inspect.unwrap(GenerationMixin.generate).__code__
     return caller.f_locals.get("streamer") if caller is not None and is_transformers else None
-
-
-def _load(draft: str | Path | Draft, target: TargetModel) -> tuple[Draft, Lessons]:
-    if isinstance(draft, str | Path):
-        return pack_draft(load_draft(str(draft), target)), Lessons(read_acceptance(str(draft)))
-    return draft, Lessons()
 
 
 def _check_generation_config(config: Any) -> None:

@@ -29,6 +29,7 @@ from draftwing.api import GenerateOutput, SpeculativeModel
 from draftwing.checkpoint.load import EMBEDDED, DraftNetwork
 from draftwing.config import TrainConfig
 from draftwing.decoding.options import GenerateOptions
+from draftwing.decoding.plan import TreePlan
 from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
 from draftwing.training.heads import new_head
@@ -204,6 +205,47 @@ def test_drop_in_ends_a_streamer_where_it_fails(tiny_and_head: tuple[Any, Any, A
             torch.tensor([[5, 6]]), max_new_tokens=4, custom_generate=fast, output_scores=True, streamer=streamer
         )
     assert "".join(streamer) == ""
+
+
+def test_drop_in_stops_at_strings(tiny_and_head: tuple[Any, Any, Any]) -> None:
+    """As transformers does with its own `stop_strings`, whose tokenizer no drop-in gets to see."""
+    stock, tokenizer, _ = tiny_and_head
+    prompt = tokenizer("def main(args):", return_tensors="pt")
+    common = {"max_new_tokens": 24, "do_sample": False}
+    text = tokenizer.decode(stock.generate(**prompt, **common)[0, prompt["input_ids"].shape[1] :])
+    fast = draftwing.custom_generate("tiny", plan="chain:3", stop=text[8:12], tokenizer=tokenizer)
+    expected = stock.generate(**prompt, **common, stop_strings=text[8:12], tokenizer=tokenizer)
+    assert expected.shape[1] < prompt["input_ids"].shape[1] + 24
+    assert stock.generate(**prompt, **common, custom_generate=fast).equal(expected)
+    with pytest.raises(ValueError, match="stop: stop strings need a tokenizer"):
+        stock.generate(**prompt, **common, custom_generate=draftwing.custom_generate("tiny", stop="arg"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"draft": "tiny", "plan": TreePlan(3, 2, 6), "ngram": True, "draft_window": 16, "coupled": False},
+        {"draft": "tiny", "method": "eagle2", "plan": "chain:3"},
+        {"draft": "tiny", "plan": "chain:3", "rope_theta": 20000.0},
+        {"draft": None, "method": "ngram"},
+    ],
+)
+def test_drop_in_takes_drafting_options(tiny_and_head: tuple[Any, Any, Any], options: dict[str, Any]) -> None:
+    stock, tokenizer, _ = tiny_and_head
+    prompt = tokenizer("def main(args):", return_tensors="pt")
+    common = {"max_new_tokens": 12, "do_sample": False}
+    fast = stock.generate(**prompt, **common, custom_generate=draftwing.custom_generate(**options))
+    assert fast.equal(stock.generate(**prompt, **common))
+
+
+def test_drop_in_names_a_wrong_option(heads: dict[str, DraftNetwork]) -> None:
+    with pytest.raises(ValueError, match="draft_windw: unknown key; did you mean 'draft_window'"):
+        draftwing.custom_generate("tiny", draft_windw=8)
+    with pytest.raises(ValueError, match="rope_theta: for a draft that is loaded by its name"):
+        draftwing.custom_generate(heads["eagle3"], rope_theta=1.0)
+    generate = draftwing.custom_generate(heads["eagle3"], draft_window=0)  # reaches the drafter
+    with pytest.raises(ValueError, match="draft_window"):
+        tiny_llama().generate(torch.tensor([[1, 2]]), max_new_tokens=4, pad_token_id=0, custom_generate=generate)
 
 
 class Custom(LogitsProcessor):
