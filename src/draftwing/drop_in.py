@@ -3,6 +3,7 @@
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,17 @@ from draftwing.api import HEAD_OPTIONS, Lessons, SpeculativeModel, append_padded
 from draftwing.checkpoint.load import Draft, load_draft, read_acceptance
 from draftwing.config import check_keys
 from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.statistics import Statistics
 from draftwing.methods import suitable_draft
 from draftwing.models.fused import pack_draft
 from draftwing.models.target import TargetModel
+
+
+@dataclass
+class DropInOutput(GenerateDecoderOnlyOutput):
+    """transformers' output (`sequences [B, S]`) with the generation's figures."""
+
+    statistics: Statistics | None = None
 
 
 OPTIONS = ("ngram", "draft_window", "coupled", "stop")
@@ -35,6 +44,7 @@ def custom_generate(
     Sampling parameters, EOS ids, stopping criteria and a `streamer` are honoured as `generate` has prepared them; the
     streamer gets the first row's tokens cycle by cycle, and its end also where decoding fails.
 
+    With `return_dict_in_generate=True` the output has `statistics`.
     Keep the returned function: it loads the draft once per model, and trees that size themselves learn from each call.
 
     Args:
@@ -98,9 +108,9 @@ def custom_generate(
                 streamer.end()  # whoever reads from it would wait for ever
         pad = (_as_ids(generation_config.pad_token_id) or _as_ids(generation_config.eos_token_id) or [0])[0]
         sequences = append_padded(input_ids, [output.tokens for output in generation.outputs], pad)
-        return (
-            GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
-        )
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return DropInOutput(sequences=sequences, statistics=generation.statistics)
 
     return generate
 

@@ -166,13 +166,15 @@ def test_drop_in_honours_what_transformers_prepared(heads: dict[str, DraftNetwor
     assert fast.tolist() == stock.generate(ids, **common).tolist()
 
 
-def test_drop_in_leaves_the_training_mode(heads: dict[str, DraftNetwork]) -> None:
+def test_drop_in_leaves_the_training_mode_and_returns_statistics(heads: dict[str, DraftNetwork]) -> None:
     stock = tiny_llama().train()
     generate = draftwing.custom_generate(heads["eagle3"])
     output = stock.generate(
         torch.tensor([[5, 6]]), max_new_tokens=4, pad_token_id=0, custom_generate=generate, return_dict_in_generate=True
     )
     assert output.sequences.shape == (1, 6)
+    assert output.statistics.num_tokens == 4
+    assert output.statistics.acceptance_length >= 1
     assert stock.training
 
 
