@@ -1,7 +1,9 @@
 """Drop-in for transformers: our decoding inside `hf_model.generate`, with what transformers has prepared."""
 
 import inspect
+import math
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +43,8 @@ def custom_generate(
 ) -> Callable[..., Any]:
     """A drop-in for transformers: `hf_model.generate(..., custom_generate=draftwing.custom_generate(draft))`.
 
-    Sampling parameters, EOS ids, stopping criteria and a `streamer` are honoured as `generate` has prepared them; the
-    streamer gets the first row's tokens cycle by cycle, and its end also where decoding fails.
+    Sampling parameters, biases of single tokens, EOS ids, stopping criteria and a `streamer` are honoured as `generate`
+    has prepared them; the streamer gets the first row's tokens cycle by cycle, and its end also where decoding fails.
 
     With `return_dict_in_generate=True` the output has `statistics`.
     Keep the returned function: it loads the draft once per model, and trees that size themselves learn from each call.
@@ -86,6 +88,8 @@ def custom_generate(
         model.eval()
         try:
             _check_generation_config(generation_config)
+            if kwargs.get("inputs_embeds") is not None:
+                raise ValueError("inputs_embeds: not supported by draftwing, which reads input_ids")
             target = TargetModel(model)
             if model not in known:
                 known[model] = load(target)
@@ -145,17 +149,61 @@ PROCESSORS = {
 }
 
 
+# Processors that we have nothing for: the option that makes transformers prepare them.
+UNSUPPORTED = {
+    "EncoderNoRepeatNGramLogitsProcessor": "encoder_no_repeat_ngram_size",
+    "EncoderRepetitionPenaltyLogitsProcessor": "encoder_repetition_penalty",
+    "EpsilonLogitsWarper": "epsilon_cutoff",
+    "EtaLogitsWarper": "eta_cutoff",
+    "ExponentialDecayLengthPenalty": "exponential_decay_length_penalty",
+    "ForcedBOSTokenLogitsProcessor": "forced_bos_token_id",
+    "ForcedEOSTokenLogitsProcessor": "forced_eos_token_id",
+    "InfNanRemoveLogitsProcessor": "remove_invalid_values",
+    "LogitNormalization": "renormalize_logits",
+    "MinLengthLogitsProcessor": "min_length or min_new_tokens",  # the latter sets both
+    "MinNewTokensLengthLogitsProcessor": "min_new_tokens",
+    "NoRepeatNGramLogitsProcessor": "no_repeat_ngram_size",
+    "PrefixConstrainedLogitsProcessor": "prefix_allowed_tokens_fn",
+    "SuppressTokensAtBeginLogitsProcessor": "begin_suppress_tokens",
+    "SynthIDTextWatermarkLogitsProcessor": "watermarking_config",
+    "TopHLogitsWarper": "top_h",
+    "TypicalLogitsWarper": "typical_p",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
+    "WatermarkLogitsProcessor": "watermarking_config",
+}
+
+
 def _sampling_of(processors: Any, is_sampled: bool) -> dict[str, Any]:
     """Our sampling options from the logits processors that transformers prepared."""
     options: dict[str, Any] = {"temperature": 1.0 if is_sampled else 0.0}
+    bias: dict[int, float] = defaultdict(float)
     for processor in processors or ():
         kind = type(processor).__name__
-        if kind not in PROCESSORS:
-            raise ValueError(f"logits_processor: {kind} is not supported by draftwing")
-        name, attribute = PROCESSORS[kind]
-        if is_sampled or name == "repetition_penalty":
-            options[name] = getattr(processor, attribute)
-    return options
+        if kind in PROCESSORS:
+            name, attribute = PROCESSORS[kind]
+            if is_sampled or name == "repetition_penalty":
+                options[name] = getattr(processor, attribute)
+            continue
+        for token, value in _bias_of(processor).items():
+            bias[token] += value
+    return options | {"logit_bias": dict(bias)}
+
+
+def _bias_of(processor: Any) -> dict[int, float]:
+    """What a processor adds to the logits of single tokens."""
+    kind = type(processor).__name__
+    if kind == "SuppressTokensLogitsProcessor":
+        return dict.fromkeys(_as_ids(processor.suppress_tokens), -math.inf)
+    if kind not in ("SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor"):
+        name = UNSUPPORTED.get(kind, f"logits_processor: {kind}")
+        raise ValueError(f"{name}: not supported by draftwing")
+    bias = {}
+    for sequence, value in processor.sequence_bias.items():
+        if len(sequence) > 1:
+            name = "sequence_bias" if kind.startswith("Sequence") else "bad_words_ids"
+            raise ValueError(f"{name}: draftwing supports single tokens, got the sequence {list(sequence)}")
+        bias[sequence[0]] = value
+    return bias
 
 
 def _stop_of(criteria: Any, input_ids: torch.Tensor) -> dict[str, Any]:

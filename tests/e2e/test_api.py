@@ -153,10 +153,19 @@ def test_drop_in_runs_custom_stopping_criteria(heads: dict[str, DraftNetwork]) -
     [
         {"logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(3.0)])},
         {"repetition_penalty": 1.4},
+        {"sequence_bias": [[[16], 3.0]], "suppress_tokens": [7, 9], "bad_words_ids": [[16], [23]]},
+        {"sequence_bias": [[[16], 9.0]], "repetition_penalty": 1.4},
         {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(8)])},
         {"stopping_criteria": StoppingCriteriaList([EosTokenCriteria([7, 16])])},
     ],
-    ids=["a processor's own value", "the config's value", "a length criterion", "an end-of-sequence criterion"],
+    ids=[
+        "a processor's own value",
+        "the config's value",
+        "biases of single tokens",
+        "a bias, then a penalty",
+        "a length criterion",
+        "an end-of-sequence criterion",
+    ],
 )
 def test_drop_in_honours_what_transformers_prepared(heads: dict[str, DraftNetwork], options: dict[str, object]) -> None:
     stock = tiny_llama()
@@ -259,8 +268,13 @@ class Custom(LogitsProcessor):
     ("options", "message"),
     [
         ({"num_beams": 2}, "num_beams"),
-        ({"logits_processor": LogitsProcessorList([Custom()])}, "Custom"),
+        ({"logits_processor": LogitsProcessorList([Custom()])}, "logits_processor: Custom: not supported"),
         ({"output_scores": True}, "output_scores"),
+        ({"min_new_tokens": 2}, "min_length or min_new_tokens: not supported by draftwing"),
+        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size: not supported by draftwing"),
+        ({"do_sample": True, "typical_p": 0.5}, "typical_p: not supported by draftwing"),
+        ({"bad_words_ids": [[1, 2]]}, r"bad_words_ids: draftwing supports single tokens, got the sequence \[1, 2\]"),
+        ({"inputs": None, "inputs_embeds": torch.zeros(1, 2, 32, dtype=torch.float64)}, "inputs_embeds: not supported"),
     ],
 )
 def test_drop_in_refuses_what_it_cannot_honour(
@@ -268,11 +282,11 @@ def test_drop_in_refuses_what_it_cannot_honour(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_llama().generate(
-            torch.tensor([[1, 2]]),
+            **{"inputs": torch.tensor([[1, 2]])} | options,
             max_new_tokens=4,
             pad_token_id=0,
+            eos_token_id=EOS,
             custom_generate=draftwing.custom_generate(heads["eagle3"]),
-            **options,
         )
 
 
