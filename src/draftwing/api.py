@@ -146,6 +146,7 @@ class SpeculativeModel:
         return self._start(prompts, _read_options(options))
 
     def _start(self, prompts: Sequence[Sequence[int]], settings: GenerateOptions) -> Generation:
+        settings.check(len(prompts), self.target.vocab_size)
         eos, decode = self._eos_token_ids(settings), None if self.tokenizer is None else self.tokenizer.decode
         requests = [settings.request(row, prompt, eos, decode) for row, prompt in enumerate(prompts)]
         return self.start_requests(requests, settings)
@@ -250,10 +251,8 @@ class SpeculativeModel:
             )
 
     def _eos_token_ids(self, settings: GenerateOptions) -> tuple[int, ...]:
-        eos = settings.eos_token_id
-        if eos is None:
-            return self.target.eos_token_ids
-        return (eos,) if isinstance(eos, int) else tuple(eos)
+        eos = settings.eos_token_ids
+        return self.target.eos_token_ids if eos is None else eos
 
     def _pad_token_id(self, settings: GenerateOptions) -> int:
         pad = self.target.model.generation_config.pad_token_id

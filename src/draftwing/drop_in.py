@@ -100,7 +100,7 @@ def custom_generate(
                 plan=plan,
                 seed=int(torch.randint(2**31, ())) if seed is None else seed,
                 **_sampling_of(logits_processor, bool(generation_config.do_sample)),
-                **_stop_of(stopping_criteria, input_ids),
+                **_stop_of(stopping_criteria, input_ids, target.vocab_size),
                 **options,
             )
             for committed in generation.cycles():
@@ -206,15 +206,18 @@ def _bias_of(processor: Any) -> dict[int, float]:
     return bias
 
 
-def _stop_of(criteria: Any, input_ids: torch.Tensor) -> dict[str, Any]:
-    """Our stop options from the stopping criteria that transformers prepared; unknown ones are run after each token."""
+def _stop_of(criteria: Any, input_ids: torch.Tensor, vocab_size: int) -> dict[str, Any]:
+    """Our stop options from the stopping criteria that transformers prepared; unknown ones are run after each token.
+
+    End-of-sequence ids that no model can choose (-1: never end) are left out.
+    """
     limits, eos, others = [], [], []
     for criterion in criteria or ():
         kind = type(criterion).__name__
         if kind == "MaxLengthCriteria":
             limits.append(criterion.max_length - input_ids.shape[1])
         elif kind == "EosTokenCriteria":
-            eos += _as_ids(criterion.eos_token_id)
+            eos += [token for token in _as_ids(criterion.eos_token_id) if 0 <= token < vocab_size]
         else:
             others.append(criterion)
 

@@ -157,6 +157,7 @@ def test_drop_in_runs_custom_stopping_criteria(heads: dict[str, DraftNetwork]) -
         {"sequence_bias": [[[16], 9.0]], "repetition_penalty": 1.4},
         {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(8)])},
         {"stopping_criteria": StoppingCriteriaList([EosTokenCriteria([7, 16])])},
+        {"eos_token_id": -1},
     ],
     ids=[
         "a processor's own value",
@@ -165,6 +166,7 @@ def test_drop_in_runs_custom_stopping_criteria(heads: dict[str, DraftNetwork]) -
         "a bias, then a penalty",
         "a length criterion",
         "an end-of-sequence criterion",
+        "no end",
     ],
 )
 def test_drop_in_honours_what_transformers_prepared(heads: dict[str, DraftNetwork], options: dict[str, object]) -> None:
@@ -299,7 +301,12 @@ def test_drop_in_refuses_what_it_cannot_honour(
         ({"min_p": 1.5}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"seed": -1}, "seed"),
-        ({"seed": []}, "seed"),
+        ({"seed": 2**70}, r"seed: expected an integer from 0 to 2\^63-1"),
+        ({"seed": []}, "seed: expected one per row, got 0 for 1 rows"),
+        ({"seed": [1, 2]}, "seed: expected one per row, got 2 for 1 rows"),
+        ({"eos_token_id": "a"}, "eos_token_id: expected ids from 0 to 63, got 'a'"),
+        ({"eos_token_id": [3, VOCAB_SIZE]}, "eos_token_id: expected ids from 0 to 63, got 64"),
+        ({"eos_token_id": -3}, "eos_token_id: expected ids from 0 to 63, got -3"),
         ({"seed": None}, "seed: expected an integer or one per row, got None"),
         ({"max_new_tokens": 2.5}, "max_new_tokens: expected an integer of at least 1, got 2.5"),
         ({"eos_token_id": torch.tensor(2)}, "eos_token_id: expected a token id or several"),
