@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from os import PathLike
 from typing import Any
 
 import torch
@@ -42,6 +43,13 @@ from draftwing.models.target import TargetModel
 from draftwing.provenance import provenance
 
 HEAD_OPTIONS = tuple(HeadOptions.__dataclass_fields__)
+LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "quantize", *HEAD_OPTIONS) + (
+    "attn_implementation",
+    "device_map",
+    "revision",
+    "trust_remote_code",
+)
+"""What `load` takes, the most used of `from_pretrained` among them; to suggest one for another."""
 
 
 @dataclass
@@ -293,12 +301,22 @@ def load(
     Raises:
         ValueError: a name that cannot be loaded, a draft that does not fit, a model whose cache cannot be rolled back.
     """
+    if not isinstance(target, str | PathLike):
+        raise ValueError(
+            f"target: expected a name, got {type(target).__name__}; for a model that is loaded already: "
+            "model.generate(..., custom_generate=draftwing.custom_generate(draft))"
+        )
     check_device(device)
     head_options = take_head_options(options)
     draft = None if draft is None or method in DRAFTLESS_METHODS else suitable_draft(draft, method)
     if draft is not None:
         resolve_draft(draft)  # a wrong name is known before the target is loaded
-    loaded = pack_target(load_target(target, parse_dtype(dtype), device, **options))
+    try:
+        loaded = pack_target(load_target(target, parse_dtype(dtype), device, **options))
+    except ValueError as error:
+        if isinstance(error.__cause__, TypeError):  # no such option; transformers says so when it makes the model
+            check_keys([name for name in options if f"'{name}'" in str(error.__cause__)], LOAD_OPTIONS)
+        raise
     tokenizer = load_tokenizer(target)
     if draft is None:
         return SpeculativeModel(loaded, None, tokenizer, method, capture=capture)

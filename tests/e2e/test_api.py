@@ -402,6 +402,13 @@ def test_an_unknown_device_is_named() -> None:
         draftwing.load("tiny", device="warp")
 
 
+def test_load_names_what_was_meant() -> None:
+    with pytest.raises(ValueError, match="drafts: unknown key; did you mean 'draft'"):
+        draftwing.load("tiny", drafts="tiny")
+    with pytest.raises(ValueError, match=r"target: expected a name, got LlamaForCausalLM; .*custom_generate"):
+        draftwing.load(tiny_llama())  # type: ignore[arg-type]
+
+
 def test_a_method_must_suit_its_head(model: SpeculativeModel, target: TargetModel) -> None:
     with pytest.raises(ValueError, match="EAGLE-3"):
         model.with_method("eagle1")
