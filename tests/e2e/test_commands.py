@@ -267,6 +267,22 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path: Path, model_type: str) 
         load_tokenizer(str(tmp_path))
 
 
+def test_a_machine_is_measured_once_and_said_to_be(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In one line, so that the first command does not seem to hang; the library itself is silent."""
+    monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path))
+    models = ("--target", str(folder / "target"), "--draft", str(folder / "eagle3"))
+    for count in (1, 0):
+        assert main(["generate", *models, "--prompt", "def", "--max-new-tokens", "4", "--json"]) == 0
+        output = capsys.readouterr()
+        assert output.err.count("measuring this machine once") == count
+        assert json.loads(output.out)["num_tokens"] == 4
+    monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path / "other"))
+    draftwing.load(str(folder / "target"), str(folder / "eagle3")).costs(1)
+    assert "measuring" not in capsys.readouterr().err
+
+
 def test_chat_needs_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for file in EMBEDDED["target"].iterdir():
         if file.name != "chat_template.jinja":

@@ -30,7 +30,7 @@ class GenerateOptions:
         stop: stop strings; a row ends with the token that completes one.
         plan: `auto`, `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `eagle1`, `medusa`, `lookahead:WxNxG` (for that
             method alone) or a TreePlan; None is the method's default. `auto` sizes each tree by what it is expected to
-            bring; the first time on a machine it measures what a cycle costs, for a second or two.
+            bring; the first time on a machine it measures what a cycle costs, for a second or two (it logs so).
         ngram: with an EAGLE method, let a continuation looked up in the text compete for the nodes of each tree; None:
             where trees size themselves. Lookups that bring nothing are paused.
         draft_window: the last tokens that an EAGLE head reads; None: as many as it was trained on, for past these
