@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -83,7 +84,7 @@ def custom_generate(
         streamer: Any = None,
         **kwargs: Any,
     ) -> Any:
-        streamer = streamer or _streamer_of_caller()
+        streamer = _streamer_of_caller() if streamer is None else streamer
         was_training = model.training
         model.eval()
         try:
@@ -125,10 +126,9 @@ def _streamer_of_caller() -> Any:
     transformers (5.17 to 5.23 at least) gives it the prompt, but keeps it from a `custom_generate`; so it is read from
     the frame of `generate`. Without that, a reader in another thread would wait for ever.
     """
-    ours = inspect.currentframe()
-    caller = ours.f_back.f_back if ours and ours.f_back else None
-    is_transformers = caller is not None and caller.f_code is inspect.unwrap(GenerationMixin.generate).__code__
-    return caller.f_locals.get("streamer") if caller is not None and is_transformers else None
+    caller = sys._getframe(2)  # a variable for our own frame would keep it, and what it points to, until a collection
+    is_transformers = caller.f_code is inspect.unwrap(GenerationMixin.generate).__code__
+    return caller.f_locals.get("streamer") if is_transformers else None
 
 
 def _check_generation_config(config: Any) -> None:
