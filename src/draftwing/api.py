@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from os import PathLike
 from typing import Any
 
 import torch
@@ -42,6 +43,13 @@ from draftwing.models.target import TargetModel
 from draftwing.provenance import provenance
 
 HEAD_OPTIONS = tuple(HeadOptions.__dataclass_fields__)
+LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "quantize", *HEAD_OPTIONS) + (
+    "attn_implementation",
+    "device_map",
+    "revision",
+    "trust_remote_code",
+)
+"""What `load` takes, the most used of `from_pretrained` among them; to suggest one for another."""
 
 
 @dataclass
@@ -146,6 +154,7 @@ class SpeculativeModel:
         return self._start(prompts, _read_options(options))
 
     def _start(self, prompts: Sequence[Sequence[int]], settings: GenerateOptions) -> Generation:
+        settings.check(len(prompts), self.target.vocab_size)
         eos, decode = self._eos_token_ids(settings), None if self.tokenizer is None else self.tokenizer.decode
         requests = [settings.request(row, prompt, eos, decode) for row, prompt in enumerate(prompts)]
         return self.start_requests(requests, settings)
@@ -255,10 +264,8 @@ class SpeculativeModel:
             )
 
     def _eos_token_ids(self, settings: GenerateOptions) -> tuple[int, ...]:
-        eos = settings.eos_token_id
-        if eos is None:
-            return self.target.eos_token_ids
-        return (eos,) if isinstance(eos, int) else tuple(eos)
+        eos = settings.eos_token_ids
+        return self.target.eos_token_ids if eos is None else eos
 
     def _pad_token_id(self, settings: GenerateOptions) -> int:
         pad = self.target.model.generation_config.pad_token_id
@@ -299,16 +306,31 @@ def load(
     Raises:
         ValueError: a name that cannot be loaded, a draft that does not fit, a model whose cache cannot be rolled back.
     """
+    if not isinstance(target, str | PathLike):
+        raise ValueError(
+            f"target: expected a name, got {type(target).__name__}; for a model that is loaded already: "
+            "model.generate(..., custom_generate=draftwing.custom_generate(draft))"
+        )
     check_device(device)
-    head_options = HeadOptions(**{name: options.pop(name) for name in tuple(options) if name in HEAD_OPTIONS})
+    head_options = take_head_options(options)
     draft = None if draft is None or method in DRAFTLESS_METHODS else suitable_draft(draft, method)
     if draft is not None:
         resolve_draft(draft)  # a wrong name is known before the target is loaded
-    loaded = pack_target(load_target(target, parse_dtype(dtype), device, **options))
+    try:
+        loaded = pack_target(load_target(target, parse_dtype(dtype), device, **options))
+    except ValueError as error:
+        if isinstance(error.__cause__, TypeError):  # no such option; transformers says so when it makes the model
+            check_keys([name for name in options if f"'{name}'" in str(error.__cause__)], LOAD_OPTIONS)
+        raise
     tokenizer = load_tokenizer(target)
     if draft is None:
         return SpeculativeModel(loaded, None, tokenizer, method, capture=capture)
     return SpeculativeModel(loaded, tokenizer=tokenizer, capture=capture).with_draft(draft, method, head_options)
+
+
+def take_head_options(options: dict[str, Any]) -> HeadOptions:
+    """The fields of HeadOptions among the options, which are taken out of them."""
+    return HeadOptions(**{name: options.pop(name) for name in tuple(options) if name in HEAD_OPTIONS})
 
 
 def _bucket(batch_size: int) -> int:

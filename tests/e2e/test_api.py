@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import EOS, VOCAB_SIZE, requests_for, run, tiny_llama
 from transformers import (
+    AutoTokenizer,
     EosTokenCriteria,
     GPT2Config,
     GPT2LMHeadModel,
@@ -19,13 +20,16 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
 )
 
 import draftwing
 from draftwing.api import GenerateOutput, SpeculativeModel
-from draftwing.checkpoint.load import DraftNetwork
+from draftwing.checkpoint.load import EMBEDDED, DraftNetwork
 from draftwing.config import TrainConfig
 from draftwing.decoding.options import GenerateOptions
+from draftwing.decoding.plan import TreePlan
 from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
 from draftwing.training.heads import new_head
@@ -149,10 +153,21 @@ def test_drop_in_runs_custom_stopping_criteria(heads: dict[str, DraftNetwork]) -
     [
         {"logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(3.0)])},
         {"repetition_penalty": 1.4},
+        {"sequence_bias": [[[16], 3.0]], "suppress_tokens": [7, 9], "bad_words_ids": [[16], [23]]},
+        {"sequence_bias": [[[16], 9.0]], "repetition_penalty": 1.4},
         {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(8)])},
         {"stopping_criteria": StoppingCriteriaList([EosTokenCriteria([7, 16])])},
+        {"eos_token_id": -1},
     ],
-    ids=["a processor's own value", "the config's value", "a length criterion", "an end-of-sequence criterion"],
+    ids=[
+        "a processor's own value",
+        "the config's value",
+        "biases of single tokens",
+        "a bias, then a penalty",
+        "a length criterion",
+        "an end-of-sequence criterion",
+        "no end",
+    ],
 )
 def test_drop_in_honours_what_transformers_prepared(heads: dict[str, DraftNetwork], options: dict[str, object]) -> None:
     stock = tiny_llama()
@@ -162,14 +177,88 @@ def test_drop_in_honours_what_transformers_prepared(heads: dict[str, DraftNetwor
     assert fast.tolist() == stock.generate(ids, **common).tolist()
 
 
-def test_drop_in_leaves_the_training_mode(heads: dict[str, DraftNetwork]) -> None:
+def test_drop_in_leaves_the_training_mode_and_returns_statistics(heads: dict[str, DraftNetwork]) -> None:
     stock = tiny_llama().train()
     generate = draftwing.custom_generate(heads["eagle3"])
     output = stock.generate(
         torch.tensor([[5, 6]]), max_new_tokens=4, pad_token_id=0, custom_generate=generate, return_dict_in_generate=True
     )
     assert output.sequences.shape == (1, 6)
+    assert output.statistics.num_tokens == 4
+    assert output.statistics.acceptance_length >= 1
     assert stock.training
+
+
+@pytest.fixture(scope="module")
+def tiny_and_head() -> tuple[Any, Any, Any]:
+    """The embedded target as transformers loads it, its tokenizer, and a drop-in with the embedded head."""
+    folder = EMBEDDED["target"]
+    model = LlamaForCausalLM.from_pretrained(folder, dtype="float32")
+    return model, AutoTokenizer.from_pretrained(folder), draftwing.custom_generate("tiny", plan="chain:3")
+
+
+def test_drop_in_feeds_a_streamer(tiny_and_head: tuple[Any, Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    stock, tokenizer, fast = tiny_and_head
+    prompt = tokenizer("def main(args):", return_tensors="pt")
+    common = {"max_new_tokens": 12, "do_sample": False, "custom_generate": fast}
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
+    ids = stock.generate(**prompt, **common, streamer=streamer)
+    new = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :])
+    assert "".join(streamer) == new != ""
+    stock.generate(**prompt, **common, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out == new + "\n"
+
+
+def test_drop_in_ends_a_streamer_where_it_fails(tiny_and_head: tuple[Any, Any, Any]) -> None:
+    """Its reader would wait for ever."""
+    stock, tokenizer, fast = tiny_and_head
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=1)
+    with pytest.raises(ValueError, match="output_scores"):
+        stock.generate(
+            torch.tensor([[5, 6]]), max_new_tokens=4, custom_generate=fast, output_scores=True, streamer=streamer
+        )
+    assert "".join(streamer) == ""
+
+
+def test_drop_in_stops_at_strings(tiny_and_head: tuple[Any, Any, Any]) -> None:
+    """As transformers does with its own `stop_strings`, whose tokenizer no drop-in gets to see."""
+    stock, tokenizer, _ = tiny_and_head
+    prompt = tokenizer("def main(args):", return_tensors="pt")
+    common = {"max_new_tokens": 24, "do_sample": False}
+    text = tokenizer.decode(stock.generate(**prompt, **common)[0, prompt["input_ids"].shape[1] :])
+    fast = draftwing.custom_generate("tiny", plan="chain:3", stop=text[8:12], tokenizer=tokenizer)
+    expected = stock.generate(**prompt, **common, stop_strings=text[8:12], tokenizer=tokenizer)
+    assert expected.shape[1] < prompt["input_ids"].shape[1] + 24
+    assert stock.generate(**prompt, **common, custom_generate=fast).equal(expected)
+    with pytest.raises(ValueError, match="stop: stop strings need a tokenizer"):
+        stock.generate(**prompt, **common, custom_generate=draftwing.custom_generate("tiny", stop="arg"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"draft": "tiny", "plan": TreePlan(3, 2, 6), "ngram": True, "draft_window": 16, "coupled": False},
+        {"draft": "tiny", "method": "eagle2", "plan": "chain:3"},
+        {"draft": "tiny", "plan": "chain:3", "rope_theta": 20000.0},
+        {"draft": None, "method": "ngram"},
+    ],
+)
+def test_drop_in_takes_drafting_options(tiny_and_head: tuple[Any, Any, Any], options: dict[str, Any]) -> None:
+    stock, tokenizer, _ = tiny_and_head
+    prompt = tokenizer("def main(args):", return_tensors="pt")
+    common = {"max_new_tokens": 12, "do_sample": False}
+    fast = stock.generate(**prompt, **common, custom_generate=draftwing.custom_generate(**options))
+    assert fast.equal(stock.generate(**prompt, **common))
+
+
+def test_drop_in_names_a_wrong_option(heads: dict[str, DraftNetwork]) -> None:
+    with pytest.raises(ValueError, match="draft_windw: unknown key; did you mean 'draft_window'"):
+        draftwing.custom_generate("tiny", draft_windw=8)
+    with pytest.raises(ValueError, match="rope_theta: for a draft that is loaded by its name"):
+        draftwing.custom_generate(heads["eagle3"], rope_theta=1.0)
+    generate = draftwing.custom_generate(heads["eagle3"], draft_window=0)  # reaches the drafter
+    with pytest.raises(ValueError, match="draft_window"):
+        tiny_llama().generate(torch.tensor([[1, 2]]), max_new_tokens=4, pad_token_id=0, custom_generate=generate)
 
 
 class Custom(LogitsProcessor):
@@ -181,8 +270,13 @@ class Custom(LogitsProcessor):
     ("options", "message"),
     [
         ({"num_beams": 2}, "num_beams"),
-        ({"logits_processor": LogitsProcessorList([Custom()])}, "Custom"),
+        ({"logits_processor": LogitsProcessorList([Custom()])}, "logits_processor: Custom: not supported"),
         ({"output_scores": True}, "output_scores"),
+        ({"min_new_tokens": 2}, "min_length or min_new_tokens: not supported by draftwing"),
+        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size: not supported by draftwing"),
+        ({"do_sample": True, "typical_p": 0.5}, "typical_p: not supported by draftwing"),
+        ({"bad_words_ids": [[1, 2]]}, r"bad_words_ids: draftwing supports single tokens, got the sequence \[1, 2\]"),
+        ({"inputs": None, "inputs_embeds": torch.zeros(1, 2, 32, dtype=torch.float64)}, "inputs_embeds: not supported"),
     ],
 )
 def test_drop_in_refuses_what_it_cannot_honour(
@@ -190,11 +284,11 @@ def test_drop_in_refuses_what_it_cannot_honour(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_llama().generate(
-            torch.tensor([[1, 2]]),
+            **{"inputs": torch.tensor([[1, 2]])} | options,
             max_new_tokens=4,
             pad_token_id=0,
+            eos_token_id=EOS,
             custom_generate=draftwing.custom_generate(heads["eagle3"]),
-            **options,
         )
 
 
@@ -207,7 +301,12 @@ def test_drop_in_refuses_what_it_cannot_honour(
         ({"min_p": 1.5}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"seed": -1}, "seed"),
-        ({"seed": []}, "seed"),
+        ({"seed": 2**70}, r"seed: expected an integer from 0 to 2\^63-1"),
+        ({"seed": []}, "seed: expected one per row, got 0 for 1 rows"),
+        ({"seed": [1, 2]}, "seed: expected one per row, got 2 for 1 rows"),
+        ({"eos_token_id": "a"}, "eos_token_id: expected ids from 0 to 63, got 'a'"),
+        ({"eos_token_id": [3, VOCAB_SIZE]}, "eos_token_id: expected ids from 0 to 63, got 64"),
+        ({"eos_token_id": -3}, "eos_token_id: expected ids from 0 to 63, got -3"),
         ({"seed": None}, "seed: expected an integer or one per row, got None"),
         ({"max_new_tokens": 2.5}, "max_new_tokens: expected an integer of at least 1, got 2.5"),
         ({"eos_token_id": torch.tensor(2)}, "eos_token_id: expected a token id or several"),
@@ -301,6 +400,13 @@ def test_drop_in_with_a_draft_model(draft_model: TargetModel) -> None:
 def test_an_unknown_device_is_named() -> None:
     with pytest.raises(ValueError, match="device: 'warp'"):
         draftwing.load("tiny", device="warp")
+
+
+def test_load_names_what_was_meant() -> None:
+    with pytest.raises(ValueError, match="drafts: unknown key; did you mean 'draft'"):
+        draftwing.load("tiny", drafts="tiny")
+    with pytest.raises(ValueError, match=r"target: expected a name, got LlamaForCausalLM; .*custom_generate"):
+        draftwing.load(tiny_llama())  # type: ignore[arg-type]
 
 
 def test_a_method_must_suit_its_head(model: SpeculativeModel, target: TargetModel) -> None:

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import draftwing
+from draftwing.checkpoint.load import EMBEDDED, load_tokenizer
 from draftwing.cli import main
 
 SIZES = {
@@ -234,7 +235,10 @@ def test_a_method_that_the_draft_is_not_made_for(folder: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "--target", "no/such/folder", "--prompt", "x"], "target: cannot load 'no/such/folder'"),
+        (
+            ["generate", "--target", "no/such/folder", "--prompt", "x"],
+            "target: no folder and no reachable hub id: 'no/such/folder'",
+        ),
         (["generate", "--target", "tiny", "--draft", "no/such/head", "--prompt", "x"], "draft:"),
         (["generate", "--target", "tiny", "--draft", "tiny", "--prompt", ""], "prompt 0 is empty"),
         (["generate", "--target", "tiny", "--prompt", "x", "--temperature", "-1"], "temperature"),
@@ -255,6 +259,46 @@ def test_mistakes_get_one_line_that_names_the_field(
     error = capsys.readouterr().err
     assert error.startswith("error: ") or "\nerror: " in error
     assert message in error
+
+
+def test_a_target_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look for a name that the hub's client cannot reach takes half a minute."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("draftwing.checkpoint.load.load_model", lambda *_, **__: pytest.fail("looked for again"))
+    with pytest.raises(ValueError, match="target: no folder and no reachable hub id: 'no/such/folder': "):
+        draftwing.load("no/such/folder")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_folder_without_tokenizer_is_refused(tmp_path: Path, model_type: str) -> None:
+    """transformers makes an empty tokenizer from a config alone, for most families."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+    with pytest.raises(ValueError, match="target: no tokenizer in "):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_machine_is_measured_once_and_said_to_be(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In one line, so that the first command does not seem to hang; the library itself is silent."""
+    monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path))
+    models = ("--target", str(folder / "target"), "--draft", str(folder / "eagle3"))
+    for count in (1, 0):
+        assert main(["generate", *models, "--prompt", "def", "--max-new-tokens", "4", "--json"]) == 0
+        output = capsys.readouterr()
+        assert output.err.count("measuring this machine once") == count
+        assert json.loads(output.out)["num_tokens"] == 4
+    monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path / "other"))
+    draftwing.load(str(folder / "target"), str(folder / "eagle3")).costs(1)
+    assert "measuring" not in capsys.readouterr().err
+
+
+def test_chat_needs_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in EMBEDDED["target"].iterdir():
+        if file.name != "chat_template.jinja":
+            (tmp_path / file.name).symlink_to(file)
+    assert main(["generate", "--target", str(tmp_path), "--chat", "--prompt", "x"]) == 2
+    assert "chat: the target's tokenizer has no chat template" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])

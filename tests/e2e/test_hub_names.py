@@ -88,13 +88,13 @@ def test_what_is_not_there_is_said_in_one_line(cache: Path, tmp_path: Path) -> N
         f"{{objective: eagle3, output: {tmp_path}/out, target: org/gone, data: stdlib}}", encoding="utf-8"
     )
     expected = {
-        "target: cannot load 'org/gone': ": [*generate, "org/gone", "--draft", "org/head"],
+        "target: no folder and no reachable hub id: 'org/gone': ": [*generate, "org/gone", "--draft", "org/head"],
         "draft: no folder and no reachable hub id: 'org/gone' (": [*generate, "org/model", "--draft", "org/gone"],
-        "target: cannot load 'not a name': Repo id must": [*generate, "not a name"],
+        "target: no folder and no reachable hub id: 'not a name': Repo id must": [*generate, "not a name"],
         "target: the tensors of 'org/head' have other shapes than": [*generate, "org/head"],
         "draft: no folder and no reachable hub id: 'org/away' (": ["inspect", "org/away"],
         "target: cannot read the config of 'org/gone': ": ["inspect", "org/head", "--target", "org/gone"],
-        "target: cannot load 'org/gone': We": ["train", str(recipe)],
+        "target: no folder and no reachable hub id: 'org/gone': We": ["train", str(recipe)],
     }
     for message, (status, out, err) in zip(expected, run(cache, *expected.values()), strict=True):
         (line,) = [line for line in err.splitlines() if line.startswith("error: ")]

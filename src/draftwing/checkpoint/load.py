@@ -116,7 +116,11 @@ def _load_on(
         options["quantization_config"] = quantization_config(quantize, device)
         if dtype is None and lacks_bfloat16:
             dtype = torch.float32  # a quantised model cannot be converted
-    is_quantized = "quantization_config" in options or is_quantized_file(resolve_target(name), **options)
+    try:
+        is_quantized = is_quantized_file(resolve_target(name), **options) or "quantization_config" in options
+    except OSError as error:
+        reason = "cannot load" if Path(resolve_target(name)).is_dir() else "no folder and no reachable hub id:"
+        raise ValueError(f"{role}: {reason} {name!r}: {error}") from error
     if is_quantized and device.type != "cpu":
         # Weights are packed for the device that they are on, and must not be moved. accelerate places them.
         options = {"device_map": str(device)} | options
@@ -164,9 +168,12 @@ def load_tokenizer(name: str) -> Any:
         ValueError: it has none.
     """
     try:
-        return AutoTokenizer.from_pretrained(resolve_target(name))
-    except OSError as error:
-        raise ValueError(f"target: {name!r} has no tokenizer: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(resolve_target(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"target: no tokenizer in {name!r}: {error}") from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one without files, from the config
+        raise ValueError(f"target: no tokenizer in {name!r}")
+    return tokenizer
 
 
 def find_tokenizer(name: str) -> Any:

@@ -34,10 +34,11 @@ def quantization_config(name: str, device: torch.device) -> TorchAoConfig:
 
 
 def is_quantized_file(name: str, **options: Any) -> bool:
-    """Whether a model's files say that they are quantised; `options` are those of `from_pretrained`."""
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(name, **options)
-    except OSError:  # loading says what is wrong
-        return False
+    """Whether a model's files say that they are quantised; `options` are those of `from_pretrained`.
+
+    Raises:
+        OSError: the model has no config that can be read.
+    """
+    values, _ = PreTrainedConfig.get_config_dict(name, **options)
     parts = (values, values.get("text_config") or {})
     return any(part.get(key) for part in parts for key in ("quantization_config", "compression_config"))

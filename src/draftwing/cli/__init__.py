@@ -1,7 +1,9 @@
 """The command line: one module per command; heavy imports happen when a command runs."""
 
 import argparse
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import NoReturn
 
@@ -29,11 +31,33 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
 
 
+class _Notes(logging.Handler):
+    """What the library logs, as dim lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        Console(stderr=True).print(record.getMessage(), style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _noted() -> Iterator[None]:
+    """Show what the library logs while a command runs."""
+    logger, notes = logging.getLogger("draftwing"), _Notes()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(notes)
+    try:
+        yield
+    finally:
+        logger.removeHandler(notes)
+        logger.setLevel(level)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; a mistake, or a file that fails, ends with one line and status 2, Ctrl-C with 130."""
     try:
         options = build_parser().parse_args(arguments)
-        status: int | None = options.run(options)
+        with _noted():
+            status: int | None = options.run(options)
     except (ValueError, OSError) as error:
         message = f"error: {' '.join(str(error).split())}"  # those of other packages may have several lines
         Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)

@@ -76,13 +76,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from draftwing.api import load
-    from draftwing.data.prompts import Prompt
+    from draftwing.data.prompts import Prompt, has_chat_template
     from draftwing.evaluation.demo import print_stream
 
     more = head_options(options) | execution(options)
     model = load(options.target, options.draft, options.dtype, options.device, options.method, **more)
     prompt = Prompt("prompt", text=options.prompt)
     if options.chat:
+        if not has_chat_template(model.tokenizer):
+            raise ValueError("chat: the target's tokenizer has no chat template; leave --chat out")
         prompt = Prompt("prompt", messages=({"role": "user", "content": options.prompt},))
     ids = prompt.token_ids(model.tokenizer)
     settings = {

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
 import statistics
 from collections import defaultdict
@@ -24,6 +25,7 @@ from draftwing.decoding.statistics import STAGES
 from draftwing.decoding.stopping import StopRule
 from draftwing.models.target import TargetModel
 
+logger = logging.getLogger(__name__)
 NUM_NODES = (2, 4, 8, 12, 16, 24, 32, 48, 64)
 WIDTHS = (1, 4, 8)
 CONTEXTS = (64, 512)
@@ -131,6 +133,7 @@ def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts]) -> C
     try:
         return CycleCosts.from_dict(json.loads(file.read_text(encoding="utf-8"))["costs"])
     except (OSError, ValueError, KeyError, TypeError):  # not measured yet, or a file that something else wrote
+        logger.info("measuring this machine once, which takes a few seconds")
         costs = measure()
     record = json.dumps({"key": key, "costs": costs.as_dict()}, indent=2, default=str)
     partial = file.with_suffix(f".{os.getpid()}")

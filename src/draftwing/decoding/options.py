@@ -30,7 +30,7 @@ class GenerateOptions:
         stop: stop strings; a row ends with the token that completes one.
         plan: `auto`, `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `eagle1`, `medusa`, `lookahead:WxNxG` (for that
             method alone) or a TreePlan; None is the method's default. `auto` sizes each tree by what it is expected to
-            bring; the first time on a machine it measures what a cycle costs, for a second or two.
+            bring; the first time on a machine it measures what a cycle costs, for a second or two (it logs so).
         ngram: with an EAGLE method, let a continuation looked up in the text compete for the nodes of each tree; None:
             where trees size themselves. Lookups that bring nothing are paused.
         draft_window: the last tokens that an EAGLE head reads; None: as many as it was trained on, for past these
@@ -60,6 +60,21 @@ class GenerateOptions:
         for name, (kind, expected) in KINDS.items():
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    def check(self, num_rows: int, vocab_size: int) -> None:
+        """Raise a ValueError for an option that does not fit so many rows, or a vocabulary of so many ids."""
+        if not isinstance(self.seed, int) and len(self.seed) != num_rows:
+            raise ValueError(f"seed: expected one per row, got {len(self.seed)} for {num_rows} rows")
+        for token in self.eos_token_ids or ():
+            if not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise ValueError(f"eos_token_id: expected ids from 0 to {vocab_size - 1}, got {token!r}")
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...] | None:
+        """The ids that end a row; None: the target's."""
+        if self.eos_token_id is None:
+            return None
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
 
     def request(
         self, row: int, prompt: Sequence[int], eos_token_ids: tuple[int, ...], decode: Decode | None
@@ -93,7 +108,5 @@ class GenerateOptions:
 
     def _seed_of(self, row: int) -> int:
         if isinstance(self.seed, int):
-            return (self.seed + row) % 2**63 if self.seed >= 0 else self.seed
-        if row >= len(self.seed):
-            raise ValueError(f"seed: {len(self.seed)} seeds for more rows; expected one per row")
+            return (self.seed + row) % 2**63 if 0 <= self.seed < 2**63 else self.seed  # SamplingParams refuses others
         return self.seed[row]
