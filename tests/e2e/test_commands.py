@@ -130,6 +130,7 @@ def test_generate_compares_with_plain(
     result = call(
         capsys, "generate", "--target", str(folder / "target"), "--draft", str(folder / draft), "--prompt", "def add",
         "--dtype", "float64", "--temperature", temperature, "--max-new-tokens", "24", "--compare", "--json",
+        *(("--ngram", "--draft-window", "16") if draft.startswith("eagle") else ()),
     )  # fmt: skip
     assert result["identical"] is True
     assert result["plain"]["token_ids"] == result["speculative"]["token_ids"]

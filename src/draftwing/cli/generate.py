@@ -114,10 +114,10 @@ def run(options: argparse.Namespace) -> None:
 def _print_comparison(model: Any, ids: list[int], settings: dict[str, Any], as_json: bool) -> None:
     from draftwing.evaluation.compare import warm_up
 
-    plain_model = model.with_method("plain")
-    warm_up(plain_model.start, ids, **settings)
+    plain_model, plain_settings = model.with_method("plain"), settings | {"ngram": None, "draft_window": None}
+    warm_up(plain_model.start, ids, **plain_settings)
     warm_up(model.start, ids, **settings)
-    _, plain = _timed_run(plain_model, ids, settings)
+    _, plain = _timed_run(plain_model, ids, plain_settings)
     generation, speculative = _timed_run(model, ids, settings)
     result = {
         "plain": plain,
