@@ -13,7 +13,7 @@ from draftwing.decoding.auto_plan import LESSON, STUDIED, STUDIED_LATER, TRIAL, 
 from draftwing.decoding.experience import Experience
 from draftwing.decoding.lookups import TRIAL as LOOKUP_TRIAL
 from draftwing.decoding.lookups import LookupPlan, LookupTrial
-from draftwing.decoding.pause import INHERITED_PAUSE, LONGEST_PAUSE, SHORTEST_PAUSE
+from draftwing.decoding.pause import INHERITED_LOOKUP_PAUSE, INHERITED_PAUSE, LONGEST_PAUSE, SHORTEST_PAUSE
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.readback import CycleFacts, CycleReport
 
@@ -160,9 +160,9 @@ def test_lookups_are_paused_while_the_draft_knows_as_much(is_auto: bool, brings:
     first = looked_up(200)
     assert first[: STUDIED * LOOKUP_TRIAL] == [True] * (STUDIED * LOOKUP_TRIAL)
     assert all(first) if brings else sum(first) < 60
-    assert any(looked_up(SHORTEST_PAUSE + 1)), "the next text may repeat itself"
+    assert any(looked_up(INHERITED_LOOKUP_PAUSE + 1)), "the next text may repeat itself"
     if not brings:
-        assert max(pauses_of(looked_up(200))) < LONGEST_PAUSE / 8, "and pauses grow from the shortest again"
+        assert max(pauses_of(looked_up(200))) < LONGEST_PAUSE / 4, "and pauses grow from a short one again"
         short = [looked_up(SHORTEST_PAUSE // 2) for _ in range(100)]
         assert sum(map(sum, short)) < 0.6 * 100 * SHORTEST_PAUSE // 2, "short generations come to a verdict together"
 

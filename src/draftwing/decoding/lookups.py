@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from draftwing.decoding.pause import SHORTEST_PAUSE, Pause
+from draftwing.decoding.pause import INHERITED_LOOKUP_PAUSE, Pause
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.readback import CycleFacts, CycleReport
 
@@ -17,7 +17,7 @@ STUDIED = 2
 class LookupTrial:
     """Tries lookups for a while, pauses them where they bring little, and tries again.
 
-    It outlives a generation, so that short ones come to a verdict together; but a next one waits for the shortest pause
+    It outlives a generation, so that short ones come to a verdict together; but the next one waits for a short pause
     only, for its text may be an edit.
     """
 
@@ -27,7 +27,7 @@ class LookupTrial:
 
     def begin(self) -> None:
         """Begin a generation."""
-        self.pause.inherit(SHORTEST_PAUSE)
+        self.pause.inherit(INHERITED_LOOKUP_PAUSE)
 
     def looks_up(self) -> bool:
         """Whether this cycle looks up."""
