@@ -8,7 +8,7 @@ from draftwing.decoding.readback import CycleFacts, CycleReport
 
 SHARE = 0.03
 """Share of the tokens that lookups alone must bring: about their share of a cycle's seconds."""
-TRIAL = 6
+TRIAL = 4
 """Studied cycles that lookups are tried for before they are judged."""
 STUDIED = 2
 """Of so many cycles with a lookup one is studied, which takes time."""
