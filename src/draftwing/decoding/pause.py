@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 16, 1024
 """Cycles of a pause."""
-INHERITED_PAUSE, INHERITED_LOOKUP_PAUSE = 256, 64
+INHERITED_PAUSE, INHERITED_LOOKUP_PAUSE = 512, 64
 """Cycles of a pause, from drafting and from lookups, that a generation takes over from those before it, at most."""
 
 
