@@ -302,7 +302,7 @@ def test_the_replay_is_what_decoding_does(model: SpeculativeModel, prompts: list
 
 def test_sampled_text_is_harder_and_no_fault(model: SpeculativeModel, prompts: list[Prompt]) -> None:
     patient = Patient("tiny", model.target)
-    text = decode_prompts(patient, prompts[:4], model.tokenizer, 1.0, NUM_NEW, Steps())
+    text = decode_prompts(patient, prompts[:4], model.tokenizer, 1.5, NUM_NEW, Steps())
     assert set(text.otherwise) == {"temperature 0", "without the chat template"}
     verdict = examine(patient, text, [], Steps()).verdict
     assert not verdict.is_fault
