@@ -243,10 +243,8 @@ class SpeculativeModel:
         draft = self.draft.config.to_dict() if isinstance(self.draft, TargetModel) else vars(self.draft.config)
         where = {"on": str(self.target.device), "dtype": str(self.target.dtype), "pass": type(self.target).__name__}
         network = self.draft.model if isinstance(self.draft, TargetModel) else self.draft
-        kinds = {
-            type(part).__name__ for part in (self.draft, *network.modules())
-        }  # packed and fused ones have their own
-        where["draft_pass"] = ", ".join(sorted(kinds))
+        parts = {type(part).__name__ for part in (self.draft, *network.modules())}  # packed and fused ones differ
+        where["draft_pass"] = ", ".join(sorted(parts))
         where["captured"] = str(self._captures)
         where["attention"] = self.target.model.config._attn_implementation  # a user's own model has another
         return _machine() | where | {"target": self.target.config.to_dict(), "draft": draft}

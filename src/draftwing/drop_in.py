@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 
 from draftwing.api import HEAD_OPTIONS, Lessons, SpeculativeModel, append_padded, take_head_options, unpad
+from draftwing.checkpoint.formats import HeadOptions
 from draftwing.checkpoint.load import Draft, load_draft, read_acceptance
 from draftwing.config import check_keys
 from draftwing.decoding.plan import TreePlan
@@ -66,16 +67,25 @@ def custom_generate(
     head_options = take_head_options(options)
     if head_options.given and not isinstance(draft, str | Path):
         raise ValueError(f"{', '.join(head_options.given)}: for a draft that is loaded by its name, got {type(draft)}")
-    known: weakref.WeakKeyDictionary[Any, tuple[Draft | None, Lessons]] = weakref.WeakKeyDictionary()
+    return _DropIn(draft, method, tokenizer, head_options, seed, {"plan": plan, **options})
 
-    def load(target: TargetModel) -> tuple[Draft | None, Lessons]:
-        if not isinstance(draft, str | Path):
-            return draft, Lessons()
-        name = suitable_draft(str(draft), method)
-        loaded = load_draft(name, target, options=head_options, tokenizer=tokenizer)
-        return pack_draft(loaded, compiles=False), Lessons(read_acceptance(name))
 
-    def generate(
+@dataclass(frozen=True, eq=False)
+class _DropIn:
+    """What `hf_model.generate` calls; it keeps the draft of each model, and what was learnt with it."""
+
+    draft: str | Path | Draft | None
+    method: str | None
+    tokenizer: Any
+    head_options: HeadOptions
+    seed: int | None
+    options: dict[str, Any]
+    known: weakref.WeakKeyDictionary[Any, tuple[Draft | None, Lessons]] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+
+    def __call__(
+        self,
         model: Any,
         input_ids: torch.Tensor,
         logits_processor: Any = (),
@@ -91,18 +101,13 @@ def custom_generate(
             _check_generation_config(generation_config)
             if kwargs.get("inputs_embeds") is not None:
                 raise ValueError("inputs_embeds: not supported by draftwing, which reads input_ids")
-            target = TargetModel(model)
-            if model not in known:
-                known[model] = load(target)
-            loaded, lessons = known[model]
-            # Not captured: a recording would go on with the old weights where the caller changes the model.
-            generation = SpeculativeModel(target, loaded, tokenizer, method, lessons, capture=False).start(
+            speculative = self._speculative(TargetModel(model))
+            generation = speculative.start(
                 unpad(input_ids, kwargs.get("attention_mask")),
-                plan=plan,
-                seed=int(torch.randint(2**31, ())) if seed is None else seed,
+                seed=int(torch.randint(2**31, ())) if self.seed is None else self.seed,
                 **_sampling_of(logits_processor, bool(generation_config.do_sample)),
-                **_stop_of(stopping_criteria, input_ids, target.vocab_size),
-                **options,
+                **_stop_of(stopping_criteria, input_ids, speculative.target.vocab_size),
+                **self.options,
             )
             for committed in generation.cycles():
                 for token in committed.tokens[0] if streamer is not None else ():
@@ -117,7 +122,19 @@ def custom_generate(
             return sequences
         return DropInOutput(sequences=sequences, statistics=generation.statistics)
 
-    return generate
+    def _speculative(self, target: TargetModel) -> SpeculativeModel:
+        if target.model not in self.known:
+            self.known[target.model] = self._load(target)
+        draft, lessons = self.known[target.model]
+        # Not captured: a recording would go on with the old weights where the caller changes the model.
+        return SpeculativeModel(target, draft, self.tokenizer, self.method, lessons, capture=False)
+
+    def _load(self, target: TargetModel) -> tuple[Draft | None, Lessons]:
+        if not isinstance(self.draft, str | Path):
+            return self.draft, Lessons()
+        name = suitable_draft(str(self.draft), self.method)
+        draft = load_draft(name, target, options=self.head_options, tokenizer=self.tokenizer)
+        return pack_draft(draft, compiles=False), Lessons(read_acceptance(name))
 
 
 def _streamer_of_caller() -> Any:

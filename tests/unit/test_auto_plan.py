@@ -9,10 +9,10 @@ import torch
 from conftest import auto_plan, costs
 
 from draftwing.decoding.acceptance import EDGES
-from draftwing.decoding.auto_plan import LESSON, STUDIED, STUDIED_LATER, TRIAL, YOUTH, AutoPlan
+from draftwing.decoding.auto_plan import LESSON, STUDIED_LATER, TRIAL, YOUTH, AutoPlan
 from draftwing.decoding.experience import Experience
+from draftwing.decoding.lookups import STUDIED, LookupPlan, LookupTrial
 from draftwing.decoding.lookups import TRIAL as LOOKUP_TRIAL
-from draftwing.decoding.lookups import LookupPlan, LookupTrial
 from draftwing.decoding.pause import INHERITED_LOOKUP_PAUSE, INHERITED_PAUSE, LONGEST_PAUSE, SHORTEST_PAUSE
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.readback import CycleFacts, CycleReport

@@ -14,6 +14,7 @@ import torch
 from draftwing.decoding.acceptance import NUM_DEPTHS, CalibratedSize
 from draftwing.decoding.costs import CycleCosts
 from draftwing.decoding.experience import Experience
+from draftwing.decoding.lookups import STUDIED
 from draftwing.decoding.pause import INHERITED_PAUSE
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.readback import CycleFacts, CycleReport, join_outcomes
@@ -26,8 +27,8 @@ TRIAL = 4
 """Cycles that speculation is tried for before it is judged."""
 SWITCH_GAIN = 1.03
 """What another fixed shape must promise before it replaces the present one."""
-STUDIED, STUDIED_LATER = 2, 8
-"""Of so many cycles one is looked at closely, which takes time: at first and where lookups are tried, and later."""
+STUDIED_LATER = 8
+"""Of so many cycles one is looked at closely, but of STUDIED at first and where lookups are tried."""
 YOUTH = 8
 """Lessons for which "at first" lasts."""
 LESSON = 4

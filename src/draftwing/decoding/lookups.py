@@ -11,7 +11,7 @@ SHARE = 0.03
 TRIAL = 4
 """Studied cycles that lookups are tried for before they are judged."""
 STUDIED = 2
-"""Of so many cycles with a lookup one is studied, which takes time."""
+"""Of so many cycles one is looked at closely, which takes time."""
 
 
 class LookupTrial:
