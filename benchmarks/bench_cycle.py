@@ -77,7 +77,7 @@ def main() -> int:
     plans = [TreePlan.parse(plan) for plan in options.plans]
     largest = max(plans, key=lambda plan: (plan.num_nodes, plan.width))
     costs = measure_costs(
-        target, new_drafter, options.batch_size, largest, options.cycles, (options.context,), new_rows
+        target, new_drafter, options.batch_size, largest, options.rounds, (options.context,), new_rows
     )
     kv_bytes = kv_cache_bytes(target, options)
     result = {
@@ -277,7 +277,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=128, help="committed tokens a row (default: 128)")
     parser.add_argument("--draft-vocab-size", type=int, default=32000)
     parser.add_argument("--plans", nargs="+", default=["chain:3", "tree:4x5x26", "tree:10x8x60"])
-    parser.add_argument("--cycles", type=int, default=20, help="of each kind; the median counts (default: 20)")
+    parser.add_argument("--rounds", type=int, default=20, help="of one cycle of each kind; medians count (default: 20)")
     parser.add_argument("--no-capture", action="store_true", help="run cycles eagerly on a CUDA device")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the target's pass")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers' generate out")

@@ -84,7 +84,7 @@ def measure(part: Part, folder: Path, options: argparse.Namespace, console: Cons
             return True
     command = [sys.executable, str(ROOT / "benchmarks" / "bench_cycle.py"), *part.arguments, "--output", str(result)]
     command += ["--device", options.device, "--plans", "chain:3", "tree:4x5x26", TREE]
-    command += ["--cycles", "3"] if options.tiny else []
+    command += ["--rounds", "3"] if options.tiny else []
     return run(part.name, command, folder, console) == 0
 
 

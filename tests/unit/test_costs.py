@@ -1,5 +1,6 @@
 """Measured costs: the engine's own stages, kept on disk."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +8,16 @@ import pytest
 from conftest import costs, eagle
 
 from draftwing.checkpoint.load import DraftNetwork
-from draftwing.decoding.costs import CycleCosts, _fastest, cache_folder, cached_costs, measure_costs
+from draftwing.decoding.costs import CycleCosts, _Cycles, cache_folder, cached_costs, measure_costs
 from draftwing.decoding.drafters import NoDrafter
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.statistics import STAGES
+from draftwing.decoding.statistics import STAGES, Statistics
 from draftwing.models.target import TargetModel
 
 
 def test_every_part_of_a_cycle_is_measured(target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
-    measured = measure_costs(target, eagle(heads["eagle3"]), batch_size=2, largest=TreePlan(4, 8, 32), cycles=3)
-    assert measured.contexts == [64]  # this target has 256 positions
+    measured = measure_costs(target, eagle(heads["eagle3"]), batch_size=2, largest=TreePlan(4, 8, 32), num_rounds=3)
+    assert 64 < measured.contexts[0] < 128, "the middle of what was measured; this target has 256 positions"
     assert min(measured.plain + measured.extend + measured.fixed) > 0
     assert len(measured.verify[0]) == len(measured.num_nodes)
     assert min(measured.verify[0]) > 0
@@ -29,20 +30,55 @@ def test_a_steps_seconds_are_taken_from_levels_that_a_draft_has(
 ) -> None:
     """Medusa's trees end with its heads: deeper plans would spread fewer levels over more steps."""
 
-    def stage_seconds(*arguments: Any) -> list[dict[str, float]]:
-        plans = arguments[1]
-        return [dict.fromkeys(STAGES, 1.0) | {"draft": 1.0 + min(plan.depth, depth)} for plan in plans]
+    class Seconds:
+        """In the place of _Cycles: a second for each level that the draft has."""
 
-    monkeypatch.setattr("draftwing.decoding.costs._stage_seconds", stage_seconds)
+        def __init__(self, num_plans: int) -> None:
+            self._plans: Sequence[TreePlan] = ()
+
+        def run(self, generation: Any, rounds: Any) -> None:
+            self._plans = generation._plan.plans
+
+        def medians(self) -> list[dict[str, float]]:
+            return [dict.fromkeys(STAGES, 1.0) | {"draft": 1.0 + min(plan.depth, depth)} for plan in self._plans]
+
+    monkeypatch.setattr("draftwing.decoding.costs._Cycles", Seconds)
     largest = TreePlan(2, depth, 3)
     measured = measure_costs(target, lambda rows, capacity: NoDrafter(), batch_size=1, largest=largest)
     assert measured.draft_step[0][0] == pytest.approx((min(num_steps + 1, depth) - 1) / num_steps)
 
 
-def test_a_hiccup_in_one_round_is_not_kept() -> None:
-    quick, slow = dict.fromkeys(STAGES, 1.0), dict.fromkeys(STAGES, 9.0)
-    first_round, second_round = [quick, slow | {"draft": 0.5}], [slow, quick]
-    assert _fastest([*first_round, *second_round], num_plans=2) == [quick, quick | {"draft": 0.5}]
+class Stopwatch:
+    """In the place of a Generation: its cycles take given seconds, all of them drafting."""
+
+    def __init__(self, seconds: Sequence[float]) -> None:
+        self.statistics, self._seconds = Statistics(), seconds
+
+    def cycles(self) -> Iterator[None]:
+        for seconds in self._seconds:
+            self.statistics.seconds["draft"] += seconds
+            yield
+
+
+def medians(*generations: tuple[Sequence[float], Sequence[Sequence[int]]]) -> list[float]:
+    """Seconds of two plans' drafts from generations of these seconds, cycle by cycle, and rounds of plans."""
+    cycles = _Cycles(2)
+    for seconds, rounds in generations:
+        cycles.run(Stopwatch(seconds), rounds)  # type: ignore[arg-type]
+    return [stages["draft"] for stages in cycles.medians()]
+
+
+def test_cycles_count_for_their_plans_but_in_the_first_round() -> None:
+    assert medians(([100, 100, 2, 1], [[0, 1], [1, 0]]), ([100, 100, 3, 4], [[0, 1], [0, 1]])) == [2, 3]
+
+
+def test_a_hiccup_in_some_rounds_is_not_kept() -> None:
+    rounds = [[0, 1]] * 4
+    assert medians(([100, 100, 90, 90, 1, 2, 1, 2], rounds)) == [1, 2]
+
+
+def test_where_a_tiny_target_has_no_room_the_last_cycle_counts() -> None:
+    assert medians(([1, 2, 3], [[0, 1], [1, 0]])) == [3, 3]
 
 
 def test_between_two_contexts_costs_are_interpolated() -> None:

@@ -29,9 +29,8 @@ logger = logging.getLogger(__name__)
 NUM_NODES = (2, 4, 8, 12, 16, 24, 32, 48, 64)
 WIDTHS = (1, 4, 8)
 CONTEXTS = (64, 512)
-WARM_UP = 2
-ROUNDS = 2
-"""Times that all plans are gone through; the faster median counts, for costs that are kept must not hold a hiccup."""
+PARTS = 3
+"""Generations that each measurement is spread over, so that none leads far beyond its context."""
 STEPS = 3
 """Draft levels beyond the first that a draft step's seconds are taken from, if the largest plan has so many."""
 
@@ -149,14 +148,15 @@ def measure_costs(
     new_drafter: DrafterFactory,
     batch_size: int,
     largest: TreePlan,
-    cycles: int = 12,
+    num_rounds: int = 12,
     contexts: Sequence[int] = CONTEXTS,
     new_rows: NewRows = Rows,
 ) -> CycleCosts:
     """Time the engine's own stages with the plans that tell them apart, up to the largest.
 
-    The text is random (seeded, the same each time). Takes about 350 cycles on a CPU and 500 on a GPU: seconds,
-    or minutes where a cycle of a large target takes long.
+    The plans take turns, each round in another order, so that a drift of the machine, the growing context and what a
+    cycle leaves to the next bear on all alike. The text is random (seeded, the same each time). Takes 300 to 400
+    cycles: seconds, or minutes where a cycle of a large target takes long.
     """
     limit = target.max_positions or 4 * CONTEXTS[-1]
     contexts = sorted({max(1, min(context, limit // 4)) for context in contexts})
@@ -168,17 +168,22 @@ def measure_costs(
     plans += [TreePlan(width, 1 + num_steps, 2) for width in widths]
     measured: dict[str, list[Any]] = defaultdict(list)
     for context in contexts:
-        requests, per_plan = _requests(target, batch_size, context, plans * ROUNDS, cycles // ROUNDS)
-        generation = Generation(target, requests, new_drafter, _Schedule(plans * ROUNDS, per_plan), new_rows=new_rows)
-        plain, *stages = _fastest(_stage_seconds(generation, plans * ROUNDS, per_plan), len(plans))
+        requests, rounds = _requests(target, batch_size, context, plans, -(-num_rounds // PARTS))
+        cycles = _Cycles(len(plans))
+        for _ in range(PARTS):
+            generation = Generation(target, requests, new_drafter, _Schedule(plans, rounds), new_rows=new_rows)
+            cycles.run(generation, rounds)
+            generation.close()  # the next one takes its rows, with the cycles that were captured for them
+        plain, *stages = cycles.medians()
         by_nodes, by_width = stages[: len(sizes)], stages[len(sizes) :]
         first = by_nodes[0]
+        measured["contexts"].append(context + max(len(output.tokens) for output in generation.outputs) // 2)
         measured["plain"].append(sum(plain.values()))
         measured["verify"].append([stage["verify"] for stage in by_nodes])
         measured["draft_step"].append([max(0.0, stage["draft"] - first["draft"]) / num_steps for stage in by_width])
         measured["extend"].append(first["draft"])
         measured["fixed"].append(first["commit"] + first["host"])
-    return CycleCosts(contexts=contexts, num_nodes=sizes, widths=widths, **measured)
+    return CycleCosts(num_nodes=sizes, widths=widths, **measured)
 
 
 def _shallowest(num_nodes: int, width: int) -> TreePlan:
@@ -190,12 +195,13 @@ def _shallowest(num_nodes: int, width: int) -> TreePlan:
 
 
 class _Schedule:
-    """Plans in turn, each for so many cycles."""
+    """Rounds of plans, given as their indices."""
 
     learns = False
 
-    def __init__(self, plans: Sequence[TreePlan], cycles: int) -> None:
-        self._turns = (plan for plan in plans for _ in range(cycles))
+    def __init__(self, plans: Sequence[TreePlan], rounds: Sequence[Sequence[int]]) -> None:
+        self.plans = plans
+        self._turns = (plans[index] for order in rounds for index in order)
         self.largest = max(plans, key=lambda plan: (plan.num_nodes, plan.depth))
 
     def next(self, longest: int) -> TreePlan:
@@ -205,34 +211,41 @@ class _Schedule:
         pass
 
 
-def _fastest(turns: list[dict[str, float]], num_plans: int) -> list[dict[str, float]]:
-    """For each plan the least seconds of each stage over its rounds."""
-    rounds = [turns[start : start + num_plans] for start in range(0, len(turns), num_plans)]
-    return [{name: min(turn[name] for turn in same) for name in STAGES} for same in zip(*rounds, strict=True)]
-
-
 def _requests(
-    target: TargetModel, batch_size: int, context: int, plans: Sequence[TreePlan], cycles: int
-) -> tuple[list[Request], int]:
-    """Prompts of random text for so many cycles of each plan, or for as many as there are positions for."""
+    target: TargetModel, batch_size: int, context: int, plans: Sequence[TreePlan], num_rounds: int
+) -> tuple[list[Request], list[list[int]]]:
+    """Prompts of random text, and the plans' order in so many rounds behind one that warms up.
+
+    In fewer where there are no positions for so many.
+    """
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(target.vocab_size, (batch_size, context), generator=generator).tolist()
     # Every plan gets its cycles even if all drafts are accepted, but for targets of a hundred positions or fewer.
     room = (target.max_positions or 10**6) - context
     most_tokens = sum(plan.depth + 1 for plan in plans)
-    per_plan = max(2, min(cycles + WARM_UP, room // most_tokens))
-    stop = StopRule(min(room, per_plan * most_tokens), ())
-    return [Request(prompt, SamplingParams(), stop) for prompt in prompts], per_plan
+    num_rounds = max(2, min(1 + num_rounds, room // most_tokens))
+    stop = StopRule(min(room, num_rounds * most_tokens), ())
+    rounds = [torch.randperm(len(plans), generator=generator).tolist() for _ in range(num_rounds)]
+    return [Request(prompt, SamplingParams(), stop) for prompt in prompts], rounds
 
 
-def _stage_seconds(generation: Generation, plans: Sequence[TreePlan], per_plan: int) -> list[dict[str, float]]:
-    """Median seconds of each stage of a cycle, for each of the plans, which have so many cycles each."""
-    clock = [dict(generation.statistics.seconds)]
-    for _ in itertools.islice(generation.cycles(), per_plan * len(plans)):
-        clock.append(dict(generation.statistics.seconds))
-    steps = [{name: b[name] - a[name] for name in STAGES} for a, b in itertools.pairwise(clock)]
-    skipped = min(WARM_UP, per_plan - 1)
-    turns = [
-        steps[start + skipped : start + per_plan] or steps[-1:] for start in range(0, per_plan * len(plans), per_plan)
-    ]
-    return [{name: statistics.median(step[name] for step in turn) for name in STAGES} for turn in turns]
+class _Cycles:
+    """Seconds of the stages of cycles, by their plans' indices."""
+
+    def __init__(self, num_plans: int) -> None:
+        self._of_plan: list[list[dict[str, float]]] = [[] for _ in range(num_plans)]
+
+    def run(self, generation: Generation, rounds: Sequence[Sequence[int]]) -> None:
+        """Run these rounds of plans; all but the first count, or the last cycle where a tiny target has no room."""
+        clock = [dict(generation.statistics.seconds)]
+        turns = list(itertools.chain(*rounds))
+        for _ in itertools.islice(generation.cycles(), len(turns)):
+            clock.append(dict(generation.statistics.seconds))
+        cycles = [{name: after[name] - before[name] for name in STAGES} for before, after in itertools.pairwise(clock)]
+        missing = len(turns) - len(cycles)
+        for index, cycle in list(zip(turns, cycles + cycles[-1:] * missing, strict=True))[len(rounds[0]) :]:
+            self._of_plan[index].append(cycle)
+
+    def medians(self) -> list[dict[str, float]]:
+        """Of each plan."""
+        return [{name: statistics.median(cycle[name] for cycle in same) for name in STAGES} for same in self._of_plan]

@@ -91,8 +91,9 @@ class KVCache:
         `max_kept` bounds num_kept on the host. A path's nodes have increasing indices (parents come before children).
         """
         if path is not None:
-            source = self._flat(self.lengths[:, None] + path).flatten()
-            goal = self.slots_behind(path.shape[1]).flatten()
+            # The root lies where it is kept.
+            source = self._flat(self.lengths[:, None] + path[:, 1:]).flatten()
+            goal = self.slots_behind(path.shape[1])[:, 1:].flatten()
             for slab in self._slabs.values():
                 slab.index_copy_(1, goal, slab.index_select(1, source))
         self.lengths += num_kept
