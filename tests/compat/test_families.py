@@ -221,6 +221,20 @@ def test_plain_greedy_decoding_is_the_stock_generate(name: str) -> None:
     assert tokens == expected[0, len(PROMPTS[0]) :].tolist()
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.inference_mode()
+def test_training_reads_the_hidden_states_that_transformers_gives(name: str) -> None:
+    """But keeps none of the other layers'."""
+    family = FAMILIES[name]
+    model = build(family, family.own_attention)
+    ids = torch.tensor([PROMPTS[0]])
+    expected = model(ids, use_cache=False, output_hidden_states=True).hidden_states
+    layers = (0, 1, -2, -1)
+    states = TargetModel(model).read_rows(ids, layers)
+    assert torch.equal(states.features, torch.cat([expected[layer] for layer in layers], dim=-1))
+    assert torch.equal(states.last_hidden, expected[-1])
+
+
 @torch.inference_mode()
 def test_the_window_matters_in_these_tests() -> None:
     """A sabotaged twin: without its window the mistral above would fail."""

@@ -265,8 +265,8 @@ def _frozen_target_memory(
     `feature_layers` are those that a head reads; a teacher has none, of which the logits are read.
     """
     widest = 3 * (getattr(target, "intermediate_size", None) or 4 * target.hidden_size) + 6 * target.hidden_size
-    # transformers gives the hidden states of all layers, of which those that are read are put together, as float32 too.
-    states = (target.num_hidden_layers + 1 + len(feature_layers)) * target.hidden_size if feature_layers else 0
+    # The states that are read, and the last, are put together, as float32 too.
+    states = (2 * len(feature_layers) + 1) * target.hidden_size if feature_layers else 0
     wide = len(feature_layers) * target.hidden_size * 4
     whole, size = sum(params.values()), _bytes(stage)
     if stage.shard_target:
