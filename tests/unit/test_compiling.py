@@ -1,19 +1,17 @@
 """torch.compile in training: when, what of a head, and that it learns the same."""
 
 import copy
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.utils import counters
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.config import TrainConfig
 from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
-from draftwing.training.heads import compile_layers
 from draftwing.training.medusa import MedusaTraining
 from draftwing.training.objectives import HeadTraining
 from draftwing.training.trainer import training_arguments, wants_compile
@@ -38,8 +36,7 @@ def test_the_trainer_compiles_language_models_alone(objective: str, expected: bo
 @pytest.fixture(params=["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def backend(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     """Compile as far as graphs; all the way, which takes minutes, where there is time."""
-    compile: Callable[..., None] = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile(self, **options, backend=request.param))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=request.param))
     torch.compiler.reset()
     counters.clear()
     return str(request.param)
@@ -53,10 +50,10 @@ def test_compiled_layers_learn_the_same(
     """Rows of several lengths, trained on and evaluated; no step and no length is compiled apart."""
     eager = copy.deepcopy(medusa_heads if objective == "medusa" else heads[objective])
     compiled = copy.deepcopy(eager)
-    compile_layers(compiled)
     config = TrainConfig(objective, "", target="unused", ttt_steps=4, feature_steps=2, feature_noise=0.0)  # type: ignore[arg-type]
     kind: Any = MedusaTraining if objective == "medusa" else HeadTraining
     modules = [kind(head, target, config) for head in (eager, compiled)]
+    modules[1].compile_parts()
     num_graphs = []
     for length in (14, 9, 23):
         ids = torch.randint(1, 60, (2, length), generator=torch.Generator().manual_seed(length))
@@ -69,7 +66,7 @@ def test_compiled_layers_learn_the_same(
             losses.append(torch.stack((loss.detach(), evaluated)))
         torch.testing.assert_close(losses[1], losses[0])
         num_graphs.append(counters["stats"]["unique_graphs"])
-    assert 0 < num_graphs[0] == num_graphs[-1] <= 8
+    assert 0 < num_graphs[0] == num_graphs[-1] <= 9
     assert compiled.state_dict().keys() == eager.state_dict().keys()
     for name, parameter in compiled.named_parameters():
         torch.testing.assert_close(parameter.grad, eager.get_parameter(name).grad)

@@ -12,7 +12,7 @@ from draftwing.config import Loss
 from draftwing.models.logits import LogitTransform
 from draftwing.training import fused
 from draftwing.training.fused import OutputHead, Teacher, fused_loss, summarize
-from draftwing.training.losses import TeacherProbs
+from draftwing.training.losses import TeacherProbs, slot_loss
 
 SLOTS, STEPS, WIDTH, VOCAB, DRAFT_VOCAB = 11, 3, 6, 20, 13
 STEP_WEIGHTS = torch.tensor([0.5, 0.25, 0.125], dtype=torch.float64)
@@ -66,7 +66,9 @@ def test_equals_materialised_logits(loss: Loss, transform: LogitTransform) -> No
     outputs, weight, bias, valid = random_student()
     teacher, naive = random_teacher(transform, torch.arange(0, VOCAB)[-DRAFT_VOCAB:])
     assert 0 < (teacher.best < 0).sum() < SLOTS, "the draft vocabulary should lack some of the target's choices"
-    total, sums = fused_loss(outputs, OutputHead(weight, bias, transform), teacher, valid, STEP_WEIGHTS, (loss, ETA))
+    total, sums = fused_loss(
+        outputs, OutputHead(weight, bias, transform), teacher, valid, STEP_WEIGHTS, slot_loss(loss, ETA)
+    )
 
     logits = transform.apply(outputs @ weight.T + bias)
     has_loss = valid & (naive.best >= 0)[:, None]
@@ -98,7 +100,7 @@ def test_summary_over_parts_of_the_vocabulary(transform: LogitTransform) -> None
 def test_a_frozen_output_head_gets_no_gradient() -> None:
     outputs, weight, _, valid = random_student()
     teacher, _ = random_teacher(LogitTransform(), torch.arange(DRAFT_VOCAB))
-    total, _ = fused_loss(outputs, OutputHead(weight.detach()), teacher, valid, STEP_WEIGHTS, ("kl", ETA))
+    total, _ = fused_loss(outputs, OutputHead(weight.detach()), teacher, valid, STEP_WEIGHTS, slot_loss("kl", ETA))
     total.backward()
     assert outputs.grad is not None
 
@@ -107,7 +109,7 @@ def test_nothing_supervised_is_a_loss_of_0_with_gradients_of_0() -> None:
     outputs, weight, _, valid = random_student()
     teacher, _ = random_teacher(LogitTransform(), torch.arange(DRAFT_VOCAB))
     nothing = Teacher(teacher.hidden[:0], teacher.head, teacher.log_total[:0], teacher.best[:0])
-    total, _ = fused_loss(outputs[:0], OutputHead(weight), nothing, valid[:0], STEP_WEIGHTS, ("kl", ETA))
+    total, _ = fused_loss(outputs[:0], OutputHead(weight), nothing, valid[:0], STEP_WEIGHTS, slot_loss("kl", ETA))
     total.backward()
     assert total.item() == 0
     assert weight.grad is not None
@@ -125,7 +127,7 @@ def test_no_tensor_is_larger_than_a_chunk_or_an_input() -> None:
     with LargestTensor() as largest:
         best, log_total = summarize(hidden, head)
         teacher = Teacher(hidden, head, log_total, best)
-        total, _ = fused_loss(outputs, OutputHead(weight), teacher, valid, torch.ones(steps), ("lk", ETA))
+        total, _ = fused_loss(outputs, OutputHead(weight), teacher, valid, torch.ones(steps), slot_loss("lk", ETA))
         total.backward()
     assert largest.numel == max(chunk, outputs.numel(), weight.numel())
     with LargestTensor() as largest:
@@ -140,9 +142,9 @@ def test_bf16_products_and_float32_losses_under_autocast() -> None:
     teacher = Teacher(
         teacher.hidden.float(), OutputHead(teacher.head.weight.float()), teacher.log_total.float(), teacher.best
     )
-    exact, _ = fused_loss(outputs, OutputHead(weight), teacher, valid, STEP_WEIGHTS.float(), ("kl", ETA))
+    exact, _ = fused_loss(outputs, OutputHead(weight), teacher, valid, STEP_WEIGHTS.float(), slot_loss("kl", ETA))
     with torch.autocast("cpu", torch.bfloat16):
-        total, _ = fused_loss(outputs, OutputHead(weight), teacher, valid, STEP_WEIGHTS.float(), ("kl", ETA))
+        total, _ = fused_loss(outputs, OutputHead(weight), teacher, valid, STEP_WEIGHTS.float(), slot_loss("kl", ETA))
     assert total.dtype == torch.float32
     assert total.item() == pytest.approx(exact.item(), rel=0.02)
     assert total.item() != exact.item()

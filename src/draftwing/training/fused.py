@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from draftwing.config import Loss
 from draftwing.models.logits import LogitTransform
-from draftwing.training.losses import TeacherProbs, slot_losses, widen
+from draftwing.training.losses import SlotLoss, TeacherProbs, widen
 
-CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
-"""How many logits exist at a time. About five tensors of this size live together; fewer and larger products are faster
-on a GPU."""
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+"""How many logits exist at a time. About five tensors of this size live together; a CPU is faster where its cache holds
+them, a GPU with fewer and larger products."""
 NO_TRANSFORM = LogitTransform()
 
 
@@ -93,7 +92,7 @@ def fused_loss(
     teacher: Teacher,
     valid: torch.Tensor,
     step_weights: torch.Tensor,
-    kind: tuple[Loss, float],
+    loss: SlotLoss,
 ) -> tuple[torch.Tensor, StepSums]:
     """The weighted sum of the losses of all slots and steps, differentiable in outputs, head weight and bias.
 
@@ -101,9 +100,8 @@ def fused_loss(
         outputs: `[U, J, D]`, what the output head reads at the slot that predicts teacher slot u at step j.
         valid: `[U, J]`; others count for nothing. Those whose `teacher.best` is no draft token have no loss.
         step_weights: `[J]`, the factor of a step's losses.
-        kind: the loss and, for `lk`, its eta.
     """
-    settings = _Settings(head.transform, teacher, valid, step_weights, kind)
+    settings = _Settings(head.transform, teacher, valid, step_weights, loss)
     total, sums = _FusedLoss.apply(outputs, head.weight, head.bias, settings)  # type: ignore[no-untyped-call]
     return total, StepSums(*sums)
 
@@ -114,7 +112,7 @@ class _Settings:
     teacher: Teacher
     valid: torch.Tensor
     step_weights: torch.Tensor
-    kind: tuple[Loss, float]
+    loss: SlotLoss
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -157,7 +155,7 @@ def _run_chunk(
     """A chunk's weighted loss; adds its figures to `sums [3, J]`, its shares to outputs', weight's, bias' gradients."""
     teacher, valid = settings.teacher.probs(chunk), settings.valid[chunk]
     logits = head.logits(outputs[chunk])
-    slots = slot_losses(*settings.kind, logits, teacher)
+    slots = settings.loss(logits, teacher)
     has_loss = valid & (teacher.best >= 0)[:, None]
     losses = slots.losses * has_loss
     sums += torch.stack([losses.sum(0), (slots.acceptance * valid).sum(0), (slots.hits & valid).sum(0)])

@@ -36,7 +36,7 @@ from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
 from draftwing.training.estimates import read_target_config
 from draftwing.training.frozen_target import frozen_target
-from draftwing.training.heads import compile_layers, continued_head, coverage, new_config, new_head
+from draftwing.training.heads import continued_head, coverage, new_config, new_head
 from draftwing.training.medusa import MedusaTraining, new_medusa
 from draftwing.training.objectives import HeadTraining
 from draftwing.training.processes import (
@@ -75,7 +75,7 @@ def train_head(config: TrainConfig) -> dict[str, float]:
         if is_main_process():
             _show_coverage(head, documents.train)
     if wants_compile(config):
-        compile_layers(head)
+        module.compile_parts()
     rows = as_training_rows(documents, config, target, head.config.feature_layers)
     held_out = list(rows.held_out)
     held_out += unsupervised(held_out, -len(held_out) % (config.batch_size * num_processes()))

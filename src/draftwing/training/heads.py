@@ -13,9 +13,7 @@ from draftwing.config import TrainConfig, check_keys
 from draftwing.data.chat import Example
 from draftwing.data.examples import count_supervised
 from draftwing.models.eagle import EagleModel
-from draftwing.models.eagle3 import Eagle3Layer
-from draftwing.models.layers import DecoderLayer, DraftConfig
-from draftwing.models.medusa import MedusaModel, ResBlock
+from draftwing.models.layers import DraftConfig
 from draftwing.models.target import TargetModel
 
 
@@ -118,17 +116,6 @@ def new_head(config: TrainConfig, target: TargetModel, train: Sequence[Example])
         rows = next(target.output_head.parameters())
         head.lm_head.weight.copy_(rows if target_ids is None else rows[target_ids])
     return head
-
-
-def compile_layers(head: DraftNetwork | MedusaModel) -> None:
-    """Compile a head's layers, in place, for rows of any length.
-
-    One graph before attention and one behind it serve all training-time-test steps; output head and loss stay as they
-    are, for they run in chunks.
-    """
-    for module in head.modules():
-        if isinstance(module, Eagle3Layer | DecoderLayer | ResBlock):
-            module.compile(dynamic=True)
 
 
 def most_frequent_tokens(train: Sequence[Example], size: int | None, vocab_size: int) -> torch.Tensor | None:

@@ -50,12 +50,13 @@ class MedusaTraining(HeadTraining):
     def _token_loss(
         self, outputs: torch.Tensor, teacher: Teacher, valid: torch.Tensor, step_weights: torch.Tensor
     ) -> tuple[torch.Tensor, StepSums]:
-        kind = self._config.loss, self._config.lk_decay
         losses, sums = [], []
         for step, head in enumerate(self.heads):
             only = slice(step, step + 1)
             output_head = OutputHead(output_of(head).weight)
-            loss, figures = fused_loss(outputs[:, only], output_head, teacher, valid[:, only], step_weights[only], kind)
+            loss, figures = fused_loss(
+                outputs[:, only], output_head, teacher, valid[:, only], step_weights[only], self._slot_loss
+            )
             losses.append(loss)
             sums.append(figures)
         loss_sums, acceptance, hits = (

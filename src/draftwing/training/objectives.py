@@ -8,11 +8,12 @@ from torch import nn
 
 from draftwing.config import TrainConfig
 from draftwing.models.eagle import EagleModel
-from draftwing.models.eagle3 import Eagle3Model
-from draftwing.models.medusa import MedusaModel
+from draftwing.models.eagle3 import Eagle3Layer, Eagle3Model
+from draftwing.models.layers import DecoderLayer
+from draftwing.models.medusa import MedusaModel, ResBlock
 from draftwing.models.target import TargetModel
 from draftwing.training.fused import OutputHead, StepSums, Teacher, fused_loss, summarize
-from draftwing.training.losses import feature_regression, widen
+from draftwing.training.losses import feature_regression, slot_loss, widen
 from draftwing.training.slots import SupervisedSlots, document_positions
 from draftwing.training.ttt import TttAttention, shift_left
 
@@ -31,6 +32,7 @@ class HeadTraining(nn.Module):
         self.target = target  # a TargetModel is no module, so its weights are not saved
         target.model.requires_grad_(False)  # nor trained, though the head shares its embedding or output head
         self._config = config
+        self._slot_loss = slot_loss(config.loss, config.lk_decay)
         # (Sum, count) of each figure since they were last read, apart for training and evaluation.
         self._sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
         target.check_logits()
@@ -49,6 +51,17 @@ class HeadTraining(nn.Module):
             self._teacher_head = self._target_head.rows(ids)
             self._draft_ids = torch.full_like(self._draft_ids, -1)
             self._draft_ids[ids] = torch.arange(len(ids), device=weight.device)
+
+    def compile_parts(self) -> None:
+        """Compile the head's layers, in place, for rows of any length, and the loss.
+
+        One graph before attention and one behind it serve all training-time-test steps; products of the output head
+        stay as they are.
+        """
+        for module in self.head.modules():
+            if isinstance(module, Eagle3Layer | DecoderLayer | ResBlock):
+                module.compile(dynamic=True)
+        self._slot_loss = slot_loss(self._config.loss, self._config.lk_decay, compiles=True)
 
     def forward(
         self,
@@ -153,9 +166,9 @@ class HeadTraining(nn.Module):
     def _token_loss(
         self, outputs: torch.Tensor, teacher: Teacher, valid: torch.Tensor, step_weights: torch.Tensor
     ) -> tuple[torch.Tensor, StepSums]:
-        config, head = self._config, self.head
+        head = self.head
         output_head = OutputHead(head.lm_head.weight) if isinstance(head, Eagle3Model) else self._target_head
-        return fused_loss(outputs, output_head, teacher, valid, step_weights, (config.loss, config.lk_decay))
+        return fused_loss(outputs, output_head, teacher, valid, step_weights, self._slot_loss)
 
     @property
     def _num_steps(self) -> int:
