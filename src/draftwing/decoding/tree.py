@@ -173,7 +173,7 @@ class Verdict:
 
     def along_path(self, features: torch.Tensor) -> torch.Tensor:
         """The rows of `features [B, N, F]` that belong to the path, `[B, L, F]`."""
-        return features.gather(1, self.path[..., None].expand(-1, -1, features.shape[-1]))
+        return features[torch.arange(len(features), device=features.device)[:, None], self.path]
 
 
 def root_tree(root: torch.Tensor, num_nodes: int = 1) -> DraftTree:
