@@ -181,13 +181,6 @@ def test_a_row_that_has_read_nothing_drafts_nothing(
     assert tree.valid[1].all()
 
 
-@torch.no_grad()
-def test_depth_0_is_the_root_alone(target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
-    sequences = [[1, 2, 3]]
-    tree = grow(drafter_that_has_read(target, heads["eagle3"], sequences), sequences, TreePlan.off())
-    assert (tree.num_nodes, tree.max_depth, tree.tokens.tolist()) == (1, 0, [[3]])
-
-
 @pytest.mark.parametrize("plan", ["chain:4", "tree:4x4x16", "eagle1"])
 @pytest.mark.parametrize("method", METHODS)
 def test_after_cycles_with_rejections_the_state_is_that_of_a_fresh_drafter(

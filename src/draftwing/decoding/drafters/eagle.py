@@ -15,7 +15,7 @@ from draftwing.decoding.drafters.growth import RootedDraft, grow_tree
 from draftwing.decoding.drafters.ngram import NgramDrafter
 from draftwing.decoding.drafters.unread import Unread
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.tree import DraftTree, root_tree
+from draftwing.decoding.tree import DraftTree
 from draftwing.models.attention import grouped_attention
 from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
@@ -108,8 +108,6 @@ class EagleDrafter(Drafter):
         self._cache.commit(None, num_new, max_kept=length)
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
-        if plan.depth == 0:
-            return root_tree(root, plan.num_nodes)
         self.catch_up(longest)
         levels, output = _Levels(self._cache, plan.num_inner, self._window), self._last_output[:, None]
 

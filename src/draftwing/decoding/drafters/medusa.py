@@ -11,7 +11,7 @@ import torch
 from draftwing.decoding.drafters import Drafter, Ranking
 from draftwing.decoding.drafters.growth import RootedDraft, grow_tree
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.tree import DraftTree, root_tree
+from draftwing.decoding.tree import DraftTree
 from draftwing.models.medusa import MedusaModel
 
 
@@ -40,8 +40,6 @@ class MedusaDrafter(Drafter):
         self._lengths += num_new
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
-        if plan.depth == 0:
-            return root_tree(root, plan.num_nodes)
         plan = plan.cut_to(len(self._model))
         hidden, heads = self._hidden[:, None], iter(self._model)
 
