@@ -182,7 +182,7 @@ def trace_row(
     target, tokens = model.target, torch.tensor([prompt + new_tokens])
     length = tokens.shape[1]
     steps = torch.arange(length)
-    drafter = EagleDrafter(model.head, 1, length + depth + 2, target.dtype, target.device)
+    drafter = EagleDrafter(model.head, 1, length + depth + 2)
     causal = (steps[:, None] >= steps)[None]
     output = target.forward_tree(
         tokens, steps[None], causal, target.new_cache(1, length), feature_layers=drafter.feature_layers

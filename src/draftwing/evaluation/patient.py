@@ -82,12 +82,10 @@ class Patient:
             if isinstance(draft, TargetModel):
                 return DraftModelDrafter(draft, target.vocab_size, batch_size, capacity)
             window = options.get("draft_window")
-            return EagleDrafter(draft, batch_size, capacity, dtype, target.device, window=window)
+            return EagleDrafter(draft, batch_size, capacity, window=window)
 
-        dtype = draft.dtype
-        return [
-            trace for recording in recordings for trace in replay(recording, new_drafter, DEPTH, dtype, target.device)
-        ]
+        replays = (replay(recording, new_drafter, DEPTH, draft.dtype, target.device) for recording in recordings)
+        return [trace for traces in replays for trace in traces]
 
     def clues(self, target_name: str, longest: int) -> list[str]:
         """What the files say against this draft, target and length of rows, without any measurement."""

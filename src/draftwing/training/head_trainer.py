@@ -218,7 +218,7 @@ def decode(head: Trainable, target: TargetModel, prompts: Sequence[Sequence[int]
         def new_drafter(batch_size: int, capacity: int) -> Drafter:
             if isinstance(head, MedusaModel):
                 return MedusaDrafter(head, batch_size, target.dtype, target.device)
-            return EagleDrafter(head, batch_size, capacity, target.dtype, target.device)
+            return EagleDrafter(head, batch_size, capacity)
 
         generation = Generation(target, [Request(prompt, SamplingParams(), stop)], new_drafter, plan)
         for _ in generation.cycles():

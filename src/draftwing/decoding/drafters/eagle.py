@@ -6,7 +6,6 @@ the token at t + 1. Tree nodes are written behind and dropped; `observe` replace
 
 import dataclasses
 from functools import partial
-from typing import Protocol
 
 import torch
 
@@ -17,24 +16,9 @@ from draftwing.decoding.drafters.unread import Unread
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.tree import DraftTree
 from draftwing.models.attention import grouped_attention
-from draftwing.models.draft_vocab import DraftVocab
+from draftwing.models.eagle import EagleModel
+from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
-from draftwing.models.layers import Attend, DraftConfig, Rotary
-
-
-class DraftModel(Protocol):
-    """What EAGLE drafting asks of a network: models/eagle.py and models/eagle3.py."""
-
-    config: DraftConfig
-    vocab: DraftVocab
-    rotary: Rotary
-
-    def fuse(self, features: torch.Tensor) -> torch.Tensor: ...
-    def __call__(
-        self, hidden: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
-    ) -> torch.Tensor: ...
-    def feed_back(self, output: torch.Tensor) -> torch.Tensor: ...
-    def logits(self, output: torch.Tensor) -> torch.Tensor: ...
 
 
 class EagleDrafter(Drafter):
@@ -51,21 +35,19 @@ class EagleDrafter(Drafter):
 
     def __init__(
         self,
-        model: DraftModel,
+        model: EagleModel | Eagle3Model,
         batch_size: int,
         capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
         ngram: NgramDrafter | None = None,
         window: int | None = None,
     ) -> None:
         if window is not None and window < 1:
             raise ValueError(f"draft_window: expected at least 1, got {window}")
-        self._ngram, self._window = ngram, window or model.config.window
-        self.feature_layers = model.config.feature_layers
+        config, dtype, device = model.config, model.dtype, model.rotary.cos.device
+        self._ngram, self._window = ngram, window or config.window
+        self.feature_layers = config.feature_layers
         self._model = model
         self._vocab = model.vocab.to(device)
-        config = model.config
         shape = LayerShape(config.num_key_value_heads, config.head_dim, config.head_dim)
         self._cache = KVCache([shape] * config.num_hidden_layers, batch_size, capacity, dtype, device)
         model.rotary.reserve(capacity + 1)
@@ -147,7 +129,8 @@ class EagleDrafter(Drafter):
             keys, values = cache.write(layer, keys, values, slots, visible.shape[-1])
             return grouped_attention(queries, keys, values, mask).transpose(1, 2)
 
-        return self._model(hidden, tokens, positions.clamp(max=cache.capacity), attend)
+        output: torch.Tensor = self._model(hidden, tokens, positions.clamp(max=cache.capacity), attend)
+        return output
 
 
 class _Levels:
