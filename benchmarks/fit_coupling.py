@@ -178,11 +178,11 @@ def trace_row(
     model: SpeculativeModel, prompt: list[int], new_tokens: list[int], temperature: float, seed: int, depth: int
 ) -> list[Trace]:
     """One row's nodes, without the dimension M: at every position a chain along the tokens that follow."""
-    assert model.head is not None
+    assert model.draft is not None
     target, tokens = model.target, torch.tensor([prompt + new_tokens])
     length = tokens.shape[1]
     steps = torch.arange(length)
-    drafter = EagleDrafter(model.head, 1, length + depth + 2)
+    drafter = EagleDrafter(model.draft, 1, length + depth + 2)
     causal = (steps[:, None] >= steps)[None]
     output = target.forward_tree(
         tokens, steps[None], causal, target.new_cache(1, length), feature_layers=drafter.feature_layers
