@@ -19,8 +19,7 @@ Tensors = dict[str, torch.Tensor]
 
 AUX_NORM_NAMES = {"aux_norm_low.weight": "fc_norm.0.weight", "aux_norm_mid.weight": "fc_norm.1.weight",
                   "aux_norm_high.weight": "fc_norm.2.weight"}  # fmt: skip
-# In the files and not in the network: the vocabulary maps, and buffers that older code saved.
-VOCAB_TENSORS = ("d2t", "t2d")
+# Buffers that older code saved.
 IGNORED_TENSORS = re.compile(r".*rotary_emb\.inv_freq$")
 
 

@@ -169,7 +169,8 @@ def read_rows(
 def made_from(refs: Iterable[RowRef], make: Callable[[Row], Made], rejects: Rejects | None = None) -> Iterator[Made]:
     """Read rows and make something of each; a ValueError rejects the row, or without `rejects` is passed on."""
     for ref in refs:
-        result = make_or_reject(ref, make)
+        found = find_row(ref)
+        result = found if isinstance(found, Reject) else found.make(make)
         if not isinstance(result, Reject):
             yield result
         elif rejects is None:
@@ -178,13 +179,7 @@ def made_from(refs: Iterable[RowRef], make: Callable[[Row], Made], rejects: Reje
             rejects.add(result)
 
 
-def make_or_reject(ref: RowRef, make: Callable[[Row], Made]) -> Made | Reject:
-    """What `make` makes of a row, or why it cannot."""
-    found = find_row(ref)
-    return found if isinstance(found, Reject) else found.make(make)
-
-
-def find_row(ref: RowRef) -> "FoundRow | Reject":
+def find_row(ref: RowRef) -> FoundRow | Reject:
     """Read a row, or say why it cannot be read."""
     try:
         return FoundRow(ref.source.name, ref.line, ref.read())
