@@ -324,16 +324,20 @@ def build_network(
 
 
 def expected_shapes(head: HeadFile) -> dict[str, torch.Size]:
-    """The parameters that a head's network has, without building it in memory or needing its target."""
+    """The parameters that a head's network has."""
+    config = head.config
+    if head.is_eagle3:  # its file need not name the layers
+        num_features = head.tensors["fc.weight"].shape[1] // config.target_hidden_size
+        config = dataclasses.replace(config, aux_layers=tuple(range(1, num_features + 1)))
+    return network_shapes(config, own_embedding="embed_tokens.weight" in head.tensors)
+
+
+def network_shapes(config: DraftConfig, own_embedding: bool = False) -> dict[str, torch.Size]:
+    """The parameters of `build_network`'s, without building it in memory or needing its target."""
+    of_target, vocab = torch.nn.Identity(), DraftVocab(None, config.vocab_size)
+    is_eagle3 = bool(config.aux_layers)
     with torch.device("meta"):
-        network: DraftNetwork
-        if head.is_eagle3:
-            num_features = head.tensors["fc.weight"].shape[1] // head.config.target_hidden_size
-            config = dataclasses.replace(head.config, aux_layers=tuple(range(1, num_features + 1)))
-            own_embedding = "embed_tokens.weight" in head.tensors
-            network = Eagle3Model(config, DraftVocab(None, config.vocab_size), torch.nn.Identity(), own_embedding)
-        else:
-            network = EagleModel(head.config, torch.nn.Identity())
+        network = Eagle3Model(config, vocab, of_target, own_embedding) if is_eagle3 else EagleModel(config, of_target)
     return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 
