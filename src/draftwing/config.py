@@ -207,9 +207,14 @@ def check_keys(values: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     for key in values:
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"
-            raise ValueError(f"{key}: unknown key{hint}")
+            raise ValueError(f"{key}: unknown key; {suggestion(key, known)}")
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is not known: the nearest that is, or all."""
+    known = list(known)
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
 
 
 def _checked(name: str, hint: Any, value: Any) -> Any:
