@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -28,7 +28,7 @@ from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.layers import DraftConfig
 from draftwing.models.medusa import MedusaConfig, MedusaModel
 from draftwing.models.packed import multiplies_bfloat16
-from draftwing.models.target import ATTENTION, TargetModel
+from draftwing.models.target import ATTENTION, Role, TargetModel
 
 TOKENIZER_FILES = ("*.model", "*.txt", "*.tiktoken")
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -82,7 +82,7 @@ def load_target(
     name: str,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    role: Literal["target", "draft"] = "target",
+    role: Role = "target",
     quantize: str | None = None,
     **options: Any,
 ) -> TargetModel:
