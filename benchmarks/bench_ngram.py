@@ -22,7 +22,7 @@ import torch
 from bench_generate import as_row, print_table
 
 from draftwing.api import SpeculativeModel, load
-from draftwing.checkpoint.load import ASSETS
+from draftwing.checkpoint.load import EMBEDDED_PROMPTS
 from draftwing.data.prompts import read_prompts
 from draftwing.decoding.generate import Generation
 from draftwing.evaluation.compare import Start, compare_methods
@@ -171,7 +171,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--measure", choices=("speed", "position"), default="speed")
     parser.add_argument("--target", default="tiny")
     parser.add_argument("--draft", default="tiny", help="an EAGLE-3 head")
-    parser.add_argument("--prompts", default=ASSETS / "tiny" / "prompts.jsonl")
+    parser.add_argument("--prompts", default=EMBEDDED_PROMPTS)
     parser.add_argument("--num-prompts", type=int, default=8)
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--max-new-tokens", type=int, default=128)

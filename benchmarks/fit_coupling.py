@@ -21,7 +21,7 @@ from rich.table import Table
 from torch.nn.functional import cross_entropy
 
 from draftwing.api import SpeculativeModel, load
-from draftwing.checkpoint.load import ASSETS
+from draftwing.checkpoint.load import EMBEDDED_PROMPTS
 from draftwing.data.prompts import read_prompts
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.plan import TreePlan
@@ -306,7 +306,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="tiny")
     parser.add_argument("--draft", default="tiny")
-    parser.add_argument("--prompts", type=Path, default=ASSETS / "tiny" / "prompts.jsonl")
+    parser.add_argument("--prompts", type=Path, default=EMBEDDED_PROMPTS)
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.3, 0.7, 1.0, 1.3])
     parser.add_argument("--seed", type=int, default=1000, help="of the first prompt; not one that benchmarks use")
     parser.add_argument("--max-new-tokens", type=int, default=96)

@@ -31,17 +31,14 @@ from draftwing.models.packed import multiplies_bfloat16
 from draftwing.models.target import ATTENTION, Role, TargetModel
 
 TOKENIZER_FILES = ("*.model", "*.txt", "*.tiktoken")
-ASSETS = Path(__file__).parent.parent / "assets"
-EMBEDDED = {
-    "target": ASSETS / "tiny" / "target",
-    "eagle1": ASSETS / "tiny" / "eagle1",
-    "eagle3": ASSETS / "tiny" / "eagle3",
-}
+EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny"
+"""The embedded target, its drafts, and prompts that they were not trained on."""
+EMBEDDED_PROMPTS = EMBEDDED / "prompts.jsonl"
 EMBEDDED_DRAFTS = {
-    "tiny": EMBEDDED["eagle3"],
-    "tiny-eagle1": EMBEDDED["eagle1"],
-    "tiny-medusa": ASSETS / "tiny" / "medusa",
-    "tiny-draft": ASSETS / "tiny" / "draft",
+    "tiny-draft": EMBEDDED / "draft",
+    "tiny-eagle1": EMBEDDED / "eagle1",
+    "tiny": EMBEDDED / "eagle3",
+    "tiny-medusa": EMBEDDED / "medusa",
 }
 ACCEPTANCE_FILE = "acceptance.json"
 """Beside a draft's weights: how often its tokens were accepted, from `draftwing plan --save`."""
@@ -53,7 +50,7 @@ Draft = DraftNetwork | MedusaModel | TargetModel
 
 def resolve_target(name: str) -> str:
     """A folder or hub id for the target `name`; `tiny` is the embedded one."""
-    return str(EMBEDDED["target"]) if name == "tiny" else name
+    return str(EMBEDDED / "target") if name == "tiny" else name
 
 
 def resolve_draft(name: str) -> Path:

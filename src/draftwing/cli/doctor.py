@@ -33,13 +33,13 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from draftwing.api import load
     from draftwing.checkpoint.formats import HeadOptions
-    from draftwing.checkpoint.load import ASSETS
+    from draftwing.checkpoint.load import EMBEDDED_PROMPTS
     from draftwing.data.prompts import has_chat_template, read_prompts
     from draftwing.evaluation.doctor import FEWEST_PROMPTS, as_report, decode_prompts, examine
     from draftwing.evaluation.patient import Patient
     from draftwing.evaluation.trials import Steps
 
-    file = options.prompts or ASSETS / "tiny" / "prompts.jsonl"
+    file = options.prompts or EMBEDDED_PROMPTS
     if options.num_prompts < FEWEST_PROMPTS:
         raise ValueError(
             f"num-prompts: expected at least {FEWEST_PROMPTS}, fewer tell nothing, got {options.num_prompts}"
