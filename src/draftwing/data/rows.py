@@ -11,6 +11,7 @@ from typing import TypeVar
 from draftwing.data.chat import normalise
 from draftwing.data.corpus import Corpus, Row
 from draftwing.data.sources import SHOWN, RowRef, open_source
+from draftwing.files import write_text
 
 HELD_OUT_SHARE = 0.02
 Made = TypeVar("Made")
@@ -88,9 +89,7 @@ class Rejects:
         if self.found != (ordered := sorted(self.found, key=lambda reject: (reject.source, reject.line))):
             self.found = ordered
             if self._writes:
-                partial = self.path.with_name(self.path.name + ".partial")
-                partial.write_text("".join(map(_as_line, ordered)), encoding="utf-8")
-                partial.replace(self.path)
+                write_text(self.path, "".join(map(_as_line, ordered)))
 
     def summary(self, num_rows: int) -> str:
         """One line for people; empty if every row was good."""

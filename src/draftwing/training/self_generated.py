@@ -26,7 +26,8 @@ from draftwing.decoding.drafters import NoDrafter
 from draftwing.decoding.generate import Generation, Request, RowOutput, plain_plan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
-from draftwing.training.checkpoints import contents_of, data_content_of, write_text
+from draftwing.files import write_text
+from draftwing.training.checkpoints import contents_of, data_content_of
 
 
 @dataclass(frozen=True)
