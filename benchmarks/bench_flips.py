@@ -38,12 +38,9 @@ def main() -> int:
                     seed=seed,
                     max_new_tokens=options.max_new_tokens,
                     plan=options.plan,
-                )
+                ).run()
                 for one in (model, model.with_method("plain"))
             )
-            for generation in (drafted, plain):
-                for _ in generation.cycles():
-                    pass
             num_tokens += plain.statistics.num_tokens
             num_cycles += drafted.statistics.num_cycles
             num_different += drafted.outputs[0].tokens != plain.outputs[0].tokens

@@ -110,9 +110,7 @@ def edit_of(model: SpeculativeModel, prompt: list[int]) -> tuple[tuple[int, ...]
 
     The function is what the target continues `prompt` with at temperature 1; greedy text would repeat itself.
     """
-    generation = model.start([prompt], max_new_tokens=SOURCE_TOKENS, temperature=1.0)
-    for _ in generation.cycles():
-        pass
+    generation = model.start([prompt], max_new_tokens=SOURCE_TOKENS, temperature=1.0).run()
     function = model.tokenizer.decode(prompt + generation.outputs[0].tokens, skip_special_tokens=True)
     ((name, _),) = Counter(re.findall(r"[a-z_]{4,}", function)).most_common(1)
     answer = re.sub(rf"\b{name}\b", "changed", function)

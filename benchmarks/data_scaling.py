@@ -114,9 +114,7 @@ def train_and_measure(variant: Variant, folder: Path, options: argparse.Namespac
     tau = {}
     for plan in PLANS:
         generation = model.start(prompts[: options.num_prompts], plan=plan, max_new_tokens=options.max_new_tokens)
-        for _ in generation.cycles():
-            pass
-        tau[plan] = generation.statistics.acceptance_length
+        tau[plan] = generation.run().statistics.acceptance_length
     return {
         "name": variant.name,
         "objective": variant.objective,

@@ -161,11 +161,8 @@ def record(
 ) -> Trace:
     """A trace of `options.num_nodes` random nodes (seeded) of the target's continuations of the prompts."""
     seeds = [options.seed + row for row in range(len(prompts))]
-    plain = model.with_method("plain").start(
-        prompts, temperature=temperature, seed=seeds, max_new_tokens=options.max_new_tokens
-    )
-    for _ in plain.cycles():
-        pass
+    settings = {"temperature": temperature, "seed": seeds, "max_new_tokens": options.max_new_tokens}
+    plain = model.with_method("plain").start(prompts, **settings).run()
     nodes = []
     for prompt, output, seed in zip(prompts, plain.outputs, seeds, strict=True):
         nodes += trace_row(model, prompt, output.tokens, temperature, seed, options.depth)

@@ -234,10 +234,7 @@ def generate(
 ) -> Generation:
     """Run requests to their end."""
     plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
-    generation = Generation(target, requests, drafter, plan, coupled, new_rows)
-    for _ in generation.cycles():
-        pass
-    return generation
+    return Generation(target, requests, drafter, plan, coupled, new_rows).run()
 
 
 def run(

@@ -100,9 +100,7 @@ def record(target: TargetModel, requests: Sequence[Request], feature_layers: Seq
         recorders.append(_Recorder(tuple(feature_layers), batch_size))
         return recorders[0]
 
-    generation = Generation(target, requests, new_recorder, plain_plan(target, len(requests)))
-    for _ in generation.cycles():
-        pass
+    generation = Generation(target, requests, new_recorder, plain_plan(target, len(requests))).run()
     tokens = [[*request.prompt, *row.tokens] for request, row in zip(requests, generation.outputs, strict=True)]
     features: dict[int, list[torch.Tensor]] = {layer: [] for layer in feature_layers}
     for pieces, ids in zip(recorders[0].rows, tokens, strict=True):

@@ -220,9 +220,7 @@ def decode(head: Trainable, target: TargetModel, prompts: Sequence[Sequence[int]
                 return MedusaDrafter(head, batch_size, target.dtype, target.device)
             return EagleDrafter(head, batch_size, capacity)
 
-        generation = Generation(target, [Request(prompt, SamplingParams(), stop)], new_drafter, plan)
-        for _ in generation.cycles():
-            pass
+        generation = Generation(target, [Request(prompt, SamplingParams(), stop)], new_drafter, plan).run()
         num_tokens += generation.statistics.num_tokens
         num_cycles += generation.statistics.num_cycles
     return num_tokens, num_cycles

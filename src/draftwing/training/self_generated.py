@@ -163,9 +163,7 @@ class EngineAnswers:
         for first in range(0, len(prompts), self._config.batch_size):
             batch = [_Dialogue(prompt, self._tokenizer) for prompt in prompts[first : first + self._config.batch_size]]
             while waiting := [dialogue for dialogue in batch if self._room(dialogue)]:
-                generation = self._start([self._request(dialogue) for dialogue in waiting])
-                for _ in generation.cycles():
-                    pass
+                generation = self._start([self._request(dialogue) for dialogue in waiting]).run()
                 for dialogue, output in zip(waiting, generation.outputs, strict=True):
                     dialogue.take(output)
             yield from (dialogue.row() for dialogue in batch)
