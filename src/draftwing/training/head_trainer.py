@@ -1,4 +1,4 @@
-"""Train an EAGLE head for a frozen target; an evaluation measures its acceptance length, simulated and decoded."""
+"""Train EAGLE or Medusa heads for a frozen target; an evaluation measures acceptance length, simulated and decoded."""
 
 import dataclasses
 from collections.abc import Sequence
