@@ -4,7 +4,6 @@ The draft's cache holds slot t for every committed token but the last: slot t ha
 the token at t + 1. Tree nodes are written behind and dropped; `observe` replaces them with slots of true features.
 """
 
-import dataclasses
 from functools import partial
 
 import torch
@@ -100,10 +99,8 @@ class EagleDrafter(Drafter):
 
         draft = RootedDraft(self._model.logits(output), step, self._cache.lengths[:, None], self._vocab, rank)
         merge = None if self._ngram is None else partial(self._ngram.extend, longest=longest)
-        tree = grow_tree(root, plan, draft, merge)
         # A row with nothing read yet (a prompt of one token) has no state to draft from.
-        can_draft = (self._cache.lengths > 0)[:, None] | (tree.depths == 0)
-        return dataclasses.replace(tree, valid=tree.valid & can_draft)
+        return grow_tree(root, plan, draft, merge).only_in(self._cache.lengths > 0)
 
     def _draft_step(
         self, output: torch.Tensor, parent: torch.Tensor, tokens: torch.Tensor, levels: "_Levels"

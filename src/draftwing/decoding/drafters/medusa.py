@@ -4,8 +4,6 @@ The last feature read is h_t of the token before the root, x_{t+1}. Head k predi
 root's children. All nodes of a level have the same candidates, whatever their parents.
 """
 
-from dataclasses import replace
-
 import torch
 
 from draftwing.decoding.drafters import Drafter, Ranking
@@ -48,10 +46,9 @@ class MedusaDrafter(Drafter):
             return logits.expand(-1, tokens.shape[1], -1)
 
         root_logits = step(root[:, None], root[:, None])
-        tree = grow_tree(root, plan, _SharedDraft(root_logits, step, self._lengths[:, None], self._model.vocab, rank))
+        draft = _SharedDraft(root_logits, step, self._lengths[:, None], self._model.vocab, rank)
         # A row with nothing read yet (a prompt of one token) has no feature to draft from.
-        can_draft = (self._lengths > 0)[:, None] | (tree.depths == 0)
-        return replace(tree, valid=tree.valid & can_draft)
+        return grow_tree(root, plan, draft).only_in(self._lengths > 0)
 
 
 class _SharedDraft(RootedDraft):
