@@ -72,7 +72,7 @@ def main() -> int:
     new_rows = RowsPool().take if device.type == "cuda" and not options.no_capture else Rows
 
     def new_drafter(rows: int, capacity: int) -> EagleDrafter:
-        return EagleDrafter(head, rows, capacity, dtype, device)
+        return EagleDrafter(head, rows, capacity)
 
     plans = [TreePlan.parse(plan) for plan in options.plans]
     largest = max(plans, key=lambda plan: (plan.num_nodes, plan.width))

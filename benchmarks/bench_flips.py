@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from draftwing.api import load
-from draftwing.checkpoint.load import ASSETS
+from draftwing.checkpoint.load import EMBEDDED_PROMPTS
 from draftwing.data.prompts import read_prompts
 from draftwing.provenance import write_record
 
@@ -38,12 +38,9 @@ def main() -> int:
                     seed=seed,
                     max_new_tokens=options.max_new_tokens,
                     plan=options.plan,
-                )
+                ).run()
                 for one in (model, model.with_method("plain"))
             )
-            for generation in (drafted, plain):
-                for _ in generation.cycles():
-                    pass
             num_tokens += plain.statistics.num_tokens
             num_cycles += drafted.statistics.num_cycles
             num_different += drafted.outputs[0].tokens != plain.outputs[0].tokens
@@ -70,7 +67,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--plan", default="tree:4x4x16")
-    parser.add_argument("--prompts", type=Path, default=ASSETS / "tiny" / "prompts.jsonl")
+    parser.add_argument("--prompts", type=Path, default=EMBEDDED_PROMPTS)
     parser.add_argument("--cuts", type=int, default=2, help="prompts that are made of each (default: 2)")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--max-new-tokens", type=int, default=64)

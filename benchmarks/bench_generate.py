@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from draftwing.api import load
-from draftwing.checkpoint.load import ASSETS, load_stock
+from draftwing.checkpoint.load import EMBEDDED_PROMPTS, load_stock
 from draftwing.data.prompts import read_prompts
 from draftwing.evaluation.compare import MethodResult, compare_methods
 from draftwing.evaluation.rivals import transformers_rivals
@@ -113,7 +113,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--target", default="tiny")
     parser.add_argument("--eagle1", default="tiny-eagle1")
     parser.add_argument("--eagle3", default="tiny")
-    parser.add_argument("--prompts", type=Path, default=ASSETS / "tiny" / "prompts.jsonl")
+    parser.add_argument("--prompts", type=Path, default=EMBEDDED_PROMPTS)
     parser.add_argument("--num-prompts", type=int, default=8)
     parser.add_argument("--plans", nargs="+", default=["auto"])
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])

@@ -22,7 +22,7 @@ import torch
 from bench_generate import as_row, print_table
 
 from draftwing.api import SpeculativeModel, load
-from draftwing.checkpoint.load import ASSETS
+from draftwing.checkpoint.load import EMBEDDED_PROMPTS
 from draftwing.data.prompts import read_prompts
 from draftwing.decoding.generate import Generation
 from draftwing.evaluation.compare import Start, compare_methods
@@ -110,9 +110,7 @@ def edit_of(model: SpeculativeModel, prompt: list[int]) -> tuple[tuple[int, ...]
 
     The function is what the target continues `prompt` with at temperature 1; greedy text would repeat itself.
     """
-    generation = model.start([prompt], max_new_tokens=SOURCE_TOKENS, temperature=1.0)
-    for _ in generation.cycles():
-        pass
+    generation = model.start([prompt], max_new_tokens=SOURCE_TOKENS, temperature=1.0).run()
     function = model.tokenizer.decode(prompt + generation.outputs[0].tokens, skip_special_tokens=True)
     ((name, _),) = Counter(re.findall(r"[a-z_]{4,}", function)).most_common(1)
     answer = re.sub(rf"\b{name}\b", "changed", function)
@@ -171,7 +169,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--measure", choices=("speed", "position"), default="speed")
     parser.add_argument("--target", default="tiny")
     parser.add_argument("--draft", default="tiny", help="an EAGLE-3 head")
-    parser.add_argument("--prompts", default=ASSETS / "tiny" / "prompts.jsonl")
+    parser.add_argument("--prompts", default=EMBEDDED_PROMPTS)
     parser.add_argument("--num-prompts", type=int, default=8)
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--max-new-tokens", type=int, default=128)

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import nn
 
 from draftwing.api import Lessons, SpeculativeModel
-from draftwing.checkpoint.load import ASSETS, load_draft, load_target, load_tokenizer, read_acceptance
+from draftwing.checkpoint.load import EMBEDDED_PROMPTS, load_draft, load_target, load_tokenizer, read_acceptance
 from draftwing.data.prompts import read_prompts
 from draftwing.evaluation.compare import Start, timed
 from draftwing.models.fused import pack_head, pack_target
@@ -38,7 +38,7 @@ def main() -> int:
     options = parse_options()
     torch.set_num_threads(options.threads or torch.get_num_threads())
     tokenizer = load_tokenizer("tiny")
-    prompts = [prompt.token_ids(tokenizer) for prompt in read_prompts(ASSETS / "tiny" / "prompts.jsonl")]
+    prompts = [prompt.token_ids(tokenizer) for prompt in read_prompts(EMBEDDED_PROMPTS)]
     rows = []
     for setting in track(options.settings, "settings", console=Console(stderr=True)):
         size, batch_size = map(int, setting.split("x"))

@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from draftwing.api import load
-from draftwing.checkpoint.load import ASSETS
+from draftwing.checkpoint.load import EMBEDDED_PROMPTS
 from draftwing.data.prompts import read_prompts
 from draftwing.evaluation.compare import MethodResult, PromptResult, Start, compare_methods
 from draftwing.evaluation.intervals import Interval, ratio_interval
@@ -158,7 +158,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--target", default="tiny")
     parser.add_argument("--eagle1", default="tiny-eagle1")
     parser.add_argument("--eagle3", default="tiny")
-    parser.add_argument("--prompts", type=Path, default=ASSETS / "tiny" / "prompts.jsonl")
+    parser.add_argument("--prompts", type=Path, default=EMBEDDED_PROMPTS)
     parser.add_argument("--num-prompts", type=int, help="default: all")
     parser.add_argument("--chains", nargs="*", default=["chain:3"])
     parser.add_argument("--trees", nargs="*", default=["tree:2x4x8", "tree:4x4x16"])

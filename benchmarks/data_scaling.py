@@ -21,7 +21,7 @@ from rich.table import Table
 
 from draftwing.api import load
 from draftwing.charts import line_chart
-from draftwing.checkpoint.load import ASSETS
+from draftwing.checkpoint.load import EMBEDDED_PROMPTS
 from draftwing.config import TrainConfig
 from draftwing.data.prompts import read_prompts
 from draftwing.provenance import write_record
@@ -110,13 +110,11 @@ def train_and_measure(variant: Variant, folder: Path, options: argparse.Namespac
     )
     metrics = train_stage(config)  # of a finished run, the record
     model = load(options.target, draft=str(folder), dtype="float32")
-    prompts = [prompt.token_ids(model.tokenizer) for prompt in read_prompts(ASSETS / "tiny" / "prompts.jsonl")]
+    prompts = [prompt.token_ids(model.tokenizer) for prompt in read_prompts(EMBEDDED_PROMPTS)]
     tau = {}
     for plan in PLANS:
         generation = model.start(prompts[: options.num_prompts], plan=plan, max_new_tokens=options.max_new_tokens)
-        for _ in generation.cycles():
-            pass
-        tau[plan] = generation.statistics.acceptance_length
+        tau[plan] = generation.run().statistics.acceptance_length
     return {
         "name": variant.name,
         "objective": variant.objective,

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch.nn.functional import cross_entropy
 
 from draftwing.api import SpeculativeModel, load
-from draftwing.checkpoint.load import ASSETS
+from draftwing.checkpoint.load import EMBEDDED_PROMPTS
 from draftwing.data.prompts import read_prompts
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.plan import TreePlan
@@ -161,11 +161,8 @@ def record(
 ) -> Trace:
     """A trace of `options.num_nodes` random nodes (seeded) of the target's continuations of the prompts."""
     seeds = [options.seed + row for row in range(len(prompts))]
-    plain = model.with_method("plain").start(
-        prompts, temperature=temperature, seed=seeds, max_new_tokens=options.max_new_tokens
-    )
-    for _ in plain.cycles():
-        pass
+    settings = {"temperature": temperature, "seed": seeds, "max_new_tokens": options.max_new_tokens}
+    plain = model.with_method("plain").start(prompts, **settings).run()
     nodes = []
     for prompt, output, seed in zip(prompts, plain.outputs, seeds, strict=True):
         nodes += trace_row(model, prompt, output.tokens, temperature, seed, options.depth)
@@ -178,11 +175,11 @@ def trace_row(
     model: SpeculativeModel, prompt: list[int], new_tokens: list[int], temperature: float, seed: int, depth: int
 ) -> list[Trace]:
     """One row's nodes, without the dimension M: at every position a chain along the tokens that follow."""
-    assert model.head is not None
+    assert model.draft is not None
     target, tokens = model.target, torch.tensor([prompt + new_tokens])
     length = tokens.shape[1]
     steps = torch.arange(length)
-    drafter = EagleDrafter(model.head, 1, length + depth + 2, target.dtype, target.device)
+    drafter = EagleDrafter(model.draft, 1, length + depth + 2)
     causal = (steps[:, None] >= steps)[None]
     output = target.forward_tree(
         tokens, steps[None], causal, target.new_cache(1, length), feature_layers=drafter.feature_layers
@@ -306,7 +303,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="tiny")
     parser.add_argument("--draft", default="tiny")
-    parser.add_argument("--prompts", type=Path, default=ASSETS / "tiny" / "prompts.jsonl")
+    parser.add_argument("--prompts", type=Path, default=EMBEDDED_PROMPTS)
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.3, 0.7, 1.0, 1.3])
     parser.add_argument("--seed", type=int, default=1000, help="of the first prompt; not one that benchmarks use")
     parser.add_argument("--max-new-tokens", type=int, default=96)

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import draftwing
 from draftwing.checkpoint.load import EMBEDDED
 
-folder = EMBEDDED["target"]
+folder = EMBEDDED / "target"
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 prompt = tokenizer("def main(argv):\n", return_tensors="pt")

@@ -158,8 +158,7 @@ def optimise(module: HeadTraining | MedusaTraining, data: Sequence[Example], ste
 
 def eagle(head: DraftNetwork) -> DrafterFactory:
     """Builds the drafter of a head for the engine."""
-    dtype = head.dtype
-    return lambda batch_size, capacity: EagleDrafter(head, batch_size, capacity, dtype, CPU)
+    return lambda batch_size, capacity: EagleDrafter(head, batch_size, capacity)
 
 
 def language_model(model: TargetModel) -> DrafterFactory:
@@ -184,13 +183,7 @@ def ngram(batch_size: int, capacity: int) -> NgramDrafter:
 
 def eagle_with_ngram(head: DraftNetwork) -> DrafterFactory:
     """Builds a head's drafter into whose trees n-grams are merged; for plans with a lookup."""
-    dtype = head.dtype
-
-    def new_drafter(batch_size: int, capacity: int) -> EagleDrafter:
-        lookup = ngram(batch_size, capacity)
-        return EagleDrafter(head, batch_size, capacity, dtype, CPU, lookup)
-
-    return new_drafter
+    return lambda batch_size, capacity: EagleDrafter(head, batch_size, capacity, ngram(batch_size, capacity))
 
 
 def no_draft(batch_size: int, capacity: int) -> NoDrafter:
@@ -241,10 +234,7 @@ def generate(
 ) -> Generation:
     """Run requests to their end."""
     plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
-    generation = Generation(target, requests, drafter, plan, coupled, new_rows)
-    for _ in generation.cycles():
-        pass
-    return generation
+    return Generation(target, requests, drafter, plan, coupled, new_rows).run()
 
 
 def run(

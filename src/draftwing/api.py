@@ -129,9 +129,7 @@ class SpeculativeModel:
             ValueError: an option out of range, an empty or too long prompt; the message names the field.
         """
         settings = _read_options(options)
-        generation = self._start(unpad(input_ids, attention_mask), settings)
-        for _ in generation.cycles():
-            pass
+        generation = self._start(unpad(input_ids, attention_mask), settings).run()
         rows = [output.tokens for output in generation.outputs]
         sequences = append_padded(input_ids, rows, self._pad_token_id(settings))
         if not return_dict_in_generate:

@@ -12,11 +12,11 @@ import yaml
 
 Config = TypeVar("Config")
 Objective = Literal["language_model", "self_generated", "eagle1", "eagle3", "medusa"]
-OBJECTIVES = get_args(Objective)
 Loss = Literal["kl", "cross_entropy", "lk"]
-LOSSES = get_args(Loss)
 Parallel = Literal["ddp", "fsdp2"]
 Schedule = Literal["cosine", "linear"]
+CHOICES = {"objective": Objective, "loss": Loss, "parallel": Parallel, "schedule": Schedule}
+"""The keys of a recipe that are one of a few words."""
 QUANTIZATIONS = ("int8", "int4", "float8")
 """How a target's linear layers can be kept in fewer bits (checkpoint/quantize.py)."""
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -142,10 +142,9 @@ class TrainConfig:
             object.__setattr__(self, "data", _names(self.data))
         object.__setattr__(self, "temperatures", tuple(self.temperatures))
         object.__setattr__(self, "report_to", tuple(self.report_to))
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
+        for name, kind in CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         if self.objective != "language_model" and not self.target:
             raise ValueError(f"target: {self.objective} needs the model that the head drafts for")
         if self.teacher and not self.tokenizer:
@@ -156,9 +155,6 @@ class TrainConfig:
                     raise ValueError(f"{name}: expected at least {least}, got {value}")
         if not self.temperatures or min(self.temperatures) < 0:
             raise ValueError(f"temperatures: expected some numbers of at least 0, got {list(self.temperatures)}")
-        for name, known in (("parallel", get_args(Parallel)), ("schedule", get_args(Schedule))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         for tracker in self.report_to:
             if tracker not in TRACKERS:
                 raise ValueError(f"report_to: expected some of {', '.join(TRACKERS)}, got {tracker!r}")
@@ -211,9 +207,14 @@ def check_keys(values: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     for key in values:
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"
-            raise ValueError(f"{key}: unknown key{hint}")
+            raise ValueError(f"{key}: unknown key; {suggestion(key, known)}")
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is not known: the nearest that is, or all."""
+    known = list(known)
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
 
 
 def _checked(name: str, hint: Any, value: Any) -> Any:

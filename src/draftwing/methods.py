@@ -109,6 +109,6 @@ def drafter_factory(
         if isinstance(draft, MedusaModel):
             return MedusaDrafter(draft, batch_size, target.dtype, device)
         ngram = NgramDrafter(batch_size, capacity, device) if with_lookup else None
-        return EagleDrafter(draft, batch_size, capacity, draft.dtype, device, ngram, window)
+        return EagleDrafter(draft, batch_size, capacity, ngram, window)
 
     return new_drafter

@@ -193,7 +193,7 @@ def our_run(
     drafts: list[list[int]] = []
 
     def new_drafter(batch_size: int, capacity: int) -> Drafter:
-        drafter = RecordingDrafter(network, batch_size, capacity, torch.float64, torch.device("cpu"))
+        drafter = RecordingDrafter(network, batch_size, capacity)
         drafter.drafts = drafts
         return drafter
 

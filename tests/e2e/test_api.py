@@ -192,7 +192,7 @@ def test_drop_in_leaves_the_training_mode_and_returns_statistics(heads: dict[str
 @pytest.fixture(scope="module")
 def tiny_and_head() -> tuple[Any, Any, Any]:
     """The embedded target as transformers loads it, its tokenizer, and a drop-in with the embedded head."""
-    folder = EMBEDDED["target"]
+    folder = EMBEDDED / "target"
     model = LlamaForCausalLM.from_pretrained(folder, dtype="float32")
     return model, AutoTokenizer.from_pretrained(folder), draftwing.custom_generate("tiny", plan="chain:3")
 

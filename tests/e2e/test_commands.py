@@ -295,7 +295,7 @@ def test_a_machine_is_measured_once_and_said_to_be(
 
 
 def test_chat_needs_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for file in EMBEDDED["target"].iterdir():
+    for file in (EMBEDDED / "target").iterdir():
         if file.name != "chat_template.jinja":
             (tmp_path / file.name).symlink_to(file)
     assert main(["generate", "--target", str(tmp_path), "--chat", "--prompt", "x"]) == 2

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import draftwing
 from draftwing.api import SpeculativeModel
 from draftwing.checkpoint.formats import HeadOptions, Tensors
-from draftwing.checkpoint.load import ASSETS, read_draft_files, resolve_draft
+from draftwing.checkpoint.load import EMBEDDED, EMBEDDED_PROMPTS, read_draft_files, resolve_draft
 from draftwing.cli import build_parser, main
 from draftwing.cli.arguments import head_options
 from draftwing.data.prompts import Prompt, read_prompts
@@ -55,7 +55,7 @@ def model() -> SpeculativeModel:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
-    return read_prompts(ASSETS / "tiny" / "prompts.jsonl")[2:8]
+    return read_prompts(EMBEDDED_PROMPTS)[2:8]
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ def test_an_overflow_in_float16_is_named(model: SpeculativeModel, prompts: list[
 def test_a_draft_window_is_advised_past_the_lengths_of_training(model: SpeculativeModel, tmp_path: Path) -> None:
     """The embedded head was trained on 192 tokens, its target on 512; these prompts have 650."""
     untold = write_head(tmp_path, "tiny", set_values(trained_length=None))
-    rows = [prompt.token_ids(model.tokenizer) for prompt in read_prompts(ASSETS / "tiny" / "prompts.jsonl")]
+    rows = [prompt.token_ids(model.tokenizer) for prompt in read_prompts(EMBEDDED_PROMPTS)]
     before = (list(itertools.chain(*rows)) * 2)[:600]
     recording = record_rows(model, [before + row for row in rows[2:7]], num_new=12)
     diagnosis = diagnose(untold, model.target, recording)
@@ -290,9 +290,7 @@ def test_the_replay_is_what_decoding_does(model: SpeculativeModel, prompts: list
     for temperature in (0.0, 1.0):
         recording = record_rows(exact, rows, temperature=temperature)
         traces = Patient("tiny", exact.target).traces([recording], {})
-        generation = exact.start(rows, plan="chain:5", temperature=temperature, max_new_tokens=NUM_NEW)
-        for _ in generation.cycles():
-            pass
+        generation = exact.start(rows, plan="chain:5", temperature=temperature, max_new_tokens=NUM_NEW).run()
         assert [tokens[n:] for tokens, n in zip(recording.tokens, recording.num_prompt, strict=True)] == [
             output.tokens for output in generation.outputs
         ]
@@ -359,7 +357,7 @@ def test_draft_models(
     scale: float, sentence: str, model: SpeculativeModel, recording: Recording, tmp_path: Path
 ) -> None:
     """The target drafts for itself, and then with noise on its weights."""
-    twin = AutoModelForCausalLM.from_pretrained(ASSETS / "tiny" / "target")
+    twin = AutoModelForCausalLM.from_pretrained(EMBEDDED / "target")
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():

@@ -8,7 +8,7 @@ import torch
 
 import draftwing
 from draftwing.api import GenerateOutput, SpeculativeModel
-from draftwing.checkpoint.load import ASSETS, EMBEDDED_DRAFTS
+from draftwing.checkpoint.load import EMBEDDED, EMBEDDED_DRAFTS, EMBEDDED_PROMPTS
 from draftwing.cli import main
 from draftwing.data.prompts import Prompt, read_prompts
 
@@ -18,7 +18,7 @@ RIVALS = {"medusa": "tiny-medusa", "draft_model": "tiny-draft"}
 
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
-    return read_prompts(ASSETS / "tiny" / "prompts.jsonl")
+    return read_prompts(EMBEDDED_PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +91,11 @@ def test_the_demo_shows_completions(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_assets_are_small_bfloat16_and_licence_clean() -> None:
-    files = list((ASSETS / "tiny").rglob("*"))
+    files = list(EMBEDDED.rglob("*"))
     assert sum(path.stat().st_size for path in files if path.is_file()) < 60e6
     for name in ("target", "eagle1", "eagle3"):
-        config = json.loads(Path(ASSETS / "tiny" / name / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(Path(EMBEDDED / name / "config.json").read_text(encoding="utf-8"))
         assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
-    card = (ASSETS / "tiny" / "README.md").read_text(encoding="utf-8")
+    card = (EMBEDDED / "README.md").read_text(encoding="utf-8")
     for word in ("standard library", "licence", "hardware", "tau"):
         assert word in card.lower()

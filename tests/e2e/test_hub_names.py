@@ -44,7 +44,7 @@ def put(cache: Path, name: str, folder: Path) -> None:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that holds the embedded models under the names of an organisation."""
     cache = tmp_path_factory.mktemp("hub")
-    folders = {"model": EMBEDDED["target"], "head": EMBEDDED["eagle3"], "small": EMBEDDED_DRAFTS["tiny-draft"]}
+    folders = {"model": EMBEDDED / "target", "head": EMBEDDED / "eagle3", "small": EMBEDDED_DRAFTS["tiny-draft"]}
     for name, folder in folders.items():
         put(cache, name, folder)
     return cache

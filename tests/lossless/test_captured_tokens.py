@@ -220,9 +220,7 @@ def test_rows_are_lent_to_one_generation_at_a_time(
 
     start = partial(Generation, target, requests, drafters["eagle3"], TreePlan.chain(2), True, pool.take)
 
-    first = start()
-    for _ in first.cycles():
-        pass
+    first = start().run()
     first.close()
     second, third = start(), start()
     assert second._rows is first._rows

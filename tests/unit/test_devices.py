@@ -25,7 +25,7 @@ from draftwing.decoding.generate import Generation
 from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.readback import CycleReading, pack, unpack
 from draftwing.decoding.rows import DrafterFactory
-from draftwing.decoding.tree import Candidates, DraftTree, best_subtree, walk
+from draftwing.decoding.tree import Candidates, best_subtree, walk
 from draftwing.methods import drafter_factory
 from draftwing.models.eagle import EagleModel
 from draftwing.models.layers import DraftConfig
@@ -164,14 +164,13 @@ def plan_of(text: str, batch_size: int) -> Plan:
 
 
 class Sabotaged(NoDrafter):
-    """Plain decoding that does something with the root in every cycle."""
+    """Plain decoding that does something with the chosen token in every cycle."""
 
     def __init__(self, act: Callable[[torch.Tensor], Any]) -> None:
         self._act = act
 
-    def grow(self, root: torch.Tensor, *args: Any) -> DraftTree:
-        self._act(root)
-        return super().grow(root, *args)
+    def see_choices(self, chosen: torch.Tensor) -> None:
+        self._act(chosen[:, 0])
 
 
 def start(
@@ -209,10 +208,10 @@ class TestCycle:
     @pytest.mark.parametrize(
         ("sabotage", "error"),
         [
-            (lambda root: root[0].item(), "meta tensors"),
-            (lambda root: root[root > 0], "nonzero"),
-            (lambda root: root.cpu(), "no data"),
-            (lambda root: root + torch.ones(len(root), dtype=torch.int64), "device"),
+            (lambda token: token[0].item(), "meta tensors"),
+            (lambda token: token[token > 0], "nonzero"),
+            (lambda token: token.cpu(), "no data"),
+            (lambda token: token + torch.ones(len(token), dtype=torch.int64), "device"),
         ],
         ids=["item", "rows of a mask", "copy to the host", "operands on two devices"],
     )
@@ -224,11 +223,11 @@ class TestCycle:
     @pytest.mark.parametrize(
         "sabotage",
         [
-            lambda root: root[[0, 0]],
-            lambda root: root[torch.tensor([0, 0])],
-            lambda root: torch.tensor([1, 2], device=root.device),
-            lambda root: torch.ones(()).to(root.device),
-            lambda root: root.gather(0, torch.zeros(1, dtype=torch.int64)),
+            lambda token: token[[0, 0]],
+            lambda token: token[torch.tensor([0, 0])],
+            lambda token: torch.tensor([1, 2], device=token.device),
+            lambda token: torch.ones(()).to(token.device),
+            lambda token: token.gather(0, torch.zeros(1, dtype=torch.int64)),
         ],
         ids=["list as an index", "index on the host", "list to a tensor", "number to the device", "gather"],
     )
@@ -240,7 +239,7 @@ class TestCycle:
         assert run_cycle(generation).doubles
 
     def test_notices_a_second_read(self, target: TargetModel) -> None:
-        generation = start(target, lambda *_: Sabotaged(lambda root: root.numpy(force=True)), TreePlan.off())
+        generation = start(target, lambda *_: Sabotaged(lambda token: token.numpy(force=True)), TreePlan.off())
         with pytest.raises(AssertionError):
             run_cycle(generation)
 

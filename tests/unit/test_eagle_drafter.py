@@ -90,7 +90,7 @@ def features_of(target: TargetModel, head: DraftNetwork, tokens: list[int]) -> t
 
 def drafter_that_has_read(target: TargetModel, head: DraftNetwork, sequences: list[list[int]]) -> EagleDrafter:
     """A fresh drafter that has read all of the sequences but their last tokens, the roots, at once."""
-    drafter = EagleDrafter(head, len(sequences), CAPACITY, torch.float64, torch.device("cpu"))
+    drafter = EagleDrafter(head, len(sequences), CAPACITY)
     longest = max(map(len, sequences))
     padded = [tokens + [0] * (longest - len(tokens)) for tokens in sequences]
     features = torch.stack([features_of(target, head, tokens) for tokens in padded])
@@ -179,13 +179,6 @@ def test_a_row_that_has_read_nothing_drafts_nothing(
     tree = grow(drafter_that_has_read(target, heads["eagle3"], sequences), sequences, TreePlan.parse(plan))
     assert tree.valid[0].tolist() == [True] + [False] * (tree.num_nodes - 1)
     assert tree.valid[1].all()
-
-
-@torch.no_grad()
-def test_depth_0_is_the_root_alone(target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
-    sequences = [[1, 2, 3]]
-    tree = grow(drafter_that_has_read(target, heads["eagle3"], sequences), sequences, TreePlan.off())
-    assert (tree.num_nodes, tree.max_depth, tree.tokens.tolist()) == (1, 0, [[3]])
 
 
 @pytest.mark.parametrize("plan", ["chain:4", "tree:4x4x16", "eagle1"])
@@ -308,7 +301,7 @@ def test_a_draft_window_hides_what_lies_before_it(
         head, tokens = heads["eagle3"], torch.tensor([[*first, 4, 5, 6, 7]])
         features = features_of(target, head, [9, 9, 9, 4, 5, 6, 7])  # not those of `first`: they must not matter
         features[:3] += tokens[0, :3, None]
-        drafter = EagleDrafter(head, 1, CAPACITY, torch.float64, torch.device("cpu"), window=window)
+        drafter = EagleDrafter(head, 1, CAPACITY, window=window)
         drafter.observe(tokens[:, 1:], features[None, :-1], torch.tensor([6]))
         return drafter.grow(tokens[:, -1], TreePlan.parse(plan), longest=6, rank=uncoupled_rank)
 
@@ -326,7 +319,7 @@ def test_a_head_reads_as_many_tokens_as_it_was_trained_on(heads: dict[str, Draft
         head, trees = copy.deepcopy(heads["eagle3"]), []
         head.config = dataclasses.replace(head.config, trained_length=trained_length)
         for window in (None, 3):
-            drafter = EagleDrafter(head, 1, CAPACITY, torch.float64, torch.device("cpu"), window=window)
+            drafter = EagleDrafter(head, 1, CAPACITY, window=window)
             torch.manual_seed(0)
             features = torch.randn(1, 6, head.fc.in_features, dtype=torch.float64)
             drafter.observe(torch.tensor([[2, 3, 4, 5, 6, 7]]), features, torch.tensor([6]))
@@ -337,4 +330,4 @@ def test_a_head_reads_as_many_tokens_as_it_was_trained_on(heads: dict[str, Draft
 
 def test_a_draft_window_below_1_is_refused(heads: dict[str, DraftNetwork]) -> None:
     with pytest.raises(ValueError, match="draft_window"):
-        EagleDrafter(heads["eagle3"], 1, CAPACITY, torch.float64, torch.device("cpu"), window=0)
+        EagleDrafter(heads["eagle3"], 1, CAPACITY, window=0)

@@ -302,7 +302,7 @@ def test_training_computes_what_drafting_computes(
     observed = random_batch()[0][:1, : slot + 2]  # slots <= t have read x_0 .. x_{t+1}
     output = target.model(input_ids=observed, use_cache=False, output_hidden_states=True)
     features = torch.cat([output.hidden_states[layer] for layer in head.config.feature_layers], dim=-1)
-    drafter = EagleDrafter(head, 1, 40, torch.float64, torch.device("cpu"))
+    drafter = EagleDrafter(head, 1, 40)
     drafter.observe(observed[:, 1:], features[:, :-1], torch.tensor([slot + 1]))
     tree = drafter.grow(observed[:, -1], TreePlan.chain(STEPS), longest=slot + 1, rank=uncoupled_rank)
 

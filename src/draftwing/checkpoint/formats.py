@@ -19,8 +19,7 @@ Tensors = dict[str, torch.Tensor]
 
 AUX_NORM_NAMES = {"aux_norm_low.weight": "fc_norm.0.weight", "aux_norm_mid.weight": "fc_norm.1.weight",
                   "aux_norm_high.weight": "fc_norm.2.weight"}  # fmt: skip
-# In the files and not in the network: the vocabulary maps, and buffers that older code saved.
-VOCAB_TENSORS = ("d2t", "t2d")
+# Buffers that older code saved.
 IGNORED_TENSORS = re.compile(r".*rotary_emb\.inv_freq$")
 
 
@@ -382,7 +381,7 @@ def _layer_values(config: DraftConfig, architecture: str) -> dict[str, Any]:
         "rope_parameters": config.rope_parameters,
         # Older engines read these two instead.
         "rope_theta": config.rope_parameters["rope_theta"],
-        "rope_scaling": _legacy_rope_scaling(config.rope_parameters),
+        "rope_scaling": rope_scaling_of(config.rope_parameters) or None,
         "attention_bias": config.attention_bias,
         "tie_word_embeddings": False,
     }
@@ -428,7 +427,8 @@ def _default_or_none(num_layers: int) -> tuple[int, ...] | None:
         return None
 
 
-def _legacy_rope_scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
-    if parameters["rope_type"] == "default":
-        return None
+def rope_scaling_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json's older `rope_scaling` says of RoPE settings; nothing for the default type."""
+    if parameters.get("rope_type", "default") == "default":
+        return {}
     return {name: value for name, value in parameters.items() if name != "rope_theta"}

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -28,20 +28,17 @@ from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.layers import DraftConfig
 from draftwing.models.medusa import MedusaConfig, MedusaModel
 from draftwing.models.packed import multiplies_bfloat16
-from draftwing.models.target import ATTENTION, TargetModel
+from draftwing.models.target import ATTENTION, Role, TargetModel
 
 TOKENIZER_FILES = ("*.model", "*.txt", "*.tiktoken")
-ASSETS = Path(__file__).parent.parent / "assets"
-EMBEDDED = {
-    "target": ASSETS / "tiny" / "target",
-    "eagle1": ASSETS / "tiny" / "eagle1",
-    "eagle3": ASSETS / "tiny" / "eagle3",
-}
+EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny"
+"""The embedded target, its drafts, and prompts that they were not trained on."""
+EMBEDDED_PROMPTS = EMBEDDED / "prompts.jsonl"
 EMBEDDED_DRAFTS = {
-    "tiny": EMBEDDED["eagle3"],
-    "tiny-eagle1": EMBEDDED["eagle1"],
-    "tiny-medusa": ASSETS / "tiny" / "medusa",
-    "tiny-draft": ASSETS / "tiny" / "draft",
+    "tiny-draft": EMBEDDED / "draft",
+    "tiny-eagle1": EMBEDDED / "eagle1",
+    "tiny": EMBEDDED / "eagle3",
+    "tiny-medusa": EMBEDDED / "medusa",
 }
 ACCEPTANCE_FILE = "acceptance.json"
 """Beside a draft's weights: how often its tokens were accepted, from `draftwing plan --save`."""
@@ -53,7 +50,7 @@ Draft = DraftNetwork | MedusaModel | TargetModel
 
 def resolve_target(name: str) -> str:
     """A folder or hub id for the target `name`; `tiny` is the embedded one."""
-    return str(EMBEDDED["target"]) if name == "tiny" else name
+    return str(EMBEDDED / "target") if name == "tiny" else name
 
 
 def resolve_draft(name: str) -> Path:
@@ -82,7 +79,7 @@ def load_target(
     name: str,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    role: Literal["target", "draft"] = "target",
+    role: Role = "target",
     quantize: str | None = None,
     **options: Any,
 ) -> TargetModel:
@@ -324,16 +321,20 @@ def build_network(
 
 
 def expected_shapes(head: HeadFile) -> dict[str, torch.Size]:
-    """The parameters that a head's network has, without building it in memory or needing its target."""
+    """The parameters that a head's network has."""
+    config = head.config
+    if head.is_eagle3:  # its file need not name the layers
+        num_features = head.tensors["fc.weight"].shape[1] // config.target_hidden_size
+        config = dataclasses.replace(config, aux_layers=tuple(range(1, num_features + 1)))
+    return network_shapes(config, own_embedding="embed_tokens.weight" in head.tensors)
+
+
+def network_shapes(config: DraftConfig, own_embedding: bool = False) -> dict[str, torch.Size]:
+    """The parameters of `build_network`'s, without building it in memory or needing its target."""
+    of_target, vocab = torch.nn.Identity(), DraftVocab(None, config.vocab_size)
+    is_eagle3 = bool(config.aux_layers)
     with torch.device("meta"):
-        network: DraftNetwork
-        if head.is_eagle3:
-            num_features = head.tensors["fc.weight"].shape[1] // head.config.target_hidden_size
-            config = dataclasses.replace(head.config, aux_layers=tuple(range(1, num_features + 1)))
-            own_embedding = "embed_tokens.weight" in head.tensors
-            network = Eagle3Model(config, DraftVocab(None, config.vocab_size), torch.nn.Identity(), own_embedding)
-        else:
-            network = EagleModel(head.config, torch.nn.Identity())
+        network = Eagle3Model(config, vocab, of_target, own_embedding) if is_eagle3 else EagleModel(config, of_target)
     return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from draftwing.api import load
-    from draftwing.checkpoint.load import ASSETS
+    from draftwing.checkpoint.load import EMBEDDED_PROMPTS
     from draftwing.data.prompts import read_prompts
     from draftwing.evaluation.compare import Start
     from draftwing.evaluation.demo import as_table, measure, show_completions
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
         "eagle2": partial(eagle1.with_method("eagle2").start, plan=EAGLE2_PLAN),
         "eagle3": eagle3.start,
     }
-    prompts = read_prompts(ASSETS / "tiny" / "prompts.jsonl")[: options.prompts]
+    prompts = read_prompts(EMBEDDED_PROMPTS)[: options.prompts]
     common = {"max_new_tokens": options.max_new_tokens, "seed": options.seed}
     if not options.json:
         show_completions(console, prompts[:3], eagle3.tokenizer, methods, **common)

@@ -33,13 +33,13 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from draftwing.api import load
     from draftwing.checkpoint.formats import HeadOptions
-    from draftwing.checkpoint.load import ASSETS
-    from draftwing.data.prompts import read_prompts
+    from draftwing.checkpoint.load import EMBEDDED_PROMPTS
+    from draftwing.data.prompts import has_chat_template, read_prompts
     from draftwing.evaluation.doctor import FEWEST_PROMPTS, as_report, decode_prompts, examine
     from draftwing.evaluation.patient import Patient
     from draftwing.evaluation.trials import Steps
 
-    file = options.prompts or ASSETS / "tiny" / "prompts.jsonl"
+    file = options.prompts or EMBEDDED_PROMPTS
     if options.num_prompts < FEWEST_PROMPTS:
         raise ValueError(
             f"num-prompts: expected at least {FEWEST_PROMPTS}, fewer tell nothing, got {options.num_prompts}"
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         steps = Steps(lambda what, done, total: progress.update(task, description=what, completed=done, total=total))
         text = decode_prompts(patient, prompts, model.tokenizer, options.temperature, options.max_new_tokens, steps)
         clues = patient.clues(options.target, max(recording.longest for recording in text.recordings))
-        if any(prompt.messages for prompt in prompts) and getattr(model.tokenizer, "chat_template", None) is None:
+        if any(prompt.messages for prompt in prompts) and not has_chat_template(model.tokenizer):
             clues.append("the target's tokenizer has no chat template, so chat prompts were given raw")
         diagnosis = examine(patient, text, clues, steps)
     if options.json:

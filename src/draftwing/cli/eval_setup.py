@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from draftwing.api import SpeculativeModel, load
-from draftwing.checkpoint.load import ASSETS, load_stock, resolve_draft, resolve_target
+from draftwing.checkpoint.load import EMBEDDED_DRAFTS, EMBEDDED_PROMPTS, load_stock, resolve_draft, resolve_target
 from draftwing.cli.arguments import execution
 from draftwing.data.benchmarks import BENCHMARKS, load_benchmark
 from draftwing.data.prompts import read_prompts, spread
@@ -26,14 +26,13 @@ from draftwing.methods import EAGLE_METHODS, METHODS, default_plan, resolve_meth
 from draftwing.models.target import TargetModel
 
 KNOWN_DATA = ("embedded", *BENCHMARKS)
-EMBEDDED_PROMPTS, LARGEST_SAMPLE = 8, 80
+EMBEDDED_SAMPLE, LARGEST_SAMPLE = 8, 80
 """Prompts by default: of the embedded ones, and of any other data set at most."""
 
 
 def read_drafts(options: argparse.Namespace) -> dict[str, str]:
     """The drafts by name; `tiny` stands for all that are embedded."""
-    parts = {file.parent.name for file in (ASSETS / "tiny").glob("*/config.json")} - {"target"}
-    embedded = {name: name for name in ("tiny" if part == "eagle3" else f"tiny-{part}" for part in sorted(parts))}
+    embedded = {name: name for name, folder in EMBEDDED_DRAFTS.items() if folder.is_dir()}
     given = options.draft or (["tiny"] if options.target == "tiny" else [])
     drafts: dict[str, str] = {}
     for text in given:
@@ -98,11 +97,11 @@ def read_data(options: argparse.Namespace) -> list[PromptSet]:
                 raise ValueError(f"data: expected NAME=PATH, a file, or one of {', '.join(KNOWN_DATA)}; got {part!r}")
             name, path = Path(part).stem, part
         elif name == "embedded":
-            path = path or str(ASSETS / "tiny" / "prompts.jsonl")
+            path = path or str(EMBEDDED_PROMPTS)
         if name in sets:
             raise ValueError(f"data: two data sets are called {name}; name them: NAME=PATH")
         prompts = read_prompts(path) if path else load_benchmark(name)
-        count = options.num_prompts or (EMBEDDED_PROMPTS if name == "embedded" else LARGEST_SAMPLE)
+        count = options.num_prompts or (EMBEDDED_SAMPLE if name == "embedded" else LARGEST_SAMPLE)
         sets[name] = PromptSet(name, spread(prompts, count))
     return list(sets.values())
 

@@ -43,12 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from draftwing.api import load
-    from draftwing.checkpoint.load import ASSETS, resolve_draft
+    from draftwing.checkpoint.load import EMBEDDED_PROMPTS, resolve_draft
     from draftwing.data.prompts import read_prompts
     from draftwing.evaluation.planning import as_tables, implied_plan, measure_plan, save_acceptance
     from draftwing.methods import suitable_draft
 
-    prompts = read_prompts(options.prompts or ASSETS / "tiny" / "prompts.jsonl")
+    prompts = read_prompts(options.prompts or EMBEDDED_PROMPTS)
     more = head_options(options) | execution(options)
     model = load(options.target, options.draft, options.dtype, options.device, options.method, **more)
     ids = [prompt.token_ids(model.tokenizer) for prompt in prompts]

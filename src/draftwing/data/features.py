@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -36,7 +36,6 @@ from draftwing.provenance import provenance
 
 FORMAT = "draftwing-features-1"
 Storage = Literal["bf16", "fp8"]
-STORAGES = get_args(Storage)
 SHARD_BYTES = 1 << 29
 BATCH_TOKENS = 8192
 SPARE = 1.02

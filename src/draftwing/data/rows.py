@@ -11,6 +11,7 @@ from typing import TypeVar
 from draftwing.data.chat import normalise
 from draftwing.data.corpus import Corpus, Row
 from draftwing.data.sources import SHOWN, RowRef, open_source
+from draftwing.files import write_text
 
 HELD_OUT_SHARE = 0.02
 Made = TypeVar("Made")
@@ -88,9 +89,7 @@ class Rejects:
         if self.found != (ordered := sorted(self.found, key=lambda reject: (reject.source, reject.line))):
             self.found = ordered
             if self._writes:
-                partial = self.path.with_name(self.path.name + ".partial")
-                partial.write_text("".join(map(_as_line, ordered)), encoding="utf-8")
-                partial.replace(self.path)
+                write_text(self.path, "".join(map(_as_line, ordered)))
 
     def summary(self, num_rows: int) -> str:
         """One line for people; empty if every row was good."""
@@ -169,7 +168,8 @@ def read_rows(
 def made_from(refs: Iterable[RowRef], make: Callable[[Row], Made], rejects: Rejects | None = None) -> Iterator[Made]:
     """Read rows and make something of each; a ValueError rejects the row, or without `rejects` is passed on."""
     for ref in refs:
-        result = make_or_reject(ref, make)
+        found = find_row(ref)
+        result = found if isinstance(found, Reject) else found.make(make)
         if not isinstance(result, Reject):
             yield result
         elif rejects is None:
@@ -178,13 +178,7 @@ def made_from(refs: Iterable[RowRef], make: Callable[[Row], Made], rejects: Reje
             rejects.add(result)
 
 
-def make_or_reject(ref: RowRef, make: Callable[[Row], Made]) -> Made | Reject:
-    """What `make` makes of a row, or why it cannot."""
-    found = find_row(ref)
-    return found if isinstance(found, Reject) else found.make(make)
-
-
-def find_row(ref: RowRef) -> "FoundRow | Reject":
+def find_row(ref: RowRef) -> FoundRow | Reject:
     """Read a row, or say why it cannot be read."""
     try:
         return FoundRow(ref.source.name, ref.line, ref.read())

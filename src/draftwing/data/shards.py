@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from draftwing.files import write_text
+
 INDEX = "index.json"
 MAX_OPEN = 64
 """Files that a reader keeps open."""
@@ -47,9 +49,7 @@ def checksum(path: Path) -> str:
 
 def write_index(folder: Path, values: Mapping[str, Any]) -> None:
     """Replace a folder's index in one step."""
-    partial = folder / f"{INDEX}.partial"
-    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / INDEX)
+    write_text(folder / INDEX, json.dumps(values, indent=1) + "\n")
 
 
 def read_index(folder: Path, expected_format: str) -> dict[str, Any]:

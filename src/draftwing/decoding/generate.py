@@ -42,7 +42,7 @@ class Committed:
 
 
 class Generation:
-    """B rows being decoded together; iterate `cycles()` to run it to the end.
+    """B rows being decoded together; `run` it to the end, or iterate its `cycles()`.
 
     `coupled` drafts rank their candidates with the target's own noise; the output is the same without. `new_rows` gives
     what keeps their state; `close` hands it back, as the end of `cycles()` does.
@@ -88,6 +88,12 @@ class Generation:
         while not self.is_done:
             yield self._emit(*self._cycle())
         self.close()
+
+    def run(self) -> "Generation":
+        """Run cycles until every row has stopped; returns itself."""
+        for _ in self.cycles():
+            pass
+        return self
 
     def close(self) -> None:
         """End the generation where it stands; it may be closed already."""

@@ -11,7 +11,7 @@ import torch
 from draftwing.decoding.drafters import Drafter
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import Sampler, SamplingParams, uncoupled_rank
-from draftwing.decoding.tree import DraftTree, Verdict, walk
+from draftwing.decoding.tree import DraftTree, Verdict, root_tree, walk
 from draftwing.models.target import TargetModel
 
 PREFILL_CHUNK = 512
@@ -89,6 +89,8 @@ class Rows:
         """The generation is over; nobody uses these rows any more."""
 
     def _draft(self, plan: TreePlan, longest: int) -> DraftTree:
+        if plan.depth == 0:
+            return root_tree(self._root, plan.num_nodes)
         return self.drafter.grow(self._root, plan, longest, self._rank)
 
     def _new_sampler(self, params: Sequence[SamplingParams], depth: int) -> Sampler:

@@ -166,9 +166,9 @@ class Sampler:
         self._top_p, self._min_p = column("top_p").float(), column("min_p").float()
         self._penalty = column("repetition_penalty").float()
         self._is_greedy = (self._temperature == 0).squeeze(-1)
-        self._bias = _bias_matrix(params, vocab_size, device)
         self._seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
         self.work = SamplingWork.of(params)
+        self._bias = _bias_matrix(params, vocab_size, device) if self.work.has_bias else None
         seeds = [p.seed for p in params]
         self._noise = Noise(seeds, vocab_size, device, depth + 2) if self.work.draws else None
 
@@ -268,9 +268,7 @@ class Sampler:
         return scores
 
 
-def _bias_matrix(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> torch.Tensor | None:
-    if not any(p.logit_bias for p in params):
-        return None
+def _bias_matrix(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> torch.Tensor:
     bias = torch.zeros(len(params), 1, vocab_size, device=device)
     for row, row_params in enumerate(params):
         for token, value in row_params.logit_bias.items():

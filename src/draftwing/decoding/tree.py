@@ -5,7 +5,7 @@ parent is and the parent's chosen token is this node's token. The last accepted 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -38,6 +38,10 @@ class DraftTree:
     @property
     def num_nodes(self) -> int:
         return self.tokens.shape[1]
+
+    def only_in(self, rows: torch.Tensor) -> "DraftTree":
+        """The tree in some of the rows, those that `rows [B]` is True for, and the root alone in the others."""
+        return replace(self, valid=self.valid & (rows[:, None] | (self.depths == 0)))
 
     @cached_property
     def ancestors(self) -> torch.Tensor:

@@ -167,9 +167,7 @@ def warm_up(start: Start, prompt: Sequence[int], max_new_tokens: int, **options:
 def timed(start: Start, prompts: Sequence[Sequence[int]], **options: Any) -> tuple[Generation, float]:
     """Decode prompts together to their ends; the seconds include the prefill."""
     begin = time.perf_counter()
-    generation = start(prompts, **options)
-    for _ in generation.cycles():
-        pass
+    generation = start(prompts, **options).run()
     return generation, time.perf_counter() - begin
 
 

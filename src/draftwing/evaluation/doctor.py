@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from draftwing.data.prompts import Prompt
+from draftwing.data.prompts import Prompt, has_chat_template
 from draftwing.decoding.generate import Request
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
@@ -102,7 +102,7 @@ def decode_prompts(
     steps: Steps,
 ) -> Text:
     """Decode the prompts plainly: as asked, at another temperature, and with or without the chat template."""
-    has_template = getattr(tokenizer, "chat_template", None) is not None
+    has_template = has_chat_template(tokenizer)
     if not has_template:
         prompts = [as_raw(prompt) for prompt in prompts]
     ways = {"": (prompts, temperature, patient.layers_of_suspects)}

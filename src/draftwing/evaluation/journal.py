@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from draftwing.files import write_text
+
 FILE = "runs.jsonl"
 Settings = Mapping[str, Any]
 
@@ -70,7 +72,7 @@ class Journal:
         if lines:
             self._read(lines, settings)
         if not self.runs:
-            self._begin(settings)
+            write_text(self._file, json.dumps({"settings": settings}) + "\n")
         elif cut:
             os.truncate(self._file, len("".join(line + "\n" for line in whole).encode()))
 
@@ -85,13 +87,6 @@ class Journal:
             self.runs[run.key] = run
         if self.runs:
             self._check_settings(before, json.loads(json.dumps(settings)))
-
-    def _begin(self, settings: Settings) -> None:
-        """Write the first line, whole or not at all."""
-        assert self._file is not None
-        new = self._file.with_suffix(".new")
-        new.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
-        new.replace(self._file)
 
     def add(self, run: Run) -> None:
         """Keep a run, on disk before anything else happens."""

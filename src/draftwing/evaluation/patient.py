@@ -11,11 +11,9 @@ from draftwing.checkpoint.fit import broken_tensors
 from draftwing.checkpoint.formats import FROM_FILE, HeadOptions, is_language_model, verifier_name
 from draftwing.checkpoint.load import DraftNetwork, build_head, load_draft, read_draft_files, resolve_draft
 from draftwing.checkpoint.medusa_format import is_medusa
-from draftwing.decoding.drafters import Drafter
-from draftwing.decoding.drafters.draft_model import DraftModelDrafter
-from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.evaluation.replay import Recording, Trace, replay
 from draftwing.evaluation.suspects import Suspect, head_suspects, precision_suspects
+from draftwing.methods import drafter_factory, resolve_method
 from draftwing.models.fused import pack_draft
 from draftwing.models.target import TargetModel
 
@@ -77,17 +75,10 @@ class Patient:
     def traces(self, recordings: Sequence[Recording], options: Mapping[str, Any]) -> list[Trace]:
         """What the draft does with some options of `load` and `generate` changed."""
         draft, target = self.load(options), self.target
-
-        def new_drafter(batch_size: int, capacity: int) -> Drafter:
-            if isinstance(draft, TargetModel):
-                return DraftModelDrafter(draft, target.vocab_size, batch_size, capacity)
-            window = options.get("draft_window")
-            return EagleDrafter(draft, batch_size, capacity, dtype, target.device, window=window)
-
-        dtype = draft.dtype
-        return [
-            trace for recording in recordings for trace in replay(recording, new_drafter, DEPTH, dtype, target.device)
-        ]
+        method, window = resolve_method(None, draft), options.get("draft_window")
+        new_drafter = drafter_factory(method, draft, target, window=window)
+        replays = (replay(recording, new_drafter, DEPTH, draft.dtype, target.device) for recording in recordings)
+        return [trace for traces in replays for trace in traces]
 
     def clues(self, target_name: str, longest: int) -> list[str]:
         """What the files say against this draft, target and length of rows, without any measurement."""

@@ -6,7 +6,7 @@ that any drafter would have gone through are replayed over the tokens: the real 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class Recording:
     def misplaced(self) -> "Recording":
         """The same tokens with each row's features in reverse order: a draft that reads them is misled."""
         features = {layer: [rows.flip(0) for rows in values] for layer, values in self.features.items()}
-        return Recording(self.tokens, self.num_prompt, features, self.sampling, self.vocab_size)
+        return replace(self, features=features)
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,7 @@ def record(target: TargetModel, requests: Sequence[Request], feature_layers: Seq
         recorders.append(_Recorder(tuple(feature_layers), batch_size))
         return recorders[0]
 
-    generation = Generation(target, requests, new_recorder, plain_plan(target, len(requests)))
-    for _ in generation.cycles():
-        pass
+    generation = Generation(target, requests, new_recorder, plain_plan(target, len(requests))).run()
     tokens = [[*request.prompt, *row.tokens] for request, row in zip(requests, generation.outputs, strict=True)]
     features: dict[int, list[torch.Tensor]] = {layer: [] for layer in feature_layers}
     for pieces, ids in zip(recorders[0].rows, tokens, strict=True):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from draftwing.config import check_keys
+from draftwing.config import suggestion
 from draftwing.decoding.plan import TreePlan
 
 OPTIONS: dict[str, dict[str, Any]] = {"ngram": {"ngram": True}, "uncoupled": {"coupled": False}}
@@ -65,7 +65,5 @@ class MethodSpec:
 
 
 def _check(what: str, name: str, known: Sequence[str] | dict[str, Any]) -> None:
-    try:
-        check_keys([name], known)
-    except ValueError as error:
-        raise ValueError(str(error).replace(f"{name}: unknown key", f"methods: unknown {what} {name!r}")) from None
+    if name not in known:
+        raise ValueError(f"methods: unknown {what} {name!r}; {suggestion(name, known)}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from draftwing.checkpoint.formats import HeadOptions, Tensors, default_aux_layers
+from draftwing.checkpoint.formats import HeadOptions, Tensors, default_aux_layers, rope_scaling_of
 from draftwing.models.layers import DraftConfig
 from draftwing.models.target import TargetModel
 
@@ -77,10 +77,10 @@ def _usual_layers(count: int, num_layers: int) -> tuple[int, ...]:
 
 def _rope(config: DraftConfig, target: TargetModel) -> Iterator[Suspect]:
     loaded = config.rope_parameters
-    theta, scaling = _theta(loaded), _scaling(loaded)
+    theta, scaling = _theta(loaded), rope_scaling_of(loaded)
     of_target = getattr(target.config, "rope_parameters", None) or {}
     of_target = {} if any(isinstance(value, dict) for value in of_target.values()) else of_target  # one per layer type
-    target_theta, target_scaling = _theta(of_target), _scaling(of_target)
+    target_theta, target_scaling = _theta(of_target), rope_scaling_of(of_target)
     for other in sorted({target_theta, *COMMON_THETAS} - {theta}):
         yield Suspect(f"rope_theta is not {theta:g}", {"rope_theta": other})
     if scaling:
@@ -95,12 +95,6 @@ def _rope(config: DraftConfig, target: TargetModel) -> Iterator[Suspect]:
 
 def _theta(parameters: Mapping[str, Any]) -> float:
     return float(parameters.get("rope_theta", 10000.0))
-
-
-def _scaling(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    if parameters.get("rope_type", "default") == "default":
-        return {}
-    return {name: value for name, value in parameters.items() if name != "rope_theta"}
 
 
 def _norms(config: DraftConfig) -> Iterator[Suspect]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from draftwing.config import TrainConfig
 from draftwing.data import fingerprint
+from draftwing.files import write_text
 
 MARK = "recipe.json"
 FREE_KEYS = frozenset(
@@ -79,13 +80,6 @@ def complete_checkpoint(checkpoint: Path, settings: Mapping[str, Any], keep: int
         if path not in kept:
             (path / MARK).unlink(missing_ok=True)  # first: what is half deleted must not count
             shutil.rmtree(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a cut leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _by_step(folder: Path) -> list[Path]:

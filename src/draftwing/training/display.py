@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from draftwing.config import TrainConfig
+from draftwing.files import write_text
 from draftwing.provenance import provenance
-from draftwing.training.checkpoints import write_text
 from draftwing.training.report import as_html
 
 RECORD = "training.json"

@@ -13,17 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from draftwing.checkpoint.formats import read_head
-from draftwing.checkpoint.load import expected_shapes, read_draft_files, resolve_draft, resolve_target
+from draftwing.checkpoint.load import (
+    expected_medusa_shapes,
+    expected_shapes,
+    network_shapes,
+    read_draft_files,
+    resolve_draft,
+    resolve_target,
+)
 from draftwing.config import TrainConfig
-from draftwing.models.draft_vocab import DraftVocab
-from draftwing.models.eagle import EagleModel
-from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.layers import DraftConfig
-from draftwing.models.medusa import MedusaConfig, MedusaModel
+from draftwing.models.medusa import MedusaConfig
 from draftwing.training.heads import new_config
 
 REACHED = 0.4
@@ -133,15 +136,10 @@ def _head_shapes(stage: TrainConfig, config: DraftConfig, made_before: Mapping[s
     if stage.init_from in made_before:
         return made_before[stage.init_from]
     if stage.init_from:
-        head = read_head(*read_draft_files(resolve_draft(stage.init_from)))
-        return {name: shape.numel() for name, shape in expected_shapes(head).items()}
-    with torch.device("meta"):
-        network: nn.Module
-        if config.aux_layers:
-            network = Eagle3Model(config, DraftVocab(None, config.vocab_size), nn.Identity())
-        else:
-            network = EagleModel(config, nn.Identity())
-    return {name: parameter.numel() for name, parameter in network.named_parameters()}
+        shapes = expected_shapes(read_head(*read_draft_files(resolve_draft(stage.init_from))))
+    else:
+        shapes = network_shapes(config)
+    return {name: shape.numel() for name, shape in shapes.items()}
 
 
 def _plan_target(stage: TrainConfig, config: Any, teacher: Any, num_processes: int, rate: float) -> StagePlan:
@@ -234,9 +232,8 @@ def _plan_head(
 
 def _plan_medusa(stage: TrainConfig, of_target: tuple[Shapes, Any], num_processes: int, rate: float) -> StagePlan:
     (params, target), tokens = of_target, _tokens(stage)
-    with torch.device("meta"):
-        heads = MedusaModel(MedusaConfig(target.hidden_size, target.vocab_size, stage.medusa_heads))
-    trained = sum(parameter.numel() for parameter in heads.parameters())
+    shapes = expected_medusa_shapes(MedusaConfig(target.hidden_size, target.vocab_size, stage.medusa_heads))
+    trained = sum(shape.numel() for shape in shapes.values())
     active = active_params(params, target)
     logits = min(LOGIT_CHUNK, 5 * tokens * target.vocab_size)
     memory = _frozen_target_memory(stage, params, target, num_processes, (-1,))

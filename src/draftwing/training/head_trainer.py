@@ -1,4 +1,4 @@
-"""Train an EAGLE head for a frozen target; an evaluation measures its acceptance length, simulated and decoded."""
+"""Train EAGLE or Medusa heads for a frozen target; an evaluation measures acceptance length, simulated and decoded."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,13 +24,11 @@ from draftwing.data.examples import (
     lengths_of,
     read_documents,
 )
-from draftwing.decoding.drafters import Drafter
-from draftwing.decoding.drafters.eagle import EagleDrafter
-from draftwing.decoding.drafters.medusa import MedusaDrafter
 from draftwing.decoding.generate import Generation, Request
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
+from draftwing.methods import drafter_factory, resolve_method
 from draftwing.models.eagle import EagleModel
 from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
@@ -210,19 +208,12 @@ def copy_of(head: Trainable, target: TargetModel) -> Trainable:
 
 def decode(head: Trainable, target: TargetModel, prompts: Sequence[Sequence[int]], plan: TreePlan) -> tuple[int, int]:
     """Decode the prompts greedily, one by one; returns how many tokens came in how many cycles."""
+    new_drafter = drafter_factory(resolve_method(None, head), head, target)
     num_tokens = num_cycles = 0
     for prompt in prompts:
         room = DECODED_TOKENS if target.max_positions is None else target.max_positions - len(prompt)
         stop = StopRule(min(DECODED_TOKENS, room), target.eos_token_ids)
-
-        def new_drafter(batch_size: int, capacity: int) -> Drafter:
-            if isinstance(head, MedusaModel):
-                return MedusaDrafter(head, batch_size, target.dtype, target.device)
-            return EagleDrafter(head, batch_size, capacity, target.dtype, target.device)
-
-        generation = Generation(target, [Request(prompt, SamplingParams(), stop)], new_drafter, plan)
-        for _ in generation.cycles():
-            pass
+        generation = Generation(target, [Request(prompt, SamplingParams(), stop)], new_drafter, plan).run()
         num_tokens += generation.statistics.num_tokens
         num_cycles += generation.statistics.num_cycles
     return num_tokens, num_cycles

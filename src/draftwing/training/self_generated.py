@@ -26,7 +26,8 @@ from draftwing.decoding.drafters import NoDrafter
 from draftwing.decoding.generate import Generation, Request, RowOutput, plain_plan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
-from draftwing.training.checkpoints import contents_of, data_content_of, write_text
+from draftwing.files import write_text
+from draftwing.training.checkpoints import contents_of, data_content_of
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,7 @@ class EngineAnswers:
         for first in range(0, len(prompts), self._config.batch_size):
             batch = [_Dialogue(prompt, self._tokenizer) for prompt in prompts[first : first + self._config.batch_size]]
             while waiting := [dialogue for dialogue in batch if self._room(dialogue)]:
-                generation = self._start([self._request(dialogue) for dialogue in waiting])
-                for _ in generation.cycles():
-                    pass
+                generation = self._start([self._request(dialogue) for dialogue in waiting]).run()
                 for dialogue, output in zip(waiting, generation.outputs, strict=True):
                     dialogue.take(output)
             yield from (dialogue.row() for dialogue in batch)

@@ -7,8 +7,9 @@ from pathlib import Path
 from rich.console import Console
 
 from draftwing.config import TrainConfig
+from draftwing.files import write_text
 from draftwing.provenance import provenance
-from draftwing.training.checkpoints import check_same, contents_of, data_content_of, settings_of, write_text
+from draftwing.training.checkpoints import check_same, contents_of, data_content_of, settings_of
 from draftwing.training.display import RECORD, read_record
 from draftwing.training.head_trainer import train_head
 from draftwing.training.language_model import train_language_model

@@ -55,7 +55,7 @@ class Drafter(Protocol):
         """Forget everything, for other rows."""
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
-        """Grow a tree below `root [B]`, the last committed token, of the shape that the plan asks for.
+        """Grow a tree below `root [B]`, the last committed token, of the shape that the plan, which drafts, asks for.
 
         `longest` is the host's count of the longest row's committed tokens, the root not included; `rank` scores
         candidates with what is known of the target's sampling.

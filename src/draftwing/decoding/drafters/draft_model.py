@@ -10,7 +10,7 @@ from draftwing.decoding.drafters import Drafter, Ranking
 from draftwing.decoding.drafters.growth import RootedDraft, grow_tree
 from draftwing.decoding.drafters.unread import Unread
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.tree import DraftTree, root_tree
+from draftwing.decoding.tree import DraftTree
 from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.target import TargetModel
 
@@ -63,8 +63,6 @@ class DraftModelDrafter(Drafter):
         self._cache.commit(None, num_new, max_kept=length)
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
-        if plan.depth == 0:
-            return root_tree(root, plan.num_nodes)
         self.catch_up(longest)
         levels = _Levels(root)
 

@@ -4,9 +4,7 @@ The draft's cache holds slot t for every committed token but the last: slot t ha
 the token at t + 1. Tree nodes are written behind and dropped; `observe` replaces them with slots of true features.
 """
 
-import dataclasses
 from functools import partial
-from typing import Protocol
 
 import torch
 
@@ -15,26 +13,11 @@ from draftwing.decoding.drafters.growth import RootedDraft, grow_tree
 from draftwing.decoding.drafters.ngram import NgramDrafter
 from draftwing.decoding.drafters.unread import Unread
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.tree import DraftTree, root_tree
+from draftwing.decoding.tree import DraftTree
 from draftwing.models.attention import grouped_attention
-from draftwing.models.draft_vocab import DraftVocab
+from draftwing.models.eagle import EagleModel
+from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
-from draftwing.models.layers import Attend, DraftConfig, Rotary
-
-
-class DraftModel(Protocol):
-    """What EAGLE drafting asks of a network: models/eagle.py and models/eagle3.py."""
-
-    config: DraftConfig
-    vocab: DraftVocab
-    rotary: Rotary
-
-    def fuse(self, features: torch.Tensor) -> torch.Tensor: ...
-    def __call__(
-        self, hidden: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
-    ) -> torch.Tensor: ...
-    def feed_back(self, output: torch.Tensor) -> torch.Tensor: ...
-    def logits(self, output: torch.Tensor) -> torch.Tensor: ...
 
 
 class EagleDrafter(Drafter):
@@ -51,21 +34,19 @@ class EagleDrafter(Drafter):
 
     def __init__(
         self,
-        model: DraftModel,
+        model: EagleModel | Eagle3Model,
         batch_size: int,
         capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
         ngram: NgramDrafter | None = None,
         window: int | None = None,
     ) -> None:
         if window is not None and window < 1:
             raise ValueError(f"draft_window: expected at least 1, got {window}")
-        self._ngram, self._window = ngram, window or model.config.window
-        self.feature_layers = model.config.feature_layers
+        config, dtype, device = model.config, model.dtype, model.rotary.cos.device
+        self._ngram, self._window = ngram, window or config.window
+        self.feature_layers = config.feature_layers
         self._model = model
         self._vocab = model.vocab.to(device)
-        config = model.config
         shape = LayerShape(config.num_key_value_heads, config.head_dim, config.head_dim)
         self._cache = KVCache([shape] * config.num_hidden_layers, batch_size, capacity, dtype, device)
         model.rotary.reserve(capacity + 1)
@@ -108,8 +89,6 @@ class EagleDrafter(Drafter):
         self._cache.commit(None, num_new, max_kept=length)
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
-        if plan.depth == 0:
-            return root_tree(root, plan.num_nodes)
         self.catch_up(longest)
         levels, output = _Levels(self._cache, plan.num_inner, self._window), self._last_output[:, None]
 
@@ -120,10 +99,8 @@ class EagleDrafter(Drafter):
 
         draft = RootedDraft(self._model.logits(output), step, self._cache.lengths[:, None], self._vocab, rank)
         merge = None if self._ngram is None else partial(self._ngram.extend, longest=longest)
-        tree = grow_tree(root, plan, draft, merge)
         # A row with nothing read yet (a prompt of one token) has no state to draft from.
-        can_draft = (self._cache.lengths > 0)[:, None] | (tree.depths == 0)
-        return dataclasses.replace(tree, valid=tree.valid & can_draft)
+        return grow_tree(root, plan, draft, merge).only_in(self._cache.lengths > 0)
 
     def _draft_step(
         self, output: torch.Tensor, parent: torch.Tensor, tokens: torch.Tensor, levels: "_Levels"
@@ -149,7 +126,8 @@ class EagleDrafter(Drafter):
             keys, values = cache.write(layer, keys, values, slots, visible.shape[-1])
             return grouped_attention(queries, keys, values, mask).transpose(1, 2)
 
-        return self._model(hidden, tokens, positions.clamp(max=cache.capacity), attend)
+        output: torch.Tensor = self._model(hidden, tokens, positions.clamp(max=cache.capacity), attend)
+        return output
 
 
 class _Levels:

@@ -16,7 +16,7 @@ import torch
 
 from draftwing.decoding.drafters import Drafter, Ranking
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.tree import DraftTree, root_tree
+from draftwing.decoding.tree import DraftTree
 
 POOL_SIZE = 8192
 """N-grams that a row remembers; the oldest are overwritten."""
@@ -52,8 +52,6 @@ class LookaheadDrafter(Drafter):
             self._lengths = self._lengths + num_new
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
-        if plan.depth == 0:
-            return root_tree(root, plan.num_nodes)
         if not plan.window:
             raise ValueError(f"plan: lookahead takes lookahead:WxNxG, got {plan}")
         if max(plan.width, plan.window) > POOL_SIZE:

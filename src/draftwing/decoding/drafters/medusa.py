@@ -4,14 +4,12 @@ The last feature read is h_t of the token before the root, x_{t+1}. Head k predi
 root's children. All nodes of a level have the same candidates, whatever their parents.
 """
 
-from dataclasses import replace
-
 import torch
 
 from draftwing.decoding.drafters import Drafter, Ranking
 from draftwing.decoding.drafters.growth import RootedDraft, grow_tree
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.tree import DraftTree, root_tree
+from draftwing.decoding.tree import DraftTree
 from draftwing.models.medusa import MedusaModel
 
 
@@ -40,8 +38,6 @@ class MedusaDrafter(Drafter):
         self._lengths += num_new
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
-        if plan.depth == 0:
-            return root_tree(root, plan.num_nodes)
         plan = plan.cut_to(len(self._model))
         hidden, heads = self._hidden[:, None], iter(self._model)
 
@@ -50,10 +46,9 @@ class MedusaDrafter(Drafter):
             return logits.expand(-1, tokens.shape[1], -1)
 
         root_logits = step(root[:, None], root[:, None])
-        tree = grow_tree(root, plan, _SharedDraft(root_logits, step, self._lengths[:, None], self._model.vocab, rank))
+        draft = _SharedDraft(root_logits, step, self._lengths[:, None], self._model.vocab, rank)
         # A row with nothing read yet (a prompt of one token) has no feature to draft from.
-        can_draft = (self._lengths > 0)[:, None] | (tree.depths == 0)
-        return replace(tree, valid=tree.valid & can_draft)
+        return grow_tree(root, plan, draft).only_in(self._lengths > 0)
 
 
 class _SharedDraft(RootedDraft):

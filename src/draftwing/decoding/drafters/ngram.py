@@ -11,7 +11,7 @@ import torch
 
 from draftwing.decoding.drafters import Drafter, Ranking
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.tree import Candidates, DraftTree, Overlap, best_subtree, follow, no_candidates, root_tree
+from draftwing.decoding.tree import Candidates, DraftTree, Overlap, best_subtree, follow, no_candidates
 
 LONGEST_MATCH = 8
 """Tokens of a match that are told apart; longer ones count as this long."""
@@ -56,8 +56,6 @@ class NgramDrafter(Drafter):
         self._lengths += num_new
 
     def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
-        if plan.depth == 0:
-            return root_tree(root, plan.num_nodes)
         if not plan.is_chain:
             raise ValueError(f"plan: n-gram drafting has one continuation, so it takes chain:DEPTH, got {plan}")
         return best_subtree(root, self.extend(no_candidates(root), plan, longest), plan.num_nodes, plan.depth)
