@@ -1,5 +1,7 @@
 """Exact loss masks: the assistant's words and its end-of-turn token, nothing else."""
 
+import re
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -86,8 +88,11 @@ def test_sharegpt_rows_equal_openai_rows(tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def test_an_unknown_sharegpt_speaker_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match="tool"):
-        encode_row({"conversations": [{"from": "tool", "value": "42"}]}, tokenizer)
+    for speaker in ("tool", ["tool"], None):
+        with pytest.raises(
+            ValueError, match=rf"conversations: expected a speaker of .*, got {re.escape(repr(speaker))}"
+        ):
+            encode_row({"conversations": [{"from": speaker, "value": "42"}]}, tokenizer)
 
 
 def test_plain_text_is_supervised_whole(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -108,6 +113,12 @@ def test_token_ids_are_taken_as_they_are(tokenizer: PreTrainedTokenizerFast, row
     (example,) = encode_row(row, tokenizer)
     assert example.input_ids.tolist() == [5, 6, 7]
     assert example.loss_mask.tolist() == mask
+
+
+@pytest.mark.parametrize("mask", [[0, 1], [None, 1, 1], ["a", "b", "c"], [[1], [1], [1]], [0.5, 2, 1]])
+def test_other_masks_are_refused(tokenizer: PreTrainedTokenizerFast, mask: list[object]) -> None:
+    with pytest.raises(ValueError, match="loss_mask: expected 3 entries as in input_ids, 0 or 1"):
+        encode_row({"input_ids": [5, 6, 7], "loss_mask": mask}, tokenizer)
 
 
 def test_other_rows_are_refused_and_their_fields_named(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -167,6 +178,8 @@ class TestMessages:
             ([{"content": "hi"}], "turn 0 has no role"),
             ([say("user", "hi"), {"role": "assistant"}], "turn 1 has as content NoneType; expected text"),
             ([{"role": "user", "content": [{"type": "image_url"}]}], "turn 0 has a part of type 'image_url'"),
+            ([{"role": "user", "content": [{"type": "text"}]}], "turn 0 has a part of type 'text' without a text"),
+            ([say("assistant", "hi"), say("user", "hi")], "turn 0 is an answer"),
         ],
     )
     def test_other_turns_are_refused(self, tokenizer: PreTrainedTokenizerFast, messages: object, message: str) -> None:
@@ -181,6 +194,12 @@ class TestMessages:
         template = "{{ raise_exception('roles must alternate') }}"
         with pytest.raises(ValueError, match=r"chat_template: the template refuses .*roles must alternate"):
             encode_row({"messages": [say("user", "hi")]}, with_template(tokenizer, template))
+
+    @pytest.mark.parametrize("fields", [{"tools": 5}, {"tools": "[]"}, {"messages": [CALL | {"tool_calls": 5}]}])
+    def test_tools_of_another_form_are_refused(self, tokenizer: PreTrainedTokenizerFast, fields: Row) -> None:
+        row = fields | {"messages": [say("user", "hi"), *fields.get("messages", [say("assistant", "yes")])]}
+        with pytest.raises(ValueError, match="chat_template: the template refuses the conversation"):
+            encode_row(row, with_template(tokenizer, TOOL_TEMPLATE))
 
 
 def think(thought: str, content: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_llama
 from torch.utils.flop_counter import FlopCounterMode
 
+import draftwing
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.cli import main
 from draftwing.config import TrainConfig, read_recipe
@@ -99,7 +100,8 @@ def test_the_embedded_recipe_plans_before_anything_exists() -> None:
     """Its heads continue heads, for a target, that its earlier stages make."""
     plans = plan_stages(read_recipe(RECIPES / "tiny.yaml"), num_processes=1, flops_per_second=1e11)
     assert plans[0].trained_params == plans[2].target_params
-    assert len({plan.trained_params for plan in plans if plan.objective == "eagle3"}) == 1
+    *first, last = [plan.trained_params for plan in plans if plan.objective == "eagle3"]
+    assert set(first) == {last - (3840 - 3072) * 256}, "the last one has a larger draft vocabulary"
 
 
 @pytest.fixture
@@ -123,6 +125,31 @@ def test_parameters_are_the_networks(
     frozen = sizes.get("embed_tokens.weight", 0)
     assert (plan.trained_params, plan.frozen_params) == (sum(sizes.values()) - frozen, frozen)
     assert plan.target_params == sum(parameter.numel() for parameter in target.model.parameters())
+
+
+def test_a_continued_head_keeps_its_shape(tmp_path: Path, plan: StagePlan) -> None:
+    more = {"init_from": "out", "aux_layers": ()}
+    stages = [
+        stage_for(tmp_path),
+        stage_for(tmp_path, draft_vocab_size=None, **more),
+        stage_for(tmp_path, draft_vocab_size=24, **more),
+    ]
+    _, same, smaller = plan_stages(stages, 1, 1e12)
+    assert (same.trained_params, same.memory, same.flops_per_step) == (
+        plan.trained_params,
+        plan.memory,
+        plan.flops_per_step,
+    )
+    hidden_size = tiny_llama().config.hidden_size
+    assert smaller.trained_params == plan.trained_params - 24 * hidden_size
+    assert smaller.memory["logits"] < plan.memory["logits"]
+
+
+def test_so_does_one_in_a_file() -> None:
+    stages = [TrainConfig("eagle3", "o", target="tiny", init_from="tiny", draft_vocab_size=n) for n in (None, 4096)]
+    kept, whole = plan_stages(stages, 1, 1e12)
+    rows = json.loads((Path(draftwing.__file__).parent / "assets/tiny/eagle3/config.json").read_text(encoding="utf-8"))
+    assert kept.trained_params == whole.trained_params - (4096 - rows["draft_vocab_size"]) * 256
 
 
 def test_shards_divide_the_optimizer_and_steps_multiply_the_work(tmp_path: Path, plan: StagePlan) -> None:

@@ -170,6 +170,27 @@ def test_prompts_that_do_not_fit_are_skipped_and_listed() -> None:
     assert [row.num_expected for row in result_rows(what, journal, left, ())] == [1, 1, 1, 1]
 
 
+def test_a_turn_that_is_too_long_at_one_temperature_is_expected_at_the_other() -> None:
+    class Longer(Method):
+        def __call__(self, prompt: Sequence[int], temperature: float, max_new_tokens: int, seed: int) -> Decoded:
+            return super().__call__(prompt, temperature, max_new_tokens if temperature else 1, seed)
+
+    rows = measured(evaluation({"plain": Longer()}, max_positions=22))
+    assert [(row.temperature, row.num_expected, len(row.runs)) for row in rows if row.data == "d"] == [
+        (0.0, 3, 3),
+        (1.0, 2, 2),
+    ]
+
+
+def test_an_empty_prompt_is_not_what_methods_are_warmed_up_with() -> None:
+    plain = Method()
+    data = [PromptSet("d", [Prompt("empty"), Prompt("full", text="one")])]
+    measured(evaluation({"plain": plain}, data=data, temperatures=(0.0,)))
+    assert plain.asked == ["one"] * 2
+    measured(evaluation({"plain": plain}, data=[PromptSet("d", [Prompt("empty")])]))
+    assert plain.asked == ["one"] * 2
+
+
 def test_progress_reaches_the_number_of_decodings() -> None:
     long = PromptSet("f", [as_prompt({"turns": ["x" * 30, "y"]}, "long"), *prompt_sets()[0].prompts])
     what, done = evaluation({"plain": Method(), "b": Method()}, data=[long], max_positions=30, repeats=2), []

@@ -1,6 +1,7 @@
 """Prepared folders: what is read equals what was tokenised, stopped runs go on, other tokenizers are refused."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,14 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, data: str, tokenizer
     prepare(PrepareSettings((data,)), tokenizer, tmp_path / "out")
     with pytest.raises(ValueError, match=r"^seed: .*out was begun with 0, now it is 1"):
         prepare(PrepareSettings((data,), seed=1), tokenizer, tmp_path / "out")
+
+
+def test_rows_that_have_changed_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+    path, settings = tmp_path / "a.jsonl", PrepareSettings((str(tmp_path / "a.jsonl"),))
+    for text, refused in (("a row of text", False), ("another row", True), ("a row of text", False)):
+        path.write_text(f'{{"text": "{text}"}}\n' * 3, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"^content of data: .*out was begun") if refused else nullcontext():
+            prepare(settings, tokenizer, tmp_path / "out")
 
 
 def test_several_processes_write_the_same(

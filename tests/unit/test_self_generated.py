@@ -152,13 +152,15 @@ def test_rows_that_give_no_prompt_are_counted(config: TrainConfig, tokenizer: Pr
             {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "", "tool_calls": [1]}]},
             {"messages": [{"role": "user", "content": "one " * 99}, {"role": "assistant", "content": "two"}]},
             {"text": "one two three " * 20},
+            {"input_ids": [5, 6, 7]},
         ):
             file.write(json.dumps(row) + "\n")
     prompts, counts = read_prompts(config, tokenizer)
-    assert counts == {"rejected": 3, "too_long": 1}
+    assert counts == {"rejected": 4, "too_long": 1}
     assert [prompt.number for prompt in prompts] == list(range(len(prompts)))
     rejects = Path(config.output).with_suffix(".rejects.jsonl").read_text(encoding="utf-8")
-    for reason in ("leave nothing to say after a prompt of 20", "no assistant turn", "nobody runs the tools"):
+    reasons = ["leave nothing to say after a prompt of 20", "no assistant turn", "nobody runs the tools"]
+    for reason in [*reasons, "input_ids: token ids cannot be regenerated"]:
         assert reason in rejects
 
 

@@ -125,6 +125,17 @@ class TestRejects:
         assert "99999 is outside the tokenizer's vocabulary" in rejects[5].reason
         assert "4 of 7 rows cannot be used" in capsys.readouterr().err
 
+    def test_what_is_no_text_is_no_row(self, tmp_path: Path) -> None:
+        half = '{"text": "half a pair: \\ud83d"}'
+        found = Rejects(tmp_path / "rejects.jsonl")
+        read_rows(
+            write(tmp_path / "a.jsonl", GOOD, half, "[" * 100000, GOOD, '{"text": "\\ud83d\\ude00"}'), rejects=found
+        )
+        reasons = {reject.line: reject.reason for reject in read_rejects(found.path)}
+        assert reasons.keys() == {2, 3}
+        assert "not Unicode: 'utf-8' codec can't encode character '\\ud83d'" in reasons[2]
+        assert "no JSON object: maximum recursion depth" in reasons[3]
+
     def test_a_later_run_does_not_add_to_the_file(self, tmp_path: Path, tokenizer: Any) -> None:
         data = write(tmp_path / "a.jsonl", GOOD, {"question": "?"}, GOOD)
         config = TrainConfig("eagle3", str(tmp_path / "out"), target="tiny", data=data)

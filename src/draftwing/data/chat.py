@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from draftwing.data.corpus import Row
@@ -71,8 +70,8 @@ def _read_ids(row: Row, vocab_size: int) -> Example:
         wrong = min(ids) if min(ids) < 0 else max(ids)
         raise ValueError(f"input_ids: {wrong} is outside the tokenizer's vocabulary of {vocab_size}")
     mask = [True] * len(ids) if mask is None else mask
-    if not isinstance(mask, list) or len(mask) != len(ids):
-        raise ValueError(f"loss_mask: expected {len(ids)} entries as in input_ids, got {mask!r:.{SHOWN}}")
+    if not isinstance(mask, list) or len(mask) != len(ids) or not all(entry in (0, 1) for entry in mask):
+        raise ValueError(f"loss_mask: expected {len(ids)} entries as in input_ids, 0 or 1, got {str(mask)[:SHOWN]}")
     return Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.bool))
 
 
@@ -102,13 +101,10 @@ def conversation(row: Row) -> list[Message]:
     if "conversations" in row:
         messages: list[Message] = []
         for turn in _turns(row, "conversations"):
-            if turn.get("from") not in SPEAKERS:
-                raise ValueError(
-                    f"conversations: expected a speaker of {', '.join(SPEAKERS)}, got {turn.get('from')!r}"
-                )
-            messages.append(
-                _read_message(len(messages), {"role": SPEAKERS[turn["from"]], "content": turn.get("value")})
-            )
+            speaker = turn.get("from")
+            if not isinstance(speaker, str) or speaker not in SPEAKERS:
+                raise ValueError(f"conversations: expected a speaker of {', '.join(SPEAKERS)}, got {speaker!r}")
+            messages.append(_read_message(len(messages), {"role": SPEAKERS[speaker], "content": turn.get("value")}))
         return messages
     raise ValueError(f"row: expected one of messages, conversations, text, input_ids; got the fields {sorted(row)}")
 
@@ -132,6 +128,8 @@ def _read_message(index: int, message: Message) -> Message:
             if not isinstance(part, dict) or part.get("type") != "text":
                 kind = part.get("type") if isinstance(part, dict) else part
                 raise ValueError(f"messages: turn {index} has a part of type {kind!r}; only text is read")
+            if not isinstance(part.get("text"), str):
+                raise ValueError(f"messages: turn {index} has a part of type 'text' without a text")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise ValueError(f"messages: turn {index} has as content {type(content).__name__}; expected text")
@@ -152,7 +150,7 @@ def render(
         text = tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is a program: it may do anything with tools or calls of another form
         raise ValueError(f"chat_template: the template refuses the conversation: {error}") from None
     assert isinstance(text, str)
     return text
@@ -177,6 +175,8 @@ def encode_conversation(
         ValueError: the chat template refuses the conversation, loses its tool calls, or does not write a turn behind
             the prompt for it.
     """
+    if not messages or messages[0]["role"] == "assistant":
+        raise ValueError("messages: turn 0 is an answer; expected what it answers before it")
     renderings: list[_Rendering] = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":

@@ -24,6 +24,12 @@ def of_path(name: str) -> str | None:
     return _of_text("".join(f"{file.name} {_of_file(file):08x}\n" for file in files)) if files else None
 
 
+def of_data(names: Iterable[str]) -> dict[str, str]:
+    """Hashes of the files, or of the prepared folder, that `data` names; empty if it names none."""
+    found = [value for name in names if (value := of_path(name)) is not None]
+    return {"content of data": " ".join(found)} if found else {}
+
+
 def of_tensors(tensors: Iterable[torch.Tensor]) -> str:
     """The values of tensors on the CPU and their lengths, hashed."""
     value = 0

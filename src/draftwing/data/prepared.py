@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
+from draftwing.data import fingerprint
 from draftwing.data.chat import Example, cut, encode_row
 from draftwing.data.in_order import map_in_order
 from draftwing.data.rows import FoundRow, Reject, Rejects, describe, find_row, read_rejects, select_rows
@@ -154,7 +155,7 @@ def open_prepared(folder: str, tokenizer: Any = None) -> Prepared:
     if not index["complete"]:
         raise ValueError(f"data: {folder} is unfinished; run the same `draftwing prepare` again to go on")
     if tokenizer is not None:
-        for name, value in fingerprint(tokenizer).items():
+        for name, value in hashes_of(tokenizer).items():
             if index["tokenizer"][name] != value:
                 raise ValueError(
                     f"data: {folder} was prepared with another {name} than the target's; prepare it for this target"
@@ -176,7 +177,7 @@ def _as_prepared(folder: Path, index: dict[str, Any]) -> Prepared:
     )
 
 
-def fingerprint(tokenizer: Any) -> dict[str, str]:
+def hashes_of(tokenizer: Any) -> dict[str, str]:
     """What the ids and masks of a prepared folder depend on, hashed: the vocabulary and the chat template."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     template = json.dumps(tokenizer.chat_template)
@@ -195,16 +196,19 @@ class _Writer:
         self._index: dict[str, Any] = {
             "format": FORMAT,
             "settings": asdict(settings),
-            "tokenizer": fingerprint(tokenizer),
+            "tokenizer": hashes_of(tokenizer),
             "num_rows": num_rows,
             "complete": False,
             "counts": asdict(Counts()),
             "splits": {split: [] for split in SPLITS},
         }
+        contents = fingerprint.of_data(settings.data)
+        self._index |= contents
         if (folder / INDEX).exists():
             earlier = read_index(folder, FORMAT)
             check_same_run(folder, earlier["settings"], asdict(settings))
             check_same_run(folder, earlier, {name: self._index[name] for name in ("tokenizer", "num_rows")})
+            check_same_run(folder, earlier, {name: value for name, value in contents.items() if name in earlier})
             self._index = earlier
         self.is_complete: bool = self._index["complete"]
         self.counts = Counts(**self._index["counts"])

@@ -8,6 +8,7 @@ from typing import Any
 
 from draftwing.data.chat import Message, conversation, render
 from draftwing.data.corpus import Row
+from draftwing.data.sources import parse_row
 
 FIELDS = ("prompt", "messages", "turns")
 
@@ -58,7 +59,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if not path.is_file():
         raise ValueError(f"prompts: no such file: {path}")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts: {path} is not UTF-8: {error}") from None
     prompts = []
@@ -72,12 +73,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 def _parse(line: str, place: str) -> Row:
     try:
-        row = json.loads(line)
+        return parse_row(line)
     except ValueError as error:
-        raise ValueError(f"prompts: {place}: no JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"prompts: {place}: expected an object, got {line[:40]!r}")
-    return row
+        raise ValueError(f"prompts: {place}: {error}") from None
 
 
 def as_prompt(row: Row, place: str) -> Prompt:

@@ -113,14 +113,10 @@ class JsonlSource:
 
     def read(self, index: int) -> Row:
         try:
-            row = json.loads(self._line(index).decode("utf-8-sig"))
+            text = self._line(index).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"not UTF-8: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"no JSON object: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"expected an object, got {type(row).__name__}")
-        return row
+        return parse_row(text)
 
     def _line(self, index: int) -> bytes:
         with self._path.open("rb") as file:
@@ -173,9 +169,29 @@ class HubSource:
         return {index for index, value in enumerate(self._rows["held_out"]) if value}
 
 
+def parse_row(text: str) -> Row:
+    """The row of a line.
+
+    Raises:
+        ValueError: no JSON object, or one with text that is no Unicode.
+    """
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no JSON object: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {type(row).__name__}")
+    if "\\ud" in text.lower():  # escapes can say half a surrogate pair, which no tokenizer or file takes
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"not Unicode: {error}") from None
+    return row
+
+
 def _is_marked(line: bytes) -> bool:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(row, dict) and bool(row.get("held_out"))

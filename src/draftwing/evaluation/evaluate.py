@@ -113,8 +113,12 @@ def _warm_up(evaluation: Evaluation, journal: Journal, data: PromptSet, temperat
     num_done = sum(run.data == data.name and run.temperature == temperature for run in journal.runs.values())
     if num_done == data.num_turns * len(evaluation.all_methods):
         return
-    ids = min((prompt.token_ids(evaluation.tokenizer) for prompt in data.prompts), key=len)
+    # Empty prompts are skipped, so that nothing would be warmed up by one.
+    prompts = [ids for prompt in data.prompts if (ids := prompt.token_ids(evaluation.tokenizer))]
+    if not prompts:
+        return
     limit = min(WARM_UP_TOKENS, evaluation.max_new_tokens)
+    ids = min(prompts, key=len)
     decode_in_turn(evaluation.all_methods, ids, 1, temperature=temperature, max_new_tokens=limit, seed=evaluation.seed)
 
 

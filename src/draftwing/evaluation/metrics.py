@@ -79,6 +79,7 @@ def result_rows(evaluation: Evaluation, journal: Journal, remarks: Remarks, chai
     for data, temperature, method in evaluation.cells():
         runs, plain = by_cell[data, temperature, method], by_cell[data, temperature, "plain"]
         skipped = {(skip.prompt, skip.turn) for skip in remarks.skipped if skip.data == data}
+        skipped -= {_turn(run) for run in plain}  # another temperature's answers were too long to go on from
         num_turns = next(prompts.num_turns for prompts in evaluation.data if prompts.name == data)
         rates = acceptance_rates(runs)
         rows.append(

@@ -41,9 +41,7 @@ def contents_of(config: TrainConfig) -> dict[str, str]:
 
 def data_content_of(config: TrainConfig) -> dict[str, str]:
     """Hashes of the files, or of the prepared folder, that a stage's `data` names."""
-    names = (config.data,) if isinstance(config.data, str) else config.data
-    found = [value for name in names if (value := fingerprint.of_path(name)) is not None]
-    return {"content of data": " ".join(found)} if found else {}
+    return fingerprint.of_data((config.data,) if isinstance(config.data, str) else config.data)
 
 
 def check_same(made_with: Mapping[str, Any], wanted: Mapping[str, Any], place: Path) -> None:

@@ -70,7 +70,7 @@ def plan_stages(stages: Sequence[TrainConfig], num_processes: int, flops_per_sec
     def read(name: str) -> Any:
         return targets[name] if name in targets else read_target_config(name)
 
-    heads: dict[str, Shapes] = {}
+    heads: dict[str, tuple[Shapes, DraftConfig]] = {}
     plans = []
     for stage in stages:
         if stage.objective == "language_model":
@@ -87,9 +87,8 @@ def plan_stages(stages: Sequence[TrainConfig], num_processes: int, flops_per_sec
         if stage.objective == "medusa":
             plans.append(_plan_medusa(stage, (target, text_config), num_processes, flops_per_second))
             continue
-        config = new_config(stage, text_config, text_config.vocab_size)
-        heads[stage.output] = head = _head_shapes(stage, config, heads)
-        plans.append(_plan_head(stage, (target, text_config), (head, config), num_processes, flops_per_second))
+        heads[stage.output] = head = _describe_head(stage, text_config, heads)
+        plans.append(_plan_head(stage, (target, text_config), head, num_processes, flops_per_second))
     return plans
 
 
@@ -132,14 +131,30 @@ def measure_rate() -> float:
     return count * 2 * size**3 / (time.perf_counter() - start)
 
 
-def _head_shapes(stage: TrainConfig, config: DraftConfig, made_before: Mapping[str, Shapes]) -> Shapes:
-    if stage.init_from in made_before:
-        return made_before[stage.init_from]
+def _describe_head(
+    stage: TrainConfig, target: Any, made_before: Mapping[str, tuple[Shapes, DraftConfig]]
+) -> tuple[Shapes, DraftConfig]:
+    """The head that a stage trains; that of `init_from` keeps its own shape, but for what the recipe names."""
     if stage.init_from:
-        shapes = expected_shapes(read_head(*read_draft_files(resolve_draft(stage.init_from))))
-    else:
-        shapes = network_shapes(config)
-    return {name: shape.numel() for name, shape in shapes.items()}
+        shapes, config = made_before.get(stage.init_from) or _read_head(stage.init_from)
+        if stage.objective == "eagle3":
+            config = dataclasses.replace(config, aux_layers=stage.aux_layers or config.aux_layers)
+            if stage.draft_vocab_size:
+                size = min(stage.draft_vocab_size, config.vocab_size)
+                config = dataclasses.replace(config, draft_vocab_size=size)
+                shapes = shapes | {"lm_head.weight": size * config.hidden_size}
+        return shapes, config
+    config = new_config(stage, target, target.vocab_size)
+    return {name: shape.numel() for name, shape in network_shapes(config).items()}, config
+
+
+def _read_head(name: str) -> tuple[Shapes, DraftConfig]:
+    head = read_head(*read_draft_files(resolve_draft(name)))
+    config = head.config
+    if head.is_eagle3 and not config.aux_layers:  # a file need not say which layers, only how many
+        num_features = head.tensors["fc.weight"].shape[1] // config.target_hidden_size
+        config = dataclasses.replace(config, aux_layers=tuple(range(1, num_features + 1)))
+    return {name: shape.numel() for name, shape in expected_shapes(head).items()}, config
 
 
 def _plan_target(stage: TrainConfig, config: Any, teacher: Any, num_processes: int, rate: float) -> StagePlan:

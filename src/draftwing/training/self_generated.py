@@ -128,6 +128,8 @@ def _candidates(
     """Prompts of rows with their lengths in tokens."""
 
     def make(row: Row) -> list[tuple[Prompt, int]]:
+        if "input_ids" in row and row.keys().isdisjoint(("text", "messages", "conversations")):
+            raise ValueError("input_ids: token ids cannot be regenerated; expected messages, conversations or text")
         if "text" in row:
             ids = tuple(encode_row(row, tokenizer)[0].input_ids.tolist())
             starts = range(0, len(ids) - config.prompt_length, config.sequence_length)
