@@ -64,8 +64,10 @@ def main() -> int:
         if not measure(part, folder, options, console):
             failed.append(part.name)
     console.print(summary(folder, options.tiny))
+    for line in missed(folder, options.tiny):
+        console.print(f"missed: {line}")
     if failed:
-        console.print(f"failed: {', '.join(failed)}; see the .log files in {folder}")
+        console.print(f"failed: {', '.join(failed)}; see the .log files in {folder}; the same command runs them again")
     return int(bool(failed))
 
 
@@ -125,13 +127,28 @@ def summary(folder: Path, tiny: bool) -> Table:
     for column in ("part", *names):
         table.add_column(column, justify="left" if column == "part" else "right")
     for part in parts(tiny):
-        result = folder / f"{part.name}.json"
-        if result.exists():
-            values = figures(json.loads(result.read_text(encoding="utf-8"))["rows"])
+        if values := figures_of(part, folder):
             goals = dict(part.goals)
             cells = [f"{values[name]:.2f}" + (f" ({goals[name]:.2f})" if name in goals else "") for name in names]
             table.add_row(part.name, *cells)
     return table
+
+
+def missed(folder: Path, tiny: bool) -> list[str]:
+    """The goals that the parts' figures do not reach."""
+    return [
+        f"{part.name}: {name} is {values[name]:.2f}, the goal {goal:.2f}"
+        for part in parts(tiny)
+        if (values := figures_of(part, folder))
+        for name, goal in part.goals
+        if values[name] > goal
+    ]
+
+
+def figures_of(part: Part, folder: Path) -> dict[str, float]:
+    """A part's figures; none where it has failed."""
+    result = folder / f"{part.name}.json"
+    return figures(json.loads(result.read_text(encoding="utf-8"))["rows"]) if result.exists() else {}
 
 
 def parse_options() -> argparse.Namespace:

@@ -1,7 +1,9 @@
 """Captured cycles give plain decoding's tokens. On a CPU a tape stands for the CUDA graph: see TapeRecorder."""
 
+import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.decoding import lookups
-from draftwing.decoding.captured import CapturedRows, Recorded, RowsPool, context_bound
+from draftwing.decoding.captured import CapturedRows, CudaRecorder, Recorded, RowsPool, context_bound
 from draftwing.decoding.experience import Experience
 from draftwing.decoding.generate import Generation
 from draftwing.decoding.lookups import LookupPlan, LookupTrial
@@ -266,6 +268,28 @@ def test_what_cannot_be_captured_is_decoded_without(
     assert tokens_of(generate(target, requests, drafters["eagle3"], "chain:4", new_rows=pool.take)) == run(
         target, requests
     )
+
+
+def test_the_watch_for_what_turns_to_the_host_is_silent_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch warns of its debug mode once; here, as in every test, a warning is an error."""
+    modes: list[object] = [0]
+
+    def set_mode(mode: object) -> None:
+        modes.append(mode)
+        if len(modes) == 2:
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+
+    def turn_to_the_host() -> None:
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    monkeypatch.setattr(CudaRecorder, "_on_stream", lambda self: nullcontext())
+    recorder = object.__new__(CudaRecorder)  # a new one asks the device for a stream
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        recorder.warm_up(turn_to_the_host)
+    assert modes == [0, "error", 0]
 
 
 def lose_the_place(self: KVCache, path: torch.Tensor | None, num_kept: torch.Tensor, max_kept: int) -> None:

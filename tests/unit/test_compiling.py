@@ -33,6 +33,14 @@ def test_the_trainer_compiles_language_models_alone(objective: str, expected: bo
     assert training_arguments(TrainConfig(objective, "out", target="tiny", compile=True)).torch_compile is expected  # type: ignore[arg-type]
 
 
+def test_compiling_leaves_the_products_of_other_stages_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.training_args.is_torch_tf32_available", lambda: True)
+    before = torch.backends.fp32_precision
+    training_arguments(TrainConfig("language_model", "out", target="tiny", compile=True))
+    after, torch.backends.fp32_precision = torch.backends.fp32_precision, before
+    assert after == before
+
+
 @pytest.fixture(params=["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def backend(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     """Compile as far as graphs; all the way, which takes minutes, where there is time."""

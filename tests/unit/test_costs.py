@@ -49,14 +49,19 @@ def test_a_steps_seconds_are_taken_from_levels_that_a_draft_has(
 
 
 class Stopwatch:
-    """In the place of a Generation: its cycles take given seconds, all of them drafting."""
+    """In the place of a Generation: its cycles take given seconds, all of them drafting.
+
+    As on a GPU they count with the next cycle if nobody waits for the device.
+    """
 
     def __init__(self, seconds: Sequence[float]) -> None:
-        self.statistics, self._seconds = Statistics(), seconds
+        self.statistics, self._seconds, self.waits = Statistics(), seconds, False
 
     def cycles(self) -> Iterator[None]:
+        late = 0.0
         for seconds in self._seconds:
-            self.statistics.seconds["draft"] += seconds
+            self.statistics.seconds["draft"] += seconds if self.waits else late
+            late = seconds
             yield
 
 

@@ -3,21 +3,23 @@
 import dataclasses
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_llama
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.decoding.tree import root_tree
-from draftwing.models import packed
+from draftwing.models import attention, packed
 from draftwing.models.attention import grouped_attention
 from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.eagle import EagleModel
 from draftwing.models.eagle3 import Eagle3Model
-from draftwing.models.fused import FusedTarget, pack_head, pack_target
+from draftwing.models.fused import Elementwise, FusedTarget, pack_head, pack_target
 from draftwing.models.layers import DraftConfig
 from draftwing.models.packed import JoinedProduct
 from draftwing.models.target import ATTENTION, TargetModel, TargetOutput
@@ -136,3 +138,33 @@ def test_single_layers_share_their_weights() -> None:
 def test_compiled_steps_are_the_same() -> None:
     expected, output = tree_pass(TargetModel(qwen3())), tree_pass(pack_target(TargetModel(qwen3()), compiles=True))
     torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_more_versions_are_compiled_than_torch_does_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target, heads and draft models in one process: past torch's limit the steps would stay as written."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend="eager"))
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 8)
+    monkeypatch.setattr(Elementwise, "compiled", staticmethod(Elementwise.compiled.__wrapped__))  # not the kept one
+    torch.compiler.reset()
+    counters.clear()
+    steps = Elementwise.compiled()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for shape in ((1, 16), (2, 16), (3, 32), (1, 2, 8), (3, 2, 8)):
+            weight = torch.ones(shape[-1], dtype=dtype)
+            steps.normalise(torch.ones(shape, dtype=dtype), weight, torch.tensor(1e-6))
+    assert counters["stats"]["unique_graphs"] > 8
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("has_headers", [False, True])
+def test_kernels_are_compiled_where_pythons_headers_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_headers: bool
+) -> None:
+    """Triton builds its launchers against them; many machines have a C compiler and lack them."""
+    monkeypatch.setattr(attention, "find_spec", lambda name: name)
+    monkeypatch.setattr(attention, "which", lambda name: name)
+    monkeypatch.setattr(attention, "get_path", lambda name: tmp_path)
+    if has_headers:
+        (tmp_path / "Python.h").touch()
+    assert attention.has_triton.__wrapped__() is has_headers

@@ -3,11 +3,13 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+import triton
 from conftest import eagle, requests_for, run, tiny_llama
 
 from draftwing.checkpoint.load import DraftNetwork
@@ -17,6 +19,10 @@ from draftwing.models.split_attention import split_attention
 from draftwing.models.target import TargetModel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and triton.__version__ < "3.7" and np.__version__ >= "2.4",
+    reason="Triton's interpreter of before 3.7 cannot loop with numpy 2.4",
+)
 
 
 def explicit(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

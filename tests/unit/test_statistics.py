@@ -140,6 +140,7 @@ def test_on_a_gpu_the_hosts_own_work_is_its_share(monkeypatch: pytest.MonkeyPatc
 
 def test_a_stage_that_the_device_is_still_at_counts_with_the_next_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
     host_times, device_times = [0.0, 1.0, 1.0, 1.1, 1.1, 4.0], [0.0, 3.0, 3.0, math.inf, math.inf]
+    host_times += [4.0, 10.0]
     monkeypatch.setattr("draftwing.decoding.statistics.time.perf_counter", lambda: host_times.pop(0))
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(device_times))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the device's stream")
@@ -153,3 +154,23 @@ def test_a_stage_that_the_device_is_still_at_counts_with_the_next_cycle(monkeypa
     assert statistics.seconds["commit"] == 0.0
     clock.settle(wait=True)
     assert statistics.seconds["commit"] == pytest.approx(6.0)
+
+
+def test_a_wait_for_the_device_is_not_taken_from_the_hosts_later_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    host_times, device_times = [0.0, 1.0, 1.0, 1.1, 1.1, 4.0], [0.0, 3.0, 3.0, math.inf, math.inf]
+    host_times += [4.0, 9.0, 9.0, 9.5]  # the wait, and the next cycle's host
+    device_times += [9.0]
+    monkeypatch.setattr("draftwing.decoding.statistics.time.perf_counter", lambda: host_times.pop(0))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(device_times))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the device's stream")
+    statistics = Statistics()
+    clock = StageClock(statistics, torch.device("cuda"))
+    for name in ("verify", "commit", "host"):
+        with clock.stage(name):
+            pass
+    clock.settle(wait=True)
+    assert (statistics.seconds["verify"], statistics.seconds["commit"]) == pytest.approx((3.0, 6.0))
+    with clock.stage("host"):
+        pass
+    clock.settle()
+    assert statistics.seconds["host"] == pytest.approx(0.5)

@@ -60,8 +60,10 @@ class CudaRecorder:
         with self._on_stream():
             steps()
             mode = torch.cuda.get_sync_debug_mode()
-            torch.cuda.set_sync_debug_mode("error")
             try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch says that this mode is a prototype
+                    torch.cuda.set_sync_debug_mode("error")
                 steps()
             finally:
                 torch.cuda.set_sync_debug_mode(mode)

@@ -237,6 +237,7 @@ class _Cycles:
 
     def run(self, generation: Generation, rounds: Sequence[Sequence[int]]) -> None:
         """Run these rounds of plans; all but the first count, or the last cycle where a tiny target has no room."""
+        generation.waits = True  # the next cycle is another plan's
         clock = [dict(generation.statistics.seconds)]
         turns = list(itertools.chain(*rounds))
         for _ in itertools.islice(generation.cycles(), len(turns)):

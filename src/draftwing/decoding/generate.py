@@ -70,6 +70,7 @@ class Generation:
         # Behind the committed tokens: the verified tree or the draft's levels, and what a last cycle commits too much.
         tree = plan.largest
         capacity = longest + max(tree.num_nodes, tree.width * tree.max_depth) + tree.max_depth + 1
+        self.waits = False  # for the device at a cycle's end, so that each cycle counts its own time alone
         self._is_closed = False
         self._running = np.arange(len(requests))
         self._rows = new_rows(target, new_drafter, len(requests), capacity)
@@ -143,7 +144,7 @@ class Generation:
                 active = [output.finish_reason is None for output in self.outputs]
                 self._running = np.flatnonzero(active)
                 self._rows.set_active(active)
-        self._clock.settle(wait=self.is_done)
+        self._clock.settle(wait=self.is_done or self.waits)
         return Committed(emitted, num_accepted_emitted)
 
 

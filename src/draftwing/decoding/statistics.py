@@ -109,11 +109,13 @@ class StageClock:
 
         A device that is still at the last stage is not waited for otherwise; that stage counts with the next cycle.
         """
+        if wait and self._events:
+            before = time.perf_counter()
+            self._events[-1][2].synchronize()
+            self._host_seconds += time.perf_counter() - before
         seconds = self._statistics.seconds
         unfinished: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         for name, start, end in self._events:
-            if wait:
-                end.synchronize()
             if unfinished or not end.query():
                 unfinished.append((name, start, end))
                 continue

@@ -4,6 +4,7 @@ import os
 from functools import cache
 from importlib.util import find_spec
 from shutil import which
+from sysconfig import get_path
 from typing import Any
 
 import torch
@@ -61,8 +62,9 @@ def has_kernel(device: torch.device, dtype: torch.dtype, num_queries: int, width
 
 @cache
 def has_triton() -> bool:
-    """Whether kernels can be compiled: Triton comes with torch for CUDA, but wants a C compiler."""
-    return find_spec("triton") is not None and any(map(which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    """Whether kernels can be compiled: Triton comes with torch for CUDA; it wants a C compiler and Python's headers."""
+    has_compiler = any(map(which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    return find_spec("triton") is not None and has_compiler and os.path.exists(f"{get_path('include')}/Python.h")
 
 
 def pack_mask(mask: torch.Tensor, groups: int) -> torch.Tensor:

@@ -23,6 +23,8 @@ from draftwing.models.target import ATTENTION, Role, TargetModel, TargetOutput, 
 
 Draft = TypeVar("Draft", bound=nn.Module | TargetModel)
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+MOST_COMPILED = 64
+"""Versions of a step between products that may be compiled."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,12 @@ class Elementwise:
     @staticmethod
     @cache
     def compiled() -> "Elementwise":
-        """By torch.compile: once for each dtype and width, and again when the number of rows first changes."""
+        """By torch.compile: once for each dtype and width, for a single row, and when the number of rows first changes.
+
+        Some models in one process need more than torch's limit of 8, past which it would leave the steps as written.
+        """
+        dynamo: Any = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_COMPILED)
         return Elementwise(torch.compile(normalise), torch.compile(rotate_to), torch.compile(gate))
 
 

@@ -225,6 +225,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         # One layer is too little to shard apart: all of the head is one group.
         options = {"version": 2, "auto_wrap_policy": "NO_WRAP", "state_dict_type": "FULL_STATE_DICT"}
         sharding = {"fsdp": True, "fsdp_config": options}
+    backends: Any = torch.backends
+    precision = backends.fp32_precision
     arguments = TrainingArguments(
         output_dir=str(Path(config.output) / "checkpoints"),
         max_steps=config.max_steps,
@@ -255,6 +257,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         **sharding,
     )
+    # With compiling it sets TF32 for all of the process, where torch's older functions that read the setting raise.
+    backends.fp32_precision = precision
     # One process, one GPU: with more in sight the Trainer would split batches over them with nn.DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
