@@ -333,6 +333,15 @@ def test_a_template_that_the_prompts_lack_is_a_fault_only_if_tau_is_far_better_w
     assert uncertain.sentence.startswith("Nothing is wrong")
 
 
+def test_in_doubt_whether_a_head_reads_features_only_a_hopeless_one_is_called_untrained() -> None:
+    assert conclude(LOADED, NO_CURE, None, [], []).sentence.startswith(
+        "Too few prompts to tell whether the draft reads"
+    )
+    hopeless = Finding("as loaded", "", Interval(1.1, 1.0, 1.2), Interval(1, 1, 1))
+    assert "untrained" in conclude(hopeless, NO_CURE, None, [], []).sentence
+    assert "untrained" in conclude(LOADED, NO_CURE, False, [], []).sentence
+
+
 def test_what_the_figures_suggest_without_proof_asks_for_more_prompts() -> None:
     suggestive = finding("norm_output=True", 1.9, Interval(1.2, 0.9, 1.5), Interval(1.1, 0.95, 1.3))
     verdict = conclude(LOADED, NO_CURE, True, [], [suggestive])

@@ -144,15 +144,15 @@ def test_more_versions_are_compiled_than_torch_does_by_itself(monkeypatch: pytes
     """A target, heads and draft models in one process: past torch's limit the steps would stay as written."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend="eager"))
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 8)
     monkeypatch.setattr(Elementwise, "compiled", staticmethod(Elementwise.compiled.__wrapped__))  # not the kept one
     torch.compiler.reset()
     counters.clear()
-    steps = Elementwise.compiled()
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        for shape in ((1, 16), (2, 16), (3, 32), (1, 2, 8), (3, 2, 8)):
-            weight = torch.ones(shape[-1], dtype=dtype)
-            steps.normalise(torch.ones(shape, dtype=dtype), weight, torch.tensor(1e-6))
+    with torch._dynamo.config.patch(recompile_limit=8):  # and as it was behind
+        steps = Elementwise.compiled()
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            for shape in ((1, 16), (2, 16), (3, 32), (1, 2, 8), (3, 2, 8)):
+                weight = torch.ones(shape[-1], dtype=dtype)
+                steps.normalise(torch.ones(shape, dtype=dtype), weight, torch.tensor(1e-6))
     assert counters["stats"]["unique_graphs"] > 8
     torch.compiler.reset()
 

@@ -26,8 +26,9 @@ FEWEST_PROMPTS = 4
 """An interval over fewer prompts means nothing."""
 TEXT_GAIN = 2.0
 """Raw and templated prompts lead to other text, whose tau differs by up to 1.7 times without a fault, as measured."""
-HOPELESS = 1.1
-"""A tau of draft models below which they predict next to nothing."""
+HOPELESS, PROMISING = 1.1, 1.5
+"""A tau of draft models below which they predict next to nothing, and one from which a head is not called untrained in
+doubt."""
 POSITION_EDGES = (0, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 TEMPLATED, RAW = "through the chat template", "without the chat template"
 
@@ -177,13 +178,16 @@ def _overflow(target: TargetModel) -> Verdict:
 
 
 def conclude(
-    loaded: Finding, cured: Finding, is_useful: bool, otherwise: Sequence[Finding], findings: Sequence[Finding]
+    loaded: Finding, cured: Finding, is_useful: bool | None, otherwise: Sequence[Finding], findings: Sequence[Finding]
 ) -> Verdict:
-    """The sentence that follows from the figures."""
+    """The sentence that follows from the figures; `is_useful` is None where they don't say."""
     tau = f"{loaded.tau.value:.2f}"
     if cured.options and is_useful:
         sentence = f"Fault: {cured.means}; pass {advice(cured.options)}: tau {tau} becomes {cured.tau.value:.2f}."
         return Verdict(sentence, True, cured.options)
+    if is_useful is None and loaded.tau.low >= PROMISING:
+        doubt = "whether the draft reads this target's features at all"
+        return Verdict(f"Too few prompts to tell {doubt} (tau {tau}); give more with --prompts or --max-new-tokens.")
     if not is_useful:
         sentence = f"Fault: the draft is untrained, or was made for another target (tau {tau}); pass another --draft."
         return Verdict(sentence, True)

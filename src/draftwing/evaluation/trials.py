@@ -86,8 +86,8 @@ class Trials:
         self.loaded = patient.traces(recordings, {})
         self.findings: list[Finding] = []
 
-    def reads_features(self, suspect: Suspect, traces: Sequence[Trace]) -> bool:
-        """Whether a variant makes use of the target's features: it is tried with misplaced ones."""
+    def reads_features(self, suspect: Suspect, traces: Sequence[Trace]) -> bool | None:
+        """Whether a variant makes use of the target's features: it is tried with misplaced ones. None: not sure."""
         self._steps.expect(1)
         self._steps.begin("misplaced features (a control)")
         misplaced = [recording.misplaced() for recording in self._recordings]
@@ -99,7 +99,9 @@ class Trials:
         )
         self.findings.append(control)
         assert control.evidence is not None
-        return control.evidence.high < 1 and control.evidence.value < 1 / LEAST_USE
+        if control.evidence.high < 1 and control.evidence.value < 1 / LEAST_USE:
+            return True
+        return None if control.evidence.low < 1 / LEAST_USE else False
 
     def find_cure(self) -> tuple[Suspect, list[Trace]]:
         """The suspect that explains most, joined with the next if that explains more still; else NOTHING.
