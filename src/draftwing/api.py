@@ -56,11 +56,11 @@ LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "quantize", *HE
 class Lessons:
     """What trees that size themselves know: a draft's `stored` acceptance counts, and what this process has learnt.
 
-    `costs` are by batch size (its next power of two), `experience` by that and by whether tokens are sampled.
+    `costs` and `experience` are by batch size (its next power of two) and by whether tokens are sampled.
     """
 
     stored: Mapping[str, Any] = field(default_factory=dict)
-    costs: dict[int, CycleCosts] = field(default_factory=dict)
+    costs: dict[tuple[int, bool], CycleCosts] = field(default_factory=dict)
     experience: dict[tuple[int, bool], Experience] = field(default_factory=dict)
 
 
@@ -168,20 +168,20 @@ class SpeculativeModel:
         pool = self._pools.setdefault((with_lookup, settings.draft_window), RowsPool())
         return Generation(self.target, requests, factory, plan, settings.coupled, self._new_rows(pool))
 
-    def costs(self, batch_size: int) -> CycleCosts:
+    def costs(self, batch_size: int, sampled: bool = False) -> CycleCosts:
         """What a cycle of so many rows costs with this draft, from this process, the disk's cache or a measurement."""
-        bucket = _bucket(batch_size)
-        costs = self._lessons.costs
-        if bucket not in costs:
+        bucket, costs = _bucket(batch_size), self._lessons.costs
+        if (bucket, sampled) not in costs:
             assert self.draft is not None
             largest = tree_shapes(self.draft, self.target)[-1]
             factory = drafter_factory(self.method, self.draft, self.target)
-            key = self._identity() | {"batch_size": bucket, "largest": repr(largest)}
+            key = self._identity() | {"batch_size": bucket, "largest": repr(largest), "sampled": sampled}
             new_rows = self._new_rows(RowsPool())
-            costs[bucket] = cached_costs(
-                key, lambda: measure_costs(self.target, factory, bucket, largest, new_rows=new_rows)
+            costs[bucket, sampled] = cached_costs(
+                key,
+                lambda: measure_costs(self.target, factory, bucket, largest, new_rows=new_rows, sampled=sampled),
             )
-        return costs[bucket]
+        return costs[bucket, sampled]
 
     def _new_rows(self, pool: RowsPool) -> NewRows:
         """What gives a generation its rows: the pool where cycles are captured."""
@@ -226,7 +226,7 @@ class SpeculativeModel:
         if with_lookup:
             shapes = tuple(shape.with_lookup() for shape in shapes)
         return AutoPlan(
-            self.costs(batch_size),
+            self.costs(batch_size, sampled),
             self.experience(batch_size, sampled),
             batch_size,
             shapes[-1],

@@ -498,3 +498,5 @@ def test_measured_costs_belong_to_one_kind_of_pass(
     monkeypatch.setattr(target.model.config, "_attn_implementation", "sdpa")
     SpeculativeModel(target, heads["eagle3"]).costs(1)
     assert keys[2] != keys[0]
+    SpeculativeModel(target, heads["eagle3"]).costs(1, sampled=True)
+    assert keys[3] != keys[2]

@@ -11,6 +11,8 @@ from draftwing.checkpoint.load import DraftNetwork
 from draftwing.decoding.costs import CycleCosts, _Cycles, cache_folder, cached_costs, measure_costs
 from draftwing.decoding.drafters import NoDrafter
 from draftwing.decoding.plan import TreePlan
+from draftwing.decoding.rows import Rows
+from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.statistics import STAGES, Statistics
 from draftwing.models.target import TargetModel
 
@@ -22,6 +24,21 @@ def test_every_part_of_a_cycle_is_measured(target: TargetModel, heads: dict[str,
     assert len(measured.verify[0]) == len(measured.num_nodes)
     assert min(measured.verify[0]) > 0
     assert len(measured.draft_step[0]) == len(measured.widths) == 2
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_they_are_measured_greedily_or_sampled(target: TargetModel, sampled: bool) -> None:
+    """Noise for every node makes a node dearer."""
+    temperatures: set[float] = set()
+
+    class Spy(Rows):
+        def begin(self, prompts: list[list[int]], params: Sequence[SamplingParams], depth: int, coupled: bool) -> None:
+            temperatures.update(one.temperature for one in params)
+            super().begin(prompts, params, depth, coupled)
+
+    largest = TreePlan(2, 2, 3)
+    measure_costs(target, lambda rows, capacity: NoDrafter(), 1, largest, num_rounds=1, new_rows=Spy, sampled=sampled)
+    assert temperatures == {1.0 if sampled else 0.0}
 
 
 @pytest.mark.parametrize(("depth", "num_steps"), [(8, 3), (3, 2), (1, 1)])

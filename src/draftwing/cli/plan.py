@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
     console, progress = Console(), Console(stderr=True)
     with progress.status("measuring costs"):
         batch_size = min(options.batch_size, len(ids))
-        costs = model.costs(batch_size)
+        costs = model.costs(batch_size, sampled=options.temperature > 0)
     with progress.status("decoding prompts, plain and with trees that size themselves"):
         report = measure_plan(
             model.start,

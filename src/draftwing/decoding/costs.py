@@ -151,8 +151,11 @@ def measure_costs(
     num_rounds: int = 12,
     contexts: Sequence[int] = CONTEXTS,
     new_rows: NewRows = Rows,
+    sampled: bool = False,
 ) -> CycleCosts:
     """Time the engine's own stages with the plans that tell them apart, up to the largest.
+
+    `sampled`: at temperature 1, where choosing and ranking draw noise for every node, instead of greedily.
 
     The plans take turns, each round in another order, so that a drift of the machine, the growing context and what a
     cycle leaves to the next bear on all alike. The text is random (seeded, the same each time). Takes 300 to 400
@@ -168,7 +171,8 @@ def measure_costs(
     plans += [TreePlan(width, 1 + num_steps, 2) for width in widths]
     measured: dict[str, list[Any]] = defaultdict(list)
     for context in contexts:
-        requests, rounds = _requests(target, batch_size, context, plans, -(-num_rounds // PARTS))
+        sampling = SamplingParams(temperature=1.0 if sampled else 0.0)
+        requests, rounds = _requests(target, batch_size, context, plans, -(-num_rounds // PARTS), sampling)
         cycles = _Cycles(len(plans))
         for _ in range(PARTS):
             generation = Generation(target, requests, new_drafter, _Schedule(plans, rounds), new_rows=new_rows)
@@ -212,7 +216,12 @@ class _Schedule:
 
 
 def _requests(
-    target: TargetModel, batch_size: int, context: int, plans: Sequence[TreePlan], num_rounds: int
+    target: TargetModel,
+    batch_size: int,
+    context: int,
+    plans: Sequence[TreePlan],
+    num_rounds: int,
+    sampling: SamplingParams,
 ) -> tuple[list[Request], list[list[int]]]:
     """Prompts of random text, and the plans' order in so many rounds behind one that warms up.
 
@@ -226,7 +235,7 @@ def _requests(
     num_rounds = max(2, min(1 + num_rounds, room // most_tokens))
     stop = StopRule(min(room, num_rounds * most_tokens), ())
     rounds = [torch.randperm(len(plans), generator=generator).tolist() for _ in range(num_rounds)]
-    return [Request(prompt, SamplingParams(), stop) for prompt in prompts], rounds
+    return [Request(prompt, sampling, stop) for prompt in prompts], rounds
 
 
 class _Cycles:
