@@ -30,8 +30,8 @@ from draftwing.models.fused import pack_head, pack_target
 from draftwing.models.target import TargetModel
 from draftwing.provenance import write_record
 
-PLANS = ("chain:1", "chain:2", "chain:3", "chain:5", "chain:7", "tree:2x3x6", "tree:2x4x8", "tree:3x4x12", "tree:4x4x16",
-         "tree:4x6x24", "tree:4x8x32")  # fmt: skip
+PLANS = ("chain:1", "chain:2", "chain:3", "chain:5", "chain:7", "tree:2x3x6", "tree:2x4x8", "tree:3x4x12",
+         "tree:4x4x16", "tree:4x6x24", "tree:4x8x32")  # fmt: skip
 
 
 def main() -> int:
