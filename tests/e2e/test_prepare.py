@@ -179,6 +179,7 @@ def test_ctrl_c_leaves_a_folder_that_is_finished_later(folder: Path, tmp_path: P
         "import os, signal, sys\n"
         "from draftwing.cli import main\n"
         "from draftwing.data import prepared\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what runs in a shell's background ignores it
         "write = prepared.write_shard\n"
         "def write_and_interrupt(*arguments):\n"
         "    shard = write(*arguments)\n"
