@@ -50,11 +50,11 @@ def test_a_steps_seconds_are_taken_from_levels_that_a_draft_has(
     class Seconds:
         """In the place of _Cycles: a second for each level that the draft has."""
 
-        def __init__(self, num_plans: int) -> None:
-            self._plans: Sequence[TreePlan] = ()
+        def __init__(self, plans: Sequence[TreePlan]) -> None:
+            self._plans = plans
 
         def run(self, generation: Any, rounds: Any) -> None:
-            self._plans = generation._plan.plans
+            pass
 
         def medians(self) -> list[dict[str, float]]:
             return [dict.fromkeys(STAGES, 1.0) | {"draft": 1.0 + min(plan.depth, depth)} for plan in self._plans]
@@ -84,7 +84,7 @@ class Stopwatch:
 
 def medians(*generations: tuple[Sequence[float], Sequence[Sequence[int]]]) -> list[float]:
     """Seconds of two plans' drafts from generations of these seconds, cycle by cycle, and rounds of plans."""
-    cycles = _Cycles(2)
+    cycles = _Cycles([TreePlan.chain(1), TreePlan.chain(2)])
     for seconds, rounds in generations:
         cycles.run(Stopwatch(seconds), rounds)  # type: ignore[arg-type]
     return [stages["draft"] for stages in cycles.medians()]

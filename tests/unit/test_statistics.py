@@ -105,15 +105,26 @@ class FakeEvent:
         return 1000 * (end.time - self.time)
 
 
+def gpu_clock(
+    monkeypatch: pytest.MonkeyPatch,
+    host_times: list[float],
+    device_times: list[float],
+    device: torch.device | None = None,
+) -> tuple[Statistics, StageClock]:
+    """A clock of a device (default: the current one), and of a host, that tell these times one after another."""
+    device = device or torch.device("cuda")
+    monkeypatch.setattr("draftwing.decoding.statistics.time.perf_counter", lambda: host_times.pop(0))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(device_times))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda asked: asked == device and "the device's stream")
+    statistics = Statistics()
+    return statistics, StageClock(statistics, device)
+
+
 def test_on_a_gpu_stages_take_the_devices_time_and_the_host_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with a device that is not the current one, and with a caller that takes its time between two cycles."""
     host_times = [0.0, 0.1, 0.1, 0.2, 90.0, 90.1, 90.1, 93.0]  # enter and leave: prefill, draft; then verify, host
     device_times = [0.0, 1.0, 1.0, 1.5, 90.0, 92.0, 92.0]
-    monkeypatch.setattr("draftwing.decoding.statistics.time.perf_counter", lambda: host_times.pop(0))
-    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(device_times))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device.index == 1 and "the device's stream")
-    statistics = Statistics()
-    clock = StageClock(statistics, torch.device("cuda", 1))
+    statistics, clock = gpu_clock(monkeypatch, host_times, device_times, torch.device("cuda", 1))
     for name in ("prefill", "draft", "verify", "host"):
         with clock.stage(name):
             pass
@@ -125,11 +136,7 @@ def test_on_a_gpu_stages_take_the_devices_time_and_the_host_the_rest(monkeypatch
 
 def test_on_a_gpu_the_hosts_own_work_is_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     host_times, device_times = [0.0, 0.5, 0.5, 4.0], [0.0, 3.0, 3.0]
-    monkeypatch.setattr("draftwing.decoding.statistics.time.perf_counter", lambda: host_times.pop(0))
-    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(device_times))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the device's stream")
-    statistics = Statistics()
-    clock = StageClock(statistics, torch.device("cuda"))
+    statistics, clock = gpu_clock(monkeypatch, host_times, device_times)
     for name in ("verify", "host"):
         with clock.stage(name):
             pass
@@ -141,11 +148,7 @@ def test_on_a_gpu_the_hosts_own_work_is_its_share(monkeypatch: pytest.MonkeyPatc
 def test_a_stage_that_the_device_is_still_at_counts_with_the_next_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
     host_times, device_times = [0.0, 1.0, 1.0, 1.1, 1.1, 4.0], [0.0, 3.0, 3.0, math.inf, math.inf]
     host_times += [4.0, 10.0]
-    monkeypatch.setattr("draftwing.decoding.statistics.time.perf_counter", lambda: host_times.pop(0))
-    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(device_times))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the device's stream")
-    statistics = Statistics()
-    clock = StageClock(statistics, torch.device("cuda"))
+    statistics, clock = gpu_clock(monkeypatch, host_times, device_times)
     for name in ("verify", "commit", "host"):
         with clock.stage(name):
             pass
@@ -160,11 +163,7 @@ def test_a_wait_for_the_device_is_not_taken_from_the_hosts_later_share(monkeypat
     host_times, device_times = [0.0, 1.0, 1.0, 1.1, 1.1, 4.0], [0.0, 3.0, 3.0, math.inf, math.inf]
     host_times += [4.0, 9.0, 9.0, 9.5]  # the wait, and the next cycle's host
     device_times += [9.0]
-    monkeypatch.setattr("draftwing.decoding.statistics.time.perf_counter", lambda: host_times.pop(0))
-    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(device_times))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the device's stream")
-    statistics = Statistics()
-    clock = StageClock(statistics, torch.device("cuda"))
+    statistics, clock = gpu_clock(monkeypatch, host_times, device_times)
     for name in ("verify", "commit", "host"):
         with clock.stage(name):
             pass

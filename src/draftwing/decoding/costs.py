@@ -173,7 +173,7 @@ def measure_costs(
     for context in contexts:
         sampling = SamplingParams(temperature=1.0 if sampled else 0.0)
         requests, rounds = _requests(target, batch_size, context, plans, -(-num_rounds // PARTS), sampling)
-        cycles = _Cycles(len(plans))
+        cycles = _Cycles(plans)
         for _ in range(PARTS):
             generation = Generation(target, requests, new_drafter, _Schedule(plans, rounds), new_rows=new_rows)
             cycles.run(generation, rounds)
@@ -204,7 +204,6 @@ class _Schedule:
     learns = False
 
     def __init__(self, plans: Sequence[TreePlan], rounds: Sequence[Sequence[int]]) -> None:
-        self.plans = plans
         self._turns = (plans[index] for order in rounds for index in order)
         self.largest = max(plans, key=lambda plan: (plan.num_nodes, plan.depth))
 
@@ -241,8 +240,8 @@ def _requests(
 class _Cycles:
     """Seconds of the stages of cycles, by their plans' indices."""
 
-    def __init__(self, num_plans: int) -> None:
-        self._of_plan: list[list[dict[str, float]]] = [[] for _ in range(num_plans)]
+    def __init__(self, plans: Sequence[TreePlan]) -> None:
+        self._of_plan: list[list[dict[str, float]]] = [[] for _ in plans]
 
     def run(self, generation: Generation, rounds: Sequence[Sequence[int]]) -> None:
         """Run these rounds of plans; all but the first count, or the last cycle where a tiny target has no room."""
