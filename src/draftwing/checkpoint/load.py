@@ -322,11 +322,15 @@ def build_network(
 
 def expected_shapes(head: HeadFile) -> dict[str, torch.Size]:
     """The parameters that a head's network has."""
-    config = head.config
-    if head.is_eagle3:  # its file need not name the layers
-        num_features = head.tensors["fc.weight"].shape[1] // config.target_hidden_size
-        config = dataclasses.replace(config, aux_layers=tuple(range(1, num_features + 1)))
-    return network_shapes(config, own_embedding="embed_tokens.weight" in head.tensors)
+    return network_shapes(counted_layers(head), own_embedding="embed_tokens.weight" in head.tensors)
+
+
+def counted_layers(head: HeadFile) -> DraftConfig:
+    """A head's configuration with as many feature layers as its weights read; an EAGLE-3 file need not name them."""
+    if not head.is_eagle3:
+        return head.config
+    num_features = head.tensors["fc.weight"].shape[1] // head.config.target_hidden_size
+    return dataclasses.replace(head.config, aux_layers=tuple(range(1, num_features + 1)))
 
 
 def network_shapes(config: DraftConfig, own_embedding: bool = False) -> dict[str, torch.Size]:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from draftwing.checkpoint.formats import read_head
 from draftwing.checkpoint.load import (
+    counted_layers,
     expected_medusa_shapes,
     expected_shapes,
     network_shapes,
@@ -150,10 +151,7 @@ def _describe_head(
 
 def _read_head(name: str) -> tuple[Shapes, DraftConfig]:
     head = read_head(*read_draft_files(resolve_draft(name)))
-    config = head.config
-    if head.is_eagle3 and not config.aux_layers:  # a file need not say which layers, only how many
-        num_features = head.tensors["fc.weight"].shape[1] // config.target_hidden_size
-        config = dataclasses.replace(config, aux_layers=tuple(range(1, num_features + 1)))
+    config = head.config if head.config.aux_layers else counted_layers(head)
     return {name: shape.numel() for name, shape in expected_shapes(head).items()}, config
 
 
