@@ -4,8 +4,6 @@ The stock module does the arithmetic; tree mask and positions are arguments, and
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Dyna
 from transformers.masking_utils import sdpa_mask
 
 from draftwing.models.attention import attention_forward, has_kernel, pack_mask
+from draftwing.models.hidden_states import recording
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.models.logits import LogitTransform
 from draftwing.models.packed import PACKED_DTYPES
@@ -231,38 +230,10 @@ class TargetModel:
             masks = self._masks(visible, positions, positions, self.dtype)
             packed = {"position_ids": positions, "attention_mask": masks}
         wanted = [index % (self.num_layers + 1) for index in feature_layers]
-        with self._recording({*wanted, self.num_layers}) as states:
+        with recording(self.model.get_decoder(), self.num_layers, {*wanted, self.num_layers}) as states:
             self.model(input_ids=tokens, use_cache=False, logits_to_keep=1, **packed)
         states = {index: state.to(tokens.device) for index, state in states.items()}  # a split target's lie on several
         return RowStates(torch.cat([states[index] for index in wanted], dim=-1), states[self.num_layers])
-
-    @contextmanager
-    def _recording(self, indices: set[int]) -> Iterator[dict[int, torch.Tensor]]:
-        """Record hidden_states of these indices from the pass inside; transformers would keep those of all layers."""
-        states: dict[int, torch.Tensor] = {}
-
-        def record(index: int) -> Callable[..., None]:
-            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                states[index] = output if isinstance(output, torch.Tensor) else output[0]
-
-            return hook
-
-        def record_input(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-            states[0] = inputs[0] if inputs else options["hidden_states"]
-
-        decoder: nn.Module = self.model.get_decoder()
-        lists = (module for module in decoder.modules() if isinstance(module, nn.ModuleList))
-        layers = next(layers for layers in lists if len(layers) == self.num_layers)
-        hooks = [layers[index - 1].register_forward_hook(record(index)) for index in indices - {0, self.num_layers}]
-        if 0 in indices:
-            hooks.append(layers[0].register_forward_pre_hook(record_input, with_kwargs=True))
-        if self.num_layers in indices:  # behind the final norm
-            hooks.append(decoder.register_forward_hook(record(self.num_layers)))
-        try:
-            yield states
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @torch.no_grad()
     def check_logits(self) -> None:
