@@ -23,7 +23,7 @@ from draftwing.decoding.auto_plan import AutoPlan
 from draftwing.decoding.captured import RowsPool
 from draftwing.decoding.costs import CycleCosts, cached_costs, measure_costs
 from draftwing.decoding.experience import Experience
-from draftwing.decoding.generate import Committed, Generation, Request, plain_plan
+from draftwing.decoding.generate import Committed, Generation, Request, check_prompts, plain_plan
 from draftwing.decoding.lookups import LookupPlan
 from draftwing.decoding.options import GenerateOptions
 from draftwing.decoding.plan import Plan, TreePlan
@@ -50,6 +50,10 @@ LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "quantize", *HE
     "trust_remote_code",
 )
 """What `load` takes, the most used of `from_pretrained` among them; to suggest one for another."""
+
+
+Prompts = torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Any]
+"""Token ids as tensors or lists, or a tokenizer's encoding of them."""
 
 
 @dataclass
@@ -111,17 +115,49 @@ class SpeculativeModel:
         lessons = Lessons(read_acceptance(draft))
         return SpeculativeModel(self.target, pack_draft(drafting), self.tokenizer, method, lessons, self._captures)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the target lies."""
+        return torch.device(self.target.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The target's."""
+        dtype: torch.dtype = self.target.dtype
+        return dtype
+
+    @property
+    def config(self) -> Any:
+        """The target's configuration, as transformers has it."""
+        return self.target.model.config
+
+    def to(self, *args: Any, **kwargs: Any) -> "SpeculativeModel":
+        """This model, where it is there already; arguments as `torch.nn.Module.to` has them.
+
+        Raises:
+            ValueError: another device or dtype; weights are laid out for theirs when they are loaded.
+        """
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        is_there = device is None or (device.type == self.device.type and device.index in (None, self.device.index))
+        if not is_there or dtype not in (None, self.dtype):
+            raise ValueError(
+                f"to: the weights are laid out for {self.device} and {self.dtype}; give `load` another device or dtype"
+            )
+        return self
+
     def generate(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        input_ids: Prompts,
+        attention_mask: Any = None,
         return_dict_in_generate: bool = False,
         **options: Any,
     ) -> torch.Tensor | GenerateOutput:
         """Generate for a batch of prompts, the same tokens as plain decoding would.
 
         Args:
-            input_ids: `[B, S]`; ragged prompts are padded on either side and `attention_mask [B, S]` tells.
+            input_ids: token ids `[B, S]`, or one prompt's `[S]`, as a tensor or lists; or what a tokenizer or
+                `apply_chat_template(return_dict=True)` gives, with its mask. Ragged prompts are padded on either side
+                and `attention_mask [B, S]` tells.
             return_dict_in_generate: return a GenerateOutput with statistics instead of the ids `[B, S + new]`.
             options: the fields of GenerateOptions.
 
@@ -129,6 +165,7 @@ class SpeculativeModel:
             ValueError: an option out of range, an empty or too long prompt; the message names the field.
         """
         settings = _read_options(options)
+        input_ids, attention_mask = read_prompts(input_ids, attention_mask)
         generation = self._start(unpad(input_ids, attention_mask), settings).run()
         rows = [output.tokens for output in generation.outputs]
         sequences = append_padded(input_ids, rows, self._pad_token_id(settings))
@@ -137,11 +174,9 @@ class SpeculativeModel:
         reasons = [output.finish_reason or "" for output in generation.outputs]
         return GenerateOutput(sequences, rows, reasons, generation.statistics)
 
-    def stream(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any
-    ) -> Iterator[Committed]:
+    def stream(self, input_ids: Prompts, attention_mask: Any = None, **options: Any) -> Iterator[Committed]:
         """Generate as `generate` does, yielding the tokens that each cycle commits, per row."""
-        generation = self.start(unpad(input_ids, attention_mask), **options)
+        generation = self.start(unpad(*read_prompts(input_ids, attention_mask)), **options)
         try:
             yield from generation.cycles()
         finally:
@@ -152,21 +187,29 @@ class SpeculativeModel:
         return self._start(prompts, _read_options(options))
 
     def _start(self, prompts: Sequence[Sequence[int]], settings: GenerateOptions) -> Generation:
+        return self.start_requests(self.requests(prompts, settings), settings)
+
+    def requests(self, prompts: Sequence[Sequence[int]], settings: GenerateOptions) -> list[Request]:
+        """What each prompt asks for."""
         settings.check(len(prompts), self.target.vocab_size)
         eos, decode = self._eos_token_ids(settings), None if self.tokenizer is None else self.tokenizer.decode
-        requests = [settings.request(row, prompt, eos, decode) for row, prompt in enumerate(prompts)]
-        return self.start_requests(requests, settings)
+        return [settings.request(row, prompt, eos, decode) for row, prompt in enumerate(prompts)]
 
     def start_requests(self, requests: Sequence[Request], settings: GenerateOptions | None = None) -> Generation:
         """A generation over requests that have their own sampling and stops; of `settings` the drafting counts."""
         settings = settings or GenerateOptions()
-        longest = max((len(request.prompt) + request.stop.max_new_tokens for request in requests), default=0)
+        check_prompts(self.target, requests)  # before costs are measured for them
+        if torch.is_autocast_enabled(self.device.type):
+            raise ValueError(
+                "torch.autocast: not supported by draftwing; load the model in the dtype that it shall have"
+            )
+        longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
         self._check_draft_positions(longest)
         with_lookup = self._looks_up(settings)
         plan = self._plan(settings, requests, with_lookup)
         factory = drafter_factory(self.method, self.draft, self.target, with_lookup, settings.draft_window)
         pool = self._pools.setdefault((with_lookup, settings.draft_window), RowsPool())
-        return Generation(self.target, requests, factory, plan, settings.coupled, self._new_rows(pool))
+        return Generation(self.target, requests, factory, plan, settings.coupled is not False, self._new_rows(pool))
 
     def costs(self, batch_size: int, sampled: bool = False) -> CycleCosts:
         """What a cycle of so many rows costs with this draft, from this process, the disk's cache or a measurement."""
@@ -358,12 +401,37 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return known[dtype]
 
 
+def read_prompts(input_ids: Prompts, attention_mask: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Prompts and their mask as tensors `[B, S]`, from whatever `generate` takes.
+
+    Raises:
+        ValueError: neither token ids nor an encoding of nothing but ids and their mask.
+    """
+    if isinstance(input_ids, Mapping):
+        check_keys(input_ids, ("input_ids", "attention_mask"))
+        if "input_ids" not in input_ids:
+            raise ValueError("input_ids: missing from what was given")
+        attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
+        input_ids = input_ids["input_ids"]
+    ids = _as_rows("input_ids", input_ids)
+    if (ids.is_floating_point() and ids.numel()) or ids.dtype == torch.bool:
+        raise ValueError(f"input_ids: expected token ids [B, S], got {ids.dtype}")
+    return ids, None if attention_mask is None else _as_rows("attention_mask", attention_mask)
+
+
+def _as_rows(name: str, values: Any) -> torch.Tensor:
+    """Values `[B, S]`, or `[S]` as one row."""
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}: expected numbers in rows of one length [B, S], got {values!r}") from None
+    if tensor.ndim not in (1, 2):
+        raise ValueError(f"{name}: expected shape [B, S], got {list(tensor.shape)}")
+    return tensor if tensor.ndim == 2 else tensor[None]
+
+
 def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
     """The prompts of a padded batch `[B, S]` as lists of ids; the mask's zeros are dropped."""
-    if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
-        raise ValueError(f"input_ids: expected a tensor of token ids [B, S], got {input_ids!r}")
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids: expected shape [B, S], got {list(input_ids.shape)}")
     if attention_mask is None:
         rows: list[list[int]] = input_ids.tolist()
         return rows

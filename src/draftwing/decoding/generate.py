@@ -60,7 +60,7 @@ class Generation:
         coupled: bool = True,
         new_rows: NewRows = Rows,
     ) -> None:
-        _check_prompts(target, requests)
+        check_prompts(target, requests)
         self.outputs = [RowOutput() for _ in requests]
         self.statistics = Statistics()
         self._plan = plan
@@ -153,9 +153,10 @@ def plain_plan(target: TargetModel, batch_size: int) -> TreePlan:
     return TreePlan.off(target.best_single_row if batch_size == 1 else 1)
 
 
-def _check_prompts(target: TargetModel, requests: Sequence[Request]) -> None:
+def check_prompts(target: TargetModel, requests: Sequence[Request]) -> None:
+    """Raise a ValueError for no prompt, an empty one, ids outside the vocabulary, or more tokens than positions."""
     if not requests:
-        raise ValueError("requests: expected at least one prompt")
+        raise ValueError("input_ids: expected at least one prompt")
     limit = target.max_positions
     for row, request in enumerate(requests):
         num_prompt, num_new = len(request.prompt), request.stop.max_new_tokens

@@ -7,10 +7,13 @@ token id) alone. It draws exactly from p, and plain and speculative decoding dra
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
 
+from draftwing.decoding.stepwise import Place, choose_in_steps
 from draftwing.decoding.tree import DraftTree
 
 MASK32 = 0xFFFFFFFF
@@ -41,6 +44,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Token id -> added to its logit."""
     seed: int = 0
+    place: Place | None = None
+    """Where the tokens are chosen instead; of the fields above the seed and temperature 0 count, others rank drafts."""
 
     def __post_init__(self) -> None:
         penalty = self.repetition_penalty
@@ -51,6 +56,8 @@ class SamplingParams:
         _require("repetition_penalty", penalty, lambda r: 0 < r < math.inf, "above 0")
         _require("seed", self.seed, lambda s: isinstance(s, int) and 0 <= s < 2**63, "an integer from 0 to 2^63-1")
         for token, bias in self.logit_bias.items():
+            if not isinstance(token, Integral):
+                raise ValueError(f"logit_bias: expected token ids as keys, got {token!r}")
             _require(f"logit_bias[{token}]", bias, lambda b: b < math.inf, "a number below infinity")
 
 
@@ -169,6 +176,8 @@ class Sampler:
         self._seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
         self.work = SamplingWork.of(params)
         self._bias = _bias_matrix(params, vocab_size, device) if self.work.has_bias else None
+        self._places = [p.place for p in params if p.place is not None]
+        assert len(self._places) in (0, len(params))
         seeds = [p.seed for p in params]
         self._noise = Noise(seeds, vocab_size, device, depth + 2) if self.work.draws else None
 
@@ -196,10 +205,15 @@ class Sampler:
     def choose(self, logits: torch.Tensor, tree: DraftTree, lengths: torch.Tensor) -> torch.Tensor:
         """The target's token at each node of the tree, `[B, N]`; ties go to the lowest id.
 
+        Rows with a place are asked along the accepted path alone; see `choose_in_steps` for their other nodes.
+
         Args:
             logits: `[B, N, V]`; float64 stays, anything else is read as float32.
             lengths: `[B]` position of the root; the token chosen at depth d has position length + d + 1.
         """
+        if self._places:
+            noise_at = None if self._noise is None else partial(self._noise_below, lengths)
+            return choose_in_steps(self._places, logits, tree, noise_at)
         scores = logits if logits.dtype == torch.float64 else logits.float()
         if self._bias is not None:
             scores = scores + self._bias
@@ -233,6 +247,11 @@ class Sampler:
         perturbed = self._warp(log_probs) + noise
         coupled = (perturbed * (self._temperature / LOGIT_ERROR)).log_softmax(-1)
         return torch.where(self._is_greedy[..., None], log_probs, coupled)
+
+    def _noise_below(self, lengths: torch.Tensor, depth: int) -> torch.Tensor:
+        """The noise `[B, V]` that nodes at `depth` below roots at positions `lengths [B]` choose with."""
+        assert self._noise is not None
+        return self._noise.at(lengths[:, None] + depth + 1).squeeze(1)
 
     def _penalise(self, scores: torch.Tensor, tree: DraftTree) -> torch.Tensor:
         """Repetition penalty with each node's own history: the row's tokens and the node's ancestors."""

@@ -62,7 +62,7 @@ class LookaheadDrafter(Drafter):
 
     def see_choices(self, chosen: torch.Tensor) -> None:
         if self._run is not None:
-            self._run.advance(chosen)
+            self._run.advance(torch.where(chosen < 0, ~chosen, chosen))
 
     def _first_window(self, plan: TreePlan) -> torch.Tensor:
         """`[B, N - 1, W]` the last tokens of each row in their order, again and again if they are too few."""
