@@ -34,6 +34,7 @@ from draftwing.honoured import (
 )
 from draftwing.methods import suitable_draft
 from draftwing.models.fused import pack_draft
+from draftwing.models.packed import PackedLinear
 from draftwing.models.target import TargetModel
 
 
@@ -189,17 +190,17 @@ def _check_fits(draft: Draft | None, target: TargetModel) -> None:
     """Raise a ValueError where a loaded draft lies elsewhere than its target, or has another dtype."""
     if draft is None:
         return
-    if isinstance(draft, TargetModel):
-        network, expected = draft.model, (draft.dtype, target.device)
+    if isinstance(draft, TargetModel):  # of any dtype, but that in which it was taken
+        found, dtype = {(draft.model.dtype, draft.model.device)}, draft.dtype
     else:
-        network, expected = draft, (target.dtype, target.device)
-    for parameter in network.parameters():
-        found = parameter.dtype, parameter.device
-        if parameter.is_floating_point() and found != expected:
-            raise ValueError(
-                f"draft: is {found[0]} on {found[1]}, expected {expected[0]} on {expected[1]}; load it anew for this "
-                "model, or give custom_generate its name"
-            )
+        tensors = [tensor for tensor in (*draft.parameters(), *draft.buffers()) if tensor.is_floating_point()]
+        packed = [module.product for module in draft.modules() if isinstance(module, PackedLinear)]
+        found, dtype = {(part.dtype, part.device) for part in (*tensors, *packed)}, target.dtype
+    for other in found - {(dtype, target.device)}:
+        raise ValueError(
+            f"draft: is {other[0]} on {other[1]}, expected {dtype} on {target.device}; load it anew for this model, or "
+            "give custom_generate its name"
+        )
 
 
 def _arguments_of_caller() -> Mapping[str, Any]:
