@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from draftwing.batches import Prompts, append_padded, read_prompts, unpad
 from draftwing.checkpoint.formats import FROM_FILE, HeadOptions
 from draftwing.checkpoint.load import (
     Draft,
@@ -50,10 +51,6 @@ LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "quantize", *HE
     "trust_remote_code",
 )
 """What `load` takes, the most used of `from_pretrained` among them; to suggest one for another."""
-
-
-Prompts = torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Any]
-"""Token ids as tensors or lists, or a tokenizer's encoding of them."""
 
 
 @dataclass
@@ -135,14 +132,12 @@ class SpeculativeModel:
         """This model, where it is there already; arguments as `torch.nn.Module.to` has them.
 
         Raises:
-            ValueError: another device or dtype; weights are laid out for theirs when they are loaded.
+            ValueError: another device or dtype; weights are laid out when they are loaded.
         """
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        is_there = device is None or (device.type == self.device.type and device.index in (None, self.device.index))
-        if not is_there or dtype not in (None, self.dtype):
-            raise ValueError(
-                f"to: the weights are laid out for {self.device} and {self.dtype}; give `load` another device or dtype"
-            )
+        here = None, self.device, torch.device(self.device.type)
+        if device not in here or dtype not in (None, self.dtype):
+            raise ValueError(f"to: the weights are laid out for {self.device} and {self.dtype}; give `load` the others")
         return self
 
     def generate(
@@ -155,9 +150,9 @@ class SpeculativeModel:
         """Generate for a batch of prompts, the same tokens as plain decoding would.
 
         Args:
-            input_ids: token ids `[B, S]`, or one prompt's `[S]`, as a tensor or lists; or what a tokenizer or
-                `apply_chat_template(return_dict=True)` gives, with its mask. Ragged prompts are padded on either side
-                and `attention_mask [B, S]` tells.
+            input_ids: token ids `[B, S]`, or one prompt's `[S]`, as a tensor or lists; or the encoding that
+                a tokenizer or `apply_chat_template(return_dict=True)` gives, mask included. Ragged
+                prompts are padded on either side and `attention_mask [B, S]` tells.
             return_dict_in_generate: return a GenerateOutput with statistics instead of the ids `[B, S + new]`.
             options: the fields of GenerateOptions.
 
@@ -200,9 +195,7 @@ class SpeculativeModel:
         settings = settings or GenerateOptions()
         check_prompts(self.target, requests)  # before costs are measured for them
         if torch.is_autocast_enabled(self.device.type):
-            raise ValueError(
-                "torch.autocast: not supported by draftwing; load the model in the dtype that it shall have"
-            )
+            raise ValueError("torch.autocast: not supported by draftwing; load the model in the dtype it shall have")
         longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
         self._check_draft_positions(longest)
         with_lookup = self._looks_up(settings)
@@ -399,51 +392,3 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype not in known:
         raise ValueError(f"dtype: expected one of {', '.join(known)}, got {dtype!r}")
     return known[dtype]
-
-
-def read_prompts(input_ids: Prompts, attention_mask: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Prompts and their mask as tensors `[B, S]`, from whatever `generate` takes.
-
-    Raises:
-        ValueError: neither token ids nor an encoding of nothing but ids and their mask.
-    """
-    if isinstance(input_ids, Mapping):
-        check_keys(input_ids, ("input_ids", "attention_mask"))
-        if "input_ids" not in input_ids:
-            raise ValueError("input_ids: missing from what was given")
-        attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
-        input_ids = input_ids["input_ids"]
-    ids = _as_rows("input_ids", input_ids)
-    if (ids.is_floating_point() and ids.numel()) or ids.dtype == torch.bool:
-        raise ValueError(f"input_ids: expected token ids [B, S], got {ids.dtype}")
-    return ids, None if attention_mask is None else _as_rows("attention_mask", attention_mask)
-
-
-def _as_rows(name: str, values: Any) -> torch.Tensor:
-    """Values `[B, S]`, or `[S]` as one row."""
-    try:
-        tensor = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name}: expected numbers in rows of one length [B, S], got {values!r}") from None
-    if tensor.ndim not in (1, 2):
-        raise ValueError(f"{name}: expected shape [B, S], got {list(tensor.shape)}")
-    return tensor if tensor.ndim == 2 else tensor[None]
-
-
-def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
-    """The prompts of a padded batch `[B, S]` as lists of ids; the mask's zeros are dropped."""
-    if attention_mask is None:
-        rows: list[list[int]] = input_ids.tolist()
-        return rows
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask: expected shape {list(input_ids.shape)} as input_ids, got {list(attention_mask.shape)}"
-        )
-    return [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
-
-
-def append_padded(input_ids: torch.Tensor, rows: list[list[int]], pad_token_id: int) -> torch.Tensor:
-    """`input_ids [B, S]` followed by each row's new tokens, padded on the right to one length."""
-    longest = max(map(len, rows))
-    new = [row + [pad_token_id] * (longest - len(row)) for row in rows]
-    return torch.cat((input_ids, torch.tensor(new, device=input_ids.device)), dim=1)

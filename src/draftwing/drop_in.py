@@ -11,9 +11,15 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, GenerationMixin, MaxLengthCriteria
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    GenerationMixin,
+    MaxLengthCriteria,
+)
 
-from draftwing.api import HEAD_OPTIONS, Lessons, SpeculativeModel, append_padded, take_head_options, unpad
+from draftwing.api import HEAD_OPTIONS, Lessons, SpeculativeModel, take_head_options
+from draftwing.batches import append_padded, unpad
 from draftwing.checkpoint.formats import HeadOptions
 from draftwing.checkpoint.load import Draft, load_draft, read_acceptance
 from draftwing.config import check_keys
@@ -59,12 +65,14 @@ def custom_generate(
 ) -> Callable[..., Any]:
     """A drop-in for transformers: `hf_model.generate(..., custom_generate=draftwing.custom_generate(draft))`.
 
-    What changes the tokens is honoured as `generate` has prepared it, or refused by its name: every logits processor
-    and stopping criterion (those of others and those that count their calls, too), scores and logits to return, a
-    `streamer`. The streamer gets the first row's tokens cycle by cycle, and its end also where decoding fails. Rows
-    of a batch that such processors or criteria might tell apart by number advance together, which accepts less.
+    What changes the tokens is honoured as `generate` has prepared it, or refused by its name. Every
+    logits processor and stopping criterion sees each step as without drafts, your own ones too; where
+    they might tell rows apart, or scores are returned, the rows of a batch advance together, which
+    accepts less. A `streamer` gets the first row's tokens cycle by cycle, and its end also where
+    decoding fails.
 
-    With `return_dict_in_generate=True` the output has `statistics`. A cache that is handed over empty stays so.
+    With `return_dict_in_generate=True` the output has `statistics`. A cache that is handed over empty
+    stays so.
     Keep the returned function: it loads the draft once per model, and trees that size themselves learn from each call.
 
     Args:
@@ -132,7 +140,7 @@ class _DropIn:
         return DropInOutput(sequences, scores=scores, logits=logits, statistics=generation.statistics)
 
     def _start(self, target: TargetModel, call: "_Call") -> tuple[Generation, "_StockSteps | None"]:
-        """A generation, and who chooses its tokens where our own sampling and stops are not the call's."""
+        """A generation, and who chooses its tokens where our sampling and stops are not the call's."""
         speculative = self._speculative(target)
         sampling, is_same = call.sampling()
         settings = GenerateOptions(
@@ -194,8 +202,9 @@ def _check_fits(draft: Draft | None, target: TargetModel) -> None:
         found, dtype = {(draft.model.dtype, draft.model.device)}, draft.dtype
     else:
         tensors = [tensor for tensor in (*draft.parameters(), *draft.buffers()) if tensor.is_floating_point()]
-        packed = [module.product for module in draft.modules() if isinstance(module, PackedLinear)]
-        found, dtype = {(part.dtype, part.device) for part in (*tensors, *packed)}, target.dtype
+        products = [module.product for module in draft.modules() if isinstance(module, PackedLinear)]
+        found, dtype = {(tensor.dtype, tensor.device) for tensor in tensors}, target.dtype
+        found |= {(product.dtype, product.device) for product in products}
     for other in found - {(dtype, target.device)}:
         raise ValueError(
             f"draft: is {other[0]} on {other[1]}, expected {dtype} on {target.device}; load it anew for this model, or "
@@ -206,9 +215,9 @@ def _check_fits(draft: Draft | None, target: TargetModel) -> None:
 def _arguments_of_caller() -> Mapping[str, Any]:
     """What `hf_model.generate` was called with; nothing if another function calls us.
 
-    transformers (5.17 to 5.23 at least) keeps some arguments from a `custom_generate`, so they are read from the frame
-    of `generate`: a streamer, which got the prompt, and whose reader in another thread would wait for ever; an
-    assistant; and model inputs under the names that the user gave them.
+    transformers (5.17 to 5.23 at least) keeps some arguments from a `custom_generate`, so they are read
+    from the frame of `generate`: a streamer, which got the prompt, and whose reader in another thread
+    would wait for ever; an assistant; and model inputs under the names that the user gave them.
     """
     caller = sys._getframe(2)  # a variable for our own frame would keep it, and what it points to, until a collection
     return caller.f_locals if caller.f_code is inspect.unwrap(GenerationMixin.generate).__code__ else {}
@@ -230,7 +239,7 @@ class _Call:
 
     @property
     def limit(self) -> int:
-        """Tokens to generate at most; transformers looks at lengths after a token, so that there is always one."""
+        """Tokens to generate at most; at least one, since lengths are looked at after a token."""
         limits = [criterion.max_length for criterion in self.criteria if type(criterion) is MaxLengthCriteria]
         if not limits:
             raise ValueError("max_new_tokens: expected a limit (max_new_tokens, max_length or a MaxLengthCriteria)")
@@ -238,7 +247,7 @@ class _Call:
 
     @property
     def pads_rows(self) -> bool:
-        """Whether rows that have ended are padded while others go on; without end-of-sequence ids all go on."""
+        """Whether rows that have ended are padded; without end-of-sequence ids they go on with the others."""
         return any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
 
     @property
@@ -259,7 +268,7 @@ class _Call:
         return [token for ids in eos for token in _as_ids(ids) if 0 <= token < vocab_size]
 
     def sampling(self) -> tuple[dict[str, Any], bool]:
-        """Our sampling options, and whether they are the same as the call's processors; see `fast_sampling`."""
+        """Our sampling options, and whether they are what the processors do; see `fast_sampling`."""
         paddings = left_paddings(self.attention_mask, self.input_ids)
         return fast_sampling(self.processors, paddings, bool(self.config.do_sample))
 
@@ -270,7 +279,7 @@ class _Call:
         return kinds <= known and (self.pads_rows or all_end_at_once or len(self.input_ids) == 1)
 
     def is_of_one_piece(self, settings: GenerateOptions) -> bool:
-        """Whether a step must be shown for all rows at once: something may tell rows apart, or keeps what it sees."""
+        """Whether steps must be shown for all rows at once: to what tells rows apart or is kept."""
         if len(self.input_ids) == 1:
             return False
         is_by_row = all(
@@ -280,7 +289,7 @@ class _Call:
 
 
 class _StockSteps:
-    """Steps as transformers takes them (`GenerationMixin._sample`): processors, choice, padding, criteria, in order."""
+    """Steps as `GenerationMixin._sample` takes them: processors, choice, padding, criteria."""
 
     def __init__(self, call: _Call, stop: StopRule, in_step: bool) -> None:
         num_rows, self._prompt_length = call.input_ids.shape
@@ -307,7 +316,10 @@ class _StockSteps:
     def choose(self, rows: Sequence[int], logits: torch.Tensor, noise: torch.Tensor | None) -> list[int]:
         if self._lengths[rows[0]] is not None:  # accepted past the end; nobody is to see that
             return [0] * len(rows)
-        with torch.inference_mode(False), torch.no_grad():  # tensors that are kept must not be inference tensors
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # tensors that are kept must not be inference tensors
             return self._step(list(rows), logits, noise)
 
     def _step(self, rows: list[int], logits: torch.Tensor, noise: torch.Tensor | None) -> list[int]:

@@ -70,13 +70,22 @@ PREFIX_PROCESSORS = frozenset((
     TopHLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper,
     WatermarkLogitsProcessor,
 ))
-"""Processors that are functions of one row's text and scores; others may know rows by number, or count calls."""
+"""Processors that are functions of one row's text and scores.
+
+Others may know rows by number, or count their calls.
+"""
 # fmt: on
 
 NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
-    "cache_implementation": ("dynamic", "offloaded", "static", "offloaded_static", "hybrid"),  # not fewer bits
+    "cache_implementation": (
+        "dynamic",
+        "offloaded",
+        "static",
+        "offloaded_static",
+        "hybrid",
+    ),  # not fewer bits
 }
 """Values that change no token, of fields that are refused else."""
 
@@ -99,13 +108,13 @@ def check_call(arguments: Mapping[str, Any], model: Any, config: Any) -> None:
     `arguments` are those of `generate`, as far as they are known.
     """
     if arguments.get("assistant_model") is not None:
-        raise ValueError("assistant_model: not beside draftwing; give it to draftwing.custom_generate as its draft")
+        raise ValueError("assistant_model: not beside draftwing; give it to custom_generate as its draft")
     if arguments.get("synced_gpus"):
-        raise ValueError("synced_gpus: not supported by draftwing, whose processes run different numbers of passes")
+        raise ValueError("synced_gpus: not supported by draftwing; processes would run unlike passes")
     if "prepare_inputs_for_generation" in vars(model):
         raise ValueError(
-            "prepare_inputs_for_generation: replaced on this model, as adapters that learn prompts do; not supported "
-            "by draftwing (adapters that change layers are)"
+            "prepare_inputs_for_generation: replaced on this model, as adapters that learn prompts do; "
+            "not supported by draftwing (adapters that change layers are)"
         )
     check_config(config)
 
@@ -118,7 +127,7 @@ def inputs_given(arguments: Mapping[str, Any], config: Any) -> dict[str, Any]:
 
 
 def check_config(config: Any) -> None:
-    """Raise a ValueError for a field of a GenerationConfig whose value would change tokens and is not honoured."""
+    """Raise a ValueError for a field of a GenerationConfig that is not honoured and would change tokens."""
     defaults = GenerationConfig._get_default_generation_params()
     for name in vars(GenerationConfig()):
         value = getattr(config, name, None)
@@ -129,23 +138,26 @@ def check_config(config: Any) -> None:
 
 
 def check_inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, inputs: Mapping[str, Any]) -> None:
-    """Raise a ValueError for a model input beside `input_ids [B, S]` and its mask that might change tokens.
+    """Raise a ValueError for a model input that might change tokens, beside `input_ids [B, S]`.
 
     The same for prompts padded on the right, after which transformers goes on from the padding.
     """
+    if not len(input_ids):
+        raise ValueError("input_ids: expected at least one prompt")
     if attention_mask is not None and not attention_mask[:, -1].all():
         row = int((attention_mask[:, -1] == 0).nonzero()[0])
-        raise ValueError(f"attention_mask: prompt {row} ends in padding; pad prompts on the left, as transformers asks")
+        raise ValueError(f"attention_mask: prompt {row} ends in padding; pad prompts on the left")
     for name, value in inputs.items():
         is_neutral = NEUTRAL_INPUTS.get(name, _is_nothing)
         if value is not None and not is_neutral(value, input_ids, attention_mask):
-            raise ValueError(f"{name}: not supported by draftwing, which reads input_ids and attention_mask alone")
+            raise ValueError(f"{name}: not supported by draftwing, which reads input_ids and their mask")
 
 
 def fast_sampling(processors: Sequence[Any], paddings: torch.Tensor, is_sampled: bool) -> tuple[dict[str, Any], bool]:
     """Fields of SamplingParams that do what the processors do, and whether they do exactly that.
 
-    Where they do not, they still tell how drafts are best ranked. `paddings [B]` are the prompts' padding tokens.
+    Where they do not, they still tell how drafts are best ranked. `paddings [B]` count the padding
+    tokens that the prompts begin with.
     """
     options: dict[str, Any] = {"temperature": 1.0 if is_sampled else 0.0}
     order = list(FAST_PROCESSORS)

@@ -149,12 +149,18 @@ CALLS: dict[str, dict[str, Any]] = {
     "pad_token_id": {"pad_token_id": 33},
     "max_time": {"max_time": 0.0},
     "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": allowed},
-    "several": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 4, "suppress_tokens": [9]},
+    "several": {
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 3,
+        "min_new_tokens": 4,
+        "suppress_tokens": [9],
+    },
     "a penalty on the answer alone": processors(processing.RepetitionPenaltyLogitsProcessor(1.6, len(ROWS[0]))),
     "a penalty on padding, too": processors(processing.RepetitionPenaltyLogitsProcessor(1.6)),
     "two penalties": processors(*[processing.RepetitionPenaltyLogitsProcessor(1.4)] * 2),
     "a bias after the penalty": processors(
-        processing.RepetitionPenaltyLogitsProcessor(1.6), processing.SequenceBiasLogitsProcessor([[[16], 3.0]])
+        processing.RepetitionPenaltyLogitsProcessor(1.6),
+        processing.SequenceBiasLogitsProcessor([[[16], 3.0]]),
     ),
     "a temperature that leaves ties alone": processors(
         processing.TemperatureLogitsWarper(1e44), processing.TopKLogitsWarper(3)
@@ -179,7 +185,13 @@ WARPERS: dict[str, dict[str, Any]] = {
     "top_p": {"top_p": 0.5},
     "top_p of 0": {"top_p": 0.0},
     "min_p": {"min_p": 0.3},
-    "the usual ones": {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2},
+    "the usual ones": {
+        "temperature": 0.8,
+        "top_k": 20,
+        "top_p": 0.9,
+        "min_p": 0.02,
+        "repetition_penalty": 1.2,
+    },
     "top_h": {"top_h": 0.4},
     "typical_p": {"typical_p": 0.3},
     "epsilon_cutoff": {"epsilon_cutoff": 0.02},
@@ -221,7 +233,11 @@ def test_a_sampled_call_gives_stock_tokens(
     def draw(probs: torch.Tensor, num_samples: int) -> torch.Tensor:
         step = next(steps)
         noise = [
-            gumbel(torch.tensor(SEED + row), torch.tensor([len(ROWS[row]) + step]), torch.arange(VOCAB_SIZE))
+            gumbel(
+                torch.tensor(SEED + row),
+                torch.tensor([len(ROWS[row]) + step]),
+                torch.arange(VOCAB_SIZE),
+            )
             for row in range(num_rows)
         ]
         return (probs.log() + torch.cat(noise)).argmax(-1, keepdim=True)
@@ -341,7 +357,10 @@ def test_every_honoured_field_is_tried() -> None:
         ({"output_attentions": True}, "^output_attentions"),
         ({"output_hidden_states": True}, "^output_hidden_states"),
         ({"position_ids": torch.tensor([[3, 4]])}, "^position_ids"),
-        ({"inputs": None, "inputs_embeds": torch.zeros(1, 2, 32, dtype=torch.float64)}, "^inputs_embeds"),
+        (
+            {"inputs": None, "inputs_embeds": torch.zeros(1, 2, 32, dtype=torch.float64)},
+            "^inputs_embeds",
+        ),
         ({"labels": torch.tensor([[1, 2]])}, "^labels"),
         ({"synced_gpus": True}, "^synced_gpus"),
         ({"attention_mask": torch.tensor([[1, 0]])}, "^attention_mask: prompt 0 ends in padding"),

@@ -154,7 +154,7 @@ def plain_plan(target: TargetModel, batch_size: int) -> TreePlan:
 
 
 def check_prompts(target: TargetModel, requests: Sequence[Request]) -> None:
-    """Raise a ValueError for no prompt, an empty one, ids outside the vocabulary, or more tokens than positions."""
+    """Raise a ValueError for prompts that are missing, empty, outside the vocabulary or too long."""
     if not requests:
         raise ValueError("input_ids: expected at least one prompt")
     limit = target.max_positions

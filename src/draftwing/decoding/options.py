@@ -39,8 +39,8 @@ class GenerateOptions:
             where trees size themselves. Lookups that bring nothing are paused.
         draft_window: the last tokens that an EAGLE head reads; None: as many as it was trained on, for past these
             lengths it gets worse.
-        coupled: unless False, rank draft candidates with the target's own noise; the same output, more of it drafted
-            when sampling.
+        coupled: unless False, rank draft candidates with the target's own noise; the same output, more of
+            it drafted when sampling.
         is_done: a further end, called with a row and its new tokens after each (slow).
     """
 

@@ -45,7 +45,7 @@ class SamplingParams:
     """Token id -> added to its logit."""
     seed: int = 0
     place: Place | None = None
-    """Where the tokens are chosen instead; of the fields above the seed and temperature 0 count, others rank drafts."""
+    """Who chooses the tokens instead; of the fields above the seed counts, others only rank drafts."""
 
     def __post_init__(self) -> None:
         penalty = self.repetition_penalty
@@ -205,7 +205,7 @@ class Sampler:
     def choose(self, logits: torch.Tensor, tree: DraftTree, lengths: torch.Tensor) -> torch.Tensor:
         """The target's token at each node of the tree, `[B, N]`; ties go to the lowest id.
 
-        Rows with a place are asked along the accepted path alone; see `choose_in_steps` for their other nodes.
+        Rows with a place are asked along the accepted path alone; see `choose_in_steps`.
 
         Args:
             logits: `[B, N, V]`; float64 stays, anything else is read as float32.
@@ -249,7 +249,7 @@ class Sampler:
         return torch.where(self._is_greedy[..., None], log_probs, coupled)
 
     def _noise_below(self, lengths: torch.Tensor, depth: int) -> torch.Tensor:
-        """The noise `[B, V]` that nodes at `depth` below roots at positions `lengths [B]` choose with."""
+        """The noise `[B, V]` of nodes at `depth` below roots at positions `lengths [B]`."""
         assert self._noise is not None
         return self._noise.at(lengths[:, None] + depth + 1).squeeze(1)
 

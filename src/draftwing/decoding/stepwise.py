@@ -1,8 +1,8 @@
-"""Tokens chosen one step at a time, for whoever must see each step as a loop without drafts would show it.
+"""Tokens chosen one step at a time, for whoever must see steps as a loop without drafts shows them.
 
-A tree is verified in one pass, but what is chosen at a node matters only if the node is accepted. So the choice is
-asked for at the root, then at the child that holds the chosen token, and so on: as often, in the same order, and after
-the same prefixes as by a loop that runs the model once per token.
+A tree is verified in one pass, but what is chosen at a node matters only if the node is accepted. So
+the choice is asked for at the root, then at the child that holds the chosen token, and so on: as often,
+in the same order, and after the same prefixes as by a loop that runs the model once per token.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,10 +21,10 @@ class Steps(Protocol):
     """Chooses the tokens of a batch's rows, each row's one after the other."""
 
     in_step: bool
-    """Whether each call is for all rows; else each is for one row, and rows advance as their drafts allow."""
+    """Whether each call is for all rows, which start together; else each is for one row."""
 
     def choose(self, rows: Sequence[int], logits: torch.Tensor, noise: torch.Tensor | None) -> list[int]:
-        """The next token of each of the `rows`, from the target's `logits [R, V]`; `noise [R, V]` where they sample."""
+        """The next token of each row, from the target's `logits [R, V]`; `noise [R, V]` if they sample."""
 
 
 @dataclass(frozen=True)

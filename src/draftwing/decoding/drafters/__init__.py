@@ -40,7 +40,7 @@ class Drafter(Protocol):
     def see_choices(self, chosen: torch.Tensor) -> None:
         """Take in the target's own token at every node of the tree grown last, `chosen [B, N]`, before `observe`.
 
-        Where nothing was chosen, in rows that choose step by step, stands `~token`, the likeliest token's.
+        Where nothing was chosen, in rows that choose in steps, stands `~token` of the likeliest token.
         Most drafters have no use for what the target says along branches that were not accepted.
         """
         return
