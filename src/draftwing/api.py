@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,20 +20,20 @@ from draftwing.checkpoint.load import (
 from draftwing.config import check_keys
 from draftwing.decoding.acceptance import AcceptanceTable
 from draftwing.decoding.auto_plan import AutoPlan
-from draftwing.decoding.captured import RowsPool
+from draftwing.decoding.captured import CudaRecorder, Recorder
 from draftwing.decoding.costs import CycleCosts, cached_costs, measure_costs
+from draftwing.decoding.engine import Engine, Request, bucket
 from draftwing.decoding.experience import Experience
-from draftwing.decoding.generate import Committed, Generation, Request, plain_plan
+from draftwing.decoding.generate import Committed, Generation
 from draftwing.decoding.lookups import LookupPlan
 from draftwing.decoding.options import GenerateOptions
 from draftwing.decoding.plan import Plan, TreePlan
-from draftwing.decoding.rows import NewRows, Rows
 from draftwing.decoding.statistics import Statistics
 from draftwing.methods import (
     DRAFTLESS_METHODS,
     EAGLE_METHODS,
     default_plan,
-    drafter_factory,
+    new_drafter,
     resolve_method,
     suitable_draft,
     tree_shapes,
@@ -50,6 +50,10 @@ LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "quantize", *HE
     "trust_remote_code",
 )
 """What `load` takes, the most used of `from_pretrained` among them; to suggest one for another."""
+
+
+SMALLEST_CAPACITY = 1024
+"""Tokens that the seats of an engine that is kept hold at least."""
 
 
 @dataclass
@@ -74,6 +78,14 @@ class GenerateOutput:
     statistics: Statistics
 
 
+class _EngineKey(NamedTuple):
+    """What else an engine's drafter is made with."""
+
+    with_lookup: bool
+    draft_window: int | None
+    coupled: bool
+
+
 class SpeculativeModel:
     """A target that generates, optionally with a draft (EAGLE or Medusa heads, a smaller model) by one of METHODS.
 
@@ -93,7 +105,7 @@ class SpeculativeModel:
         self.method = resolve_method(method, draft)
         self._lessons = lessons or Lessons()
         self._captures = capture and target.device.type == "cuda" and not target.is_split
-        self._pools: dict[tuple[bool, int | None], RowsPool] = {}  # by what else a drafter is made with
+        self._engines: dict[_EngineKey, Engine] = {}  # idle ones, kept for their recordings
 
     def with_method(self, method: str) -> "SpeculativeModel":
         """The same weights, decoding another way."""
@@ -157,39 +169,69 @@ class SpeculativeModel:
         requests = [settings.request(row, prompt, eos, decode) for row, prompt in enumerate(prompts)]
         return self.start_requests(requests, settings)
 
-    def start_requests(self, requests: Sequence[Request], settings: GenerateOptions | None = None) -> Generation:
-        """A generation over requests that have their own sampling and stops; of `settings` the drafting counts."""
+    def start_requests(
+        self, requests: Sequence[Request], settings: GenerateOptions | None = None, num_seats: int | None = None
+    ) -> Generation:
+        """A generation over requests that have their own sampling and stops; of `settings` the drafting counts.
+
+        At most `num_seats` of them are decoded at once (None: all); the next one comes when one has ended.
+        """
         settings = settings or GenerateOptions()
         longest = max((len(request.prompt) + request.stop.max_new_tokens for request in requests), default=0)
         self._check_draft_positions(longest)
         with_lookup = self._looks_up(settings)
-        plan = self._plan(settings, requests, with_lookup)
-        factory = drafter_factory(self.method, self.draft, self.target, with_lookup, settings.draft_window)
-        pool = self._pools.setdefault((with_lookup, settings.draft_window), RowsPool())
-        return Generation(self.target, requests, factory, plan, settings.coupled, self._new_rows(pool))
+        num_seats = min(num_seats or len(requests), len(requests))
+        plan = self._plan(settings, requests, num_seats, with_lookup)
+        key = _EngineKey(with_lookup, settings.draft_window, settings.coupled)
+        engine = self._engine(key, num_seats, longest, plan)
+        return Generation(engine, requests, partial(self._keep, key))
+
+    def _engine(self, key: "_EngineKey", num_seats: int, capacity: int, plan: Plan) -> Engine:
+        """An engine for so many requests: a kept one that is large enough, or a new one."""
+        kept = self._engines.pop(key, None)
+        if kept is not None and kept.can_serve(num_seats, capacity, plan):
+            kept.plan = plan
+            return kept
+        shape = plan if isinstance(plan, TreePlan) else None
+        drafter = new_drafter(self.method, self.draft, self.target, key.with_lookup, key.draft_window, shape)
+        if self._captures:  # it is kept, so that it should serve others as well
+            num_seats, capacity = bucket(num_seats), bucket(max(capacity, SMALLEST_CAPACITY))
+        return Engine(self.target, drafter, num_seats, capacity, plan, self._recorder(), key.coupled)
+
+    def _keep(self, key: "_EngineKey", engine: Engine) -> None:
+        if self._captures:
+            self._engines[key] = engine
+
+    def _recorder(self) -> Recorder | None:
+        return CudaRecorder(self.target.device) if self._captures else None
 
     def costs(self, batch_size: int, sampled: bool = False) -> CycleCosts:
         """What a cycle of so many rows costs with this draft, from this process, the disk's cache or a measurement."""
-        bucket, costs = _bucket(batch_size), self._lessons.costs
-        if (bucket, sampled) not in costs:
+        size, costs = bucket(batch_size), self._lessons.costs
+        if (size, sampled) not in costs:
             assert self.draft is not None
             largest = tree_shapes(self.draft, self.target)[-1]
-            factory = drafter_factory(self.method, self.draft, self.target)
-            key = self._identity() | {"batch_size": bucket, "largest": repr(largest), "sampled": sampled}
-            new_rows = self._new_rows(RowsPool())
-            costs[bucket, sampled] = cached_costs(
+            drafter = new_drafter(self.method, self.draft, self.target)
+            key = self._identity() | {"batch_size": size, "largest": repr(largest), "sampled": sampled}
+            costs[size, sampled] = cached_costs(
                 key,
-                lambda: measure_costs(self.target, factory, bucket, largest, new_rows=new_rows, sampled=sampled),
+                lambda: measure_costs(
+                    self.target, drafter, size, largest, recorder=self._recorder(), sampled=sampled
+                ),
             )
-        return costs[bucket, sampled]
+        return costs[size, sampled]
 
-    def _new_rows(self, pool: RowsPool) -> NewRows:
-        """What gives a generation its rows: the pool where cycles are captured."""
-        return pool.take if self._captures else Rows
+    def _known_costs(self, batch_size: int, sampled: bool, num_seats: int) -> CycleCosts:
+        """What a cycle of so many rows costs, or of a few more if that is known; measured for all seats at most.
+
+        Rows that end leave fewer than there were, for which nothing is measured in the middle of a generation.
+        """
+        sizes = [size for size, is_sampled in self._lessons.costs if is_sampled == sampled and size >= batch_size]
+        return self.costs(min(sizes, default=num_seats), sampled)
 
     def experience(self, batch_size: int, sampled: bool) -> Experience:
         """What earlier generations with as many rows, and at first the draft's stored counts, teach the next ones."""
-        key = _bucket(batch_size), sampled
+        key = bucket(batch_size), sampled
         experience = self._lessons.experience
         if key not in experience:
             stored = self._lessons.stored.get("sampled" if sampled else "greedy")
@@ -205,13 +247,14 @@ class SpeculativeModel:
             return settings.ngram
         return self.method in EAGLE_METHODS and (settings.plan or default_plan(self.method)) == "auto"
 
-    def _plan(self, settings: GenerateOptions, requests: Sequence[Request], with_lookup: bool) -> Plan:
-        batch_size, device = len(requests), self.target.device
-        off = plain_plan(self.target, batch_size)
+    def _plan(
+        self, settings: GenerateOptions, requests: Sequence[Request], batch_size: int, with_lookup: bool
+    ) -> Plan:
+        device = self.target.device
         if settings.draft_window is not None and self.method not in EAGLE_METHODS:
             raise ValueError(f"draft_window: limits what an EAGLE head reads; the method is {self.method}")
         if self.method == "plain":
-            return off
+            return TreePlan.off()
         plan = settings.plan or default_plan(self.method)
         if plan == "auto" and self.method in DRAFTLESS_METHODS:  # nothing to size: lookups cost next to nothing
             plan = default_plan(self.method)
@@ -219,18 +262,17 @@ class SpeculativeModel:
         if plan != "auto":
             plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
             if not plan.depth:
-                return off
+                return TreePlan.off()
             return LookupPlan(plan, self.experience(batch_size, sampled).lookups) if with_lookup else plan
         assert self.draft is not None
         shapes = tree_shapes(self.draft, self.target)
         if with_lookup:
             shapes = tuple(shape.with_lookup() for shape in shapes)
+        self.costs(batch_size, sampled)  # measured now, if they are not known
         return AutoPlan(
-            self.costs(batch_size, sampled),
-            self.experience(batch_size, sampled),
-            batch_size,
+            lambda num_rows: self._known_costs(num_rows, sampled, batch_size),
+            lambda num_rows: self.experience(num_rows, sampled),
             shapes[-1],
-            off,
             device,
             fixed_shapes=() if device.type == "cpu" else shapes,
         )
@@ -327,11 +369,6 @@ def load(
 def take_head_options(options: dict[str, Any]) -> HeadOptions:
     """The fields of HeadOptions among the options, which are taken out of them."""
     return HeadOptions(**{name: options.pop(name) for name in tuple(options) if name in HEAD_OPTIONS})
-
-
-def _bucket(batch_size: int) -> int:
-    """The next power of two: batches of like size share what was measured and learnt."""
-    return 1 << (batch_size - 1).bit_length()
 
 
 @cache

@@ -7,8 +7,8 @@ from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.drafters.lookahead import LookaheadDrafter
 from draftwing.decoding.drafters.medusa import MedusaDrafter
 from draftwing.decoding.drafters.ngram import NgramDrafter
+from draftwing.decoding.engine import NewDrafter
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.rows import DrafterFactory
 from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
@@ -91,24 +91,29 @@ def tree_shapes(draft: Draft, target: TargetModel) -> tuple[TreePlan, ...]:
     return tuple(dict.fromkeys(shape.at_most(num_tokens) for shape in shapes))
 
 
-def drafter_factory(
-    method: str, draft: Draft | None, target: TargetModel, with_lookup: bool = False, window: int | None = None
-) -> DrafterFactory:
-    """What builds a method's drafter for a batch; `with_lookup` and `window` are for EAGLE heads."""
+def new_drafter(
+    method: str,
+    draft: Draft | None,
+    target: TargetModel,
+    with_lookup: bool = False,
+    window: int | None = None,
+    plan: TreePlan | None = None,
+) -> NewDrafter:
+    """What makes a method's drafter; `with_lookup` and `window` are for EAGLE heads, `plan` for Lookahead decoding."""
     device = target.device
 
-    def new_drafter(batch_size: int, capacity: int) -> Drafter:
+    def new(num_seats: int, num_slots: int) -> Drafter:
         if method == "ngram":
-            return NgramDrafter(batch_size, capacity, device)
+            return NgramDrafter(num_seats, num_slots, device)
         if method == "lookahead":
-            return LookaheadDrafter(batch_size, capacity, device)
+            return LookaheadDrafter(plan or TreePlan.parse(DEFAULT_PLANS[method]), num_seats, num_slots, device)
         if draft is None or method == "plain":
             return NoDrafter()
         if isinstance(draft, TargetModel):
-            return DraftModelDrafter(draft, target.vocab_size, batch_size, capacity)
+            return DraftModelDrafter(draft, target.vocab_size, num_seats, num_slots)
         if isinstance(draft, MedusaModel):
-            return MedusaDrafter(draft, batch_size, target.dtype, device)
-        ngram = NgramDrafter(batch_size, capacity, device) if with_lookup else None
-        return EagleDrafter(draft, batch_size, capacity, ngram, window)
+            return MedusaDrafter(draft, num_seats, target.dtype, device)
+        ngram = NgramDrafter(num_seats, num_slots, device) if with_lookup else None
+        return EagleDrafter(draft, num_seats, num_slots, ngram, window)
 
-    return new_drafter
+    return new

@@ -23,7 +23,7 @@ from draftwing.checkpoint.load import EMBEDDED, EMBEDDED_PROMPTS, read_draft_fil
 from draftwing.cli import build_parser, main
 from draftwing.cli.arguments import head_options
 from draftwing.data.prompts import Prompt, read_prompts
-from draftwing.decoding.generate import Request
+from draftwing.decoding.engine import Request
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
 from draftwing.evaluation.doctor import (

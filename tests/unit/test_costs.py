@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import costs, eagle
+from conftest import costs, eagle, ngram
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.decoding.costs import CycleCosts, _Cycles, cache_folder, cached_costs, measure_costs
 from draftwing.decoding.drafters import NoDrafter
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.rows import Rows
 from draftwing.decoding.sampling import SamplingParams
+from draftwing.decoding.seats import Seats
 from draftwing.decoding.statistics import STAGES, Statistics
 from draftwing.models.target import TargetModel
 
@@ -27,17 +27,20 @@ def test_every_part_of_a_cycle_is_measured(target: TargetModel, heads: dict[str,
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_they_are_measured_greedily_or_sampled(target: TargetModel, sampled: bool) -> None:
+def test_they_are_measured_greedily_or_sampled(
+    target: TargetModel, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Noise for every node makes a node dearer."""
     temperatures: set[float] = set()
 
-    class Spy(Rows):
-        def begin(self, prompts: list[list[int]], params: Sequence[SamplingParams], depth: int, coupled: bool) -> None:
-            temperatures.update(one.temperature for one in params)
-            super().begin(prompts, params, depth, coupled)
+    admit = Seats.admit
 
-    largest = TreePlan(2, 2, 3)
-    measure_costs(target, lambda rows, capacity: NoDrafter(), 1, largest, num_rounds=1, new_rows=Spy, sampled=sampled)
+    def note(self: Seats, seat: int, prompt: Sequence[int], params: SamplingParams) -> None:
+        temperatures.add(params.temperature)
+        admit(self, seat, prompt, params)
+
+    monkeypatch.setattr(Seats, "admit", note)
+    measure_costs(target, ngram, 1, TreePlan(1, 2, 3), num_rounds=1, sampled=sampled)
     assert temperatures == {1.0 if sampled else 0.0}
 
 
@@ -72,7 +75,7 @@ class Stopwatch:
     """
 
     def __init__(self, seconds: Sequence[float]) -> None:
-        self.statistics, self._seconds, self.waits = Statistics(), seconds, False
+        self.statistics, self._seconds, self.waits = Statistics(), seconds, True
 
     def cycles(self) -> Iterator[None]:
         late = 0.0

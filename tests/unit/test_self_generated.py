@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from draftwing.config import TrainConfig
 from draftwing.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
-from draftwing.decoding.generate import Generation, Request
+from draftwing.decoding.engine import NewDrafter, Request
+from draftwing.decoding.generate import Generation, start_generation
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.rows import DrafterFactory
 from draftwing.models.target import TargetModel
 from draftwing.training.self_generated import EngineAnswers, Shard, StartGeneration, read_prompts, regenerate
 
@@ -47,9 +47,9 @@ def config(tmp_path: Path) -> TrainConfig:
     )  # fmt: skip
 
 
-def engine(target: TargetModel, drafter: DrafterFactory = no_draft, plan: str = "off") -> StartGeneration:
+def engine(target: TargetModel, drafter: NewDrafter = no_draft, plan: str = "off") -> StartGeneration:
     def start(requests: Sequence[Request]) -> Generation:
-        return Generation(target, requests, drafter, TreePlan.parse(plan))
+        return start_generation(target, requests, drafter, TreePlan.parse(plan))
 
     return start
 

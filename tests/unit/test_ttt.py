@@ -304,7 +304,8 @@ def test_training_computes_what_drafting_computes(
     features = torch.cat([output.hidden_states[layer] for layer in head.config.feature_layers], dim=-1)
     drafter = EagleDrafter(head, 1, 40)
     drafter.observe(observed[:, 1:], features[:, :-1], torch.tensor([slot + 1]))
-    tree = drafter.grow(observed[:, -1], TreePlan.chain(STEPS), longest=slot + 1, rank=uncoupled_rank)
+    drafter.catch_up(slot + 1)
+    tree = drafter.grow(observed[:, -1], TreePlan.chain(STEPS), rank=uncoupled_rank)
 
     recorded: list[torch.Tensor] = []
     recorder = copy.copy(head)

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from draftwing.decoding.generate import Generation, Request, plain_plan
+from draftwing.decoding.captured import Recorder
+from draftwing.decoding.engine import Engine, NewDrafter, Request
+from draftwing.decoding.generate import Generation
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.readback import CycleReport
-from draftwing.decoding.rows import DrafterFactory, NewRows, Rows
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.statistics import STAGES
 from draftwing.decoding.stopping import StopRule
@@ -145,12 +146,12 @@ def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts]) -> C
 
 def measure_costs(
     target: TargetModel,
-    new_drafter: DrafterFactory,
+    new_drafter: NewDrafter,
     batch_size: int,
     largest: TreePlan,
     num_rounds: int = 12,
     contexts: Sequence[int] = CONTEXTS,
-    new_rows: NewRows = Rows,
+    recorder: Recorder | None = None,
     sampled: bool = False,
 ) -> CycleCosts:
     """Time the engine's own stages with the plans that tell them apart, up to the largest.
@@ -165,19 +166,23 @@ def measure_costs(
     contexts = sorted({max(1, min(context, limit // 4)) for context in contexts})
     widths = [width for width in WIDTHS if width < largest.width] + [largest.width]
     sizes = [num_nodes for num_nodes in NUM_NODES if num_nodes < largest.num_nodes] + [largest.num_nodes]
-    plans = [plain_plan(target, batch_size)]
+    plans = [TreePlan.off()]
     plans += [_shallowest(num_nodes, widths[-1]) for num_nodes in sizes]
     num_steps = max(1, min(STEPS, largest.depth - 1))
     plans += [TreePlan(width, 1 + num_steps, 2) for width in widths]
+    sampling = SamplingParams(temperature=1.0 if sampled else 0.0)
+    texts = [_requests(target, batch_size, n, plans, -(-num_rounds // PARTS), sampling) for n in contexts]
+    capacity = max(len(request.prompt) + request.stop.max_new_tokens for requests, _ in texts for request in requests)
+    engine = Engine(target, new_drafter, batch_size, capacity, _Schedule(plans, ()), recorder)
+    engine.waits = True  # the next cycle is another plan's
     measured: dict[str, list[Any]] = defaultdict(list)
-    for context in contexts:
-        sampling = SamplingParams(temperature=1.0 if sampled else 0.0)
-        requests, rounds = _requests(target, batch_size, context, plans, -(-num_rounds // PARTS), sampling)
+    for context, (requests, rounds) in zip(contexts, texts, strict=True):
         cycles = _Cycles(plans)
         for _ in range(PARTS):
-            generation = Generation(target, requests, new_drafter, _Schedule(plans, rounds), new_rows=new_rows)
+            engine.plan = _Schedule(plans, rounds)
+            generation = Generation(engine, requests)
             cycles.run(generation, rounds)
-            generation.close()  # the next one takes its rows, with the cycles that were captured for them
+            generation.close()
         plain, *stages = cycles.medians()
         by_nodes, by_width = stages[: len(sizes)], stages[len(sizes) :]
         first = by_nodes[0]
@@ -207,7 +212,7 @@ class _Schedule:
         self._turns = (plans[index] for order in rounds for index in order)
         self.largest = max(plans, key=lambda plan: (plan.num_nodes, plan.depth))
 
-    def next(self, longest: int) -> TreePlan:
+    def next(self, num_rows: int, longest: int) -> TreePlan:
         return next(self._turns)
 
     def learn(self, report: CycleReport) -> None:
@@ -245,7 +250,6 @@ class _Cycles:
 
     def run(self, generation: Generation, rounds: Sequence[Sequence[int]]) -> None:
         """Run these rounds of plans; all but the first count, or the last cycle where a tiny target has no room."""
-        generation.waits = True  # the next cycle is another plan's
         clock = [dict(generation.statistics.seconds)]
         turns = list(itertools.chain(*rounds))
         for _ in itertools.islice(generation.cycles(), len(turns)):

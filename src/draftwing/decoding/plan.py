@@ -75,8 +75,8 @@ class Plan(Protocol):
     def largest(self) -> "TreePlan":
         """The largest plan that `next` gives."""
 
-    def next(self, longest: int) -> "TreePlan":
-        """The next cycle's plan, given the committed tokens of the longest row."""
+    def next(self, num_rows: int, longest: int) -> "TreePlan":
+        """The next cycle's plan for so many rows, given the committed tokens of the longest one."""
 
     def learn(self, report: CycleReport) -> None:
         """Take in what became of the cycle's tree."""
@@ -146,7 +146,7 @@ class TreePlan:
     def largest(self) -> "TreePlan":
         return self
 
-    def next(self, longest: int) -> "TreePlan":
+    def next(self, num_rows: int, longest: int) -> "TreePlan":
         return self
 
     def learn(self, report: CycleReport) -> None:
@@ -186,9 +186,9 @@ class TreePlan:
         return replace(self, depth=depth, num_nodes=min(self.num_nodes, 1 + num_candidates))
 
     @staticmethod
-    def off(num_nodes: int = 1) -> "TreePlan":
-        """No speculation: the root alone, padded to `num_nodes` (see `TargetModel.best_single_row`)."""
-        return TreePlan(0, 0, num_nodes)
+    def off() -> "TreePlan":
+        """No speculation: the root alone."""
+        return TreePlan(0, 0, 1)
 
     @staticmethod
     def chain(depth: int) -> "TreePlan":

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 
 from draftwing.data.prompts import Prompt, has_chat_template
-from draftwing.decoding.generate import Request
+from draftwing.decoding.engine import Request
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
 from draftwing.evaluation.patient import Patient

@@ -13,7 +13,7 @@ from draftwing.checkpoint.load import DraftNetwork, build_head, load_draft, read
 from draftwing.checkpoint.medusa_format import is_medusa
 from draftwing.evaluation.replay import Recording, Trace, replay
 from draftwing.evaluation.suspects import Suspect, head_suspects, precision_suspects
-from draftwing.methods import drafter_factory, resolve_method
+from draftwing.methods import new_drafter, resolve_method
 from draftwing.models.fused import pack_draft
 from draftwing.models.target import TargetModel
 
@@ -76,8 +76,8 @@ class Patient:
         """What the draft does with some options of `load` and `generate` changed."""
         draft, target = self.load(options), self.target
         method, window = resolve_method(None, draft), options.get("draft_window")
-        new_drafter = drafter_factory(method, draft, target, window=window)
-        replays = (replay(recording, new_drafter, DEPTH, draft.dtype, target.device) for recording in recordings)
+        drafter = new_drafter(method, draft, target, window=window)
+        replays = (replay(recording, drafter, DEPTH, draft.dtype, target.device) for recording in recordings)
         return [trace for traces in replays for trace in traces]
 
     def clues(self, target_name: str, longest: int) -> list[str]:

@@ -23,7 +23,9 @@ from draftwing.data.rows import Rejects, made_from, select_rows
 from draftwing.data.shards import check_same_run
 from draftwing.data.sources import RowRef
 from draftwing.decoding.drafters import NoDrafter
-from draftwing.decoding.generate import Generation, Request, RowOutput, plain_plan
+from draftwing.decoding.engine import Request, Seat
+from draftwing.decoding.generate import Generation, start_generation
+from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
 from draftwing.files import write_text
@@ -63,7 +65,7 @@ def write_self_generated(config: TrainConfig) -> dict[str, float]:
     tokenizer = load_tokenizer(config.target)
 
     def start(requests: Sequence[Request]) -> Generation:
-        return Generation(target, requests, lambda rows, capacity: NoDrafter(), plain_plan(target, len(requests)))
+        return start_generation(target, requests, lambda *_: NoDrafter(), TreePlan.off())
 
     return regenerate(config, tokenizer, EngineAnswers(config, tokenizer, start, target.eos_token_ids))
 
@@ -213,7 +215,7 @@ class _Dialogue:
             if not rewritten:  # one row cannot hold answers that its later turns show otherwise: it ends there
                 self.prompt = prompt
 
-    def take(self, output: RowOutput) -> None:
+    def take(self, output: Seat) -> None:
         """Take in the answer to `prompt`; the tokens count, not their text."""
         assert self.prompt is not None
         tokens = torch.tensor(output.tokens)
