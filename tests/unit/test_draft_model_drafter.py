@@ -15,7 +15,7 @@ from draftwing.decoding.sampling import uncoupled_rank
 from draftwing.decoding.tree import DraftTree
 from draftwing.models.target import ATTENTION, TargetModel
 
-UNREAD = 64
+UNREAD = 16
 CAPACITY = 120
 PLANS = ("chain:1", "chain:4", "tree:3x3x9", "tree:4x3x37", "eagle1")
 

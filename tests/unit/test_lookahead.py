@@ -80,7 +80,7 @@ def test_each_cycle_accepts_what_the_slow_one_accepts(target: TargetModel, promp
         slow = SlowLookahead(target, prompt, shape)
         while len(slow.text) < len(prompt) + num_new:
             slow.cycle(is_pool_open=len(slow.num_accepted) >= shape.depth - 1)
-        fast = generate(target, requests_for([prompt], max_new_tokens=num_new, eos=()), lookahead, plan)
+        fast = generate(target, requests_for([prompt], max_new_tokens=num_new, eos=()), lookahead(plan), plan)
         assert fast.outputs[0].tokens == slow.text[len(prompt) :][:num_new]
         assert fast.statistics.num_cycles == len(slow.num_accepted)
     assert generate(target, requests_for(prompts, num_new, ()), no_draft).statistics.acceptance_length == 1
@@ -89,8 +89,8 @@ def test_each_cycle_accepts_what_the_slow_one_accepts(target: TargetModel, promp
 @torch.no_grad()
 def test_rows_have_windows_and_pools_of_their_own(target: TargetModel, prompts: list[list[int]]) -> None:
     requests = requests_for(prompts, max_new_tokens=50, eos=())
-    together = generate(target, requests, lookahead, "lookahead:5x4x3").statistics.num_cycles
-    apart = [generate(target, [request], lookahead, "lookahead:5x4x3").statistics.num_cycles for request in requests]
+    together = generate(target, requests, lookahead("lookahead:5x4x3"), "lookahead:5x4x3").statistics.num_cycles
+    apart = [generate(target, [request], lookahead("lookahead:5x4x3"), "lookahead:5x4x3").statistics.num_cycles for request in requests]
     assert together == sum(apart)
 
 
