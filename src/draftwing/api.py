@@ -24,7 +24,7 @@ from draftwing.decoding.captured import RowsPool
 from draftwing.decoding.costs import CycleCosts, cached_costs, measure_costs
 from draftwing.decoding.experience import Experience
 from draftwing.decoding.generate import Committed, Generation, Request, plain_plan
-from draftwing.decoding.lookups import LookupPlan
+from draftwing.decoding.lookups import LookupPlan, LookupTrial
 from draftwing.decoding.options import GenerateOptions
 from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.rows import NewRows, Rows
@@ -220,7 +220,8 @@ class SpeculativeModel:
             plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
             if not plan.depth:
                 return off
-            return LookupPlan(plan, self.experience(batch_size, sampled).lookups) if with_lookup else plan
+            # A fixed plan's trees depend on its requests alone, not on the generations before: its trial is its own.
+            return LookupPlan(plan, LookupTrial()) if with_lookup else plan
         assert self.draft is not None
         shapes = tree_shapes(self.draft, self.target)
         if with_lookup:
