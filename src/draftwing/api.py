@@ -25,7 +25,7 @@ from draftwing.decoding.costs import CycleCosts, cached_costs, measure_costs
 from draftwing.decoding.engine import Engine, Request, bucket
 from draftwing.decoding.experience import Experience
 from draftwing.decoding.generate import Committed, Generation
-from draftwing.decoding.lookups import LookupPlan
+from draftwing.decoding.lookups import LookupPlan, LookupTrial
 from draftwing.decoding.options import GenerateOptions
 from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.statistics import Statistics
@@ -263,7 +263,8 @@ class SpeculativeModel:
             plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
             if not plan.depth:
                 return TreePlan.off()
-            return LookupPlan(plan, self.experience(batch_size, sampled).lookups) if with_lookup else plan
+            # A fixed plan's trees depend on its requests alone, not on the generations before: its trial is its own.
+            return LookupPlan(plan, LookupTrial()) if with_lookup else plan
         assert self.draft is not None
         shapes = tree_shapes(self.draft, self.target)
         if with_lookup:

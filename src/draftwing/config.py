@@ -129,6 +129,9 @@ class TrainConfig:
     which goes over from KL to the acceptance rate (training/losses.py)."""
     lk_decay: float = 3.0
     """How fast `lk` leaves KL as acceptance rises (eta; arXiv 2602.23881)."""
+    train_embedding: bool = False
+    """Whether a head's own copy of the target's embedding (EAGLE-1's) is trained too; otherwise it stays a copy.
+    Engines that put the target's in its place, as the reference EAGLE code does, then draft with another head."""
     feature_steps: int = 1
     """EAGLE-1's training-time-test steps; with more than 1 it learns to go on from features of its own (as HASS)."""
     feature_noise: float = 0.1
@@ -160,6 +163,10 @@ class TrainConfig:
                 raise ValueError(f"report_to: expected some of {', '.join(TRACKERS)}, got {tracker!r}")
         if self.init_from and self.architecture:
             raise ValueError("architecture: the head of init_from has its own; give one of the two")
+        if self.train_embedding and self.objective not in ("eagle1", "eagle3"):
+            raise ValueError(
+                f"train_embedding: is for an EAGLE head with an embedding of its own, not {self.objective}"
+            )
         self._check_split()
         if self.parallel == "fsdp2" and self.objective == "language_model":
             raise ValueError("parallel: a language_model is trained with ddp; fsdp2 shards heads")

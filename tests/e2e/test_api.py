@@ -486,6 +486,18 @@ def test_lookups_compete_where_trees_size_themselves(model: SpeculativeModel, ta
         assert plain.equal(model.generate(ids, max_new_tokens=20, **options))
 
 
+def test_a_fixed_plan_does_the_same_again(model: SpeculativeModel) -> None:
+    """Its lookups' pauses are those of one generation, so that what came before changes no count."""
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    options: dict[str, Any] = {"plan": "tree:2x2x6", "ngram": True, "max_new_tokens": 60, "temperature": 1.5}
+
+    def counts() -> tuple[int, list[int], list[int]]:
+        figures = model.start(ids.tolist(), **options).run().statistics
+        return figures.num_cycles, figures.accepted_at, figures.reached_at
+
+    assert counts() == counts() == counts()
+
+
 def test_measured_costs_belong_to_one_kind_of_pass(
     target: TargetModel, heads: dict[str, DraftNetwork], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -549,6 +549,22 @@ class TestOptions:
             torch.testing.assert_close(read[step], head.norm(outputs[step - 1]))
             assert not torch.allclose(read[step], outputs[step - 1])
 
+    @pytest.mark.parametrize("trains", [False, True])
+    def test_a_heads_own_embedding_is_trained_if_asked(self, target: TargetModel, trains: bool) -> None:
+        config = dataclasses.replace(EAGLE1, train_embedding=trains)
+        head = new_head(config, target, []).double()
+        before = target.embedding.weight.clone()
+        assert torch.equal(head.get_parameter("embed_tokens.weight"), before), "it starts as a copy"
+        HeadTraining(head, target, config)(*random_batch())["loss"].backward()
+        assert (head.get_parameter("embed_tokens.weight").grad is not None) == trains
+        assert target.embedding.weight.grad is None
+
+    def test_an_embedding_that_is_the_targets_cannot_be_trained(self, target: TargetModel) -> None:
+        with pytest.raises(ValueError, match="train_embedding: this head has no embedding of its own"):
+            new_head(dataclasses.replace(EAGLE3, aux_layers=(1, 3, 5), train_embedding=True), target, [])
+        with pytest.raises(ValueError, match="train_embedding: is for an EAGLE head"):
+            dataclasses.replace(EAGLE3, objective="medusa", train_embedding=True)
+
     def test_a_capped_target_teaches_capped_logits(self, heads: dict[str, DraftNetwork]) -> None:
         capped = gemma2()
         model, (ids, mask) = TargetModel(capped), random_batch()

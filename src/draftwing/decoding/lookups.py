@@ -17,8 +17,8 @@ STUDIED = 2
 class LookupTrial:
     """Tries lookups for a while, pauses them where they bring little, and tries again.
 
-    It outlives a generation, so that short ones come to a verdict together; but the next one waits for a short pause
-    only, for its text may be an edit.
+    Where trees size themselves it outlives a generation, so that short ones come to a verdict together; but the next
+    one waits for a short pause only, for its text may be an edit.
     """
 
     def __init__(self) -> None:

@@ -15,12 +15,12 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One turn of one prompt decoded by one method, `seconds` the median of its repeats and cycles their mean.
+    """One turn of one prompt decoded by one method, `seconds` the median of its repeats and all counts their mean.
 
     Attributes:
         prompt: its number in the data set; `turn` counts from 1.
         num_cycles: None for engines that do not say; then the fields about acceptance are empty.
-        accepted_at, reached_at, stages: as in Statistics; counts are summed over repeats, seconds are their mean.
+        accepted_at, reached_at, stages: as in Statistics, a mean over the repeats.
         identical: whether the output is plain decoding's; None where the two are not comparable.
     """
 
@@ -35,8 +35,8 @@ class Run:
     num_tokens: int
     seconds: float
     num_cycles: float | None
-    accepted_at: list[int]
-    reached_at: list[int]
+    accepted_at: list[float]
+    reached_at: list[float]
     stages: dict[str, float]
     peak_bytes: int | None
     identical: bool | None

@@ -32,8 +32,7 @@ def continued_head(config: TrainConfig, target: TargetModel, train: Sequence[Exa
     if head.config.trained_length is not None or config.sequence_length > head.config.window:
         longest = max(config.sequence_length, head.config.window)
         head.config = dataclasses.replace(head.config, trained_length=longest)
-    if hasattr(head, "embed_tokens"):
-        head.embed_tokens.requires_grad_(False)
+    _freeze_embedding(head, config)
     if isinstance(head, EagleModel) or config.draft_vocab_size is None:
         return head
     old, size = head.vocab, target.vocab_size
@@ -106,11 +105,12 @@ def new_head(config: TrainConfig, target: TargetModel, train: Sequence[Example])
         _initialise(head)
         with torch.no_grad():
             head.embed_tokens.weight.copy_(target.embedding.weight)  # type: ignore[arg-type]
-        head.embed_tokens.requires_grad_(False)
+        _freeze_embedding(head, config)
         return head
     target_ids = most_frequent_tokens(train, config.draft_vocab_size, target.vocab_size)
     head = build_network(sizes, target, target_ids)
     assert not isinstance(head, EagleModel)
+    _freeze_embedding(head, config)
     _initialise(head)
     with torch.no_grad():
         rows = next(target.output_head.parameters())
@@ -133,6 +133,18 @@ def coverage(head: DraftNetwork, train: Sequence[Example]) -> float | None:
         return None
     counts = count_supervised(train, head.config.vocab_size)
     return float(counts[target_ids.cpu()].sum() / counts.sum().clamp(min=1))
+
+
+def _freeze_embedding(head: DraftNetwork, config: TrainConfig) -> None:
+    """Train a head's own embedding only if the recipe says so.
+
+    Raises:
+        ValueError: it says so, and the head reads its target's.
+    """
+    if hasattr(head, "embed_tokens"):
+        head.embed_tokens.requires_grad_(config.train_embedding)
+    elif config.train_embedding:
+        raise ValueError("train_embedding: this head has no embedding of its own, it reads its target's")
 
 
 def _initialise(head: DraftNetwork) -> None:
