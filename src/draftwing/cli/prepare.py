@@ -133,7 +133,9 @@ def _answer_by_engine(options: argparse.Namespace, shard: "Shard") -> dict[str, 
 
     model = load(options.target, options.draft, options.dtype, options.device)
     config = _as_stage(options, model.target.max_positions)
-    answers = EngineAnswers(config, model.tokenizer, model.start_requests, model.target.eos_token_ids)
+    answers = EngineAnswers(
+        config, model.tokenizer, model.start_requests, model.target.eos_token_ids, model.target.vocab_size
+    )
     return regenerate(config, model.tokenizer, answers, shard)
 
 
