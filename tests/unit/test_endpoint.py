@@ -206,7 +206,7 @@ def test_reasoning_is_kept_for_the_template(config: TrainConfig, server: Server,
     server.reply = lambda request: said("four", **{name: "two and two", "refusal": None, "tool_calls": []})
     expected = {"role": "assistant", "content": "four", "reasoning_content": "two and two"}
     assert answer(config, server)[0]["messages"][2] == expected
-    assert server.requests[1]["messages"][2] == expected
+    assert all(request["messages"][2] == expected for request in server.requests if len(request["messages"]) > 2)
 
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
@@ -233,7 +233,7 @@ def test_no_tools_are_no_field(config: TrainConfig, server: Server) -> None:
 
 
 def test_a_conversation_ends_with_a_tool_call(config: TrainConfig, server: Server) -> None:
-    """Nobody runs the tool. The call's arguments are a mapping, as templates want them; some servers name no content."""
+    """Nobody runs the tool. Its arguments are a mapping, as templates want them; some servers name no content."""
     write_tools(config, [TOOL])
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
     message = {"role": "assistant", "tool_calls": [call]}

@@ -21,6 +21,7 @@ from draftwing.checkpoint.load import load_target, load_tokenizer
 from draftwing.config import TrainConfig
 from draftwing.data.chat import encode_row, normalise, render
 from draftwing.data.corpus import Row
+from draftwing.data.features import check_positions
 from draftwing.data.messages import Message, read_conversation
 from draftwing.data.rows import Rejects, made_from, select_rows
 from draftwing.data.shards import check_same_run
@@ -64,6 +65,7 @@ def write_self_generated(config: TrainConfig) -> dict[str, float]:
     """Write `config.output`, a JSONL file of the rows of EngineAnswers."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     target = load_target(config.target, dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    check_positions(config.sequence_length, target.max_positions, "set it to at most")
     tokenizer = load_tokenizer(config.target)
 
     def start(requests: Sequence[Request]) -> Generation:
