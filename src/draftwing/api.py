@@ -29,6 +29,7 @@ from draftwing.decoding.lookups import LookupPlan, LookupTrial
 from draftwing.decoding.options import GenerateOptions
 from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.statistics import Statistics
+from draftwing.decoding.stopping import exact_decode
 from draftwing.methods import (
     DRAFTLESS_METHODS,
     EAGLE_METHODS,
@@ -165,7 +166,8 @@ class SpeculativeModel:
 
     def _start(self, prompts: Sequence[Sequence[int]], settings: GenerateOptions) -> Generation:
         settings.check(len(prompts), self.target.vocab_size)
-        eos, decode = self._eos_token_ids(settings), None if self.tokenizer is None else self.tokenizer.decode
+        eos = self._eos_token_ids(settings)
+        decode = None if self.tokenizer is None else exact_decode(self.tokenizer)
         requests = [settings.request(row, prompt, eos, decode) for row, prompt in enumerate(prompts)]
         return self.start_requests(requests, settings)
 
@@ -340,7 +342,8 @@ def load(
         options: `quantize="int8"` (or int4, float8) keeps the target's linear layers in fewer bits, by torchao; files
             that are quantised already need none. The fields of HeadOptions (`aux_layers`, `rope_theta`, `norm_output`,
             ...) override what a head's file says (see `draftwing inspect`, `draftwing doctor`). Others go to
-            transformers' `from_pretrained` of the target.
+            transformers' `from_pretrained` of the target; those of HUB_OPTIONS (`revision`, `trust_remote_code`, ...)
+            to its tokenizer's, too.
 
     Raises:
         ValueError: a name that cannot be loaded, a draft that does not fit, a model whose cache cannot be rolled back.
@@ -361,7 +364,7 @@ def load(
         if isinstance(error.__cause__, TypeError):  # no such option; transformers says so when it makes the model
             check_keys([name for name in options if f"'{name}'" in str(error.__cause__)], LOAD_OPTIONS)
         raise
-    tokenizer = load_tokenizer(target)
+    tokenizer = load_tokenizer(target, **options)
     if draft is None:
         return SpeculativeModel(loaded, None, tokenizer, method, capture=capture)
     return SpeculativeModel(loaded, tokenizer=tokenizer, capture=capture).with_draft(draft, method, head_options)

@@ -31,6 +31,13 @@ from draftwing.models.packed import multiplies_bfloat16
 from draftwing.models.target import ATTENTION, Role, TargetModel
 
 TOKENIZER_FILES = ("*.model", "*.txt", "*.tiktoken")
+HUB_OPTIONS = ("cache_dir", "code_revision", "force_download", "local_files_only", "proxies") + (
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+"""What of `from_pretrained`'s options says where files come from and whether their code is run."""
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny"
 """The embedded target, its drafts, and prompts that they were not trained on."""
 EMBEDDED_PROMPTS = EMBEDDED / "prompts.jsonl"
@@ -158,15 +165,16 @@ def load_model(name: str, dtype: torch.dtype | None = None, role: str = "target"
     return model.eval()
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer that belongs to a target.
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """The tokenizer that belongs to a target. Of the model's `options` it takes HUB_OPTIONS.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has none, or it cannot be loaded.
     """
+    options = {key: value for key, value in options.items() if key in HUB_OPTIONS}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_target(name))
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_target(name), **options)
+    except (OSError, ValueError, ImportError) as error:  # one written in Python may need a package
         raise ValueError(f"target: no tokenizer in {name!r}: {error}") from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one without files, from the config
         raise ValueError(f"target: no tokenizer in {name!r}")

@@ -146,7 +146,7 @@ def _timed_run(model: Any, ids: list[int], settings: dict[str, Any]) -> tuple[An
 
     generation, seconds = timed(model.start, [ids], **settings)
     tokens = generation.outputs[0].tokens
-    text = cut_at_stop(model.tokenizer.decode(tokens, skip_special_tokens=True), settings["stop"])
+    text = cut_at_stop(tokens, settings["stop"], model.tokenizer)
     return generation, {
         "text": text,
         "token_ids": tokens,

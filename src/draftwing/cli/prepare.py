@@ -31,12 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         nargs="+",
-        help="stdlib, JSONL files, hub:org/name[/config][:split]; with --features a folder that was prepared",
+        help="stdlib, files (.jsonl, .json, .txt), hub:org/name[/config][:split]; with --features a prepared folder",
     )
     parser.add_argument("--target", required=True, help="tiny, a folder or a hub id; its tokenizer and template count")
     parser.add_argument("--output", required=True, help="a folder; with --regenerate a .jsonl file")
     parser.add_argument("--sequence-length", type=positive, default=2048, help="longest document (default: 2048)")
-    parser.add_argument("--max-rows", type=positive, help="so many training rows, a fair sample (default: all)")
+    parser.add_argument(
+        "--max-rows",
+        type=positive,
+        help="so many training rows, a fair sample; of answers, so many rows in all (default: all)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the order and the sampling (default: 0)")
     parser.add_argument("--workers", type=positive, help="processes that tokenise (default: cores, at most 8)")
     parser.add_argument(
@@ -133,7 +137,9 @@ def _answer_by_engine(options: argparse.Namespace, shard: "Shard") -> dict[str, 
 
     model = load(options.target, options.draft, options.dtype, options.device)
     config = _as_stage(options, model.target.max_positions)
-    answers = EngineAnswers(config, model.tokenizer, model.start_requests, model.target.eos_token_ids)
+    answers = EngineAnswers(
+        config, model.tokenizer, model.start_requests, model.target.eos_token_ids, model.target.vocab_size
+    )
     return regenerate(config, model.tokenizer, answers, shard)
 
 
@@ -153,10 +159,22 @@ def _as_stage(options: argparse.Namespace, max_positions: int | None = None) -> 
     """The options as a recipe's stage `self_generated`; sequences end at the target's last position."""
     from draftwing.config import TrainConfig
 
-    names = ("target", "output", "max_rows", "seed", "temperatures", "max_new_tokens", "batch_size", "prompt_length")
-    values = {name: getattr(options, name) for name in names}
+    names = ("target", "output", "seed", "temperatures", "max_new_tokens", "batch_size", "prompt_length")
+    values = {name: getattr(options, name) for name in names} | _split(options.max_rows)
     length = min(options.sequence_length, max_positions or options.sequence_length)
     return TrainConfig("self_generated", data=tuple(options.data), sequence_length=length, **values)
+
+
+def _split(max_rows: int | None) -> dict[str, int]:
+    """So many rows in all as a stage's training rows and held-out ones."""
+    from draftwing.data.rows import HELD_OUT_SHARE
+
+    if max_rows is None:
+        return {}
+    if max_rows < 2:
+        raise ValueError(f"max_rows: --regenerate writes at least 2 rows (one is held out), got {max_rows}")
+    num_held_out = max(1, int(max_rows * HELD_OUT_SHARE))
+    return {"max_rows": max_rows - num_held_out, "evaluate_rows": num_held_out}
 
 
 def _parse_shard(text: str) -> "Shard":

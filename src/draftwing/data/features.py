@@ -72,6 +72,14 @@ class Job:
     documents: range
 
 
+def check_positions(longest: int, limit: int | None, advice: str) -> None:
+    """Raise a ValueError where a document is longer than a model has positions, which it cannot read as it should."""
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"sequence_length: a document has {longest} tokens and the target {limit} positions; {advice} {limit}"
+        )
+
+
 class FeatureWriter:
     """Runs a target over prepared documents and writes `features [T, F]` and `last_hidden [T, D]`.
 
@@ -116,11 +124,7 @@ class FeatureWriter:
         if not self._layers or not 0 < min(self._layers) <= max(self._layers) <= target.num_layers:
             raise ValueError(f"aux_layers: expected some of 1 to {target.num_layers}, got {self._layers}")
         longest = max(length for examples in self._examples.values() for length in examples.lengths)
-        if target.max_positions is not None and longest > target.max_positions:
-            raise ValueError(
-                f"sequence_length: a document has {longest} tokens and the target {target.max_positions} positions; "
-                f"prepare the data with --sequence-length {target.max_positions}"
-            )
+        check_positions(longest, target.max_positions, "prepare the data with --sequence-length")
 
     @property
     def bytes_per_token(self) -> int:

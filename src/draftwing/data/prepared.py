@@ -131,6 +131,10 @@ class StoredExamples(Sequence[Example]):
         input_ids = self._reader.read("input_ids", start, stop).to(torch.int64)
         return Example(input_ids, self._reader.read("loss_mask", start, stop).clone())
 
+    def each_ids(self) -> Iterator[torch.Tensor]:
+        """The token ids of each file of the whole split."""
+        return self._reader.each("input_ids")
+
     def token_counts(self, vocab_size: int) -> torch.Tensor:
         """How often each token is supervised in the whole split, `[V]`."""
         counts = torch.zeros(vocab_size, dtype=torch.int64)
