@@ -21,7 +21,8 @@ from draftwing.models.attention import grouped_attention
 from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.eagle import EagleModel
 from draftwing.models.eagle3 import Eagle3Model
-from draftwing.models.layers import DecoderLayer, DraftConfig, Rotary, rope_frequencies
+from draftwing.models.layers import DecoderLayer, DraftConfig
+from draftwing.models.rotary import Rotary, rope_frequencies
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
@@ -220,7 +221,7 @@ def test_eagle3_is_a_llama_layer_over_embedding_and_state(options: dict[str, boo
     config = dataclasses.replace(CONFIG, aux_layers=(1, 3, 5), **options)  # type: ignore[arg-type]
     embedding = nn.Embedding(64, 32).double()
     target_ids = torch.arange(0, 48)
-    model = Eagle3Model(config, DraftVocab(target_ids, 64), embedding).double()
+    model = Eagle3Model(config, DraftVocab(target_ids, 64), embedding, nn.Identity()).double()
     randomise(model)
     exact(model.rotary)
     torch.manual_seed(1)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,21 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from draftwing.checkpoint.fit import fit_problems, medusa_problems, tensor_problems, vocabulary_problems
+from draftwing.checkpoint.fields import sort_fields
+from draftwing.checkpoint.fit import (
+    broken_tensors,
+    fit_problems,
+    medusa_problems,
+    tensor_problems,
+    vocabulary_problems,
+)
 from draftwing.checkpoint.formats import (
     FROM_FILE,
     HeadFile,
     HeadOptions,
     TargetSizes,
     Tensors,
+    count_features,
     is_language_model,
     read_head,
 )
@@ -43,6 +53,8 @@ EMBEDDED_DRAFTS = {
 ACCEPTANCE_FILE = "acceptance.json"
 """Beside a draft's weights: how often its tokens were accepted, from `draftwing plan --save`."""
 MEDUSA_FILE = "medusa_lm_head.pt"
+TRAINING_STATE = re.compile(r"(training_args|optimizer\w*|scheduler\w*|sampler\w*|random_states\w*|rng_state\w*)\.")
+"""What trainers leave beside the weights."""
 DraftNetwork = EagleModel | Eagle3Model
 Draft = DraftNetwork | MedusaModel | TargetModel
 """What drafts for a target: an EAGLE head's network, Medusa's heads, or a second causal language model."""
@@ -190,23 +202,50 @@ def read_draft_files(folder: Path) -> tuple[dict[str, Any], Tensors]:
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise ValueError(f"draft: {folder} has no config.json")
-    try:
-        values = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"draft: cannot read {config_path}: {error}") from error
+    values = _read_json(config_path)
     tensors: Tensors = {}
+    for file in _weight_files(folder):
+        tensors |= _read_tensors(file)
+    return values, tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold a draft's weights.
+
+    A training folder has others beside them: the optimizer's state, and under numbered names (model_1.safetensors) what
+    else was prepared for training, as the target's output head.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            return [folder / file for file in sorted({*_read_json(index)["weight_map"].values()})]
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    files = [file for file in files if file.name != "training_args.bin"]  # the Trainer's, beside the weights
-    files = files or sorted(folder.glob(MEDUSA_FILE))
+    files = [file for file in files if not TRAINING_STATE.match(file.name)] or sorted(folder.glob(MEDUSA_FILE))
     if not files:
         raise ValueError(f"draft: {folder} has neither .safetensors nor .bin files")
-    for file in files:
-        try:
-            part = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"draft: cannot read {file}: {error}") from error
-        tensors |= part
-    return values, tensors
+    return files
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"draft: cannot read {file}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"draft: cannot read {file}: expected an object, got {type(values).__name__}")
+    return values
+
+
+def _read_tensors(file: Path) -> Tensors:
+    try:
+        part = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"draft: cannot read {file}: {error}") from error
+    if not isinstance(part, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in part.values()):
+        raise ValueError(f"draft: {file} holds other things than tensors by name; is it a trainer's state?")
+    return part
 
 
 def load_draft(
@@ -280,13 +319,21 @@ def build_head(
 ) -> DraftNetwork:
     """As `load_head`, from a config.json's values and a file's tensors."""
     head = read_head(values, tensors, sizes_of(target), options)
-    for problem in fit_problems(head, sizes_of(target)):
+    for problem in [*fit_problems(head, sizes_of(target)), *sort_fields(values, tensors, head.is_eagle3).refused]:
         raise ValueError(problem)
+    if not head.config.own_lm_head and _is_tied(values) and not _is_tied(target.config.to_dict()):
+        raise ValueError(
+            "tie_word_embeddings: the head's output head is its embedding, which is the target's, whose own is another"
+        )
     network = build_network(head.config, target, head.target_ids, own_embedding="embed_tokens.weight" in head.tensors)
     # Converted before it is filled: a float64 file stays exact.
     network = network.to(device=target.device, dtype=dtype or target.dtype)
     load_strictly(network, head.tensors)
     return network.eval()
+
+
+def _is_tied(values: Mapping[str, Any]) -> bool:
+    return bool(values.get("transformer_layer_config", values).get("tie_word_embeddings"))
 
 
 def _build_medusa(
@@ -314,10 +361,14 @@ def build_network(
     config: DraftConfig, target: TargetModel, target_ids: torch.Tensor | None, own_embedding: bool = False
 ) -> DraftNetwork:
     """A network for `target`, to be filled: EAGLE-3 if the configuration names feature layers, else EAGLE-1."""
+
+    def target_head(output: torch.Tensor) -> torch.Tensor:  # a function: copies share it
+        return target.logits(output.to(target.dtype))
+
     if not config.aux_layers:
-        return EagleModel(config, lambda output: target.logits(output.to(target.dtype)))  # a function: copies share it
+        return EagleModel(config, target_head)
     vocab = DraftVocab(target_ids, target.vocab_size)
-    return Eagle3Model(config, vocab, target.embedding, own_embedding)
+    return Eagle3Model(config, vocab, target.embedding, target_head, own_embedding)
 
 
 def expected_shapes(head: HeadFile) -> dict[str, torch.Size]:
@@ -327,9 +378,9 @@ def expected_shapes(head: HeadFile) -> dict[str, torch.Size]:
 
 def counted_layers(head: HeadFile) -> DraftConfig:
     """A head's configuration with as many feature layers as its weights read; an EAGLE-3 file need not name them."""
-    if not head.is_eagle3:
+    if not head.is_eagle3 or head.config.aux_layers:
         return head.config
-    num_features = head.tensors["fc.weight"].shape[1] // head.config.target_hidden_size
+    num_features = count_features(head.tensors, head.config.target_hidden_size)
     return dataclasses.replace(head.config, aux_layers=tuple(range(1, num_features + 1)))
 
 
@@ -338,14 +389,23 @@ def network_shapes(config: DraftConfig, own_embedding: bool = False) -> dict[str
     of_target, vocab = torch.nn.Identity(), DraftVocab(None, config.vocab_size)
     is_eagle3 = bool(config.aux_layers)
     with torch.device("meta"):
-        network = Eagle3Model(config, vocab, of_target, own_embedding) if is_eagle3 else EagleModel(config, of_target)
+        network = (
+            Eagle3Model(config, vocab, of_target, of_target, own_embedding)
+            if is_eagle3
+            else EagleModel(config, of_target)
+        )
     return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 
 def load_strictly(network: DraftNetwork | MedusaModel, tensors: Tensors) -> None:
-    """Copy the tensors into the network's parameters, each exactly once."""
+    """Copy the tensors into the network's parameters, each exactly once.
+
+    Raises:
+        ValueError: a missing, unknown or misshapen tensor, or one that holds NaN or infinity.
+    """
     expected = dict(network.named_parameters())
-    for problem in tensor_problems({name: p.shape for name, p in expected.items()}, tensors):
+    shapes = {name: parameter.shape for name, parameter in expected.items()}
+    for problem in tensor_problems(shapes, tensors) or broken_tensors(tensors):
         raise ValueError(problem)
     with torch.no_grad():
         for name, parameter in expected.items():

@@ -174,6 +174,7 @@ def _store_features(options: argparse.Namespace) -> None:
     from draftwing.checkpoint.load import load_target, load_tokenizer
     from draftwing.data.features import FeatureWriter, check_features
     from draftwing.data.prepared import is_prepared, open_prepared
+    from draftwing.models.hidden_states import NORMED
 
     if len(options.data) > 1:
         raise ValueError(f"data: --features takes one prepared folder, got {len(options.data)} names")
@@ -183,7 +184,7 @@ def _store_features(options: argparse.Namespace) -> None:
     prepared = open_prepared(options.data[0], load_tokenizer(options.target))
     target = load_target(options.target, parse_dtype(options.dtype), options.device)
     if options.method != "eagle3":
-        layers: tuple[int, ...] = (target.num_layers,)
+        layers: tuple[int, ...] = (NORMED,)
     else:
         layers = tuple(options.aux_layers or default_aux_layers(target.num_layers))
     writer = FeatureWriter(prepared, target, layers, options.storage, Path(options.output))

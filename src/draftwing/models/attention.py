@@ -93,7 +93,7 @@ def attention_forward(
     else:
         is_causal = attention_mask is None and query.shape[2] > 1
         output = grouped_attention(query, key, value, attention_mask, scaling, is_causal)
-    return output.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format), None
+    return output.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).contiguous(), None
 
 
 def _explicit_attention(

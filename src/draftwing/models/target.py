@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Dyna
 from transformers.masking_utils import sdpa_mask
 
 from draftwing.models.attention import attention_forward, has_kernel, pack_mask
-from draftwing.models.hidden_states import recording
+from draftwing.models.hidden_states import NORMED, recording
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.models.logits import LogitTransform
 from draftwing.models.packed import PACKED_DTYPES
@@ -166,8 +166,7 @@ class TargetModel:
             tokens: `[B, N]` token ids.
             depths: `[B, M]` distance from the root; a node's position is its row's length plus this.
             ancestors: `[B, N, M]` bool, True where the column's node is the row's node or an ancestor of it.
-            feature_layers: hidden_states indices whose values are concatenated into the features; the last index
-                is the output of the final norm.
+            feature_layers: numbers of the hidden states (hidden_states.py) that are concatenated into the features.
             last_logits_only: run the output head on the last node alone (prompt positions need no logits).
         """
         num_new, num_behind = ancestors.shape[1:]
@@ -184,19 +183,18 @@ class TargetModel:
 
     def _run(self, tree: TreePass, feature_layers: tuple[int, ...], last_logits_only: bool) -> TargetOutput:
         """The pass itself, by the stock module."""
-        output = self.model(
-            input_ids=tree.tokens,
-            position_ids=tree.positions,
-            attention_mask=tree.masks,
-            past_key_values=SlotCacheView(tree.cache, tree.slots, tree.num_read),
-            use_cache=True,
-            output_hidden_states=bool(feature_layers),
-            logits_to_keep=1 if last_logits_only else 0,
-        )
-        features = None
-        if feature_layers:
-            features = torch.cat([output.hidden_states[index] for index in feature_layers], dim=-1)
-        return TargetOutput(output.logits, features)
+        with recording(self.model.get_decoder(), self.num_layers, feature_layers) as states:
+            output = self.model(
+                input_ids=tree.tokens,
+                position_ids=tree.positions,
+                attention_mask=tree.masks,
+                past_key_values=SlotCacheView(tree.cache, tree.slots, tree.num_read),
+                use_cache=True,
+                logits_to_keep=1 if last_logits_only else 0,
+            )
+        # A split target's states lie on several devices.
+        features = [states[index].to(tree.tokens.device) for index in feature_layers]
+        return TargetOutput(output.logits, torch.cat(features, dim=-1) if features else None)
 
     def prefill(
         self, tokens: torch.Tensor, num_valid: torch.Tensor, cache: KVCache, feature_layers: tuple[int, ...] = ()
@@ -229,11 +227,10 @@ class TargetModel:
             visible = (document_ids[:, :, None] == document_ids[:, None, :]).tril()
             masks = self._masks(visible, positions, positions, self.dtype)
             packed = {"position_ids": positions, "attention_mask": masks}
-        wanted = [index % (self.num_layers + 1) for index in feature_layers]
-        with recording(self.model.get_decoder(), self.num_layers, {*wanted, self.num_layers}) as states:
+        with recording(self.model.get_decoder(), self.num_layers, {*feature_layers, NORMED}) as states:
             self.model(input_ids=tokens, use_cache=False, logits_to_keep=1, **packed)
         states = {index: state.to(tokens.device) for index, state in states.items()}  # a split target's lie on several
-        return RowStates(torch.cat([states[index] for index in wanted], dim=-1), states[self.num_layers])
+        return RowStates(torch.cat([states[index] for index in feature_layers], dim=-1), states[NORMED])
 
     @torch.no_grad()
     def check_logits(self) -> None:
