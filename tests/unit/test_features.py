@@ -235,7 +235,7 @@ class TestFit:
             FeatureWriter(prepared, short, LAYERS, "bf16", tmp_path / "x")
 
     def test_a_folder_of_another_kind(self, prepared: Prepared, target: TargetModel) -> None:
-        with pytest.raises(ValueError, match="expected the format draftwing-features-1"):
+        with pytest.raises(ValueError, match="expected the format draftwing-features-2"):
             FeatureExamples(prepared.examples("train"), str(prepared.folder), target, LAYERS)
         with pytest.raises(ValueError, match=r"cannot read its index\.json"):
             open_prepared("no/such/folder")

@@ -105,7 +105,7 @@ OPTIONAL_NORMS = {"fc_norm": "fc_norm.", "norm_before_fc": "input_norm."}
 
 
 def default_aux_layers(num_layers: int) -> tuple[int, ...]:
-    """EAGLE-3's feature layers as hidden_states indices: 2, n//2, n-3 (reference code).
+    """EAGLE-3's feature layers: 2, n//2, n-3 (reference code).
 
     Raises:
         ValueError: the target is so shallow that they coincide.
@@ -114,6 +114,14 @@ def default_aux_layers(num_layers: int) -> tuple[int, ...]:
     if not 0 < layers[0] < layers[1] < layers[2]:
         raise ValueError(f"aux_layers: a target of {num_layers} layers has no default; name them in ascending order")
     return layers
+
+
+def default_or_none(num_layers: int) -> tuple[int, ...] | None:
+    """The same, None for so shallow a target."""
+    try:
+        return default_aux_layers(num_layers)
+    except ValueError:
+        return None
 
 
 def read_head(
@@ -279,14 +287,15 @@ def _eagle3_config(
         "norm_before_residual": _norm_before_residual(values),
     }
     chosen |= {name: value for name, value in options.given.items() if name in chosen}
+    num_features, has_fc = count_features(tensors, target_hidden_size), "fc.weight" in tensors
     return DraftConfig(
         **common,
         **chosen,
-        aux_layers=_aux_layers(values, count_features(tensors, target_hidden_size), target, options),
+        aux_layers=_aux_layers(values, num_features, has_fc, target, options),
         draft_vocab_size=common["vocab_size"],
         target_hidden_size=target_hidden_size,
         num_hidden_layers=1 + _count_layers(tensors),
-        has_fc="fc.weight" in tensors,
+        has_fc=has_fc,
         own_lm_head="lm_head.weight" in tensors,
     )
 
@@ -304,17 +313,18 @@ def count_features(tensors: Tensors, target_hidden_size: int) -> int:
 
 
 def _aux_layers(
-    values: Mapping[str, Any], num_features: int, target: TargetSizes | None, options: HeadOptions
+    values: Mapping[str, Any], num_features: int, has_fc: bool, target: TargetSizes | None, options: HeadOptions
 ) -> tuple[int, ...]:
     """The feature layers of an EAGLE-3 head; empty where only the target tells and there is none."""
     nested = values.get("eagle_config") or {}
     uses_last = values.get("use_aux_hidden_state", nested.get("use_aux_hidden_state")) is False
     layers = options.aux_layers or ((NORMED,) if uses_last else _stored_aux_layers(values, target))
+    if not has_fc and len(layers or ()) != 1:
+        raise ValueError("fc.weight: missing; only a head that reads one state (use_aux_hidden_state: false) has none")
     if layers is None and target is not None and num_features == 3:
         layers = default_aux_layers(target.num_layers)
     if layers and len(layers) != num_features:
-        reader = "fc.weight reads" if num_features > 1 else "the head reads"
-        raise ValueError(f"aux_layers: {reader} {num_features} layers, but {layers} were named")
+        raise ValueError(f"aux_layers: fc.weight reads {num_features} layers, but {layers} were named")
     return tuple(layers or ())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from draftwing.checkpoint.fields import sort_fields
 from draftwing.checkpoint.fit import (
@@ -38,7 +38,7 @@ from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.layers import DraftConfig
 from draftwing.models.medusa import MedusaConfig, MedusaModel
 from draftwing.models.packed import multiplies_bfloat16
-from draftwing.models.target import ATTENTION, Role, TargetModel
+from draftwing.models.target import ATTENTION, Role, TargetModel, one_line
 
 TOKENIZER_FILES = ("*.model", "*.txt", "*.tiktoken")
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny"
@@ -129,7 +129,7 @@ def _load_on(
         is_quantized = is_quantized_file(resolve_target(name), **options) or "quantization_config" in options
     except OSError as error:
         reason = "cannot load" if Path(resolve_target(name)).is_dir() else "no folder and no reachable hub id:"
-        raise ValueError(f"{role}: {reason} {name!r}: {error}") from error
+        raise ValueError(f"{role}: {reason} {name!r}: {one_line(error)}") from error
     if is_quantized and device.type != "cpu":
         # Weights are packed for the device that they are on, and must not be moved. accelerate places them.
         options = {"device_map": str(device)} | options
@@ -152,12 +152,17 @@ def load_model(name: str, dtype: torch.dtype | None = None, role: str = "target"
             resolve_target(name), dtype=dtype or "auto", output_loading_info=True, **options
         )
     except (OSError, ImportError, TypeError) as error:  # no such model; a package that an option needs; no such option
-        raise ValueError(f"{role}: cannot load {name!r}: {error}") from error
+        raise ValueError(f"{role}: cannot load {name!r}: {one_line(error)}") from error
+    except ValueError as error:  # among others: a model of another kind, with a list of all that are of this one
+        reason = one_line(error)
+        if reason.startswith("Unrecognized configuration class"):
+            reason = f"{_architecture(name, options)} is no causal language model that transformers loads as one"
+        raise ValueError(f"{role}: cannot load {name!r}: {reason}") from error
     except KeyError as error:  # older modules pick their attention from a table of their own (Falcon, GPT-J)
         if error.args != (options["attn_implementation"],):
             raise
         raise ValueError(
-            f"attn_implementation: {name!r} does not know {error}; pass attn_implementation='sdpa' or 'eager'"
+            f"{role}: {name!r} does not know the attention {error}; pass attn_implementation='sdpa' or 'eager'"
         ) from error
     except RuntimeError as error:  # also raised for lack of memory
         if "mismatched_sizes" not in str(error):
@@ -170,6 +175,13 @@ def load_model(name: str, dtype: torch.dtype | None = None, role: str = "target"
     return model.eval()
 
 
+def _architecture(name: str, options: Mapping[str, Any]) -> str:
+    """What a model's config.json says that it is."""
+    known = {key: value for key, value in options.items() if key in ("revision", "trust_remote_code")}
+    config = AutoConfig.from_pretrained(resolve_target(name), **known)
+    return ", ".join(config.architectures or ()) or str(config.model_type)
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer that belongs to a target.
 
@@ -179,7 +191,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_target(name))
     except (OSError, ValueError) as error:
-        raise ValueError(f"target: no tokenizer in {name!r}: {error}") from error
+        raise ValueError(f"target: no tokenizer in {name!r}: {one_line(error)}") from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one without files, from the config
         raise ValueError(f"target: no tokenizer in {name!r}")
     return tokenizer

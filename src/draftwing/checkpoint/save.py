@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from draftwing.checkpoint.fields import LAYER_IDS, rope_scaling_of
-from draftwing.checkpoint.formats import HeadFile, HeadFormat, TargetSizes, Tensors, default_aux_layers
+from draftwing.checkpoint.formats import HeadFile, HeadFormat, TargetSizes, Tensors, default_or_none
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.checkpoint.medusa_format import MedusaHeads, write_medusa
 from draftwing.models.hidden_states import NORMED
@@ -71,10 +71,12 @@ def _feature_values(config: DraftConfig, target: TargetSizes | None) -> dict[str
     if config.aux_layers == (NORMED,):
         return {"eagle_config": {LAYER_IDS: [], "use_aux_hidden_state": False}}
     if NORMED in config.aux_layers:
-        raise ValueError(f"aux_layers: no format has the state behind the final norm beside others: {config.aux_layers}")
+        raise ValueError(
+            f"aux_layers: no format has the state behind the final norm beside others: {config.aux_layers}"
+        )
     if target is None:
         return {LAYER_IDS: list(config.aux_layers)}
-    if not config.aux_layers or config.aux_layers == _default_or_none(target.num_layers):
+    if not config.aux_layers or config.aux_layers == default_or_none(target.num_layers):
         return {}
     nested = {LAYER_IDS: [layer - 1 for layer in config.aux_layers], "use_aux_hidden_state": True}
     return {"eagle_config": nested, LAYER_IDS: list(config.aux_layers)}
@@ -143,13 +145,6 @@ def _file_names(tensors: Tensors, first_layer: str) -> Tensors:
         return re.sub(r"^midlayer\.", f"{first_layer}.", name)
 
     return {file_name(name): tensor for name, tensor in tensors.items()}
-
-
-def _default_or_none(num_layers: int) -> tuple[int, ...] | None:
-    try:
-        return default_aux_layers(num_layers)
-    except ValueError:
-        return None
 
 
 def _write(values: dict[str, Any], tensors: Tensors, folder: Path, name: str, dtype: torch.dtype | None) -> None:

@@ -207,6 +207,9 @@ class FusedTarget(TargetModel):
         self._decoder_layers = [_read_layer(layer, index) for index, layer in enumerate(decoder.layers)]
         self._norm = _read_norm(decoder.norm)
 
+    def _check_tree(self) -> None:
+        """Nothing: the model was checked as it came."""
+
     def _run(self, tree: TreePass, feature_layers: tuple[int, ...], last_logits_only: bool) -> TargetOutput:
         def attend(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
             keys, values = tree.cache.write(layer, keys, values, tree.slots, tree.num_read)

@@ -53,4 +53,6 @@ def _layers_of(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return module
-    raise ValueError(f"{type(decoder).__name__} keeps its {num_layers} layers in no list, so features cannot be read")
+    raise ValueError(
+        f"target: {type(decoder).__name__} keeps its {num_layers} layers in no list, so features cannot be read"
+    )
