@@ -410,7 +410,10 @@ def _required(values: Mapping[str, Any], name: str) -> Any:
 
 def _rope_parameters(values: Mapping[str, Any], options: HeadOptions) -> dict[str, Any]:
     """RoPE settings as the file says or the user, who speaks in the older `rope_theta` and `rope_scaling`."""
-    parameters = rope_of(values if options.rope_scaling is None else values | {"rope_parameters": options.rope_scaling})
+    parameters = rope_of(values)
+    if options.rope_scaling is not None:
+        kept = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
+        parameters = rope_of({**values, "rope_parameters": {**kept, **options.rope_scaling}})
     return parameters | ({} if options.rope_theta is None else {"rope_theta": options.rope_theta})
 
 

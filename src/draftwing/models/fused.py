@@ -243,12 +243,16 @@ def pack_head(head: nn.Module, compiles: bool | None = None) -> None:
     steps = _elementwise(device, compiles)
     pack_linears(head)
     for name, module in list(head.named_modules()):
-        if isinstance(module, Eagle3Layer | DecoderLayer):
-            if _is_packed(module) and module.mlp.activation is functional.silu:
-                fused = FusedEagle3Layer if isinstance(module, Eagle3Layer) else FusedDecoderLayer
-                head.set_submodule(name, fused(module, steps))
+        if isinstance(module, Eagle3Layer) and _is_known(module):
+            head.set_submodule(name, FusedEagle3Layer(module, steps))
+        elif isinstance(module, DecoderLayer) and _is_known(module):
+            head.set_submodule(name, FusedDecoderLayer(module, steps))
         elif isinstance(module, RMSNorm) and name == "norm":
             head.set_submodule(name, FusedNorm(module, steps))
+
+
+def _is_known(layer: Eagle3Layer | DecoderLayer) -> bool:
+    return _is_packed(layer) and layer.mlp.activation is functional.silu
 
 
 class FusedNorm(nn.Module):

@@ -145,7 +145,8 @@ class TargetModel:
     def _decoder(self) -> nn.Module:
         """The part from the embeddings to the final norm. Of BERT's kin, `get_decoder` gives the output head."""
         decoder = self.model.get_decoder()
-        return self.model.base_model if isinstance(decoder, nn.Linear) else decoder
+        part: nn.Module = self.model.base_model if isinstance(decoder, nn.Linear) else decoder
+        return part
 
     def new_cache(self, batch_size: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
         """Slots for `batch_size` rows of at most `capacity` tokens, tree nodes included. Default: `attention_dtype`."""
@@ -334,7 +335,7 @@ class TargetModel:
 
     @property
     def _is_meta(self) -> bool:
-        return self.device.type == "meta"
+        return bool(self.device.type == "meta")
 
     @torch.no_grad()
     def _check_tree(self) -> None:
