@@ -296,7 +296,7 @@ def test_falcon_with_alibi_is_refused() -> None:
 def test_chunked_attention_is_refused() -> None:
     sizes = {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48}
     llama4 = Family("Llama4ForCausalLM", "Llama4TextConfig", sizes, dtype=torch.float32)
-    with pytest.raises(ValueError, match="target: Llama4ForCausalLM cannot be .* layers of type 'chunked_attention'"):
+    with pytest.raises(ValueError, match=r"target: Llama4ForCausalLM cannot be .* layers of type 'chunked_attention'"):
         TargetModel(build(llama4, ATTENTION))
 
 
@@ -324,7 +324,7 @@ def test_an_attention_that_takes_no_tree_mask_is_refused() -> None:
     model = build(FAMILIES["llama"], "sdpa")
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(
-        ValueError, match="target: Llama.* has attn_implementation 'flash_attention_2', which cannot take"
+        ValueError, match=r"target: Llama.* has attn_implementation 'flash_attention_2', which cannot take"
     ):
         TargetModel(model)
 
@@ -382,7 +382,7 @@ def test_a_model_that_gives_nan_is_refused() -> None:
     model = build(FAMILIES["llama"], ATTENTION)
     model.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 5] = torch.nan
     with pytest.raises(
-        ValueError, match="target: LlamaForCausalLM gives NaN: broken weights, or torch.float64 overflows"
+        ValueError, match=r"target: LlamaForCausalLM gives NaN: broken weights, or torch\.float64 overflows"
     ):
         TargetModel(model)
 
@@ -403,6 +403,6 @@ def test_another_kind_of_model_is_refused_in_one_line(name: str, tmp_path: Path)
 def test_an_unknown_model_type_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "tomorrow", "architectures": ["TomorrowForCausalLM"]}')
     for read in (load_target, target_sizes):
-        with pytest.raises(ValueError, match="^target: cannot .* `tomorrow`") as caught:
+        with pytest.raises(ValueError, match=r"^target: cannot .* `tomorrow`") as caught:
             read(str(tmp_path))
         assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Fields of a head's config.json: each is used, changes nothing, or is refused by its name; none is dropped in silence."""
+"""Fields of a head's config.json: each is used, changes nothing, or is refused by its name; none goes unnoticed."""
 
 import json
 import re
@@ -251,7 +251,7 @@ def test_keys_are_written_where_their_value_is_not_the_default(target: TargetMod
 
 
 def test_a_bias_of_fc_is_not_called_bias(target: TargetModel, tmp_path: Path) -> None:
-    """vLLM takes the key for biases of the attention, which no file fills; the reference code takes its absence for yes."""
+    """vLLM takes the key for biases of the attention, which no file fills; the reference code, its absence for yes."""
     of = {"values": TINY.values()}
     assert "bias" not in keys_written({}, target, tmp_path / "with", shapes=eagle1_shapes(TINY, fc_bias=True), **of)
     assert keys_written({}, target, tmp_path / "without", shapes=eagle1_shapes(TINY), **of)["bias"] is False

@@ -459,8 +459,8 @@ class TestRecord:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("aux_layers=[1,2,9]", "error: aux_layers: expected hidden_states indices from 0 to 6, the number of the "),
-        ("aux_layers=[-1,2,3]", "error: aux_layers: expected hidden_states indices from 0 to 6, the number of the "),
+        ("aux_layers=[1,2,9]", "error: aux_layers: expected numbers of hidden states from 0 to 6, the number of the "),
+        ("aux_layers=[-1,2,3]", "error: aux_layers: expected numbers of hidden states from 0 to 6, the number of the "),
         ("architecture.hidden_size=16", "error: architecture.hidden_size: expected the target's 32, got 16"),
     ],
 )
@@ -553,7 +553,9 @@ def test_a_loss_that_explodes_ends_the_run(folder: Path, capsys: pytest.CaptureF
     output = f"exploded_{objective}"
     assert main(command_of(folder, output, f"objective={objective}", "learning_rate=1e30", "warmup_steps=0")) == 2
     said = capsys.readouterr()
-    assert re.search(r"error: training: the (loss|gradient) of step \d+ is not finite; no checkpoint was made", said.err)
+    assert re.search(
+        r"error: training: the (loss|gradient) of step \d+ is not finite; no checkpoint was made", said.err
+    )
     assert "learning_rate (it is 1e+30)" in said.err
     assert not list((folder / output).rglob("*.safetensors")), "nothing of it is left as a head"
     if (folder / output / "training.json").exists():

@@ -1,4 +1,4 @@
-"""What each field of a head's config.json means here: it is used, changes nothing, or makes the head one of another kind.
+"""What each field of a head's config.json means here: it is used, changes nothing, or makes another network of it.
 
 A field that would add, drop or reshape a tensor can change nothing in silence, for every tensor is accounted for. The
 others are listed here, and a field that is in no list is refused.
@@ -146,8 +146,8 @@ def sort_fields(values: Mapping[str, Any], tensor_names: Collection[str], is_eag
             fields.refused.append(f"{path}: {value!r} would change what the head computes, and is not known here")
         else:
             fields.refused.append(
-                f"{path}: a field of config.json that is not known here (its value is {value!r}); if it changes nothing "
-                "of what the head computes, delete it there"
+                f"{path}: a field of config.json that is not known here (its value is {value!r}); if it changes "
+                "nothing of what the head computes, delete it there"
             )
     fields.refused += [*_other_networks(values, layer_values), *_rope_problems(layer_values)]
     if (act := layer_values.get("hidden_act", "silu")) not in ACTIVATIONS:

@@ -359,8 +359,8 @@ def _stored_aux_layers(values: Mapping[str, Any], target: TargetSizes | None) ->
     lists = {name: layers for name, layers in found.items() if layers}
     if values.get("layer_ids") and not lists:
         raise ValueError(
-            f"layer_ids: {values['layer_ids']} may count layers from 0 or from 1; pass aux_layers (--aux-layers), where "
-            "i is the output of layer i"
+            f"layer_ids: {values['layer_ids']} may count layers from 0 or from 1; pass aux_layers (--aux-layers), "
+            "where i is the output of layer i"
         )
     if len(set(lists.values())) > 1:
         said = ", ".join(f"{name} means {list(layers)}" for name, layers in lists.items())

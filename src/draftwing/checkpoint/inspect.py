@@ -8,6 +8,7 @@ import torch
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from draftwing.checkpoint.fields import Fields, sort_fields
 from draftwing.checkpoint.fit import (
     BROKEN,
     broken_tensors,
@@ -16,7 +17,6 @@ from draftwing.checkpoint.fit import (
     tensor_problems,
     vocabulary_problems,
 )
-from draftwing.checkpoint.fields import Fields, sort_fields
 from draftwing.checkpoint.formats import (
     HeadFile,
     TargetSizes,

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     features.add_argument("--features", action="store_true", help="store the target's hidden states for every token")
     features.add_argument("--method", choices=("eagle1", "eagle3", "medusa"), default="eagle3", help="default: eagle3")
     features.add_argument(
-        "--aux-layers", type=int, nargs="+", help="eagle3: hidden_states indices (default: 2 n/2 n-3)"
+        "--aux-layers", type=int, nargs="+", help="eagle3: i is the output of layer i (default: 2 n/2 n-3)"
     )
     features.add_argument("--storage", choices=("bf16", "fp8"), default="bf16", help="default: bf16")
     features.add_argument("--verify", action="store_true", help="check stored features against their checksums")

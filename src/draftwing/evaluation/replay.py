@@ -33,7 +33,7 @@ class Recording:
 
     Attributes:
         tokens: of each row, the prompt's and then the new ones; `num_prompt` of them are the prompt's.
-        features: by hidden_states index, `[S - 1, D]` of each row: at every token but the last. On the host.
+        features: by the hidden state's number, `[S - 1, D]` of each row: at every token but the last. On the host.
         sampling: how each row's tokens were chosen.
         vocab_size: the target's.
     """
@@ -93,7 +93,7 @@ class _Recorder(NoDrafter):
 
 
 def record(target: TargetModel, requests: Sequence[Request], feature_layers: Sequence[int]) -> Recording:
-    """Decode requests plainly, keeping the target's features at these hidden_states indices."""
+    """Decode requests plainly, keeping these hidden states of the target."""
     recorders: list[_Recorder] = []
 
     def new_recorder(batch_size: int, capacity: int) -> _Recorder:

@@ -308,8 +308,8 @@ class TargetModel:
             raise ValueError(f"{self.role}: {name} has its own attention; load it with attn_implementation='eager'")
         if attention not in TREE_ATTENTIONS:
             raise ValueError(
-                f"{self.role}: {name} has attn_implementation {attention!r}, which cannot take a tree mask; load it with "
-                f"one of {TREE_ATTENTIONS}"
+                f"{self.role}: {name} has attn_implementation {attention!r}, which cannot take a tree mask; load it "
+                f"with one of {TREE_ATTENTIONS}"
             )
 
     @torch.no_grad()
@@ -339,7 +339,7 @@ class TargetModel:
 
     @torch.no_grad()
     def _check_tree(self) -> None:
-        """Run a chain that ends in two children, and compare the second with its branch alone, run by the stock module."""
+        """Run a chain that ends in two children, and compare the second with its branch alone by the stock module."""
         if self._is_meta:
             return
         length = 6  # two rows, for some modules cannot do with several

@@ -1,4 +1,4 @@
-"""What ends a run before its last step: SIGTERM and Ctrl-C, with a checkpoint, and a loss that is no number, without."""
+"""What ends a run before its last step: SIGTERM and Ctrl-C, with a checkpoint; a loss that is no number, without."""
 
 import os
 import signal

@@ -155,8 +155,8 @@ class ResumableTrainer(Trainer):
         kept = newest_checkpoint(Path(str(self.args.output_dir)), self.settings)
         saved = "no checkpoint was made before" if kept is None else f"the last good checkpoint is {kept}"
         raise TrainingDiverged(
-            f"training: {what}; {saved}. A lower learning_rate (it is {self.config.learning_rate:g}), more warmup_steps or "
-            "a lower max_grad_norm may help, or a feature or weight that was read is not finite"
+            f"training: {what}; {saved}. A lower learning_rate (it is {self.config.learning_rate:g}), more "
+            "warmup_steps or a lower max_grad_norm may help, or a feature or weight that was read is not finite"
         )
 
     def order(self) -> Any:

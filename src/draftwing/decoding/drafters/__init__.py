@@ -23,7 +23,7 @@ class Drafter(Protocol):
     """The drafting side of a cycle, for B rows. Speculation methods differ only here."""
 
     feature_layers: tuple[int, ...]
-    """The target's hidden_states indices that `observe` wants; none for drafters that read tokens only."""
+    """The numbers of the target's hidden states that `observe` wants; none for drafters that read tokens only."""
 
     is_capturable: bool = False
     """Whether all state is updated where it lies and read from there, so that a cycle can be captured."""
