@@ -78,7 +78,7 @@ class TrainConfig:
     """EAGLE-3's output vocabulary, the data's most frequent tokens; None keeps the whole target vocabulary, with
     `init_from` the head's own; a number there counts the data anew."""
     aux_layers: tuple[int, ...] = ()
-    """EAGLE-3's feature layers as hidden_states indices (0 = embeddings); empty means 2, n//2, n-3."""
+    """EAGLE-3's feature layers: i is the output of layer i (0: the embeddings); empty means 2, n//2, n-3."""
     sequence_length: int = 512
     batch_size: int = 8
     """Rows of one process's forward pass; an optimizer step reads batch_size x accumulation_steps x processes rows."""

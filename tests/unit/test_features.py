@@ -82,9 +82,9 @@ def test_last_hidden_is_the_input_of_the_output_head(tmp_path: Path, prepared: P
 
 
 def test_eagle1_features_are_not_stored_twice(tmp_path: Path, prepared: Prepared, target: TargetModel) -> None:
-    writer = write(prepared, target, tmp_path / "features", layers=(6,))
+    writer = write(prepared, target, tmp_path / "features", layers=(-1,))
     assert writer.bytes_per_token == 2 * 32
-    example = FeatureExamples(prepared.examples("train"), str(tmp_path / "features"), target, (6,))[0]
+    example = FeatureExamples(prepared.examples("train"), str(tmp_path / "features"), target, (-1,))[0]
     assert example.features is not None
     assert example.last_hidden is not None
     assert torch.equal(example.features, example.last_hidden)
@@ -235,7 +235,7 @@ class TestFit:
             FeatureWriter(prepared, short, LAYERS, "bf16", tmp_path / "x")
 
     def test_a_folder_of_another_kind(self, prepared: Prepared, target: TargetModel) -> None:
-        with pytest.raises(ValueError, match="expected the format draftwing-features-1"):
+        with pytest.raises(ValueError, match="expected the format draftwing-features-2"):
             FeatureExamples(prepared.examples("train"), str(prepared.folder), target, LAYERS)
         with pytest.raises(ValueError, match=r"cannot read its index\.json"):
             open_prepared("no/such/folder")

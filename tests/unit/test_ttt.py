@@ -576,7 +576,7 @@ class TestOptions:
         head = new_head(config, model, []).double()
         training = HeadTraining(head, model, config)
         loss = training(ids, mask)["loss"].item()
-        features = torch.cat(capped(input_ids=ids, output_hidden_states=True).hidden_states[:3], dim=-1)
+        features = model.read_rows(ids, (0, 1, 2)).features
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         log_q = head.logits(head(head.fuse(features), shift_left(ids, 1), positions, causal_attention)).log_softmax(-1)
         losses = -(shift_left(expected, 1).softmax(-1) * log_q).sum(-1)

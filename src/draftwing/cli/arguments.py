@@ -65,7 +65,9 @@ def execution(options: argparse.Namespace) -> dict[str, Any]:
 def add_head_options(parser: argparse.ArgumentParser) -> None:
     """What overrides an EAGLE head's file: the fields of HeadOptions (checkpoint/formats.py)."""
     group = parser.add_argument_group("instead of what an EAGLE head's file says (see `draftwing doctor`)")
-    group.add_argument("--aux-layers", type=layers, help="EAGLE-3's feature layers, hidden_states indices: 2,16,29")
+    group.add_argument(
+        "--aux-layers", type=layers, help="EAGLE-3's feature layers, 2,16,29: i is the output of layer i"
+    )
     group.add_argument("--rope-theta", type=float)
     group.add_argument("--rope-scaling", type=json_object, help="a JSON object as in config.json; {} is none")
     for name in ("norm-before-residual", "norm-output"):

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     features.add_argument("--features", action="store_true", help="store the target's hidden states for every token")
     features.add_argument("--method", choices=("eagle1", "eagle3", "medusa"), default="eagle3", help="default: eagle3")
     features.add_argument(
-        "--aux-layers", type=int, nargs="+", help="eagle3: hidden_states indices (default: 2 n/2 n-3)"
+        "--aux-layers", type=int, nargs="+", help="eagle3: i is the output of layer i (default: 2 n/2 n-3)"
     )
     features.add_argument("--storage", choices=("bf16", "fp8"), default="bf16", help="default: bf16")
     features.add_argument("--verify", action="store_true", help="check stored features against their checksums")
@@ -192,6 +192,7 @@ def _store_features(options: argparse.Namespace) -> None:
     from draftwing.checkpoint.load import load_target, load_tokenizer
     from draftwing.data.features import FeatureWriter, check_features
     from draftwing.data.prepared import is_prepared, open_prepared
+    from draftwing.models.hidden_states import NORMED
 
     if len(options.data) > 1:
         raise ValueError(f"data: --features takes one prepared folder, got {len(options.data)} names")
@@ -201,7 +202,7 @@ def _store_features(options: argparse.Namespace) -> None:
     prepared = open_prepared(options.data[0], load_tokenizer(options.target))
     target = load_target(options.target, parse_dtype(options.dtype), options.device)
     if options.method != "eagle3":
-        layers: tuple[int, ...] = (target.num_layers,)
+        layers: tuple[int, ...] = (NORMED,)
     else:
         layers = tuple(options.aux_layers or default_aux_layers(target.num_layers))
     writer = FeatureWriter(prepared, target, layers, options.storage, Path(options.output))

@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> None:
     if options.plan:
         _show_plan(chosen, stages, options)
         return
+    from draftwing.files import to_json
     from draftwing.training.processes import end_processes, is_main_process, start_processes
     from draftwing.training.stopping import TrainingStopped
     from draftwing.training.train import train_stage
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
                 console.rule(f"{stage.objective} -> {stage.output}")
             metrics = train_stage(stage)
             if is_main_process():
-                print(json.dumps({"objective": stage.objective, "output": stage.output, **metrics}), flush=True)
+                print(to_json({"objective": stage.objective, "output": stage.output, **metrics}), flush=True)
     except TrainingStopped as stop:
         if is_main_process():
             console.print(f"{stop}; the same command continues from there", highlight=False, soft_wrap=True)

@@ -31,10 +31,11 @@ from draftwing.data.shards import (
     write_index,
     write_shard,
 )
+from draftwing.models.hidden_states import NORMED
 from draftwing.models.target import TargetModel
 from draftwing.provenance import provenance
 
-FORMAT = "draftwing-features-1"
+FORMAT = "draftwing-features-2"
 Storage = Literal["bf16", "fp8"]
 SHARD_BYTES = 1 << 29
 BATCH_TOKENS = 8192
@@ -83,7 +84,7 @@ def check_positions(longest: int, limit: int | None, advice: str) -> None:
 class FeatureWriter:
     """Runs a target over prepared documents and writes `features [T, F]` and `last_hidden [T, D]`.
 
-    `feature_layers` are hidden_states indices. Where they are the last one alone (EAGLE-1), `last_hidden` is all there
+    `feature_layers` are numbers of hidden states. Where they are -1 alone (EAGLE-1), `last_hidden` is all there
     is to write.
 
     Raises:
@@ -121,7 +122,8 @@ class FeatureWriter:
 
     def _check_fit(self) -> None:
         target = self._target
-        if not self._layers or not 0 < min(self._layers) <= max(self._layers) <= target.num_layers:
+        known = range(1, target.num_layers + 1)
+        if not self._layers or (self._layers != (NORMED,) and not {*self._layers} <= {*known}):
             raise ValueError(f"aux_layers: expected some of 1 to {target.num_layers}, got {self._layers}")
         longest = max(length for examples in self._examples.values() for length in examples.lengths)
         check_positions(longest, target.max_positions, "prepare the data with --sequence-length")
@@ -134,7 +136,7 @@ class FeatureWriter:
     @property
     def _stored_layers(self) -> tuple[int, ...]:
         """The layers that are kept beside the last one."""
-        return () if self._layers == (self._target.num_layers,) else self._layers
+        return () if self._layers == (NORMED,) else self._layers
 
     def estimate(self) -> Estimate:
         """Bytes and time still to come; runs the first batch to time it.
@@ -201,7 +203,7 @@ class FeatureWriter:
         """Hidden states of each document, `[S, layers, D]`, the last one the input of the output head."""
         target = self._target
         ids = nn.utils.rnn.pad_sequence([document.input_ids for document in documents], batch_first=True)
-        states = target.read_rows(ids.to(target.device), (*self._stored_layers, target.num_layers)).features
+        states = target.read_rows(ids.to(target.device), (*self._stored_layers, NORMED)).features
         stacked = states.unflatten(-1, (-1, target.hidden_size)).cpu()
         return [states[: len(document)].clone() for states, document in zip(stacked, documents, strict=True)]
 
@@ -260,7 +262,6 @@ class FeatureExamples(Sequence[Example]):
     ) -> None:
         path = Path(folder)
         index = read_index(path, FORMAT)
-        feature_layers = tuple(target.num_layers if layer == -1 else layer for layer in feature_layers)
         if not index["complete"]:
             raise ValueError(f"features: {folder} is unfinished; run the same `draftwing prepare --features` again")
         expected = {
@@ -275,7 +276,7 @@ class FeatureExamples(Sequence[Example]):
         check_files(path, shards, checksums=False)
         self.lengths = documents.lengths
         self._documents, self._reader = documents, ShardReader(path, shards)
-        self._is_fp8, self._has_own_features = index["storage"] == "fp8", list(feature_layers) != [target.num_layers]
+        self._is_fp8, self._has_own_features = index["storage"] == "fp8", feature_layers != (NORMED,)
 
     def __len__(self) -> int:
         return len(self._documents)

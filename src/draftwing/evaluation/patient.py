@@ -62,12 +62,12 @@ class Patient:
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
-        """The hidden_states indices that the draft reads."""
+        """The numbers of the hidden states that the draft reads."""
         return () if isinstance(self.draft, TargetModel) else self.draft.config.feature_layers
 
     @property
     def layers_of_suspects(self) -> tuple[int, ...]:
-        """The hidden_states indices that the draft and its variants read."""
+        """The numbers of the hidden states that the draft and its variants read."""
         layers = {*self.feature_layers}
         layers.update(*(suspect.options.get("aux_layers", ()) for suspect in self.suspects(longest=0)))
         return tuple(sorted(layers))

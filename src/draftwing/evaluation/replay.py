@@ -34,7 +34,7 @@ class Recording:
 
     Attributes:
         tokens: of each row, the prompt's and then the new ones; `num_prompt` of them are the prompt's.
-        features: by hidden_states index, `[S - 1, D]` of each row: at every token but the last. On the host.
+        features: by the hidden state's number, `[S - 1, D]` of each row: at every token but the last. On the host.
         sampling: how each row's tokens were chosen.
         vocab_size: the target's.
     """

@@ -151,7 +151,7 @@ def _describe_head(
 
 def _read_head(name: str) -> tuple[Shapes, DraftConfig]:
     head = read_head(*read_draft_files(resolve_draft(name)))
-    config = head.config if head.config.aux_layers else counted_layers(head)
+    config = counted_layers(head)
     return {name: shape.numel() for name, shape in expected_shapes(head).items()}, config
 
 

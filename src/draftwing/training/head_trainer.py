@@ -143,6 +143,7 @@ class HeadTrainer(ResumableTrainer):
         if "loss" in logs or prefix:
             metrics = self._module.pop_metrics(not prefix, sum_over_processes)
             logs |= {prefix + name: round(value, 6) for name, value in metrics.items()}
+        self.check_figures(logs)  # a head that is no good cannot decode either
         if prefix and self.prompts:
             logs["eval_tau"] = round(self._decoded_tau(), 4)
         super().log(logs, *args, **kwargs)

@@ -16,6 +16,9 @@ from draftwing.models.eagle import EagleModel
 from draftwing.models.layers import DraftConfig
 from draftwing.models.target import TargetModel
 
+OF_FILES_ALONE = {"has_fc", "own_lm_head"}
+"""What a new head always has."""
+
 
 def continued_head(config: TrainConfig, target: TargetModel, train: Sequence[Example]) -> DraftNetwork:
     """The head of `init_from`, for this target; with a `draft_vocab_size`, over the most frequent tokens of this data.
@@ -40,15 +43,16 @@ def continued_head(config: TrainConfig, target: TargetModel, train: Sequence[Exa
         raise ValueError("draft_vocab_size: a head of another width than its target's cannot take over its output rows")
     new_ids = most_frequent_tokens(train, config.draft_vocab_size, size)
     target_ids = torch.arange(size) if new_ids is None else new_ids
-    rows = next(target.output_head.parameters()).detach().to(head.lm_head.weight).clone()
+    rows = next(target.output_head.parameters()).detach().to(head.norm.weight).clone()
     old_ids = torch.arange(len(old)) if old.target_ids is None else old.target_ids
-    rows[old_ids.to(rows.device)] = head.lm_head.weight.detach()
-    sizes = dataclasses.replace(head.config, draft_vocab_size=target_ids.numel())
+    if head.config.own_lm_head:
+        rows[old_ids.to(rows.device)] = head.lm_head.weight.detach()
+    sizes = dataclasses.replace(head.config, draft_vocab_size=target_ids.numel(), own_lm_head=True)
     network = build_network(sizes, target, new_ids, own_embedding=hasattr(head, "embed_tokens")).to(target.device)
     tensors = {name: parameter.detach() for name, parameter in head.named_parameters()}
     load_strictly(network, tensors | {"lm_head.weight": rows[target_ids.to(rows.device)]})
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(head.get_parameter(name).requires_grad)
+        parameter.requires_grad_(name != "embed_tokens.weight")
     return network.train()
 
 
@@ -64,7 +68,7 @@ def new_config(config: TrainConfig, target_config: Any, vocab_size: int) -> Draf
     def of_target(name: str, otherwise: Any) -> Any:
         return getattr(target_config, name, None) or otherwise
 
-    check_keys(config.architecture, {field.name for field in dataclasses.fields(DraftConfig)})
+    check_keys(config.architecture, {field.name for field in dataclasses.fields(DraftConfig)} - OF_FILES_ALONE)
     hidden_size, num_heads = int(target_config.hidden_size), target_config.num_attention_heads
     sizes: dict[str, Any] = {
         "hidden_size": hidden_size,
@@ -92,7 +96,7 @@ def new_config(config: TrainConfig, target_config: Any, vocab_size: int) -> Draf
 
 def _check_layers(layers: Sequence[int], num_layers: int) -> None:
     if wrong := [layer for layer in layers if not 0 <= layer <= num_layers]:
-        expected = f"hidden_states indices from 0 to {num_layers}, the number of the target's layers"
+        expected = f"numbers of hidden states from 0 to {num_layers}, the number of the target's layers"
         raise ValueError(f"aux_layers: expected {expected}, got {wrong[0]}")
 
 

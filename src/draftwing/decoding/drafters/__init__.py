@@ -24,7 +24,7 @@ class Drafter(BySeat):
     """The drafting side of a cycle, by seat. Speculation methods differ only here.
 
     Attributes:
-        feature_layers: the target's hidden_states indices that `observe` wants; none where tokens are enough.
+        feature_layers: the numbers of the target's hidden states that `observe` wants; none where tokens are enough.
         is_capturable: whether all state is updated where it lies and read from there, so that a cycle can be captured.
         bound: the host's upper bound of the seats' committed tokens, the roots not included.
     """
