@@ -1,6 +1,7 @@
-"""The speculation methods by name: which draft each one uses, its plan unless one is named, and who grows its trees."""
+"""The speculation methods by name: which draft each one uses, and who grows its trees."""
 
 from draftwing.checkpoint.load import Draft
+from draftwing.config import METHODS
 from draftwing.decoding.drafters import Drafter, NoDrafter
 from draftwing.decoding.drafters.draft_model import DraftModelDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
@@ -13,16 +14,6 @@ from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
 
-EAGLE_METHODS = ("eagle1", "eagle2", "eagle3")
-DRAFTLESS_METHODS = ("plain", "ngram", "lookahead")
-METHODS = (*DRAFTLESS_METHODS, *EAGLE_METHODS, "medusa", "draft_model")
-DEFAULT_PLANS = {
-    "plain": "off",
-    "ngram": "chain:6",
-    "lookahead": "lookahead:15x5x15",
-    "eagle1": "eagle1",
-    "medusa": "medusa",
-}
 SUITABLE_DRAFTS = {
     "eagle1": "tiny-eagle1",
     "eagle2": "tiny-eagle1",
@@ -75,11 +66,6 @@ def _methods_of(draft: Draft) -> tuple[str, tuple[str, ...]]:
 def suitable_draft(draft: str, method: str | None) -> str:
     """The embedded draft that suits the method, if `draft` is `tiny`; other names are left as they are."""
     return SUITABLE_DRAFTS.get(method or "", draft) if draft == "tiny" else draft
-
-
-def default_plan(method: str) -> str:
-    """A method's plan unless one is named: the papers' shapes, and trees that size themselves for the others."""
-    return DEFAULT_PLANS.get(method, "auto")
 
 
 def tree_shapes(draft: Draft, target: TargetModel) -> tuple[TreePlan, ...]:

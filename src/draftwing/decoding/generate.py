@@ -60,7 +60,7 @@ class Generation:
         coupled: bool = True,
         new_rows: NewRows = Rows,
     ) -> None:
-        _check_prompts(target, requests)
+        check_requests(target, requests)
         self.outputs = [RowOutput() for _ in requests]
         self.statistics = Statistics()
         self._plan = plan
@@ -153,7 +153,8 @@ def plain_plan(target: TargetModel, batch_size: int) -> TreePlan:
     return TreePlan.off(target.best_single_row if batch_size == 1 else 1)
 
 
-def _check_prompts(target: TargetModel, requests: Sequence[Request]) -> None:
+def check_requests(target: TargetModel, requests: Sequence[Request]) -> None:
+    """Raise a ValueError for prompts that a Generation could not begin with."""
     if not requests:
         raise ValueError("requests: expected at least one prompt")
     limit = target.max_positions

@@ -15,6 +15,7 @@ from draftwing.data.prompts import Prompt, has_chat_template
 from draftwing.decoding.generate import Request
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
+from draftwing.evaluation.intervals import FEWEST_PROMPTS
 from draftwing.evaluation.patient import Patient
 from draftwing.evaluation.replay import Recording, Trace, record
 from draftwing.evaluation.suspects import Suspect
@@ -22,8 +23,6 @@ from draftwing.evaluation.trials import Finding, Steps, Trials, compare
 from draftwing.models.target import TargetModel
 
 BATCH = 8
-FEWEST_PROMPTS = 4
-"""An interval over fewer prompts means nothing."""
 TEXT_GAIN = 2.0
 """Raw and templated prompts lead to other text, whose tau differs by up to 1.7 times without a fault, as measured."""
 HOPELESS, PROMISING = 1.1, 1.5

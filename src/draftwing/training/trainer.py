@@ -1,6 +1,7 @@
 """The transformers Trainer with our recipe's settings: processes, checkpoints, resume, schedule, logging."""
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from draftwing.training.checkpoints import (
 from draftwing.training.display import ProgressDisplay, RecordKeeper
 from draftwing.training.processes import is_main_process, num_processes, wait_for_others
 from draftwing.training.stopping import StopOnSignal, TrainingStopped
+
+logger = logging.getLogger(__name__)
 
 
 class ShuffledOrder(Sampler[int]):
@@ -95,6 +98,8 @@ class ResumableTrainer(Trainer):
         """
         checkpoint = newest_checkpoint(Path(str(self.args.output_dir)), self.settings)
         wait_for_others()  # nobody writes before everyone has looked
+        if checkpoint is not None and is_main_process():
+            logger.info("resuming from %s", checkpoint)
         with StopOnSignal() as stop:
             self.add_callback(stop)
             self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
