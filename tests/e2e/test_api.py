@@ -491,7 +491,7 @@ def test_measured_costs_belong_to_one_kind_of_pass(
 ) -> None:
     """A user's own model has another attention than what `load` makes, and other seconds."""
     keys: list[str] = []
-    monkeypatch.setattr("draftwing.api.cached_costs", lambda key, measure: keys.append(json.dumps(key, default=str)))
+    monkeypatch.setattr("draftwing.api.cached_costs", lambda key, measure, since: keys.append(json.dumps(key, default=str)))
     for _ in range(2):
         SpeculativeModel(target, heads["eagle3"]).costs(1)
     assert keys[0] == keys[1]

@@ -30,7 +30,7 @@ from draftwing.decoding.drafting import check_drafting
 SUMMARY = "Generate text with a target and a draft: EAGLE or Medusa heads, a smaller model, or none."
 EXAMPLES = """examples:
   draftwing generate --target tiny --draft tiny --prompt "def main(args):"
-  draftwing generate --target tiny --draft tiny --prompt - < beginning.py
+  draftwing generate --target tiny --draft tiny --prompt -  # standard input
   draftwing generate --target path/to/large-model --draft path/to/small-model --prompt "def main(args):"
   draftwing generate --target tiny --draft tiny --prompt "x = [1, 2, 3]" --plan tree:4x4x16 --ngram
   draftwing generate --target tiny --draft tiny --prompt "x = [1, 2, 3]" --quantize int8
