@@ -514,7 +514,7 @@ def test_lookahead_needs_no_draft(model: SpeculativeModel, target: TargetModel) 
     for method in (model.with_method("lookahead"), SpeculativeModel(target, method="lookahead")):
         for plan in (None, "auto", "off", "lookahead:3x3x3"):
             assert plain.equal(method.generate(ids, max_new_tokens=20, plan=plan))
-    with pytest.raises(ValueError, match="lookahead:WxNxG is for the method lookahead"):
+    with pytest.raises(ValueError, match="lookahead:WxNxG are for the method lookahead"):
         model.generate(ids, plan="lookahead:3x3x3")
 
 

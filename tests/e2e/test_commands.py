@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
+from rich.progress import Progress
 
 import draftwing
 from draftwing.checkpoint.load import EMBEDDED, load_tokenizer
-from draftwing.cli import main
+from draftwing.cli import _noted, main
 
 SIZES = {
     "hidden_size": 32,
@@ -363,6 +366,17 @@ def test_a_machine_is_measured_once_and_said_to_be(
     monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path / "other"))
     draftwing.load(str(folder / "target"), str(folder / "eagle3")).costs(1)
     assert "measuring" not in capsys.readouterr().err
+
+
+def test_a_note_does_not_break_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    """It goes to whoever shows the bar, in a line of its own."""
+    terminal = io.StringIO()
+    with _noted(), Progress(console=Console(file=terminal, force_terminal=True, width=80)) as progress:
+        progress.add_task("measuring")
+        progress.refresh()
+        logging.getLogger("draftwing.decoding.costs").info("a note")
+    assert re.search(r"(\n|\x1b\[2K)a note\s*\n", terminal.getvalue())
+    assert capsys.readouterr().err == ""
 
 
 def test_chat_needs_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

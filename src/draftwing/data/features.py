@@ -106,7 +106,10 @@ class FeatureWriter:
             self._index = earlier
         self._done = shards_of(self._index)
         if num_done := sum(map(len, self._done.values())):
-            logger.info("resuming from %s: %d files are there", folder, num_done)
+            what = (
+                "finished already: %s, %d files" if self._index["complete"] else "resuming from %s: %d files are there"
+            )
+            logger.info(what, folder, num_done)
         self._check_fit()
         check_files(folder, [shard for shards in self._done.values() for shard in shards], checksums=False)
         per_shard = max(1, SHARD_BYTES // self.bytes_per_token)
