@@ -1,5 +1,6 @@
 """The Python API: `load` a target with a draft, then `generate` or `stream`."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -17,12 +18,13 @@ from draftwing.checkpoint.load import (
     read_acceptance,
     resolve_draft,
 )
-from draftwing.config import check_keys
+from draftwing.config import DRAFTLESS_METHODS, DTYPES, EAGLE_METHODS, check_keys
 from draftwing.decoding.acceptance import AcceptanceTable
 from draftwing.decoding.auto_plan import AutoPlan
 from draftwing.decoding.captured import CudaRecorder, Recorder
 from draftwing.decoding.costs import CycleCosts, cached_costs, measure_costs
-from draftwing.decoding.engine import Engine, Request, bucket
+from draftwing.decoding.drafting import check_drafting, plan_for
+from draftwing.decoding.engine import Engine, Request, bucket, check_requests
 from draftwing.decoding.experience import Experience
 from draftwing.decoding.generate import Committed, Generation
 from draftwing.decoding.lookups import LookupPlan, LookupTrial
@@ -31,9 +33,6 @@ from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.statistics import Statistics
 from draftwing.decoding.stopping import exact_decode
 from draftwing.methods import (
-    DRAFTLESS_METHODS,
-    EAGLE_METHODS,
-    default_plan,
     new_drafter,
     resolve_method,
     suitable_draft,
@@ -44,7 +43,7 @@ from draftwing.models.target import TargetModel
 from draftwing.provenance import provenance
 
 HEAD_OPTIONS = tuple(HeadOptions.__dataclass_fields__)
-LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "quantize", *HEAD_OPTIONS) + (
+LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "remeasure", "quantize", *HEAD_OPTIONS) + (
     "attn_implementation",
     "device_map",
     "revision",
@@ -62,11 +61,17 @@ class Lessons:
     """What trees that size themselves know: a draft's `stored` acceptance counts, and what this process has learnt.
 
     `costs` and `experience` are by batch size (its next power of two) and by whether tokens are sampled.
+    Costs that were measured before the time `costs_since` are not believed.
     """
 
     stored: Mapping[str, Any] = field(default_factory=dict)
     costs: dict[tuple[int, bool], CycleCosts] = field(default_factory=dict)
     experience: dict[tuple[int, bool], Experience] = field(default_factory=dict)
+    costs_since: float = 0.0
+
+    def of_another(self, stored: Mapping[str, Any]) -> "Lessons":
+        """Those of another draft or method, for which nothing has been learnt yet."""
+        return Lessons(stored, costs_since=self.costs_since)
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class SpeculativeModel:
 
     def with_method(self, method: str) -> "SpeculativeModel":
         """The same weights, decoding another way."""
-        lessons = Lessons(self._lessons.stored)
+        lessons = self._lessons.of_another(self._lessons.stored)
         return SpeculativeModel(self.target, self.draft, self.tokenizer, method, lessons, self._captures)
 
     def with_draft(
@@ -121,7 +126,7 @@ class SpeculativeModel:
     ) -> "SpeculativeModel":
         """The same target with a draft that is loaded for it; arguments and errors are those of `load`."""
         drafting = load_draft(draft, self.target, options=head_options, tokenizer=self.tokenizer)
-        lessons = Lessons(read_acceptance(draft))
+        lessons = self._lessons.of_another(read_acceptance(draft))
         return SpeculativeModel(self.target, pack_draft(drafting), self.tokenizer, method, lessons, self._captures)
 
     def generate(
@@ -164,12 +169,19 @@ class SpeculativeModel:
         """A generation over prompts given as token ids, prefilled and ready to cycle."""
         return self._start(prompts, _read_options(options))
 
+    def check(self, prompts: Sequence[Sequence[int]], **options: Any) -> None:
+        """Raise the ValueError that `start` would raise for one of these prompts, or for the options."""
+        settings = _read_options(options)
+        self._check(self._requests(prompts, settings), settings)
+
     def _start(self, prompts: Sequence[Sequence[int]], settings: GenerateOptions) -> Generation:
+        return self.start_requests(self._requests(prompts, settings), settings)
+
+    def _requests(self, prompts: Sequence[Sequence[int]], settings: GenerateOptions) -> list[Request]:
         settings.check(len(prompts), self.target.vocab_size)
         eos = self._eos_token_ids(settings)
         decode = None if self.tokenizer is None else exact_decode(self.tokenizer)
-        requests = [settings.request(row, prompt, eos, decode) for row, prompt in enumerate(prompts)]
-        return self.start_requests(requests, settings)
+        return [settings.request(row, prompt, eos, decode) for row, prompt in enumerate(prompts)]
 
     def start_requests(
         self, requests: Sequence[Request], settings: GenerateOptions | None = None, num_seats: int | None = None
@@ -179,12 +191,12 @@ class SpeculativeModel:
         At most `num_seats` of them are decoded at once (None: all); the next one comes when one has ended.
         """
         settings = settings or GenerateOptions()
-        longest = max((len(request.prompt) + request.stop.max_new_tokens for request in requests), default=0)
-        self._check_draft_positions(longest)
+        self._check(requests, settings)  # before anything is measured
         with_lookup = self._looks_up(settings)
         num_seats = min(num_seats or len(requests), len(requests))
         plan = self._plan(settings, requests, num_seats, with_lookup)
         key = _EngineKey(with_lookup, settings.draft_window, settings.coupled)
+        longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
         engine = self._engine(key, num_seats, longest, plan)
         return Generation(engine, requests, partial(self._keep, key))
 
@@ -207,6 +219,12 @@ class SpeculativeModel:
     def _recorder(self) -> Recorder | None:
         return CudaRecorder(self.target.device) if self._captures else None
 
+    def _check(self, requests: Sequence[Request], settings: GenerateOptions) -> None:
+        drafting = settings.plan, settings.ngram, settings.draft_window, settings.coupled
+        check_drafting(self.method, *drafting)
+        check_requests(self.target, requests)
+        self._check_draft_positions(max(len(request.prompt) + request.stop.max_new_tokens for request in requests))
+
     def costs(self, batch_size: int, sampled: bool = False) -> CycleCosts:
         """What a cycle of so many rows costs with this draft, from this process, the disk's cache or a measurement."""
         size, costs = bucket(batch_size), self._lessons.costs
@@ -220,6 +238,7 @@ class SpeculativeModel:
                 lambda: measure_costs(
                     self.target, drafter, size, largest, recorder=self._recorder(), sampled=sampled
                 ),
+                self._lessons.costs_since,
             )
         return costs[size, sampled]
 
@@ -243,28 +262,20 @@ class SpeculativeModel:
 
     def _looks_up(self, settings: GenerateOptions) -> bool:
         """Whether n-grams are merged into the trees."""
-        if settings.ngram and self.method not in EAGLE_METHODS:
-            raise ValueError(f"ngram: merges into EAGLE trees; the method is {self.method}")
         if settings.ngram is not None:
             return settings.ngram
-        return self.method in EAGLE_METHODS and (settings.plan or default_plan(self.method)) == "auto"
+        return self.method in EAGLE_METHODS and plan_for(self.method, settings.plan) is None
 
     def _plan(
         self, settings: GenerateOptions, requests: Sequence[Request], batch_size: int, with_lookup: bool
     ) -> Plan:
         device = self.target.device
-        if settings.draft_window is not None and self.method not in EAGLE_METHODS:
-            raise ValueError(f"draft_window: limits what an EAGLE head reads; the method is {self.method}")
-        if self.method == "plain":
-            return TreePlan.off()
-        plan = settings.plan or default_plan(self.method)
-        if plan == "auto" and self.method in DRAFTLESS_METHODS:  # nothing to size: lookups cost next to nothing
-            plan = default_plan(self.method)
+        plan = plan_for(self.method, settings.plan)
         sampled = any(request.sampling.temperature > 0 for request in requests)
-        if plan != "auto":
-            plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
+        if plan is not None:
             if not plan.depth:
                 return TreePlan.off()
+            plan = plan.cut_to(max(request.stop.max_new_tokens for request in requests))
             # A fixed plan's trees depend on its requests alone, not on the generations before: its trial is its own.
             return LookupPlan(plan, LookupTrial()) if with_lookup else plan
         assert self.draft is not None
@@ -325,6 +336,7 @@ def load(
     device: str | torch.device = "cpu",
     method: str | None = None,
     capture: bool = True,
+    remeasure: bool = False,
     **options: Any,
 ) -> SpeculativeModel:
     """Load a target and a draft, ready to generate.
@@ -337,8 +349,10 @@ def load(
         dtype: of both models, `torch.float32` or "float32"; default: the target file's, but float32 on a CPU that has
             no bf16 products.
         device: of both models.
-        method: one of METHODS; default: what the draft is made for (eagle2 for an EAGLE-1 file).
+        method: one of METHODS; default: what the draft is made for (eagle2 for an EAGLE-1 file). With one that needs no
+            draft, none is loaded.
         capture: on a CUDA device, record cycles once and replay them (CUDA graphs).
+        remeasure: measure anew what a cycle costs, by which trees size themselves; else it is kept on disk for 30 days.
         options: `quantize="int8"` (or int4, float8) keeps the target's linear layers in fewer bits, by torchao; files
             that are quantised already need none. The fields of HeadOptions (`aux_layers`, `rope_theta`, `norm_output`,
             ...) override what a head's file says (see `draftwing inspect`, `draftwing doctor`). Others go to
@@ -358,16 +372,21 @@ def load(
     draft = None if draft is None or method in DRAFTLESS_METHODS else suitable_draft(draft, method)
     if draft is not None:
         resolve_draft(draft)  # a wrong name is known before the target is loaded
+    elif head_options.given:
+        raise ValueError(f"{', '.join(head_options.given)}: for an EAGLE head, and no draft is loaded")
+    else:
+        resolve_method(method, None)
     try:
         loaded = pack_target(load_target(target, parse_dtype(dtype), device, **options))
     except ValueError as error:
         if isinstance(error.__cause__, TypeError):  # no such option; transformers says so when it makes the model
             check_keys([name for name in options if f"'{name}'" in str(error.__cause__)], LOAD_OPTIONS)
         raise
-    tokenizer = load_tokenizer(target, **options)
+    lessons = Lessons(costs_since=time.time() if remeasure else 0.0)
+    model = SpeculativeModel(loaded, None, load_tokenizer(target, **options), None, lessons, capture)
     if draft is None:
-        return SpeculativeModel(loaded, None, tokenizer, method, capture=capture)
-    return SpeculativeModel(loaded, tokenizer=tokenizer, capture=capture).with_draft(draft, method, head_options)
+        return model if method is None else model.with_method(method)
+    return model.with_draft(draft, method, head_options)
 
 
 def take_head_options(options: dict[str, Any]) -> HeadOptions:
@@ -393,10 +412,10 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A dtype from its name; None stays None."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    if dtype not in known:
-        raise ValueError(f"dtype: expected one of {', '.join(known)}, got {dtype!r}")
-    return known[dtype]
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    known: torch.dtype = getattr(torch, dtype)
+    return known
 
 
 def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:

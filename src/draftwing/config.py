@@ -8,8 +8,6 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
-
 Config = TypeVar("Config")
 Objective = Literal["language_model", "self_generated", "eagle1", "eagle3", "medusa"]
 Loss = Literal["kl", "cross_entropy", "lk"]
@@ -17,6 +15,11 @@ Parallel = Literal["ddp", "fsdp2"]
 Schedule = Literal["cosine", "linear"]
 CHOICES = {"objective": Objective, "loss": Loss, "parallel": Parallel, "schedule": Schedule}
 """The keys of a recipe that are one of a few words."""
+EAGLE_METHODS = ("eagle1", "eagle2", "eagle3")
+DRAFTLESS_METHODS = ("plain", "ngram", "lookahead")
+METHODS = (*DRAFTLESS_METHODS, *EAGLE_METHODS, "medusa", "draft_model")
+"""The speculation methods (methods.py says what each is made of)."""
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 QUANTIZATIONS = ("int8", "int4", "float8")
 """How a target's linear layers can be kept in fewer bits (checkpoint/quantize.py)."""
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -258,6 +261,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[TrainCo
     Raises:
         ValueError: no such file, no YAML, or a wrong key or value (named).
     """
+    import yaml  # not by every command
+
     if not Path(path).is_file():
         raise ValueError(f"recipe: no such file: {path}")
     try:
@@ -281,6 +286,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[TrainCo
 
 
 def _overridden(stage: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    import yaml
+
     values = dict(stage)
     for override in overrides:
         key, equals, text = override.partition("=")

@@ -1,28 +1,20 @@
-"""The speculation methods by name: which draft each one uses, its plan unless one is named, and who grows its trees."""
+"""The speculation methods by name: which draft each one uses, and who grows its trees."""
 
 from draftwing.checkpoint.load import Draft
+from draftwing.config import METHODS
 from draftwing.decoding.drafters import Drafter, NoDrafter
 from draftwing.decoding.drafters.draft_model import DraftModelDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.drafters.lookahead import LookaheadDrafter
 from draftwing.decoding.drafters.medusa import MedusaDrafter
 from draftwing.decoding.drafters.ngram import NgramDrafter
+from draftwing.decoding.drafting import default_plan
 from draftwing.decoding.engine import NewDrafter
 from draftwing.decoding.plan import TreePlan
 from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
 
-EAGLE_METHODS = ("eagle1", "eagle2", "eagle3")
-DRAFTLESS_METHODS = ("plain", "ngram", "lookahead")
-METHODS = (*DRAFTLESS_METHODS, *EAGLE_METHODS, "medusa", "draft_model")
-DEFAULT_PLANS = {
-    "plain": "off",
-    "ngram": "chain:6",
-    "lookahead": "lookahead:15x5x15",
-    "eagle1": "eagle1",
-    "medusa": "medusa",
-}
 SUITABLE_DRAFTS = {
     "eagle1": "tiny-eagle1",
     "eagle2": "tiny-eagle1",
@@ -77,11 +69,6 @@ def suitable_draft(draft: str, method: str | None) -> str:
     return SUITABLE_DRAFTS.get(method or "", draft) if draft == "tiny" else draft
 
 
-def default_plan(method: str) -> str:
-    """A method's plan unless one is named: the papers' shapes, and trees that size themselves for the others."""
-    return DEFAULT_PLANS.get(method, "auto")
-
-
 def tree_shapes(draft: Draft, target: TargetModel) -> tuple[TreePlan, ...]:
     """The shapes that trees which size themselves have, or on a CPU their bound; the largest last."""
     shapes = (LARGEST_ON_CPU,) if target.device.type == "cpu" else FIXED_SHAPES
@@ -106,7 +93,7 @@ def new_drafter(
         if method == "ngram":
             return NgramDrafter(num_seats, num_slots, device)
         if method == "lookahead":
-            return LookaheadDrafter(plan or TreePlan.parse(DEFAULT_PLANS[method]), num_seats, num_slots, device)
+            return LookaheadDrafter(plan or TreePlan.parse(default_plan(method)), num_seats, num_slots, device)
         if draft is None or method == "plain":
             return NoDrafter()
         if isinstance(draft, TargetModel):

@@ -113,7 +113,10 @@ def test_prepare_shows_documents(folder: Path, capsys: pytest.CaptureFixture[str
     captured = capsys.readouterr()
     assert captured.out.count("green is supervised") == 2
     assert "draft vocabulary of" in captured.out
+    said = captured.err.splitlines()
+    assert said[0] == f"finished already: {folder / 'prepared'}"
     assert "1 of 81 rows cannot be used" in captured.err
+    assert said[-1] == f"saved to {folder / 'prepared'}"
 
 
 def test_training_from_the_folder_equals_training_from_the_rows(

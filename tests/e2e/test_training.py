@@ -333,6 +333,8 @@ class TestResume:
         assert "not finished" in (folder / output / "training.html").read_text(encoding="utf-8")
         stop_at_5.undo()
         assert train(folder, output, f"objective={objective}")["finished"]
+        checkpoint = folder / output / "checkpoints" / "checkpoint-5"
+        assert f"resuming from {checkpoint}\n" in capsys.readouterr().err
         assert_same(weights_of(folder, output), weights_of(folder, expected), rtol=0, atol=0)
 
     def test_a_second_ctrl_c_stops_at_once(self) -> None:

@@ -5,6 +5,7 @@ A token costs F + D values (EAGLE-3: four hidden states): bf16, or fp8 e4m3 with
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,8 @@ from draftwing.data.shards import (
 from draftwing.models.hidden_states import NORMED
 from draftwing.models.target import TargetModel
 from draftwing.provenance import provenance
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "draftwing-features-2"
 Storage = Literal["bf16", "fp8"]
@@ -111,6 +114,11 @@ class FeatureWriter:
             check_same_run(folder, earlier, {name: self._index[name] for name in fixed})
             self._index = earlier
         self._done = shards_of(self._index)
+        if num_done := sum(map(len, self._done.values())):
+            what = (
+                "finished already: %s, %d files" if self._index["complete"] else "resuming from %s: %d files are there"
+            )
+            logger.info(what, folder, num_done)
         self._check_fit()
         check_files(folder, [shard for shards in self._done.values() for shard in shards], checksums=False)
         per_shard = max(1, SHARD_BYTES // self.bytes_per_token)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +28,8 @@ from draftwing.decoding.stopping import StopRule
 from draftwing.models.target import TargetModel
 
 logger = logging.getLogger(__name__)
+DAYS_KEPT = 30
+"""After which a measurement is made anew: drivers, neighbours and cooling change."""
 NUM_NODES = (2, 4, 8, 12, 16, 24, 32, 48, 64)
 WIDTHS = (1, 4, 8)
 CONTEXTS = (64, 512)
@@ -126,16 +129,22 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "draftwing"
 
 
-def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts]) -> CycleCosts:
-    """The costs measured earlier under the same key, or measured now and kept on disk if that can be written."""
+def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts], since: float = 0.0) -> CycleCosts:
+    """The costs measured earlier under the same key, or measured now and kept on disk if that can be written.
+
+    Those from before `since` (seconds, as time.time gives them) and those older than DAYS_KEPT do not count.
+    """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     file = cache_folder() / "costs" / f"{digest}.json"
     try:
-        return CycleCosts.from_dict(json.loads(file.read_text(encoding="utf-8"))["costs"])
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if max(since, time.time() - DAYS_KEPT * 86400) <= record["measured_at"] <= time.time():
+            return CycleCosts.from_dict(record["costs"])
     except (OSError, ValueError, KeyError, TypeError):  # not measured yet, or a file that something else wrote
-        logger.info("measuring this machine once, which takes a few seconds")
-        costs = measure()
-    record = json.dumps({"key": key, "costs": costs.as_dict()}, indent=2, default=str)
+        pass
+    logger.info("measuring this machine once, which takes a few seconds; kept for %d days", DAYS_KEPT)
+    costs = measure()
+    record = json.dumps({"key": key, "measured_at": time.time(), "costs": costs.as_dict()}, indent=2, default=str)
     partial = file.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)

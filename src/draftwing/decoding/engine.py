@@ -117,19 +117,8 @@ class Engine:
 
     def check(self, request: Request, name: str = "the prompt") -> None:
         """Raise a ValueError, which names the field, for a request that no seat can serve."""
-        num_prompt, num_new = len(request.prompt), request.stop.max_new_tokens
-        vocab_size, positions = self.target.vocab_size, self.target.max_positions
-        if num_prompt == 0:
-            raise ValueError(f"input_ids: {name} is empty; at least one token is needed")
-        for limit, whose in ((positions, "the model's {} positions"), (self.capacity, "a seat's {} tokens")):
-            if limit is not None and num_prompt + num_new > limit:
-                raise ValueError(
-                    f"max_new_tokens: {name} has {num_prompt} tokens, and {num_new} new ones would pass "
-                    f"{whose.format(limit)}"
-                )
-        if min(request.prompt) < 0 or max(request.prompt) >= vocab_size:
-            raise ValueError(f"input_ids: {name} has ids outside the vocabulary of {vocab_size}")
-        request.sampling.check(vocab_size)
+        check_request(self.target, request, name)
+        _check_room(request, name, self.capacity, "a seat's {} tokens")
 
     @torch.inference_mode()
     def admit(self, request: Request) -> Seat | None:
@@ -265,3 +254,30 @@ class Engine:
 def bucket(num_rows: int) -> int:
     """The next power of two: batches of like size share recordings, and what was measured and learnt."""
     return 1 << (max(num_rows, 1) - 1).bit_length()
+
+
+def check_requests(target: TargetModel, requests: Sequence[Request]) -> None:
+    """Raise a ValueError for no requests, or for one that a target cannot serve; it names the prompt and the field."""
+    if not requests:
+        raise ValueError("input_ids: expected at least one prompt")
+    for row, request in enumerate(requests):
+        check_request(target, request, f"prompt {row}")
+
+
+def check_request(target: TargetModel, request: Request, name: str) -> None:
+    """Raise a ValueError for an empty prompt, ids outside the vocabulary, or more tokens than the target's positions."""
+    if not request.prompt:
+        raise ValueError(f"input_ids: {name} is empty; at least one token is needed")
+    if target.max_positions is not None:
+        _check_room(request, name, target.max_positions, "the model's {} positions")
+    if min(request.prompt) < 0 or max(request.prompt) >= target.vocab_size:
+        raise ValueError(f"input_ids: {name} has ids outside the vocabulary of {target.vocab_size}")
+    request.sampling.check(target.vocab_size)
+
+
+def _check_room(request: Request, name: str, limit: int, whose: str) -> None:
+    num_prompt, num_new = len(request.prompt), request.stop.max_new_tokens
+    if num_prompt + num_new > limit:
+        raise ValueError(
+            f"max_new_tokens: {name} has {num_prompt} tokens, and {num_new} new ones would pass {whose.format(limit)}"
+        )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from draftwing.decoding.captured import Recorder
-from draftwing.decoding.engine import Engine, Event, NewDrafter, Request, Seat
+from draftwing.decoding.engine import Engine, Event, NewDrafter, Request, Seat, check_requests
 from draftwing.decoding.plan import Plan
 from draftwing.decoding.statistics import Statistics
 from draftwing.models.target import TargetModel
@@ -32,8 +32,7 @@ class Generation:
     def __init__(
         self, engine: Engine, requests: Sequence[Request], give_back: Callable[[Engine], None] | None = None
     ) -> None:
-        if not requests:
-            raise ValueError("requests: expected at least one prompt")
+        check_requests(engine.target, requests)
         for row, request in enumerate(requests):
             engine.check(request, f"prompt {row}")
         self.statistics = Statistics()

@@ -1,6 +1,7 @@
 """An evaluation's runs, kept on disk one line each, so that a stopped evaluation goes on where it was."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -9,6 +10,7 @@ from typing import Any
 
 from draftwing.files import write_text
 
+logger = logging.getLogger(__name__)
 FILE = "runs.jsonl"
 Settings = Mapping[str, Any]
 
@@ -87,6 +89,7 @@ class Journal:
             self.runs[run.key] = run
         if self.runs:
             self._check_settings(before, json.loads(json.dumps(settings)))
+            logger.info("resuming from %s: %d runs are there", self._file, len(self.runs))
 
     def add(self, run: Run) -> None:
         """Keep a run, on disk before anything else happens."""

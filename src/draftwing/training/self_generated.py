@@ -5,6 +5,7 @@ engine have the token ids that it chose, in every turn, and beside them the conv
 """
 
 import json
+import logging
 import math
 import random
 from collections import deque
@@ -34,6 +35,8 @@ from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule, exact_decode
 from draftwing.files import write_text
 from draftwing.training.checkpoints import contents_of, data_content_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def regenerate(
     settings |= {"prompts": len(prompts), "shard": f"{shard.number}/{shard.count}"}
     num_done = _resume(output, settings, contents_of(config) | data_content_of(config))
     mine = prompts[shard.number - 1 :: shard.count]
+    if num_done:
+        logger.info("resuming from %s: %d of %d rows are there", output, num_done, len(mine))
     num_tokens = num_failed = 0
     shown = track(answer(mine[num_done:]), "self-generated rows", len(mine), num_done, console=Console(stderr=True))
     with output.open("a", encoding="utf-8") as file:

@@ -1,6 +1,7 @@
 """The transformers Trainer with our recipe's settings: processes, checkpoints, resume, schedule, logging."""
 
 import importlib.util
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ from draftwing.training.checkpoints import (
 from draftwing.training.display import ProgressDisplay, RecordKeeper
 from draftwing.training.processes import is_main_process, num_processes, sum_over_processes, wait_for_others
 from draftwing.training.stopping import StopOnSignal, TrainingDiverged, TrainingStopped
+
+logger = logging.getLogger(__name__)
 
 
 class ShuffledOrder(Sampler[int]):
@@ -101,6 +104,8 @@ class ResumableTrainer(Trainer):
         """
         checkpoint = newest_checkpoint(Path(str(self.args.output_dir)), self.settings)
         wait_for_others()  # nobody writes before everyone has looked
+        if checkpoint is not None and is_main_process():
+            logger.info("resuming from %s", checkpoint)
         with StopOnSignal() as stop:
             self.add_callback(stop)
             try:
