@@ -54,6 +54,8 @@ LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "remeasure", "q
 
 SMALLEST_CAPACITY = 1024
 """Tokens that the seats of an engine that is kept hold at least."""
+Prompts = torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Any]
+"""Token ids as tensors or lists, or a tokenizer's encoding of them."""
 
 
 @dataclass
@@ -129,17 +131,49 @@ class SpeculativeModel:
         lessons = self._lessons.of_another(read_acceptance(draft))
         return SpeculativeModel(self.target, pack_draft(drafting), self.tokenizer, method, lessons, self._captures)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the target lies."""
+        return torch.device(self.target.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The target's."""
+        dtype: torch.dtype = self.target.dtype
+        return dtype
+
+    @property
+    def config(self) -> Any:
+        """The target's configuration, as transformers has it."""
+        return self.target.model.config
+
+    def to(self, *args: Any, **kwargs: Any) -> "SpeculativeModel":
+        """This model, where it is there already; arguments as `torch.nn.Module.to` has them.
+
+        Raises:
+            ValueError: another device or dtype; weights are laid out for theirs when they are loaded.
+        """
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        is_there = device is None or (device.type == self.device.type and device.index in (None, self.device.index))
+        if not is_there or dtype not in (None, self.dtype):
+            raise ValueError(
+                f"to: the weights are laid out for {self.device} and {self.dtype}; give `load` another device or dtype"
+            )
+        return self
+
     def generate(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        input_ids: Prompts,
+        attention_mask: Any = None,
         return_dict_in_generate: bool = False,
         **options: Any,
     ) -> torch.Tensor | GenerateOutput:
         """Generate for a batch of prompts, the same tokens as plain decoding would.
 
         Args:
-            input_ids: `[B, S]`; ragged prompts are padded on either side and `attention_mask [B, S]` tells.
+            input_ids: token ids `[B, S]`, or one prompt's `[S]`, as a tensor or lists; or what a tokenizer or
+                `apply_chat_template(return_dict=True)` gives, with its mask. Ragged prompts are padded on either side
+                and `attention_mask [B, S]` tells.
             return_dict_in_generate: return a GenerateOutput with statistics instead of the ids `[B, S + new]`.
             options: the fields of GenerateOptions.
 
@@ -147,6 +181,7 @@ class SpeculativeModel:
             ValueError: an option out of range, an empty or too long prompt; the message names the field.
         """
         settings = _read_options(options)
+        input_ids, attention_mask = read_prompts(input_ids, attention_mask)
         generation = self._start(unpad(input_ids, attention_mask), settings).run()
         rows = [output.tokens for output in generation.outputs]
         sequences = append_padded(input_ids, rows, self._pad_token_id(settings))
@@ -155,11 +190,9 @@ class SpeculativeModel:
         reasons = [output.finish_reason or "" for output in generation.outputs]
         return GenerateOutput(sequences, rows, reasons, generation.statistics)
 
-    def stream(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any
-    ) -> Iterator[Committed]:
+    def stream(self, input_ids: Prompts, attention_mask: Any = None, **options: Any) -> Iterator[Committed]:
         """Generate as `generate` does, yielding the tokens that each cycle commits, per row."""
-        generation = self.start(unpad(input_ids, attention_mask), **options)
+        generation = self.start(unpad(*read_prompts(input_ids, attention_mask)), **options)
         try:
             yield from generation.cycles()
         finally:
@@ -172,12 +205,13 @@ class SpeculativeModel:
     def check(self, prompts: Sequence[Sequence[int]], **options: Any) -> None:
         """Raise the ValueError that `start` would raise for one of these prompts, or for the options."""
         settings = _read_options(options)
-        self._check(self._requests(prompts, settings), settings)
+        self._check(self.requests(prompts, settings), settings)
 
     def _start(self, prompts: Sequence[Sequence[int]], settings: GenerateOptions) -> Generation:
-        return self.start_requests(self._requests(prompts, settings), settings)
+        return self.start_requests(self.requests(prompts, settings), settings)
 
-    def _requests(self, prompts: Sequence[Sequence[int]], settings: GenerateOptions) -> list[Request]:
+    def requests(self, prompts: Sequence[Sequence[int]], settings: GenerateOptions) -> list[Request]:
+        """What each prompt asks for."""
         settings.check(len(prompts), self.target.vocab_size)
         eos = self._eos_token_ids(settings)
         decode = None if self.tokenizer is None else exact_decode(self.tokenizer)
@@ -195,7 +229,7 @@ class SpeculativeModel:
         with_lookup = self._looks_up(settings)
         num_seats = min(num_seats or len(requests), len(requests))
         plan = self._plan(settings, requests, num_seats, with_lookup)
-        key = _EngineKey(with_lookup, settings.draft_window, settings.coupled)
+        key = _EngineKey(with_lookup, settings.draft_window, settings.coupled is not False)
         longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
         engine = self._engine(key, num_seats, longest, plan)
         return Generation(engine, requests, partial(self._keep, key))
@@ -223,6 +257,10 @@ class SpeculativeModel:
         drafting = settings.plan, settings.ngram, settings.draft_window, settings.coupled
         check_drafting(self.method, *drafting)
         check_requests(self.target, requests)
+        if torch.is_autocast_enabled(self.device.type):
+            raise ValueError(
+                "torch.autocast: not supported by draftwing; load the model in the dtype that it shall have"
+            )
         self._check_draft_positions(max(len(request.prompt) + request.stop.max_new_tokens for request in requests))
 
     def costs(self, batch_size: int, sampled: bool = False) -> CycleCosts:
@@ -235,9 +273,7 @@ class SpeculativeModel:
             key = self._identity() | {"batch_size": size, "largest": repr(largest), "sampled": sampled}
             costs[size, sampled] = cached_costs(
                 key,
-                lambda: measure_costs(
-                    self.target, drafter, size, largest, recorder=self._recorder(), sampled=sampled
-                ),
+                lambda: measure_costs(self.target, drafter, size, largest, recorder=self._recorder(), sampled=sampled),
                 self._lessons.costs_since,
             )
         return costs[size, sampled]
@@ -266,9 +302,7 @@ class SpeculativeModel:
             return settings.ngram
         return self.method in EAGLE_METHODS and plan_for(self.method, settings.plan) is None
 
-    def _plan(
-        self, settings: GenerateOptions, requests: Sequence[Request], batch_size: int, with_lookup: bool
-    ) -> Plan:
+    def _plan(self, settings: GenerateOptions, requests: Sequence[Request], batch_size: int, with_lookup: bool) -> Plan:
         device = self.target.device
         plan = plan_for(self.method, settings.plan)
         sampled = any(request.sampling.temperature > 0 for request in requests)
@@ -418,12 +452,37 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return known
 
 
+def read_prompts(input_ids: Prompts, attention_mask: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Prompts and their mask as tensors `[B, S]`, from whatever `generate` takes.
+
+    Raises:
+        ValueError: neither token ids nor an encoding of nothing but ids and their mask.
+    """
+    if isinstance(input_ids, Mapping):
+        check_keys(input_ids, ("input_ids", "attention_mask"))
+        if "input_ids" not in input_ids:
+            raise ValueError("input_ids: missing from what was given")
+        attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
+        input_ids = input_ids["input_ids"]
+    ids = _as_rows("input_ids", input_ids)
+    if (ids.is_floating_point() and ids.numel()) or ids.dtype == torch.bool:
+        raise ValueError(f"input_ids: expected token ids [B, S], got {ids.dtype}")
+    return ids, None if attention_mask is None else _as_rows("attention_mask", attention_mask)
+
+
+def _as_rows(name: str, values: Any) -> torch.Tensor:
+    """Values `[B, S]`, or `[S]` as one row."""
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}: expected numbers in rows of one length [B, S], got {values!r}") from None
+    if tensor.ndim not in (1, 2):
+        raise ValueError(f"{name}: expected shape [B, S], got {list(tensor.shape)}")
+    return tensor if tensor.ndim == 2 else tensor[None]
+
+
 def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
     """The prompts of a padded batch `[B, S]` as lists of ids; the mask's zeros are dropped."""
-    if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
-        raise ValueError(f"input_ids: expected a tensor of token ids [B, S], got {input_ids!r}")
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids: expected shape [B, S], got {list(input_ids.shape)}")
     if attention_mask is None:
         rows: list[list[int]] = input_ids.tolist()
         return rows

@@ -1,26 +1,40 @@
 """Drop-in for transformers: our decoding inside `hf_model.generate`, with what transformers has prepared."""
 
 import inspect
-import math
 import sys
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, GenerationMixin, MaxLengthCriteria
 
 from draftwing.api import HEAD_OPTIONS, Lessons, SpeculativeModel, append_padded, take_head_options, unpad
 from draftwing.checkpoint.formats import HeadOptions
 from draftwing.checkpoint.load import Draft, load_draft, read_acceptance
 from draftwing.config import check_keys
+from draftwing.decoding.generate import Generation
+from draftwing.decoding.options import GenerateOptions
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.statistics import Statistics
+from draftwing.decoding.stepwise import Place
+from draftwing.decoding.stopping import StopRule
+from draftwing.honoured import (
+    PREFIX_PROCESSORS,
+    ROW_CRITERIA,
+    check_call,
+    check_inputs,
+    fast_sampling,
+    inputs_given,
+    left_paddings,
+)
 from draftwing.methods import suitable_draft
 from draftwing.models.fused import pack_draft
+from draftwing.models.packed import PackedLinear
 from draftwing.models.target import TargetModel
 
 
@@ -45,14 +59,16 @@ def custom_generate(
 ) -> Callable[..., Any]:
     """A drop-in for transformers: `hf_model.generate(..., custom_generate=draftwing.custom_generate(draft))`.
 
-    Sampling parameters, biases of single tokens, EOS ids, stopping criteria and a `streamer` are honoured as `generate`
-    has prepared them; the streamer gets the first row's tokens cycle by cycle, and its end also where decoding fails.
+    What changes the tokens is honoured as `generate` has prepared it, or refused by its name: every logits processor
+    and stopping criterion (those of others and those that count their calls, too), scores and logits to return, a
+    `streamer`. The streamer gets the first row's tokens cycle by cycle, and its end also where decoding fails. Rows
+    of a batch that such processors or criteria might tell apart by number advance together, which accepts less.
 
     The model is not changed, so its passes round as its own kernels do: in bfloat16 (and on GPUs) two
     nearly equal logits may swap, and a token differ from stock's. A model that `load` has made has no
     such differences on a CPU (docs/architecture.md).
 
-    With `return_dict_in_generate=True` the output has `statistics`.
+    With `return_dict_in_generate=True` the output has `statistics`. A cache that is handed over empty stays so.
     Keep the returned function: it loads the draft once per model, and trees that size themselves learn from each call.
 
     Args:
@@ -84,9 +100,7 @@ class _DropIn:
     head_options: HeadOptions
     seed: int | None
     options: dict[str, Any]
-    known: weakref.WeakKeyDictionary[Any, tuple[Draft | None, Lessons]] = field(
-        default_factory=weakref.WeakKeyDictionary
-    )
+    known: weakref.WeakKeyDictionary[Any, "_Known"] = field(default_factory=weakref.WeakKeyDictionary)
 
     def __call__(
         self,
@@ -98,21 +112,16 @@ class _DropIn:
         streamer: Any = None,
         **kwargs: Any,
     ) -> Any:
-        streamer = _streamer_of_caller() if streamer is None else streamer
+        arguments = _arguments_of_caller()
+        streamer = arguments.get("streamer") if streamer is None else streamer
         was_training = model.training
         model.eval()
         try:
-            _check_generation_config(generation_config)
-            if kwargs.get("inputs_embeds") is not None:
-                raise ValueError("inputs_embeds: not supported by draftwing, which reads input_ids")
-            speculative = self._speculative(TargetModel(model))
-            generation = speculative.start(
-                unpad(input_ids, kwargs.get("attention_mask")),
-                seed=int(torch.randint(2**31, ())) if self.seed is None else self.seed,
-                **_sampling_of(logits_processor, bool(generation_config.do_sample)),
-                **_stop_of(stopping_criteria, input_ids, speculative.target.vocab_size),
-                **self.options,
-            )
+            mask = kwargs.pop("attention_mask", None)
+            check_call(arguments, model, generation_config)
+            check_inputs(input_ids, mask, inputs_given(arguments, generation_config) | kwargs)
+            call = _Call(input_ids, mask, logits_processor or (), stopping_criteria or (), generation_config)
+            generation, steps = self._start(TargetModel(model), call)
             for committed in generation.cycles():
                 for token in committed.tokens[0] if streamer is not None else ():
                     streamer.put(torch.tensor([token]))
@@ -120,135 +129,219 @@ class _DropIn:
             model.train(was_training)
             if streamer is not None:
                 streamer.end()  # whoever reads from it would wait for ever
-        pad = (_as_ids(generation_config.pad_token_id) or _as_ids(generation_config.eos_token_id) or [0])[0]
-        sequences = append_padded(input_ids, [output.tokens for output in generation.outputs], pad)
+        sequences = append_padded(input_ids, [output.tokens for output in generation.outputs], call.pad_token_id)
         if not generation_config.return_dict_in_generate:
             return sequences
-        return DropInOutput(sequences=sequences, statistics=generation.statistics)
+        scores, logits = (None, None) if steps is None else (steps.kept("scores"), steps.kept("logits"))
+        return DropInOutput(sequences, scores=scores, logits=logits, statistics=generation.statistics)
+
+    def _start(self, target: TargetModel, call: "_Call") -> tuple[Generation, "_StockSteps | None"]:
+        """A generation, and who chooses its tokens where our own sampling and stops are not the call's."""
+        speculative = self._speculative(target)
+        sampling, is_same = call.sampling()
+        settings = GenerateOptions(
+            **self.options | sampling,
+            max_new_tokens=call.limit,
+            eos_token_id=call.eos_token_ids(target.vocab_size),
+            seed=int(torch.randint(2**31, ())) if self.seed is None else self.seed,
+        )
+        requests = speculative.requests(unpad(call.input_ids, call.attention_mask), settings)
+        if is_same and call.ends_rows_alone(CUT_CRITERIA, settings) and not call.kept:
+            return speculative.start_requests(requests, settings), None
+        steps = _StockSteps(call, requests[0].stop, in_step=call.is_of_one_piece(settings))
+        requests = [
+            replace(
+                request,
+                sampling=replace(request.sampling, place=Place(steps, row)),
+                stop=StopRule(call.limit, is_done=partial(steps.is_done, row)),
+            )
+            for row, request in enumerate(requests)
+        ]
+        return speculative.start_requests(requests, settings), steps
 
     def _speculative(self, target: TargetModel) -> SpeculativeModel:
-        if target.model not in self.known:
-            self.known[target.model] = self._load(target)
-        draft, lessons = self.known[target.model]
+        known = self.known.get(target.model)
+        if known is None or known.fits != _what_drafts_fit(target):
+            known = self.known[target.model] = self._load(target)
         # Not captured: a recording would go on with the old weights where the caller changes the model.
-        return SpeculativeModel(target, draft, self.tokenizer, self.method, lessons, capture=False)
+        return SpeculativeModel(target, known.draft, self.tokenizer, self.method, known.lessons, capture=False)
 
-    def _load(self, target: TargetModel) -> tuple[Draft | None, Lessons]:
+    def _load(self, target: TargetModel) -> "_Known":
+        fits = _what_drafts_fit(target)
         if not isinstance(self.draft, str | Path):
-            return self.draft, Lessons()
+            _check_fits(self.draft, target)
+            return _Known(fits, self.draft, Lessons())
         name = suitable_draft(str(self.draft), self.method)
         draft = load_draft(name, target, options=self.head_options, tokenizer=self.tokenizer)
-        return pack_draft(draft, compiles=False), Lessons(read_acceptance(name))
+        return _Known(fits, pack_draft(draft, compiles=False), Lessons(read_acceptance(name)))
 
 
-def _streamer_of_caller() -> Any:
-    """The streamer that `hf_model.generate` was called with, None if there is none or another function calls us.
+@dataclass(frozen=True)
+class _Known:
+    """The draft of a model as long as the model `fits` it, and what was learnt with it."""
 
-    transformers (5.17 to 5.23 at least) gives it the prompt, but keeps it from a `custom_generate`; so it is read from
-    the frame of `generate`. Without that, a reader in another thread would wait for ever.
+    fits: tuple[object, ...]
+    draft: Draft | None
+    lessons: Lessons
+
+
+def _what_drafts_fit(target: TargetModel) -> tuple[object, ...]:
+    """What of a model may change between calls so that its draft must be loaded again."""
+    return target.device, target.dtype, target.vocab_size, target.hidden_size
+
+
+def _check_fits(draft: Draft | None, target: TargetModel) -> None:
+    """Raise a ValueError where a loaded draft lies elsewhere than its target, or has another dtype."""
+    if draft is None:
+        return
+    if isinstance(draft, TargetModel):  # of any dtype, but that in which it was taken
+        found, dtype = {(draft.model.dtype, draft.model.device)}, draft.dtype
+    else:
+        tensors = [tensor for tensor in (*draft.parameters(), *draft.buffers()) if tensor.is_floating_point()]
+        packed = [module.product for module in draft.modules() if isinstance(module, PackedLinear)]
+        found, dtype = {(part.dtype, part.device) for part in (*tensors, *packed)}, target.dtype
+    for other in found - {(dtype, target.device)}:
+        raise ValueError(
+            f"draft: is {other[0]} on {other[1]}, expected {dtype} on {target.device}; load it anew for this model, or "
+            "give custom_generate its name"
+        )
+
+
+def _arguments_of_caller() -> Mapping[str, Any]:
+    """What `hf_model.generate` was called with; nothing if another function calls us.
+
+    transformers (5.17 to 5.23 at least) keeps some arguments from a `custom_generate`, so they are read from the frame
+    of `generate`: a streamer, which got the prompt, and whose reader in another thread would wait for ever; an
+    assistant; and model inputs under the names that the user gave them.
     """
     caller = sys._getframe(2)  # a variable for our own frame would keep it, and what it points to, until a collection
-    is_transformers = caller.f_code is inspect.unwrap(GenerationMixin.generate).__code__
-    return caller.f_locals.get("streamer") if is_transformers else None
+    return caller.f_locals if caller.f_code is inspect.unwrap(GenerationMixin.generate).__code__ else {}
 
 
-def _check_generation_config(config: Any) -> None:
-    if (config.num_beams or 1) > 1:
-        raise ValueError(f"num_beams: speculative decoding has one beam, got {config.num_beams}")
-    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        if getattr(config, name, None):
-            raise ValueError(f"{name}: not supported by draftwing")
+CUT_CRITERIA = frozenset((EosTokenCriteria, MaxLengthCriteria))
+"""Stopping criteria that StopRule applies itself."""
 
 
-# What transformers' logits processors are to us: their class, our option, their attribute.
-PROCESSORS = {
-    "TemperatureLogitsWarper": ("temperature", "temperature"),
-    "TopKLogitsWarper": ("top_k", "top_k"),
-    "TopPLogitsWarper": ("top_p", "top_p"),
-    "MinPLogitsWarper": ("min_p", "min_p"),
-    "RepetitionPenaltyLogitsProcessor": ("repetition_penalty", "penalty"),
-}
+@dataclass(frozen=True)
+class _Call:
+    """A call of `generate`, as transformers has prepared it."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    processors: Sequence[Any]
+    criteria: Sequence[Any]
+    config: Any
+
+    @property
+    def limit(self) -> int:
+        """Tokens to generate at most; transformers looks at lengths after a token, so that there is always one."""
+        limits = [criterion.max_length for criterion in self.criteria if type(criterion) is MaxLengthCriteria]
+        if not limits:
+            raise ValueError("max_new_tokens: expected a limit (max_new_tokens, max_length or a MaxLengthCriteria)")
+        return max(1, int(min(limits)) - self.input_ids.shape[1])
+
+    @property
+    def pads_rows(self) -> bool:
+        """Whether rows that have ended are padded while others go on; without end-of-sequence ids all go on."""
+        return any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
+
+    @property
+    def pad_token_id(self) -> int:
+        config = self.config
+        return (_as_ids(config.pad_token_id) or _as_ids(config.eos_token_id) or [0])[0]
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """What of each step is to be returned."""
+        if not self.config.return_dict_in_generate:
+            return ()
+        return tuple(name for name in ("scores", "logits") if getattr(self.config, f"output_{name}"))
+
+    def eos_token_ids(self, vocab_size: int) -> list[int]:
+        """The end-of-sequence ids, without those that no model can choose (-1: never end)."""
+        eos = [criterion.eos_token_id for criterion in self.criteria if type(criterion) is EosTokenCriteria]
+        return [token for ids in eos for token in _as_ids(ids) if 0 <= token < vocab_size]
+
+    def sampling(self) -> tuple[dict[str, Any], bool]:
+        """Our sampling options, and whether they are the same as the call's processors; see `fast_sampling`."""
+        paddings = left_paddings(self.attention_mask, self.input_ids)
+        return fast_sampling(self.processors, paddings, bool(self.config.do_sample))
+
+    def ends_rows_alone(self, known: frozenset[type], settings: GenerateOptions) -> bool:
+        """Whether the criteria are `known` ones, and each row ends by its own text."""
+        kinds = {type(criterion) for criterion in self.criteria}
+        all_end_at_once = kinds <= {MaxLengthCriteria} and not settings.stop
+        return kinds <= known and (self.pads_rows or all_end_at_once or len(self.input_ids) == 1)
+
+    def is_of_one_piece(self, settings: GenerateOptions) -> bool:
+        """Whether a step must be shown for all rows at once: something may tell rows apart, or keeps what it sees."""
+        if len(self.input_ids) == 1:
+            return False
+        is_by_row = all(
+            type(processor) in PREFIX_PROCESSORS and not _has_rows(processor) for processor in self.processors
+        )
+        return bool(self.kept) or not is_by_row or not self.ends_rows_alone(ROW_CRITERIA, settings)
 
 
-# Processors that we have nothing for: the option that makes transformers prepare them.
-UNSUPPORTED = {
-    "EncoderNoRepeatNGramLogitsProcessor": "encoder_no_repeat_ngram_size",
-    "EncoderRepetitionPenaltyLogitsProcessor": "encoder_repetition_penalty",
-    "EpsilonLogitsWarper": "epsilon_cutoff",
-    "EtaLogitsWarper": "eta_cutoff",
-    "ExponentialDecayLengthPenalty": "exponential_decay_length_penalty",
-    "ForcedBOSTokenLogitsProcessor": "forced_bos_token_id",
-    "ForcedEOSTokenLogitsProcessor": "forced_eos_token_id",
-    "InfNanRemoveLogitsProcessor": "remove_invalid_values",
-    "LogitNormalization": "renormalize_logits",
-    "MinLengthLogitsProcessor": "min_length or min_new_tokens",  # the latter sets both
-    "MinNewTokensLengthLogitsProcessor": "min_new_tokens",
-    "NoRepeatNGramLogitsProcessor": "no_repeat_ngram_size",
-    "PrefixConstrainedLogitsProcessor": "prefix_allowed_tokens_fn",
-    "SuppressTokensAtBeginLogitsProcessor": "begin_suppress_tokens",
-    "SynthIDTextWatermarkLogitsProcessor": "watermarking_config",
-    "TopHLogitsWarper": "top_h",
-    "TypicalLogitsWarper": "typical_p",
-    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
-    "WatermarkLogitsProcessor": "watermarking_config",
-}
+class _StockSteps:
+    """Steps as transformers takes them (`GenerationMixin._sample`): processors, choice, padding, criteria, in order."""
+
+    def __init__(self, call: _Call, stop: StopRule, in_step: bool) -> None:
+        num_rows, self._prompt_length = call.input_ids.shape
+        self.in_step = in_step
+        self._processors = LogitsProcessorList(call.processors)
+        self._criteria = StoppingCriteriaList(call.criteria)
+        if stop.stop_strings:
+            self._criteria.append(partial(_completes, replace(stop, eos_token_ids=()), self._prompt_length))
+        self._pad = call.pad_token_id if call.pads_rows else None
+        self._texts = list(call.input_ids)
+        self._has_ended = torch.zeros(num_rows, dtype=torch.bool, device=call.input_ids.device)
+        self._lengths: list[int | None] = [None] * num_rows
+        self._kept: dict[str, list[torch.Tensor]] = {name: [] for name in call.kept}
+
+    def kept(self, name: str) -> tuple[torch.Tensor, ...] | None:
+        """The `scores` or `logits [B, V]` of each step, None if they were not asked for."""
+        return tuple(self._kept[name]) if name in self._kept else None
+
+    def is_done(self, row: int, emitted: Sequence[int]) -> bool:
+        """Whether a row has come to its end."""
+        length = self._lengths[row]
+        return length is not None and len(emitted) >= length
+
+    def choose(self, rows: Sequence[int], logits: torch.Tensor, noise: torch.Tensor | None) -> list[int]:
+        if self._lengths[rows[0]] is not None:  # accepted past the end; nobody is to see that
+            return [0] * len(rows)
+        with torch.inference_mode(False), torch.no_grad():  # tensors that are kept must not be inference tensors
+            return self._step(list(rows), logits, noise)
+
+    def _step(self, rows: list[int], logits: torch.Tensor, noise: torch.Tensor | None) -> list[int]:
+        texts = torch.stack([self._texts[row] for row in rows])
+        logits = logits.to(texts.device, torch.float32, copy=True)
+        scores = self._processors(texts, logits)
+        for name, step in (("scores", scores), ("logits", logits)):
+            if name in self._kept:
+                self._kept[name].append(step)
+        tokens = (scores if noise is None else scores + noise.to(scores.device)).argmax(-1)
+        if self._pad is not None:
+            tokens = tokens.masked_fill(self._has_ended[rows], self._pad)
+        texts = torch.cat((texts, tokens[:, None]), dim=1)
+        self._has_ended[rows] |= self._criteria(texts, self.kept("scores"))
+        length = texts.shape[1] - self._prompt_length if self._has_ended[rows].all() else None
+        for row, text in zip(rows, texts, strict=True):
+            self._texts[row], self._lengths[row] = text, length
+        return [int(token) for token in tokens]
 
 
-def _sampling_of(processors: Any, is_sampled: bool) -> dict[str, Any]:
-    """Our sampling options from the logits processors that transformers prepared."""
-    options: dict[str, Any] = {"temperature": 1.0 if is_sampled else 0.0}
-    bias: dict[int, float] = defaultdict(float)
-    for processor in processors or ():
-        kind = type(processor).__name__
-        if kind in PROCESSORS:
-            name, attribute = PROCESSORS[kind]
-            if is_sampled or name == "repetition_penalty":
-                options[name] = getattr(processor, attribute)
-            continue
-        for token, value in _bias_of(processor).items():
-            bias[token] += value
-    return options | {"logit_bias": dict(bias)}
+def _completes(stop: StopRule, prompt_length: int, texts: torch.Tensor, scores: object) -> torch.Tensor:
+    """Whether the last token of each text `[B, S]` completes a stop string; a stopping criterion."""
+    emitted = texts[:, prompt_length:].tolist()
+    ends = [stop.check(tokens[:-1], tokens[-1:])[1] == "stop" for tokens in emitted]
+    return torch.tensor(ends, device=texts.device)
 
 
-def _bias_of(processor: Any) -> dict[int, float]:
-    """What a processor adds to the logits of single tokens."""
-    kind = type(processor).__name__
-    if kind == "SuppressTokensLogitsProcessor":
-        return dict.fromkeys(_as_ids(processor.suppress_tokens), -math.inf)
-    if kind not in ("SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor"):
-        name = UNSUPPORTED.get(kind, f"logits_processor: {kind}")
-        raise ValueError(f"{name}: not supported by draftwing")
-    bias = {}
-    for sequence, value in processor.sequence_bias.items():
-        if len(sequence) > 1:
-            name = "sequence_bias" if kind.startswith("Sequence") else "bad_words_ids"
-            raise ValueError(f"{name}: draftwing supports single tokens, got the sequence {list(sequence)}")
-        bias[sequence[0]] = value
-    return bias
-
-
-def _stop_of(criteria: Any, input_ids: torch.Tensor, vocab_size: int) -> dict[str, Any]:
-    """Our stop options from the stopping criteria that transformers prepared; unknown ones are run after each token.
-
-    End-of-sequence ids that no model can choose (-1: never end) are left out.
-    """
-    limits, eos, others = [], [], []
-    for criterion in criteria or ():
-        kind = type(criterion).__name__
-        if kind == "MaxLengthCriteria":
-            limits.append(criterion.max_length - input_ids.shape[1])
-        elif kind == "EosTokenCriteria":
-            eos += [token for token in _as_ids(criterion.eos_token_id) if 0 <= token < vocab_size]
-        else:
-            others.append(criterion)
-
-    def is_done(row: int, emitted: Sequence[int]) -> bool:
-        ids = torch.cat((input_ids[row], torch.tensor(emitted, device=input_ids.device)))[None]
-        return any(bool(criterion(ids, None).any()) for criterion in others)
-
-    if not limits:
-        raise ValueError("max_new_tokens: expected a limit (max_new_tokens, max_length or a MaxLengthCriteria)")
-    return {"max_new_tokens": min(limits), "eos_token_id": eos, "is_done": is_done if others else None}
+def _has_rows(processor: Any) -> bool:
+    """Whether a processor has values of its own for each row."""
+    return isinstance(getattr(processor, "prompt_ignore_length", None), torch.Tensor)
 
 
 def _as_ids(value: Any) -> list[int]:

@@ -1,5 +1,6 @@
 """The Python API, on the small models of conftest: batches, options, the drop-in, errors."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,15 @@ import torch
 from conftest import EOS, VOCAB_SIZE, requests_for, run, tiny_llama
 from transformers import (
     AutoTokenizer,
-    EosTokenCriteria,
+    BatchEncoding,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
-    StoppingCriteriaList,
     TextIteratorStreamer,
     TextStreamer,
 )
+from transformers.generation import StopStringCriteria
 
 import draftwing
 from draftwing.api import GenerateOutput, SpeculativeModel
@@ -133,50 +129,6 @@ def test_drop_in_takes_its_seed_from_torch(heads: dict[str, DraftNetwork]) -> No
     assert outputs[0] == outputs[1] != outputs[2]
 
 
-class StopAfter(StoppingCriteria):
-    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
-        return torch.tensor([input_ids.shape[1] >= 8] * input_ids.shape[0])
-
-
-def test_drop_in_runs_custom_stopping_criteria(heads: dict[str, DraftNetwork]) -> None:
-    stock = tiny_llama()
-    ids = torch.tensor([[5, 6, 7]])
-    generate = draftwing.custom_generate(heads["eagle3"])
-    output = stock.generate(
-        ids, max_new_tokens=20, pad_token_id=0, stopping_criteria=[StopAfter()], custom_generate=generate
-    )
-    assert output.shape == (1, 8)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(3.0)])},
-        {"repetition_penalty": 1.4},
-        {"sequence_bias": [[[16], 3.0]], "suppress_tokens": [7, 9], "bad_words_ids": [[16], [23]]},
-        {"sequence_bias": [[[16], 9.0]], "repetition_penalty": 1.4},
-        {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(8)])},
-        {"stopping_criteria": StoppingCriteriaList([EosTokenCriteria([7, 16])])},
-        {"eos_token_id": -1},
-    ],
-    ids=[
-        "a processor's own value",
-        "the config's value",
-        "biases of single tokens",
-        "a bias, then a penalty",
-        "a length criterion",
-        "an end-of-sequence criterion",
-        "no end",
-    ],
-)
-def test_drop_in_honours_what_transformers_prepared(heads: dict[str, DraftNetwork], options: dict[str, object]) -> None:
-    stock = tiny_llama()
-    common = {"max_new_tokens": 12, "pad_token_id": 0, "do_sample": False, **options}
-    ids = torch.tensor([[5, 6, 7]])
-    fast = stock.generate(ids, custom_generate=draftwing.custom_generate(heads["eagle3"]), **common)
-    assert fast.tolist() == stock.generate(ids, **common).tolist()
-
-
 def test_drop_in_leaves_the_training_mode_and_returns_statistics(heads: dict[str, DraftNetwork]) -> None:
     stock = tiny_llama().train()
     generate = draftwing.custom_generate(heads["eagle3"])
@@ -213,16 +165,16 @@ def test_drop_in_ends_a_streamer_where_it_fails(tiny_and_head: tuple[Any, Any, A
     """Its reader would wait for ever."""
     stock, tokenizer, fast = tiny_and_head
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=1)
-    with pytest.raises(ValueError, match="output_scores"):
+    with pytest.raises(ValueError, match="output_attentions"):
         stock.generate(
-            torch.tensor([[5, 6]]), max_new_tokens=4, custom_generate=fast, output_scores=True, streamer=streamer
+            torch.tensor([[5, 6]]), max_new_tokens=4, custom_generate=fast, output_attentions=True, streamer=streamer
         )
     assert "".join(streamer) == ""
 
 
 def test_drop_in_stops_at_strings(tiny_and_head: tuple[Any, Any, Any]) -> None:
     """As transformers does with its own `stop_strings`, whose tokenizer no drop-in gets to see."""
-    stock, tokenizer, _ = tiny_and_head
+    stock, tokenizer, plain = tiny_and_head
     prompt = tokenizer("def main(args):", return_tensors="pt")
     common = {"max_new_tokens": 24, "do_sample": False}
     text = tokenizer.decode(stock.generate(**prompt, **common)[0, prompt["input_ids"].shape[1] :])
@@ -230,8 +182,55 @@ def test_drop_in_stops_at_strings(tiny_and_head: tuple[Any, Any, Any]) -> None:
     expected = stock.generate(**prompt, **common, stop_strings=text[8:12], tokenizer=tokenizer)
     assert expected.shape[1] < prompt["input_ids"].shape[1] + 24
     assert stock.generate(**prompt, **common, custom_generate=fast).equal(expected)
+    criterion = StopStringCriteria(tokenizer, [text[8:12]])
+    assert stock.generate(**prompt, **common, custom_generate=plain, stopping_criteria=[criterion]).equal(expected)
     with pytest.raises(ValueError, match="stop: stop strings need a tokenizer"):
         stock.generate(**prompt, **common, custom_generate=draftwing.custom_generate("tiny", stop="arg"))
+
+
+@pytest.mark.parametrize("end", [{}, {"eos_token_id": None}], ids=["padded", "without an end"])
+def test_drop_in_stops_rows_at_strings(tiny_and_head: tuple[Any, Any, Any], end: dict[str, Any]) -> None:
+    """Rows that have ended are padded, or go on with the others where no end-of-sequence id is known."""
+    stock, tokenizer, _ = tiny_and_head
+    stock = copy.deepcopy(stock)
+    stock.generation_config.update(**end)
+    ids = torch.tensor(tokenizer(["def main(args):", "import numpy as"]).input_ids[:1] * 2)
+    ids[1, 0] = 7
+    common = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 3}
+    text = tokenizer.decode(stock.generate(ids, **common)[0, ids.shape[1] :])
+    expected = stock.generate(ids, **common, stop_strings=text[8:12], tokenizer=tokenizer).tolist()
+    fast = draftwing.custom_generate("tiny", plan="chain:3", stop=text[8:12], tokenizer=tokenizer)
+    assert stock.generate(ids, **common, custom_generate=fast).tolist() == expected
+    fast = draftwing.custom_generate("tiny", plan="chain:3")
+    criteria = [StopStringCriteria(tokenizer, text[8:12])]
+    assert stock.generate(ids, **common, custom_generate=fast, stopping_criteria=criteria).tolist() == expected
+
+
+def test_drop_in_returns_several_sequences(heads: dict[str, DraftNetwork]) -> None:
+    fast = draftwing.custom_generate(heads["eagle3"], seed=3, plan="chain:3")
+    common = {"max_new_tokens": 6, "do_sample": True, "pad_token_id": 0, "custom_generate": fast}
+    ids = torch.tensor([[5, 6, 7], [1, 8, 9]])
+    twice = tiny_llama().generate(ids, num_return_sequences=2, **common)
+    assert twice.tolist() == tiny_llama().generate(ids.repeat_interleave(2, 0), **common).tolist()
+
+
+@pytest.mark.parametrize("draft", ["tiny", "tiny-medusa", "tiny-draft"])
+def test_a_kept_drop_in_follows_its_model(tiny_and_head: tuple[Any, Any, Any], draft: str) -> None:
+    """To another dtype, by loading its draft anew; one that was loaded by hand must be loaded by hand."""
+    stock, tokenizer, _ = tiny_and_head
+    stock = copy.deepcopy(stock)
+    prompt, common = tokenizer("def main(args):", return_tensors="pt"), {"max_new_tokens": 8, "do_sample": False}
+    by_name = draftwing.custom_generate(draft, plan="chain:2")
+    by_hand = draftwing.custom_generate(draftwing.load("tiny", draft=draft).draft, plan="chain:2")
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        stock = stock.to(dtype)
+        expected = stock.generate(**prompt, **common)
+        assert stock.generate(**prompt, **common, custom_generate=by_name).equal(expected)
+        if dtype == torch.float32 or draft == "tiny-draft":  # a model that drafts may have a dtype of its own
+            assert stock.generate(**prompt, **common, custom_generate=by_hand).equal(expected)
+            continue
+        with pytest.raises(ValueError, match=r"^draft: is torch.float32 on cpu, expected torch.float64 on cpu"):
+            stock.generate(**prompt, **common, custom_generate=by_hand)
 
 
 @pytest.mark.parametrize(
@@ -259,37 +258,6 @@ def test_drop_in_names_a_wrong_option(heads: dict[str, DraftNetwork]) -> None:
     generate = draftwing.custom_generate(heads["eagle3"], draft_window=0)  # reaches the drafter
     with pytest.raises(ValueError, match="draft_window"):
         tiny_llama().generate(torch.tensor([[1, 2]]), max_new_tokens=4, pad_token_id=0, custom_generate=generate)
-
-
-class Custom(LogitsProcessor):
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_beams": 2}, "num_beams"),
-        ({"logits_processor": LogitsProcessorList([Custom()])}, "logits_processor: Custom: not supported"),
-        ({"output_scores": True}, "output_scores"),
-        ({"min_new_tokens": 2}, "min_length or min_new_tokens: not supported by draftwing"),
-        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size: not supported by draftwing"),
-        ({"do_sample": True, "typical_p": 0.5}, "typical_p: not supported by draftwing"),
-        ({"bad_words_ids": [[1, 2]]}, r"bad_words_ids: draftwing supports single tokens, got the sequence \[1, 2\]"),
-        ({"inputs": None, "inputs_embeds": torch.zeros(1, 2, 32, dtype=torch.float64)}, "inputs_embeds: not supported"),
-    ],
-)
-def test_drop_in_refuses_what_it_cannot_honour(
-    heads: dict[str, DraftNetwork], options: dict[str, object], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        tiny_llama().generate(
-            **{"inputs": torch.tensor([[1, 2]])} | options,
-            max_new_tokens=4,
-            pad_token_id=0,
-            eos_token_id=EOS,
-            custom_generate=draftwing.custom_generate(heads["eagle3"]),
-        )
 
 
 def test_a_batchs_row_is_the_row_alone_with_its_own_seed(model: SpeculativeModel) -> None:
@@ -347,7 +315,7 @@ def test_a_plan_is_no_deeper_than_what_is_asked_for(model: SpeculativeModel) -> 
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (torch.zeros(0, 3, dtype=torch.int64), "requests: expected at least one prompt"),
+        (torch.zeros(0, 3, dtype=torch.int64), "input_ids: expected at least one prompt"),
         (torch.ones(1, 250, dtype=torch.int64), "max_new_tokens: prompt 0 has 250 tokens"),
         (torch.tensor([[VOCAB_SIZE]]), "input_ids: prompt 0 has ids outside"),
     ],
@@ -385,6 +353,11 @@ def test_options_of_a_head_without_a_head_are_refused() -> None:
         ({"max_new_tokens": 2.5}, "max_new_tokens: expected an integer of at least 1, got 2.5"),
         ({"eos_token_id": torch.tensor(2)}, "eos_token_id: expected a token id or several"),
         ({"stop": 3}, "stop: expected a string or several, got 3"),
+        ({"logit_bias": {"a": 1.0}}, "logit_bias: expected token ids as keys, got 'a'"),
+        ({"logit_bias": {7: "a"}}, r"logit_bias\[7\]: expected a number below infinity, got 'a'"),
+        ({"logit_bias": [(7, 1.0)]}, "logit_bias: expected token ids with what is added"),
+        ({"do_sample": "yes"}, "do_sample: expected True or False, got 'yes'"),
+        ({"coupled": 3}, "coupled: expected True or False, got 3"),
         ({"plan": 3}, "plan: expected a plan's name or a TreePlan, got 3"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": 255}, "max_new_tokens.*256 positions"),
@@ -404,7 +377,16 @@ def test_bad_options_name_the_field(model: SpeculativeModel, options: dict[str, 
     [
         (torch.zeros(1, 0, dtype=torch.int64), None, "prompt 0 is empty"),
         (torch.tensor([[1, 2]]), torch.tensor([[0, 0]]), "prompt 0 is empty"),
-        (torch.tensor([1, 2]), None, r"expected shape \[B, S\]"),
+        (torch.zeros(0, 3, dtype=torch.int64), None, "input_ids: expected at least one prompt"),
+        (torch.zeros(1, 1, 2, dtype=torch.int64), None, r"input_ids: expected shape \[B, S\], got \[1, 1, 2\]"),
+        ([], None, "prompt 0 is empty"),
+        ([[1, 2], [3]], None, r"input_ids: expected numbers in rows of one length \[B, S\], got"),
+        ("some text", None, "input_ids: expected numbers in rows"),
+        (["some", "text"], None, "input_ids: expected numbers in rows"),
+        (torch.tensor([[1.0]]), None, "input_ids: expected token ids"),
+        (torch.tensor([[True]]), None, "input_ids: expected token ids"),
+        ({"attention_mask": [1]}, None, "input_ids: missing"),
+        ({"input_ids": [1], "token_type_ids": [0]}, None, "token_type_ids: unknown key"),
         (torch.tensor([[1, 2]]), torch.tensor([[1]]), "attention_mask"),
         (torch.tensor([[VOCAB_SIZE]]), None, "outside the vocabulary"),
     ],
@@ -414,6 +396,68 @@ def test_bad_prompts_name_the_field(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         model.generate(ids, mask)
+
+
+def test_prompts_come_as_a_tokenizer_gives_them(model: SpeculativeModel, prompts: list[list[int]]) -> None:
+    """Tensors or lists, one row or several, alone or with their mask in an encoding."""
+    options: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": []}
+    expected = model.generate(torch.tensor([[1, 2, 3]]), **options)
+    assert isinstance(expected, torch.Tensor)
+    encoding = BatchEncoding({"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1]})
+    for ids in ([1, 2, 3], torch.tensor([1, 2, 3]), [[1, 2, 3]], encoding, encoding.convert_to_tensors("pt", True)):
+        assert expected.equal(model.generate(ids, **options))  # type: ignore[arg-type]
+    assert expected.equal(model.generate(**encoding, **options))  # type: ignore[arg-type]
+    assert [token for step in model.stream(encoding, **options) for token in step.tokens[0]] == expected[0, 3:].tolist()
+    ids, mask = padded(prompts, "left")
+    both = model.generate(BatchEncoding({"input_ids": ids, "attention_mask": mask}), **options)
+    assert isinstance(both, torch.Tensor)
+    assert both.equal(model.generate(ids, mask, **options))  # type: ignore[arg-type]
+
+
+def test_a_chat_is_generated_from(tiny_and_head: tuple[Any, Any, Any]) -> None:
+    model = draftwing.load("tiny", draft="tiny")
+    encoding = model.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "def f("}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    options: dict[str, Any] = {"max_new_tokens": 6, "plan": "chain:2"}
+    expected = model.generate(encoding["input_ids"], **options)
+    assert isinstance(expected, torch.Tensor)
+    assert expected.equal(model.generate(encoding, **options))  # type: ignore[arg-type]
+    assert expected.equal(model.generate(**encoding, **options))  # type: ignore[arg-type]
+
+
+def test_options_that_are_none_are_neutral(model: SpeculativeModel) -> None:
+    neutral = {name: None for name, value in vars(GenerateOptions()).items() if name not in ("max_new_tokens", "seed")}
+    plain = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=6)
+    assert isinstance(plain, torch.Tensor)
+    assert plain.equal(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=6, **neutral))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompts", [torch.zeros(0, 3, dtype=torch.int64), torch.zeros(1, 0, dtype=torch.int64)])
+def test_prompts_are_looked_at_before_anything_is_measured(
+    model: SpeculativeModel, prompts: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SpeculativeModel, "costs", lambda *args, **kwargs: pytest.fail("costs were measured"))
+    with pytest.raises(ValueError, match=r"^input_ids"):
+        model.generate(prompts)
+
+
+def test_a_model_says_where_it_is(model: SpeculativeModel) -> None:
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float64)
+    assert model.config is model.target.model.config
+    assert model.to("cpu") is model.to(torch.float64) is model.to(device="cpu", dtype=torch.float64) is model
+    for other in ("meta", torch.float32, "cuda:0"):
+        with pytest.raises(ValueError, match=r"^to: the weights are laid out for cpu and torch.float64"):
+            model.to(other)
+
+
+def test_autocast_is_refused(model: SpeculativeModel, heads: dict[str, DraftNetwork]) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(ValueError, match=r"^torch.autocast: not supported by draftwing"):
+            model.generate([1, 2, 3])
+        fast = draftwing.custom_generate(heads["eagle3"])
+        with pytest.raises(ValueError, match=r"^torch.autocast: not supported by draftwing"):
+            tiny_llama().generate(torch.tensor([[1, 2]]), max_new_tokens=2, pad_token_id=0, custom_generate=fast)
 
 
 def test_positions_that_depend_on_the_length_are_refused() -> None:

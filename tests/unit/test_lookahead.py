@@ -90,7 +90,10 @@ def test_each_cycle_accepts_what_the_slow_one_accepts(target: TargetModel, promp
 def test_rows_have_windows_and_pools_of_their_own(target: TargetModel, prompts: list[list[int]]) -> None:
     requests = requests_for(prompts, max_new_tokens=50, eos=())
     together = generate(target, requests, lookahead("lookahead:5x4x3"), "lookahead:5x4x3").statistics.num_cycles
-    apart = [generate(target, [request], lookahead("lookahead:5x4x3"), "lookahead:5x4x3").statistics.num_cycles for request in requests]
+    apart = [
+        generate(target, [request], lookahead("lookahead:5x4x3"), "lookahead:5x4x3").statistics.num_cycles
+        for request in requests
+    ]
     assert together == sum(apart)
 
 

@@ -39,14 +39,14 @@ def check_drafting(
     plan: str | TreePlan | None = None,
     ngram: bool | None = None,
     draft_window: int | None = None,
-    coupled: bool = True,
+    coupled: bool | None = None,
 ) -> None:
     """Raise a ValueError for an option of `generate` that a method has no use for, or a plan that is not one."""
     if ngram and method not in EAGLE_METHODS:
         raise ValueError(f"ngram: merges into EAGLE trees; the method is {method}")
     if draft_window is not None and method not in EAGLE_METHODS:
         raise ValueError(f"draft_window: limits what an EAGLE head reads; the method is {method}")
-    if not coupled and method in DRAFTLESS_METHODS:
+    if coupled is False and method in DRAFTLESS_METHODS:
         raise ValueError(f"coupled: says how a draft's candidates are ranked; the method is {method}")
     plan_for(method, plan)
 

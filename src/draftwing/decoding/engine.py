@@ -202,11 +202,17 @@ class Engine:
             if width:
                 first = len(self._running)
                 self._seats.part(first, first + len(chosen)).read([seat.request.prompt for seat in chosen], width)
-            while self._reading and not self._num_unread(self._reading[0]):
+            while self._reading and self._may_run(self._reading[0]):
                 seat = self._reading.pop(0)
                 self._seats.start(seat.index, seat.request.prompt[-1])
                 self._running.append(seat)
             self._look_at_running()
+
+    def _may_run(self, seat: Seat) -> bool:
+        """Whether a seat's prompt has been read, and those of all rows that advance in step with it."""
+        place = seat.request.sampling.place
+        others = self._reading if place is not None and place.steps.in_step else [seat]
+        return not any(map(self._num_unread, others))
 
     def _num_unread(self, seat: Seat) -> int:
         """Tokens of a seat's prompt that are still to be read; the last one becomes the root of its first tree."""
@@ -265,7 +271,7 @@ def check_requests(target: TargetModel, requests: Sequence[Request]) -> None:
 
 
 def check_request(target: TargetModel, request: Request, name: str) -> None:
-    """Raise a ValueError for an empty prompt, ids outside the vocabulary, or more tokens than the target's positions."""
+    """Raise a ValueError for an empty prompt, unknown ids, or more tokens than the target has positions."""
     if not request.prompt:
         raise ValueError(f"input_ids: {name} is empty; at least one token is needed")
     if target.max_positions is not None:

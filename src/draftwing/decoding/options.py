@@ -1,7 +1,7 @@
 """What a call of `generate` asks for beside its prompts."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,12 @@ from draftwing.decoding.stopping import Decode, StopRule
 KINDS: dict[str, tuple[Any, str]] = {
     "seed": (int | Sequence, "an integer or one per row"),
     "eos_token_id": (int | Sequence | None, "a token id or several"),
-    "stop": (str | Sequence, "a string or several"),
+    "stop": (str | Sequence | None, "a string or several"),
     "plan": (str | TreePlan | None, "a plan's name or a TreePlan"),
+    "logit_bias": (Mapping | None, "token ids with what is added to their logits"),
+    "do_sample": (bool | None, "True or False"),
+    "ngram": (bool | None, "True or False"),
+    "coupled": (bool | None, "True or False"),
 }
 """What an option may be where no later check names the field."""
 
@@ -36,8 +40,8 @@ class GenerateOptions:
             where trees size themselves. Lookups that bring nothing are paused.
         draft_window: the last tokens that an EAGLE head reads; None: as many as it was trained on, for past these
             lengths it gets worse.
-        coupled: rank draft candidates with the target's own noise; the same output, more of it drafted when sampling
-            (greedy rows have no noise, so False changes nothing there).
+        coupled: unless False, rank draft candidates with the target's own noise; the same output, more of it drafted
+            when sampling.
         is_done: a further end, called with a row and its new tokens after each (slow).
     """
 
@@ -48,12 +52,12 @@ class GenerateOptions:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] | None = None
     seed: int | Sequence[int] = 0
     eos_token_id: int | Sequence[int] | None = None
-    stop: Sequence[str] | str = ()
+    stop: Sequence[str] | str | None = None
     plan: str | TreePlan | None = None
-    coupled: bool = True
+    coupled: bool | None = None
     ngram: bool | None = None
     draft_window: int | None = None
     is_done: Callable[[int, Sequence[int]], bool] | None = None
@@ -85,7 +89,7 @@ class GenerateOptions:
         stop = StopRule(
             max_new_tokens=self.max_new_tokens,
             eos_token_ids=eos_token_ids,
-            stop_strings=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            stop_strings=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             decode=decode,
             is_done=self.is_done and partial(self.is_done, row),
         )
@@ -104,7 +108,7 @@ class GenerateOptions:
             top_p=1.0 if self.top_p is None else self.top_p,
             min_p=self.min_p or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            logit_bias=self.logit_bias,
+            logit_bias=self.logit_bias or {},
             seed=self._seed_of(row),
         )
 

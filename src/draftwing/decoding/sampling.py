@@ -7,11 +7,14 @@ token id) alone. It draws exactly from p, and plain and speculative decoding dra
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 
+from draftwing.decoding.stepwise import Place, choose_in_steps
 from draftwing.decoding.tree import DraftTree
 from draftwing.models.by_seat import BySeat
 
@@ -43,6 +46,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Token id -> added to its logit."""
     seed: int = 0
+    place: Place | None = None
+    """Where the tokens are chosen instead; of the fields above the seed and temperature 0 count, others rank drafts."""
 
     def check(self, vocab_size: int) -> None:
         """Raise a ValueError for parameters that do not fit a vocabulary of so many ids."""
@@ -59,6 +64,8 @@ class SamplingParams:
         _require("repetition_penalty", penalty, lambda r: 0 < r < math.inf, "above 0")
         _require("seed", self.seed, lambda s: isinstance(s, int) and 0 <= s < 2**63, "an integer from 0 to 2^63-1")
         for token, bias in self.logit_bias.items():
+            if not isinstance(token, Integral):
+                raise ValueError(f"logit_bias: expected token ids as keys, got {token!r}")
             _require(f"logit_bias[{token}]", bias, lambda b: b < math.inf, "a number below infinity")
 
 
@@ -192,6 +199,7 @@ class Sampler(BySeat):
         self._params = np.full(num_seats, SamplingParams(), dtype=object)
         self._vocab_size, self._device, self._depth = vocab_size, device, depth
         self.work = SamplingWork.of(self._params)
+        self._places: list[Place] = []
 
     @staticmethod
     def of(params: Sequence[SamplingParams], vocab_size: int, device: torch.device, depth: int = 0) -> "Sampler":
@@ -204,6 +212,8 @@ class Sampler(BySeat):
     def part(self, first: int, last: int) -> "Sampler":
         part = super().part(first, last)
         part.work = SamplingWork.of(part._params)
+        part._places = [params.place for params in part._params if params.place is not None]
+        assert len(part._places) in (0, last - first)
         return part
 
     def clear(self, seat: int, num_tokens: int) -> None:
@@ -247,10 +257,15 @@ class Sampler(BySeat):
     def choose(self, logits: torch.Tensor, tree: DraftTree, lengths: torch.Tensor) -> torch.Tensor:
         """The target's token at each node of the tree, `[B, N]`; ties go to the lowest id.
 
+        Rows with a place are asked along the accepted path alone; see `choose_in_steps` for their other nodes.
+
         Args:
             logits: `[B, N, V]`; float64 stays, anything else is read as float32.
             lengths: `[B]` position of the root; the token chosen at depth d has position length + d + 1.
         """
+        if self._places:
+            noise_at = partial(self._noise_below, lengths) if self.work.draws else None
+            return choose_in_steps(self._places, logits, tree, noise_at)
         scores = logits if logits.dtype == torch.float64 else logits.float()
         if self.work.has_bias:
             assert self._bias is not None
@@ -287,6 +302,11 @@ class Sampler(BySeat):
         perturbed = self._warp(log_probs) + noise
         coupled = (perturbed * (self._temperature / LOGIT_ERROR)).log_softmax(-1)
         return torch.where(self._temperature == 0, log_probs, coupled)
+
+    def _noise_below(self, lengths: torch.Tensor, depth: int) -> torch.Tensor:
+        """The noise `[B, V]` that nodes at `depth` below roots at positions `lengths [B]` choose with."""
+        assert self._noise is not None
+        return self._noise.at(lengths[:, None] + depth + 1).squeeze(1)
 
     def _penalise(self, scores: torch.Tensor, tree: DraftTree) -> torch.Tensor:
         """Repetition penalty with each node's own history: the row's tokens and the node's ancestors."""

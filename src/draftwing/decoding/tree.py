@@ -190,8 +190,11 @@ def root_tree(root: torch.Tensor, num_nodes: int = 1) -> DraftTree:
 
 
 def walk(tree: DraftTree, chosen: torch.Tensor) -> Verdict:
-    """Accept the longest branch that the target itself produces; `chosen [B, N]` is its own token at each node."""
-    matches = tree.valid & (chosen.gather(1, tree.parents) == tree.tokens)
+    """Accept the longest branch that the target itself produces; `chosen [B, N]` is its own token at each node.
+
+    A node without a choice, below 0, is not accepted.
+    """
+    matches = tree.valid & (chosen.gather(1, tree.parents) == tree.tokens) & (chosen >= 0)
     matches[:, 0].fill_(True)  # an assignment would make a tensor of the value: a copy from the host
     accepted = ~(tree.ancestors & ~matches[:, None, :]).any(-1)
     # Siblings differ, so at most one node is accepted at each depth; rejected ones are sent past the end.

@@ -64,6 +64,7 @@ class Product(ABC):
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.sizes = [layer.out_features for layer in layers]
+        self.dtype, self.device = layers[0].weight.dtype, layers[0].weight.device
         self._last: tuple[torch.Tensor, Sequence[torch.Tensor]] | None = None
 
     def output(self, x: torch.Tensor, index: int) -> torch.Tensor:

@@ -54,7 +54,8 @@ class Drafter(BySeat):
         """Take in committed positions: the next `num_new [B]` of them, right-padded.
 
         `features [B, L, F]` are the target's at those positions and `tokens [B, L]` the tokens one position later.
-        `chosen [B, N]` is the target's own token at every node of the tree grown last; prompts have none.
+        `chosen [B, N]` is the target's own token at every node of the tree grown last; prompts have none. Where nothing
+        was chosen, in rows that choose step by step, it is `~token`, of the likeliest token.
         """
         return
 

@@ -79,7 +79,7 @@ class LookaheadDrafter(Drafter):
         chosen: torch.Tensor | None = None,
     ) -> None:
         if chosen is not None:
-            self._advance(chosen, num_new > 0)
+            self._advance(torch.where(chosen < 0, ~chosen, chosen), num_new > 0)
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         slots = torch.where(steps < num_new[:, None], self._lengths[:, None] + steps, self._history.shape[1] - 1)
         self._history.scatter_(1, slots, tokens)
