@@ -29,11 +29,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
 from draftwing.checkpoint.formats import default_aux_layers
 from draftwing.checkpoint.load import build_network, load_tokenizer
-from draftwing.decoding.captured import RowsPool
+from draftwing.decoding.captured import CudaRecorder
 from draftwing.decoding.costs import CycleCosts, measure_costs
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.rows import Rows
 from draftwing.models.fused import pack_head, pack_target
 from draftwing.models.layers import DraftConfig
 from draftwing.models.target import ATTENTION, TargetModel
@@ -69,7 +68,7 @@ def main() -> int:
     compiles = False if options.no_compile else None
     target = pack_target(target, compiles)
     pack_head(head, compiles)
-    new_rows = RowsPool().take if device.type == "cuda" and not options.no_capture else Rows
+    recorder = CudaRecorder(device) if device.type == "cuda" and not options.no_capture else None
 
     def new_drafter(rows: int, capacity: int) -> EagleDrafter:
         return EagleDrafter(head, rows, capacity)
@@ -77,7 +76,7 @@ def main() -> int:
     plans = [TreePlan.parse(plan) for plan in options.plans]
     largest = max(plans, key=lambda plan: (plan.num_nodes, plan.width))
     costs = measure_costs(
-        target, new_drafter, options.batch_size, largest, options.rounds, (options.context,), new_rows
+        target, new_drafter, options.batch_size, largest, options.rounds, (options.context,), recorder
     )
     kv_bytes = kv_cache_bytes(target, options)
     result = {

@@ -187,7 +187,7 @@ def new_training(shape: Shape, options: argparse.Namespace) -> HeadTraining:
             aux_layers=(1, shape.num_layers // 2, shape.num_layers - 1),
         )
         vocab = DraftVocab(torch.arange(shape.draft_vocab_size), shape.vocab_size)
-        head = Eagle3Model(head_config, vocab, target.embedding)
+        head = Eagle3Model(head_config, vocab, target.embedding, target.output_head)
     config = TrainConfig(objective="eagle3", output="", target="unused", ttt_steps=options.ttt_steps)
     return training_class(head, target, config)
 

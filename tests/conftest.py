@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.config import TrainConfig
 from draftwing.data.chat import Example
-from draftwing.decoding.auto_plan import AutoPlan
+from draftwing.decoding.auto_plan import AutoPlan, SizedPlan
+from draftwing.decoding.captured import Recorder
 from draftwing.decoding.costs import CycleCosts
 from draftwing.decoding.drafters import NoDrafter
 from draftwing.decoding.drafters.draft_model import DraftModelDrafter
@@ -22,10 +23,10 @@ from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.drafters.lookahead import LookaheadDrafter
 from draftwing.decoding.drafters.medusa import MedusaDrafter
 from draftwing.decoding.drafters.ngram import NgramDrafter
+from draftwing.decoding.engine import NewDrafter, Request
 from draftwing.decoding.experience import Experience
-from draftwing.decoding.generate import Generation, Request
+from draftwing.decoding.generate import Generation, start_generation
 from draftwing.decoding.plan import Plan, TreePlan
-from draftwing.decoding.rows import DrafterFactory, NewRows, Rows
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
 from draftwing.decoding.tree import DraftTree, Verdict
@@ -87,7 +88,7 @@ def draft_model() -> TargetModel:
 @pytest.fixture(scope="session")
 def drafters(
     heads: dict[str, DraftNetwork], medusa_heads: MedusaModel, draft_model: TargetModel
-) -> dict[str, DrafterFactory]:
+) -> dict[str, NewDrafter]:
     """Every method's drafter for `target`, but for those with plans of their own."""
     others = {"medusa": medusa(medusa_heads), "draft_model": language_model(draft_model)}
     return {name: eagle(head) for name, head in heads.items()} | others
@@ -156,24 +157,24 @@ def optimise(module: HeadTraining | MedusaTraining, data: Sequence[Example], ste
         optimizer.step()
 
 
-def eagle(head: DraftNetwork) -> DrafterFactory:
+def eagle(head: DraftNetwork) -> NewDrafter:
     """Builds the drafter of a head for the engine."""
     return lambda batch_size, capacity: EagleDrafter(head, batch_size, capacity)
 
 
-def language_model(model: TargetModel) -> DrafterFactory:
+def language_model(model: TargetModel) -> NewDrafter:
     """Builds the drafter of a draft model, for a target of VOCAB_SIZE tokens."""
     return lambda batch_size, capacity: DraftModelDrafter(model, VOCAB_SIZE, batch_size, capacity)
 
 
-def medusa(model: MedusaModel) -> DrafterFactory:
+def medusa(model: MedusaModel) -> NewDrafter:
     """Builds the drafter of Medusa heads for the engine."""
     return lambda batch_size, capacity: MedusaDrafter(model, batch_size, torch.float64, CPU)
 
 
-def lookahead(batch_size: int, capacity: int) -> LookaheadDrafter:
+def lookahead(plan: str) -> NewDrafter:
     """Builds the drafter of Lookahead decoding for the engine."""
-    return LookaheadDrafter(batch_size, capacity, CPU)
+    return lambda num_seats, num_slots: LookaheadDrafter(TreePlan.parse(plan), num_seats, num_slots, CPU)
 
 
 def ngram(batch_size: int, capacity: int) -> NgramDrafter:
@@ -181,7 +182,7 @@ def ngram(batch_size: int, capacity: int) -> NgramDrafter:
     return NgramDrafter(batch_size, capacity, CPU)
 
 
-def eagle_with_ngram(head: DraftNetwork) -> DrafterFactory:
+def eagle_with_ngram(head: DraftNetwork) -> NewDrafter:
     """Builds a head's drafter into whose trees n-grams are merged; for plans with a lookup."""
     return lambda batch_size, capacity: EagleDrafter(head, batch_size, capacity, ngram(batch_size, capacity))
 
@@ -204,41 +205,47 @@ def costs(plain: float = 1.0, node: float = 0.02, step: float = 0.1) -> CycleCos
     )
 
 
+def sized_plan(
+    experience: Experience | None = None,
+    largest: TreePlan | None = None,
+    fixed_shapes: Sequence[str] = (),
+    device: torch.device = CPU,
+    **seconds: float,
+) -> SizedPlan:
+    """A plan that sizes itself by invented costs."""
+    shapes = [TreePlan.parse(shape) for shape in fixed_shapes]
+    return SizedPlan(costs(**seconds), experience or Experience(), largest or TreePlan(4, 6, 24), device, shapes)
+
+
 def auto_plan(
-    batch_size: int,
     experience: Experience | None = None,
     largest: TreePlan | None = None,
     fixed_shapes: Sequence[str] = (),
     device: torch.device = CPU,
     **seconds: float,
 ) -> AutoPlan:
-    """A plan that sizes itself by invented costs."""
-    return AutoPlan(
-        costs(**seconds),
-        experience or Experience(),
-        batch_size,
-        largest or TreePlan(4, 6, 24),
-        TreePlan.off(),
-        device,
-        [TreePlan.parse(shape) for shape in fixed_shapes],
-    )
+    """A plan that sizes itself by invented costs, the same for any number of rows."""
+    known, shapes = experience or Experience(), [TreePlan.parse(shape) for shape in fixed_shapes]
+    largest = largest or TreePlan(4, 6, 24)
+    return AutoPlan(lambda num_rows: costs(**seconds), lambda num_rows: known, largest, device, shapes)
 
 
 def generate(
     target: TargetModel,
     requests: Sequence[Request],
-    drafter: DrafterFactory = no_draft,
+    drafter: NewDrafter = no_draft,
     plan: str | Plan = "off",
     coupled: bool = True,
-    new_rows: NewRows = Rows,
+    recorder: Recorder | None = None,
+    num_seats: int | None = None,
 ) -> Generation:
     """Run requests to their end."""
     plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
-    return Generation(target, requests, drafter, plan, coupled, new_rows).run()
+    return start_generation(target, requests, drafter, plan, coupled, recorder, num_seats).run()
 
 
 def run(
-    target: TargetModel, requests: Sequence[Request], drafter: DrafterFactory = no_draft, plan: str | Plan = "off"
+    target: TargetModel, requests: Sequence[Request], drafter: NewDrafter = no_draft, plan: str | Plan = "off"
 ) -> list[list[int]]:
     """The tokens of each request."""
     return [output.tokens for output in generate(target, requests, drafter, plan).outputs]

@@ -1,12 +1,20 @@
-"""draftwing: speculative decoding with EAGLE heads that returns exactly what plain decoding would have returned."""
+"""draftwing: speculative decoding with EAGLE heads that returns exactly what plain decoding would have returned.
 
-from draftwing.api import GenerateOutput, SpeculativeModel, load
-from draftwing.decoding.generate import Committed
-from draftwing.decoding.options import GenerateOptions
-from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.sampling import SamplingParams
-from draftwing.decoding.statistics import Statistics
-from draftwing.drop_in import custom_generate
+The names of the public API are imported when they are first asked for: most of them need torch and transformers, whose
+import takes seconds that a help text or a mistake on the command line should not wait for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from draftwing.api import GenerateOutput, SpeculativeModel, load
+    from draftwing.decoding.generate import Committed
+    from draftwing.decoding.options import GenerateOptions
+    from draftwing.decoding.plan import TreePlan
+    from draftwing.decoding.sampling import SamplingParams
+    from draftwing.decoding.statistics import Statistics
+    from draftwing.drop_in import custom_generate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,3 +28,26 @@ __all__ = [
     "custom_generate",
     "load",
 ]
+_HOMES = {
+    "api": ("GenerateOutput", "SpeculativeModel", "load"),
+    "decoding.generate": ("Committed",),
+    "decoding.options": ("GenerateOptions",),
+    "decoding.plan": ("TreePlan",),
+    "decoding.sampling": ("SamplingParams",),
+    "decoding.statistics": ("Statistics",),
+    "drop_in": ("custom_generate",),
+}
+"""The public names by the module that each is imported from; the same as above, for the interpreter."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for."""
+    for module, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"draftwing.{module}"), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

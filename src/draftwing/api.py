@@ -1,10 +1,11 @@
 """The Python API: `load` a target with a draft, then `generate` or `stream`."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,23 +19,22 @@ from draftwing.checkpoint.load import (
     read_acceptance,
     resolve_draft,
 )
-from draftwing.config import check_keys
+from draftwing.config import DRAFTLESS_METHODS, DTYPES, EAGLE_METHODS, check_keys
 from draftwing.decoding.acceptance import AcceptanceTable
 from draftwing.decoding.auto_plan import AutoPlan
-from draftwing.decoding.captured import RowsPool
+from draftwing.decoding.captured import CudaRecorder, Recorder
 from draftwing.decoding.costs import CycleCosts, cached_costs, measure_costs
+from draftwing.decoding.drafting import check_drafting, plan_for
+from draftwing.decoding.engine import Engine, Request, bucket, check_requests
 from draftwing.decoding.experience import Experience
-from draftwing.decoding.generate import Committed, Generation, Request, check_prompts, plain_plan
-from draftwing.decoding.lookups import LookupPlan
+from draftwing.decoding.generate import Committed, Generation
+from draftwing.decoding.lookups import LookupPlan, LookupTrial
 from draftwing.decoding.options import GenerateOptions
 from draftwing.decoding.plan import Plan, TreePlan
-from draftwing.decoding.rows import NewRows, Rows
 from draftwing.decoding.statistics import Statistics
+from draftwing.decoding.stopping import exact_decode
 from draftwing.methods import (
-    DRAFTLESS_METHODS,
-    EAGLE_METHODS,
-    default_plan,
-    drafter_factory,
+    new_drafter,
     resolve_method,
     suitable_draft,
     tree_shapes,
@@ -44,7 +44,7 @@ from draftwing.models.target import TargetModel
 from draftwing.provenance import provenance
 
 HEAD_OPTIONS = tuple(HeadOptions.__dataclass_fields__)
-LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "quantize", *HEAD_OPTIONS) + (
+LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "remeasure", "quantize", *HEAD_OPTIONS) + (
     "attn_implementation",
     "device_map",
     "revision",
@@ -53,16 +53,26 @@ LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "quantize", *HE
 """What `load` takes, the most used of `from_pretrained` among them; to suggest one for another."""
 
 
+SMALLEST_CAPACITY = 1024
+"""Tokens that the seats of an engine that is kept hold at least."""
+
+
 @dataclass
 class Lessons:
     """What trees that size themselves know: a draft's `stored` acceptance counts, and what this process has learnt.
 
     `costs` and `experience` are by batch size (its next power of two) and by whether tokens are sampled.
+    Costs that were measured before the time `costs_since` are not believed.
     """
 
     stored: Mapping[str, Any] = field(default_factory=dict)
     costs: dict[tuple[int, bool], CycleCosts] = field(default_factory=dict)
     experience: dict[tuple[int, bool], Experience] = field(default_factory=dict)
+    costs_since: float = 0.0
+
+    def of_another(self, stored: Mapping[str, Any]) -> "Lessons":
+        """Those of another draft or method, for which nothing has been learnt yet."""
+        return Lessons(stored, costs_since=self.costs_since)
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,14 @@ class GenerateOutput:
     tokens: list[list[int]]
     finish_reasons: list[str]
     statistics: Statistics
+
+
+class _EngineKey(NamedTuple):
+    """What else an engine's drafter is made with."""
+
+    with_lookup: bool
+    draft_window: int | None
+    coupled: bool
 
 
 class SpeculativeModel:
@@ -94,11 +112,11 @@ class SpeculativeModel:
         self.method = resolve_method(method, draft)
         self._lessons = lessons or Lessons()
         self._captures = capture and target.device.type == "cuda" and not target.is_split
-        self._pools: dict[tuple[bool, int | None], RowsPool] = {}  # by what else a drafter is made with
+        self._engines: dict[_EngineKey, Engine] = {}  # idle ones, kept for their recordings
 
     def with_method(self, method: str) -> "SpeculativeModel":
         """The same weights, decoding another way."""
-        lessons = Lessons(self._lessons.stored)
+        lessons = self._lessons.of_another(self._lessons.stored)
         return SpeculativeModel(self.target, self.draft, self.tokenizer, method, lessons, self._captures)
 
     def with_draft(
@@ -109,7 +127,7 @@ class SpeculativeModel:
     ) -> "SpeculativeModel":
         """The same target with a draft that is loaded for it; arguments and errors are those of `load`."""
         drafting = load_draft(draft, self.target, options=head_options, tokenizer=self.tokenizer)
-        lessons = Lessons(read_acceptance(draft))
+        lessons = self._lessons.of_another(read_acceptance(draft))
         return SpeculativeModel(self.target, pack_draft(drafting), self.tokenizer, method, lessons, self._captures)
 
     @property
@@ -181,51 +199,91 @@ class SpeculativeModel:
         """A generation over prompts given as token ids, prefilled and ready to cycle."""
         return self._start(prompts, _read_options(options))
 
+    def check(self, prompts: Sequence[Sequence[int]], **options: Any) -> None:
+        """Raise the ValueError that `start` would raise for one of these prompts, or for the options."""
+        settings = _read_options(options)
+        self._check(self.requests(prompts, settings), settings)
+
     def _start(self, prompts: Sequence[Sequence[int]], settings: GenerateOptions) -> Generation:
         return self.start_requests(self.requests(prompts, settings), settings)
 
     def requests(self, prompts: Sequence[Sequence[int]], settings: GenerateOptions) -> list[Request]:
         """What each prompt asks for."""
         settings.check(len(prompts), self.target.vocab_size)
-        eos, decode = self._eos_token_ids(settings), None if self.tokenizer is None else self.tokenizer.decode
+        eos = self._eos_token_ids(settings)
+        decode = None if self.tokenizer is None else exact_decode(self.tokenizer)
         return [settings.request(row, prompt, eos, decode) for row, prompt in enumerate(prompts)]
 
-    def start_requests(self, requests: Sequence[Request], settings: GenerateOptions | None = None) -> Generation:
-        """A generation over requests that have their own sampling and stops; of `settings` the drafting counts."""
+    def start_requests(
+        self, requests: Sequence[Request], settings: GenerateOptions | None = None, num_seats: int | None = None
+    ) -> Generation:
+        """A generation over requests that have their own sampling and stops; of `settings` the drafting counts.
+
+        At most `num_seats` of them are decoded at once (None: all); the next one comes when one has ended.
+        """
         settings = settings or GenerateOptions()
-        check_prompts(self.target, requests)  # before costs are measured for them
+        self._check(requests, settings)  # before anything is measured
+        with_lookup = self._looks_up(settings)
+        num_seats = min(num_seats or len(requests), len(requests))
+        plan = self._plan(settings, requests, num_seats, with_lookup)
+        key = _EngineKey(with_lookup, settings.draft_window, settings.coupled is not False)
+        longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
+        engine = self._engine(key, num_seats, longest, plan)
+        return Generation(engine, requests, partial(self._keep, key))
+
+    def _engine(self, key: "_EngineKey", num_seats: int, capacity: int, plan: Plan) -> Engine:
+        """An engine for so many requests: a kept one that is large enough, or a new one."""
+        kept = self._engines.pop(key, None)
+        if kept is not None and kept.can_serve(num_seats, capacity, plan):
+            kept.plan = plan
+            return kept
+        shape = plan if isinstance(plan, TreePlan) else None
+        drafter = new_drafter(self.method, self.draft, self.target, key.with_lookup, key.draft_window, shape)
+        if self._captures:  # it is kept, so that it should serve others as well
+            num_seats, capacity = bucket(num_seats), bucket(max(capacity, SMALLEST_CAPACITY))
+        return Engine(self.target, drafter, num_seats, capacity, plan, self._recorder(), key.coupled)
+
+    def _keep(self, key: "_EngineKey", engine: Engine) -> None:
+        if self._captures:
+            self._engines[key] = engine
+
+    def _recorder(self) -> Recorder | None:
+        return CudaRecorder(self.target.device) if self._captures else None
+
+    def _check(self, requests: Sequence[Request], settings: GenerateOptions) -> None:
+        drafting = settings.plan, settings.ngram, settings.draft_window, settings.coupled
+        check_drafting(self.method, *drafting)
+        check_requests(self.target, requests)
         if torch.is_autocast_enabled(self.device.type):
             raise ValueError("torch.autocast: not supported by draftwing; load the model in the dtype it shall have")
-        longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
-        self._check_draft_positions(longest)
-        with_lookup = self._looks_up(settings)
-        plan = self._plan(settings, requests, with_lookup)
-        factory = drafter_factory(self.method, self.draft, self.target, with_lookup, settings.draft_window)
-        pool = self._pools.setdefault((with_lookup, settings.draft_window), RowsPool())
-        return Generation(self.target, requests, factory, plan, settings.coupled is not False, self._new_rows(pool))
+        self._check_draft_positions(max(len(request.prompt) + request.stop.max_new_tokens for request in requests))
 
     def costs(self, batch_size: int, sampled: bool = False) -> CycleCosts:
         """What a cycle of so many rows costs with this draft, from this process, the disk's cache or a measurement."""
-        bucket, costs = _bucket(batch_size), self._lessons.costs
-        if (bucket, sampled) not in costs:
+        size, costs = bucket(batch_size), self._lessons.costs
+        if (size, sampled) not in costs:
             assert self.draft is not None
             largest = tree_shapes(self.draft, self.target)[-1]
-            factory = drafter_factory(self.method, self.draft, self.target)
-            key = self._identity() | {"batch_size": bucket, "largest": repr(largest), "sampled": sampled}
-            new_rows = self._new_rows(RowsPool())
-            costs[bucket, sampled] = cached_costs(
+            drafter = new_drafter(self.method, self.draft, self.target)
+            key = self._identity() | {"batch_size": size, "largest": repr(largest), "sampled": sampled}
+            costs[size, sampled] = cached_costs(
                 key,
-                lambda: measure_costs(self.target, factory, bucket, largest, new_rows=new_rows, sampled=sampled),
+                lambda: measure_costs(self.target, drafter, size, largest, recorder=self._recorder(), sampled=sampled),
+                self._lessons.costs_since,
             )
-        return costs[bucket, sampled]
+        return costs[size, sampled]
 
-    def _new_rows(self, pool: RowsPool) -> NewRows:
-        """What gives a generation its rows: the pool where cycles are captured."""
-        return pool.take if self._captures else Rows
+    def _known_costs(self, batch_size: int, sampled: bool, num_seats: int) -> CycleCosts:
+        """What a cycle of so many rows costs, or of a few more if that is known; measured for all seats at most.
+
+        Rows that end leave fewer than there were, for which nothing is measured in the middle of a generation.
+        """
+        sizes = [size for size, is_sampled in self._lessons.costs if is_sampled == sampled and size >= batch_size]
+        return self.costs(min(sizes, default=num_seats), sampled)
 
     def experience(self, batch_size: int, sampled: bool) -> Experience:
         """What earlier generations with as many rows, and at first the draft's stored counts, teach the next ones."""
-        key = _bucket(batch_size), sampled
+        key = bucket(batch_size), sampled
         experience = self._lessons.experience
         if key not in experience:
             stored = self._lessons.stored.get("sampled" if sampled else "greedy")
@@ -235,38 +293,29 @@ class SpeculativeModel:
 
     def _looks_up(self, settings: GenerateOptions) -> bool:
         """Whether n-grams are merged into the trees."""
-        if settings.ngram and self.method not in EAGLE_METHODS:
-            raise ValueError(f"ngram: merges into EAGLE trees; the method is {self.method}")
         if settings.ngram is not None:
             return settings.ngram
-        return self.method in EAGLE_METHODS and (settings.plan or default_plan(self.method)) == "auto"
+        return self.method in EAGLE_METHODS and plan_for(self.method, settings.plan) is None
 
-    def _plan(self, settings: GenerateOptions, requests: Sequence[Request], with_lookup: bool) -> Plan:
-        batch_size, device = len(requests), self.target.device
-        off = plain_plan(self.target, batch_size)
-        if settings.draft_window is not None and self.method not in EAGLE_METHODS:
-            raise ValueError(f"draft_window: limits what an EAGLE head reads; the method is {self.method}")
-        if self.method == "plain":
-            return off
-        plan = settings.plan or default_plan(self.method)
-        if plan == "auto" and self.method in DRAFTLESS_METHODS:  # nothing to size: lookups cost next to nothing
-            plan = default_plan(self.method)
+    def _plan(self, settings: GenerateOptions, requests: Sequence[Request], batch_size: int, with_lookup: bool) -> Plan:
+        device = self.target.device
+        plan = plan_for(self.method, settings.plan)
         sampled = any(request.sampling.temperature > 0 for request in requests)
-        if plan != "auto":
-            plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
+        if plan is not None:
             if not plan.depth:
-                return off
-            return LookupPlan(plan, self.experience(batch_size, sampled).lookups) if with_lookup else plan
+                return TreePlan.off()
+            plan = plan.cut_to(max(request.stop.max_new_tokens for request in requests))
+            # A fixed plan's trees depend on its requests alone, not on the generations before: its trial is its own.
+            return LookupPlan(plan, LookupTrial()) if with_lookup else plan
         assert self.draft is not None
         shapes = tree_shapes(self.draft, self.target)
         if with_lookup:
             shapes = tuple(shape.with_lookup() for shape in shapes)
+        self.costs(batch_size, sampled)  # measured now, if they are not known
         return AutoPlan(
-            self.costs(batch_size, sampled),
-            self.experience(batch_size, sampled),
-            batch_size,
+            lambda num_rows: self._known_costs(num_rows, sampled, batch_size),
+            lambda num_rows: self.experience(num_rows, sampled),
             shapes[-1],
-            off,
             device,
             fixed_shapes=() if device.type == "cpu" else shapes,
         )
@@ -316,6 +365,7 @@ def load(
     device: str | torch.device = "cpu",
     method: str | None = None,
     capture: bool = True,
+    remeasure: bool = False,
     **options: Any,
 ) -> SpeculativeModel:
     """Load a target and a draft, ready to generate.
@@ -328,12 +378,15 @@ def load(
         dtype: of both models, `torch.float32` or "float32"; default: the target file's, but float32 on a CPU that has
             no bf16 products.
         device: of both models.
-        method: one of METHODS; default: what the draft is made for (eagle2 for an EAGLE-1 file).
+        method: one of METHODS; default: what the draft is made for (eagle2 for an EAGLE-1 file). With one that needs no
+            draft, none is loaded.
         capture: on a CUDA device, record cycles once and replay them (CUDA graphs).
+        remeasure: measure anew what a cycle costs, by which trees size themselves; else it is kept on disk for 30 days.
         options: `quantize="int8"` (or int4, float8) keeps the target's linear layers in fewer bits, by torchao; files
             that are quantised already need none. The fields of HeadOptions (`aux_layers`, `rope_theta`, `norm_output`,
             ...) override what a head's file says (see `draftwing inspect`, `draftwing doctor`). Others go to
-            transformers' `from_pretrained` of the target.
+            transformers' `from_pretrained` of the target; those of HUB_OPTIONS (`revision`, `trust_remote_code`, ...)
+            to its tokenizer's, too.
 
     Raises:
         ValueError: a name that cannot be loaded, a draft that does not fit, a model whose cache cannot be rolled back.
@@ -348,26 +401,26 @@ def load(
     draft = None if draft is None or method in DRAFTLESS_METHODS else suitable_draft(draft, method)
     if draft is not None:
         resolve_draft(draft)  # a wrong name is known before the target is loaded
+    elif head_options.given:
+        raise ValueError(f"{', '.join(head_options.given)}: for an EAGLE head, and no draft is loaded")
+    else:
+        resolve_method(method, None)
     try:
         loaded = pack_target(load_target(target, parse_dtype(dtype), device, **options))
     except ValueError as error:
         if isinstance(error.__cause__, TypeError):  # no such option; transformers says so when it makes the model
             check_keys([name for name in options if f"'{name}'" in str(error.__cause__)], LOAD_OPTIONS)
         raise
-    tokenizer = load_tokenizer(target)
+    lessons = Lessons(costs_since=time.time() if remeasure else 0.0)
+    model = SpeculativeModel(loaded, None, load_tokenizer(target, **options), None, lessons, capture)
     if draft is None:
-        return SpeculativeModel(loaded, None, tokenizer, method, capture=capture)
-    return SpeculativeModel(loaded, tokenizer=tokenizer, capture=capture).with_draft(draft, method, head_options)
+        return model if method is None else model.with_method(method)
+    return model.with_draft(draft, method, head_options)
 
 
 def take_head_options(options: dict[str, Any]) -> HeadOptions:
     """The fields of HeadOptions among the options, which are taken out of them."""
     return HeadOptions(**{name: options.pop(name) for name in tuple(options) if name in HEAD_OPTIONS})
-
-
-def _bucket(batch_size: int) -> int:
-    """The next power of two: batches of like size share what was measured and learnt."""
-    return 1 << (batch_size - 1).bit_length()
 
 
 @cache
@@ -388,7 +441,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A dtype from its name; None stays None."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    if dtype not in known:
-        raise ValueError(f"dtype: expected one of {', '.join(known)}, got {dtype!r}")
-    return known[dtype]
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    known: torch.dtype = getattr(torch, dtype)
+    return known

@@ -8,8 +8,6 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
-
 Config = TypeVar("Config")
 Objective = Literal["language_model", "self_generated", "eagle1", "eagle3", "medusa"]
 Loss = Literal["kl", "cross_entropy", "lk"]
@@ -17,6 +15,11 @@ Parallel = Literal["ddp", "fsdp2"]
 Schedule = Literal["cosine", "linear"]
 CHOICES = {"objective": Objective, "loss": Loss, "parallel": Parallel, "schedule": Schedule}
 """The keys of a recipe that are one of a few words."""
+EAGLE_METHODS = ("eagle1", "eagle2", "eagle3")
+DRAFTLESS_METHODS = ("plain", "ngram", "lookahead")
+METHODS = (*DRAFTLESS_METHODS, *EAGLE_METHODS, "medusa", "draft_model")
+"""The speculation methods (methods.py says what each is made of)."""
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 QUANTIZATIONS = ("int8", "int4", "float8")
 """How a target's linear layers can be kept in fewer bits (checkpoint/quantize.py)."""
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -78,7 +81,7 @@ class TrainConfig:
     """EAGLE-3's output vocabulary, the data's most frequent tokens; None keeps the whole target vocabulary, with
     `init_from` the head's own; a number there counts the data anew."""
     aux_layers: tuple[int, ...] = ()
-    """EAGLE-3's feature layers as hidden_states indices (0 = embeddings); empty means 2, n//2, n-3."""
+    """EAGLE-3's feature layers: i is the output of layer i (0: the embeddings); empty means 2, n//2, n-3."""
     sequence_length: int = 512
     batch_size: int = 8
     """Rows of one process's forward pass; an optimizer step reads batch_size x accumulation_steps x processes rows."""
@@ -129,6 +132,9 @@ class TrainConfig:
     which goes over from KL to the acceptance rate (training/losses.py)."""
     lk_decay: float = 3.0
     """How fast `lk` leaves KL as acceptance rises (eta; arXiv 2602.23881)."""
+    train_embedding: bool = False
+    """Whether a head's own copy of the target's embedding (EAGLE-1's) is trained too; otherwise it stays a copy.
+    Engines that put the target's in its place, as the reference EAGLE code does, then draft with another head."""
     feature_steps: int = 1
     """EAGLE-1's training-time-test steps; with more than 1 it learns to go on from features of its own (as HASS)."""
     feature_noise: float = 0.1
@@ -160,6 +166,10 @@ class TrainConfig:
                 raise ValueError(f"report_to: expected some of {', '.join(TRACKERS)}, got {tracker!r}")
         if self.init_from and self.architecture:
             raise ValueError("architecture: the head of init_from has its own; give one of the two")
+        if self.train_embedding and self.objective not in ("eagle1", "eagle3"):
+            raise ValueError(
+                f"train_embedding: is for an EAGLE head with an embedding of its own, not {self.objective}"
+            )
         self._check_split()
         if self.parallel == "fsdp2" and self.objective == "language_model":
             raise ValueError("parallel: a language_model is trained with ddp; fsdp2 shards heads")
@@ -251,6 +261,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[TrainCo
     Raises:
         ValueError: no such file, no YAML, or a wrong key or value (named).
     """
+    import yaml  # not by every command
+
     if not Path(path).is_file():
         raise ValueError(f"recipe: no such file: {path}")
     try:
@@ -274,6 +286,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[TrainCo
 
 
 def _overridden(stage: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    import yaml
+
     values = dict(stage)
     for override in overrides:
         key, equals, text = override.partition("=")

@@ -71,6 +71,10 @@ def custom_generate(
     accepts less. A `streamer` gets the first row's tokens cycle by cycle, and its end also where
     decoding fails.
 
+    The model is not changed, so its passes round as its own kernels do: in bfloat16 (and on GPUs) two
+    nearly equal logits may swap, and a token differ from stock's. A model that `load` has made has no
+    such differences on a CPU (docs/architecture.md).
+
     With `return_dict_in_generate=True` the output has `statistics`. A cache that is handed over empty
     stays so.
     Keep the returned function: it loads the draft once per model, and trees that size themselves learn from each call.

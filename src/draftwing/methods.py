@@ -1,28 +1,20 @@
-"""The speculation methods by name: which draft each one uses, its plan unless one is named, and who grows its trees."""
+"""The speculation methods by name: which draft each one uses, and who grows its trees."""
 
 from draftwing.checkpoint.load import Draft
+from draftwing.config import METHODS
 from draftwing.decoding.drafters import Drafter, NoDrafter
 from draftwing.decoding.drafters.draft_model import DraftModelDrafter
 from draftwing.decoding.drafters.eagle import EagleDrafter
 from draftwing.decoding.drafters.lookahead import LookaheadDrafter
 from draftwing.decoding.drafters.medusa import MedusaDrafter
 from draftwing.decoding.drafters.ngram import NgramDrafter
+from draftwing.decoding.drafting import default_plan
+from draftwing.decoding.engine import NewDrafter
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.rows import DrafterFactory
 from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
 
-EAGLE_METHODS = ("eagle1", "eagle2", "eagle3")
-DRAFTLESS_METHODS = ("plain", "ngram", "lookahead")
-METHODS = (*DRAFTLESS_METHODS, *EAGLE_METHODS, "medusa", "draft_model")
-DEFAULT_PLANS = {
-    "plain": "off",
-    "ngram": "chain:6",
-    "lookahead": "lookahead:15x5x15",
-    "eagle1": "eagle1",
-    "medusa": "medusa",
-}
 SUITABLE_DRAFTS = {
     "eagle1": "tiny-eagle1",
     "eagle2": "tiny-eagle1",
@@ -77,11 +69,6 @@ def suitable_draft(draft: str, method: str | None) -> str:
     return SUITABLE_DRAFTS.get(method or "", draft) if draft == "tiny" else draft
 
 
-def default_plan(method: str) -> str:
-    """A method's plan unless one is named: the papers' shapes, and trees that size themselves for the others."""
-    return DEFAULT_PLANS.get(method, "auto")
-
-
 def tree_shapes(draft: Draft, target: TargetModel) -> tuple[TreePlan, ...]:
     """The shapes that trees which size themselves have, or on a CPU their bound; the largest last."""
     shapes = (LARGEST_ON_CPU,) if target.device.type == "cpu" else FIXED_SHAPES
@@ -91,24 +78,29 @@ def tree_shapes(draft: Draft, target: TargetModel) -> tuple[TreePlan, ...]:
     return tuple(dict.fromkeys(shape.at_most(num_tokens) for shape in shapes))
 
 
-def drafter_factory(
-    method: str, draft: Draft | None, target: TargetModel, with_lookup: bool = False, window: int | None = None
-) -> DrafterFactory:
-    """What builds a method's drafter for a batch; `with_lookup` and `window` are for EAGLE heads."""
+def new_drafter(
+    method: str,
+    draft: Draft | None,
+    target: TargetModel,
+    with_lookup: bool = False,
+    window: int | None = None,
+    plan: TreePlan | None = None,
+) -> NewDrafter:
+    """What makes a method's drafter; `with_lookup` and `window` are for EAGLE heads, `plan` for Lookahead decoding."""
     device = target.device
 
-    def new_drafter(batch_size: int, capacity: int) -> Drafter:
+    def new(num_seats: int, num_slots: int) -> Drafter:
         if method == "ngram":
-            return NgramDrafter(batch_size, capacity, device)
+            return NgramDrafter(num_seats, num_slots, device)
         if method == "lookahead":
-            return LookaheadDrafter(batch_size, capacity, device)
+            return LookaheadDrafter(plan or TreePlan.parse(default_plan(method)), num_seats, num_slots, device)
         if draft is None or method == "plain":
             return NoDrafter()
         if isinstance(draft, TargetModel):
-            return DraftModelDrafter(draft, target.vocab_size, batch_size, capacity)
+            return DraftModelDrafter(draft, target.vocab_size, num_seats, num_slots)
         if isinstance(draft, MedusaModel):
-            return MedusaDrafter(draft, batch_size, target.dtype, device)
-        ngram = NgramDrafter(batch_size, capacity, device) if with_lookup else None
-        return EagleDrafter(draft, batch_size, capacity, ngram, window)
+            return MedusaDrafter(draft, num_seats, target.dtype, device)
+        ngram = NgramDrafter(num_seats, num_slots, device) if with_lookup else None
+        return EagleDrafter(draft, num_seats, num_slots, ngram, window)
 
-    return new_drafter
+    return new

@@ -10,7 +10,9 @@ import transformers
 from conftest import requests_for, run
 from transformers import PreTrainedModel
 
+from draftwing.checkpoint.inspect import target_sizes
 from draftwing.checkpoint.load import load_target
+from draftwing.models.fused import FusedTarget, pack_target
 from draftwing.models.target import ATTENTION, TargetModel
 
 SIZES = {
@@ -224,15 +226,35 @@ def test_plain_greedy_decoding_is_the_stock_generate(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
 def test_training_reads_the_hidden_states_that_transformers_gives(name: str) -> None:
-    """But keeps none of the other layers'."""
+    """But keeps none of the other layers'. Decoding reads the same, of every node."""
     family = FAMILIES[name]
     model = build(family, family.own_attention)
-    ids = torch.tensor([PROMPTS[0]])
+    target, ids = TargetModel(model), torch.tensor([PROMPTS[0]])
+    num_layers = target.num_layers
     expected = model(ids, use_cache=False, output_hidden_states=True).hidden_states
-    layers = (0, 1, -2, -1)
-    states = TargetModel(model).read_rows(ids, layers)
+    layers = (0, 1, num_layers - 1, -1)
+    states = target.read_rows(ids, layers)
     assert torch.equal(states.features, torch.cat([expected[layer] for layer in layers], dim=-1))
     assert torch.equal(states.last_hidden, expected[-1])
+    depths, causal = torch.arange(len(PROMPTS[0]))[None], torch.ones(len(PROMPTS[0]), len(PROMPTS[0])).tril().bool()
+    decoded = target.forward_tree(ids, depths, causal[None], target.new_cache(1, 32), layers).features
+    assert decoded is not None
+    tolerance = 1e-5 if family.dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(decoded, states.features, rtol=0, atol=tolerance * float(decoded.abs().max()))
+
+
+@torch.inference_mode()
+def test_the_last_layers_output_is_another_state_than_the_final_norms() -> None:
+    """Number n is raw, as the servers capture it; transformers' last hidden state is number -1."""
+    target, ids = TargetModel(build(FAMILIES["llama"], ATTENTION)), torch.tensor([PROMPTS[0]])
+    raw, normed = target.read_rows(ids, (target.num_layers, -1)).features.chunk(2, dim=-1)
+    assert not torch.allclose(raw, normed)
+    torch.testing.assert_close(target.model.model.norm(raw), normed)
+    fused = pack_target(TargetModel(build(FAMILIES["llama"], ATTENTION).float()))
+    assert isinstance(fused, FusedTarget)
+    depths, causal = torch.arange(len(PROMPTS[0]))[None], torch.ones(len(PROMPTS[0]), len(PROMPTS[0])).tril().bool()
+    features = fused.forward_tree(ids, depths, causal[None], fused.new_cache(1, 32), (target.num_layers, -1)).features
+    torch.testing.assert_close(features, torch.cat((raw, normed), dim=-1).float(), rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()
@@ -274,7 +296,7 @@ def test_falcon_with_alibi_is_refused() -> None:
 def test_chunked_attention_is_refused() -> None:
     sizes = {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48}
     llama4 = Family("Llama4ForCausalLM", "Llama4TextConfig", sizes, dtype=torch.float32)
-    with pytest.raises(ValueError, match="layers of type 'chunked_attention' cannot be verified as a tree"):
+    with pytest.raises(ValueError, match=r"target: Llama4ForCausalLM cannot be .* layers of type 'chunked_attention'"):
         TargetModel(build(llama4, ATTENTION))
 
 
@@ -301,13 +323,86 @@ def test_a_window_over_slots_is_refused() -> None:
 def test_an_attention_that_takes_no_tree_mask_is_refused() -> None:
     model = build(FAMILIES["llama"], "sdpa")
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="attn_implementation: 'flash_attention_2' cannot take a tree mask"):
+    with pytest.raises(
+        ValueError, match=r"target: Llama.* has attn_implementation 'flash_attention_2', which cannot take"
+    ):
         TargetModel(model)
 
 
 def test_a_family_with_closed_attention_loads_with_its_own(tmp_path: Path) -> None:
     """Falcon picks its attention from a table of its own, which ours is not in; the error says what to pass."""
     build(FAMILIES["falcon"], "sdpa").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"attn_implementation: .*sdpa"):
+    with pytest.raises(ValueError, match=r"target: .*attn_implementation='sdpa' or 'eager'"):
         load_target(str(tmp_path), torch.float32)
     assert load_target(str(tmp_path), torch.float32, attn_implementation="sdpa").num_layers == 3
+
+
+BERT = {"is_decoder": True, "num_key_value_heads": 4}
+UNFIT = {
+    "no cache": (
+        Family("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", {**GPT_SIZES, "n_ctx": 128}),
+        "eager",
+        "keeps no keys",
+    ),
+    "no cache, xlm": (
+        Family("XLMWithLMHeadModel", "XLMConfig", {"emb_dim": 32, "n_layers": 3, "n_heads": 4, "causal": True}),
+        "eager",
+        "keeps no keys and values",
+    ),
+    "both directions": (
+        Family("BertLMHeadModel", "BertConfig", {**BERT, "is_decoder": False}),
+        ATTENTION,
+        "other logits than their branches have alone: .* not causal",
+    ),
+    "positions of its own": (Family("CamembertForCausalLM", "CamembertConfig", BERT), ATTENTION, "other logits"),
+    "a mask of its own": (
+        family("Doge"),
+        ATTENTION,
+        "RuntimeError: .*; attn_implementation='sdpa' or 'eager' may help",
+    ),
+}
+
+
+@pytest.mark.parametrize(("unfit", "attention", "reason"), UNFIT.values(), ids=UNFIT)
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_what_does_not_run_is_refused_in_one_line(unfit: Family, attention: str, reason: str, role: Any) -> None:
+    """Whatever a module raises over a small tree, or gives another result for than for a branch alone."""
+    with pytest.raises(ValueError, match=f"^{role}: {unfit.model_class} .*{reason}") as caught:
+        TargetModel(build(unfit, attention), role)
+    assert "\n" not in str(caught.value)
+
+
+def test_doge_and_bert_run_in_their_own_way() -> None:
+    """The opposites of two above."""
+    TargetModel(build(family("Doge"), "sdpa"))
+    TargetModel(build(Family("BertLMHeadModel", "BertConfig", BERT), ATTENTION))
+
+
+def test_a_model_that_gives_nan_is_refused() -> None:
+    model = build(FAMILIES["llama"], ATTENTION)
+    model.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 5] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"target: LlamaForCausalLM gives NaN: broken weights, or torch\.float64 overflows"
+    ):
+        TargetModel(model)
+
+
+@pytest.mark.parametrize("name", ["Qwen2_5_VL", "Llava", "Whisper", "T5"])
+def test_another_kind_of_model_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    """Of what AutoModelForCausalLM does not know it lists all that it knows, in kilobytes."""
+    config = getattr(transformers, f"{name}Config")()
+    config.architectures = [f"{name}ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"^target: cannot load .*{name}ForConditionalGeneration|no file named"
+    ) as caught:
+        load_target(str(tmp_path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_an_unknown_model_type_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "tomorrow", "architectures": ["TomorrowForCausalLM"]}')
+    for read in (load_target, target_sizes):
+        with pytest.raises(ValueError, match=r"^target: cannot .* `tomorrow`") as caught:
+            read(str(tmp_path))
+        assert "\n" not in str(caught.value)

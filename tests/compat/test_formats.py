@@ -27,6 +27,7 @@ from published import (
 )
 from safetensors.torch import load_file, save_file
 
+from draftwing.checkpoint.fields import sort_fields
 from draftwing.checkpoint.fit import fit_problems, tensor_problems
 from draftwing.checkpoint.formats import HeadFile, HeadOptions, TargetSizes, default_aux_layers, read_head
 from draftwing.checkpoint.load import (
@@ -37,6 +38,7 @@ from draftwing.checkpoint.load import (
     sizes_of,
 )
 from draftwing.checkpoint.save import save_head, to_head
+from draftwing.models.attention import grouped_attention
 from draftwing.models.target import TargetModel
 
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -210,6 +212,7 @@ MANIFESTS = {
 @pytest.mark.parametrize("manifest", MANIFESTS.values(), ids=MANIFESTS)
 def test_published_manifest_is_read(manifest: Manifest) -> None:
     head = read_head(manifest.values, on_meta(manifest.shapes), manifest.target)
+    assert sort_fields(manifest.values, manifest.shapes, head.is_eagle3).refused == []
     assert head.format == manifest.format
     assert {name: getattr(head.config, name) for name in manifest.expected} == manifest.expected
     assert tensor_problems(expected_shapes(head), head.tensors) == []
@@ -353,7 +356,29 @@ def with_prefix(folder: Path) -> None:
     save_file({f"model.{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("rewrite", [as_bin, as_shards, with_prefix])
+def as_training_state(folder: Path) -> None:
+    """What accelerate's `save_state` leaves: the second model is the target's output head; not all are tensors."""
+    as_bin(folder)
+    torch.save({"weight": torch.zeros(64, 32)}, folder / "pytorch_model_1.bin")
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    torch.save(optimizer.state_dict(), folder / "optimizer.bin")
+    torch.save({"last_epoch": 3, "_step_count": 4}, folder / "scheduler.bin")
+
+
+def as_training_state_in_safetensors(folder: Path) -> None:
+    save_file({"weight": torch.zeros(64, 32)}, folder / "model_1.safetensors")
+    torch.save({"state": {}, "param_groups": []}, folder / "optimizer.bin")
+
+
+def under_another_name(folder: Path) -> None:
+    torch.save({"state": {}, "param_groups": []}, folder / "optimizer.bin")
+    (folder / "model.safetensors").rename(folder / "head.safetensors")
+
+
+@pytest.mark.parametrize(
+    "rewrite",
+    [as_bin, as_shards, with_prefix, as_training_state, as_training_state_in_safetensors, under_another_name],
+)
 def test_other_files_give_the_same_network(
     rewrite: Callable[[Path], None], head_folder: Path, target: TargetModel
 ) -> None:
@@ -390,12 +415,38 @@ def test_t2d_may_be_absent() -> None:
     assert torch.equal(read_tiny(tensors={"t2d": None}).target_ids, TARGET_IDS)  # type: ignore[arg-type]
 
 
+def test_d2t_may_be_absent() -> None:
+    """Draft tokens are numbered in the order of the target's, so that t2d alone tells."""
+    assert torch.equal(read_tiny(tensors={"d2t": None}).target_ids, TARGET_IDS)  # type: ignore[arg-type]
+    narrow = {"d2t": None, "t2d": torch.arange(64) < 47}
+    with pytest.raises(ValueError, match="t2d: marks 47 tokens for the 48 rows of lm_head"):
+        read_tiny(tensors=narrow)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+def test_maps_of_other_dtypes(dtype: torch.dtype) -> None:
+    maps = random_tensors(TINY_HEADS["eagle3"][1], TARGET_IDS)
+    tensors = {"d2t": maps["d2t"].to(dtype), "t2d": maps["t2d"].to(torch.uint8)}
+    assert torch.equal(read_tiny(tensors=tensors).target_ids, TARGET_IDS)  # type: ignore[arg-type]
+
+
+def test_a_draft_vocabulary_of_another_size_than_its_output_head_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"draft_vocab_size: config\.json says 47, lm_head\.weight has 48 rows"):
+        read_tiny(changes={"draft_vocab_size": 47})
+
+
 def test_a_whole_vocabulary_needs_no_maps() -> None:
     whole = torch.zeros(64, 32, dtype=torch.float64)
     zeros = torch.zeros(64, dtype=torch.int64)
     ones = torch.ones(64, dtype=torch.bool)
-    for maps in ({"d2t": None, "t2d": None}, {"d2t": zeros, "t2d": ones}):
-        head = read_tiny(tensors={"lm_head.weight": whole, **maps})
+    for maps in (
+        {"d2t": None, "t2d": None},
+        {"d2t": zeros, "t2d": ones},
+        {"d2t": zeros, "t2d": ~ones},  # nobody has filled them in
+        {"d2t": zeros, "t2d": None},
+        {"d2t": None, "t2d": ones},
+    ):
+        head = read_tiny(changes={"draft_vocab_size": 64}, tensors={"lm_head.weight": whole, **maps})
         assert head.target_ids is None
         assert head.config.draft_vocab_size == 64
 
@@ -403,7 +454,7 @@ def test_a_whole_vocabulary_needs_no_maps() -> None:
 def test_a_permuted_whole_vocabulary_keeps_its_map() -> None:
     ids = torch.arange(63, -1, -1)
     maps = {"d2t": ids - torch.arange(64), "t2d": torch.ones(64, dtype=torch.bool)}
-    head = read_tiny(tensors={"lm_head.weight": torch.zeros(64, 32), **maps})
+    head = read_tiny(changes={"draft_vocab_size": 64}, tensors={"lm_head.weight": torch.zeros(64, 32), **maps})
     assert torch.equal(head.target_ids, ids)  # type: ignore[arg-type]
 
 
@@ -420,6 +471,7 @@ def shifted(by: int) -> torch.Tensor:
         ({"d2t": shifted(-1), "t2d": None}, "d2t: maps to token -1, outside"),
         ({"d2t": None, "t2d": None}, "d2t: missing, and lm_head.weight has 48 rows for 64 tokens"),
         ({"d2t": torch.zeros(47, dtype=torch.int64)}, "d2t: expected 48 entries"),
+        ({"d2t": torch.zeros(48, dtype=torch.int64), "t2d": torch.zeros(64, dtype=torch.bool)}, "t2d: marks other"),
         ({"lm_head.weight": None}, "lm_head.weight: missing"),
     ],
 )
@@ -447,6 +499,126 @@ def test_two_draft_tokens_for_one_target_token_are_refused(target: TargetModel, 
 )
 def test_feature_layers_in_each_convention(name: str, changes: dict[str, Any], expected: tuple[int, ...]) -> None:
     assert read_tiny(name, changes).config.aux_layers == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"target_layer_ids": [0, 2, 4]}, (1, 3, 5)),  # DeepSpec: layers counted from 0, their outputs
+        ({"eagle_config": {"target_layer_ids": [0, 2, 5]}}, (1, 3, 6)),
+        ({"aux_hidden_state_layer_ids": [1, 3, 5]}, (1, 3, 5)),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, -1]}}, (2, 3, 6)),  # from the end, as in Python
+        ({"eagle_aux_hidden_state_layer_ids": [1, 3, 5], "target_layer_ids": [0, 2, 4]}, (1, 3, 5)),
+    ],
+)
+def test_feature_layers_under_each_name(changes: dict[str, Any], expected: tuple[int, ...]) -> None:
+    head = read_tiny(changes={"eagle_config": None} | changes)
+    assert head.config.aux_layers == expected
+    tensors = random_tensors(TINY_HEADS["eagle3"][1], TARGET_IDS)
+    values = {**TINY_VALUES, **changes}
+    assert sort_fields(values, tensors, is_eagle3=True).refused == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"eagle_aux_hidden_state_layer_ids": [0, 2, 4], **AUX_VALUES},  # the same list in both conventions
+            r"the file's lists contradict each other .*\[1, 3, 5\].*\[0, 2, 4\].*pass aux_layers \(--aux-layers\)",
+        ),
+        ({"eagle_config": None, "layer_ids": [1, 3, 5]}, r"layer_ids: \[1, 3, 5\] may count layers from 0 or from 1"),
+    ],
+)
+def test_feature_layers_in_an_unknown_convention_are_asked_for(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_tiny(changes=changes)
+    assert read_tiny(changes=changes, aux_layers=(1, 3, 5)).config.aux_layers == (1, 3, 5)
+
+
+def test_any_number_of_feature_layers(target: TargetModel, tmp_path: Path) -> None:
+    """DeepSpec's EAGLE-3 heads read five."""
+    shapes = eagle3_shapes(TINY) | {"fc.weight": (32, 5 * 32)}
+    values = {**TINY_VALUES, "target_layer_ids": [0, 1, 2, 4, 5]}
+    network = load_head(str(write_files(tmp_path / "in", values, random_tensors(shapes, TARGET_IDS))), target)
+    assert network.config.aux_layers == (1, 2, 3, 5, 6)
+    save_head(to_head(network, "eagle3"), tmp_path / "out", sizes_of(target))
+    assert_same_network(load_head(str(tmp_path / "out"), target), network)
+
+
+# Parts that a file leaves to the target.
+
+
+@torch.inference_mode()
+def logits_of(network: DraftNetwork, features: torch.Tensor) -> torch.Tensor:
+    """What a head says of a fixed text of 8 tokens, from `features [1, 8, F]`."""
+    numbers, mask = torch.arange(8)[None], torch.ones(8, 8, dtype=torch.bool).tril()[None, None]
+
+    def attend(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return grouped_attention(queries, keys, values, mask).transpose(1, 2)
+
+    return network.logits(network(network.fuse(features), numbers, numbers, attend))
+
+
+def whole_head() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """An EAGLE-3 head over the whole vocabulary."""
+    sizes = dataclasses.replace(TINY, draft_vocab=64)
+    values = {**TINY_VALUES, **AUX_VALUES, "draft_vocab_size": 64}
+    return values, random_tensors(eagle3_shapes(sizes, vocab_maps=()))
+
+
+@pytest.mark.parametrize("stated", [None, 64])
+@pytest.mark.parametrize("head_format", ["eagle3", "speculators"])
+def test_without_an_output_head_the_targets_is_used(
+    stated: int | None, head_format: Any, target: TargetModel, tmp_path: Path
+) -> None:
+    values, tensors = whole_head()
+    own = target.output_head.weight.detach().clone()
+    assert isinstance(own, torch.Tensor)
+    with_head = load_head(str(write_files(tmp_path / "with", values, tensors | {"lm_head.weight": own})), target)
+    del tensors["lm_head.weight"]
+    folder = write_files(tmp_path / "without", {**values, "draft_vocab_size": stated}, tensors)
+    network = load_head(str(folder), target)
+    features = torch.randn(1, 8, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(logits_of(network, features), logits_of(with_head, features))
+    assert not any(name.startswith("lm_head") for name, _ in network.named_parameters())
+    save_head(to_head(network, head_format), tmp_path / "out", sizes_of(target))
+    assert_same_network(load_head(str(tmp_path / "out"), target), network)
+
+
+def test_a_tied_head_with_an_embedding_reads_it_out(target: TargetModel, tmp_path: Path) -> None:
+    values, tensors = whole_head()
+    tensors["embed_tokens.weight"] = tensors.pop("lm_head.weight")
+    values |= {"tie_word_embeddings": True}
+    network = load_head(str(write_files(tmp_path / "tied", values, tensors)), target)
+    assert torch.equal(network.lm_head.weight, tensors["embed_tokens.weight"])  # type: ignore[union-attr]
+    del tensors["embed_tokens.weight"]
+    with pytest.raises(ValueError, match="tie_word_embeddings: the head's output head is its embedding"):
+        load_head(str(write_files(tmp_path / "untold", values, tensors)), target)
+
+
+def test_without_fc_the_last_state_is_the_first_of_the_draft(target: TargetModel, tmp_path: Path) -> None:
+    values, shapes = TINY_HEADS["eagle3"]
+    last = {"eagle_aux_hidden_state_layer_ids": [], "use_aux_hidden_state": False}
+    tensors = random_tensors(shapes, TARGET_IDS)
+    joined = tensors | {"fc.weight": torch.eye(32, dtype=torch.float64)}
+    with_fc = load_head(str(write_files(tmp_path / "with", values | {"eagle_config": last}, joined)), target)
+    del tensors["fc.weight"]
+    network = load_head(str(write_files(tmp_path / "without", values | {"eagle_config": last}, tensors)), target)
+    assert network.config.feature_layers == with_fc.config.feature_layers == (-1,), "behind the final norm"
+    features = torch.randn(1, 8, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(logits_of(network, features), logits_of(with_fc, features))
+    save_head(to_head(network, "eagle3"), tmp_path / "out", sizes_of(target))
+    assert_same_network(load_head(str(tmp_path / "out"), target), network)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", TINY_HEADS)
+def test_weights_that_are_not_finite_are_refused(name: str, number: float, target: TargetModel, tmp_path: Path) -> None:
+    values, shapes = TINY_HEADS[name]
+    tensors = random_tensors(shapes, TARGET_IDS)
+    tensors["fc.weight"][3, 5] = number
+    with pytest.raises(ValueError, match=r"fc\.weight: holds NaN or infinity"):
+        load_head(str(write_files(tmp_path, values, tensors)), target)
 
 
 @pytest.mark.parametrize(
@@ -521,8 +693,8 @@ def test_written_rope_settings_are_there_for_old_and_new_readers(target: TargetM
 
 def test_an_unsupported_rope_type_is_named(target: TargetModel, tmp_path: Path) -> None:
     values, shapes = TINY_HEADS["eagle3"]
-    values = {**values, "rope_scaling": {"rope_type": "yarn", "factor": 32.0}}
-    with pytest.raises(ValueError, match="rope_type: expected default, linear or llama3, got 'yarn'"):
+    values = {**values, "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}
+    with pytest.raises(ValueError, match="rope_type: expected one of default, linear, llama3, yarn, got 'longrope'"):
         load_head(str(write_files(tmp_path, values, random_tensors(shapes, TARGET_IDS))), target)
 
 
@@ -552,7 +724,8 @@ def test_written_feature_layers_follow_each_format(target: TargetModel, tmp_path
 @pytest.mark.parametrize("name", ["eagle1", "eagle3", "eagle3.1", "speculators"])
 def test_every_missing_tensor_is_named(name: str, target: TargetModel, tmp_path: Path) -> None:
     values, shapes = TINY_HEADS[name]
-    optional = ("t2d", "fc.bias", "input_norm.weight", "fc_norm.0.weight")  # their presence is what decides
+    # Their presence is what decides, or one of two is enough.
+    optional = ("d2t", "t2d", "fc.bias", "input_norm.weight", "fc_norm.0.weight")
     if name == "speculators":
         optional += ("embed_tokens.weight",)
     for lost in shapes.keys() - set(optional):
@@ -667,6 +840,23 @@ def lfs_pointer(folder: Path) -> str:
     return "cannot read .*pytorch_model.bin"
 
 
+def nested_state(folder: Path) -> str:
+    torch.save({"state_dict": load_file(folder / "model.safetensors"), "epoch": 3}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return "pytorch_model.bin holds other things than tensors by name"
+
+
+def lost_shard(folder: Path) -> str:
+    as_shards(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    return "cannot read .*model-00002-of-00002.safetensors"
+
+
+def config_of_another_kind(folder: Path) -> str:
+    (folder / "config.json").write_text("[]")
+    return "cannot read .*config.json: expected an object, got list"
+
+
 def broken_config(folder: Path) -> str:
     (folder / "config.json").write_text('{"hidden_size": 32,')
     return "cannot read .*config.json"
@@ -682,7 +872,10 @@ def no_weights(folder: Path) -> str:
     return "has neither .safetensors nor .bin files"
 
 
-@pytest.mark.parametrize("damage", [truncate, empty, lfs_pointer, broken_config, no_config, no_weights])
+DAMAGES = [truncate, empty, lfs_pointer, nested_state, lost_shard, broken_config, config_of_another_kind]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, no_config, no_weights])
 def test_damaged_files_are_named(damage: Callable[[Path], str], target: TargetModel, tmp_path: Path) -> None:
     values, shapes = TINY_HEADS["eagle3"]
     message = damage(write_files(tmp_path, values, random_tensors(shapes, TARGET_IDS)))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -21,7 +22,8 @@ from draftwing.models.attention import grouped_attention
 from draftwing.models.draft_vocab import DraftVocab
 from draftwing.models.eagle import EagleModel
 from draftwing.models.eagle3 import Eagle3Model
-from draftwing.models.layers import DecoderLayer, DraftConfig, Rotary, rope_frequencies
+from draftwing.models.layers import ACTIVATIONS, DecoderLayer, DraftConfig
+from draftwing.models.rotary import Rotary, rope_frequencies, rope_scale
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
@@ -42,6 +44,31 @@ ROPES: dict[str, dict[str, Any]] = {
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 32.0, "original_max_position_embeddings": 128},
+    "yarn-gpt-oss": {
+        "rope_type": "yarn",
+        "rope_theta": 150000.0,
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "yarn-deepseek": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 40.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+    },
+    "yarn-attention-factor": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "attention_factor": 1.5,
+        "original_max_position_embeddings": 1024,
     },
 }
 CONFIG = DraftConfig(
@@ -73,6 +100,7 @@ def llama_config(rope: dict[str, Any], head_dim: int = CONFIG.head_dim) -> Llama
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*implicit factor")
 @pytest.mark.parametrize("head_dim", [16, 128])
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
 def test_frequencies_are_transformers(rope: dict[str, Any], head_dim: int) -> None:
@@ -81,7 +109,7 @@ def test_frequencies_are_transformers(rope: dict[str, Any], head_dim: int) -> No
     if rope["rope_type"] in ROPE_INIT_FUNCTIONS:
         theirs, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](llama_config(rope, head_dim), torch.device("cpu"))
         torch.testing.assert_close(rope_frequencies(head_dim, rope).float(), theirs, rtol=2e-6, atol=0)
-        assert scale == 1.0
+        assert rope_scale(rope) == pytest.approx(scale, rel=1e-12)
 
 
 def test_the_llama3_cases_stretch_and_interpolate() -> None:
@@ -107,17 +135,53 @@ def test_rotation_is_transformers(rope: dict[str, Any]) -> None:
 
 def test_the_table_grows_with_the_positions() -> None:
     rotary = Rotary(16, ROPES["llama3.1"], num_positions=4)
-    rotary.reserve(5000)
-    positions = torch.tensor([[0, 3, 4999]])
-    full = Rotary(16, ROPES["llama3.1"], num_positions=5000)
-    assert torch.equal(rotary(positions).cos, full(positions).cos)
-    assert torch.equal(rotary(positions).sin, full(positions).sin)
+    angles = torch.outer(torch.arange(70000, dtype=torch.float64), rope_frequencies(16, ROPES["llama3.1"]))
+    for num_positions in (4, 5000, 70000):  # the last fills several blocks
+        rotary.reserve(num_positions)
+        positions = torch.tensor([[0, 3, num_positions - 1]])
+        assert torch.equal(rotary(positions).cos[0, 0], angles.cos().repeat(1, 2)[positions[0]].float())
+        assert torch.equal(rotary(positions).sin[0, 0, :, 8:], angles.sin()[positions[0]].float())
 
 
-@pytest.mark.parametrize("rope_type", ["yarn", "dynamic", "longrope"])
+def test_tables_hold_what_was_asked_for_whatever_the_file_says() -> None:
+    """A config.json of a million positions: by its numbers alone two tables of 500 MB."""
+    rotary = Rotary(128, ROPES["default"], num_positions=1_010_000)
+    assert rotary.cos.shape[0] <= 2048
+    for num_positions in range(2100, 9000, 100):  # one generation after the other, each a little longer
+        rotary.reserve(num_positions)
+    kept = sum(table.shape[0] for table in rotary._outgrown) / 2
+    assert kept <= rotary.cos.shape[0] <= 2 * 9000, "captured cycles go on reading outgrown tables"
+
+
+@pytest.mark.parametrize("rope", ["default", "yarn-attention-factor"])
+def test_a_part_of_each_head_may_be_rotated(rope: str) -> None:
+    """`partial_rotary_factor`: the first dimensions turn as those of a smaller head, the others stay."""
+    torch.manual_seed(0)
+    x, positions = torch.randn(2, 4, LENGTH, 16), torch.randint(0, 300, (2, LENGTH))
+    whole, half = Rotary(8, ROPES[rope], 300), Rotary(16, ROPES[rope] | {"partial_rotary_factor": 0.5}, 300)
+    expected = torch.cat((whole(positions).apply(x[..., :8]), x[..., 8:]), dim=-1)
+    assert torch.equal(half(positions).apply(x), expected)
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope", "proportional"])
 def test_other_types_are_refused(rope_type: str) -> None:
-    with pytest.raises(ValueError, match=f"rope_type: expected default, linear or llama3, got '{rope_type}'"):
+    with pytest.raises(
+        ValueError, match=f"rope_type: expected one of default, linear, llama3, yarn, got '{rope_type}'"
+    ):
         rope_frequencies(16, {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rope_type": "linear"}, r"rope_parameters\.factor: linear needs a number, got None"),
+        ({"rope_type": "yarn", "factor": "4"}, r"rope_parameters\.factor: yarn needs a number, got '4'"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor: expected more than 0 and at most 1, got 1.5"),
+    ],
+)
+def test_settings_that_lack_something_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rope_frequencies(16, settings)
 
 
 class Norm(nn.Module):
@@ -206,11 +270,18 @@ def test_eagle1_is_fc_and_llama_layers_of_which_the_first_has_no_input_norm() ->
     torch.testing.assert_close(model.logits(output), head(x), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@torch.inference_mode()
+def test_activations_are_transformers(name: str) -> None:
+    x = torch.linspace(-4, 4, 101, dtype=torch.float64)
+    torch.testing.assert_close(ACTIVATIONS[name](x), ACT2FN[name](x), rtol=0, atol=1e-7)  # gelu_fast rounds a constant
+
+
 EAGLE3_OPTIONS = [
     {},
     {"norm_before_residual": True, "norm_before_fc": True},
     {"fc_norm": True, "norm_output": True},
-    {"fc_bias": True, "attention_bias": True},
+    {"fc_bias": True, "attention_bias": True, "output_bias": True, "mlp_bias": True},
 ]
 
 
@@ -220,7 +291,7 @@ def test_eagle3_is_a_llama_layer_over_embedding_and_state(options: dict[str, boo
     config = dataclasses.replace(CONFIG, aux_layers=(1, 3, 5), **options)  # type: ignore[arg-type]
     embedding = nn.Embedding(64, 32).double()
     target_ids = torch.arange(0, 48)
-    model = Eagle3Model(config, DraftVocab(target_ids, 64), embedding).double()
+    model = Eagle3Model(config, DraftVocab(target_ids, 64), embedding, nn.Identity()).double()
     randomise(model)
     exact(model.rotary)
     torch.manual_seed(1)
@@ -243,7 +314,9 @@ def test_eagle3_is_a_llama_layer_over_embedding_and_state(options: dict[str, boo
     attention = LlamaAttention(llama_config(config.rope_parameters), layer_idx=0).double().eval()
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         setattr(attention, name, getattr(layer.self_attn, name))
-    mlp = LlamaMLP(llama_config(config.rope_parameters)).double()
+    llama = llama_config(config.rope_parameters)
+    llama.mlp_bias = config.mlp_bias
+    mlp = LlamaMLP(llama).double()
     mlp.load_state_dict(layer.mlp.state_dict())
     residual = normed if config.norm_before_residual else state
     x = residual + attention(joined, position_embeddings=cos_sin(positions), attention_mask=None)[0]

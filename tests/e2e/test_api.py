@@ -24,7 +24,7 @@ import draftwing
 from draftwing.api import GenerateOutput, SpeculativeModel
 from draftwing.checkpoint.load import EMBEDDED, DraftNetwork
 from draftwing.config import TrainConfig
-from draftwing.decoding.options import GenerateOptions
+from draftwing.decoding.options import GenerateOptions, row_seed
 from draftwing.decoding.plan import TreePlan
 from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
@@ -260,6 +260,80 @@ def test_drop_in_names_a_wrong_option(heads: dict[str, DraftNetwork]) -> None:
         tiny_llama().generate(torch.tensor([[1, 2]]), max_new_tokens=4, pad_token_id=0, custom_generate=generate)
 
 
+def test_a_batchs_row_is_the_row_alone_with_its_own_seed(model: SpeculativeModel) -> None:
+    """And runs whose seeds are neighbours have no row in common."""
+    ids, common = [5, 6, 7], {"max_new_tokens": 16, "temperature": 1.5}
+    rows = {}
+    for seed in (0, 1, 2):
+        batch = model.start([ids] * 3, seed=seed, **common).run()
+        for row, output in enumerate(batch.outputs):
+            rows[seed, row] = output.tokens
+            (alone,) = model.start([ids], seed=row_seed(seed, row), **common).run().outputs
+            assert alone.tokens == output.tokens
+    assert row_seed(7, 0) == 7
+    assert len({tuple(tokens) for tokens in rows.values()}) == 9
+    seeds = [row_seed(seed, row) for seed in (0, 1, 2**31 - 1, 2**32 - 1) for row in range(100)]
+    assert len(set(seeds)) == 400
+    assert 0 <= row_seed(2**63 - 1, 3) < 2**63
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("plain", {"ngram": True}, "ngram: merges into EAGLE trees; the method is plain"),
+        ("plain", {"draft_window": 4}, "draft_window: .* the method is plain"),
+        ("plain", {"coupled": False}, "coupled: .* the method is plain"),
+        ("plain", {"plan": "chain:3"}, "plan: plain drafts nothing"),
+        ("plain", {"plan": "chain"}, "plan: expected off, "),
+        ("ngram", {"ngram": True}, "ngram: .* the method is ngram"),
+        ("ngram", {"coupled": False}, "coupled: .* the method is ngram"),
+        ("ngram", {"plan": "tree:2x2x3"}, "plan: n-gram drafting has one continuation"),
+        ("lookahead", {"coupled": False}, "coupled: .* the method is lookahead"),
+        ("lookahead", {"plan": "chain:3"}, "plan: plans lookahead:WxNxG are for the method lookahead"),
+        ("eagle3", {"plan": "lookahead:3x3x3"}, "plan: plans lookahead:WxNxG are for the method lookahead"),
+    ],
+)
+def test_a_drafting_option_without_a_use_is_refused(
+    model: SpeculativeModel, method: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.with_method(method).generate(torch.tensor([[1, 2, 3]]), **options)
+
+
+@pytest.mark.parametrize("plan", [None, "auto", "off"])
+def test_plain_decoding_takes_the_plans_that_leave_it_plain(model: SpeculativeModel, plan: str | None) -> None:
+    plain = model.with_method("plain").start([[1, 2, 3]], plan=plan, max_new_tokens=4, ngram=False).run()
+    assert plain.statistics.acceptance_length == 1
+
+
+def test_a_plan_is_no_deeper_than_what_is_asked_for(model: SpeculativeModel) -> None:
+    deep, fit = (model.start([[1, 2, 3]], plan=plan, max_new_tokens=8).run() for plan in ("chain:1000", "chain:8"))
+    assert deep.outputs == fit.outputs
+    assert deep.statistics.reached_at == fit.statistics.reached_at
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.zeros(0, 3, dtype=torch.int64), "input_ids: expected at least one prompt"),
+        (torch.ones(1, 250, dtype=torch.int64), "max_new_tokens: prompt 0 has 250 tokens"),
+        (torch.tensor([[VOCAB_SIZE]]), "input_ids: prompt 0 has ids outside"),
+    ],
+)
+def test_prompts_are_looked_at_before_costs_are_measured(
+    model: SpeculativeModel, monkeypatch: pytest.MonkeyPatch, ids: torch.Tensor, message: str
+) -> None:
+    monkeypatch.setattr(SpeculativeModel, "costs", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=message):
+        model.generate(ids, plan="auto", max_new_tokens=16)
+
+
+def test_options_of_a_head_without_a_head_are_refused() -> None:
+    for options in ({}, {"draft": "tiny", "method": "plain"}):
+        with pytest.raises(ValueError, match="aux_layers, norm_output: for an EAGLE head, and no draft is loaded"):
+            draftwing.load("no/such/target", aux_layers=(1, 2, 3), norm_output=True, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -484,7 +558,7 @@ def test_lookahead_needs_no_draft(model: SpeculativeModel, target: TargetModel) 
     for method in (model.with_method("lookahead"), SpeculativeModel(target, method="lookahead")):
         for plan in (None, "auto", "off", "lookahead:3x3x3"):
             assert plain.equal(method.generate(ids, max_new_tokens=20, plan=plan))
-    with pytest.raises(ValueError, match="lookahead:WxNxG is for the method lookahead"):
+    with pytest.raises(ValueError, match="lookahead:WxNxG are for the method lookahead"):
         model.generate(ids, plan="lookahead:3x3x3")
 
 
@@ -530,12 +604,26 @@ def test_lookups_compete_where_trees_size_themselves(model: SpeculativeModel, ta
         assert plain.equal(model.generate(ids, max_new_tokens=20, **options))
 
 
+def test_a_fixed_plan_does_the_same_again(model: SpeculativeModel) -> None:
+    """Its lookups' pauses are those of one generation, so that what came before changes no count."""
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    options: dict[str, Any] = {"plan": "tree:2x2x6", "ngram": True, "max_new_tokens": 60, "temperature": 1.5}
+
+    def counts() -> tuple[int, list[int], list[int]]:
+        figures = model.start(ids.tolist(), **options).run().statistics
+        return figures.num_cycles, figures.accepted_at, figures.reached_at
+
+    assert counts() == counts() == counts()
+
+
 def test_measured_costs_belong_to_one_kind_of_pass(
     target: TargetModel, heads: dict[str, DraftNetwork], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A user's own model has another attention than what `load` makes, and other seconds."""
     keys: list[str] = []
-    monkeypatch.setattr("draftwing.api.cached_costs", lambda key, measure: keys.append(json.dumps(key, default=str)))
+    monkeypatch.setattr(
+        "draftwing.api.cached_costs", lambda key, measure, since: keys.append(json.dumps(key, default=str))
+    )
     for _ in range(2):
         SpeculativeModel(target, heads["eagle3"]).costs(1)
     assert keys[0] == keys[1]

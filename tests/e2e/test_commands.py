@@ -1,6 +1,8 @@
 """The life of a head through the command line: train, inspect, generate; in a temporary folder, on a few rows."""
 
+import io
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
+from rich.progress import Progress
 
 import draftwing
 from draftwing.checkpoint.load import EMBEDDED, load_tokenizer
-from draftwing.cli import main
+from draftwing.cli import _noted, main
 
 SIZES = {
     "hidden_size": 32,
@@ -77,8 +81,10 @@ def test_training_leaves_figures_and_checkpoints(folder: Path) -> None:
 
 def test_a_finished_run_does_not_start_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = json.loads((folder / "eagle3" / "training.json").read_text(encoding="utf-8"))["metrics"]
-    again = call(capsys, "train", str(folder / "recipe.yaml"), "--stage", "2")
-    assert again["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
+    assert main(["train", str(folder / "recipe.yaml"), "--stage", "2"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
+    assert printed.err.splitlines()[-1] == f"saved to {folder / 'eagle3'}"
 
 
 def test_data_that_is_too_short_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,8 +173,11 @@ def test_self_generated_rows_are_what_the_target_says_and_resume(
     assert isinstance(expected, torch.Tensor)
     assert expected[0].tolist() == greedy["input_ids"]
     output.write_bytes(b"".join(whole.splitlines(keepends=True)[:8]) + b'{"input_ids": [1, ')  # cut while writing
-    call(capsys, "train", str(folder / "self.yaml"))
+    assert main(["train", str(folder / "self.yaml")]) == 0
     assert output.read_bytes() == whole
+    said = capsys.readouterr().err.splitlines()
+    assert f"resuming from {output}: 8 of {len(rows)} rows are there" in said
+    assert said[-1] == f"saved to {output}"
 
 
 def test_generate_stops_before_a_stop_string(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,6 +196,69 @@ def test_generate_streams_text(folder: Path, capsys: pytest.CaptureFixture[str])
     captured = capsys.readouterr()
     assert captured.out.strip() == expected.strip()
     assert "tau" in captured.err
+
+
+LONG = 'words = ["' + "many words that a terminal would break, " * 5 + '"]'
+
+
+@pytest.mark.parametrize("compare", [False, True])
+def test_what_is_no_terminal_gets_the_text_as_it_is(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, compare: bool
+) -> None:
+    """Nothing is wrapped at 80 columns, no tab or :name: is replaced, whatever COLUMNS and FORCE_COLOR say."""
+    monkeypatch.setenv("COLUMNS", "30")
+    said = LONG + "\n\tx = d[1:sum:2]  # [bold]"
+    monkeypatch.setattr("draftwing.evaluation.text.TextStream.push", lambda self, token: "")
+    monkeypatch.setattr("draftwing.evaluation.text.TextStream.flush", lambda self: said)
+    monkeypatch.setattr("draftwing.decoding.stopping.cut_at_stop", lambda text, stops: said)
+    common = ["generate", "--target", str(folder / "target"), "--prompt", "x", "--max-new-tokens", "2"]
+    assert main([*common, *(["--compare"] if compare else [])]) == 0
+    assert capsys.readouterr().out.startswith(said + "\n")
+
+
+def test_tables_are_not_squeezed_in_files(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    assert main(["inspect", str(folder / "eagle3")]) == 0
+    assert "every tensor is there, known and of the expected shape" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [("--prompt", "-"), ()])
+def test_the_prompt_may_come_from_standard_input(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    """All of it but the newline that `echo` and editors leave at the end."""
+    common = ("generate", "--target", str(folder / "target"), "--max-new-tokens", "12", "--json")
+    expected = call(capsys, *common, "--prompt", "def add\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"def add\n\n")))
+    assert call(capsys, *common, *arguments)["token_ids"] == expected["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [(b"", "prompt: standard input is empty"), (b"\xff", "prompt: standard input is not UTF-8")]
+)
+def test_standard_input_without_a_text_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: bytes, message: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+    assert main(["generate", "--target", "no/such/folder", "--prompt", "-"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_prompt_a_terminal_is_not_waited_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
+    assert main(["generate", "--target", "no/such/folder"]) == 2
+    assert "prompt: expected --prompt TEXT" in capsys.readouterr().err
+
+
+def test_the_version_names_what_it_stands_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert re.fullmatch(r"draftwing \S+, torch \S+, transformers \S+\n", capsys.readouterr().out)
 
 
 def test_inspect_reports_and_checks_the_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,9 +361,22 @@ def test_a_machine_is_measured_once_and_said_to_be(
         output = capsys.readouterr()
         assert output.err.count("measuring this machine once") == count
         assert json.loads(output.out)["num_tokens"] == 4
+    assert main(["generate", *models, "--prompt", "def", "--max-new-tokens", "4", "--json", "--remeasure"]) == 0
+    assert capsys.readouterr().err.count("measuring this machine once") == 1
     monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path / "other"))
     draftwing.load(str(folder / "target"), str(folder / "eagle3")).costs(1)
     assert "measuring" not in capsys.readouterr().err
+
+
+def test_a_note_does_not_break_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    """It goes to whoever shows the bar, in a line of its own."""
+    terminal = io.StringIO()
+    with _noted(), Progress(console=Console(file=terminal, force_terminal=True, width=80)) as progress:
+        progress.add_task("measuring")
+        progress.refresh()
+        logging.getLogger("draftwing.decoding.costs").info("a note")
+    assert re.search(r"(\n|\x1b\[2K)a note\s*\n", terminal.getvalue())
+    assert capsys.readouterr().err == ""
 
 
 def test_chat_needs_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -310,7 +395,10 @@ def test_plan_measures_and_stores_what_it_learnt(
     prompts.write_text('{"prompt": "def add_1(a, b):"}\n{"prompt": "return a"}\n{"prompt": "x"}\n', encoding="utf-8")
     models = ("--target", str(folder / "target"), "--draft", str(folder / "eagle3"))
     rest = ("--prompts", str(prompts), "--batch-size", "2", "--max-new-tokens", "12", "--temperature", temperature)
-    report = call(capsys, "plan", *models, *rest, "--save", "--json")
+    assert main(("plan", *models, *rest, "--save", "--json")) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert printed.err.splitlines()[-1] == f"saved to {folder / 'eagle3' / 'acceptance.json'}"
     assert report["costs"]["plain"][0] > 0
     assert set(report["node_pays_from"]) == {"2", "4", "8", "12", "16", "24"}, "trees have up to 32 nodes on a CPU"
     assert report["speedup"] > 0
@@ -320,6 +408,20 @@ def test_plan_measures_and_stores_what_it_learnt(
     again = draftwing.load(str(folder / "target"), str(folder / "eagle3"))
     assert again.experience(1, sampled=temperature == "1").acceptance.as_dict() == stored[name]
     (folder / "eagle3" / "acceptance.json").unlink()
+
+
+@pytest.mark.parametrize("command", ["plan", "doctor"])
+def test_a_prompt_that_is_too_long_is_found_before_anything_is_measured(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    lines = ['{"prompt": "def add"}'] * 8 + [json.dumps({"prompt": "x = 1\n" * 100})]
+    (folder / "long.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for place in ("decoding.generate.Generation.__init__", "api.measure_costs"):
+        monkeypatch.setattr(f"draftwing.{place}", lambda *_, **__: pytest.fail("something was measured"))
+    models = ("--target", str(folder / "target"), "--draft", str(folder / "eagle3"))
+    more = ("--num-prompts", "9") if command == "doctor" else ()
+    assert main((command, *models, "--prompts", str(folder / "long.jsonl"), *more)) == 2
+    assert re.search(r"error: max_new_tokens: prompt 8 has \d+ tokens", capsys.readouterr().err)
 
 
 def test_plan_shows_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

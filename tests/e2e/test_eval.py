@@ -100,31 +100,36 @@ def failing(monkeypatch: pytest.MonkeyPatch, plan: str, error: BaseException, af
 
 
 def figures_without_seconds(result: Any) -> Any:
-    keep = ("num_tokens", "num_cycles", "accepted_at", "identical", "prompt", "turn")
+    keep = ("num_tokens", "num_cycles", "accepted_at", "reached_at", "identical", "prompt", "turn")
     return [[{name: run[name] for name in keep} for run in row["runs"]] for row in result["rows"]]
 
 
 def test_a_stopped_run_leaves_a_report_and_goes_on(
     prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("--methods", "plain,eagle3:chain:3", "--data", str(prompts), "--temperatures", "0")
+    methods = "plain,eagle3:tree:2x2x6+ngram,eagle3:chain:3"  # lookups pause after a while
+    command = ("--methods", methods, "--data", str(prompts), "--temperatures", "0", "--max-new-tokens", "24")
     whole = call(capsys, *command)
     output = ("--output", str(tmp_path / "out"))
     with monkeypatch.context() as patch:
         failing(patch, "chain:3", KeyboardInterrupt(), after=2)  # the warm-up and the first turn
         stopped = call(capsys, *command, *output, status=130)
-    assert [len(row["runs"]) for row in stopped["rows"]] == [1, 1]
+    assert [len(row["runs"]) for row in stopped["rows"]] == [1, 1, 1]
     assert (tmp_path / "out" / "report.html").is_file()
     journal = tmp_path / "out" / "runs.jsonl"
     journal.write_bytes(journal.read_bytes() + b'{"data": "mt_')  # and cut while writing
     before = journal.read_text(encoding="utf-8").splitlines()[1:3]
-    resumed = call(capsys, *command, *output)
+    assert main((*COMMON, *command, *output, "--json")) == 0
+    printed = capsys.readouterr()
+    resumed = json.loads(printed.out)
+    assert f"resuming from {journal}: 2 runs are there" in printed.err
+    assert printed.err.splitlines()[-1].startswith(f"saved to {tmp_path / 'out' / 'results.json'}, ")
     assert journal.read_text(encoding="utf-8").splitlines()[1:3] == before
     assert figures_without_seconds(resumed) == figures_without_seconds(whole)
     # Other settings do not mix with these.
     assert main((*COMMON, *command, *output, "--seed", "1")) == 2
     assert "seed was 0 and is 1" in capsys.readouterr().err
-    assert len(call(capsys, *command, *output, "--seed", "1", "--fresh")["rows"]) == 2
+    assert len(call(capsys, *command, *output, "--seed", "1", "--fresh")["rows"]) == 3
 
 
 def test_a_model_that_was_trained_on_is_another_one(tmp_path: Path) -> None:

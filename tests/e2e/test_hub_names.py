@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,16 +30,16 @@ print(json.dumps(results))
 Result = tuple[int, str, str]
 
 
-def put(cache: Path, name: str, folder: Path) -> None:
+def put(cache: Path, name: str, folder: Path, ref: str = "main", commit: str = REVISION) -> None:
     """Lay a folder into the cache as the repository `org/name`: blobs, and a snapshot of links to them."""
     repository = cache / f"models--org--{name}"
-    snapshot = repository / "snapshots" / REVISION
+    snapshot = repository / "snapshots" / commit
     for path in (repository / "refs", repository / "blobs", snapshot):
-        path.mkdir(parents=True)
-    (repository / "refs" / "main").write_text(REVISION, encoding="utf-8")
+        path.mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / ref).write_text(commit, encoding="utf-8")
     for number, file in enumerate(sorted(folder.iterdir())):
-        (repository / "blobs" / str(number)).write_bytes(file.read_bytes())
-        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+        (repository / "blobs" / f"{commit}-{number}").write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{commit}-{number}")
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +54,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(cache: Path, *commands: list[str]) -> list[Result]:
     """Status, stdout and stderr of each command, without a network."""
+    return [tuple(item) for item in run_script(cache, SCRIPT, commands)]  # type: ignore[misc]
+
+
+def run_script(cache: Path, script: str, argument: Any) -> Any:
+    """What a script prints as JSON, given JSON, without a network."""
     offline = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    offline["HF_MODULES_CACHE"] = str(cache / "modules")
     environment = os.environ | offline | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
+    command = [sys.executable, "-c", script, json.dumps(argument)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    return [tuple(item) for item in json.loads(result.stdout)]  # type: ignore[misc]
+    return json.loads(result.stdout)
 
 
 def test_targets_tokenizers_and_drafts_have_hub_names(cache: Path) -> None:
@@ -101,3 +109,59 @@ def test_what_is_not_there_is_said_in_one_line(cache: Path, tmp_path: Path) -> N
         assert line.startswith(f"error: {message}")
         assert err.splitlines()[-1] == line
         assert (status, out) == (2, "")
+
+
+TOKENIZER_IN_PYTHON = """
+from transformers import PreTrainedTokenizer
+
+class Bytes(PreTrainedTokenizer):
+    vocab_size = 256
+    def get_vocab(self):
+        return {str(i): i for i in range(256)} | self.added_tokens_encoder
+    def _tokenize(self, text, **_):
+        return [str(byte) for byte in text.encode()]
+    def _convert_token_to_id(self, token):
+        return int(token)
+    def _convert_id_to_token(self, index):
+        return str(index)
+    def convert_tokens_to_string(self, tokens):
+        return bytes(map(int, tokens)).decode(errors="replace")
+"""
+LOADING = """
+import json, sys
+import draftwing
+
+loaded = []
+for options in json.loads(sys.argv[1]):
+    try:
+        model = draftwing.load("org/two", **options)
+        loaded.append([model.tokenizer.chat_template, model.target.eos_token_ids, model.tokenizer("hi")["input_ids"]])
+    except ValueError as error:
+        loaded.append(str(error))
+print(json.dumps(loaded))
+"""
+
+
+def test_a_revision_and_trust_are_those_of_all_files(cache: Path, tmp_path: Path) -> None:
+    """The tokenizer and the generation config come from where the weights do, and code is run where it is trusted."""
+    for name in ("old", "new"):
+        shutil.copytree(EMBEDDED / "target", tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text(name, encoding="utf-8")
+        eos = {"eos_token_id": 3 if name == "old" else 9}
+        (tmp_path / name / "generation_config.json").write_text(json.dumps(eos), encoding="utf-8")
+    shutil.copytree(tmp_path / "new", tmp_path / "code")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "code" / file).unlink()
+    own = {"tokenizer_class": "Bytes", "auto_map": {"AutoTokenizer": ["own_tokenizer.Bytes", None]}}
+    (tmp_path / "code" / "tokenizer_config.json").write_text(json.dumps(own), encoding="utf-8")
+    (tmp_path / "code" / "own_tokenizer.py").write_text(TOKENIZER_IN_PYTHON, encoding="utf-8")
+    for commit, (name, ref) in enumerate((("new", "main"), ("old", "v1"), ("code", "v2"))):
+        put(cache, "two", tmp_path / name, ref, str(commit) * 40)
+    asked = [{}, {"revision": "v1"}, {"revision": "v2", "trust_remote_code": True}]
+    asked += [{"revision": "v2", "trust_remote_code": False}, {"cache_dir": str(tmp_path / "empty")}]
+    new, old, code, untrusted, elsewhere = run_script(cache, LOADING, asked)
+    assert (new[:2], old[:2], code[:2]) == (["new", [9]], ["old", [3]], ["new", [9]])
+    assert new[2] == old[2] != code[2] == list(b"hi")
+    assert untrusted.startswith("target: no tokenizer in 'org/two': ")
+    assert "trust_remote_code=True" in untrusted
+    assert elsewhere.startswith("target: no folder and no reachable hub id: 'org/two'")

@@ -63,6 +63,25 @@ def test_features_of_a_file_are_refused(folder: Path, capsys: pytest.CaptureFixt
     assert "error: data: --features takes a folder made by `draftwing prepare`, got " in capsys.readouterr().err
 
 
+def test_rows_that_the_target_cannot_read_do_not_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The embedded target has 1024 positions; beyond them a head would learn what it never says."""
+    rows = [{"text": "def f(a):\n    return a\n" * 400} for _ in range(3)]
+    (tmp_path / "data.jsonl").write_text("".join(map(json_line, rows)), encoding="utf-8")
+    data = str(tmp_path / "data.jsonl")
+    for objective in ("eagle3", "medusa"):
+        stage = recipe(tmp_path, "head", data=data, objective=objective, sequence_length=1025)
+        assert main(["train", stage]) == 2
+        assert (
+            "a document has 1025 tokens and the target 1024 positions; set it to at most 1024"
+            in capsys.readouterr().err
+        )
+    assert main(["train", recipe(tmp_path, "head", data=data, sequence_length=1024, max_steps=1)]) == 0
+    language_model = {"objective": "language_model", "target": "", "tokenizer": "tiny", "sequence_length": 65}
+    language_model |= {"architecture": {"max_position_embeddings": 64, "hidden_size": 32, "num_attention_heads": 2}}
+    assert main(["train", recipe(tmp_path, "model", data=data, **language_model)]) == 2
+    assert "a document has 65 tokens and the target 64 positions" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["prepare", "train"])
 def test_rejects_are_in_the_order_of_lines(tmp_path: Path, command: str) -> None:
     rows: list[dict[str, Any]] = [{"text": "def f(a):\n    return a\n" * 4}, {"question": "?"}] * 20
@@ -94,7 +113,10 @@ def test_prepare_shows_documents(folder: Path, capsys: pytest.CaptureFixture[str
     captured = capsys.readouterr()
     assert captured.out.count("green is supervised") == 2
     assert "draft vocabulary of" in captured.out
+    said = captured.err.splitlines()
+    assert said[0] == f"finished already: {folder / 'prepared'}"
     assert "1 of 81 rows cannot be used" in captured.err
+    assert said[-1] == f"saved to {folder / 'prepared'}"
 
 
 def test_training_from_the_folder_equals_training_from_the_rows(
@@ -163,9 +185,11 @@ def test_regenerated_rows_are_prepared_like_others(folder: Path, capsys: pytest.
         "--json",
     ]
     made = call(capsys, *common)
-    assert made["rows"] > 3
+    assert made["rows"] == 3
     assert 0 < made["new_tokens"] <= 12 * made["rows"]
     assert call(capsys, *common)["new_tokens"] == 0  # all are there
+    assert main([*common[:-1], "--max-rows", "1"]) == 2
+    assert "max_rows: --regenerate writes at least 2 rows (one is held out), got 1" in capsys.readouterr().err
     call(capsys, "prepare", "--data", output, "--target", "tiny", "--output", str(folder / "again"), "--json")
     found = open_prepared(str(folder / "again"), load_tokenizer("tiny"))
     rows = [json.loads(line) for line in Path(output).read_text(encoding="utf-8").splitlines()]

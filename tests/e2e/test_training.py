@@ -24,8 +24,10 @@ from torch.distributed.tensor import DTensor
 from draftwing.cli import main
 from draftwing.config import TrainConfig
 from draftwing.data.tokenizer import train_tokenizer
+from draftwing.files import to_json
 from draftwing.training import checkpoints, trainer
 from draftwing.training.frozen_target import frozen_target
+from draftwing.training.objectives import HeadTraining
 from draftwing.training.processes import end_processes, start_processes
 from draftwing.training.stopping import StopOnSignal
 
@@ -331,6 +333,8 @@ class TestResume:
         assert "not finished" in (folder / output / "training.html").read_text(encoding="utf-8")
         stop_at_5.undo()
         assert train(folder, output, f"objective={objective}")["finished"]
+        checkpoint = folder / output / "checkpoints" / "checkpoint-5"
+        assert f"resuming from {checkpoint}\n" in capsys.readouterr().err
         assert_same(weights_of(folder, output), weights_of(folder, expected), rtol=0, atol=0)
 
     def test_a_second_ctrl_c_stops_at_once(self) -> None:
@@ -457,8 +461,8 @@ class TestRecord:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("aux_layers=[1,2,9]", "error: aux_layers: expected hidden_states indices from 0 to 6, the number of the "),
-        ("aux_layers=[-1,2,3]", "error: aux_layers: expected hidden_states indices from 0 to 6, the number of the "),
+        ("aux_layers=[1,2,9]", "error: aux_layers: expected numbers of hidden states from 0 to 6, the number of the "),
+        ("aux_layers=[-1,2,3]", "error: aux_layers: expected numbers of hidden states from 0 to 6, the number of the "),
         ("architecture.hidden_size=16", "error: architecture.hidden_size: expected the target's 32, got 16"),
     ],
 )
@@ -532,3 +536,79 @@ class TestContinuedHead:
         settings = (f"target={tmp_path}", f"init_from={folder / 'one'}")
         assert main(command_of(folder, "refused", *settings)) == 2
         assert re.search(r"vocab_size: the head was made for \d+ tokens, the target has 320", capsys.readouterr().err)
+
+
+# What is not finite ends a run.
+
+
+def as_strict_json(text: str) -> Any:
+    """As every reader takes it: Python's alone knows NaN and Infinity."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("objective", ["eagle3", "eagle1", "medusa"])
+def test_a_loss_that_explodes_ends_the_run(folder: Path, capsys: pytest.CaptureFixture[str], objective: str) -> None:
+    output = f"exploded_{objective}"
+    assert main(command_of(folder, output, f"objective={objective}", "learning_rate=1e30", "warmup_steps=0")) == 2
+    said = capsys.readouterr()
+    assert re.search(
+        r"error: training: the (loss|gradient) of step \d+ is not finite; no checkpoint was made", said.err
+    )
+    assert "learning_rate (it is 1e+30)" in said.err
+    assert not list((folder / output).rglob("*.safetensors")), "nothing of it is left as a head"
+    if (folder / output / "training.json").exists():
+        assert as_strict_json((folder / output / "training.json").read_text())["finished"] is False
+
+
+@pytest.mark.parametrize("step", [6, 8])  # between checkpoints, and with the weights of one
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_the_last_good_checkpoint_is_kept(
+    folder: Path,
+    whole: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    step: int,
+    where: str,
+) -> None:
+    good_step = trainer.Trainer.training_step
+
+    def broken_step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = good_step(self, *args, **kwargs)
+        if self.state.global_step == step and where == "gradient":
+            next(p for p in self.model.parameters() if p.grad is not None).grad.view(-1)[3] = torch.nan
+        return loss * (torch.nan if self.state.global_step == step and where == "loss" else 1.0)
+
+    output = f"broken_{step}_{where}"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "training_step", broken_step)
+        assert main(command_of(folder, output, TAU)) == 2
+    kept = 4 if (step, where) == (8, "loss") else step // 4 * 4
+    said = capsys.readouterr().err
+    assert f"the {where} of step {step + 1} is not finite; the last good checkpoint is " in said
+    assert f"checkpoint-{kept}." in said
+    as_strict_json((folder / output / "training.json").read_text())
+    train(folder, output, TAU)
+    assert_same(weights_of(folder, output), weights_of(folder, "one"), rtol=0, atol=0)
+
+
+def test_an_evaluation_that_is_not_finite_is_not_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = HeadTraining.pop_metrics
+
+    def broken_figures(self: Any, training: bool, *args: Any) -> dict[str, float]:
+        return figures(self, training, *args) | ({} if training else {"loss": float("inf")})
+
+    monkeypatch.setattr(HeadTraining, "pop_metrics", broken_figures)
+    assert main(command_of(folder, "broken_evaluation")) == 2
+    assert "error: training: eval_loss at step 4 is not finite" in capsys.readouterr().err
+    assert not list((folder / "broken_evaluation").rglob("*.safetensors"))
+
+
+def test_json_has_no_word_for_what_is_not_finite() -> None:
+    value = {"loss": float("nan"), "rows": [1.5, float("inf"), (2, -float("inf"))], "name": "NaN"}
+    assert as_strict_json(to_json(value)) == {"loss": None, "rows": [1.5, None, [2, None]], "name": "NaN"}

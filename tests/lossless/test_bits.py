@@ -172,7 +172,7 @@ def test_quantised_weights_are_not_packed() -> None:
 @pytest.mark.parametrize("lengths", [(2,), (6,), (1, 2), (9, 6)])
 def test_no_pass_over_a_prompt_is_a_single_row(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """A float32 product of one row rounds differently, so a prompt's keys would depend on the batch it is read in."""
-    monkeypatch.setattr("draftwing.decoding.rows.PREFILL_CHUNK", 4)
+    monkeypatch.setattr("draftwing.decoding.engine.PREFILL_CHUNK", 4)
     target, num_rows = packed_target(torch.float32), []
     original = target.prefill
     monkeypatch.setattr(

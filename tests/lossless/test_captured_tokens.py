@@ -1,10 +1,7 @@
-"""Captured cycles give plain decoding's tokens. On a CPU a tape stands for the CUDA graph: see TapeRecorder."""
+"""Captured cycles give plain decoding's tokens. On a CPU a tape stands for the CUDA graph: see tape.py."""
 
 import warnings
-import weakref
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import pytest
@@ -19,74 +16,22 @@ from conftest import (
     requests_for,
     run,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tape import TapeRecorder
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.decoding import lookups
-from draftwing.decoding.captured import CapturedRows, CudaRecorder, Recorded, RowsPool, context_bound
+from draftwing.decoding.captured import CudaRecorder, context_bound
+from draftwing.decoding.engine import Engine, NewDrafter
 from draftwing.decoding.experience import Experience
 from draftwing.decoding.generate import Generation
 from draftwing.decoding.lookups import LookupPlan, LookupTrial
 from draftwing.decoding.pause import Pause
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.rows import DrafterFactory, Rows
 from draftwing.models.kv_cache import KVCache
 from draftwing.models.target import TargetModel
 
+CAPACITY = 80
 METHODS = ("eagle1", "eagle3", "medusa", "draft_model")
-HOST_OPERATIONS = (
-    torch.ops.aten.item.default,
-    torch.ops.aten.is_nonzero.default,
-    torch.ops.aten.nonzero.default,  # masks as indices
-    torch.ops.aten.lift_fresh.default,  # torch.tensor(...): on a GPU a copy from the host
-)
-
-
-class Tape(TorchDispatchMode):
-    """Operations with the tensors that they were called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in HOST_OPERATIONS:
-            raise RuntimeError(f"a step turns to the host: {func}")
-        output = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, output))
-        return output
-
-    @torch.inference_mode()
-    def replay(self) -> None:
-        """Run every operation again on the same storage; no line of Python between them runs."""
-        for func, args, kwargs, output in self.calls:
-            if "empty" in str(func):
-                continue
-            for old, new in zip(tree_leaves(output), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
-class TapeRecorder:
-    """What a CudaRecorder does, on a CPU: a replay is the same operations at the same addresses and nothing else."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.num_recorded = 0
-
-    def warm_up(self, steps: Callable[[], None]) -> None:
-        steps()
-
-    def record(self, step: Callable[[], Any]) -> Recorded[Any]:
-        self.num_recorded += 1
-        tape = Tape()
-        with tape:
-            result = step()
-        return Recorded(result, tape.replay)
-
-
-def captured(target: TargetModel, new_drafter: DrafterFactory, batch_size: int, capacity: int) -> CapturedRows:
-    return CapturedRows(target, new_drafter, batch_size, capacity, TapeRecorder(target.device))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -94,7 +39,7 @@ def captured(target: TargetModel, new_drafter: DrafterFactory, batch_size: int, 
 @pytest.mark.parametrize("method", METHODS)
 def test_tokens_equal_plain_decoding(
     target: TargetModel,
-    drafters: dict[str, DrafterFactory],
+    drafters: dict[str, NewDrafter],
     prompts: list[list[int]],
     method: str,
     plan: str,
@@ -102,7 +47,7 @@ def test_tokens_equal_plain_decoding(
 ) -> None:
     requests = requests_for(prompts, temperature=temperature)
     eager = generate(target, requests, drafters[method], plan)
-    replayed = generate(target, requests, drafters[method], plan, new_rows=captured)
+    replayed = generate(target, requests, drafters[method], plan, recorder=TapeRecorder())
     assert [output.tokens for output in replayed.outputs] == run(target, requests)
     assert replayed.statistics.accepted_at == eager.statistics.accepted_at  # and the same is drafted
 
@@ -116,7 +61,7 @@ def test_plain_decoding_and_ngrams_are_captured_too(
     merged = TreePlan.parse("tree:4x4x16").with_lookup()
     for drafter, plan in ((no_draft, "off"), (ngram, "chain:4"), (eagle_with_ngram(heads["eagle3"]), merged)):
         eager = generate(target, requests, drafter, plan)
-        replayed = generate(target, requests, drafter, plan, new_rows=captured)
+        replayed = generate(target, requests, drafter, plan, recorder=TapeRecorder())
         assert [output.tokens for output in replayed.outputs] == plain
         assert replayed.statistics.accepted_at == eager.statistics.accepted_at
 
@@ -128,14 +73,20 @@ def test_lookups_come_and_go_between_recordings(
     """A plan has one recording with its lookup and one without; what was looked up is learnt from in both."""
     monkeypatch.setattr(lookups, "TRIAL", 1)
     monkeypatch.setattr(lookups, "SHARE", 2.0)  # never enough: a pause after each trial
-    requests, pool = requests_for(prompts, max_new_tokens=40, eos=(), temperature=1.0), RowsPool(TapeRecorder)
+    requests = requests_for(prompts, max_new_tokens=40, eos=(), temperature=1.0)
     plain, trials = run(target, requests), (LookupTrial(), LookupTrial())
     for trial in trials:
         trial.pause.length = 3
     for _ in range(2):
         eager, replayed = (
-            generate(target, requests, eagle_with_ngram(heads["eagle3"]), LookupPlan(TreePlan.parse(plan), trial), rows)
-            for trial, rows in zip(trials, (Rows, pool.take), strict=True)
+            generate(
+                target,
+                requests,
+                eagle_with_ngram(heads["eagle3"]),
+                LookupPlan(TreePlan.parse(plan), trial),
+                recorder=recorder,
+            )
+            for trial, recorder in zip(trials, (None, TapeRecorder()), strict=True)
         )
         assert tokens_of(eager) == plain == tokens_of(replayed)
         assert eager.statistics.accepted_at == replayed.statistics.accepted_at
@@ -146,113 +97,87 @@ def test_lookups_come_and_go_between_recordings(
     "sampling", [{"top_k": 5}, {"top_p": 0.8, "min_p": 0.05}, {"repetition_penalty": 1.3}], ids=str
 )
 def test_sampling_parameters(
-    target: TargetModel, drafters: dict[str, DrafterFactory], prompts: list[list[int]], sampling: dict[str, float]
+    target: TargetModel, drafters: dict[str, NewDrafter], prompts: list[list[int]], sampling: dict[str, float]
 ) -> None:
     requests = requests_for(prompts, temperature=0.9, **sampling)
-    assert tokens_of(generate(target, requests, drafters["eagle3"], "tree:4x4x16", new_rows=captured)) == run(
+    assert tokens_of(generate(target, requests, drafters["eagle3"], "tree:4x4x16", recorder=TapeRecorder())) == run(
         target, requests
     )
 
 
 @pytest.mark.parametrize("step", [0.05, 3.0])
 def test_trees_that_size_themselves(
-    target: TargetModel, drafters: dict[str, DrafterFactory], prompts: list[list[int]], step: float
+    target: TargetModel, drafters: dict[str, NewDrafter], prompts: list[list[int]], step: float
 ) -> None:
     """Between fixed shapes, each with its recording, and through pauses, whose tokens the draft reads later."""
     requests = requests_for(prompts, max_new_tokens=60, eos=())
-    plain, pool = run(target, requests), RowsPool(TapeRecorder)
-    experience = Experience(pause=Pause(3))
+    plain, experience = run(target, requests), Experience(pause=Pause(3))
+    plan = auto_plan(experience, fixed_shapes=("chain:2", "tree:4x6x24"), step=step)
+    engine = Engine(target, drafters["eagle3"], len(prompts), CAPACITY, plan, TapeRecorder())
     for _ in range(2):
-        plan = auto_plan(len(prompts), experience, fixed_shapes=("chain:2", "tree:4x6x24"), step=step)
-        assert tokens_of(generate(target, requests, drafters["eagle3"], plan, new_rows=pool.take)) == plain
+        engine.plan = auto_plan(experience, fixed_shapes=("chain:2", "tree:4x6x24"), step=step)
+        assert tokens_of(Generation(engine, requests).run()) == plain
     assert step < 1 or experience.pause.length > 3
 
 
 def test_contexts_beyond_a_bound_are_recorded_anew(
-    target: TargetModel, drafters: dict[str, DrafterFactory], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    target: TargetModel, drafters: dict[str, NewDrafter], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("draftwing.decoding.captured.SMALLEST_BOUND", 8)
     assert [context_bound(n, 1000) for n in (1, 8, 9, 13, 17, 25)] == [8, 8, 12, 16, 24, 32]
     assert context_bound(900, 1000) == 1000
     requests = requests_for(prompts, max_new_tokens=40, eos=())
-    assert tokens_of(generate(target, requests, drafters["eagle3"], "tree:4x4x16", new_rows=captured)) == run(
+    assert tokens_of(generate(target, requests, drafters["eagle3"], "tree:4x4x16", recorder=TapeRecorder())) == run(
         target, requests
     )
 
 
 def test_recordings_serve_the_generations_that_follow(
-    target: TargetModel, drafters: dict[str, DrafterFactory], prompts: list[list[int]]
+    target: TargetModel, drafters: dict[str, NewDrafter], prompts: list[list[int]]
 ) -> None:
     """With other prompts, seeds and temperatures: nothing of the last generation is left."""
-    recorders: list[TapeRecorder] = []
-
-    def new_recorder(device: torch.device) -> TapeRecorder:
-        recorders.append(TapeRecorder(device))
-        return recorders[-1]
-
-    pool = RowsPool(new_recorder)
+    recorder, plan = TapeRecorder(), TreePlan.parse("tree:4x4x16")
+    engine = Engine(target, drafters["eagle3"], len(prompts), CAPACITY, plan, recorder)
     for order, temperature in ((1, 0.8), (-1, 1.2), (1, 0.8)):
-        requests = requests_for(prompts[::order], temperature=temperature)
-        eager = generate(target, requests, drafters["eagle3"], "tree:4x4x16")
-        replayed = generate(target, requests, drafters["eagle3"], "tree:4x4x16", new_rows=pool.take)
+        requests = requests_for(prompts[::order], eos=(), temperature=temperature)
+        eager = generate(target, requests, drafters["eagle3"], plan)
+        replayed = Generation(engine, requests).run()
         assert tokens_of(replayed) == run(target, requests)
         assert replayed.statistics.accepted_at == eager.statistics.accepted_at
-    assert [recorder.num_recorded for recorder in recorders] == [3, 3]  # draft, verify, commit; before that a trial
+        assert recorder.num_recorded <= 3 * 4, "draft, verify, commit for 4, 2 and 1 rows; before that a trial"
 
 
-def test_a_generation_that_is_not_over_keeps_its_rows(
-    target: TargetModel, drafters: dict[str, DrafterFactory], prompts: list[list[int]]
+def test_a_generation_that_is_closed_leaves_its_engine_free(
+    target: TargetModel, drafters: dict[str, NewDrafter], prompts: list[list[int]]
 ) -> None:
-    requests, pool = requests_for(prompts, max_new_tokens=40, eos=()), RowsPool(TapeRecorder)
-    plan = TreePlan.parse("chain:4")
-    first = Generation(target, requests, drafters["eagle3"], plan, new_rows=pool.take)
-    cycles = first.cycles()
-    next(cycles)
-    assert tokens_of(generate(target, requests, drafters["eagle3"], plan, new_rows=pool.take)) == run(target, requests)
-    for _ in cycles:
-        pass
-    assert tokens_of(first) == run(target, requests)
+    """Closed where it stands, and once more; it is given back once."""
+    requests, given_back = requests_for(prompts, max_new_tokens=20), []
+    engine = Engine(target, drafters["eagle3"], len(prompts), CAPACITY, TreePlan.chain(2), TapeRecorder())
+    generation = Generation(engine, requests, given_back.append)
+    next(generation.cycles())
+    for _ in range(2):
+        generation.close()
+    assert generation.is_done and given_back == [engine] and engine.num_free == len(prompts)
+    assert tokens_of(Generation(engine, requests).run()) == run(target, requests)
 
 
-def test_rows_are_lent_to_one_generation_at_a_time(
-    target: TargetModel, drafters: dict[str, DrafterFactory], prompts: list[list[int]]
+def test_an_engine_made_in_inference_mode_serves_outside_of_it(
+    target: TargetModel, drafters: dict[str, NewDrafter], prompts: list[list[int]]
 ) -> None:
-    """Also when a generation is closed where it stands, closed twice, or forgotten; a pool's rows end with it."""
-    requests, pool = requests_for(prompts, max_new_tokens=20), RowsPool(TapeRecorder)
-
-    start = partial(Generation, target, requests, drafters["eagle3"], TreePlan.chain(2), True, pool.take)
-
-    first = start().run()
-    first.close()
-    second, third = start(), start()
-    assert second._rows is first._rows
-    assert third._rows is not second._rows
-    next(second.cycles())
-    second.close()
-    assert start()._rows is second._rows
-    rows = weakref.ref(third._rows)
-    del pool, start
-    third.close()
-    del third
-    assert rows() is None
-
-
-def test_rows_made_in_inference_mode_serve_outside_of_it(
-    target: TargetModel, drafters: dict[str, DrafterFactory], prompts: list[list[int]]
-) -> None:
-    requests, pool, experience = requests_for(prompts), RowsPool(TapeRecorder), Experience()
-    for mode in (True, False):
-        with torch.inference_mode(mode):
-            plan = auto_plan(len(prompts), experience, fixed_shapes=("chain:2", "tree:4x6x24"))
-            tokens = tokens_of(generate(target, requests, drafters["eagle3"], plan, new_rows=pool.take))
-    assert tokens == run(target, requests)
+    requests, experience = requests_for(prompts), Experience()
+    plan = auto_plan(experience, fixed_shapes=("chain:2", "tree:4x6x24"))
+    with torch.inference_mode():
+        engine = Engine(target, drafters["eagle3"], len(prompts), CAPACITY, plan, TapeRecorder())
+        Generation(engine, requests).run()
+    assert tokens_of(Generation(engine, requests).run()) == run(target, requests)
 
 
 def test_what_cannot_be_captured_is_decoded_without(
-    target: TargetModel, drafters: dict[str, DrafterFactory], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    target: TargetModel, drafters: dict[str, NewDrafter], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requests = requests_for(prompts)
-    assert isinstance(RowsPool(TapeRecorder).take(target, lookahead, 1, 64), Rows)
+    requests, recorder = requests_for(prompts), TapeRecorder()
+    generate(target, requests, lookahead("lookahead:3x3x3"), "lookahead:3x3x3", recorder=recorder)
+    assert recorder.num_recorded == 0
     forward = TargetModel.forward_tree
 
     def forward_and_ask(self: TargetModel, *args: Any, **kwargs: Any) -> Any:
@@ -261,13 +186,9 @@ def test_what_cannot_be_captured_is_decoded_without(
         return output
 
     monkeypatch.setattr(TargetModel, "forward_tree", forward_and_ask)
-    pool = RowsPool(TapeRecorder)
     with pytest.warns(UserWarning, match="LlamaForCausalLM cannot be captured.*turns to the host"):
-        rows = pool.take(target, drafters["eagle3"], 1, 64)
-    assert type(rows) is Rows
-    assert tokens_of(generate(target, requests, drafters["eagle3"], "chain:4", new_rows=pool.take)) == run(
-        target, requests
-    )
+        generation = generate(target, requests, drafters["eagle3"], "chain:4", recorder=TapeRecorder())
+    assert tokens_of(generation) == run(target, requests)
 
 
 def test_the_watch_for_what_turns_to_the_host_is_silent_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,13 +225,13 @@ KEEP_THE_PLACE = KVCache.commit
 
 
 def test_sabotage_is_noticed(
-    target: TargetModel, drafters: dict[str, DrafterFactory], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    target: TargetModel, drafters: dict[str, NewDrafter], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = requests_for(prompts)
     plain = run(target, requests)
     monkeypatch.setattr(KVCache, "commit", lose_the_place)
     assert tokens_of(generate(target, requests, drafters["eagle3"], "chain:4")) == plain
-    assert tokens_of(generate(target, requests, drafters["eagle3"], "chain:4", new_rows=captured)) != plain
+    assert tokens_of(generate(target, requests, drafters["eagle3"], "chain:4", recorder=TapeRecorder())) != plain
 
 
 def tokens_of(generation: Generation) -> list[list[int]]:

@@ -17,7 +17,7 @@ from transformers import (
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.config import TrainConfig
-from draftwing.decoding.generate import Request
+from draftwing.decoding.engine import Request
 from draftwing.decoding.sampling import Sampler, SamplingParams
 from draftwing.decoding.stopping import StopRule
 from draftwing.models.target import TargetModel
@@ -115,7 +115,7 @@ def test_emitting_the_coupled_drafts_is_noticed(
     small: tuple[TargetModel, DraftNetwork], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sabotage: the drafts, draws from the head's distribution with the target's noise, are never checked."""
-    monkeypatch.setattr("draftwing.decoding.rows.walk", accept_always)
+    monkeypatch.setattr("draftwing.decoding.seats.walk", accept_always)
     sampling = SamplingParams(temperature=1.3)
     assert chi_square_p_value(sample_outputs(small, sampling), enumerate_outputs(small[0], sampling)) < 0.001
 

@@ -23,7 +23,7 @@ def test_tokens_equal_plain_decoding(
     target: TargetModel, prompts: list[list[int]], plan: str, temperature: float
 ) -> None:
     requests = requests_for(prompts, max_new_tokens=40, temperature=temperature)
-    assert run(target, requests, lookahead, plan) == run(target, requests)
+    assert run(target, requests, lookahead(plan), plan) == run(target, requests)
 
 
 @pytest.mark.parametrize(
@@ -35,33 +35,33 @@ def test_sampling_parameters_keep_equality(
     target: TargetModel, prompts: list[list[int]], sampling: dict[str, float]
 ) -> None:
     requests = requests_for(prompts, max_new_tokens=40, **sampling)
-    assert run(target, requests, lookahead, PLAN) == run(target, requests)
+    assert run(target, requests, lookahead(PLAN), PLAN) == run(target, requests)
 
 
 def test_its_ngrams_are_accepted(target: TargetModel, prompts: list[list[int]]) -> None:
     """Equality would be cheap if nothing were ever accepted."""
     requests = requests_for(prompts, max_new_tokens=120, eos=())
-    statistics = generate(target, requests, lookahead, PLAN).statistics
+    statistics = generate(target, requests, lookahead(PLAN), PLAN).statistics
     assert statistics.acceptance_length > 1.5
     assert len(statistics.acceptance_rate) == 3, "guesses that lie deeper than the n-grams count for nothing"
 
 
 def test_a_row_does_not_depend_on_its_batch(target: TargetModel, prompts: list[list[int]]) -> None:
     requests = requests_for(prompts, max_new_tokens=40, temperature=0.7)
-    together = run(target, requests, lookahead, PLAN)
-    assert together == [run(target, [request], lookahead, PLAN)[0] for request in requests]
+    together = run(target, requests, lookahead(PLAN), PLAN)
+    assert together == [run(target, [request], lookahead(PLAN), PLAN)[0] for request in requests]
 
 
 @pytest.mark.parametrize("limit", range(1, 9))
 def test_the_token_limit_is_exact(target: TargetModel, prompts: list[list[int]], limit: int) -> None:
     requests = requests_for(prompts, max_new_tokens=limit, eos=())
-    assert run(target, requests, lookahead, PLAN) == run(target, requests)
+    assert run(target, requests, lookahead(PLAN), PLAN) == run(target, requests)
 
 
 def test_every_stop_position_is_exact(target: TargetModel, prompts: list[list[int]]) -> None:
     (full,) = run(target, requests_for(prompts[:1], max_new_tokens=60, eos=()))
     for eos in dict.fromkeys(full):
-        (tokens,) = run(target, requests_for(prompts[:1], max_new_tokens=60, eos=(eos,)), lookahead, PLAN)
+        (tokens,) = run(target, requests_for(prompts[:1], max_new_tokens=60, eos=(eos,)), lookahead(PLAN), PLAN)
         assert tokens == full[: full.index(eos) + 1]
 
 
@@ -70,7 +70,7 @@ def test_guesses_reach_past_the_models_last_position(target: TargetModel) -> Non
     limit = target.max_positions
     assert limit is not None
     requests = requests_for([[1 + i % 60 for i in range(limit - 12)]], max_new_tokens=12, eos=())
-    assert run(target, requests, lookahead, PLAN) == run(target, requests)
+    assert run(target, requests, lookahead(PLAN), PLAN) == run(target, requests)
 
 
 # Sabotaged twins: each breaks one thing that equality rests on, and the comparison above must notice.
@@ -109,7 +109,7 @@ def test_sabotage_is_noticed(
     requests = requests_for(prompts, max_new_tokens=80, eos=(), temperature=0.7 if sabotage is break_noise else 0.0)
     plain = run(target, requests)
     sabotage(monkeypatch)
-    assert run(target, requests, lookahead, PLAN) != plain
+    assert run(target, requests, lookahead(PLAN), PLAN) != plain
 
 
 @pytest.mark.parametrize("sabotage", [break_prefixes, break_guesses])
@@ -122,4 +122,4 @@ def test_equal_siblings_are_noticed(
     """More nodes are accepted than a path has, which the cycle cannot even index."""
     sabotage(monkeypatch)
     with pytest.raises(RuntimeError, match="out of bounds"):
-        run(target, requests_for(prompts, max_new_tokens=80, eos=()), lookahead, PLAN)
+        run(target, requests_for(prompts, max_new_tokens=80, eos=()), lookahead(PLAN), PLAN)

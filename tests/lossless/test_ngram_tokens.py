@@ -8,8 +8,8 @@ from conftest import auto_plan, eagle, eagle_with_ngram, generate, ngram, reques
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.decoding.drafters import ngram as ngram_module
+from draftwing.decoding.engine import NewDrafter
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.rows import DrafterFactory
 from draftwing.decoding.tree import Candidates, Overlap
 from draftwing.models.target import TargetModel
 
@@ -17,7 +17,7 @@ CHAINS = ("chain:1", "chain:6")
 MERGED = ("chain:1", "chain:3", "tree:2x3x7", "tree:4x4x16", "tree:10x3x60", "eagle1")
 
 
-def method_of(heads: dict[str, DraftNetwork], method: str, plan: str) -> tuple[DrafterFactory, TreePlan]:
+def method_of(heads: dict[str, DraftNetwork], method: str, plan: str) -> tuple[NewDrafter, TreePlan]:
     if method == "ngram":
         return ngram, TreePlan.parse(plan)
     return eagle_with_ngram(heads[method]), TreePlan.parse(plan).with_lookup()
@@ -56,7 +56,7 @@ def test_lookups_in_trees_that_size_themselves(
     step: float,
 ) -> None:
     requests = requests_for(repetitive, temperature=temperature)
-    plan = auto_plan(len(repetitive), largest=TreePlan(4, 3, 24).with_lookup(), step=step)
+    plan = auto_plan(largest=TreePlan(4, 3, 24).with_lookup(), step=step)
     assert run(target, requests, eagle_with_ngram(heads["eagle3"]), plan) == run(target, requests)
 
 
@@ -73,7 +73,7 @@ def test_lookups_are_accepted(target: TargetModel, heads: dict[str, DraftNetwork
     """Equality would be cheap if nothing were ever found: greedy text of so small a model repeats itself."""
     requests = requests_for(repetitive, max_new_tokens=120, eos=())
 
-    def tau(drafter: DrafterFactory, plan: TreePlan) -> float:
+    def tau(drafter: NewDrafter, plan: TreePlan) -> float:
         return generate(target, requests, drafter, plan).statistics.acceptance_length
 
     alone = tau(eagle(heads["eagle3"]), TreePlan.parse("tree:2x3x7"))

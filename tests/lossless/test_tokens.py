@@ -20,9 +20,9 @@ from conftest import (
 )
 
 from draftwing.checkpoint.load import DraftNetwork
+from draftwing.decoding.engine import NewDrafter
 from draftwing.decoding.experience import Experience
 from draftwing.decoding.pause import Pause
-from draftwing.decoding.rows import DrafterFactory
 from draftwing.decoding.sampling import Noise, SamplingParams
 from draftwing.models import target as target_module
 from draftwing.models.kv_cache import KVCache
@@ -45,7 +45,7 @@ def test_plain_decoding_is_transformers_greedy(target: TargetModel, prompts: lis
 @pytest.mark.parametrize("method", METHODS)
 def test_tokens_equal_plain_decoding(
     target: TargetModel,
-    drafters: dict[str, DrafterFactory],
+    drafters: dict[str, NewDrafter],
     prompts: list[list[int]],
     method: str,
     plan: str,
@@ -61,7 +61,7 @@ def test_tokens_equal_plain_decoding(
 @pytest.mark.parametrize("method", METHODS)
 def test_trees_that_size_themselves_change_no_token(
     target: TargetModel,
-    drafters: dict[str, DrafterFactory],
+    drafters: dict[str, NewDrafter],
     prompts: list[list[int]],
     method: str,
     temperature: float,
@@ -71,7 +71,7 @@ def test_trees_that_size_themselves_change_no_token(
     """Neither while drafting pays, nor when it does not, so that it pauses and is tried again."""
     requests = requests_for(prompts, temperature=temperature)
     experience = Experience(pause=Pause(3))
-    plan = auto_plan(len(prompts), experience, fixed_shapes=fixed_shapes, step=step)
+    plan = auto_plan(experience, fixed_shapes=fixed_shapes, step=step)
     generation = generate(target, requests, drafters[method], plan)
     assert [output.tokens for output in generation.outputs] == run(target, requests)
     assert generation.statistics.acceptance_length > 1
@@ -79,7 +79,7 @@ def test_trees_that_size_themselves_change_no_token(
 
 
 def test_the_drafts_of_these_tests_draft_well(
-    target: TargetModel, drafters: dict[str, DrafterFactory], prompts: list[list[int]]
+    target: TargetModel, drafters: dict[str, NewDrafter], prompts: list[list[int]]
 ) -> None:
     """Equality would be cheap if nothing were ever accepted."""
     for method in METHODS:
@@ -109,7 +109,7 @@ def test_sampling_parameters_keep_equality(
 @pytest.mark.parametrize("method", ["eagle3", "medusa", "draft_model"])
 def test_coupled_drafts_change_what_is_accepted_and_nothing_else(
     target: TargetModel,
-    drafters: dict[str, DrafterFactory],
+    drafters: dict[str, NewDrafter],
     prompts: list[list[int]],
     method: str,
     plan: str,
@@ -190,7 +190,7 @@ def test_every_stop_position_is_exact(
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("method", ["eagle3", "medusa", "draft_model"])
 def test_a_row_does_not_depend_on_its_batch(
-    target: TargetModel, drafters: dict[str, DrafterFactory], prompts: list[list[int]], method: str, temperature: float
+    target: TargetModel, drafters: dict[str, NewDrafter], prompts: list[list[int]], method: str, temperature: float
 ) -> None:
     requests = requests_for(prompts, temperature=temperature)
     together = run(target, requests, drafters[method], "tree:4x4x16")
@@ -214,7 +214,7 @@ def test_rows_may_differ_in_their_parameters(
 def test_prompts_longer_than_a_prefill_chunk(
     target: TargetModel, heads: dict[str, DraftNetwork], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("draftwing.decoding.rows.PREFILL_CHUNK", 4)
+    monkeypatch.setattr("draftwing.decoding.engine.PREFILL_CHUNK", 4)
     prompts = [[1 + i % 60 for i in range(length)] for length in (4, 5, 6, 21)]
     requests = requests_for(prompts)
     chunked = run(target, requests, eagle(heads["eagle3"]), "tree:4x4x16")
@@ -226,7 +226,7 @@ def test_prompts_longer_than_a_prefill_chunk(
 
 
 def break_acceptance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("draftwing.decoding.rows.walk", accept_always)
+    monkeypatch.setattr("draftwing.decoding.seats.walk", accept_always)
 
 
 def break_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +277,7 @@ def test_noise_that_drafting_uses_up_is_noticed(
 @pytest.mark.parametrize("method", ["eagle3", "medusa", "draft_model"])
 def test_sabotage_is_noticed(
     target: TargetModel,
-    drafters: dict[str, DrafterFactory],
+    drafters: dict[str, NewDrafter],
     prompts: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
     method: str,

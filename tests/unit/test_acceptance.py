@@ -11,7 +11,6 @@ def outcomes(accepted: list[bool], probability: float = 0.5, num_cycles: int = 1
     """Trees of a root, its children 1 and 2, and 3 below 1; the drafter gives every node the same probability."""
     rows = np.ones((num_cycles, 1))
     return CycleFacts(
-        rows=np.arange(num_cycles),
         accepted=rows * np.array([accepted]) > 0,
         parents=(rows * np.array([[0, 0, 0, 1]])).astype(np.int64),
         depths=(rows * np.array([[0, 1, 1, 2]])).astype(np.int64),

@@ -6,10 +6,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import auto_plan, costs
+from conftest import auto_plan, costs, sized_plan
 
 from draftwing.decoding.acceptance import EDGES
-from draftwing.decoding.auto_plan import LESSON, STUDIED_LATER, TRIAL, YOUTH, AutoPlan
+from draftwing.decoding.auto_plan import LESSON, STUDIED_LATER, TRIAL, YOUTH, SizedPlan
 from draftwing.decoding.experience import Experience
 from draftwing.decoding.lookups import STUDIED, LookupPlan, LookupTrial
 from draftwing.decoding.lookups import TRIAL as LOOKUP_TRIAL
@@ -22,7 +22,6 @@ def chain_facts(num_accepted: int, depth: int = 4, probability: float = 0.75) ->
     """A cycle of one row with a chain of draft tokens, of which the first ones were accepted."""
     nodes = np.arange(depth + 1)[None]
     return CycleFacts(
-        rows=np.arange(1),
         accepted=nodes <= num_accepted,
         parents=np.maximum(nodes - 1, 0),
         depths=nodes,
@@ -34,10 +33,10 @@ def chain_facts(num_accepted: int, depth: int = 4, probability: float = 0.75) ->
 
 
 def report_of(facts: CycleFacts) -> CycleReport:
-    return CycleReport(facts.rows, int(facts.accepted.sum()), facts.num_nodes, lambda: facts)
+    return CycleReport(1, int(facts.accepted.sum()), facts.num_nodes, lambda: facts)
 
 
-def run_cycles(plan: AutoPlan, num_accepted: int, count: int) -> list[bool]:
+def run_cycles(plan: SizedPlan, num_accepted: int, count: int) -> list[bool]:
     """Whether each of the next cycles drafts; those that do have this many draft tokens accepted."""
     drafts = []
     for _ in range(count):
@@ -48,19 +47,18 @@ def run_cycles(plan: AutoPlan, num_accepted: int, count: int) -> list[bool]:
 
 
 def test_a_level_is_drafted_while_it_brings_more_than_its_seconds() -> None:
-    plan = auto_plan(1, step=0.1, node=0.01)
+    plan = sized_plan(step=0.1, node=0.01)
     likely, unlikely = torch.log(torch.tensor([[0.6, 0.2]])), torch.log(torch.tensor([[0.02, 0.01]]))
     assert plan.num_parents(likely, depth=1) > 0
     assert plan.num_parents(unlikely, depth=1) == 0
-    assert auto_plan(1, step=0.0, node=0.0).num_parents(unlikely, depth=1) == 2, "what costs nothing pays"
+    assert sized_plan(step=0.0, node=0.0).num_parents(unlikely, depth=1) == 2, "what costs nothing pays"
 
 
 def test_a_level_is_as_wide_as_pays() -> None:
     scores = torch.log(torch.tensor([[0.6, 0.2, 0.05, 0.01]]))
     seconds_of_width = costs(step=0.02), dataclasses.replace(costs(), draft_step=[[0.05, 0.5]])
     flat, rising = (
-        AutoPlan(seconds, Experience(), 1, TreePlan(4, 6, 24), TreePlan.off(), torch.device("cpu"))
-        for seconds in seconds_of_width
+        SizedPlan(seconds, Experience(), TreePlan(4, 6, 24), torch.device("cpu")) for seconds in seconds_of_width
     )
     assert flat.num_parents(scores, depth=1) == 3, "the fourth node's children are not worth their verification"
     assert rising.num_parents(scores, depth=1) == 2
@@ -68,23 +66,23 @@ def test_a_level_is_as_wide_as_pays() -> None:
 
 def test_nodes_are_kept_while_they_bring_more_than_their_seconds() -> None:
     scores = torch.log(torch.tensor([[0.5, 0.3, 0.1, 0.05, 0.01]]))
-    assert auto_plan(1, node=0.001).num_nodes(scores, limit=24) == 6
-    assert auto_plan(1, node=0.07).num_nodes(scores, limit=24) == 4
-    assert auto_plan(1, node=0.9).num_nodes(scores, limit=24) == 2, "a tree that was drafted is worth one node"
-    assert auto_plan(1, node=0.001).num_nodes(scores, limit=3) == 3
+    assert sized_plan(node=0.001).num_nodes(scores, limit=24) == 6
+    assert sized_plan(node=0.07).num_nodes(scores, limit=24) == 4
+    assert sized_plan(node=0.9).num_nodes(scores, limit=24) == 2, "a tree that was drafted is worth one node"
+    assert sized_plan(node=0.001).num_nodes(scores, limit=3) == 3
 
 
 def test_rows_of_a_batch_share_a_shape_by_their_sum() -> None:
     sure, unsure = [0.9, 0.05], [0.3, 0.2]
     node = 0.3
-    assert auto_plan(1, node=node).num_nodes(torch.log(torch.tensor([unsure])), limit=9) == 2
+    assert sized_plan(node=node).num_nodes(torch.log(torch.tensor([unsure])), limit=9) == 2
     both = torch.log(torch.tensor([sure, unsure]))
-    assert auto_plan(2, node=node).num_nodes(both, limit=9) == 2
-    assert auto_plan(2, node=0.1).num_nodes(both, limit=9) == 3
+    assert sized_plan(node=node).num_nodes(both, limit=9) == 2
+    assert sized_plan(node=0.1).num_nodes(both, limit=9) == 3
 
 
 def test_worth_follows_what_was_accepted() -> None:
-    plan, log_probs = auto_plan(1), torch.log(torch.tensor([[0.75]]))
+    plan, log_probs = sized_plan(), torch.log(torch.tensor([[0.75]]))
     before = plan.worth(log_probs, depth=1)
     assert before.item() == pytest.approx(np.log(0.75)), "nothing learnt yet: the drafter is believed"
     run_cycles(plan, num_accepted=0, count=TRIAL)
@@ -97,7 +95,7 @@ def test_worth_follows_what_was_accepted() -> None:
 
 def test_a_useless_drafter_is_paused_for_longer_and_longer() -> None:
     experience = Experience()
-    drafts = run_cycles(auto_plan(1, experience), num_accepted=0, count=2000)
+    drafts = run_cycles(sized_plan(experience), num_accepted=0, count=2000)
     assert drafts[:TRIAL] == [True] * TRIAL
     assert sum(drafts) < 0.03 * len(drafts)
     assert experience.gain < 1
@@ -106,30 +104,30 @@ def test_a_useless_drafter_is_paused_for_longer_and_longer() -> None:
 
 def test_the_next_request_starts_where_the_last_one_ended() -> None:
     experience = Experience()
-    run_cycles(auto_plan(1, experience), num_accepted=0, count=6)
-    assert not any(run_cycles(auto_plan(1, experience), num_accepted=0, count=8))
+    run_cycles(sized_plan(experience), num_accepted=0, count=6)
+    assert not any(run_cycles(sized_plan(experience), num_accepted=0, count=8))
 
 
 def test_a_long_pause_does_not_outlast_its_generation_by_much() -> None:
     experience = Experience()
-    run_cycles(auto_plan(1, experience), num_accepted=0, count=2000)
-    drafts = run_cycles(auto_plan(1, experience), num_accepted=3, count=LONGEST_PAUSE)
+    run_cycles(sized_plan(experience), num_accepted=0, count=2000)
+    drafts = run_cycles(sized_plan(experience), num_accepted=3, count=LONGEST_PAUSE)
     assert drafts.index(True) <= INHERITED_PAUSE, "the next text may be easy"
     assert all(drafts[INHERITED_PAUSE:])
 
 
 def test_short_generations_teach_as_a_long_one_does() -> None:
     long, short = Experience(), Experience()
-    run_cycles(auto_plan(1, long), num_accepted=3, count=2 * STUDIED * LESSON)
+    run_cycles(sized_plan(long), num_accepted=3, count=2 * STUDIED * LESSON)
     for _ in range(4):
-        run_cycles(auto_plan(1, short), num_accepted=3, count=STUDIED * LESSON // 2)
-    auto_plan(1, short)  # the next one begins with what is left over
+        run_cycles(sized_plan(short), num_accepted=3, count=STUDIED * LESSON // 2)
+    sized_plan(short)  # the next one begins with what is left over
     assert short.acceptance.as_dict() == long.acceptance.as_dict() != Experience().acceptance.as_dict()
 
 
 def test_a_good_drafter_is_never_paused_and_one_that_turns_good_is_found_out() -> None:
-    assert all(run_cycles(auto_plan(1), num_accepted=3, count=200))
-    plan = auto_plan(1)
+    assert all(run_cycles(sized_plan(), num_accepted=3, count=200))
+    plan = sized_plan()
     run_cycles(plan, num_accepted=0, count=100)
     assert all(run_cycles(plan, num_accepted=3, count=300)[-40:])
 
@@ -147,12 +145,12 @@ def test_lookups_are_paused_while_the_draft_knows_as_much(is_auto: bool, brings:
 
     def looked_up(cycles: int) -> list[bool]:
         """Whether each of a generation's cycles looks something up."""
-        plan = auto_plan(1, Experience(lookups=trial), largest=merged) if is_auto else LookupPlan(merged, trial)
+        plan = auto_plan(Experience(lookups=trial), largest=merged) if is_auto else LookupPlan(merged, trial)
         facts, found = chain_facts(num_accepted=3), []
         if brings:
             facts = dataclasses.replace(facts, drafted=facts.drafted & (facts.depths < 3))
         for _ in range(cycles):
-            found.append(plan.next(longest=10).lookup_depth > 0)
+            found.append(plan.next(num_rows=1, longest=10).lookup_depth > 0)
             if plan.learns:
                 plan.learn(report_of(facts))
         return found
@@ -168,7 +166,7 @@ def test_lookups_are_paused_while_the_draft_knows_as_much(is_auto: bool, brings:
 
 
 def test_later_fewer_cycles_are_looked_at_closely() -> None:
-    plan, looks = auto_plan(1), []
+    plan, looks = sized_plan(), []
     for _ in range(200):
         plan.next(longest=10)
         report = report_of(chain_facts(num_accepted=3))
@@ -186,7 +184,7 @@ def test_later_fewer_cycles_are_looked_at_closely() -> None:
 
 def test_every_tree_has_one_of_the_fixed_shapes_and_the_best_is_found() -> None:
     shapes = ["chain:1", "chain:4", "tree:4x6x24"]
-    plan = auto_plan(1, fixed_shapes=shapes, node=0.05)
+    plan = sized_plan(fixed_shapes=shapes, node=0.05)
     seen = set()
     for _ in range(60):
         cycle = plan.next(longest=10)
@@ -203,12 +201,22 @@ def test_a_lookup_does_not_hide_that_a_deeper_shape_would_bring_more() -> None:
     """What is looked up lies deeper than the draft's levels, which says nothing about those beyond them."""
     shapes = ["tree:4x6x24", "chain:2"]
     for lookup_depth in (0, 6):
-        plan = auto_plan(1, fixed_shapes=shapes, largest=TreePlan.chain(2), node=0.001, step=0.001)
+        plan = sized_plan(fixed_shapes=shapes, largest=TreePlan.chain(2), node=0.001, step=0.001)
         facts = chain_facts(num_accepted=2, depth=2, probability=0.95)
         for _ in range(3):
             plan.next(longest=10)
             plan.learn(report_of(dataclasses.replace(facts, max_depth=max(2, lookup_depth))))
         assert plan.next(longest=10) == TreePlan.parse("tree:4x6x24")
+
+
+def test_each_number_of_rows_has_its_own_plan() -> None:
+    """Rounded up to a power of two: when a seat is left or taken, costs and lessons are those of the new number."""
+    plan, asked = auto_plan(), []
+    plan._experience_of = lambda num_rows: asked.append(num_rows) or Experience()
+    for num_rows in (3, 4, 1, 3, 5):
+        plan.next(num_rows, longest=10)
+        plan.learn(report_of(chain_facts(num_accepted=1)))
+    assert asked == [4, 1, 8]
 
 
 def test_costs_are_linear_between_what_was_measured() -> None:

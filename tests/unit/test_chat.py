@@ -1,13 +1,16 @@
 """Exact loss masks: the assistant's words and its end-of-turn token, nothing else."""
 
-import re
+import json
+from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from draftwing.data.chat import Example, conversation, encode_row, render
+from draftwing.data.chat import Example, encode_row, normalise, render
 from draftwing.data.corpus import Row
+from draftwing.data.messages import read_conversation
 from draftwing.data.tokenizer import END_OF_TEXT, END_OF_TURN, train_tokenizer
 
 THINKING = (
@@ -81,17 +84,19 @@ def test_sharegpt_rows_equal_openai_rows(tokenizer: PreTrainedTokenizerFast) -> 
     turns = [("system", "yes"), ("human", "hello"), ("gpt", "hello you")]
     row = {"conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
     messages = [say("system", "yes"), say("user", "hello"), say("assistant", "hello you")]
-    assert conversation(row) == messages
+    assert read_conversation(row).messages == messages
     (ours,), (theirs,) = encode_row(row, tokenizer), encode_row({"messages": messages}, tokenizer)
     assert torch.equal(ours.input_ids, theirs.input_ids)
     assert torch.equal(ours.loss_mask, theirs.loss_mask)
 
 
 def test_an_unknown_sharegpt_speaker_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
-    for speaker in ("tool", ["tool"], None):
-        with pytest.raises(
-            ValueError, match=rf"conversations: expected a speaker of .*, got {re.escape(repr(speaker))}"
-        ):
+    with pytest.raises(
+        ValueError, match=r"^conversations: turn 0 has the role 'narrator', which nobody knows; expected"
+    ):
+        encode_row({"conversations": [{"from": "narrator", "value": "42"}]}, tokenizer)
+    for speaker in (["tool"], None):
+        with pytest.raises(ValueError, match=r"^conversations: turn 0 has no role"):
             encode_row({"conversations": [{"from": speaker, "value": "42"}]}, tokenizer)
 
 
@@ -176,6 +181,7 @@ class TestMessages:
             ([], "expected a list of at least one turn"),
             ("hi", "expected a list of at least one turn"),
             ([{"content": "hi"}], "turn 0 has no role"),
+            ([{"role": None, "content": "hi"}], "turn 0 has no role"),
             ([say("user", "hi"), {"role": "assistant"}], "turn 1 has as content NoneType; expected text"),
             ([{"role": "user", "content": [{"type": "image_url"}]}], "turn 0 has a part of type 'image_url'"),
             ([{"role": "user", "content": [{"type": "text"}]}], "turn 0 has a part of type 'text' without a text"),
@@ -195,11 +201,224 @@ class TestMessages:
         with pytest.raises(ValueError, match=r"chat_template: the template refuses .*roles must alternate"):
             encode_row({"messages": [say("user", "hi")]}, with_template(tokenizer, template))
 
-    @pytest.mark.parametrize("fields", [{"tools": 5}, {"tools": "[]"}, {"messages": [CALL | {"tool_calls": 5}]}])
-    def test_tools_of_another_form_are_refused(self, tokenizer: PreTrainedTokenizerFast, fields: Row) -> None:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"tools": 5}, "^tools: expected a list of objects, got 5"),
+            ({"tools": ["add"]}, "^tools: expected a list of objects"),
+            ({"messages": [CALL | {"tool_calls": 5}]}, "^messages: turn 1 has a tool call without a function's name"),
+            (
+                {"messages": [CALL | {"tool_calls": [{}]}]},
+                "^messages: turn 1 has a tool call without a function's name",
+            ),
+            ({"truncated": "no"}, "^truncated: expected true or false, got 'no'"),
+            ({"held_out": "no"}, "^held_out: expected true or false, got 'no'"),
+        ],
+    )
+    def test_fields_of_another_form_are_refused(
+        self, tokenizer: PreTrainedTokenizerFast, fields: Row, message: str
+    ) -> None:
         row = fields | {"messages": [say("user", "hi"), *fields.get("messages", [say("assistant", "yes")])]}
-        with pytest.raises(ValueError, match="chat_template: the template refuses the conversation"):
+        with pytest.raises(ValueError, match=message):
             encode_row(row, with_template(tokenizer, TOOL_TEMPLATE))
+
+
+def call_of(arguments: Any) -> dict[str, Any]:
+    return {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
+class TestForms:
+    """What clients, tables and other formats write is one conversation."""
+
+    @pytest.mark.parametrize("nothing", [{"tool_calls": None}, {"tool_calls": []}, {"refusal": None, "name": None}])
+    def test_a_null_is_no_field(self, nothing: Row) -> None:
+        messages = [say("user", "hi"), say("assistant", "yes")]
+        row = {"messages": [message | nothing for message in messages], "text": None, "tools": None, "held_out": None}
+        assert normalise(row) == {"messages": messages}
+
+    @pytest.mark.parametrize(
+        "calls",
+        [
+            {"tool_calls": [call_of({"a": 2, "b": None})]},
+            {"tool_calls": [call_of('{"a": 2, "b": null}')]},
+            {"tool_calls": json.dumps([call_of('{"a": 2, "b": null}')]), "function_call": None},
+            {"tool_calls": [call_of({"a": 2, "b": None}) | {"custom": None}]},
+        ],
+    )
+    def test_arguments_are_a_mapping(self, calls: Row) -> None:
+        (message,) = read_conversation({"messages": [{"role": "assistant", "content": None} | calls]}).messages
+        assert message == {"role": "assistant", "content": "", "tool_calls": [call_of({"a": 2, "b": None})]}
+
+    def test_no_arguments_are_an_empty_mapping(self) -> None:
+        for arguments in (None, "", "{}", {}):
+            (message,) = read_conversation({"messages": [CALL | {"tool_calls": [call_of(arguments)]}]}).messages
+            assert message["tool_calls"] == [call_of({})]
+
+    @pytest.mark.parametrize("arguments", ["{broken", "[1]", 5])
+    def test_arguments_that_are_no_object_are_refused(self, arguments: object) -> None:
+        with pytest.raises(ValueError, match=r"messages: turn 0 has as arguments of a tool call .*; expected a JSON"):
+            read_conversation({"messages": [CALL | {"tool_calls": [call_of(arguments)]}]})
+
+    def test_a_template_that_joins_texts_gets_the_arguments_as_json(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        template = TOOL_TEMPLATE.replace(
+            "{{ call.function.name }}", "{{ call.function.name + call.function.arguments }}"
+        )
+        row = {"messages": [say("user", "hi"), CALL | {"tool_calls": [call_of({"a": "é"})]}]}
+        (example,) = encode_row(row, with_template(tokenizer, template))
+        assert tokens_of(example, tokenizer, supervised=True) == '<call>add{"a": "é"}</call><|end|>'
+
+    def test_the_older_function_call_is_a_tool_call(self) -> None:
+        turns = [
+            {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 2}'}},
+            {"role": "function", "name": "add", "content": "5"},
+        ]
+        assert read_conversation({"messages": turns}).messages == [
+            {"role": "assistant", "content": "", "tool_calls": [call_without_id({"a": 2})]},
+            {"role": "tool", "name": "add", "content": "5"},
+        ]
+
+    def test_sharegpt_calls_and_what_the_tools_said(self) -> None:
+        turns = [("human", "2+3?"), ("function_call", '{"name": "add", "arguments": {"a": 2}}'), ("observation", "5")]
+        row = {"conversations": [{"from": who, "value": text} for who, text in turns], "system": "be brief"}
+        row["tools"] = json.dumps([{"name": "add", "parameters": {}}])
+        read = read_conversation(row)
+        assert read.messages == [
+            say("system", "be brief"),
+            say("user", "2+3?"),
+            {"role": "assistant", "content": "", "tool_calls": [call_without_id({"a": 2})]},
+            say("tool", "5"),
+        ]
+        assert read.tools == [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+    def test_conversations_may_have_openai_turns_and_their_fields(self) -> None:
+        messages = [say("user", "hi"), say("assistant", "yes") | {"name": "Ann"}]
+        assert read_conversation({"conversations": messages}).messages == messages
+        assert read_conversation({"messages": json.dumps(messages)}).messages == messages
+
+    @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+    def test_what_was_thought_has_one_name(self, name: str) -> None:
+        turn = {"role": "assistant", "content": None, name: "hm", "reasoning_details": None}
+        expected = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+        assert read_conversation({"messages": [turn]}).messages == [expected]
+        both = turn | {"reasoning_content": "hm", "thinking": ""}
+        assert read_conversation({"messages": [both]}).messages == [expected]
+
+    @pytest.mark.parametrize("reads", ["reasoning_content", "reasoning", "thinking"])
+    def test_a_template_finds_it_under_the_name_that_it_reads(
+        self, tokenizer: PreTrainedTokenizerFast, reads: str
+    ) -> None:
+        thinking = with_template(tokenizer, THINKING.replace("reasoning_content", reads))
+        row = {"messages": [say("user", "a"), {"role": "assistant", "content": "yes", "thinking": "hm"}]}
+        assert tokens_of(*encode_row(row, thinking), tokenizer, supervised=True) == "<think>hm</think>yes<|end|>"
+
+    def test_a_template_that_loses_it_is_refused(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(ValueError, match="does not write what was thought in turn 1"):
+            encode_row({"messages": [say("user", "a"), think("hm", "yes")]}, tokenizer)
+
+    def test_an_answer_that_was_cut_off_in_thought(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        row = {"messages": [say("user", "a"), think("hm, so", "")], "truncated": True}
+        (example,) = encode_row(row, with_template(tokenizer, THINKING))
+        assert tokens_of(example, tokenizer, supervised=True) == "<think>hm, so"
+
+    def test_a_developer_is_the_system_where_the_template_knows_none(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        messages = [say("developer", "be brief"), say("user", "hi")]
+        assert render(messages, tokenizer) == render([say("system", "be brief"), messages[1]], tokenizer)
+        knows = with_template(tokenizer, "{# developer #}" + str(tokenizer.chat_template))
+        assert render(messages, knows).startswith("<|developer|>")
+
+    def test_a_role_that_nobody_knows_is_refused(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(ValueError, match=r"^messages: turn 1 has the role 'expert', which nobody knows; expected"):
+            encode_row({"messages": [say("user", "hi"), say("expert", "yes")]}, tokenizer)
+
+
+def call_without_id(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
+class Pieces(PreTrainedTokenizer):
+    """Written in Python: a token per byte, but for pieces that the line break before and spaces may be part of."""
+
+    pieces = ("\n  ", "yes", " sir", "sir<", "!<|end|")
+
+    def __init__(self, decodes: bool = True, **options: Any) -> None:
+        self.decodes = decodes
+        super().__init__(additional_special_tokens=["<|user|>", "<|assistant|>"], **options)
+
+    @property
+    def vocab_size(self) -> int:
+        return 256 + len(self.pieces)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(i): i for i in range(self.vocab_size)} | self.added_tokens_encoder
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        tokens = []
+        while text:
+            piece = next((piece for piece in self.pieces if text.startswith(piece)), None)
+            tokens += (
+                [str(byte) for byte in text[0].encode()] if piece is None else [str(256 + self.pieces.index(piece))]
+            )
+            text = text[len(piece or text[0]) :]
+        return tokens
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return int(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return str(index)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        if not self.decodes:
+            raise KeyError(tokens[0])
+        texts = [*(bytes([i]) for i in range(256)), *(piece.encode() for piece in self.pieces)]
+        read = (texts[int(token)] if token.isdecimal() else token.encode() for token in tokens)
+        return b"".join(read).decode(errors="replace")
+
+
+class TestTokenizersWrittenInPython:
+    """They have no offsets; the masks are those that offsets would give."""
+
+    def test_masks_are_exact(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        slow = Pieces(chat_template=tokenizer.chat_template)
+        messages = [say("user", "yes 字"), say("assistant", "yes sir 字é"), say("user", "yes"), say("assistant", "")]
+        (example,) = encode_row({"messages": messages}, slow)
+        assert tokens_of(example, slow, supervised=True) == "yes sir 字é<|end|><|end|>"
+        assert slow.decode(example.input_ids) == render(messages, slow)
+
+    def test_a_token_across_the_border_is_not_supervised(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        slow = Pieces(chat_template=tokenizer.chat_template)
+        (example,) = encode_row({"messages": [say("user", "a"), say("assistant", "  yes")]}, slow)
+        assert tokens_of(example, slow, supervised=True) == "yes<|end|>"
+        (cut_off,) = encode_row({"messages": [say("user", "a"), say("assistant", "yes!")], "truncated": True}, slow)
+        assert tokens_of(cut_off, slow, supervised=True) == "yes"  # the piece goes on into the end of turn
+
+    def test_it_says_so_where_that_cannot_be_told(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        row = {"messages": [say("user", "a"), say("assistant", "yes")]}
+        slow = Pieces(chat_template=tokenizer.chat_template, decodes=False)
+        with pytest.raises(ValueError, match=r"^tokenizer: .* no offsets; .* it cannot decode its own: '257'"):
+            encode_row(row, slow)
+
+        class Counting(Pieces):
+            """Begins every text with its length, so that no text begins as a longer one does."""
+
+            def _tokenize(self, text: str, **options: Any) -> list[str]:
+                return [str(len(text) % 256), *super()._tokenize(text)]
+
+        with pytest.raises(ValueError, match="cannot be told: prefixes of the text have other tokens"):
+            encode_row(row, Counting(chat_template=tokenizer.chat_template))
+
+    def test_plain_text_needs_no_offsets(self) -> None:
+        (example,) = encode_row({"text": "yes 字"}, Pieces())
+        assert example.loss_mask.all()
+        assert Pieces().decode(example.input_ids) == "yes 字"
+
+
+def test_ids_beyond_a_gap_in_the_vocabulary_are_ids() -> None:
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "far": 7}, unk_token="a"))
+    gaps = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert encode_row({"input_ids": [1, 7]}, gaps)[0].input_ids.tolist() == [1, 7]
+    with pytest.raises(ValueError, match="input_ids: 8 is outside the tokenizer's vocabulary"):
+        encode_row({"input_ids": [1, 8]}, gaps)
 
 
 def think(thought: str, content: str) -> dict[str, str]:

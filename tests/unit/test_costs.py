@@ -1,18 +1,20 @@
 """Measured costs: the engine's own stages, kept on disk."""
 
+import json
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import costs, eagle
+from conftest import costs, eagle, ngram
 
 from draftwing.checkpoint.load import DraftNetwork
-from draftwing.decoding.costs import CycleCosts, _Cycles, cache_folder, cached_costs, measure_costs
+from draftwing.decoding.costs import DAYS_KEPT, CycleCosts, _Cycles, cache_folder, cached_costs, measure_costs
 from draftwing.decoding.drafters import NoDrafter
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.rows import Rows
 from draftwing.decoding.sampling import SamplingParams
+from draftwing.decoding.seats import Seats
 from draftwing.decoding.statistics import STAGES, Statistics
 from draftwing.models.target import TargetModel
 
@@ -27,17 +29,20 @@ def test_every_part_of_a_cycle_is_measured(target: TargetModel, heads: dict[str,
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_they_are_measured_greedily_or_sampled(target: TargetModel, sampled: bool) -> None:
+def test_they_are_measured_greedily_or_sampled(
+    target: TargetModel, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Noise for every node makes a node dearer."""
     temperatures: set[float] = set()
 
-    class Spy(Rows):
-        def begin(self, prompts: list[list[int]], params: Sequence[SamplingParams], depth: int, coupled: bool) -> None:
-            temperatures.update(one.temperature for one in params)
-            super().begin(prompts, params, depth, coupled)
+    admit = Seats.admit
 
-    largest = TreePlan(2, 2, 3)
-    measure_costs(target, lambda rows, capacity: NoDrafter(), 1, largest, num_rounds=1, new_rows=Spy, sampled=sampled)
+    def note(self: Seats, seat: int, prompt: Sequence[int], params: SamplingParams) -> None:
+        temperatures.add(params.temperature)
+        admit(self, seat, prompt, params)
+
+    monkeypatch.setattr(Seats, "admit", note)
+    measure_costs(target, ngram, 1, TreePlan(1, 2, 3), num_rounds=1, sampled=sampled)
     assert temperatures == {1.0 if sampled else 0.0}
 
 
@@ -72,7 +77,7 @@ class Stopwatch:
     """
 
     def __init__(self, seconds: Sequence[float]) -> None:
-        self.statistics, self._seconds, self.waits = Statistics(), seconds, False
+        self.statistics, self._seconds, self.waits = Statistics(), seconds, True
 
     def cycles(self) -> Iterator[None]:
         late = 0.0
@@ -139,6 +144,35 @@ def test_costs_are_measured_once_per_key(tmp_path: Path, monkeypatch: pytest.Mon
         file.write_text(file.read_text(encoding="utf-8").replace('"widths": [', '"widths": [0,'), encoding="utf-8")
     assert cached_costs({"dtype": "float32"}, measure) == costs(), "and so is one whose tables do not fit together"
     assert len(measured) == 4
+
+
+@pytest.mark.parametrize(
+    ("days_ago", "is_believed"), [(0, True), (DAYS_KEPT - 1, True), (DAYS_KEPT + 1, False), (-1, False), (None, False)]
+)
+def test_costs_are_kept_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, days_ago: int | None, is_believed: bool
+) -> None:
+    """Not for ever, nor from the future, nor where the file does not say when it was measured."""
+    monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path))
+    cached_costs({}, lambda: costs(plain=1.0))
+    (file,) = (tmp_path / "costs").iterdir()
+    record = json.loads(file.read_text(encoding="utf-8"))
+    if days_ago is None:
+        del record["measured_at"]
+    else:
+        record["measured_at"] -= days_ago * 86400
+    file.write_text(json.dumps(record), encoding="utf-8")
+    assert cached_costs({}, lambda: costs(plain=2.0)) == costs(plain=1.0 if is_believed else 2.0)
+
+
+def test_costs_of_before_a_time_are_measured_anew_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine was busy then; every other model of the process believes what has been measured since."""
+    monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path))
+    cached_costs({}, lambda: costs(plain=1.0))
+    since = time.time()
+    assert cached_costs({}, lambda: costs(plain=2.0), since) == costs(plain=2.0)
+    assert cached_costs({}, lambda: costs(plain=3.0), since) == costs(plain=2.0)
+    assert cached_costs({}, lambda: costs(plain=3.0)) == costs(plain=2.0)
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

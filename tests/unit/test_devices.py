@@ -21,12 +21,11 @@ from torch.utils._pytree import tree_leaves
 from draftwing.checkpoint.load import Draft, build_network
 from draftwing.config import Loss, Objective, TrainConfig
 from draftwing.decoding.drafters import NoDrafter
-from draftwing.decoding.generate import Generation
+from draftwing.decoding.engine import Engine, NewDrafter
 from draftwing.decoding.plan import Plan, TreePlan
 from draftwing.decoding.readback import CycleReading, pack, unpack
-from draftwing.decoding.rows import DrafterFactory
 from draftwing.decoding.tree import Candidates, best_subtree, walk
-from draftwing.methods import drafter_factory
+from draftwing.methods import new_drafter
 from draftwing.models.eagle import EagleModel
 from draftwing.models.layers import DraftConfig
 from draftwing.models.medusa import MedusaConfig, MedusaModel
@@ -155,10 +154,10 @@ def draft_for(method: str, target: TargetModel) -> Draft | None:
     return None
 
 
-def plan_of(text: str, batch_size: int) -> Plan:
+def plan_of(text: str) -> Plan:
     if text == "auto":
         shapes = ["chain:2", "tree:4x4x12"]
-        return auto_plan(batch_size, largest=TreePlan.parse(shapes[-1]), fixed_shapes=shapes, device=META)
+        return auto_plan(largest=TreePlan.parse(shapes[-1]), fixed_shapes=shapes, device=META)
     plan = TreePlan.parse(text.removesuffix("+ngram"))
     return plan.with_lookup() if text.endswith("+ngram") else plan
 
@@ -169,23 +168,35 @@ class Sabotaged(NoDrafter):
     def __init__(self, act: Callable[[torch.Tensor], Any]) -> None:
         self._act = act
 
-    def see_choices(self, chosen: torch.Tensor) -> None:
-        self._act(chosen[:, 0])
+    def observe(
+        self,
+        tokens: torch.Tensor,
+        features: torch.Tensor | None,
+        num_new: torch.Tensor,
+        chosen: torch.Tensor | None = None,
+    ) -> None:
+        if chosen is not None:
+            self._act(chosen[:, 0])
 
 
 def start(
-    target: TargetModel, factory: DrafterFactory, plan: Plan, sampling: str = "greedy", batch_size: int = 1
-) -> Generation:
+    target: TargetModel, drafter: NewDrafter, plan: Plan, sampling: str = "greedy", batch_size: int = 1
+) -> Engine:
+    """An engine whose prompts are read."""
     prompts = [[1, 2, 3, 4, 5], [7], [3, 3, 3]][:batch_size]
-    return Generation(target, requests_for(prompts, eos=(), **SAMPLINGS[sampling]), factory, plan)
+    engine = Engine(target, drafter, batch_size, 64, plan)
+    for request in requests_for(prompts, eos=(), **SAMPLINGS[sampling]):
+        engine.admit(request)
+    engine._read_prompts()
+    return engine
 
 
-def run_cycle(generation: Generation) -> Transfers:
+def run_cycle(engine: Engine) -> Transfers:
     """What a cycle copies before the host reads what it has brought; asserts that this is its only read."""
     with Transfers() as cycle:
-        brought = generation._cycle()
+        brought = engine._cycle()
     with Transfers() as host:
-        generation._emit(*brought)
+        engine._emit(*brought)
     assert (cycle.reads, host.reads) == (0, 1)
     cycle.doubles += host.doubles
     return cycle
@@ -198,10 +209,12 @@ class TestCycle:
         self, target: TargetModel, cycle: str, sampling: str, batch_size: int
     ) -> None:
         method, plan = CYCLES[cycle]
-        factory = drafter_factory(method, draft_for(method, target), target, with_lookup=plan.endswith("+ngram"))
+        with_lookup, shape = plan.endswith("+ngram"), plan_of(plan)
+        fixed = shape if isinstance(shape, TreePlan) else None
+        drafter = new_drafter(method, draft_for(method, target), target, with_lookup, plan=fixed)
         with Transfers() as prefill:
-            generation = start(target, factory, plan_of(plan, batch_size), sampling, batch_size)
-        first, second = run_cycle(generation), run_cycle(generation)
+            engine = start(target, drafter, shape, sampling, batch_size)
+        first, second = run_cycle(engine), run_cycle(engine)
         assert not second.uploads  # in the first cycle, what a plan always needs is sent
         assert not (*prefill.doubles, *first.doubles, *second.doubles)
 
@@ -328,9 +341,8 @@ def test_facts_are_the_same_however_they_are_read() -> None:
     parents, depths = torch.tensor([-1, -1, 0]).expand(2, 3), torch.tensor([1, 1, 2]).expand(2, 3)
     tree = best_subtree(root, Candidates(tokens, scores, scores, parents, depths), 4, 2)
     verdict = walk(tree, torch.tensor([[3, 5, 7, 8], [4, 1, 1, 1]]))
-    rows = np.array([1])
     in_place, copied = CycleReading(verdict, tree), CycleReading(verdict, tree)
     copied._packed = pack(copied._parts)  # as on a device
     np.testing.assert_array_equal(in_place.result(), copied.result())
-    for mine, expected in zip(vars(copied.facts(rows)).values(), vars(in_place.facts(rows)).values(), strict=True):
+    for mine, expected in zip(vars(copied.facts(1)).values(), vars(in_place.facts(1)).values(), strict=True):
         np.testing.assert_array_equal(mine, expected)

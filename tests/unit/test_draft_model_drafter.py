@@ -9,12 +9,13 @@ from conftest import VOCAB_SIZE, Path, generate, language_model, nodes_of, reque
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from draftwing.decoding.drafters.draft_model import DraftModelDrafter
-from draftwing.decoding.generate import Generation
+from draftwing.decoding.generate import start_generation
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import uncoupled_rank
 from draftwing.decoding.tree import DraftTree
 from draftwing.models.target import ATTENTION, TargetModel
 
+UNREAD = 16
 CAPACITY = 120
 PLANS = ("chain:1", "chain:4", "tree:3x3x9", "tree:4x3x37", "eagle1")
 
@@ -54,7 +55,8 @@ def drafter_that_has_read(model: TargetModel, sequences: list[list[int]]) -> Dra
     drafter = DraftModelDrafter(model, VOCAB_SIZE, len(sequences), CAPACITY)
     longest = max(map(len, sequences))
     padded = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in sequences])
-    drafter.start(padded[:, 0])
+    for seat, token in enumerate(padded[:, 0].tolist()):
+        drafter.begin(seat, token)
     if longest > 1:
         drafter.observe(padded[:, 1:], None, torch.tensor([len(tokens) - 1 for tokens in sequences]))
     return drafter
@@ -62,7 +64,8 @@ def drafter_that_has_read(model: TargetModel, sequences: list[list[int]]) -> Dra
 
 def grow(drafter: DraftModelDrafter, sequences: list[list[int]], plan: str) -> DraftTree:
     root = torch.tensor([tokens[-1] for tokens in sequences])
-    return drafter.grow(root, TreePlan.parse(plan), max(map(len, sequences)) - 1, uncoupled_rank)
+    drafter.catch_up(UNREAD)
+    return drafter.grow(root, TreePlan.parse(plan), uncoupled_rank)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -109,7 +112,8 @@ def test_after_cycles_with_rejections_the_cache_holds_the_committed_tokens_and_n
         built.append(DraftModelDrafter(draft_model, VOCAB_SIZE, batch_size, capacity))
         return built[0]
 
-    generation = Generation(target, requests_for(prompts, max_new_tokens=60, eos=()), new_drafter, TreePlan.parse(plan))
+    requests = requests_for(prompts, max_new_tokens=60, eos=())
+    generation = start_generation(target, requests, new_drafter, TreePlan.parse(plan))
     accepted = {count for committed in islice(generation.cycles(), 6) for count in committed.num_accepted}
     assert len(accepted) > 1, "some cycles must accept more than others"
     sequences = [prompt + output.tokens for prompt, output in zip(prompts, generation.outputs, strict=True)]

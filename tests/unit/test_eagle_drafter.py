@@ -11,7 +11,7 @@ from conftest import VOCAB_SIZE, Path, eagle, nodes_of, requests_for, run
 
 from draftwing.checkpoint.load import DraftNetwork
 from draftwing.decoding.drafters.eagle import EagleDrafter
-from draftwing.decoding.generate import Generation
+from draftwing.decoding.generate import start_generation
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import uncoupled_rank
 from draftwing.decoding.tree import DraftTree
@@ -19,6 +19,7 @@ from draftwing.models.target import TargetModel
 
 METHODS = ("eagle1", "eagle3")
 CAPACITY = 120
+UNREAD = 16
 SMALL_TREE = TreePlan.static(((0,), (2,), (2, 1), (2, 1, 0), (0, 1)))
 
 
@@ -101,7 +102,8 @@ def drafter_that_has_read(target: TargetModel, head: DraftNetwork, sequences: li
 
 def grow(drafter: EagleDrafter, sequences: list[list[int]], plan: TreePlan) -> DraftTree:
     root = torch.tensor([tokens[-1] for tokens in sequences])
-    return drafter.grow(root, plan, longest=max(map(len, sequences)) - 1, rank=uncoupled_rank)
+    drafter.catch_up(UNREAD)
+    return drafter.grow(root, plan, rank=uncoupled_rank)
 
 
 def assert_same_nodes(ours: dict[Path, float], reference: dict[Path, float]) -> None:
@@ -151,7 +153,8 @@ def test_candidates_are_ranked_with_the_positions_that_they_would_take(
         return uncoupled_rank(logits, positions, target_ids)
 
     drafter = drafter_that_has_read(target, head, sequences)
-    drafter.grow(torch.tensor([4, 8]), TreePlan.parse(plan), longest=3, rank=rank)
+    drafter.catch_up(UNREAD)
+    drafter.grow(torch.tensor([4, 8]), TreePlan.parse(plan), rank=rank)
     assert asked == [[[3 + level], [1 + level]] for level in range(1, depth + 1)]
 
 
@@ -164,7 +167,8 @@ def test_the_tree_follows_the_ranking(target: TargetModel, heads: dict[str, Draf
         return torch.arange(logits.shape[-1]).expand(logits.shape).double().log_softmax(-1)
 
     drafter = drafter_that_has_read(target, head, sequences)
-    tree = drafter.grow(torch.tensor([4]), TreePlan.parse("chain:3"), longest=3, rank=prefer_high_ids)
+    drafter.catch_up(UNREAD)
+    tree = drafter.grow(torch.tensor([4]), TreePlan.parse("chain:3"), rank=prefer_high_ids)
     highest = int(head.vocab.to_target(torch.tensor(len(head.vocab) - 1)))
     assert tree.tokens.tolist() == [[4, highest, highest, highest]]
 
@@ -192,7 +196,8 @@ def test_after_cycles_with_rejections_the_state_is_that_of_a_fresh_drafter(
         built.append(eagle(head)(batch_size, capacity))
         return built[0]
 
-    generation = Generation(target, requests_for(prompts, max_new_tokens=60, eos=()), new_drafter, TreePlan.parse(plan))
+    requests = requests_for(prompts, max_new_tokens=60, eos=())
+    generation = start_generation(target, requests, new_drafter, TreePlan.parse(plan))
     accepted = {count for committed in islice(generation.cycles(), 6) for count in committed.num_accepted}
     assert len(accepted) > 1, "some cycles must accept more than others"
     sequences = [prompt + output.tokens for prompt, output in zip(prompts, generation.outputs, strict=True)]
@@ -303,7 +308,8 @@ def test_a_draft_window_hides_what_lies_before_it(
         features[:3] += tokens[0, :3, None]
         drafter = EagleDrafter(head, 1, CAPACITY, window=window)
         drafter.observe(tokens[:, 1:], features[None, :-1], torch.tensor([6]))
-        return drafter.grow(tokens[:, -1], TreePlan.parse(plan), longest=6, rank=uncoupled_rank)
+        drafter.catch_up(6)
+        return drafter.grow(tokens[:, -1], TreePlan.parse(plan), rank=uncoupled_rank)
 
     histories = [1, 2, 3], [8, 7, 9]
     windowed, others = (nodes_of(tree_after(first, window=3), 0) for first in histories)
@@ -323,7 +329,8 @@ def test_a_head_reads_as_many_tokens_as_it_was_trained_on(heads: dict[str, Draft
             torch.manual_seed(0)
             features = torch.randn(1, 6, head.fc.in_features, dtype=torch.float64)
             drafter.observe(torch.tensor([[2, 3, 4, 5, 6, 7]]), features, torch.tensor([6]))
-            trees.append(drafter.grow(torch.tensor([7]), TreePlan.chain(3), longest=6, rank=uncoupled_rank).scores)
+            drafter.catch_up(6)
+            trees.append(drafter.grow(torch.tensor([7]), TreePlan.chain(3), rank=uncoupled_rank).scores)
         has_window.append(torch.equal(*trees))
     assert has_window == [True, False]
 

@@ -53,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def said(text: str, finish_reason: str = "stop", **message: str) -> Reply:
+def said(text: str | None, finish_reason: str = "stop", **message: Any) -> Reply:
     answer = {"role": "assistant", "content": text} | message
     return 200, {}, {"choices": [{"message": answer, "finish_reason": finish_reason}]}
 
@@ -200,9 +200,57 @@ def test_a_conversation_ends_where_an_answer_was_cut_off(config: TrainConfig, se
         assert load_tokenizer("tiny").decode(example.input_ids[example.loss_mask]) == "half a sen"
 
 
-def test_reasoning_is_kept_for_the_template(config: TrainConfig, server: Server) -> None:
-    server.reply = lambda request: said("four", reasoning_content="two and two")
-    assert answer(config, server)[0]["messages"][2]["reasoning_content"] == "two and two"
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_reasoning_is_kept_for_the_template(config: TrainConfig, server: Server, name: str) -> None:
+    """Under the one name that rows have, and without what else a server writes."""
+    server.reply = lambda request: said("four", **{name: "two and two", "refusal": None, "tool_calls": []})
+    expected = {"role": "assistant", "content": "four", "reasoning_content": "two and two"}
+    assert answer(config, server)[0]["messages"][2] == expected
+    assert all(request["messages"][2] == expected for request in server.requests if len(request["messages"]) > 2)
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+
+
+def write_tools(config: TrainConfig, tools: Any) -> None:
+    path = Path(str(config.data))
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    path.write_text("".join(json.dumps(row | {"tools": tools}) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+def test_tools_are_in_the_request_and_in_the_row(config: TrainConfig, server: Server, tools: Any) -> None:
+    write_tools(config, tools)
+    rows = answer(config, server)
+    assert all(request["tools"] == [TOOL] for request in server.requests)
+    assert all(row["tools"] == [TOOL] and len(row["messages"]) == 5 for row in rows)
+
+
+def test_no_tools_are_no_field(config: TrainConfig, server: Server) -> None:
+    write_tools(config, [])
+    assert not any("tools" in row for row in answer(config, server))
+    assert not any("tools" in request for request in server.requests)
+
+
+def test_a_conversation_ends_with_a_tool_call(config: TrainConfig, server: Server) -> None:
+    """Nobody runs the tool. Its arguments are a mapping, as templates want them; some servers name no content."""
+    write_tools(config, [TOOL])
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+    message = {"role": "assistant", "tool_calls": [call]}
+    server.reply = lambda request: (200, {}, {"choices": [{"message": message, "finish_reason": "tool_calls"}]})
+    for row in answer(config, server):
+        calls = [call | {"function": {"name": "add", "arguments": {"a": 2}}}]
+        assert row["messages"][2:] == [{"role": "assistant", "content": "", "tool_calls": calls}]
+
+
+def test_an_answer_of_another_form_becomes_a_row_that_says_so(config: TrainConfig, server: Server) -> None:
+    server.reply = lambda request: said("", tool_calls=[{"function": {"name": "add", "arguments": '{"a": '}}])
+    assert "the answer has as arguments of a tool call '{\"a\": '" in answer(config, server)[0]["error"]
+
+
+def test_an_empty_answer_is_one(config: TrainConfig, server: Server) -> None:
+    server.reply = lambda request: said(None)
+    assert answer(config, server)[0]["messages"][2] == {"role": "assistant", "content": ""}
 
 
 def test_something_else_than_a_completion_is_shown(server: Server) -> None:

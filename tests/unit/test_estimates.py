@@ -115,14 +115,14 @@ def stage_for(folder: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**sizes | {"output": "out", "target": str(folder)} | changes)
 
 
-@pytest.mark.parametrize("objective", ["eagle1", "eagle3"])
+@pytest.mark.parametrize(("objective", "trains"), [("eagle1", False), ("eagle1", True), ("eagle3", False)])
 def test_parameters_are_the_networks(
-    tmp_path: Path, target: TargetModel, heads: dict[str, DraftNetwork], objective: str
+    tmp_path: Path, target: TargetModel, heads: dict[str, DraftNetwork], objective: str, trains: bool
 ) -> None:
     target.model.config.save_pretrained(tmp_path)
-    plan = plan_stages([stage_for(tmp_path, objective=objective)], 1, 1e12)[0]
+    plan = plan_stages([stage_for(tmp_path, objective=objective, train_embedding=trains)], 1, 1e12)[0]
     sizes = {name: parameter.numel() for name, parameter in heads[objective].named_parameters()}
-    frozen = sizes.get("embed_tokens.weight", 0)
+    frozen = 0 if trains else sizes.get("embed_tokens.weight", 0)
     assert (plan.trained_params, plan.frozen_params) == (sum(sizes.values()) - frozen, frozen)
     assert plan.target_params == sum(parameter.numel() for parameter in target.model.parameters())
 

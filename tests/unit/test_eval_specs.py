@@ -41,6 +41,8 @@ def test_settings_are_options_of_generate() -> None:
         ("eagle3:tree:4", "plan: expected"),
         ("eagle3:tree:1x1x60", "plan: 60 nodes asked for"),
         ("plain:chain:2", "plain takes no"),
+        ("ngram:tree:2x2x3", "methods: ngram:tree:2x2x3: plan: n-gram drafting has one continuation"),
+        ("ngram+uncoupled", r"methods: ngram\+uncoupled: coupled: "),
         ("", "methods: expected METHOD"),
         ("eagle3@:auto", "methods: expected METHOD"),
     ],

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from draftwing.charts import bar_chart, line_chart
+from draftwing.charts import LETTER, as_words, bar_chart, line_chart
 from draftwing.data.prompts import Prompt, as_prompt
 from draftwing.decoding.statistics import Statistics
 from draftwing.evaluation.ablations import ablations
@@ -57,7 +57,7 @@ class Method:
         tokens = [ord(letter) for letter in answer]
         counts = Statistics()
         for accepted in self.accepted or [0] * len(tokens):
-            counts.count_cycle(accepted, 3 if self.accepted else 0, 0)
+            counts.count_cycle(accepted, 3 if self.accepted else 0, accepted + 1)
         counts.num_tokens = len(tokens)
         return Decoded(self.seconds, len(tokens), tokens[::-1] if self.wrong else tokens, statistics=counts)
 
@@ -256,6 +256,26 @@ def test_rates_add_up_runs_of_different_depths() -> None:
     assert n_alpha(acceptance_rates(runs)) == [0.5, 1.0]
 
 
+def test_counts_are_those_of_one_repeat() -> None:
+    """ "Of so many cycles" must not grow with `repeats`; a method whose cycles vary counts their mean."""
+
+    class Varying(Method):
+        def __call__(self, *arguments: Any, **options: Any) -> Decoded:
+            self.accepted = [3] if len(self.asked) % 2 else [1, 1]
+            return super().__call__(*arguments, **options)
+
+    for repeats in (1, 2, 4):
+        methods = {"plain": Method(), "chain": Method(accepted=[1, 2]), "varying": Varying()}
+        what = evaluation(methods, data=prompt_sets()[1:], temperatures=(0.0,), repeats=repeats)
+        rows = {row.method: row for row in measured(what)}
+        assert [rate.num_reached for rate in rows["chain"].acceptance_rate] == [2, 2, 1]
+        if repeats > 1:
+            assert [rate.num_reached for rate in rows["varying"].acceptance_rate] == [1.5, 1.5, 0.5]
+    html = as_html(report_of(evaluation({"plain": Method(), "eagle3": Method(accepted=[1, 2])}, repeats=2), Remarks()))
+    assert "1.00 (2)" in html
+    assert "(2.0)" not in html
+
+
 def test_speedups_are_over_the_turns_that_both_have() -> None:
     plain = [a_run(0, seconds=8.0, num_cycles=8.0), a_run(1, seconds=80.0), a_run(0, turn=2, seconds=8.0)]
     figures = figures_of([a_run(0), a_run(0, turn=2)], plain)
@@ -385,3 +405,44 @@ def test_charts_are_images_of_their_own() -> None:
         assert image.get("font-family")
         assert image.get("viewBox") == f"0 0 {image.get('width')} {image.get('height')}"
         assert "a <b>" in [text.text for text in image.iter("{http://www.w3.org/2000/svg}text")]
+
+
+NARROW = (0.9, 0.00079, 123456.0, -0.000123, -5.0)
+LONG = "eagle1@tiny-eagle1-of-yesterday:tree:10x7x60+uncoupled+ngram"
+
+
+def boxes(chart: str) -> list[tuple[float, float]]:
+    """Where each text begins and ends, for letters as wide as they can be, in pixels from the image's left edge."""
+    found = []
+    for text in ElementTree.fromstring(chart).iter("{http://www.w3.org/2000/svg}text"):
+        width, x = LETTER * len(text.text or ""), float(text.get("x") or 0)
+        left = x - width * {"start": 0.0, "middle": 0.5, "end": 1.0}[text.get("text-anchor") or ""]
+        found.append((left, left + width))
+    return found
+
+
+@pytest.mark.parametrize("value", NARROW)
+def test_no_text_of_a_chart_is_cut_off(value: float) -> None:
+    lines = line_chart({LONG: [(20, value), (14475, 2 * value)]}, "step", "")
+    bars = bar_chart({LONG: Interval(abs(value), 0, abs(value))}, mark=3 * abs(value))
+    for chart in (lines, bars):
+        width = float(ElementTree.fromstring(chart).get("width") or 0)
+        assert min(left for left, _ in boxes(chart)) >= 0
+        assert max(right for _, right in boxes(chart)) <= width
+    assert f"{2 * value * (1.05 if value > 0 else 1):.3g}" in lines, "the axis reaches the values"
+
+
+def test_a_curve_leaves_out_what_is_no_number() -> None:
+    chart = line_chart({"loss": [(1, 2.0), (2, float("nan")), (3, float("inf")), (4, 1.0)]}, "step", "")
+    assert "nan" not in chart
+    assert "inf" not in chart
+    assert line_chart({"loss": [(1, float("nan"))]}, "step", "") == ""
+
+
+def test_settings_are_shown_in_words() -> None:
+    settings = {"drafts": {"a": "a of today", "b": None}, "methods": ["plain", "eagle3"], "capture": True, "seed": 0}
+    assert [as_words(value) for value in settings.values()] == ["a: a of today, b: ", "plain, eagle3", "yes", "0"]
+    page = as_html(report_of(evaluation({"plain": Method()}), Remarks(), settings=settings))
+    assert "a: a of today" in page
+    assert "plain, eagle3" in page
+    assert not any(sign in page.split("How it was measured")[1] for sign in ("{", "[", "&#x27;", "None", "True"))

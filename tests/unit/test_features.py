@@ -1,6 +1,7 @@
 """Stored features: those of the target's own pass, shard by shard; fp8's error is bounded; misuse is refused."""
 
 import json
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,9 @@ def test_last_hidden_is_the_input_of_the_output_head(tmp_path: Path, prepared: P
 
 
 def test_eagle1_features_are_not_stored_twice(tmp_path: Path, prepared: Prepared, target: TargetModel) -> None:
-    writer = write(prepared, target, tmp_path / "features", layers=(6,))
+    writer = write(prepared, target, tmp_path / "features", layers=(-1,))
     assert writer.bytes_per_token == 2 * 32
-    example = FeatureExamples(prepared.examples("train"), str(tmp_path / "features"), target, (6,))[0]
+    example = FeatureExamples(prepared.examples("train"), str(tmp_path / "features"), target, (-1,))[0]
     assert example.features is not None
     assert example.last_hidden is not None
     assert torch.equal(example.features, example.last_hidden)
@@ -130,7 +131,11 @@ def test_a_larger_error_would_be_noticed() -> None:
 
 @pytest.mark.usefixtures("small_shards")
 def test_complete_shards_are_kept_when_a_run_was_stopped(
-    tmp_path: Path, prepared: Prepared, target: TargetModel, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    prepared: Prepared,
+    target: TargetModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder = tmp_path / "features"
     write_shard, written = module.write_shard, list[str]()
@@ -151,7 +156,9 @@ def test_complete_shards_are_kept_when_a_run_was_stopped(
     monkeypatch.setattr(
         module, "write_shard", lambda *arguments: written.append(arguments[1]) or write_shard(*arguments)
     )
-    writer = FeatureWriter(prepared, target, LAYERS, "bf16", folder)
+    with caplog.at_level(logging.INFO, "draftwing"):
+        writer = FeatureWriter(prepared, target, LAYERS, "bf16", folder)
+    assert caplog.messages == [f"resuming from {folder}: 2 files are there"]
     num_left = writer.estimate().num_tokens
     assert 0 < num_left < sum(sum(prepared.examples(split).lengths) for split in ("train", "held_out"))
     writer.write()
@@ -235,7 +242,7 @@ class TestFit:
             FeatureWriter(prepared, short, LAYERS, "bf16", tmp_path / "x")
 
     def test_a_folder_of_another_kind(self, prepared: Prepared, target: TargetModel) -> None:
-        with pytest.raises(ValueError, match="expected the format draftwing-features-1"):
+        with pytest.raises(ValueError, match="expected the format draftwing-features-2"):
             FeatureExamples(prepared.examples("train"), str(prepared.folder), target, LAYERS)
         with pytest.raises(ValueError, match=r"cannot read its index\.json"):
             open_prepared("no/such/folder")

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,15 +81,20 @@ def test_joined_products_are_the_stock_modules(new_model: Callable[[], PreTraine
     torch.testing.assert_close(output.features, expected.features, atol=1e-4, rtol=1e-4)
 
 
-def random_head(kind: str, dtype: torch.dtype = torch.float32) -> DraftNetwork:
+BIASES = ("attention_bias", "output_bias", "mlp_bias")
+
+
+def random_head(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> DraftNetwork:
     """A head of two layers with every option that a layer can have."""
     torch.manual_seed(0)
-    names = ("qk_norm", "norm_before_residual", "attention_bias", "fc_norm", "norm_before_fc", "norm_output")
+    names = ("qk_norm", "norm_before_residual", "fc_norm", "norm_before_fc", "norm_output", *BIASES)
     options = dict.fromkeys(names, True) | {"aux_layers": (0, 1)} if kind == "eagle3" else {}
-    config = DraftConfig(32, 48, 4, 2, 8, 50, 40, 32, num_hidden_layers=2, **options)
+    rope = {"rope_type": "default", "rope_theta": 1e4} | ({"partial_rotary_factor": 0.5} if kind == "eagle3" else {})
+    config = DraftConfig(32, 48, 4, 2, 8, 50, 40, 32, num_hidden_layers=2, rope_parameters=rope, **(options | changes))
     embed, output = nn.Embedding(50, 32).to(dtype), nn.Linear(32, 50).to(dtype)
     is_eagle3 = kind == "eagle3"
-    head = Eagle3Model(config, DraftVocab(torch.arange(40), 50), embed) if is_eagle3 else EagleModel(config, output)
+    vocab = DraftVocab(torch.arange(40), 50)
+    head = Eagle3Model(config, vocab, embed, output) if is_eagle3 else EagleModel(config, output)
     for weight in head.parameters():  # norms begin as ones, biases as zeros
         nn.init.uniform_(weight, -0.5, 0.5)
     return head.to(dtype)
@@ -116,6 +122,14 @@ def test_fused_heads_are_the_heads(kind: str, compiles: bool) -> None:
     pack_head(head, compiles)
     fused = [type(module).__name__ for module in head.modules() if type(module).__module__ == pack_head.__module__]
     assert len(fused) == (3 if kind == "eagle3" else 2), "two layers, and EAGLE-3's norm"
+    torch.testing.assert_close(head_pass(head), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["eagle1", "eagle3"])
+def test_layers_of_another_activation_are_packed_but_not_fused(kind: str) -> None:
+    expected, head = head_pass(random_head(kind, hidden_act="gelu")), random_head(kind, hidden_act="gelu")
+    pack_head(head)
+    assert not any("Layer" in type(module).__name__ and "Fused" in type(module).__name__ for module in head.modules())
     torch.testing.assert_close(head_pass(head), expected, atol=1e-4, rtol=1e-4)
 
 

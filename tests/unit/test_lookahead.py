@@ -80,7 +80,7 @@ def test_each_cycle_accepts_what_the_slow_one_accepts(target: TargetModel, promp
         slow = SlowLookahead(target, prompt, shape)
         while len(slow.text) < len(prompt) + num_new:
             slow.cycle(is_pool_open=len(slow.num_accepted) >= shape.depth - 1)
-        fast = generate(target, requests_for([prompt], max_new_tokens=num_new, eos=()), lookahead, plan)
+        fast = generate(target, requests_for([prompt], max_new_tokens=num_new, eos=()), lookahead(plan), plan)
         assert fast.outputs[0].tokens == slow.text[len(prompt) :][:num_new]
         assert fast.statistics.num_cycles == len(slow.num_accepted)
     assert generate(target, requests_for(prompts, num_new, ()), no_draft).statistics.acceptance_length == 1
@@ -89,8 +89,11 @@ def test_each_cycle_accepts_what_the_slow_one_accepts(target: TargetModel, promp
 @torch.no_grad()
 def test_rows_have_windows_and_pools_of_their_own(target: TargetModel, prompts: list[list[int]]) -> None:
     requests = requests_for(prompts, max_new_tokens=50, eos=())
-    together = generate(target, requests, lookahead, "lookahead:5x4x3").statistics.num_cycles
-    apart = [generate(target, [request], lookahead, "lookahead:5x4x3").statistics.num_cycles for request in requests]
+    together = generate(target, requests, lookahead("lookahead:5x4x3"), "lookahead:5x4x3").statistics.num_cycles
+    apart = [
+        generate(target, [request], lookahead("lookahead:5x4x3"), "lookahead:5x4x3").statistics.num_cycles
+        for request in requests
+    ]
     assert together == sum(apart)
 
 
@@ -100,7 +103,7 @@ def test_the_pool_equals_a_dict_of_lists() -> None:
     pool, slow = NgramPool(2, length, torch.device("cpu"), size=400), (SlowPool(), SlowPool())
     for _ in range(30):
         ngrams = [[generator.choices(range(4), k=length) for _ in range(5)] for _ in slow]
-        pool.add(torch.tensor(ngrams))
+        pool.add(torch.tensor(ngrams), torch.tensor([True, True]))
         for row, row_ngrams in enumerate(ngrams):
             for ngram in row_ngrams:
                 slow[row].add(ngram)
@@ -114,7 +117,7 @@ def test_the_pool_equals_a_dict_of_lists() -> None:
 def test_a_full_pool_forgets_the_oldest() -> None:
     pool = NgramPool(1, 2, torch.device("cpu"), size=4)
     for start in (0, 2, 4):
-        pool.add(torch.tensor([[[7, start], [7, start + 1]]]))
+        pool.add(torch.tensor([[[7, start], [7, start + 1]]]), torch.tensor([True]))
     tokens, is_found = pool.latest(torch.tensor([7]), 4)
     assert is_found.all()
     assert tokens.flatten().tolist() == [5, 4, 3, 2]
@@ -123,14 +126,13 @@ def test_a_full_pool_forgets_the_oldest() -> None:
 class TestTree:
     def grow(self, ngrams: list[Ngram], root: int = 1, plan: str = "lookahead:3x3x4") -> tuple[DraftTree, TreePlan]:
         """The tree of a drafter that has read a prompt and whose pool holds these n-grams."""
-        drafter = LookaheadDrafter(1, capacity=60, device=torch.device("cpu"))
-        drafter.start(torch.tensor([9]))
-        drafter.observe(torch.tensor([[8, 7, root]]), None, torch.tensor([3]))
         shape = TreePlan.parse(plan)
-        drafter.grow(torch.tensor([root]), shape, 3, uncoupled_rank)
-        assert drafter._run is not None
-        drafter._run._pool.add(torch.tensor([ngrams]))
-        return drafter.grow(torch.tensor([root]), shape, 3, uncoupled_rank), shape
+        drafter = LookaheadDrafter(shape, 1, capacity=60, device=torch.device("cpu"))
+        drafter.begin(0, 9)
+        drafter.observe(torch.tensor([[8, 7, root]]), None, torch.tensor([3]))
+        drafter.grow(torch.tensor([root]), shape, uncoupled_rank)
+        drafter._pool.add(torch.tensor([ngrams]), torch.tensor([True]))
+        return drafter.grow(torch.tensor([root]), shape, uncoupled_rank), shape
 
     def test_the_window_is_a_tree(self) -> None:
         """Level 0 is a chain from the root, level 1 hangs below it, column by column."""

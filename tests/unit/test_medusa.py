@@ -70,7 +70,7 @@ def drafter_that_has_read(model: MedusaModel, features: torch.Tensor, num_read: 
 
 
 def grow(drafter: MedusaDrafter, plan: str, batch_size: int) -> DraftTree:
-    return drafter.grow(torch.zeros(batch_size, dtype=torch.int64), TreePlan.parse(plan), 9, uncoupled_rank)
+    return drafter.grow(torch.zeros(batch_size, dtype=torch.int64), TreePlan.parse(plan), uncoupled_rank)
 
 
 @pytest.mark.parametrize("plan", ["chain:3", "tree:3x3x12", "tree:4x2x20", "medusa", "eagle1", "tree:4x8x40"])

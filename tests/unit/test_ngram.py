@@ -31,7 +31,7 @@ def observe(drafter: NgramDrafter, *rows: list[int]) -> None:
 
 def grow(drafter: NgramDrafter, *rows: list[int], plan: str = "chain:3") -> DraftTree:
     root = torch.tensor([row[-1] if row else 0 for row in rows])
-    return drafter.grow(root, TreePlan.parse(plan), max(map(len, rows)), uncoupled_rank)
+    return drafter.grow(root, TreePlan.parse(plan), uncoupled_rank)
 
 
 def continuation(text: list[int], depth: int = 3) -> list[int]:

@@ -111,6 +111,20 @@ def test_a_plan_is_written_as_it_is_read(text: str) -> None:
     assert str(TreePlan.parse(text)) == text
 
 
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        ("chain:1000", "chain:8"),
+        ("chain:8", "chain:8"),
+        ("tree:2x20x60", "tree:2x8x31"),
+        ("lookahead:5x20x3", "lookahead:5x9x3"),
+        ("eagle1", "eagle1"),
+    ],
+)
+def test_a_plan_is_cut_to_a_limit(text: str, cut: str) -> None:
+    assert str(TreePlan.parse(text).cut_to(8)) == cut
+
+
 def test_a_plan_says_the_same_of_itself_in_every_process() -> None:
     """Measured costs are kept on disk under it."""
     assert " at 0x" not in repr(TreePlan.chain(2))

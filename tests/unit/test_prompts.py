@@ -62,18 +62,22 @@ def test_a_question_id_of_zero_is_a_name() -> None:
         ("\n\n", "is empty"),
         (
             '{"turns": ["a"]}\n{"question": "b"}\n',
-            r"line 2: expected one of prompt, messages, turns; got \['question'\]",
+            r"line 2: expected one of prompt, messages, .*; got \['question'\]",
         ),
         ('{"turns": []}', "line 1: turns: expected a list of texts"),
         ('{"turns": "a"}', "line 1: turns: expected a list of texts"),
         ('{"prompt": ["a"]}', "line 1: prompt: expected a text"),
-        ('{"messages": [{"role": "user"}]}', "line 1: messages: expected a list of role and content"),
+        ('{"messages": [{"role": "user"}]}', "line 1: messages: turn 0 has as content NoneType"),
+        ('{"messages": []}', "line 1: messages: expected a list of at least one turn"),
         ('{"messages": [{"role": "user", "content": null}]}', "line 1: messages: turn 0 has as content NoneType"),
         (
             '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
             "line 1: messages: turn 0 has a part of type 'image_url'; only text is read",
         ),
         ('{"messages": ["a role and content"]}', "line 1: messages: expected"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 1: messages: expected something to answer"),
+        ('{"messages": [{"role": "expert", "content": "a"}]}', "line 1: messages: turn 0 has the role 'expert'"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": 5}', "line 1: tools: expected a list of objects"),
         ('{"prompt": "a"', "line 1: no JSON"),
         ("[1]", "line 1: expected an object"),
     ],
@@ -164,5 +168,37 @@ def test_the_real_loader_reads_a_folder(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"prompts: .*latin.jsonl is not UTF-8"):
+    with pytest.raises(ValueError, match=r"^prompts: .*latin.jsonl, line 1: not UTF-8"):
         read_prompts(tmp_path / "latin.jsonl")
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+
+
+def test_tools_are_told_of_in_every_turn() -> None:
+    class Told(Letters):
+        def apply_chat_template(self, messages: list[dict[str, str]], tools: Any, **options: Any) -> str:
+            return json.dumps(tools) + super().apply_chat_template(messages, None, **options)
+
+    for tools in ([TOOL], json.dumps([TOOL]), json.dumps([TOOL["function"]])):
+        prompt = as_prompt({"messages": [{"role": "user", "content": "2+3?"}], "tools": tools}, "here")
+        assert text_of(prompt.token_ids(Told("template"))) == json.dumps([TOOL]) + "<u>2+3?<a>"
+    followed = Prompt("", messages=prompt.messages, tools=prompt.tools, later_turns=("so?",)).followed_by("5")
+    assert text_of(followed.token_ids(Told("template"))).startswith(json.dumps([TOOL]))
+    with pytest.raises(ValueError, match=r"chat_template: .* has none, so no prompt can have tools"):
+        prompt.token_ids(Letters())
+
+
+def test_training_rows_are_prompts_without_the_answer_at_their_end() -> None:
+    row = {"conversations": [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "1."}], "prompt": None}
+    assert text_of(as_prompt(row, "here").token_ids(Letters("template"))) == "<u>one?<a>"
+
+
+def test_arrays_and_texts_are_files_of_prompts(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"turns": ["one?"]}, {"prompt": "two"}], indent=1), encoding="utf-8")
+    assert [prompt.num_turns for prompt in read_prompts(tmp_path / "a.json")] == [1, 1]
+    (tmp_path / "lines.txt").write_text("one\ntwo\n", encoding="utf-8")
+    assert [prompt.text for prompt in read_prompts(tmp_path / "lines.txt")] == ["one", "two"]
+    (tmp_path / "broken.json").write_text("[{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^prompts: .*broken.json begins as an array and is no JSON"):
+        read_prompts(tmp_path / "broken.json")

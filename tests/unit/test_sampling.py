@@ -36,7 +36,14 @@ def random_logits(rows: int = 6, vocab_size: int = VOCAB, seed: int = 0) -> torc
 
 
 def sampler_of(*params: SamplingParams, vocab_size: int = VOCAB) -> Sampler:
-    return Sampler(params, vocab_size, CPU)
+    return Sampler.of(params, vocab_size, CPU)
+
+
+def noise_of(*seeds: int) -> Noise:
+    noise = Noise(len(seeds), VOCAB, CPU)
+    for seat, seed in enumerate(seeds):
+        noise.admit(seat, seed)
+    return noise
 
 
 def gumbel_rows(seed: int, positions: list[int], vocab_size: int = VOCAB) -> torch.Tensor:
@@ -152,16 +159,17 @@ class TestNoise:
         window = NOISE_WINDOW
         around_its_ends = [0, window - 8, window - 1, window, window + 1, 2 * window - 1, 2 * window, 2 * window + 1]
         for starts in ([0], [0, 1, 2, 3], around_its_ends, [0, 200, 201, 290], [250]):
-            noise = Noise([7], VOCAB, CPU)
+            noise = noise_of(7)
             for start in starts:
-                noise.reserve([start], 8)
+                noise.reserve(0, start, 8)
                 positions = torch.arange(start, start + 8)[None]
                 assert torch.equal(noise.at(positions)[0], expected[start : start + 8])
 
     def test_rows_advance_each_at_its_own_pace(self) -> None:
-        noise = Noise([1, 2], VOCAB, CPU)
+        noise = noise_of(1, 2)
         for starts in ([0, 100], [5, 100], [70, 164], [NOISE_WINDOW * 3, 165]):
-            noise.reserve(starts, 4)
+            for seat, start in enumerate(starts):
+                noise.reserve(seat, start, 4)
             rows = noise.at(torch.tensor(starts)[:, None] + torch.arange(4))
             for row, (seed, start) in enumerate(zip((1, 2), starts, strict=True)):
                 assert torch.equal(rows[row], gumbel_rows(seed, list(range(start, start + 4))))
@@ -290,7 +298,7 @@ class TestRank:
         torch.manual_seed(0)
         draft = torch.randn(1, 1, vocab_size, dtype=torch.float64)
         errors = -torch.empty(1, num_targets, vocab_size, dtype=torch.float64).exponential_().log()
-        sampler = Sampler([SamplingParams(temperature=temperature, seed=3)], vocab_size, torch.device("cpu"))
+        sampler = Sampler.of([SamplingParams(temperature=temperature, seed=3)], vocab_size, torch.device("cpu"))
         sampler.reserve([0], 0)
         chances = sampler.rank(draft, torch.tensor([[1]]), None).exp().squeeze()
         noise = gumbel_rows(3, [1])[0, :vocab_size]
@@ -350,4 +358,4 @@ class TestParameters:
 
     def test_a_bias_outside_the_vocabulary_is_refused(self) -> None:
         with pytest.raises(ValueError, match=f"logit_bias: token {VOCAB} is outside"):
-            sampler_of(SamplingParams(logit_bias={VOCAB: 1.0}))
+            SamplingParams(logit_bias={VOCAB: 1.0}).check(VOCAB)

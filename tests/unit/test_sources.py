@@ -12,7 +12,7 @@ import pytest
 from draftwing.config import TrainConfig
 from draftwing.data.examples import read_documents
 from draftwing.data.rows import Rejects, read_rejects, read_rows, select_rows
-from draftwing.data.sources import HubSource, JsonlSource
+from draftwing.data.sources import HubSource, JsonlSource, open_source
 
 from draftwing.checkpoint.load import load_tokenizer  # isort: skip
 
@@ -42,6 +42,64 @@ def test_held_out_rows_are_those_that_say_so(tmp_path: Path) -> None:
     corpus = read_rows(write(tmp_path / "a.jsonl", *rows))
     assert [row["text"] for row in corpus.held_out] == ["1", "4"]
     assert len(corpus.train) == 5
+
+
+@pytest.mark.parametrize("value", ["no", "true", "", 2, [True]])
+def test_only_a_flag_holds_a_row_out(tmp_path: Path, value: object) -> None:
+    """A text such as "no" is true to Python; the row is listed as one that cannot be used."""
+    rows = [{"text": str(n), "held_out": flag} for n, flag in enumerate([True, 1, False, 0, None, value])]
+    found = Rejects(tmp_path / "rejects.jsonl")
+    corpus = read_rows(write(tmp_path / "a.jsonl", *rows), rejects=found)
+    assert sorted(row["text"] for row in corpus.held_out) == ["0", "1"]
+    assert sorted(row["text"] for row in corpus.train) == ["2", "3", "4"]
+    ((line, reason),) = [(reject.line, reject.reason) for reject in found.found]
+    assert (line, reason) == (6, f"held_out: expected true or false, got {value!r}")
+
+
+class TestFiles:
+    def test_an_array_is_read_as_its_rows_are(self, tmp_path: Path) -> None:
+        rows = [{"text": "naïve"}, {"text": "b", "held_out": True}, 5]
+        for indent in (None, 2):
+            path = tmp_path / "a.json"
+            path.write_text("\ufeff\n " + json.dumps(rows, indent=indent), encoding="utf-8")
+            source = open_source(str(path))
+            assert (len(source), source.read(0), source.line(1), source.marked()) == (3, rows[0], 2, {1})
+            with pytest.raises(ValueError, match="expected an object, got int"):
+                source.read(2)
+
+    def test_a_row_per_line_may_be_named_json(self, tmp_path: Path) -> None:
+        assert len(open_source(write(tmp_path / "a.json", {"text": "a"}, {"text": "b"}))) == 2
+
+    @pytest.mark.parametrize(
+        ("content", "texts", "lines"),
+        [
+            ("one\ntwo\nthree\n", ["one", "two", "three"], [1, 2, 3]),
+            ("\n\none\ntwo\n", ["one", "two"], [3, 4]),
+            ("one\n two\n\n \nthree\n", ["one\n two", "three"], [1, 5]),
+            ("", [], []),
+        ],
+    )
+    def test_texts_stand_apart(self, tmp_path: Path, content: str, texts: list[str], lines: list[int]) -> None:
+        (tmp_path / "a.txt").write_text(content, encoding="utf-8")
+        source = open_source(str(tmp_path / "a.txt"))
+        assert [source.read(index) for index in range(len(source))] == [{"text": text} for text in texts]
+        assert [source.line(index) for index in range(len(source))] == lines
+
+    def test_texts_and_arrays_train(self, tmp_path: Path, tokenizer: Any) -> None:
+        (tmp_path / "a.txt").write_text("def f(): pass\n" * 4, encoding="utf-8")
+        turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "def f(): pass"}]
+        (tmp_path / "b.json").write_text(json.dumps([{"id": "x", "conversations": turns}] * 3), encoding="utf-8")
+        data = (str(tmp_path / "a.txt"), str(tmp_path / "b.json"))
+        documents = read_documents(TrainConfig("eagle3", str(tmp_path / "out"), target="tiny", data=data), tokenizer)
+        assert (len(documents.train), len(documents.held_out)) == (5, 2)
+
+    def test_a_file_that_is_no_text_or_no_array_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_bytes(b"\xff\n")
+        with pytest.raises(ValueError, match=r"data: .*a.txt is not UTF-8"):
+            open_source(str(tmp_path / "a.txt"))
+        (tmp_path / "a.json").write_text('[{"text": "cut o', encoding="utf-8")
+        with pytest.raises(ValueError, match=r"data: .*a.json begins as an array and is no JSON"):
+            open_source(str(tmp_path / "a.json"))
 
 
 def test_several_sources_are_one(tmp_path: Path) -> None:
@@ -82,6 +140,15 @@ class TestHub:
     def test_names_give_config_and_split(self, asked: list[Any], name: str, expected: tuple[Any, ...]) -> None:
         assert HubSource(name).read(1) == {"text": "1"}  # empty columns are no fields
         assert asked == [expected]
+
+    def test_fields_of_other_rows_are_not_this_ones(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A table has every nested field in every row: null where a row has none."""
+        call = {"id": None, "function": {"name": "add", "arguments": {"a": 2, "city": None}}}
+        turn = {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
+        rows = [{"messages": [turn], "tools": None}]
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: rows))
+        calls = [{"function": {"name": "add", "arguments": {"a": 2}}}]
+        assert HubSource("hub:org/name").read(0) == {"messages": [{"role": "assistant", "tool_calls": calls}]}
 
     def test_rows_are_split_as_those_of_files(self, asked: list[Any]) -> None:
         assert [row["text"] for row in read_rows("hub:org/name").held_out] == ["2"]

@@ -39,7 +39,24 @@ def test_cut_tokens_are_not_counted() -> None:
     statistics = Statistics()
     statistics.count_cycle(num_accepted=3, depth=3, num_emitted=2)  # an end of sequence inside the run
     assert (statistics.num_tokens, statistics.acceptance_length) == (2, 2.0)
-    assert statistics.acceptance_rate == [1.0, 1.0, 1.0]
+    assert (statistics.accepted_at, statistics.reached_at) == ([1, 1, 0], [1, 1, 0]), "nor by depth"
+
+
+@pytest.mark.parametrize("num_emitted", [1, 2, 3])
+def test_a_cut_bonus_says_nothing_of_the_depth_it_was_at(num_emitted: int) -> None:
+    """2 nodes accepted: only the bonus token, the third, shows that the node at depth 3 was not."""
+    statistics = Statistics()
+    statistics.count_cycle(num_accepted=2, depth=3, num_emitted=num_emitted)
+    assert statistics.reached_at == [int(depth < num_emitted) for depth in range(3)]
+
+
+def test_depths_add_up_to_tau() -> None:
+    """Tokens are those accepted at some depth, and the bonus tokens that were not cut: one rule for both figures."""
+    statistics, num_bonus = Statistics(), 0
+    for num_accepted, depth, num_cut in [(5, 5, 0), (3, 5, 0), (5, 5, 1), (5, 5, 4), (0, 0, 0), (2, 3, 2), (0, 2, 0)]:
+        statistics.count_cycle(num_accepted, depth, num_accepted + 1 - num_cut)
+        num_bonus += num_cut == 0
+    assert statistics.num_tokens == sum(statistics.accepted_at) + num_bonus
 
 
 def test_nothing_generated_yet() -> None:

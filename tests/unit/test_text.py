@@ -1,9 +1,18 @@
 """Streaming text: characters come whole, and the pieces join to what decoding everything gives."""
 
+import io
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
+from draftwing.data.prompts import Prompt
 from draftwing.data.tokenizer import train_tokenizer
+from draftwing.decoding.generate import Committed
+from draftwing.evaluation.demo import LEGEND, print_text, show_completions
 from draftwing.evaluation.text import TextStream
 
 
@@ -70,3 +79,33 @@ def test_flush_after_whole_characters_has_nothing_left(tokenizer: PreTrainedToke
     for token in tokenizer("hello").input_ids:
         stream.push(token)
     assert stream.flush() == ""
+
+
+SAID = "\tx = d[1:sum:2]  # [bold] " + "and so on, " * 20 + "\n"
+
+
+def test_a_file_gets_the_characters_as_they_are() -> None:
+    """No tab, :name: or [name] of generated text means anything, and no line is broken."""
+    file = io.StringIO()
+    print_text(Console(file=file, width=40), SAID, "green")
+    assert file.getvalue() == SAID
+    file = io.StringIO()
+    print_text(Console(file=file, width=40, force_terminal=True, color_system=None), SAID, "green")
+    assert file.getvalue() == SAID.expandtabs()
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_demo_says_what_its_colours_mean_where_there_are_some(
+    tokenizer: PreTrainedTokenizerFast, is_terminal: bool
+) -> None:
+    ids: list[int] = tokenizer("hello").input_ids
+    figures = SimpleNamespace(num_tokens=len(ids), num_cycles=1, total_seconds=1.0)
+
+    def start(prompts: Sequence[Sequence[int]], **options: Any) -> Any:
+        return SimpleNamespace(cycles=lambda: iter([Committed([ids], [1])]), statistics=figures)
+
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=is_terminal, width=120)
+    show_completions(console, [Prompt("one", "you")], tokenizer, {"plain": start, "eagle3": start})
+    assert (LEGEND[1:] in file.getvalue()) == is_terminal
+    assert ("\x1b[32m" in file.getvalue()) == is_terminal

@@ -304,7 +304,8 @@ def test_training_computes_what_drafting_computes(
     features = torch.cat([output.hidden_states[layer] for layer in head.config.feature_layers], dim=-1)
     drafter = EagleDrafter(head, 1, 40)
     drafter.observe(observed[:, 1:], features[:, :-1], torch.tensor([slot + 1]))
-    tree = drafter.grow(observed[:, -1], TreePlan.chain(STEPS), longest=slot + 1, rank=uncoupled_rank)
+    drafter.catch_up(slot + 1)
+    tree = drafter.grow(observed[:, -1], TreePlan.chain(STEPS), rank=uncoupled_rank)
 
     recorded: list[torch.Tensor] = []
     recorder = copy.copy(head)
@@ -548,6 +549,22 @@ class TestOptions:
             torch.testing.assert_close(read[step], head.norm(outputs[step - 1]))
             assert not torch.allclose(read[step], outputs[step - 1])
 
+    @pytest.mark.parametrize("trains", [False, True])
+    def test_a_heads_own_embedding_is_trained_if_asked(self, target: TargetModel, trains: bool) -> None:
+        config = dataclasses.replace(EAGLE1, train_embedding=trains)
+        head = new_head(config, target, []).double()
+        before = target.embedding.weight.clone()
+        assert torch.equal(head.get_parameter("embed_tokens.weight"), before), "it starts as a copy"
+        HeadTraining(head, target, config)(*random_batch())["loss"].backward()
+        assert (head.get_parameter("embed_tokens.weight").grad is not None) == trains
+        assert target.embedding.weight.grad is None
+
+    def test_an_embedding_that_is_the_targets_cannot_be_trained(self, target: TargetModel) -> None:
+        with pytest.raises(ValueError, match="train_embedding: this head has no embedding of its own"):
+            new_head(dataclasses.replace(EAGLE3, aux_layers=(1, 3, 5), train_embedding=True), target, [])
+        with pytest.raises(ValueError, match="train_embedding: is for an EAGLE head"):
+            dataclasses.replace(EAGLE3, objective="medusa", train_embedding=True)
+
     def test_a_capped_target_teaches_capped_logits(self, heads: dict[str, DraftNetwork]) -> None:
         capped = gemma2()
         model, (ids, mask) = TargetModel(capped), random_batch()
@@ -559,7 +576,7 @@ class TestOptions:
         head = new_head(config, model, []).double()
         training = HeadTraining(head, model, config)
         loss = training(ids, mask)["loss"].item()
-        features = torch.cat(capped(input_ids=ids, output_hidden_states=True).hidden_states[:3], dim=-1)
+        features = model.read_rows(ids, (0, 1, 2)).features
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         log_q = head.logits(head(head.fuse(features), shift_left(ids, 1), positions, causal_attention)).log_softmax(-1)
         losses = -(shift_left(expected, 1).softmax(-1) * log_q).sum(-1)

@@ -49,8 +49,18 @@ def fit_problems(head: HeadFile, target: TargetSizes) -> list[str]:
             f"embed_tokens.weight: missing, and the target's embedding has width {target.hidden_size} instead of "
             f"the head's {config.hidden_size}"
         )
-    if config.aux_layers and max(config.aux_layers) > target.num_layers:
+    if config.aux_layers and not -1 <= min(config.aux_layers) <= max(config.aux_layers) <= target.num_layers:
         problems.append(f"aux_layers: {config.aux_layers} go beyond the target's {target.num_layers} layers")
+    if not config.has_fc and config.hidden_size != target.hidden_size:
+        problems.append(
+            f"fc.weight: missing, and the target's states have width {target.hidden_size} instead of "
+            f"the head's {config.hidden_size}"
+        )
+    if not config.own_lm_head and config.hidden_size != target.hidden_size:
+        problems.append(
+            f"lm_head.weight: missing, and the target's output head reads width {target.hidden_size} "
+            f"instead of the head's {config.hidden_size}"
+        )
     if head.is_eagle3 and not config.aux_layers:
         problems.append("aux_layers: the file names none and the target has no default")
     return problems

@@ -1,17 +1,23 @@
-"""The published formats of EAGLE heads: names, options and conventions, translated to ours and back here only.
+"""The published formats of EAGLE heads: names, options and conventions, translated to ours (save.py writes them).
 
 eagle1        EAGLE-1/2 files: fc [D, 2D], layers.0 without input norm, own embedding, no output head
-eagle3        EAGLE-3 files: fc [D, 3D], midlayer.* (or layers.0.*), norm, lm_head [Vd, D], d2t offsets, t2d mask
+eagle3        EAGLE-3 files: fc [D, 3D], midlayer.* (or layers.0.*), norm, lm_head [Vd, D], d2t offsets, t2d mask;
+              without fc the features are the state, without lm_head the target's output head is used
 speculators   the same tensors as layers.0.*, the configuration nested in transformer_layer_config
+
+fields.py says what becomes of each field of a config.json.
 """
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
+from draftwing.checkpoint.fields import LAYER_IDS, rope_of, sliding_window
+from draftwing.models.hidden_states import NORMED
 from draftwing.models.layers import DraftConfig
 
 HeadFormat = Literal["eagle1", "eagle3", "speculators"]
@@ -58,7 +64,8 @@ class HeadOptions:
     """What a user says of a head instead of its file, under config.json's names; None leaves it to the file.
 
     Attributes:
-        aux_layers: EAGLE-3's feature layers as hidden_states indices (the files' convention is ambiguous in the wild).
+        aux_layers: EAGLE-3's feature layers, as numbers of hidden states (the files' convention is ambiguous in the
+            wild): i is the output of layer i, -1 the state behind the final norm.
         rope_theta: some heads ship another value than they were trained with.
         rope_scaling: a mapping as in config.json; an empty one is none.
         norm_before_residual, norm_output: EAGLE-3 options that are in config.json alone.
@@ -90,6 +97,7 @@ class HeadOptions:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
+OUTPUT_IDS = "target_layer_ids"
 FROM_FILE = HeadOptions()
 """Everything as the file says."""
 OPTIONAL_NORMS = {"fc_norm": "fc_norm.", "norm_before_fc": "input_norm."}
@@ -97,7 +105,7 @@ OPTIONAL_NORMS = {"fc_norm": "fc_norm.", "norm_before_fc": "input_norm."}
 
 
 def default_aux_layers(num_layers: int) -> tuple[int, ...]:
-    """EAGLE-3's feature layers as hidden_states indices: 2, n//2, n-3 (reference code).
+    """EAGLE-3's feature layers: 2, n//2, n-3 (reference code).
 
     Raises:
         ValueError: the target is so shallow that they coincide.
@@ -106,6 +114,14 @@ def default_aux_layers(num_layers: int) -> tuple[int, ...]:
     if not 0 < layers[0] < layers[1] < layers[2]:
         raise ValueError(f"aux_layers: a target of {num_layers} layers has no default; name them in ascending order")
     return layers
+
+
+def default_or_none(num_layers: int) -> tuple[int, ...] | None:
+    """The same, None for so shallow a target."""
+    try:
+        return default_aux_layers(num_layers)
+    except ValueError:
+        return None
 
 
 def read_head(
@@ -137,15 +153,41 @@ def read_head(
     for name, beginning in OPTIONAL_NORMS.items():
         if getattr(options, name) is False:
             tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(beginning)}
-    target_ids = _take_target_ids(tensors, _required(layer_values, "vocab_size"), options.d2t == "absolute")
+    num_draft = _draft_vocab_size(values, layer_values, tensors)
+    target_ids = _take_target_ids(tensors, layer_values["vocab_size"], num_draft, options.d2t == "absolute")
     config = _eagle3_config(values, layer_values, tensors, target, options)
-    return HeadFile(head_format, config, target_ids, tensors)
+    return HeadFile(head_format, dataclasses.replace(config, draft_vocab_size=num_draft), target_ids, tensors)
+
+
+def _draft_vocab_size(values: Mapping[str, Any], layer_values: Mapping[str, Any], tensors: Tensors) -> int:
+    """The output head's rows. A tied head's own embedding is put in the output head's place among the tensors."""
+    vocab_size = int(_required(layer_values, "vocab_size"))
+    stated = values.get("draft_vocab_size", layer_values.get("draft_vocab_size"))
+    if "lm_head.weight" not in tensors and layer_values.get("tie_word_embeddings") and "embed_tokens.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
+    if "lm_head.weight" in tensors:
+        rows = tensors["lm_head.weight"].shape[0]
+        if stated not in (None, rows):
+            raise ValueError(f"draft_vocab_size: config.json says {stated}, lm_head.weight has {rows} rows")
+        return rows
+    num_draft = len(tensors["d2t"]) if "d2t" in tensors else stated or vocab_size
+    if num_draft != vocab_size:
+        raise ValueError(
+            f"lm_head.weight: missing; the target's output head can take its place for all {vocab_size} tokens alone, "
+            f"and this head drafts {num_draft}"
+        )
+    return vocab_size
 
 
 def is_language_model(values: Mapping[str, Any], tensors: Tensors) -> bool:
     """Whether files hold a causal language model. EAGLE-1 heads name the architecture of one too, but have `fc`."""
     names_one = any(name.endswith("ForCausalLM") for name in values.get("architectures") or ())
-    return names_one and not any(name.removeprefix("model.") == "fc.weight" for name in tensors)
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    return names_one and "fc.weight" not in bare and not _is_eagle3(bare)
+
+
+def _is_eagle3(tensors: Tensors) -> bool:
+    return any(name == "d2t" or name.startswith("midlayer.") or "hidden_norm" in name for name in tensors)
 
 
 def detect_format(values: Mapping[str, Any], tensors: Tensors) -> HeadFormat:
@@ -154,10 +196,11 @@ def detect_format(values: Mapping[str, Any], tensors: Tensors) -> HeadFormat:
         if values["speculators_model_type"] != "eagle3":
             raise ValueError(f"speculators_model_type: expected eagle3, got {values['speculators_model_type']!r}")
         return "speculators"
+    if _is_eagle3(tensors):
+        return "eagle3"
     if "fc.weight" not in tensors:
         raise ValueError("fc.weight: missing; this is no EAGLE head")
-    is_eagle3 = any(name == "d2t" or name.startswith("midlayer.") or "hidden_norm" in name for name in tensors)
-    return "eagle3" if is_eagle3 else "eagle1"
+    return "eagle1"
 
 
 def _canonical_names(tensors: Tensors) -> Tensors:
@@ -171,30 +214,39 @@ def _canonical_names(tensors: Tensors) -> Tensors:
     return renamed
 
 
-def _take_target_ids(tensors: Tensors, vocab_size: int, is_absolute: bool) -> torch.Tensor | None:
+def _take_target_ids(tensors: Tensors, vocab_size: int, num_draft: int, is_absolute: bool) -> torch.Tensor | None:
     """Remove d2t and t2d from the tensors and return absolute ids, None for the identity."""
     stored, mask = tensors.pop("d2t", None), tensors.pop("t2d", None)
-    if "lm_head.weight" not in tensors:
-        raise ValueError("lm_head.weight: missing; an EAGLE-3 head has its own output head")
-    draft_vocab_size = tensors["lm_head.weight"].shape[0]
+    if stored is None and mask is not None and num_draft != vocab_size:
+        return _ids_of_mask(mask, num_draft)
     if stored is None:
-        if draft_vocab_size != vocab_size:
-            raise ValueError(f"d2t: missing, and lm_head.weight has {draft_vocab_size} rows for {vocab_size} tokens")
+        if num_draft != vocab_size:
+            raise ValueError(f"d2t: missing, and lm_head.weight has {num_draft} rows for {vocab_size} tokens")
         return None
-    if stored.shape != (draft_vocab_size,):
-        raise ValueError(
-            f"d2t: expected {draft_vocab_size} entries (rows of lm_head.weight), got {tuple(stored.shape)}"
-        )
-    numbers = torch.arange(draft_vocab_size, device=stored.device)
+    if stored.shape != (num_draft,):
+        raise ValueError(f"d2t: expected {num_draft} entries (rows of lm_head.weight), got {tuple(stored.shape)}")
+    numbers = torch.arange(num_draft, device=stored.device)
     absolute, offset = stored.to(torch.int64), stored.to(torch.int64) + numbers
     target_ids, others, other = (absolute, offset, "offsets") if is_absolute else (offset, absolute, "absolute")
     if stored.is_meta:
         return target_ids
+    if num_draft == vocab_size:
+        mask = None  # of a whole vocabulary it can only be all true, and often nobody has filled it in
     if problem := _vocab_problem(target_ids, mask, vocab_size):
         fits = _vocab_problem(others, mask, vocab_size) is None
         hint = f"; read the other way its numbers fit: pass d2t={other!r} (--d2t {other})" if fits else ""
         raise ValueError(problem + hint)
-    return None if torch.equal(target_ids, numbers) and draft_vocab_size == vocab_size else target_ids
+    return None if torch.equal(target_ids, numbers) and num_draft == vocab_size else target_ids
+
+
+def _ids_of_mask(mask: torch.Tensor, num_draft: int) -> torch.Tensor:
+    """The draft tokens' ids from t2d alone: those that it marks, ascending, as every trainer numbers them."""
+    if mask.is_meta:
+        return torch.empty(num_draft, dtype=torch.int64, device="meta")
+    ids = mask.bool().nonzero().squeeze(1)
+    if len(ids) != num_draft:
+        raise ValueError(f"t2d: marks {len(ids)} tokens for the {num_draft} rows of lm_head.weight, and d2t is missing")
+    return ids
 
 
 def _vocab_problem(target_ids: torch.Tensor, mask: torch.Tensor | None, vocab_size: int) -> str | None:
@@ -228,32 +280,52 @@ def _eagle3_config(
 ) -> DraftConfig:
     common = _common_config(layer_values, tensors, "midlayer")
     target_hidden_size = values.get("target_hidden_size") or common["hidden_size"]
-    num_features, remainder = divmod(tensors["fc.weight"].shape[1], target_hidden_size)
-    if remainder or num_features == 0:
-        raise ValueError(
-            f"fc.weight: reads {tensors['fc.weight'].shape[1]} features, no multiple of the target's hidden size "
-            f"{target_hidden_size}"
-        )
-    aux_layers = options.aux_layers or _stored_aux_layers(values)
-    if aux_layers is None and target is not None and num_features == 3:
-        aux_layers = default_aux_layers(target.num_layers)
-    if aux_layers and len(aux_layers) != num_features:
-        raise ValueError(f"aux_layers: fc.weight reads {num_features} layers, but {aux_layers} were named")
     chosen: dict[str, Any] = {
-        "aux_layers": tuple(aux_layers or ()),
         "fc_norm": "fc_norm.0.weight" in tensors,
         "norm_before_fc": "input_norm.weight" in tensors,
         "norm_output": _norm_output(values),
         "norm_before_residual": _norm_before_residual(values),
     }
     chosen |= {name: value for name, value in options.given.items() if name in chosen}
+    num_features, has_fc = count_features(tensors, target_hidden_size), "fc.weight" in tensors
     return DraftConfig(
         **common,
         **chosen,
-        draft_vocab_size=tensors["lm_head.weight"].shape[0],
+        aux_layers=_aux_layers(values, num_features, has_fc, target, options),
+        draft_vocab_size=common["vocab_size"],
         target_hidden_size=target_hidden_size,
         num_hidden_layers=1 + _count_layers(tensors),
+        has_fc=has_fc,
+        own_lm_head="lm_head.weight" in tensors,
     )
+
+
+def count_features(tensors: Tensors, target_hidden_size: int) -> int:
+    """How many of the target's states the head reads: one where there is no fc to join several."""
+    if "fc.weight" not in tensors:
+        return 1
+    width = tensors["fc.weight"].shape[1]
+    if width % target_hidden_size or not width:
+        raise ValueError(
+            f"fc.weight: reads {width} features, no multiple of the target's hidden size {target_hidden_size}"
+        )
+    return int(width // target_hidden_size)
+
+
+def _aux_layers(
+    values: Mapping[str, Any], num_features: int, has_fc: bool, target: TargetSizes | None, options: HeadOptions
+) -> tuple[int, ...]:
+    """The feature layers of an EAGLE-3 head; empty where only the target tells and there is none."""
+    nested = values.get("eagle_config") or {}
+    uses_last = values.get("use_aux_hidden_state", nested.get("use_aux_hidden_state")) is False
+    layers = options.aux_layers or ((NORMED,) if uses_last else _stored_aux_layers(values, target))
+    if not has_fc and len(layers or ()) != 1:
+        raise ValueError("fc.weight: missing; only a head that reads one state (use_aux_hidden_state: false) has none")
+    if layers is None and target is not None and num_features == 3:
+        layers = default_aux_layers(target.num_layers)
+    if layers and len(layers) != num_features:
+        raise ValueError(f"aux_layers: fc.weight reads {num_features} layers, but {layers} were named")
+    return tuple(layers or ())
 
 
 def _norm_output(values: Mapping[str, Any]) -> bool:
@@ -267,26 +339,47 @@ def _norm_before_residual(values: Mapping[str, Any]) -> bool:
     return bool(values.get("norm_before_residual", "speculators_model_type" in values))
 
 
-def _stored_aux_layers(values: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The file's feature layers as hidden_states indices.
+def _stored_aux_layers(values: Mapping[str, Any], target: TargetSizes | None) -> tuple[int, ...] | None:
+    """The file's feature layers as numbers of hidden states.
 
-    speculators (and vLLM) store those indices; `eagle_config` (SpecForge, Model-Optimizer) stores the numbers of the
-    layers whose outputs are read, one less.
+    The servers' key at the top level holds those; the same key in `eagle_config` (SpecForge, Model-Optimizer) and
+    `target_layer_ids` (DeepSpec) count layers from 0 and mean their outputs, one less.
+
+    Raises:
+        ValueError: lists that contradict each other, or one whose convention is not known.
     """
-    key = "eagle_aux_hidden_state_layer_ids"
-    nested = (values.get("eagle_config") or {}).get(key)
-    if nested:
-        return tuple(layer + 1 for layer in nested)
-    stored = values.get(key)
-    return tuple(stored) if stored else None
+    nested = values.get("eagle_config") or {}
+    found = {
+        f"eagle_config.{LAYER_IDS}": _numbers(nested.get(LAYER_IDS), target, shift=1),
+        f"eagle_config.{OUTPUT_IDS}": _numbers(nested.get(OUTPUT_IDS), target, shift=1),
+        OUTPUT_IDS: _numbers(values.get(OUTPUT_IDS), target, shift=1),
+        LAYER_IDS: _numbers(values.get(LAYER_IDS), target),
+        "aux_hidden_state_layer_ids": _numbers(values.get("aux_hidden_state_layer_ids"), target),
+    }
+    lists = {name: layers for name, layers in found.items() if layers}
+    if values.get("layer_ids") and not lists:
+        raise ValueError(
+            f"layer_ids: {values['layer_ids']} may count layers from 0 or from 1; pass aux_layers (--aux-layers), "
+            "where i is the output of layer i"
+        )
+    if len(set(lists.values())) > 1:
+        said = ", ".join(f"{name} means {list(layers)}" for name, layers in lists.items())
+        raise ValueError(f"aux_layers: the file's lists contradict each other ({said}); pass aux_layers (--aux-layers)")
+    return next(iter(lists.values()), None)
+
+
+def _numbers(ids: Sequence[int] | None, target: TargetSizes | None, shift: int = 0) -> tuple[int, ...]:
+    """Layer ids as numbers of hidden states; negative ones count from the last layer, as in Python."""
+    if any(layer < 0 for layer in ids or ()) and target is None:
+        return ()
+    return tuple(layer + shift + (target.num_layers if target and layer < 0 else 0) for layer in ids or ())
 
 
 def _common_config(values: Mapping[str, Any], tensors: Tensors, layer: str) -> dict[str, Any]:
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
         _required(values, name)
-    for name in ("fc.weight", f"{layer}.self_attn.q_proj.weight"):
-        if name not in tensors:
-            raise ValueError(f"{name}: missing from the head's file")
+    if f"{layer}.self_attn.q_proj.weight" not in tensors:
+        raise ValueError(f"{layer}.self_attn.q_proj.weight: missing from the head's file")
     num_heads = values["num_attention_heads"]
     return {
         "hidden_size": values["hidden_size"],
@@ -299,7 +392,11 @@ def _common_config(values: Mapping[str, Any], tensors: Tensors, layer: str) -> d
         "max_position_embeddings": values.get("max_position_embeddings", 2048),
         "trained_length": values.get("trained_length"),
         "rope_parameters": values["rope_parameters"],
+        "hidden_act": values.get("hidden_act") or "silu",
+        "sliding_window": sliding_window(values, max(1, _count_layers(tensors))),
         "attention_bias": f"{layer}.self_attn.q_proj.bias" in tensors,
+        "output_bias": f"{layer}.self_attn.o_proj.bias" in tensors,
+        "mlp_bias": f"{layer}.mlp.gate_proj.bias" in tensors,
         "fc_bias": "fc.bias" in tensors,
         "qk_norm": f"{layer}.self_attn.q_norm.weight" in tensors,
     }
@@ -312,16 +409,12 @@ def _required(values: Mapping[str, Any], name: str) -> Any:
 
 
 def _rope_parameters(values: Mapping[str, Any], options: HeadOptions) -> dict[str, Any]:
-    """RoPE settings from the new `rope_parameters` or the old `rope_theta` and `rope_scaling`.
-
-    A missing theta is 10000: the EAGLE-3 training code always used it, and its configs leave it out.
-    """
-    parameters = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    theta = options.rope_theta or parameters.get("rope_theta") or values.get("rope_theta") or 10000.0
+    """RoPE settings as the file says or the user, who speaks in the older `rope_theta` and `rope_scaling`."""
+    parameters = rope_of(values)
     if options.rope_scaling is not None:
-        parameters = dict(options.rope_scaling)
-    parameters.setdefault("rope_type", parameters.pop("type", "default"))
-    return parameters | {"rope_theta": theta}
+        kept = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
+        parameters = rope_of({**values, "rope_parameters": {**kept, **options.rope_scaling}})
+    return parameters | ({} if options.rope_theta is None else {"rope_theta": options.rope_theta})
 
 
 def verifier_name(values: Mapping[str, Any]) -> str:
@@ -333,102 +426,3 @@ def verifier_name(values: Mapping[str, Any]) -> str:
 def _count_layers(tensors: Tensors) -> int:
     numbers = {int(match[1]) for name in tensors if (match := re.match(r"layers\.(\d+)\.", name))}
     return len(numbers)
-
-
-def write_head(head: HeadFile, target: TargetSizes, verifier: str = "") -> tuple[dict[str, Any], Tensors]:
-    """A head's config.json and tensors in its format. `verifier` names the target in a speculators file."""
-    config, tensors = head.config, dict(head.tensors)
-    layer_values = _layer_values(config, "LlamaForCausalLMEagle3" if head.is_eagle3 else "LlamaForCausalLM")
-    if not head.is_eagle3:
-        return layer_values | {"bias": config.fc_bias}, tensors
-    if head.target_ids is not None:
-        tensors["d2t"] = head.target_ids - torch.arange(head.target_ids.numel())
-        tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, head.target_ids, True)
-    options: dict[str, Any] = {
-        "draft_vocab_size": config.draft_vocab_size,
-        "target_hidden_size": config.target_hidden_size,
-        "fc_norm": config.fc_norm,
-        "norm_output": config.norm_output,
-    }
-    if head.format == "speculators":
-        return options | _speculators_values(config, layer_values, verifier), _file_names(tensors, "layers.0")
-    for name in ("norm_before_residual", "norm_before_fc"):
-        if getattr(config, name):
-            options[name] = True  # no published EAGLE-3 engine but vLLM reads it; written only where it matters
-    if config.aux_layers and config.aux_layers != _default_or_none(target.num_layers):
-        key = "eagle_aux_hidden_state_layer_ids"
-        output_ids = [layer - 1 for layer in config.aux_layers]
-        options["eagle_config"] = {key: output_ids, "use_aux_hidden_state": True}
-        options[key] = list(config.aux_layers)  # vLLM and llama.cpp read these, and without them their defaults
-    return layer_values | options, _file_names(tensors, "midlayer")
-
-
-def _layer_values(config: DraftConfig, architecture: str) -> dict[str, Any]:
-    """The Llama part of a config.json."""
-    values = {
-        "model_type": "llama",
-        "architectures": [architecture],
-        "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "num_hidden_layers": config.num_hidden_layers,
-        "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.rms_norm_eps,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_parameters": config.rope_parameters,
-        # Older engines read these two instead.
-        "rope_theta": config.rope_parameters["rope_theta"],
-        "rope_scaling": rope_scaling_of(config.rope_parameters) or None,
-        "attention_bias": config.attention_bias,
-        "tie_word_embeddings": False,
-    }
-    if config.trained_length is not None:
-        values["trained_length"] = config.trained_length  # a key of our own
-    return values
-
-
-def _speculators_values(config: DraftConfig, layer_values: dict[str, Any], verifier: str) -> dict[str, Any]:
-    """What a speculators config.json says beside the options it shares with EAGLE-3 files."""
-    proposal = {"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}
-    return {
-        "architectures": ["Eagle3Speculator"],
-        "speculators_model_type": "eagle3",
-        "speculators_version": "0.9.0",
-        "norm_before_residual": config.norm_before_residual,
-        "norm_before_fc": config.norm_before_fc,
-        "eagle_aux_hidden_state_layer_ids": list(config.aux_layers),
-        "transformer_layer_config": layer_values,
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [proposal],
-            "verifier": {"name_or_path": verifier, "architectures": []},
-        },
-    }
-
-
-def _file_names(tensors: Tensors, first_layer: str) -> Tensors:
-    """Our parameter names as the file's: the inverse of `_canonical_names`."""
-
-    def file_name(name: str) -> str:
-        name = re.sub(r"^layers\.(\d+)\.", lambda match: f"layers.{int(match[1]) + 1}.", name)
-        return re.sub(r"^midlayer\.", f"{first_layer}.", name)
-
-    return {file_name(name): tensor for name, tensor in tensors.items()}
-
-
-def _default_or_none(num_layers: int) -> tuple[int, ...] | None:
-    try:
-        return default_aux_layers(num_layers)
-    except ValueError:
-        return None
-
-
-def rope_scaling_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json's older `rope_scaling` says of RoPE settings; nothing for the default type."""
-    if parameters.get("rope_type", "default") == "default":
-        return {}
-    return {name: value for name, value in parameters.items() if name != "rope_theta"}

@@ -8,6 +8,7 @@ import torch
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from draftwing.checkpoint.fields import Fields, sort_fields
 from draftwing.checkpoint.fit import (
     BROKEN,
     broken_tensors,
@@ -16,7 +17,14 @@ from draftwing.checkpoint.fit import (
     tensor_problems,
     vocabulary_problems,
 )
-from draftwing.checkpoint.formats import TargetSizes, Tensors, is_language_model, read_head
+from draftwing.checkpoint.formats import (
+    HeadFile,
+    TargetSizes,
+    Tensors,
+    default_or_none,
+    is_language_model,
+    read_head,
+)
 from draftwing.checkpoint.load import (
     expected_medusa_shapes,
     expected_shapes,
@@ -26,7 +34,7 @@ from draftwing.checkpoint.load import (
     resolve_target,
 )
 from draftwing.checkpoint.medusa_format import is_medusa, read_medusa
-from draftwing.models.target import ATTENTION, TargetModel
+from draftwing.models.target import ATTENTION, TargetModel, one_line
 
 NETWORK_OPTIONS = (
     "fc_norm",
@@ -34,6 +42,8 @@ NETWORK_OPTIONS = (
     "norm_before_residual",
     "norm_before_fc",
     "attention_bias",
+    "output_bias",
+    "mlp_bias",
     "fc_bias",
     "qk_norm",
 )
@@ -41,7 +51,10 @@ NETWORK_OPTIONS = (
 
 @dataclass(frozen=True)
 class HeadReport:
-    """A head's facts. `problems` are errors on loading, or make it useless; `notes` are things worth knowing."""
+    """A head's facts. `problems` are errors on loading, or make it useless; `notes` are things worth knowing.
+
+    The fields of its config.json are used, or change nothing, or are among the problems.
+    """
 
     folder: str
     format: str
@@ -59,6 +72,8 @@ class HeadReport:
     trained_length: int | None
     window: int
     options: list[str]
+    used_fields: list[str]
+    idle_fields: list[str]
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -125,8 +140,12 @@ def inspect_draft(name: str, target: str | None = None) -> Report:
 
 
 def _inspect_model(folder: Path, tensors: Tensors, target: str | None) -> ModelReport:
-    with torch.device("meta"):  # no weights: parameters are counted, and what the cycle needs of a model is checked
-        network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation=ATTENTION)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):  # no weights: parameters are counted, and what the cycle needs of a model is checked
+            network = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"draft: cannot make the model of {str(folder)!r}: {one_line(error)}") from error
     model, problems, target_vocab_size = TargetModel(network.eval(), role="draft"), [], None
     if target is not None:
         target_vocab_size = target_sizes(target).vocab_size
@@ -174,8 +193,11 @@ def _inspect_head(folder: Path, values: dict[str, Any], tensors: Tensors, target
     sizes = None if target is None else target_sizes(target)
     head = read_head(values, tensors, sizes)
     config = head.config
-    problems = [] if sizes is None else fit_problems(head, sizes)
-    problems += tensor_problems(expected_shapes(head), head.tensors) + broken_tensors(head.tensors)
+    fields = sort_fields(values, tensors, head.is_eagle3)
+    problems = [*([] if sizes is None else fit_problems(head, sizes)), *fields.refused]
+    if not fields.refused:  # else it is another network, with other tensors
+        problems += tensor_problems(expected_shapes(head), head.tensors)
+    problems += broken_tensors(head.tensors)
     options = [option for option in NETWORK_OPTIONS if getattr(config, option)]
     return HeadReport(
         folder=str(folder),
@@ -194,18 +216,33 @@ def _inspect_head(folder: Path, values: dict[str, Any], tensors: Tensors, target
         trained_length=config.trained_length,
         window=config.window,
         options=options,
+        used_fields=fields.used,
+        idle_fields=fields.idle,
         problems=problems,
-        notes=_notes(values, head.is_eagle3, bool(config.aux_layers)),
+        notes=_notes(values, head, sizes, fields),
     )
 
 
-def _notes(values: dict[str, Any], is_eagle3: bool, has_aux_layers: bool) -> list[str]:
-    notes = []
+def _notes(values: dict[str, Any], head: HeadFile, target: TargetSizes | None, fields: Fields) -> list[str]:
+    config, notes = head.config, list(fields.notes)
     layer_values = values.get("transformer_layer_config", values)
     if not (layer_values.get("rope_theta") or layer_values.get("rope_parameters")):
         notes.append("rope_theta is missing from config.json; 10000 is used, as in the reference training code")
-    if is_eagle3 and not has_aux_layers:
+    if config.sliding_window is not None:
+        notes.append(f"sliding_window: it reads the last {config.window} tokens, and drafted ones beside them")
+    if head.is_eagle3 and not config.aux_layers:
         notes.append("the file names no feature layers; with a target of n layers they are 2, n//2 and n-3")
+    if not config.has_fc:
+        notes.append("the file has no fc: the target's last state, behind the final norm, is the draft's first")
+    if not config.own_lm_head:
+        notes.append("the file has no output head: the target's is used")
+    ids = head.target_ids
+    if ids is not None and torch.equal(ids, torch.arange(len(ids))):
+        notes.append(f"d2t maps to the first {len(ids)} tokens; one that nobody has filled in looks the same")
+    default = None if target is None else default_or_none(target.num_layers)
+    for by, name in ((1, "one above"), (-1, "one below")):
+        if default and config.aux_layers == tuple(layer + by for layer in default):
+            notes.append(f"the feature layers are each {name} the usual ones; if little is accepted, try {default}")
     return notes
 
 
@@ -213,8 +250,8 @@ def target_sizes(name: str) -> TargetSizes:
     """A target's sizes from its config alone."""
     try:
         config = AutoConfig.from_pretrained(resolve_target(name)).get_text_config()
-    except OSError as error:
-        raise ValueError(f"target: cannot read the config of {name!r}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"target: cannot read the config of {name!r}: {one_line(error)}") from error
     return TargetSizes(config.hidden_size, config.num_hidden_layers, config.vocab_size)
 
 
@@ -250,11 +287,14 @@ def _add_head_rows(table: Table, report: HeadReport) -> None:
     )
     table.add_row("vocabulary", f"{report.draft_vocab_size:,} of {report.vocab_size:,} tokens")
     layers = ", ".join(map(str, report.aux_layers)) or ("last" if report.format == "eagle1" else "not named")
-    table.add_row("feature layers", f"{layers} (hidden_states indices)")
+    table.add_row("feature layers", f"{layers} (i is the output of layer i, -1 behind the final norm)")
     table.add_row("rope", ", ".join(f"{name} {value}" for name, value in report.rope_parameters.items()))
     source = "max_position_embeddings" if report.trained_length is None else "the length it was trained on"
+    source = "sliding_window" if any(note.startswith("sliding_window") for note in report.notes) else source
     table.add_row("reads", f"the last {report.window} tokens ({source})")
     table.add_row("options", ", ".join(report.options) or "none")
+    table.add_row("fields used", ", ".join(report.used_fields))
+    table.add_row("fields that change nothing", ", ".join(report.idle_fields) or "none")
     for note in report.notes:
         table.add_row("note", note)
 

@@ -2,21 +2,31 @@
 
 import dataclasses
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from draftwing.checkpoint.fit import fit_problems, medusa_problems, tensor_problems, vocabulary_problems
+from draftwing.checkpoint.fields import sort_fields
+from draftwing.checkpoint.fit import (
+    broken_tensors,
+    fit_problems,
+    medusa_problems,
+    tensor_problems,
+    vocabulary_problems,
+)
 from draftwing.checkpoint.formats import (
     FROM_FILE,
     HeadFile,
     HeadOptions,
     TargetSizes,
     Tensors,
+    count_features,
     is_language_model,
     read_head,
 )
@@ -28,9 +38,16 @@ from draftwing.models.eagle3 import Eagle3Model
 from draftwing.models.layers import DraftConfig
 from draftwing.models.medusa import MedusaConfig, MedusaModel
 from draftwing.models.packed import multiplies_bfloat16
-from draftwing.models.target import ATTENTION, Role, TargetModel
+from draftwing.models.target import ATTENTION, Role, TargetModel, one_line
 
 TOKENIZER_FILES = ("*.model", "*.txt", "*.tiktoken")
+HUB_OPTIONS = ("cache_dir", "code_revision", "force_download", "local_files_only", "proxies") + (
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+"""What of `from_pretrained`'s options says where files come from and whether their code is run."""
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny"
 """The embedded target, its drafts, and prompts that they were not trained on."""
 EMBEDDED_PROMPTS = EMBEDDED / "prompts.jsonl"
@@ -43,6 +60,8 @@ EMBEDDED_DRAFTS = {
 ACCEPTANCE_FILE = "acceptance.json"
 """Beside a draft's weights: how often its tokens were accepted, from `draftwing plan --save`."""
 MEDUSA_FILE = "medusa_lm_head.pt"
+TRAINING_STATE = re.compile(r"(training_args|optimizer\w*|scheduler\w*|sampler\w*|random_states\w*|rng_state\w*)\.")
+"""What trainers leave beside the weights."""
 DraftNetwork = EagleModel | Eagle3Model
 Draft = DraftNetwork | MedusaModel | TargetModel
 """What drafts for a target: an EAGLE head's network, Medusa's heads, or a second causal language model."""
@@ -117,7 +136,7 @@ def _load_on(
         is_quantized = is_quantized_file(resolve_target(name), **options) or "quantization_config" in options
     except OSError as error:
         reason = "cannot load" if Path(resolve_target(name)).is_dir() else "no folder and no reachable hub id:"
-        raise ValueError(f"{role}: {reason} {name!r}: {error}") from error
+        raise ValueError(f"{role}: {reason} {name!r}: {one_line(error)}") from error
     if is_quantized and device.type != "cpu":
         # Weights are packed for the device that they are on, and must not be moved. accelerate places them.
         options = {"device_map": str(device)} | options
@@ -140,12 +159,17 @@ def load_model(name: str, dtype: torch.dtype | None = None, role: str = "target"
             resolve_target(name), dtype=dtype or "auto", output_loading_info=True, **options
         )
     except (OSError, ImportError, TypeError) as error:  # no such model; a package that an option needs; no such option
-        raise ValueError(f"{role}: cannot load {name!r}: {error}") from error
+        raise ValueError(f"{role}: cannot load {name!r}: {one_line(error)}") from error
+    except ValueError as error:  # among others: a model of another kind, with a list of all that are of this one
+        reason = one_line(error)
+        if reason.startswith("Unrecognized configuration class"):
+            reason = f"{_architecture(name, options)} is no causal language model that transformers loads as one"
+        raise ValueError(f"{role}: cannot load {name!r}: {reason}") from error
     except KeyError as error:  # older modules pick their attention from a table of their own (Falcon, GPT-J)
         if error.args != (options["attn_implementation"],):
             raise
         raise ValueError(
-            f"attn_implementation: {name!r} does not know {error}; pass attn_implementation='sdpa' or 'eager'"
+            f"{role}: {name!r} does not know the attention {error}; pass attn_implementation='sdpa' or 'eager'"
         ) from error
     except RuntimeError as error:  # also raised for lack of memory
         if "mismatched_sizes" not in str(error):
@@ -158,16 +182,24 @@ def load_model(name: str, dtype: torch.dtype | None = None, role: str = "target"
     return model.eval()
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer that belongs to a target.
+def _architecture(name: str, options: Mapping[str, Any]) -> str:
+    """What a model's config.json says that it is."""
+    known = {key: value for key, value in options.items() if key in HUB_OPTIONS}
+    config = AutoConfig.from_pretrained(resolve_target(name), **known)
+    return ", ".join(config.architectures or ()) or str(config.model_type)
+
+
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """The tokenizer that belongs to a target. Of the model's `options` it takes HUB_OPTIONS.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has none, or it cannot be loaded.
     """
+    options = {key: value for key, value in options.items() if key in HUB_OPTIONS}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_target(name))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"target: no tokenizer in {name!r}: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(resolve_target(name), **options)
+    except (OSError, ValueError, ImportError) as error:  # one written in Python may need a package
+        raise ValueError(f"target: no tokenizer in {name!r}: {one_line(error)}") from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one without files, from the config
         raise ValueError(f"target: no tokenizer in {name!r}")
     return tokenizer
@@ -190,23 +222,50 @@ def read_draft_files(folder: Path) -> tuple[dict[str, Any], Tensors]:
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise ValueError(f"draft: {folder} has no config.json")
-    try:
-        values = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"draft: cannot read {config_path}: {error}") from error
+    values = _read_json(config_path)
     tensors: Tensors = {}
+    for file in _weight_files(folder):
+        tensors |= _read_tensors(file)
+    return values, tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold a draft's weights.
+
+    A training folder has others beside them: the optimizer's state, and under numbered names (model_1.safetensors) what
+    else was prepared for training, as the target's output head.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            return [folder / file for file in sorted({*_read_json(index)["weight_map"].values()})]
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    files = [file for file in files if file.name != "training_args.bin"]  # the Trainer's, beside the weights
-    files = files or sorted(folder.glob(MEDUSA_FILE))
+    files = [file for file in files if not TRAINING_STATE.match(file.name)] or sorted(folder.glob(MEDUSA_FILE))
     if not files:
         raise ValueError(f"draft: {folder} has neither .safetensors nor .bin files")
-    for file in files:
-        try:
-            part = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"draft: cannot read {file}: {error}") from error
-        tensors |= part
-    return values, tensors
+    return files
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"draft: cannot read {file}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"draft: cannot read {file}: expected an object, got {type(values).__name__}")
+    return values
+
+
+def _read_tensors(file: Path) -> Tensors:
+    try:
+        part = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"draft: cannot read {file}: {error}") from error
+    if not isinstance(part, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in part.values()):
+        raise ValueError(f"draft: {file} holds other things than tensors by name; is it a trainer's state?")
+    return part
 
 
 def load_draft(
@@ -280,13 +339,21 @@ def build_head(
 ) -> DraftNetwork:
     """As `load_head`, from a config.json's values and a file's tensors."""
     head = read_head(values, tensors, sizes_of(target), options)
-    for problem in fit_problems(head, sizes_of(target)):
+    for problem in [*fit_problems(head, sizes_of(target)), *sort_fields(values, tensors, head.is_eagle3).refused]:
         raise ValueError(problem)
+    if not head.config.own_lm_head and _is_tied(values) and not _is_tied(target.config.to_dict()):
+        raise ValueError(
+            "tie_word_embeddings: the head's output head is its embedding, which is the target's, whose own is another"
+        )
     network = build_network(head.config, target, head.target_ids, own_embedding="embed_tokens.weight" in head.tensors)
     # Converted before it is filled: a float64 file stays exact.
     network = network.to(device=target.device, dtype=dtype or target.dtype)
     load_strictly(network, head.tensors)
     return network.eval()
+
+
+def _is_tied(values: Mapping[str, Any]) -> bool:
+    return bool(values.get("transformer_layer_config", values).get("tie_word_embeddings"))
 
 
 def _build_medusa(
@@ -314,10 +381,14 @@ def build_network(
     config: DraftConfig, target: TargetModel, target_ids: torch.Tensor | None, own_embedding: bool = False
 ) -> DraftNetwork:
     """A network for `target`, to be filled: EAGLE-3 if the configuration names feature layers, else EAGLE-1."""
+
+    def target_head(output: torch.Tensor) -> torch.Tensor:  # a function: copies share it
+        return target.logits(output.to(target.dtype))
+
     if not config.aux_layers:
-        return EagleModel(config, lambda output: target.logits(output.to(target.dtype)))  # a function: copies share it
+        return EagleModel(config, target_head)
     vocab = DraftVocab(target_ids, target.vocab_size)
-    return Eagle3Model(config, vocab, target.embedding, own_embedding)
+    return Eagle3Model(config, vocab, target.embedding, target_head, own_embedding)
 
 
 def expected_shapes(head: HeadFile) -> dict[str, torch.Size]:
@@ -327,9 +398,9 @@ def expected_shapes(head: HeadFile) -> dict[str, torch.Size]:
 
 def counted_layers(head: HeadFile) -> DraftConfig:
     """A head's configuration with as many feature layers as its weights read; an EAGLE-3 file need not name them."""
-    if not head.is_eagle3:
+    if not head.is_eagle3 or head.config.aux_layers:
         return head.config
-    num_features = head.tensors["fc.weight"].shape[1] // head.config.target_hidden_size
+    num_features = count_features(head.tensors, head.config.target_hidden_size)
     return dataclasses.replace(head.config, aux_layers=tuple(range(1, num_features + 1)))
 
 
@@ -338,14 +409,23 @@ def network_shapes(config: DraftConfig, own_embedding: bool = False) -> dict[str
     of_target, vocab = torch.nn.Identity(), DraftVocab(None, config.vocab_size)
     is_eagle3 = bool(config.aux_layers)
     with torch.device("meta"):
-        network = Eagle3Model(config, vocab, of_target, own_embedding) if is_eagle3 else EagleModel(config, of_target)
+        network = (
+            Eagle3Model(config, vocab, of_target, of_target, own_embedding)
+            if is_eagle3
+            else EagleModel(config, of_target)
+        )
     return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 
 def load_strictly(network: DraftNetwork | MedusaModel, tensors: Tensors) -> None:
-    """Copy the tensors into the network's parameters, each exactly once."""
+    """Copy the tensors into the network's parameters, each exactly once.
+
+    Raises:
+        ValueError: a missing, unknown or misshapen tensor, or one that holds NaN or infinity.
+    """
     expected = dict(network.named_parameters())
-    for problem in tensor_problems({name: p.shape for name, p in expected.items()}, tensors):
+    shapes = {name: parameter.shape for name, parameter in expected.items()}
+    for problem in tensor_problems(shapes, tensors) or broken_tensors(tensors):
         raise ValueError(problem)
     with torch.no_grad():
         for name, parameter in expected.items():

@@ -2,14 +2,14 @@
 
 import argparse
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import NoReturn
-
-from rich.console import Console
+from typing import Any, NoReturn
 
 from draftwing.cli import demo, doctor, eval, generate, inspect, plan, prepare, train
+from draftwing.cli.output import note
 
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
@@ -31,11 +31,21 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
 
 
+class _ShowVersion(argparse.Action):
+    """`--version`: of draftwing and what it stands on."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        print(", ".join(f"{name} {version(name)}" for name in ("draftwing", "torch", "transformers")))
+        parser.exit()
+
+
 class _Notes(logging.Handler):
-    """What the library logs, as dim lines on stderr."""
+    """What the library logs, as lines on stderr; a progress bar that is shown takes them from there, above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        Console(stderr=True).print(record.getMessage(), style="dim", markup=False, highlight=False, soft_wrap=True)
+        print(record.getMessage(), file=sys.stderr)
 
 
 @contextmanager
@@ -59,11 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _noted():
             status: int | None = options.run(options)
     except (ValueError, OSError) as error:
-        message = f"error: {' '.join(str(error).split())}"  # those of other packages may have several lines
-        Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+        note(f"error: {' '.join(str(error).split())}", "red")  # those of other packages may have several lines
         return 2
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopped")
+        note("stopped")
         return 130
     return status or 0
 
@@ -73,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="draftwing", description="Speculative decoding with EAGLE heads: faster, and exactly the same tokens."
     )
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the versions and end")
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, command in COMMANDS.items():
         command_parser = commands.add_parser(

@@ -3,26 +3,66 @@
 import argparse
 import json
 import math
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
-from draftwing.config import QUANTIZATIONS
+from draftwing.config import DTYPES, METHODS, QUANTIZATIONS
+from draftwing.decoding.plan import TreePlan
+
+Value = TypeVar("Value")
+PLANS = (
+    "auto, off, chain:DEPTH, tree:WIDTHxDEPTHxNODES, eagle1 or medusa (their papers' trees), lookahead:WxNxG "
+    "(default: the method's)"
+)
 
 
-def positive(text: str) -> int:
-    """An option's whole number from 1 on."""
-    with suppress(ValueError):
-        if (value := int(text)) >= 1:
-            return value
-    raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
+def read_by(read: Callable[[str], Value]) -> Callable[[str], Value]:
+    """An option that a function reads whose ValueError begins with the field's name, as argparse's message does too."""
+
+    def convert(text: str) -> Value:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
+
+    return convert
 
 
-def temperature(text: str) -> float:
-    """An option's temperature."""
-    with suppress(ValueError):
-        if 0 <= (value := float(text)) < math.inf:
-            return value
-    raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {text}")
+def plan_name(text: str) -> str:
+    """An option's plan, as `generate` takes it."""
+    if text != "auto":
+        read_by(TreePlan.parse)(text)
+    return text
+
+
+def plain_text(text: str) -> str:
+    """An option's text; the shell may pass bytes that are no UTF-8, which Python turns into lone surrogates."""
+    with suppress(UnicodeEncodeError):
+        text.encode()
+        return text
+    raise argparse.ArgumentTypeError(f"expected UTF-8, got {text!r}")
+
+
+def number(kind: Callable[[str], Value], is_fit: Callable[[Value], bool], expected: str) -> Callable[[str], Value]:
+    """An option's number of a kind (int, float), if it is fit."""
+
+    def convert(text: str) -> Value:
+        with suppress(ValueError):
+            if is_fit(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+
+    return convert
+
+
+positive = number(int, lambda value: value >= 1, "a whole number from 1 on")
+not_negative = number(int, lambda value: value >= 0, "a whole number from 0 on")
+seed = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63-1")
+temperature = number(float, lambda value: 0 <= value < math.inf, "a number from 0 on")
+above_zero = number(float, lambda value: 0 < value < math.inf, "a number above 0")
+share = number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+positive_share = number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 
 
 def temperatures(text: str) -> tuple[float, ...]:
@@ -36,8 +76,21 @@ def temperatures(text: str) -> tuple[float, ...]:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Where the models run and in which dtype."""
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the file's; float32 on a CPU without bf16")
+
+
+def add_method(parser: argparse.ArgumentParser, methods: tuple[str, ...] = METHODS) -> None:
+    """Which of the methods drafts."""
+    parser.add_argument("--method", choices=methods, help="default: what the draft is made for")
+
+
+def add_remeasure(parser: argparse.ArgumentParser) -> None:
+    """Whether costs that were measured before are believed."""
     parser.add_argument(
-        "--dtype", help="float32, bfloat16, float16 or float64 (default: the file's; float32 on a CPU without bf16)"
+        "--remeasure",
+        action="store_true",
+        help="measure anew what a cycle costs on this machine, by which trees size themselves, because it was busy or "
+        "has changed; else a measurement is kept for 30 days in $DRAFTWING_CACHE (default: ~/.cache/draftwing)",
     )
 
 
@@ -65,8 +118,10 @@ def execution(options: argparse.Namespace) -> dict[str, Any]:
 def add_head_options(parser: argparse.ArgumentParser) -> None:
     """What overrides an EAGLE head's file: the fields of HeadOptions (checkpoint/formats.py)."""
     group = parser.add_argument_group("instead of what an EAGLE head's file says (see `draftwing doctor`)")
-    group.add_argument("--aux-layers", type=layers, help="EAGLE-3's feature layers, hidden_states indices: 2,16,29")
-    group.add_argument("--rope-theta", type=float)
+    group.add_argument(
+        "--aux-layers", type=layers, help="EAGLE-3's feature layers, 2,16,29: i is the output of layer i"
+    )
+    group.add_argument("--rope-theta", type=above_zero)
     group.add_argument("--rope-scaling", type=json_object, help="a JSON object as in config.json; {} is none")
     for name in ("norm-before-residual", "norm-output"):
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)

@@ -4,9 +4,8 @@ import argparse
 import json
 from functools import partial
 
-from rich.console import Console
-
-from draftwing.cli.arguments import add_device, positive
+from draftwing.cli.arguments import add_device, add_remeasure, positive, seed
+from draftwing.cli.output import new_console
 
 EAGLE2_PLAN = "tree:4x5x26"
 SUMMARY = "Watch plain and EAGLE decoding of the embedded models side by side."
@@ -24,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats", type=positive, default=3, help="runs of each prompt; the median counts (default: 3)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the runs at temperature 1 (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the runs at temperature 1 (default: 0)")
+    add_remeasure(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -35,9 +35,14 @@ def run(options: argparse.Namespace) -> None:
     from draftwing.evaluation.compare import Start
     from draftwing.evaluation.demo import as_table, measure, show_completions
 
-    console = Console(stderr=options.json)
-    eagle3 = load("tiny", draft="tiny", dtype=options.dtype, device=options.device)
-    eagle1 = load("tiny", draft="tiny", dtype=options.dtype, device=options.device, method="eagle1")
+    console, temperatures = new_console(stderr=options.json), (0.0, 1.0)
+    prompts = read_prompts(EMBEDDED_PROMPTS)[: options.prompts]
+    common = {"max_new_tokens": options.max_new_tokens, "seed": options.seed}
+    eagle3 = load("tiny", "tiny", options.dtype, options.device, remeasure=options.remeasure)
+    eagle1 = load("tiny", "tiny", options.dtype, options.device, method="eagle1")
+    eagle3.check([prompt.token_ids(eagle3.tokenizer) for prompt in prompts], **common)
+    for temperature in temperatures:  # now, so that nothing comes between the text or the progress bar's lines
+        eagle3.costs(1, sampled=temperature > 0)
     methods: dict[str, Start] = {
         "plain": eagle3.with_method("plain").start,
         "eagle1": eagle1.start,
@@ -45,11 +50,9 @@ def run(options: argparse.Namespace) -> None:
         "eagle2": partial(eagle1.with_method("eagle2").start, plan=EAGLE2_PLAN),
         "eagle3": eagle3.start,
     }
-    prompts = read_prompts(EMBEDDED_PROMPTS)[: options.prompts]
-    common = {"max_new_tokens": options.max_new_tokens, "seed": options.seed}
     if not options.json:
         show_completions(console, prompts[:3], eagle3.tokenizer, methods, **common)
-    rows = measure(console, prompts, eagle3.tokenizer, methods, (0.0, 1.0), options.repeats, **common)
+    rows = measure(console, prompts, eagle3.tokenizer, methods, temperatures, options.repeats, **common)
     if options.json:
         print(json.dumps({"rows": [row.as_dict() for row in rows]}))
         return

@@ -3,10 +3,8 @@
 import argparse
 import json
 
-from rich.console import Console
-from rich.progress import Progress
-
 from draftwing.cli.arguments import add_device, add_head_options, head_options, positive, temperature
+from draftwing.cli.output import new_console
 
 SUMMARY = "Say why acceptance is low: try the known faults of heads and settings, and name the one that explains it."
 EXAMPLES = """examples:
@@ -31,19 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    from draftwing.api import load
-    from draftwing.checkpoint.formats import HeadOptions
-    from draftwing.checkpoint.load import EMBEDDED_PROMPTS
-    from draftwing.data.prompts import has_chat_template, read_prompts
-    from draftwing.evaluation.doctor import FEWEST_PROMPTS, as_report, decode_prompts, examine
-    from draftwing.evaluation.patient import Patient
-    from draftwing.evaluation.trials import Steps
+    from draftwing.evaluation.intervals import FEWEST_PROMPTS
 
-    file = options.prompts or EMBEDDED_PROMPTS
     if options.num_prompts < FEWEST_PROMPTS:
         raise ValueError(
             f"num-prompts: expected at least {FEWEST_PROMPTS}, fewer tell nothing, got {options.num_prompts}"
         )
+    from rich.progress import Progress
+
+    from draftwing.api import load
+    from draftwing.checkpoint.formats import HeadOptions
+    from draftwing.checkpoint.load import EMBEDDED_PROMPTS
+    from draftwing.data.prompts import has_chat_template, read_prompts
+    from draftwing.evaluation.doctor import as_report, decode_prompts, examine
+    from draftwing.evaluation.patient import Patient
+    from draftwing.evaluation.trials import Steps
+
+    file = options.prompts or EMBEDDED_PROMPTS
     prompts = read_prompts(file)[: options.num_prompts]
     if len(prompts) < FEWEST_PROMPTS:
         raise ValueError(f"prompts: expected at least {FEWEST_PROMPTS}, fewer tell nothing; {file} has {len(prompts)}")
@@ -53,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     except ValueError:
         show_misfit(options.draft, options.target)
         raise
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=new_console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
         steps = Steps(lambda what, done, total: progress.update(task, description=what, completed=done, total=total))
         text = decode_prompts(patient, prompts, model.tokenizer, options.temperature, options.max_new_tokens, steps)
@@ -64,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(diagnosis.as_dict()))
     else:
-        console = Console()
+        console = new_console()
         console.print(as_report(diagnosis))
         console.print(diagnosis.verdict.sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
     return int(diagnosis.verdict.is_fault)
@@ -76,4 +78,4 @@ def show_misfit(draft: str, target: str) -> None:
 
     report = inspect_draft(draft, target)
     if report.problems:
-        Console(stderr=True).print(report_table(report))
+        new_console(stderr=True).print(report_table(report))

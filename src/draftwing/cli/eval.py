@@ -2,18 +2,21 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from draftwing.cli.arguments import add_device, add_execution, positive, temperatures
+from draftwing.cli.arguments import add_device, add_execution, add_remeasure, positive, read_by, seed, temperatures
+from draftwing.cli.output import new_console, note, say_saved
+from draftwing.config import EAGLE_METHODS
+from draftwing.data.benchmarks import BENCHMARKS
+from draftwing.evaluation.specs import MethodSpec, read_specs
 
 if TYPE_CHECKING:
     from draftwing.evaluation.evaluate import Evaluation
-    from draftwing.evaluation.specs import MethodSpec
+
+KNOWN_DATA = ("embedded", *BENCHMARKS)
 
 SUMMARY = "Measure methods on data sets: tokens/s, speed-up, tau, acceptance, sameness."
 EXAMPLES = """examples:
@@ -37,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--methods",
+        type=read_by(read_specs),
         default="all",
         help="comma-separated: METHOD[@DRAFT][:PLAN][+OPTION...], where options are ngram (looked-up continuations "
         "compete for the tree's nodes) and uncoupled (drafts do not know the target's noise); `all` (default) is every "
@@ -47,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME[=PATH]",
-        help="comma-separated: embedded (the default), mt_bench, humaneval, gsm8k, alpaca, cnn_dm, spec_bench, "
-        "speed_bench (from the hub), or JSONL files of prompt, messages or turns",
+        help=f"comma-separated: embedded (the default), {', '.join(BENCHMARKS)} (from the hub), or JSONL files of "
+        "prompt, messages or turns",
     )
     parser.add_argument("--temperatures", type=temperatures, default=(0.0, 1.0), help="default: 0,1")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="per turn (default: 128)")
@@ -58,9 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of each data set, evenly spread (default: 80 at most, 8 of the embedded ones)",
     )
     parser.add_argument("--repeats", type=positive, default=1, help="runs of each turn; the median counts (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--seed", type=seed, default=0, help="default: 0")
     add_device(parser)
     add_execution(parser)
+    add_remeasure(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -80,20 +85,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; 1 if a method failed, or no turn could be decoded."""
+    _check_engines(options)
+    sources, wanted = _data_sources(options.data or ["embedded"]), options.methods
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     from draftwing.api import check_device
-    from draftwing.cli.eval_setup import prepare, read_data, read_drafts, read_methods, settings_of
+    from draftwing.cli.eval_setup import check_drafts, prepare, read_data, read_drafts, settings_of
     from draftwing.evaluation.evaluate import Remarks, evaluate
     from draftwing.evaluation.journal import Journal
 
     check_device(options.device)
     drafts = read_drafts(options)
-    wanted = read_methods(options.methods, drafts)
-    data = read_data(options)
+    check_drafts(wanted, drafts)
+    data = read_data(options, sources)
     settings = settings_of(options, drafts, wanted, data)
     journal, remarks = Journal(settings, options.output, options.fresh), Remarks()
     methods, evaluation = prepare(options, drafts, wanted, data)
     is_stopped = False
-    console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -101,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=new_console(stderr=True), transient=True) as progress:
         task = progress.add_task("decoding", total=evaluation.num_decodings)
         try:
             evaluate(evaluation, journal, remarks, lambda done: progress.advance(task, done))
@@ -111,6 +126,36 @@ def run(options: argparse.Namespace) -> int:
     if is_stopped:
         raise KeyboardInterrupt
     return 1 if remarks.failures or not journal.runs else 0
+
+
+def _check_engines(options: argparse.Namespace) -> None:
+    urls = [engine for engine in options.against if engine.startswith(("http://", "https://"))]
+    for engine in options.against:
+        if engine not in (*urls, "transformers"):
+            raise ValueError(f"against: expected transformers or a URL such as http://host:port/v1, got {engine!r}")
+    if options.assistant and "transformers" not in options.against:
+        raise ValueError("assistant: needs --against transformers")
+    if options.endpoint_model and not urls:
+        raise ValueError("endpoint-model: needs --against URL")
+
+
+def _data_sources(texts: Sequence[str]) -> dict[str, str]:
+    """The data sets by name with their files, where they have one.
+
+    Raises:
+        ValueError: an unknown data set, two of one name.
+    """
+    sources: dict[str, str] = {}
+    for part in (part for text in texts for part in text.split(",")):
+        name, has_path, path = part.partition("=")
+        if not has_path and name not in KNOWN_DATA:
+            if not Path(part).is_file():
+                raise ValueError(f"data: expected NAME=PATH, a file, or one of {', '.join(KNOWN_DATA)}; got {part!r}")
+            name, path = Path(part).stem, part
+        if name in sources:
+            raise ValueError(f"data: two data sets are called {name}; name them: NAME=PATH")
+        sources[name] = path
+    return sources
 
 
 def _report(
@@ -126,7 +171,6 @@ def _report(
     from draftwing.evaluation.memory import memory_kind
     from draftwing.evaluation.metrics import result_rows
     from draftwing.evaluation.report import Report
-    from draftwing.methods import EAGLE_METHODS
     from draftwing.provenance import provenance
 
     chains = [name for name, spec in methods.items() if spec.is_chain and spec.method in EAGLE_METHODS]
@@ -152,7 +196,7 @@ def _show(options: argparse.Namespace, report: Any) -> None:
         "skipped": [asdict(skipped) for skipped in report.skipped],
         "warnings": report.warnings,
     }
-    console = Console(stderr=options.json)
+    console = new_console(stderr=options.json)
     if options.json:
         print(json.dumps({"rows": rows, **more, "options": report.settings, "provenance": report.provenance}))
     else:
@@ -160,8 +204,8 @@ def _show(options: argparse.Namespace, report: Any) -> None:
         console.print("Speed-ups are over plain; tau: tokens per target pass; same: turns whose output equals plain's.")
         console.print("Brackets: 95 % intervals over prompts.")
     for line in remarks(report):
-        Console(stderr=True).print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        note(line, "yellow")
     if options.output:
         write_record(options.output / "results.json", rows, report.settings, **more)
         (options.output / "report.html").write_text(as_html(report), encoding="utf-8")
-        Console(stderr=True).print(f"results.json and report.html are in {options.output}", highlight=False)
+        say_saved(*(options.output / name for name in ("results.json", "report.html", "runs.jsonl")))

@@ -3,29 +3,29 @@
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from draftwing.api import SpeculativeModel, load
 from draftwing.checkpoint.load import EMBEDDED_DRAFTS, EMBEDDED_PROMPTS, load_stock, resolve_draft, resolve_target
 from draftwing.cli.arguments import execution
-from draftwing.data.benchmarks import BENCHMARKS, load_benchmark
+from draftwing.cli.output import new_console
+from draftwing.data.benchmarks import load_benchmark
 from draftwing.data.prompts import read_prompts, spread
+from draftwing.decoding.drafting import default_plan
 from draftwing.evaluation.compare import Decode, decoder
 from draftwing.evaluation.evaluate import Evaluation, PromptSet
 from draftwing.evaluation.memory import with_peak
 from draftwing.evaluation.rivals import endpoint_rival, transformers_rivals
-from draftwing.evaluation.specs import MethodSpec
-from draftwing.methods import EAGLE_METHODS, METHODS, default_plan, resolve_method, serves
+from draftwing.evaluation.specs import MethodSpec, Wanted
+from draftwing.methods import resolve_method, serves
 from draftwing.models.target import TargetModel
 
-KNOWN_DATA = ("embedded", *BENCHMARKS)
 EMBEDDED_SAMPLE, LARGEST_SAMPLE = 8, 80
 """Prompts by default: of the embedded ones, and of any other data set at most."""
 
@@ -47,63 +47,34 @@ def read_drafts(options: argparse.Namespace) -> dict[str, str]:
     return drafts
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A method asked for; one that came with `all` is left out where no draft serves it."""
-
-    spec: MethodSpec
-    is_required: bool
-
-
-def read_methods(text: str, drafts: dict[str, str]) -> list[Wanted]:
-    """The methods asked for, `plain` first, which is the reference of all others.
-
-    Raises:
-        ValueError: one is unknown, of a draft that is not there, lacks one, or has another method's plan or option.
-    """
-    wanted = [Wanted(MethodSpec("plain"), True)]
-    for part in text.split(","):
-        if part == "all":
-            wanted += [Wanted(MethodSpec(method), False) for method in METHODS]
-            continue
-        spec = MethodSpec.parse(part, METHODS)
+def check_drafts(wanted: Sequence[Wanted], drafts: dict[str, str]) -> None:
+    """Raise a ValueError for a method of a draft that is not there, or that lacks one."""
+    for spec in (item.spec for item in wanted if item.is_required):
         if spec.draft not in (None, *drafts):
             raise ValueError(
-                f"methods: {part}: no draft is called {spec.draft}; there are: {', '.join(drafts) or 'none'}"
+                f"methods: {spec}: no draft is called {spec.draft}; there are: {', '.join(drafts) or 'none'}"
             )
         if not drafts and not serves(spec.method, None):
-            raise ValueError(f"methods: {part} needs a draft: --draft [NAME=]DRAFT")
-        if "ngram" in spec.options and spec.method not in EAGLE_METHODS:
-            raise ValueError(f"methods: {part}: n-grams merge into EAGLE trees only")
-        if spec.plan not in (None, "off") and spec.plan.startswith("lookahead:") != (spec.method == "lookahead"):
-            raise ValueError(
-                f"methods: {part}: plans lookahead:WxNxG are for the method lookahead, and it takes no other"
-            )
-        wanted.append(Wanted(spec, True))
-    return wanted
+            raise ValueError(f"methods: {spec} needs a draft: --draft [NAME=]DRAFT")
 
 
-def read_data(options: argparse.Namespace) -> list[PromptSet]:
-    """The prompts to measure on.
+def read_data(options: argparse.Namespace, sources: dict[str, str]) -> list[PromptSet]:
+    """The prompts to measure on, from data sets by name and their files; those without one are embedded or benchmarks.
 
     Raises:
-        ValueError: an unknown data set, a file that is missing, empty or of another form, two of one name.
+        ValueError: a file that is missing, empty or of another form.
     """
-    sets: dict[str, PromptSet] = {}
-    for part in (part for text in options.data or ["embedded"] for part in text.split(",")):
-        name, has_path, path = part.partition("=")
-        if not has_path and name not in KNOWN_DATA:
-            if not Path(part).is_file():
-                raise ValueError(f"data: expected NAME=PATH, a file, or one of {', '.join(KNOWN_DATA)}; got {part!r}")
-            name, path = Path(part).stem, part
-        elif name == "embedded":
-            path = path or str(EMBEDDED_PROMPTS)
-        if name in sets:
-            raise ValueError(f"data: two data sets are called {name}; name them: NAME=PATH")
+    sets = []
+    for name, path in sources.items():
+        is_embedded = name == "embedded"
+        path = path or (str(EMBEDDED_PROMPTS) if is_embedded else "")
         prompts = read_prompts(path) if path else load_benchmark(name)
-        count = options.num_prompts or (EMBEDDED_SAMPLE if name == "embedded" else LARGEST_SAMPLE)
-        sets[name] = PromptSet(name, spread(prompts, count))
-    return list(sets.values())
+        sets.append(
+            PromptSet(
+                name, spread(prompts, options.num_prompts or (EMBEDDED_SAMPLE if is_embedded else LARGEST_SAMPLE))
+            )
+        )
+    return sets
 
 
 def settings_of(
@@ -142,8 +113,9 @@ def prepare(
 ) -> tuple[dict[str, MethodSpec], Evaluation]:
     """Load the models; the methods by row name, with their plans filled in, and what is to be measured."""
     rivals = _endpoints(options)  # before the models: a server that is not there is found out at once
-    with Console(stderr=True).status("loading models"):
-        bare = load(options.target, dtype=options.dtype, device=options.device, **execution(options))
+    more = execution(options) | {"remeasure": options.remeasure}
+    with new_console(stderr=True).status("loading models"):
+        bare = load(options.target, dtype=options.dtype, device=options.device, **more)
         models = {name: bare.with_draft(path) for name, path in drafts.items()}
         device = bare.target.device
         rivals |= {name: with_peak(decode, device) for name, decode in _transformers(options, bare).items()}
@@ -188,16 +160,8 @@ def _resolve(
 
 def _endpoints(options: argparse.Namespace) -> dict[str, Decode]:
     """The servers to compare with, asked whether they are there."""
-    urls = [engine for engine in options.against if engine.startswith(("http://", "https://"))]
-    for engine in options.against:
-        if engine not in (*urls, "transformers"):
-            raise ValueError(f"against: expected transformers or a URL such as http://host:port/v1, got {engine!r}")
-    if options.assistant and "transformers" not in options.against:
-        raise ValueError("assistant: needs --against transformers")
-    if options.endpoint_model and not urls:
-        raise ValueError("endpoint-model: needs --against URL")
     rivals: dict[str, Decode] = {}
-    for url in urls:
+    for url in (engine for engine in options.against if engine != "transformers"):
         rivals |= endpoint_rival(url, options.endpoint_model)
     return rivals
 

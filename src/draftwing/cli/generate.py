@@ -2,23 +2,35 @@
 
 import argparse
 import json
+import sys
 from typing import Any
 
-from rich.console import Console
-
 from draftwing.cli.arguments import (
+    PLANS,
+    above_zero,
     add_device,
     add_execution,
     add_head_options,
+    add_method,
+    add_remeasure,
     execution,
     head_options,
+    not_negative,
+    plain_text,
+    plan_name,
     positive,
+    positive_share,
+    seed,
+    share,
     temperature,
 )
+from draftwing.cli.output import new_console, note
+from draftwing.decoding.drafting import check_drafting
 
 SUMMARY = "Generate text with a target and a draft: EAGLE or Medusa heads, a smaller model, or none."
 EXAMPLES = """examples:
   draftwing generate --target tiny --draft tiny --prompt "def main(args):"
+  draftwing generate --target tiny --draft tiny --prompt -  # standard input
   draftwing generate --target path/to/large-model --draft path/to/small-model --prompt "def main(args):"
   draftwing generate --target tiny --draft tiny --prompt "x = [1, 2, 3]" --plan tree:4x4x16 --ngram
   draftwing generate --target tiny --draft tiny --prompt "x = [1, 2, 3]" --quantize int8
@@ -34,15 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft", help="tiny, a folder or a hub id, of EAGLE or Medusa heads or a small model; without it, plain"
     )
-    parser.add_argument("--prompt", required=True, help="the text to continue, or with --chat the user's message")
+    parser.add_argument(
+        "--prompt",
+        type=plain_text,
+        help="the text to continue, or with --chat the user's message; - (or none, where something is piped in) reads "
+        "standard input, without the newline at its end",
+    )
     parser.add_argument("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
     add_device(parser)
     add_execution(parser)
-    parser.add_argument(
-        "--method",
-        choices=("plain", "ngram", "lookahead", "eagle1", "eagle2", "eagle3", "medusa", "draft_model"),
-        help="default: what the draft is made for",
-    )
+    add_method(parser)
     parser.add_argument(
         "--ngram",
         action=argparse.BooleanOptionalAction,
@@ -51,21 +64,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-window", type=positive, help="an EAGLE head reads this many last tokens (default: as it was trained)"
     )
-    parser.add_argument(
-        "--plan",
-        help="auto, off, chain:DEPTH, tree:WIDTHxDEPTHxNODES, eagle1 or medusa (their papers' trees), lookahead:WxNxG "
-        "(default: the method's)",
-    )
+    parser.add_argument("--plan", type=plan_name, help=PLANS)
+    add_remeasure(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="default: 128")
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="default: 1 (off)")
-    parser.add_argument("--top-k", type=int, default=0, help="default: 0 (off)")
-    parser.add_argument("--min-p", type=float, default=0.0, help="default: 0 (off)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="default: 1 (off)")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--top-p", type=positive_share, default=1.0, help="default: 1 (off)")
+    parser.add_argument("--top-k", type=not_negative, default=0, help="default: 0 (off)")
+    parser.add_argument("--min-p", type=share, default=0.0, help="default: 0 (off)")
+    parser.add_argument("--repetition-penalty", type=above_zero, default=1.0, help="default: 1 (off)")
+    parser.add_argument("--seed", type=seed, default=0, help="default: 0")
     parser.add_argument(
         "--stop",
         action="append",
+        type=plain_text,
         default=[],
         help="end at this text, which --json and --compare cut off; may be given several times",
     )
@@ -75,18 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    from draftwing.api import load
-    from draftwing.data.prompts import Prompt, has_chat_template
-    from draftwing.evaluation.demo import print_stream
-
-    more = head_options(options) | execution(options)
-    model = load(options.target, options.draft, options.dtype, options.device, options.method, **more)
-    prompt = Prompt("prompt", text=options.prompt)
-    if options.chat:
-        if not has_chat_template(model.tokenizer):
-            raise ValueError("chat: the target's tokenizer has no chat template; leave --chat out")
-        prompt = Prompt("prompt", messages=({"role": "user", "content": options.prompt},))
-    ids = prompt.token_ids(model.tokenizer)
+    text = _read_prompt(options.prompt)  # mistakes are found before the models are loaded
     settings = {
         name: getattr(options, name)
         for name in (
@@ -94,6 +94,19 @@ def run(options: argparse.Namespace) -> None:
             *("seed", "stop", "plan", "ngram", "draft_window"),
         )
     }
+    if options.method or not options.draft:  # else the draft tells which
+        check_drafting(options.method or "plain", options.plan, options.ngram, options.draft_window)
+    from draftwing.api import load
+    from draftwing.data.prompts import Prompt, has_chat_template
+
+    more = head_options(options) | execution(options) | {"remeasure": options.remeasure}
+    model = load(options.target, options.draft, options.dtype, options.device, options.method, **more)
+    prompt = Prompt("prompt", text=text)
+    if options.chat:
+        if not has_chat_template(model.tokenizer):
+            raise ValueError("chat: the target's tokenizer has no chat template; leave --chat out")
+        prompt = Prompt("prompt", messages=({"role": "user", "content": text},))
+    ids = prompt.token_ids(model.tokenizer)
     if options.compare:
         _print_comparison(model, ids, settings, options.json)
     elif options.json:
@@ -101,20 +114,43 @@ def run(options: argparse.Namespace) -> None:
         reason = generation.outputs[0].finish_reason
         print(json.dumps(run | {"finish_reason": reason, "statistics": generation.statistics.as_dict()}))
     else:
-        console = Console(highlight=False)
-        generation = model.start([ids], **settings)
-        print_stream(console, generation.cycles(), model.tokenizer)
-        figures = generation.statistics
-        Console(stderr=True).print(
-            f"{figures.num_tokens} tokens in {figures.total_seconds:.2f} s, tau {figures.acceptance_length:.2f}",
-            style="dim",
-        )
+        _print_stream(model, ids, settings)
+
+
+def _read_prompt(given: str | None) -> str:
+    if given not in (None, "-"):
+        return str(given)
+    if given is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise ValueError("prompt: expected --prompt TEXT, or a text on standard input")
+    try:
+        text = sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt: standard input is not UTF-8: {error}") from None
+    if not text:
+        raise ValueError("prompt: standard input is empty; expected --prompt TEXT, or a text there")
+    return text
+
+
+def _print_stream(model: Any, ids: list[int], settings: dict[str, Any]) -> None:
+    from draftwing.evaluation.demo import LEGEND, print_stream
+
+    console = new_console()
+    generation = model.start([ids], **settings)
+    print_stream(console, generation.cycles(), model.tokenizer)
+    figures = generation.statistics
+    legend = f" ({LEGEND})" if console.is_terminal and model.method != "plain" else ""
+    note(
+        f"{figures.num_tokens} tokens in {figures.total_seconds:.2f} s, tau {figures.acceptance_length:.2f}{legend}",
+        "dim",
+    )
 
 
 def _print_comparison(model: Any, ids: list[int], settings: dict[str, Any], as_json: bool) -> None:
     from draftwing.evaluation.compare import warm_up
+    from draftwing.evaluation.demo import print_text
 
-    plain_model, plain_settings = model.with_method("plain"), settings | {"ngram": None, "draft_window": None}
+    plain_model = model.with_method("plain")
+    plain_settings = settings | {"plan": None, "ngram": None, "draft_window": None}
     warm_up(plain_model.start, ids, **plain_settings)
     warm_up(model.start, ids, **settings)
     _, plain = _timed_run(plain_model, ids, plain_settings)
@@ -129,8 +165,8 @@ def _print_comparison(model: Any, ids: list[int], settings: dict[str, Any], as_j
     if as_json:
         print(json.dumps(result))
         return
-    console = Console(highlight=False)
-    console.print(speculative["text"], markup=False)
+    console = new_console()
+    print_text(console, speculative["text"] + "\n")
     console.print(
         f"plain {plain['tokens_per_second']:.0f} tokens/s, "
         f"{model.method} {speculative['tokens_per_second']:.0f} tokens/s "
@@ -146,7 +182,7 @@ def _timed_run(model: Any, ids: list[int], settings: dict[str, Any]) -> tuple[An
 
     generation, seconds = timed(model.start, [ids], **settings)
     tokens = generation.outputs[0].tokens
-    text = cut_at_stop(model.tokenizer.decode(tokens, skip_special_tokens=True), settings["stop"])
+    text = cut_at_stop(tokens, settings["stop"], model.tokenizer)
     return generation, {
         "text": text,
         "token_ids": tokens,

@@ -4,7 +4,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from rich.console import Console
+from draftwing.cli.output import new_console
 
 SUMMARY = "Say what a draft head or draft model is, and what does not fit."
 EXAMPLES = """examples:
@@ -32,5 +32,5 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(asdict(report)))
     else:
-        Console().print(report_table(report, options.target))
+        new_console().print(report_table(report, options.target))
     return int(bool(report.problems))

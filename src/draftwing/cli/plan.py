@@ -3,17 +3,18 @@
 import argparse
 import json
 
-from rich.console import Console
-
 from draftwing.cli.arguments import (
     add_device,
     add_execution,
     add_head_options,
+    add_method,
+    add_remeasure,
     execution,
     head_options,
     positive,
     temperature,
 )
+from draftwing.cli.output import new_console, say_saved
 
 SUMMARY = "Measure what a cycle costs and what is accepted, and show which trees pay."
 EXAMPLES = """examples:
@@ -30,13 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_device(parser)
     add_execution(parser)
-    methods = ("eagle2", "eagle3", "medusa", "draft_model")
-    parser.add_argument("--method", choices=methods, help="default: what the draft is for")
+    add_method(parser, ("eagle2", "eagle3", "medusa", "draft_model"))
     parser.add_argument("--batch-size", type=positive, default=1, help="rows that are decoded together (default: 1)")
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--prompts", help="a JSONL file with prompt, messages or turns (default: the embedded ones)")
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="per prompt (default: 64)")
     add_head_options(parser)
+    add_remeasure(parser)
     parser.add_argument("--save", action="store_true", help="write the acceptance beside the draft, to start from")
 
 
@@ -49,10 +50,12 @@ def run(options: argparse.Namespace) -> None:
     from draftwing.methods import suitable_draft
 
     prompts = read_prompts(options.prompts or EMBEDDED_PROMPTS)
-    more = head_options(options) | execution(options)
+    more = head_options(options) | execution(options) | {"remeasure": options.remeasure}
     model = load(options.target, options.draft, options.dtype, options.device, options.method, **more)
     ids = [prompt.token_ids(model.tokenizer) for prompt in prompts]
-    console, progress = Console(), Console(stderr=True)
+    settings = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens}
+    model.check(ids, **settings)
+    progress = new_console(stderr=True)
     with progress.status("measuring costs"):
         batch_size = min(options.batch_size, len(ids))
         costs = model.costs(batch_size, sampled=options.temperature > 0)
@@ -63,12 +66,12 @@ def run(options: argparse.Namespace) -> None:
             costs,
             ids,
             batch_size,
-            temperature=options.temperature,
-            max_new_tokens=options.max_new_tokens,
+            **settings,
         )
     if options.json:
         print(json.dumps(report.as_dict()))
     else:
+        console = new_console()
         console.print(as_tables(report))
         for sentence in implied_plan(report):
             console.print(sentence)
@@ -77,4 +80,4 @@ def run(options: argparse.Namespace) -> None:
         file = save_acceptance(
             resolve_draft(suitable_draft(options.draft, options.method)), {name: report.experience.acceptance}
         )
-        progress.print(f"acceptance written to {file}")
+        say_saved(file)

@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from draftwing.cli.arguments import add_device, positive
+from draftwing.cli.arguments import add_device, not_negative, positive, read_by, seed, temperature
+from draftwing.cli.output import headline, new_console, note, say_saved
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from draftwing.config import TrainConfig
     from draftwing.data.prepared import Prepared
     from draftwing.training.self_generated import Shard
@@ -31,16 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         nargs="+",
-        help="stdlib, JSONL files, hub:org/name[/config][:split]; with --features a folder that was prepared",
+        help="stdlib, files (.jsonl, .json, .txt), hub:org/name[/config][:split]; with --features a prepared folder",
     )
     parser.add_argument("--target", required=True, help="tiny, a folder or a hub id; its tokenizer and template count")
     parser.add_argument("--output", required=True, help="a folder; with --regenerate a .jsonl file")
     parser.add_argument("--sequence-length", type=positive, default=2048, help="longest document (default: 2048)")
-    parser.add_argument("--max-rows", type=positive, help="so many training rows, a fair sample (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order and the sampling (default: 0)")
+    parser.add_argument(
+        "--max-rows",
+        type=positive,
+        help="so many training rows, a fair sample; of answers, so many rows in all (default: all)",
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of the order and the sampling (default: 0)")
     parser.add_argument("--workers", type=positive, help="processes that tokenise (default: cores, at most 8)")
     parser.add_argument(
-        "--preview", type=int, default=0, metavar="N", help="show N documents, what is supervised green"
+        "--preview", type=not_negative, default=0, metavar="N", help="show N documents, what is supervised green"
     )
     add_device(parser)
     answers = parser.add_argument_group("answers by the target")
@@ -49,8 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     answers.add_argument("--endpoint", help="let an OpenAI-compatible server answer, such as http://localhost:8000/v1")
     answers.add_argument("--model", help="the endpoint's name of the target")
     answers.add_argument("--concurrency", type=positive, default=16, help="requests in flight (default: 16)")
-    answers.add_argument("--shard", default="1/1", help="answer part I of N, as 2/8 (default: 1/1)")
-    answers.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0], help="in turn (default: 0 1)")
+    answers.add_argument(
+        "--shard", type=read_by(_parse_shard), default="1/1", help="answer part I of N, as 2/8 (default: 1/1)"
+    )
+    answers.add_argument(
+        "--temperatures", type=temperature, nargs="+", default=[0.0, 1.0], help="in turn (default: 0 1)"
+    )
     answers.add_argument(
         "--max-new-tokens",
         type=positive,
@@ -62,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     features.add_argument("--features", action="store_true", help="store the target's hidden states for every token")
     features.add_argument("--method", choices=("eagle1", "eagle3", "medusa"), default="eagle3", help="default: eagle3")
     features.add_argument(
-        "--aux-layers", type=int, nargs="+", help="eagle3: hidden_states indices (default: 2 n/2 n-3)"
+        "--aux-layers", type=int, nargs="+", help="eagle3: i is the output of layer i (default: 2 n/2 n-3)"
     )
     features.add_argument("--storage", choices=("bf16", "fp8"), default="bf16", help="default: bf16")
     features.add_argument("--verify", action="store_true", help="check stored features against their checksums")
@@ -91,40 +100,46 @@ def _tokenise(options: argparse.Namespace) -> None:
     prepared = prepare(settings, tokenizer, Path(options.output), workers)
     statistics = summarise(prepared, len(tokenizer))
     if summary := prepared.describe_rejects():
-        Console(stderr=True).print(summary, style="yellow", markup=False, soft_wrap=True)
+        note(summary, "yellow")
     if not prepared.splits["held_out"]:
         warning = (
             "nothing is held out, so no head can be trained: the rows marked `held_out`, or else the last ones of "
         )
         warning += f"each source, cannot be used (see {REJECTS}) or supervise nothing"
-        Console(stderr=True).print(warning, style="yellow", markup=False, soft_wrap=True)
+        note(warning, "yellow")
     if options.json:
         print(json.dumps({"output": options.output, **statistics.as_dict()}))
-        return
-    console = Console()
-    for table in as_tables(statistics):
-        console.print(table)
-    _show_documents(console, prepared, tokenizer, options.preview)
+    else:
+        console = new_console()
+        for table in as_tables(statistics):
+            console.print(table)
+        _show_documents(console, prepared, tokenizer, options.preview)
+    say_saved(options.output)
 
 
-def _show_documents(console: Console, prepared: "Prepared", tokenizer: Any, count: int) -> None:
+def _show_documents(console: "Console", prepared: "Prepared", tokenizer: Any, count: int) -> None:
     from draftwing.data.statistics import as_coloured_text
 
     documents = prepared.examples("train")
     for index in range(min(count, len(documents))):
-        console.rule(f"document {index}: green is supervised")
+        headline(console, f"document {index}: green is supervised")
         console.print(as_coloured_text(documents[index], tokenizer), soft_wrap=True)
 
 
 def _regenerate(options: argparse.Namespace) -> None:
     if not options.output.endswith(".jsonl"):
         raise ValueError(f"output: --regenerate writes a .jsonl file, got {options.output!r}")
-    shard = _parse_shard(options.shard)
-    metrics = _answer_by_endpoint(options, shard) if options.endpoint else _answer_by_engine(options, shard)
+    if options.endpoint and (not options.model or options.draft):
+        raise ValueError("endpoint: needs --model, the server's name of the target, and takes no --draft")
+    from draftwing.training.self_generated import Shard
+
+    answer = _answer_by_endpoint if options.endpoint else _answer_by_engine
+    metrics = answer(options, Shard(*options.shard))
     if options.json:
         print(json.dumps({"output": options.output, **metrics}))
     else:
-        Console().print(f"{options.output}:", ", ".join(f"{name} {value:,}" for name, value in metrics.items()))
+        new_console().print(", ".join(f"{name} {value:,}" for name, value in metrics.items()), markup=False)
+    say_saved(options.output)
 
 
 def _answer_by_engine(options: argparse.Namespace, shard: "Shard") -> dict[str, float]:
@@ -133,7 +148,9 @@ def _answer_by_engine(options: argparse.Namespace, shard: "Shard") -> dict[str, 
 
     model = load(options.target, options.draft, options.dtype, options.device)
     config = _as_stage(options, model.target.max_positions)
-    answers = EngineAnswers(config, model.tokenizer, model.start_requests, model.target.eos_token_ids)
+    answers = EngineAnswers(
+        config, model.tokenizer, model.start_requests, model.target.eos_token_ids, model.target.vocab_size
+    )
     return regenerate(config, model.tokenizer, answers, shard)
 
 
@@ -142,8 +159,6 @@ def _answer_by_endpoint(options: argparse.Namespace, shard: "Shard") -> dict[str
     from draftwing.training.endpoint import Endpoint, EndpointAnswers
     from draftwing.training.self_generated import regenerate
 
-    if not options.model or options.draft:
-        raise ValueError("endpoint: needs --model, the server's name of the target, and takes no --draft")
     endpoint, config = Endpoint(options.endpoint, options.model), _as_stage(options)
     answers = EndpointAnswers(config, endpoint, options.concurrency)
     return regenerate(config, load_tokenizer(options.target), answers, shard, source=f"{endpoint.url} {options.model}")
@@ -153,43 +168,53 @@ def _as_stage(options: argparse.Namespace, max_positions: int | None = None) -> 
     """The options as a recipe's stage `self_generated`; sequences end at the target's last position."""
     from draftwing.config import TrainConfig
 
-    names = ("target", "output", "max_rows", "seed", "temperatures", "max_new_tokens", "batch_size", "prompt_length")
-    values = {name: getattr(options, name) for name in names}
+    names = ("target", "output", "seed", "temperatures", "max_new_tokens", "batch_size", "prompt_length")
+    values = {name: getattr(options, name) for name in names} | _split(options.max_rows)
     length = min(options.sequence_length, max_positions or options.sequence_length)
     return TrainConfig("self_generated", data=tuple(options.data), sequence_length=length, **values)
 
 
-def _parse_shard(text: str) -> "Shard":
-    from draftwing.training.self_generated import Shard
+def _split(max_rows: int | None) -> dict[str, int]:
+    """So many rows in all as a stage's training rows and held-out ones."""
+    from draftwing.data.rows import HELD_OUT_SHARE
 
+    if max_rows is None:
+        return {}
+    if max_rows < 2:
+        raise ValueError(f"max_rows: --regenerate writes at least 2 rows (one is held out), got {max_rows}")
+    num_held_out = max(1, int(max_rows * HELD_OUT_SHARE))
+    return {"max_rows": max_rows - num_held_out, "evaluate_rows": num_held_out}
+
+
+def _parse_shard(text: str) -> tuple[int, int]:
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise ValueError(f"shard: expected I/N with I from 1 to N, got {text!r}")
-    return Shard(int(number), int(count))
+    return int(number), int(count)
 
 
 def _store_features(options: argparse.Namespace) -> None:
+    if len(options.data) > 1:
+        raise ValueError(f"data: --features takes one prepared folder, got {len(options.data)} names")
     from draftwing.api import check_device, parse_dtype
     from draftwing.checkpoint.formats import default_aux_layers
     from draftwing.checkpoint.load import load_target, load_tokenizer
     from draftwing.data.features import FeatureWriter, check_features
     from draftwing.data.prepared import is_prepared, open_prepared
+    from draftwing.models.hidden_states import NORMED
 
-    if len(options.data) > 1:
-        raise ValueError(f"data: --features takes one prepared folder, got {len(options.data)} names")
     if not is_prepared(options.data[0]):
         raise ValueError(f"data: --features takes a folder made by `draftwing prepare`, got {options.data[0]}")
     check_device(options.device)
     prepared = open_prepared(options.data[0], load_tokenizer(options.target))
     target = load_target(options.target, parse_dtype(options.dtype), options.device)
     if options.method != "eagle3":
-        layers: tuple[int, ...] = (target.num_layers,)
+        layers: tuple[int, ...] = (NORMED,)
     else:
         layers = tuple(options.aux_layers or default_aux_layers(target.num_layers))
     writer = FeatureWriter(prepared, target, layers, options.storage, Path(options.output))
-    console = Console(stderr=True)
     estimate = writer.estimate()
-    console.print(f"to write: {estimate}", highlight=False, soft_wrap=True)
+    note(f"to write: {estimate}")
     writer.write()
     result = {"output": options.output, "feature_layers": list(layers), "storage": options.storage}
     result |= {"tokens": estimate.num_tokens, "bytes_per_token": writer.bytes_per_token}
@@ -198,4 +223,5 @@ def _store_features(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(result))
     else:
-        Console().print(", ".join(f"{name} {value}" for name, value in result.items()), highlight=False)
+        new_console().print(", ".join(f"{name} {value}" for name, value in result.items()), markup=False)
+    say_saved(options.output)

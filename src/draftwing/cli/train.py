@@ -5,13 +5,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
-from draftwing.cli.arguments import positive
+from draftwing.cli.arguments import above_zero, not_negative, positive
+from draftwing.cli.output import headline, new_console, note, say_saved
 from draftwing.config import TrainConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SUMMARY = "Train what a recipe describes."
 EXAMPLES = """examples:
@@ -25,14 +26,14 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
     parser.add_argument("recipe", help="a YAML file, see recipes/")
-    parser.add_argument("--stage", type=int, help="run this stage only, counted from 0")
+    parser.add_argument("--stage", type=not_negative, help="run this stage only, counted from 0")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the stages that run"
     )
     parser.add_argument("--plan", action="store_true", help="show what it would take, and run nothing")
     parser.add_argument("--processes", type=positive, default=1, help="--plan: for so many (default: 1)")
     parser.add_argument(
-        "--tflops", type=float, help="--plan: TFLOP/s that a process reaches (default: measured on this machine)"
+        "--tflops", type=above_zero, help="--plan: TFLOP/s that a process reaches (default: measured on this machine)"
     )
 
 
@@ -51,22 +52,25 @@ def run(options: argparse.Namespace) -> None:
     if options.plan:
         _show_plan(chosen, stages, options)
         return
+    from draftwing.files import to_json
     from draftwing.training.processes import end_processes, is_main_process, start_processes
     from draftwing.training.stopping import TrainingStopped
     from draftwing.training.train import train_stage
 
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
     start_processes()
     try:
         for stage in chosen:
             if is_main_process():
-                console.rule(f"{stage.objective} -> {stage.output}")
+                headline(console, f"{stage.objective} -> {stage.output}")
             metrics = train_stage(stage)
             if is_main_process():
-                print(json.dumps({"objective": stage.objective, "output": stage.output, **metrics}), flush=True)
+                print(to_json({"objective": stage.objective, "output": stage.output, **metrics}), flush=True)
+        if is_main_process():
+            say_saved(*outputs)
     except TrainingStopped as stop:
         if is_main_process():
-            console.print(f"{stop}; the same command continues from there", highlight=False, soft_wrap=True)
+            note(f"{stop}; the same command continues from there")
         end_processes(128 + stop.signal_number)
         raise SystemExit(128 + stop.signal_number) from None
     except ValueError:
@@ -87,7 +91,7 @@ def _show_plan(chosen: Sequence[TrainConfig], stages: Sequence[TrainConfig], opt
         rows = [plan.as_dict() | {"recipe": recipe} for plan, recipe in zip(plans, settings, strict=True)]
         print(json.dumps({"processes": options.processes, "flops_per_second": rate, "stages": rows}))
         return
-    console = Console()
+    console = new_console()
     for stage, plan in zip(chosen, plans, strict=True):
         console.print(_table(stage, plan, options.processes))
     source = "as given" if options.tflops else f"{REACHED:.0%} of what large products reach on this machine"
@@ -99,7 +103,9 @@ def _show_plan(chosen: Sequence[TrainConfig], stages: Sequence[TrainConfig], opt
     )
 
 
-def _table(stage: TrainConfig, plan: Any, num_processes: int) -> Table:
+def _table(stage: TrainConfig, plan: Any, num_processes: int) -> "Table":
+    from rich.table import Table
+
     table = Table(title=f"{plan.objective} -> {plan.output}", show_header=False, title_justify="left")
     values = stage.as_dict()
     changed = {name: value for name, value in values.items() if value and value != getattr(TrainConfig, name, 0)}

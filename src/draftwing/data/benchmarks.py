@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from draftwing.data.corpus import Row
-from draftwing.data.prompts import Prompt, as_prompt
+
+if TYPE_CHECKING:  # so that the command line can name the benchmarks without what reads them
+    from draftwing.data.prompts import Prompt
 
 WITHHELD = "FULL BENCHMARK DATA SHOULD BE FETCHED"
 """Begins the turns that SPEED-Bench may not pass on itself."""
@@ -54,7 +56,7 @@ BENCHMARKS = {
 }
 
 
-def load_benchmark(name: str) -> list[Prompt]:
+def load_benchmark(name: str) -> list["Prompt"]:
     """All prompts of one of BENCHMARKS; the first time they are downloaded.
 
     Raises:
@@ -76,7 +78,9 @@ def load_benchmark(name: str) -> list[Prompt]:
     return [_read(name, index, benchmark, row) for index, row in enumerate(rows)]
 
 
-def _read(name: str, index: int, benchmark: Benchmark, row: Mapping[str, Any]) -> Prompt:
+def _read(name: str, index: int, benchmark: Benchmark, row: Mapping[str, Any]) -> "Prompt":
+    from draftwing.data.prompts import as_prompt
+
     place = f"{name}, row {index}"
     try:
         values: Row = {"question_id": index} | benchmark.to_row(row)

@@ -1,9 +1,10 @@
 """Rows to token ids and exact loss masks: a chat template's assistant turns, or all of a plain text.
 
-The mask comes from character offsets of the rendered conversation, so it is right for any chat template. Where one
-rewrites earlier turns (Qwen3's drops what was thought there), each answer is learnt in the text that the model saw.
+The mask comes from where the rendered conversation's characters are tokens, so it is right for any chat template. Where
+one rewrites earlier turns (Qwen3's drops what was thought there), each answer is learnt in the text that the model saw.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from draftwing.data.corpus import Row
+from draftwing.data.messages import SHOWN, THOUGHTS, Message, present, read_conversation, read_flag
+from draftwing.data.spans import supervised_tokens
 
-Message = dict[str, Any]
-"""A turn as OpenAI's API has it: `role`, `content` (a string), and whatever the chat template reads beside them."""
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-SHOWN = 40
-"""Characters shown of a text in an error."""
+CONVERSATION_FIELDS = ("messages", "conversations", "system", "tools", "functions")
+"""What a row's conversation is read from."""
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,25 @@ def encode_row(row: Row, tokenizer: PreTrainedTokenizerFast) -> list[Example]:
     Raises:
         ValueError: the row has none of the known fields or one of another shape, or its chat template is unfit.
     """
-    if "input_ids" in row:
-        return [_read_ids(row, len(tokenizer))]
     row = normalise(row)
+    if "input_ids" in row:
+        return [_read_ids(row, tokenizer)]
     if "text" in row:
         ids = tokenizer(row["text"], add_special_tokens=True)["input_ids"]
         return [Example(torch.tensor(ids, dtype=torch.int64), torch.ones(len(ids), dtype=torch.bool))]
-    return encode_conversation(row["messages"], tokenizer, row.get("tools"), truncated=bool(row.get("truncated")))
+    said = read_conversation(row)
+    return encode_conversation(said.messages, tokenizer, said.tools, said.truncated)
 
 
-def _read_ids(row: Row, vocab_size: int) -> Example:
+def _read_ids(row: Row, tokenizer: Any) -> Example:
     ids, mask = row["input_ids"], row.get("loss_mask")
     if not isinstance(ids, list) or not all(type(token) is int for token in ids):
         raise ValueError("input_ids: expected a list of whole numbers")
-    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+    if ids and not 0 <= min(ids) <= max(ids) < len(tokenizer):
+        known = tokenizer.get_vocab().values()  # with gaps, ids go beyond the number of tokens
         wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise ValueError(f"input_ids: {wrong} is outside the tokenizer's vocabulary of {vocab_size}")
+        if min(ids) < 0 or max(ids) > max(known):
+            raise ValueError(f"input_ids: {wrong} is outside the tokenizer's vocabulary of {len(tokenizer)}")
     mask = [True] * len(ids) if mask is None else mask
     if not isinstance(mask, list) or len(mask) != len(ids) or not all(entry in (0, 1) for entry in mask):
         raise ValueError(f"loss_mask: expected {len(ids)} entries as in input_ids, 0 or 1, got {str(mask)[:SHOWN]}")
@@ -76,64 +79,23 @@ def _read_ids(row: Row, vocab_size: int) -> Example:
 
 
 def normalise(row: Row) -> Row:
-    """The row with its conversation, if it is one, in OpenAI's form.
+    """The row without nulls and with its conversation, if it is one, in OpenAI's form.
 
     Raises:
         ValueError: the row has none of the known fields or one of another shape.
     """
+    row = present(row)
+    read_flag(row, "held_out")
     if "input_ids" in row:
         return row
     if "text" in row:
         if not isinstance(row["text"], str):
             raise ValueError(f"text: expected a string, got {type(row['text']).__name__}")
         return row
-    return row | {"messages": conversation(row)}
-
-
-def conversation(row: Row) -> list[Message]:
-    """The messages of a chat row, in OpenAI's form; ShareGPT's `conversations` are translated.
-
-    Raises:
-        ValueError: no such field, or a turn that is no text.
-    """
-    if "messages" in row:
-        return [_read_message(index, message) for index, message in enumerate(_turns(row, "messages"))]
-    if "conversations" in row:
-        messages: list[Message] = []
-        for turn in _turns(row, "conversations"):
-            speaker = turn.get("from")
-            if not isinstance(speaker, str) or speaker not in SPEAKERS:
-                raise ValueError(f"conversations: expected a speaker of {', '.join(SPEAKERS)}, got {speaker!r}")
-            messages.append(_read_message(len(messages), {"role": SPEAKERS[speaker], "content": turn.get("value")}))
-        return messages
-    raise ValueError(f"row: expected one of messages, conversations, text, input_ids; got the fields {sorted(row)}")
-
-
-def _turns(row: Row, name: str) -> list[Message]:
-    turns = row[name]
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"{name}: expected a list of at least one turn, got {turns!r:.{SHOWN}}")
-    return turns
-
-
-def _read_message(index: int, message: Message) -> Message:
-    """A message whose content is a string; a list of text parts is joined, tool calls may stand alone."""
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str):
-        raise ValueError(f"messages: turn {index} has no role")
-    if content is None and message.get("tool_calls"):
-        content = ""
-    if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text":
-                kind = part.get("type") if isinstance(part, dict) else part
-                raise ValueError(f"messages: turn {index} has a part of type {kind!r}; only text is read")
-            if not isinstance(part.get("text"), str):
-                raise ValueError(f"messages: turn {index} has a part of type 'text' without a text")
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise ValueError(f"messages: turn {index} has as content {type(content).__name__}; expected text")
-    return message | {"content": content}
+    said = read_conversation(row)
+    tools = {"tools": said.tools} if said.tools else {}
+    others = {name: value for name, value in row.items() if name not in CONVERSATION_FIELDS}
+    return others | {"messages": said.messages} | tools
 
 
 def render(
@@ -146,14 +108,43 @@ def render(
     """
     if not tokenizer.chat_template:
         raise ValueError("chat_template: the target's tokenizer has none, so only text and input_ids rows can be read")
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except Exception as error:  # a template is a program: it may do anything with tools or calls of another form
-        raise ValueError(f"chat_template: the template refuses the conversation: {error}") from None
-    assert isinstance(text, str)
-    return text
+    messages = [_as_template_reads(message, str(tokenizer.chat_template)) for message in messages]
+    attempts = [messages]
+    if any("tool_calls" in message for message in messages):
+        attempts.append([_with_argument_texts(message) for message in messages])
+    problem = ""
+    for attempt in attempts:
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    attempt, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        except Exception as error:  # a template is a program: it may do anything with tools or calls of another form
+            problem = problem or str(error)
+    raise ValueError(f"chat_template: the template refuses the conversation: {problem}")
+
+
+def _as_template_reads(message: Message, template: str) -> Message:
+    """A message with what was thought under all its names; a developer is the system to a template without any."""
+    if message["role"] == "developer" and "developer" not in template:
+        message = message | {"role": "system"}
+    if "reasoning_content" in message:
+        message = dict.fromkeys(THOUGHTS, message["reasoning_content"]) | message
+    return message
+
+
+def _with_argument_texts(message: Message) -> Message:
+    """A message whose tool calls have their arguments as JSON: some templates (DeepSeek's) join texts with them."""
+    if "tool_calls" not in message:
+        return message
+    functions = [call["function"] for call in message["tool_calls"]]
+    texts = [json.dumps(function["arguments"], ensure_ascii=False) for function in functions]
+    calls = [
+        call | {"function": call["function"] | {"arguments": text}}
+        for call, text in zip(message["tool_calls"], texts, strict=True)
+    ]
+    return message | {"tool_calls": calls}
 
 
 def encode_conversation(
@@ -172,8 +163,8 @@ def encode_conversation(
     `truncated` says that the last answer was cut off, so that its end-of-turn token is not supervised.
 
     Raises:
-        ValueError: the chat template refuses the conversation, loses its tool calls, or does not write a turn behind
-            the prompt for it.
+        ValueError: the chat template refuses the conversation, loses its tool calls or thoughts, or does not write a
+            turn behind the prompt for it.
     """
     if not messages or messages[0]["role"] == "assistant":
         raise ValueError("messages: turn 0 is an answer; expected what it answers before it")
@@ -215,14 +206,14 @@ def _render_turn(
     through = render(messages, tokenizer, False, tools)
     if not through.startswith(before):
         raise ValueError(_unfit(index, message["content"], through, before))
-    if message.get("tool_calls"):
-        without = {key: value for key, value in message.items() if key != "tool_calls"}
-        if render([*earlier, without], tokenizer, False, tools) == through:
-            raise ValueError(f"chat_template: does not write the tool calls of turn {index}")
+    for name, what in (("tool_calls", "the tool calls"), ("reasoning_content", "what was thought in")):
+        without = {key: value for key, value in message.items() if key != name}
+        if name in message and render([*earlier, without], tokenizer, False, tools) == through:
+            raise ValueError(f"chat_template: does not write {what} {'of ' * (name == 'tool_calls')}turn {index}")
     # What the template writes after the end-of-turn token (a line break, often) is not the model's to say.
     end = len(through.rstrip())
     if is_cut:
-        content = message["content"].strip()
+        content = message["content"].strip() or message.get("reasoning_content", "").strip()
         if not content or content not in through[len(before) :]:
             raise ValueError(f"chat_template: does not write the truncated turn {index} as it is")
         end = through.rindex(content) + len(content)
@@ -230,9 +221,7 @@ def _render_turn(
 
 
 def _encode_rendering(rendering: _Rendering, tokenizer: Any) -> Example:
-    encoded = tokenizer(rendering.text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    supervised = [any(a <= start and end <= b for a, b in rendering.spans) for start, end in offsets]
+    ids, supervised = supervised_tokens(rendering.text, rendering.spans, tokenizer)
     return Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(supervised, dtype=torch.bool))
 
 

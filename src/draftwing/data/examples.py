@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from draftwing.config import TrainConfig
 from draftwing.data import fingerprint
 from draftwing.data.chat import Example, cut, encode_row
-from draftwing.data.features import FeatureExamples
+from draftwing.data.features import FeatureExamples, check_positions
 from draftwing.data.packing import PackedExamples
 from draftwing.data.prepared import StoredExamples, is_prepared, open_prepared
 from draftwing.data.rows import Rejects, made_from, select_rows
@@ -65,8 +65,18 @@ def as_training_rows(
     """What the trainer iterates over: documents with their stored `features`, packed, if the recipe says so.
 
     Of the held-out rows there are `evaluate_rows`.
+
+    Raises:
+        ValueError: a document that the target cannot read: longer than its positions, or with ids that it has not.
     """
     train, held_out = documents.train, documents.held_out
+    longest = max((*lengths_of(train), *lengths_of(held_out)), default=0)
+    check_positions(longest, target.max_positions, "set it to at most")
+    if (largest := max(largest_id(train), largest_id(held_out))) >= target.vocab_size:
+        raise ValueError(
+            f"input_ids: a document has the token {largest} and the target {target.vocab_size} embeddings; "
+            "is the tokenizer the target's own?"
+        )
     if config.features:
         if not (isinstance(train, StoredExamples) and isinstance(held_out, StoredExamples)):
             raise ValueError("features: needs as `data` the prepared folder that the features were made from")
@@ -98,6 +108,12 @@ def count_supervised(documents: Sequence[Example], vocab_size: int) -> torch.Ten
     for document in documents:
         counts += torch.bincount(document.input_ids[document.loss_mask], minlength=vocab_size)
     return counts
+
+
+def largest_id(documents: Sequence[Example]) -> int:
+    """The largest token id; of a prepared folder, in all of its split."""
+    tensors = documents.each_ids() if isinstance(documents, StoredExamples) else (row.input_ids for row in documents)
+    return max((int(ids.max()) for ids in tensors if ids.numel()), default=0)
 
 
 def fingerprint_of(documents: Sequence[Example]) -> str:

@@ -5,6 +5,7 @@ A token costs F + D values (EAGLE-3: four hidden states): bf16, or fp8 e4m3 with
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -31,10 +32,13 @@ from draftwing.data.shards import (
     write_index,
     write_shard,
 )
+from draftwing.models.hidden_states import NORMED
 from draftwing.models.target import TargetModel
 from draftwing.provenance import provenance
 
-FORMAT = "draftwing-features-1"
+logger = logging.getLogger(__name__)
+
+FORMAT = "draftwing-features-2"
 Storage = Literal["bf16", "fp8"]
 SHARD_BYTES = 1 << 29
 BATCH_TOKENS = 8192
@@ -72,10 +76,18 @@ class Job:
     documents: range
 
 
+def check_positions(longest: int, limit: int | None, advice: str) -> None:
+    """Raise a ValueError where a document is longer than a model has positions, which it cannot read as it should."""
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"sequence_length: a document has {longest} tokens and the target {limit} positions; {advice} {limit}"
+        )
+
+
 class FeatureWriter:
     """Runs a target over prepared documents and writes `features [T, F]` and `last_hidden [T, D]`.
 
-    `feature_layers` are hidden_states indices. Where they are the last one alone (EAGLE-1), `last_hidden` is all there
+    `feature_layers` are numbers of hidden states. Where they are -1 alone (EAGLE-1), `last_hidden` is all there
     is to write.
 
     Raises:
@@ -102,6 +114,11 @@ class FeatureWriter:
             check_same_run(folder, earlier, {name: self._index[name] for name in fixed})
             self._index = earlier
         self._done = shards_of(self._index)
+        if num_done := sum(map(len, self._done.values())):
+            what = (
+                "finished already: %s, %d files" if self._index["complete"] else "resuming from %s: %d files are there"
+            )
+            logger.info(what, folder, num_done)
         self._check_fit()
         check_files(folder, [shard for shards in self._done.values() for shard in shards], checksums=False)
         per_shard = max(1, SHARD_BYTES // self.bytes_per_token)
@@ -113,14 +130,11 @@ class FeatureWriter:
 
     def _check_fit(self) -> None:
         target = self._target
-        if not self._layers or not 0 < min(self._layers) <= max(self._layers) <= target.num_layers:
+        known = range(1, target.num_layers + 1)
+        if not self._layers or (self._layers != (NORMED,) and not {*self._layers} <= {*known}):
             raise ValueError(f"aux_layers: expected some of 1 to {target.num_layers}, got {self._layers}")
         longest = max(length for examples in self._examples.values() for length in examples.lengths)
-        if target.max_positions is not None and longest > target.max_positions:
-            raise ValueError(
-                f"sequence_length: a document has {longest} tokens and the target {target.max_positions} positions; "
-                f"prepare the data with --sequence-length {target.max_positions}"
-            )
+        check_positions(longest, target.max_positions, "prepare the data with --sequence-length")
 
     @property
     def bytes_per_token(self) -> int:
@@ -130,7 +144,7 @@ class FeatureWriter:
     @property
     def _stored_layers(self) -> tuple[int, ...]:
         """The layers that are kept beside the last one."""
-        return () if self._layers == (self._target.num_layers,) else self._layers
+        return () if self._layers == (NORMED,) else self._layers
 
     def estimate(self) -> Estimate:
         """Bytes and time still to come; runs the first batch to time it.
@@ -197,7 +211,7 @@ class FeatureWriter:
         """Hidden states of each document, `[S, layers, D]`, the last one the input of the output head."""
         target = self._target
         ids = nn.utils.rnn.pad_sequence([document.input_ids for document in documents], batch_first=True)
-        states = target.read_rows(ids.to(target.device), (*self._stored_layers, target.num_layers)).features
+        states = target.read_rows(ids.to(target.device), (*self._stored_layers, NORMED)).features
         stacked = states.unflatten(-1, (-1, target.hidden_size)).cpu()
         return [states[: len(document)].clone() for states, document in zip(stacked, documents, strict=True)]
 
@@ -256,7 +270,6 @@ class FeatureExamples(Sequence[Example]):
     ) -> None:
         path = Path(folder)
         index = read_index(path, FORMAT)
-        feature_layers = tuple(target.num_layers if layer == -1 else layer for layer in feature_layers)
         if not index["complete"]:
             raise ValueError(f"features: {folder} is unfinished; run the same `draftwing prepare --features` again")
         expected = {
@@ -271,7 +284,7 @@ class FeatureExamples(Sequence[Example]):
         check_files(path, shards, checksums=False)
         self.lengths = documents.lengths
         self._documents, self._reader = documents, ShardReader(path, shards)
-        self._is_fp8, self._has_own_features = index["storage"] == "fp8", list(feature_layers) != [target.num_layers]
+        self._is_fp8, self._has_own_features = index["storage"] == "fp8", feature_layers != (NORMED,)
 
     def __len__(self) -> int:
         return len(self._documents)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -36,6 +37,8 @@ from draftwing.data.shards import (
 )
 from draftwing.data.sources import RowRef
 from draftwing.provenance import provenance
+
+logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 REJECTS = "rejects.jsonl"
@@ -130,6 +133,10 @@ class StoredExamples(Sequence[Example]):
         start, stop = self.spans[index]
         input_ids = self._reader.read("input_ids", start, stop).to(torch.int64)
         return Example(input_ids, self._reader.read("loss_mask", start, stop).clone())
+
+    def each_ids(self) -> Iterator[torch.Tensor]:
+        """The token ids of each file of the whole split."""
+        return self._reader.each("input_ids")
 
     def token_counts(self, vocab_size: int) -> torch.Tensor:
         """How often each token is supervised in the whole split, `[V]`."""
@@ -269,7 +276,10 @@ def prepare(settings: PrepareSettings, tokenizer: Any, folder: Path, workers: in
     num_rows = sum(map(len, by_split.values()))
     writer = _Writer(folder, settings, tokenizer, num_rows)
     if writer.is_complete:
+        logger.info("finished already: %s", folder)
         return open_prepared(str(folder), tokenizer)
+    if writer.counts.rows:
+        logger.info("resuming from %s: %d of %d rows are there", folder, writer.counts.rows, num_rows)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
         shown = progress.add_task("tokenising rows", total=num_rows, completed=writer.counts.rows)

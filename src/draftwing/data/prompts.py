@@ -1,4 +1,4 @@
-"""Prompts to measure on: the embedded held-out ones, or any JSONL file."""
+"""Prompts to measure on: the embedded held-out ones, or any file of rows."""
 
 import json
 from collections.abc import Sequence
@@ -6,33 +6,44 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from draftwing.data.chat import Message, conversation, render
+from draftwing.data.chat import render
 from draftwing.data.corpus import Row
-from draftwing.data.sources import parse_row
+from draftwing.data.messages import Message, present, read_conversation
+from draftwing.data.sources import open_file
 
-FIELDS = ("prompt", "messages", "turns")
+FIELDS = ("prompt", "messages", "conversations", "turns", "text")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A named prompt: plain `text` to continue, or chat `messages` to answer, and what the user says after that."""
+    """A named prompt: plain `text` to continue, or chat `messages` to answer, and what the user says after that.
+
+    The model is told of the `tools`.
+    """
 
     name: str
     text: str = ""
     messages: tuple[Message, ...] = ()
     later_turns: tuple[str, ...] = ()
     category: str = ""
+    tools: tuple[Message, ...] = ()
 
     @property
     def num_turns(self) -> int:
         return 1 + len(self.later_turns)
 
     def token_ids(self, tokenizer: Any) -> list[int]:
-        """The prompt as the model reads it; messages become plain text where the tokenizer has no chat template."""
+        """The prompt as the model reads it; messages become plain text where the tokenizer has no chat template.
+
+        Raises:
+            ValueError: the chat template refuses the messages, or there is none and nothing can tell of the tools.
+        """
         if not self.messages:
             text, is_chat = self.text, False
         elif is_chat := has_chat_template(tokenizer):
-            text = render(list(self.messages), tokenizer, add_generation_prompt=True)
+            text = render(list(self.messages), tokenizer, True, list(self.tools) or None)
+        elif self.tools:
+            raise ValueError("chat_template: the target's tokenizer has none, so no prompt can have tools")
         else:
             text = "\n\n".join(message["content"] for message in self.messages) + "\n\n"
         ids: list[int] = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
@@ -50,32 +61,29 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Read a JSONL file whose rows have `prompt`, `messages` or `turns` (what the user says, turn by turn).
+    """Read a file whose rows have `prompt` or `text`, `messages` or `conversations`, or `turns` (what the user says).
 
     Raises:
-        ValueError: no such file, no UTF-8, no rows, no JSON, or a row with none of these fields (named by its line).
+        ValueError: no such file, no rows, or a row that cannot be read or has none of these (named by its line).
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"prompts: no such file: {path}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts: {path} is not UTF-8: {error}") from None
+        source = open_file(str(path))
+    except ValueError as error:
+        raise ValueError(f"prompts: {str(error).removeprefix('data: ')}") from None
     prompts = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            prompts.append(as_prompt(_parse(line, f"{path}, line {number}"), f"{path}, line {number}"))
+    for index in range(len(source)):
+        place = f"{path}, line {source.line(index)}"
+        try:
+            row = source.read(index)
+        except ValueError as error:
+            raise ValueError(f"prompts: {place}: {error}") from None
+        prompts.append(as_prompt(row, place))
     if not prompts:
         raise ValueError(f"prompts: {path} is empty")
     return prompts
-
-
-def _parse(line: str, place: str) -> Row:
-    try:
-        return parse_row(line)
-    except ValueError as error:
-        raise ValueError(f"prompts: {place}: {error}") from None
 
 
 def as_prompt(row: Row, place: str) -> Prompt:
@@ -84,39 +92,42 @@ def as_prompt(row: Row, place: str) -> Prompt:
     Raises:
         ValueError: the row has none of FIELDS, or one of another form.
     """
+    row = present(row)
     names = (row.get("name"), row.get("question_id"))
     name = next((str(name) for name in names if name is not None), place)
     category = str(row.get("category") or "")
     match next((field for field in FIELDS if field in row), None):
-        case "prompt" if isinstance(text := row["prompt"], str):
+        case "prompt" | "text" as field if isinstance(text := row[field], str):
             return Prompt(name, text=text, category=category)
-        case "messages" if _are_messages(row["messages"]):
-            return Prompt(name, messages=_read_messages(row, place), category=category)
+        case "messages" | "conversations":
+            messages, tools = _read_messages(row, place)
+            return Prompt(name, messages=messages, category=category, tools=tools)
         case "turns" if _are_texts(turns := row["turns"]):
             first = {"role": "user", "content": turns[0]}
             return Prompt(name, messages=(first,), later_turns=tuple(turns[1:]), category=category)
         case None:
             raise ValueError(f"prompts: {place}: expected one of {', '.join(FIELDS)}; got {sorted(row)}")
         case field:
-            forms = {"prompt": "a text", "messages": "a list of role and content", "turns": "a list of texts"}
-            raise ValueError(f"prompts: {place}: {field}: expected {forms[field]}, got {str(row[field])[:60]}")
+            form = "a list of texts" if field == "turns" else "a text"
+            raise ValueError(f"prompts: {place}: {field}: expected {form}, got {str(row[field])[:60]}")
 
 
 def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
-def _are_messages(value: Any) -> bool:
-    is_message = lambda turn: isinstance(turn, dict) and {"role", "content"} <= turn.keys()
-    return isinstance(value, list) and bool(value) and all(map(is_message, value))
-
-
-def _read_messages(row: Row, place: str) -> tuple[Message, ...]:
-    """The messages as training rows are read: text parts joined, a turn without text refused."""
+def _read_messages(row: Row, place: str) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """The messages, as training rows are read, without an answer at their end; and the tools."""
     try:
-        return tuple(conversation(row))
+        said = read_conversation(row)
     except ValueError as error:
         raise ValueError(f"prompts: {place}: {error}") from None
+    messages = said.messages
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise ValueError(f"prompts: {place}: messages: expected something to answer, got answers alone")
+    return tuple(messages), tuple(said.tools or ())
 
 
 def spread(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:

@@ -1,4 +1,4 @@
-"""Where rows come from, with random access: the standard library, JSONL files, data sets of the Hugging Face hub."""
+"""Where rows come from, with random access: the standard library, files, data sets of the Hugging Face hub."""
 
 import json
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from draftwing.data.corpus import Row, read_stdlib
+from draftwing.data.messages import read_flag
 
 SHOWN = 200
 """Characters shown of a row."""
@@ -51,39 +52,63 @@ class RowRef:
 
 
 def open_source(name: str) -> Source:
-    """Open `stdlib`, a JSONL file, or `hub:org/name[/config][:split]` (split: train).
+    """Open `stdlib`, a file (see `open_file`), or `hub:org/name[/config][:split]` (split: train).
 
     Raises:
         ValueError: no such file, or a data set that cannot be had.
     """
     if name == "stdlib":
         corpus = read_stdlib()
-        return ListSource(name, [*corpus.train, *corpus.held_out], len(corpus.train))
-    if name.startswith("hub:"):
-        return HubSource(name)
+        num_train = len(corpus.train)
+        held_out = set(range(num_train, num_train + len(corpus.held_out)))
+        return ListSource(name, [*corpus.train, *corpus.held_out], held_out)
+    return HubSource(name) if name.startswith("hub:") else open_file(name)
+
+
+def open_file(name: str) -> Source:
+    """Open a file: texts (.txt), one array of rows (.json), or a row per line.
+
+    Texts have empty lines between them; a file without any has a text per line.
+
+    Raises:
+        ValueError: no such file, no UTF-8 in a text file, or no array where one begins.
+    """
+    path = Path(name)
+    if path.is_dir():
+        raise ValueError(f"data: {name} is a folder; a prepared one stands alone, and only heads are trained from it")
+    if not path.is_file():
+        raise ValueError(f"data: no such file: {name} (expected `stdlib`, a file or hub:org/name)")
+    if path.suffix == ".txt":
+        return ListSource(name, *_read_texts(path))
+    if path.suffix == ".json" and _begins_array(path):
+        rows = _read_array(path)
+        return ListSource(name, rows, {index for index, row in enumerate(rows) if is_held_out(row)})
     return JsonlSource(name)
 
 
 class ListSource:
-    """Rows in memory; those from `num_train` on are held out."""
+    """Rows in memory, of which some are held out. `lines` says where each begins; else they are counted."""
 
-    def __init__(self, name: str, rows: Sequence[Row], num_train: int) -> None:
-        self.name, self._rows, self._num_train = name, rows, num_train
+    def __init__(self, name: str, rows: Sequence[Any], held_out: set[int], lines: Sequence[int] = ()) -> None:
+        self.name, self._rows, self._held_out, self._lines = name, rows, held_out, lines
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def read(self, index: int) -> Row:
-        return self._rows[index]
+        row = self._rows[index]
+        if not isinstance(row, dict):
+            raise ValueError(f"expected an object, got {type(row).__name__}")
+        return row
 
     def line(self, index: int) -> int:
-        return index + 1
+        return self._lines[index] if self._lines else index + 1
 
     def beginning(self, index: int) -> str:
         return str(self._rows[index])[:SHOWN]
 
     def marked(self) -> set[int]:
-        return set(range(self._num_train, len(self._rows)))
+        return self._held_out
 
 
 class JsonlSource:
@@ -91,12 +116,6 @@ class JsonlSource:
 
     def __init__(self, name: str) -> None:
         self.name, self._path = name, Path(name)
-        if self._path.is_dir():
-            raise ValueError(
-                f"data: {name} is a folder; a prepared one stands alone, and only heads are trained from it"
-            )
-        if not self._path.is_file():
-            raise ValueError(f"data: no such file: {name} (expected `stdlib`, a JSONL file or hub:org/name)")
         self._starts, self._lines, self._marked = array("q"), array("q"), set[int]()
         position = 0
         with self._path.open("rb") as file:
@@ -154,8 +173,8 @@ class HubSource:
         return len(self._rows)
 
     def read(self, index: int) -> Row:
-        # Columns that are empty in this row are fields that it does not have.
-        return {name: value for name, value in self._rows[index].items() if value is not None}
+        row: Row = _without_nulls(self._rows[index])
+        return row
 
     def line(self, index: int) -> int:
         return index + 1
@@ -166,7 +185,50 @@ class HubSource:
     def marked(self) -> set[int]:
         if "held_out" not in self._rows.column_names:
             return set()
-        return {index for index, value in enumerate(self._rows["held_out"]) if value}
+        return {index for index, value in enumerate(self._rows["held_out"]) if is_held_out({"held_out": value})}
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value of a table, whose columns and nested fields are those of all rows: null in rows without them."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def _read_texts(path: Path) -> tuple[list[Row], set[int], list[int]]:
+    """The texts of a file as rows, none of which is marked as held out, and the lines that they begin at."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {path} is not UTF-8: {error}") from None
+    filled = [number for number, line in enumerate(lines) if line.strip()]
+    begins = [number for index, number in enumerate(filled) if filled[index - 1] != number - 1]
+    starts = filled if len(begins) == 1 else begins
+    ends = [*starts[1:], len(lines)][: len(starts)]
+    rows = [{"text": "\n".join(lines[start:end]).rstrip()} for start, end in zip(starts, ends, strict=True)]
+    return rows, set(), [start + 1 for start in starts]
+
+
+def _begins_array(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1 << 12).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
+def _read_array(path: Path) -> list[Any]:
+    try:
+        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"data: {path} begins as an array and is no JSON: {error}") from None
+    assert isinstance(rows, list)
+    return rows
+
+
+def is_held_out(row: Any) -> bool:
+    """Whether a row says so. One that has no flag but something else there is refused when it is read."""
+    try:
+        return isinstance(row, dict) and read_flag(row, "held_out")
+    except ValueError:
+        return False
 
 
 def parse_row(text: str) -> Row:
@@ -191,7 +253,6 @@ def parse_row(text: str) -> Row:
 
 def _is_marked(line: bytes) -> bool:
     try:
-        row = json.loads(line)
+        return is_held_out(json.loads(line))
     except (ValueError, RecursionError):
         return False
-    return isinstance(row, dict) and bool(row.get("held_out"))

@@ -6,13 +6,14 @@ more than the rate reached so far (a level, a node), and drafts nothing where th
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from draftwing.decoding.acceptance import NUM_DEPTHS, CalibratedSize
 from draftwing.decoding.costs import CycleCosts
+from draftwing.decoding.engine import bucket
 from draftwing.decoding.experience import Experience
 from draftwing.decoding.lookups import STUDIED
 from draftwing.decoding.pause import INHERITED_PAUSE
@@ -37,30 +38,63 @@ FEW_NODES = 16
 """Nodes over which the seconds of one more are averaged where it is not known yet how many there will be."""
 CONTEXT_STEP = 64
 """Tokens after which the costs are looked up anew."""
+OFF = TreePlan.off()
 
 
 class AutoPlan:
-    """Plans the cycles of one generation and learns from each.
+    """Plans the cycles of an engine by how many rows they have, and learns from each.
 
-    `largest` bounds the trees. Without `fixed_shapes`, levels and nodes are decided tree by tree, which reads scores
-    while a tree grows: free on a CPU. With them every tree has one of these shapes (`largest` among them), so that each
-    can be captured, and growth asks for the worth of nodes alone.
+    For each number of rows, rounded up to a power of two, there is a SizedPlan; `costs_of` and `experience_of` give
+    what it knows. The other arguments are those of SizedPlan.
     """
 
     learns = True
 
     def __init__(
         self,
-        costs: CycleCosts,
-        experience: Experience,
-        batch_size: int,
+        costs_of: Callable[[int], CycleCosts],
+        experience_of: Callable[[int], Experience],
         largest: TreePlan,
-        off: TreePlan,
         device: torch.device,
         fixed_shapes: Sequence[TreePlan] = (),
     ) -> None:
         self.largest = largest
-        self._all_costs, self._experience, self._batch_size, self._off = costs, experience, batch_size, off
+        self._costs_of, self._experience_of = costs_of, experience_of
+        self._device, self._fixed_shapes = device, fixed_shapes
+        self._sized: dict[int, SizedPlan] = {}
+
+    def next(self, num_rows: int, longest: int) -> TreePlan:
+        """The next cycle's plan for so many rows, given the committed tokens of the longest one."""
+        size = bucket(num_rows)
+        if size not in self._sized:
+            costs, experience = self._costs_of(size), self._experience_of(size)
+            self._sized[size] = SizedPlan(costs, experience, self.largest, self._device, self._fixed_shapes)
+        self._current = self._sized[size]
+        return self._current.next(longest)
+
+    def learn(self, report: CycleReport) -> None:
+        """Take in what became of a cycle's tree."""
+        self._current.learn(report)
+
+
+class SizedPlan:
+    """Plans the cycles of one number of rows or a few less, and learns from each.
+
+    `largest` bounds the trees. Without `fixed_shapes`, levels and nodes are decided tree by tree, which reads scores
+    while a tree grows: free on a CPU. With them every tree has one of these shapes (`largest` among them), so that each
+    can be captured, and growth asks for the worth of nodes alone.
+    """
+
+    def __init__(
+        self,
+        costs: CycleCosts,
+        experience: Experience,
+        largest: TreePlan,
+        device: torch.device,
+        fixed_shapes: Sequence[TreePlan] = (),
+    ) -> None:
+        self.largest = largest
+        self._all_costs, self._experience = costs, experience
         self._table = experience.acceptance.copy(REQUEST_MEMORY)
         if experience.sizing is None:
             experience.sizing = CalibratedSize(device)
@@ -77,8 +111,7 @@ class AutoPlan:
             for shape in {largest, *fixed_shapes}
             for looks_up in (False, True)
         }
-        self._tokens, self._seconds = 0.0, 0.0  # what speculation has brought and cost of late
-        self._running = np.arange(batch_size)
+        self._tokens, self._seconds = 0.0, 0.0  # what speculation has brought a row, and cost, of late
         self._costs_until = self._num_cycles = 0
         self._levels_seconds = 0.0  # of the last tree's levels beyond the first
         self._looks_up = False
@@ -93,7 +126,7 @@ class AutoPlan:
         if longest >= self._costs_until:
             self._look_up_costs(longest)
         if self._experience.pause.goes_on():
-            return self._off
+            return OFF
         self._levels_seconds = self._costs.levels(self._shape) if self._shapes else 0.0
         self._looks_up = self._shape.lookup_depth > 0 and self._experience.lookups.looks_up()
         return self._sized[self._shape, self._looks_up]
@@ -106,9 +139,7 @@ class AutoPlan:
         """Of how many nodes at `depth`, with these scores `[B, K]`, the children bring most beyond their seconds."""
         # Numbers of Python: a level is so narrow that arrays would take longer.
         rows, rate = scores.tolist(), self._rate
-        if len(self._running) < self._batch_size:
-            rows = [rows[row] for row in self._running]
-        share = self._batch_size / len(rows) * self._continuation[min(depth + 1, NUM_DEPTHS) - 1]
+        share = self._continuation[min(depth + 1, NUM_DEPTHS) - 1] / len(rows)
         best, best_gain, total = 0, 0.0, 0.0
         for count, (column, seconds) in enumerate(zip(zip(*rows, strict=True), self._step_seconds, strict=False), 1):
             total += max(share * sum(map(math.exp, column)) - rate * self._few_seconds, 0.0)
@@ -120,18 +151,14 @@ class AutoPlan:
 
     def num_nodes(self, scores: torch.Tensor, limit: int) -> int:
         """How many of the candidates with these scores `[B, M]` bring enough for their seconds, the root included."""
-        values = scores.numpy()
-        if len(self._running) < self._batch_size:  # rows that have ended count as the mean of the others
-            values = values[self._running]
-        ordered = np.sort(values, axis=1)[:, ::-1][:, : limit - 1]
-        tokens = np.exp(ordered).sum(0) * (self._batch_size / len(values))
+        ordered = np.sort(scores.numpy(), axis=1)[:, ::-1][:, : limit - 1]
+        tokens = np.exp(ordered).mean(0)
         return 1 + max(1, int((tokens > self._rate * self._node_seconds[: len(tokens)]).sum()))
 
     def learn(self, report: CycleReport) -> None:
         """Take in what became of a cycle's tree; only every few are looked at closely, which takes time."""
-        self._running = report.rows
         fade = 1 - 1 / RATE_MEMORY
-        self._tokens = self._tokens * fade + report.num_tokens * self._batch_size / len(report.rows)
+        self._tokens = self._tokens * fade + report.num_tokens / report.num_rows
         self._seconds = self._seconds * fade + self._tree_seconds[report.num_nodes] + self._levels_seconds
         self._num_cycles += 1
         is_young = self._experience.num_lessons < YOUTH
@@ -149,7 +176,7 @@ class AutoPlan:
 
     @property
     def _rate(self) -> float:
-        """Tokens per second that a further second must bring."""
+        """Tokens of a row per second that a further second must bring."""
         return float(max(self._plain_rate, self._tokens / self._seconds))
 
     def _judge(self) -> None:
@@ -170,7 +197,7 @@ class AutoPlan:
     def _look_up_costs(self, longest: int) -> None:
         self._costs_until = longest + CONTEXT_STEP
         self._costs = self._all_costs.at(longest)
-        self._plain_rate = self._batch_size / self._costs.plain[0]
+        self._plain_rate = 1 / self._costs.plain[0]
         nodes = np.arange(1, self.largest.num_nodes + 1)
         verify = np.interp(nodes, self._costs.num_nodes, self._costs.verify[0])
         self._node_seconds = np.maximum(np.diff(verify), 0.0)  # of the second node, the third, ...

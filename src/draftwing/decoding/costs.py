@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,16 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from draftwing.decoding.generate import Generation, Request, plain_plan
+from draftwing.decoding.captured import Recorder
+from draftwing.decoding.engine import Engine, NewDrafter, Request
+from draftwing.decoding.generate import Generation
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.readback import CycleReport
-from draftwing.decoding.rows import DrafterFactory, NewRows, Rows
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.statistics import STAGES
 from draftwing.decoding.stopping import StopRule
 from draftwing.models.target import TargetModel
 
 logger = logging.getLogger(__name__)
+DAYS_KEPT = 30
+"""After which a measurement is made anew: drivers, neighbours and cooling change."""
 NUM_NODES = (2, 4, 8, 12, 16, 24, 32, 48, 64)
 WIDTHS = (1, 4, 8)
 CONTEXTS = (64, 512)
@@ -125,16 +129,22 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "draftwing"
 
 
-def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts]) -> CycleCosts:
-    """The costs measured earlier under the same key, or measured now and kept on disk if that can be written."""
+def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts], since: float = 0.0) -> CycleCosts:
+    """The costs measured earlier under the same key, or measured now and kept on disk if that can be written.
+
+    Those from before `since` (seconds, as time.time gives them) and those older than DAYS_KEPT do not count.
+    """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     file = cache_folder() / "costs" / f"{digest}.json"
     try:
-        return CycleCosts.from_dict(json.loads(file.read_text(encoding="utf-8"))["costs"])
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if max(since, time.time() - DAYS_KEPT * 86400) <= record["measured_at"] <= time.time():
+            return CycleCosts.from_dict(record["costs"])
     except (OSError, ValueError, KeyError, TypeError):  # not measured yet, or a file that something else wrote
-        logger.info("measuring this machine once, which takes a few seconds")
-        costs = measure()
-    record = json.dumps({"key": key, "costs": costs.as_dict()}, indent=2, default=str)
+        pass
+    logger.info("measuring this machine once, which takes a few seconds; kept for %d days", DAYS_KEPT)
+    costs = measure()
+    record = json.dumps({"key": key, "measured_at": time.time(), "costs": costs.as_dict()}, indent=2, default=str)
     partial = file.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -145,12 +155,12 @@ def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts]) -> C
 
 def measure_costs(
     target: TargetModel,
-    new_drafter: DrafterFactory,
+    new_drafter: NewDrafter,
     batch_size: int,
     largest: TreePlan,
     num_rounds: int = 12,
     contexts: Sequence[int] = CONTEXTS,
-    new_rows: NewRows = Rows,
+    recorder: Recorder | None = None,
     sampled: bool = False,
 ) -> CycleCosts:
     """Time the engine's own stages with the plans that tell them apart, up to the largest.
@@ -165,19 +175,23 @@ def measure_costs(
     contexts = sorted({max(1, min(context, limit // 4)) for context in contexts})
     widths = [width for width in WIDTHS if width < largest.width] + [largest.width]
     sizes = [num_nodes for num_nodes in NUM_NODES if num_nodes < largest.num_nodes] + [largest.num_nodes]
-    plans = [plain_plan(target, batch_size)]
+    plans = [TreePlan.off()]
     plans += [_shallowest(num_nodes, widths[-1]) for num_nodes in sizes]
     num_steps = max(1, min(STEPS, largest.depth - 1))
     plans += [TreePlan(width, 1 + num_steps, 2) for width in widths]
+    sampling = SamplingParams(temperature=1.0 if sampled else 0.0)
+    texts = [_requests(target, batch_size, n, plans, -(-num_rounds // PARTS), sampling) for n in contexts]
+    capacity = max(len(request.prompt) + request.stop.max_new_tokens for requests, _ in texts for request in requests)
+    engine = Engine(target, new_drafter, batch_size, capacity, _Schedule(plans, ()), recorder)
+    engine.waits = True  # the next cycle is another plan's
     measured: dict[str, list[Any]] = defaultdict(list)
-    for context in contexts:
-        sampling = SamplingParams(temperature=1.0 if sampled else 0.0)
-        requests, rounds = _requests(target, batch_size, context, plans, -(-num_rounds // PARTS), sampling)
+    for context, (requests, rounds) in zip(contexts, texts, strict=True):
         cycles = _Cycles(plans)
         for _ in range(PARTS):
-            generation = Generation(target, requests, new_drafter, _Schedule(plans, rounds), new_rows=new_rows)
+            engine.plan = _Schedule(plans, rounds)
+            generation = Generation(engine, requests)
             cycles.run(generation, rounds)
-            generation.close()  # the next one takes its rows, with the cycles that were captured for them
+            generation.close()
         plain, *stages = cycles.medians()
         by_nodes, by_width = stages[: len(sizes)], stages[len(sizes) :]
         first = by_nodes[0]
@@ -207,7 +221,7 @@ class _Schedule:
         self._turns = (plans[index] for order in rounds for index in order)
         self.largest = max(plans, key=lambda plan: (plan.num_nodes, plan.depth))
 
-    def next(self, longest: int) -> TreePlan:
+    def next(self, num_rows: int, longest: int) -> TreePlan:
         return next(self._turns)
 
     def learn(self, report: CycleReport) -> None:
@@ -245,7 +259,6 @@ class _Cycles:
 
     def run(self, generation: Generation, rounds: Sequence[Sequence[int]]) -> None:
         """Run these rounds of plans; all but the first count, or the last cycle where a tiny target has no room."""
-        generation.waits = True  # the next cycle is another plan's
         clock = [dict(generation.statistics.seconds)]
         turns = list(itertools.chain(*rounds))
         for _ in itertools.islice(generation.cycles(), len(turns)):

@@ -17,8 +17,8 @@ STUDIED = 2
 class LookupTrial:
     """Tries lookups for a while, pauses them where they bring little, and tries again.
 
-    It outlives a generation, so that short ones come to a verdict together; but the next one waits for a short pause
-    only, for its text may be an edit.
+    Where trees size themselves it outlives a generation, so that short ones come to a verdict together; but the next
+    one waits for a short pause only, for its text may be an edit.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class LookupTrial:
     def study(self, facts: CycleFacts) -> None:
         """Count what lookups alone brought to a cycle that looked up."""
         self._num_studied += 1
-        self._looked_up += float((facts.accepted & ~facts.drafted).sum() - len(facts.rows))  # less the roots
+        self._looked_up += float((facts.accepted & ~facts.drafted).sum() - len(facts.depths))  # less the roots
         self._accepted += float(facts.accepted.sum())
         if self._num_studied < TRIAL:
             return
@@ -62,7 +62,7 @@ class LookupPlan:
         """Whether this cycle looks up and is one of those that are studied."""
         return self._looks_up and self._num_lookups % STUDIED == 0
 
-    def next(self, longest: int) -> TreePlan:
+    def next(self, num_rows: int, longest: int) -> TreePlan:
         """The plan with or without its lookup."""
         self._looks_up = self._trial.looks_up()
         self._num_lookups += self._looks_up

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from draftwing.decoding.generate import Request
+from draftwing.decoding.engine import Request
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import Decode, StopRule
@@ -30,11 +30,12 @@ class GenerateOptions:
     Of the model's generation config only end-of-sequence and padding ids are read; its temperature, top_p, ... are not.
 
     Attributes:
-        seed: one seed per row, or a single one, which gives row b the seed `seed + b`.
+        seed: one seed per row, or a single one, of which row b gets `row_seed(seed, b)`, that is `seed + b * 2**32`.
         stop: stop strings; a row ends with the token that completes one.
         plan: `auto`, `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `eagle1`, `medusa`, `lookahead:WxNxG` (for that
             method alone) or a TreePlan; None is the method's default. `auto` sizes each tree by what it is expected to
-            bring; the first time on a machine it measures what a cycle costs, for a second or two (it logs so).
+            bring; the first time on a machine it measures what a cycle costs, for a second or two (it logs so). Levels
+            beyond `max_new_tokens` are left out, and with `off` the options below say nothing.
         ngram: with an EAGLE method, let a continuation looked up in the text compete for the nodes of each tree; None:
             where trees size themselves. Lookups that bring nothing are paused.
         draft_window: the last tokens that an EAGLE head reads; None: as many as it was trained on, for past these
@@ -113,5 +114,13 @@ class GenerateOptions:
 
     def _seed_of(self, row: int) -> int:
         if isinstance(self.seed, int):
-            return (self.seed + row) % 2**63 if 0 <= self.seed < 2**63 else self.seed  # SamplingParams refuses others
+            return row_seed(self.seed, row) if 0 <= self.seed < 2**63 else self.seed  # SamplingParams refuses others
         return self.seed[row]
+
+
+def row_seed(seed: int, row: int) -> int:
+    """The seed of a batch's row, with which the row alone has the same tokens: `seed` itself for the first.
+
+    Runs with different seeds below 2^32 have no row's seed in common. (The noise hashes both halves of a seed.)
+    """
+    return (seed + row * 2**32) % 2**63

@@ -6,11 +6,12 @@ N counts the root. The reference code's `depth=d` makes d + 1 levels; here the d
 import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+if TYPE_CHECKING:  # so that the command line can read a plan's name without them
+    import torch
 
-from draftwing.decoding.readback import CycleReport
+    from draftwing.decoding.readback import CycleReport
 
 RankPath = tuple[int, ...]
 
@@ -41,26 +42,26 @@ STATIC_TREES = {"eagle1": EAGLE1_PATHS, "medusa": MEDUSA_PATHS}
 class Sizing(Protocol):
     """What growth asks while it drafts a tree: the worth of a node, and whether more of them pay."""
 
-    def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
+    def worth(self, log_probs: "torch.Tensor", depth: int) -> "torch.Tensor":
         """Estimates of log P(a child is accepted | its parent is) from the drafter's own, any shape; at most 0."""
 
-    def num_parents(self, scores: torch.Tensor, depth: int) -> int:
+    def num_parents(self, scores: "torch.Tensor", depth: int) -> int:
         """Of how many nodes at `depth` to draft children, given their scores `[B, K]`, the best first; 0 ends it."""
 
-    def num_nodes(self, scores: torch.Tensor, limit: int) -> int:
+    def num_nodes(self, scores: "torch.Tensor", limit: int) -> int:
         """How many nodes of a tree to keep, the root included, given its candidates' scores `[B, M]`."""
 
 
 class FixedSize:
     """The papers' sizing: drafters are believed, and trees always have the plan's shape."""
 
-    def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
+    def worth(self, log_probs: "torch.Tensor", depth: int) -> "torch.Tensor":
         return log_probs
 
-    def num_parents(self, scores: torch.Tensor, depth: int) -> int:
+    def num_parents(self, scores: "torch.Tensor", depth: int) -> int:
         return scores.shape[1]
 
-    def num_nodes(self, scores: torch.Tensor, limit: int) -> int:
+    def num_nodes(self, scores: "torch.Tensor", limit: int) -> int:
         return limit
 
 
@@ -75,10 +76,10 @@ class Plan(Protocol):
     def largest(self) -> "TreePlan":
         """The largest plan that `next` gives."""
 
-    def next(self, longest: int) -> "TreePlan":
-        """The next cycle's plan, given the committed tokens of the longest row."""
+    def next(self, num_rows: int, longest: int) -> "TreePlan":
+        """The next cycle's plan for so many rows, given the committed tokens of the longest one."""
 
-    def learn(self, report: CycleReport) -> None:
+    def learn(self, report: "CycleReport") -> None:
         """Take in what became of the cycle's tree."""
 
 
@@ -146,10 +147,10 @@ class TreePlan:
     def largest(self) -> "TreePlan":
         return self
 
-    def next(self, longest: int) -> "TreePlan":
+    def next(self, num_rows: int, longest: int) -> "TreePlan":
         return self
 
-    def learn(self, report: CycleReport) -> None:
+    def learn(self, report: "CycleReport") -> None:
         pass
 
     @property
@@ -177,18 +178,20 @@ class TreePlan:
         return replace(self, lookup_depth=min(self.num_nodes - 1, LOOKUP_DEPTH))
 
     def cut_to(self, depth: int) -> "TreePlan":
-        """The plan's first `depth` levels, for a drafter that has no more."""
+        """The plan's first `depth` levels, for a drafter or a limit that has no more."""
         if self.depth <= depth:
             return self
+        if self.window:
+            return TreePlan.lookahead(self.window, depth + 1, self.width)
         if self.paths:
             return TreePlan.static(tuple(path for path in self.paths if len(path) <= depth))
         num_candidates = TreePlan(self.width, depth, 1).num_candidates
         return replace(self, depth=depth, num_nodes=min(self.num_nodes, 1 + num_candidates))
 
     @staticmethod
-    def off(num_nodes: int = 1) -> "TreePlan":
-        """No speculation: the root alone, padded to `num_nodes` (see `TargetModel.best_single_row`)."""
-        return TreePlan(0, 0, num_nodes)
+    def off() -> "TreePlan":
+        """No speculation: the root alone."""
+        return TreePlan(0, 0, 1)
 
     @staticmethod
     def chain(depth: int) -> "TreePlan":

@@ -37,11 +37,9 @@ class CycleFacts:
     """What became of the running rows' trees, on the host: arrays `[R, N]` as in DraftTree and Verdict.
 
     Attributes:
-        rows: `[R]` their indices in the batch.
         drafted: what a network has drafted: neither the root, nor padding, nor what was looked up.
     """
 
-    rows: Array
     accepted: Array
     parents: Array
     depths: Array
@@ -56,9 +54,9 @@ class CycleFacts:
 
     def outcomes(self) -> Outcomes:
         """The nodes that had a chance."""
-        tried = self.drafted & self.accepted[np.arange(len(self.rows))[:, None], self.parents]
+        tried = self.drafted & self.accepted[np.arange(len(self.parents))[:, None], self.parents]
         # At each depth at most one node of a row is accepted, so these are the children of one parent.
-        has_children = np.zeros((len(self.rows), self.max_depth + 1), dtype=bool)
+        has_children = np.zeros((len(self.depths), self.max_depth + 1), dtype=bool)
         rows, nodes = np.nonzero(tried)
         depths = self.depths[rows, nodes]
         has_children[rows, depths - 1] = True
@@ -67,12 +65,12 @@ class CycleFacts:
 
 @dataclass(frozen=True)
 class CycleReport:
-    """What a cycle brought to the running `rows [R]`: `num_tokens` over all of them, from trees of `num_nodes`.
+    """What a cycle brought to its `num_rows`: `num_tokens` over all of them, from trees of `num_nodes`.
 
     `facts()` are worked out when they are asked for.
     """
 
-    rows: Array
+    num_rows: int
     num_tokens: int
     num_nodes: int
     facts: Callable[[], CycleFacts]
@@ -113,15 +111,12 @@ class CycleReading:
             self._arrays = unpack(self._packed.numpy(force=True), self._parts)
         return self._arrays[0]
 
-    def facts(self, rows: Array) -> CycleFacts:
-        """What became of some rows' trees; after `result`."""
-        arrays = self._arrays[1:]
-        if len(rows) < len(arrays[0]):
-            arrays = [array[rows] for array in arrays]
-        accepted, parents, depths, valid, scores, log_probs = arrays
+    def facts(self, num_rows: int) -> CycleFacts:
+        """What became of the first rows' trees; after `result`."""
+        accepted, parents, depths, valid, scores, log_probs = (array[:num_rows] for array in self._arrays[1:])
         drafted = (valid > 0) & (depths > 0) & np.isfinite(log_probs)
         parents, depths = (part.astype(np.int64, copy=False) for part in (parents, depths))
-        return CycleFacts(rows, accepted > 0, parents, depths, drafted, scores, log_probs, self._max_depth)
+        return CycleFacts(accepted > 0, parents, depths, drafted, scores, log_probs, self._max_depth)
 
 
 def pack(parts: Sequence[torch.Tensor]) -> torch.Tensor:

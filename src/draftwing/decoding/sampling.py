@@ -5,16 +5,18 @@ token id) alone. It draws exactly from p, and plain and speculative decoding dra
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 
 from draftwing.decoding.stepwise import Place, choose_in_steps
 from draftwing.decoding.tree import DraftTree
+from draftwing.models.by_seat import BySeat
 
 MASK32 = 0xFFFFFFFF
 NOISE_WINDOW = 32
@@ -47,6 +49,12 @@ class SamplingParams:
     place: Place | None = None
     """Who chooses the tokens instead; of the fields above the seed counts, others only rank drafts."""
 
+    def check(self, vocab_size: int) -> None:
+        """Raise a ValueError for parameters that do not fit a vocabulary of so many ids."""
+        for token in self.logit_bias:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"logit_bias: token {token} is outside the vocabulary of {vocab_size}")
+
     def __post_init__(self) -> None:
         penalty = self.repetition_penalty
         _require("temperature", self.temperature, lambda t: 0 <= t < math.inf, "at least 0")
@@ -76,34 +84,32 @@ def uncoupled_rank(logits: torch.Tensor, positions: torch.Tensor, target_ids: to
     return log_probabilities(logits)
 
 
-class Noise:
-    """Gumbel noise rows of B seeds, kept for a window of positions around each row's end."""
+class Noise(BySeat):
+    """Gumbel noise rows by seat, kept for a window of positions around each row's end."""
 
-    def __init__(self, seeds: Sequence[int], vocab_size: int, device: torch.device, most_positions: int = 1) -> None:
+    by_seat = ("_seeds", "_window", "_filled_to")
+
+    def __init__(self, num_seats: int, vocab_size: int, device: torch.device, most_positions: int = 1) -> None:
         self._tokens = torch.arange(vocab_size, device=device)
-        self._seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
+        self._seeds = torch.zeros(num_seats, dtype=torch.int64, device=device)
         self._num_ahead = max(NOISE_WINDOW, most_positions)
-        self._window = torch.empty(0, device=device)  # made by `reserve`: noise that is only taken over needs none
-        self._filled_to = [0] * len(seeds)
+        self._window = torch.empty(num_seats, 2 * self._num_ahead, vocab_size, device=device)
+        self._filled_to = np.zeros(num_seats, dtype=np.int64)
 
-    def reserve(self, starts: Sequence[int], num_positions: int) -> None:
-        """Make positions `starts[b] .. starts[b] + num_positions - 1` of each row readable. Starts never fall."""
+    def admit(self, seat: int, seed: int) -> None:
+        """Give a seat the noise of this seed from now on."""
+        self._seeds[seat] = seed
+        self._filled_to[seat] = 0
+
+    def reserve(self, seat: int, start: int, num_positions: int) -> None:
+        """Make positions `start .. start + num_positions - 1` of a seat readable. Starts never fall."""
         assert num_positions <= self._num_ahead
-        if self._window.dim() == 1:
-            shape = len(starts), 2 * self._num_ahead, len(self._tokens)
-            self._window = torch.empty(shape, device=self._tokens.device)
-        for row, start in enumerate(starts):
-            first = max(start, self._filled_to[row])
-            if start + num_positions > self._filled_to[row]:
-                positions = torch.arange(first, start + self._num_ahead, device=self._tokens.device)
-                rows = gumbel(self._seeds[row], positions, self._tokens)
-                self._window[row, positions % self._window.shape[1]] = rows
-                self._filled_to[row] = start + self._num_ahead
-
-    def take_over(self, other: "Noise") -> None:
-        """Give the noise of another's seeds from now on, from the same storage."""
-        self._seeds.copy_(other._seeds)
-        self._filled_to = [0] * len(self._filled_to)
+        filled_to = int(self._filled_to[seat])
+        if start + num_positions > filled_to:
+            positions = torch.arange(max(start, filled_to), start + self._num_ahead, device=self._tokens.device)
+            rows = gumbel(self._seeds[seat], positions, self._tokens)
+            self._window[seat, positions % self._window.shape[1]] = rows
+            self._filled_to[seat] = start + self._num_ahead
 
     def at(self, positions: torch.Tensor) -> torch.Tensor:
         """Noise rows `[B, P, V]` of `positions [B, P]`, which must have been reserved."""
@@ -134,6 +140,16 @@ def _hash32(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
+COLUMNS = {
+    "temperature": torch.float32,
+    "top_k": torch.int64,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "repetition_penalty": torch.float32,
+}
+"""The parameters that a device reads, one number a seat."""
+
+
 @dataclass(frozen=True)
 class SamplingWork:
     """What some row of a batch asks for; a cycle does nothing else."""
@@ -146,8 +162,9 @@ class SamplingWork:
     has_min_p: bool
 
     @staticmethod
-    def of(params: Sequence[SamplingParams]) -> "SamplingWork":
+    def of(params: Iterable[SamplingParams]) -> "SamplingWork":
         """The work for rows with these parameters."""
+        params = list(params)
         return SamplingWork(
             draws=any(p.temperature > 0 for p in params),
             has_bias=any(p.logit_bias for p in params),
@@ -158,42 +175,77 @@ class SamplingWork:
         )
 
 
-class Sampler:
-    """Chooses the target's token at every node for B rows with their own parameters.
+class Sampler(BySeat):
+    """Chooses the target's token at every node, by each seat's own parameters.
 
-    Owns the rows' noise and, when a repetition penalty asks for it, which tokens each row has seen. `depth` is that of
-    the deepest tree to choose on.
+    Owns the rows' noise and, for a repetition penalty, which tokens each row has seen. `depth` is that of the deepest
+    tree to choose on. `work` is what some of its seats ask for.
     """
 
-    def __init__(self, params: Sequence[SamplingParams], vocab_size: int, device: torch.device, depth: int = 0) -> None:
-        def column(name: str) -> torch.Tensor:
-            return torch.tensor([getattr(p, name) for p in params], device=device)[:, None, None]
+    by_seat = (*(f"_{name}" for name in COLUMNS), "_seen", "_bias", "_noise", "_params")
+    _temperature: torch.Tensor  # [S, 1, 1], as the other columns
+    _top_k: torch.Tensor
+    _top_p: torch.Tensor
+    _min_p: torch.Tensor
+    _repetition_penalty: torch.Tensor
 
-        self._temperature, self._top_k = column("temperature").float(), column("top_k")
-        self._top_p, self._min_p = column("top_p").float(), column("min_p").float()
-        self._penalty = column("repetition_penalty").float()
-        self._is_greedy = (self._temperature == 0).squeeze(-1)
-        self._seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
-        self.work = SamplingWork.of(params)
-        self._bias = _bias_matrix(params, vocab_size, device) if self.work.has_bias else None
-        self._places = [p.place for p in params if p.place is not None]
-        assert len(self._places) in (0, len(params))
-        seeds = [p.seed for p in params]
-        self._noise = Noise(seeds, vocab_size, device, depth + 2) if self.work.draws else None
+    def __init__(self, num_seats: int, vocab_size: int, device: torch.device, depth: int = 0) -> None:
+        for name, dtype in COLUMNS.items():
+            neutral = getattr(SamplingParams(), name)
+            setattr(self, f"_{name}", torch.full((num_seats, 1, 1), neutral, dtype=dtype, device=device))
+        self._seen = torch.zeros(num_seats, vocab_size, dtype=torch.bool, device=device)
+        self._bias: torch.Tensor | None = None  # made when a row asks for it, as the noise is
+        self._noise: Noise | None = None
+        self._params = np.full(num_seats, SamplingParams(), dtype=object)
+        self._vocab_size, self._device, self._depth = vocab_size, device, depth
+        self.work = SamplingWork.of(self._params)
+        self._places: list[Place] = []
 
-    def take_over(self, other: "Sampler") -> None:
-        """Serve the rows of another sampler with the same work and depth; all state stays where it lies."""
-        assert self.work == other.work
-        for name, value in vars(other).items():
-            if isinstance(value, torch.Tensor):
-                getattr(self, name).copy_(value)
-        if self._noise is not None and other._noise is not None:
-            self._noise.take_over(other._noise)
+    @staticmethod
+    def of(params: Sequence[SamplingParams], vocab_size: int, device: torch.device, depth: int = 0) -> "Sampler":
+        """A sampler whose seats have these parameters, and no prompts."""
+        sampler = Sampler(len(params), vocab_size, device, depth)
+        for seat, one in enumerate(params):
+            sampler.admit(seat, one, ())
+        return sampler.part(0, len(params))
+
+    def part(self, first: int, last: int) -> "Sampler":
+        part = super().part(first, last)
+        part.work = SamplingWork.of(part._params)
+        part._places = [params.place for params in part._params if params.place is not None]
+        assert len(part._places) in (0, last - first)
+        return part
+
+    def clear(self, seat: int, num_tokens: int) -> None:
+        self.admit(seat, SamplingParams(), ())
+
+    def admit(self, seat: int, params: SamplingParams, prompt: Sequence[int]) -> None:
+        """Begin a row with these parameters in a seat."""
+        num_seats = len(self._params)
+        self._params[seat] = params
+        for name in COLUMNS:
+            getattr(self, f"_{name}")[seat] = getattr(params, name)
+        self._seen[seat] = False
+        if params.repetition_penalty != 1:
+            self._seen[seat, torch.tensor(list(prompt), dtype=torch.int64, device=self._device)] = True
+        if params.logit_bias and self._bias is None:
+            self._bias = torch.zeros(num_seats, 1, self._vocab_size, device=self._device)
+        if self._bias is not None:
+            self._bias[seat] = 0
+            for token, value in params.logit_bias.items():
+                self._bias[seat, 0, token] = value
+        if params.temperature > 0:
+            if self._noise is None:
+                self._noise = Noise(num_seats, self._vocab_size, self._device, self._depth + 2)
+            self._noise.admit(seat, params.seed)
 
     def reserve(self, lengths: Sequence[int], depth: int) -> None:
         """Prepare the noise for a tree of `depth` whose roots have positions `lengths`."""
-        if self._noise is not None:
-            self._noise.reserve(lengths, depth + 2)  # the root's own position (never read), the levels, the bonus
+        for seat, (params, length) in enumerate(zip(self._params, lengths, strict=True)):
+            if params.temperature > 0:
+                assert self._noise is not None
+                # The root's own position (never read), the levels, the bonus.
+                self._noise.reserve(seat, int(length), depth + 2)
 
     def observe(self, tokens: torch.Tensor, num_valid: torch.Tensor) -> None:
         """Record the first `num_valid [B]` of the prompt or emitted tokens `[B, L]`, for the repetition penalty."""
@@ -212,19 +264,21 @@ class Sampler:
             lengths: `[B]` position of the root; the token chosen at depth d has position length + d + 1.
         """
         if self._places:
-            noise_at = None if self._noise is None else partial(self._noise_below, lengths)
+            noise_at = partial(self._noise_below, lengths) if self.work.draws else None
             return choose_in_steps(self._places, logits, tree, noise_at)
         scores = logits if logits.dtype == torch.float64 else logits.float()
-        if self._bias is not None:
+        if self.work.has_bias:
+            assert self._bias is not None
             scores = scores + self._bias
         if self.work.has_penalty:
             scores = self._penalise(scores, tree)
         greedy = scores.argmax(-1)
-        if self._noise is None:
+        if not self.work.draws:
             return greedy
+        assert self._noise is not None
         noise = self._noise.at(lengths[:, None] + tree.depths + 1)
         sampled = (self._warp(scores) + noise).argmax(-1)
-        return torch.where(self._is_greedy, greedy, sampled)
+        return torch.where(self._temperature[..., 0] == 0, greedy, sampled)
 
     def rank(self, logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> torch.Tensor:
         """Log-probability that the target's draw is each candidate, given the noise `g` that the target will use.
@@ -240,13 +294,14 @@ class Sampler:
             target_ids: `[Vd]` target ids of the draft's tokens, None if it has the whole vocabulary.
         """
         log_probs = log_probabilities(logits)
-        if self._noise is None:
+        if not self.work.draws:
             return log_probs
+        assert self._noise is not None
         noise = self._noise.at(positions)
         noise = noise if target_ids is None else noise[..., target_ids]
         perturbed = self._warp(log_probs) + noise
         coupled = (perturbed * (self._temperature / LOGIT_ERROR)).log_softmax(-1)
-        return torch.where(self._is_greedy[..., None], log_probs, coupled)
+        return torch.where(self._temperature == 0, log_probs, coupled)
 
     def _noise_below(self, lengths: torch.Tensor, depth: int) -> torch.Tensor:
         """The noise `[B, V]` of nodes at `depth` below roots at positions `lengths [B]`."""
@@ -259,7 +314,7 @@ class Sampler:
         on_branch = tree.tokens[:, None, :].expand_as(tree.ancestors)
         counts.scatter_add_(2, on_branch, tree.ancestors.int())
         seen = (counts > 0) | self._seen[:, None, :]
-        penalised = torch.where(scores < 0, scores * self._penalty, scores / self._penalty)
+        penalised = torch.where(scores < 0, scores * self._repetition_penalty, scores / self._repetition_penalty)
         return torch.where(seen, penalised, scores)
 
     def _warp(self, scores: torch.Tensor) -> torch.Tensor:
@@ -285,13 +340,3 @@ class Sampler:
             floor = log_probs.amax(-1, keepdim=True) + self._min_p.log()
             scores = scores.masked_fill(log_probs < floor, -torch.inf)
         return scores
-
-
-def _bias_matrix(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> torch.Tensor:
-    bias = torch.zeros(len(params), 1, vocab_size, device=device)
-    for row, row_params in enumerate(params):
-        for token, value in row_params.logit_bias.items():
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"logit_bias: token {token} is outside the vocabulary of {vocab_size}")
-            bias[row, 0, token] = value
-    return bias

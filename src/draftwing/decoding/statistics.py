@@ -17,9 +17,10 @@ class Statistics:
 
     Attributes:
         num_cycles: cycles in which a row was still generating, summed over rows.
-        num_tokens: tokens emitted; cut ones are neither returned nor counted.
-        accepted_at: `[d]` cycles that accepted a node at depth d + 1; `reached_at` those that had accepted d nodes (or
-            more) of a plan at least d + 1 deep.
+        num_tokens: tokens emitted; cut ones are neither returned nor counted, here and by depth.
+        accepted_at: `[d]` cycles that emitted an accepted node of depth d + 1; `reached_at` those that emitted a token
+            at that depth, accepted or the bonus, of a plan at least d + 1 deep. So num_tokens is the sum of
+            `accepted_at` and the cycles whose bonus token was emitted.
         seconds: by stage: prefill, draft, verify, commit, host (reading tokens back, stop checks).
     """
 
@@ -45,13 +46,13 @@ class Statistics:
         return sum(self.seconds.values())
 
     def count_cycle(self, num_accepted: int, depth: int, num_emitted: int) -> None:
-        """Record one row's cycle."""
+        """Record one row's cycle, of which the text's end may have cut the last tokens."""
         self.num_cycles += 1
         self.num_tokens += num_emitted
         missing = depth - len(self.accepted_at)
         self.accepted_at += [0] * missing
         self.reached_at += [0] * missing
-        for level in range(depth):
+        for level in range(min(depth, num_emitted)):
             self.reached_at[level] += level <= num_accepted
             self.accepted_at[level] += level < num_accepted
 

@@ -2,8 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 Decode = Callable[[list[int]], str]
+NO_CHARACTER = "\ufffd"
+"""What stands in decoded text for bytes that are no whole character."""
+
+
+def exact_decode(tokenizer: Any) -> Decode:
+    """Decodes every token as it is: special ones too, and no space is cleaned away."""
+    return partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 @dataclass(frozen=True)
@@ -47,13 +56,41 @@ class StopRule:
 
     def _completes_stop_string(self, tokens: list[int]) -> bool:
         assert self.decode is not None
-        # A token holds at least one byte, so this many tokens cover a stop string that ends in the last one.
-        reach = max(len(text.encode()) for text in self.stop_strings) + 4
-        tail = self.decode(tokens[-reach:])
+        longest = max(map(len, self.stop_strings))
+        reach = longest + 4
+        while reach < len(tokens) and not self._reads(tokens[-reach:-1], longest):
+            reach *= 2
+        tail = text_behind(tokens[-reach:], self.decode)
         return any(text in tail for text in self.stop_strings)
 
+    def _reads(self, tokens: list[int], longest: int) -> bool:
+        """Whether tokens before the last one are enough for a stop string that ends in that.
 
-def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:
-    """The text before the first stop string."""
-    ends = [text.find(stop) for stop in stop_strings]
-    return text[: min((end for end in ends if end >= 0), default=len(text))]
+        Tokens may have no text, and their first one may stand within a character, so that its bytes are read as none.
+        """
+        assert self.decode is not None
+        text = self.decode(tokens)
+        return len(text) > longest and not text.startswith(NO_CHARACTER)
+
+
+def text_behind(tokens: list[int], decode: Decode) -> str:
+    """The text of tokens that follow others: with the space that tokenizers like SentencePiece's eat at a beginning.
+
+    The first token in front of itself shows it. Bytes that make a character together are left as they are.
+    """
+    first, text, doubled = decode(tokens[:1]), decode(tokens), decode(tokens[:1] + tokens)
+    is_clear = doubled.startswith(first) and doubled.endswith(text)
+    return doubled[len(first) :] if is_clear else text
+
+
+def cut_at_stop(tokens: list[int], stop_strings: Sequence[str], tokenizer: Any) -> str:
+    """The text of new tokens before the first stop string, without special tokens."""
+    decode = exact_decode(tokenizer)
+    text = text_behind(tokens, decode)
+    ends = [end for stop in stop_strings if (end := text.find(stop)) >= 0]
+    if not ends:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+    kept = text[len(text) - len(decode(tokens)) : min(ends)]
+    for token in tokenizer.all_special_ids:
+        kept = kept.replace(decode([token]), "")
+    return kept

@@ -13,26 +13,37 @@ from draftwing.evaluation.compare import Comparison, Start, compare_methods, com
 from draftwing.evaluation.text import TextStream
 
 DRAFTED, CHOSEN = "green", "default"
+LEGEND = f"{DRAFTED}: drafted and accepted; the rest is the target's own"
+
+
+def print_text(console: Console, text: str, style: str = "") -> None:
+    """Print generated text as it is: a file or a pipe gets its characters, a terminal its words unbroken."""
+    if console.is_terminal:
+        console.print(text, style=style, end="", markup=False, emoji=False, highlight=False, soft_wrap=True)
+    else:
+        console.file.write(text)
+        console.file.flush()
 
 
 def print_stream(console: Console, cycles: Iterator[Committed], tokenizer: Any) -> None:
-    """Print one row's tokens as they are committed; the accepted draft tokens in colour."""
+    """Print one row's tokens as they are committed; the accepted draft tokens in colour (LEGEND)."""
     text = TextStream(tokenizer)
     for committed in cycles:
         for index, token in enumerate(committed.tokens[0]):
-            style = DRAFTED if index < committed.num_accepted[0] else CHOSEN
-            console.print(text.push(token), style=style, end="", markup=False, highlight=False, soft_wrap=True)
-    console.print(text.flush(), style=CHOSEN, markup=False, highlight=False, soft_wrap=True)
+            print_text(console, text.push(token), DRAFTED if index < committed.num_accepted[0] else CHOSEN)
+    print_text(console, text.flush() + "\n", CHOSEN)
 
 
 def show_completions(
     console: Console, prompts: Sequence[Prompt], tokenizer: Any, methods: dict[str, Start], **options: Any
 ) -> None:
     """Stream the completions of a few prompts, plain first and then with EAGLE-3."""
+    if console.is_terminal:
+        console.print(LEGEND.capitalize() + ".", style="bold")
     for prompt in prompts:
         for method in ("plain", "eagle3"):
-            console.rule(f"{prompt.name}: {method}", style="dim")
-            console.print(prompt.text or prompt.messages[0]["content"], style="dim", markup=False, highlight=False)
+            print_text(console, f"--- {prompt.name}: {method} ---\n", "dim")
+            print_text(console, (prompt.text or prompt.messages[0]["content"]) + "\n", "dim")
             generation = methods[method]([prompt.token_ids(tokenizer)], **options)
             print_stream(console, generation.cycles(), tokenizer)
             figures = generation.statistics

@@ -12,9 +12,10 @@ from rich.console import Group
 from rich.table import Table
 
 from draftwing.data.prompts import Prompt, has_chat_template
-from draftwing.decoding.generate import Request
+from draftwing.decoding.engine import Request, check_requests
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
+from draftwing.evaluation.intervals import FEWEST_PROMPTS
 from draftwing.evaluation.patient import Patient
 from draftwing.evaluation.replay import Recording, Trace, record
 from draftwing.evaluation.suspects import Suspect
@@ -22,8 +23,6 @@ from draftwing.evaluation.trials import Finding, Steps, Trials, compare
 from draftwing.models.target import TargetModel
 
 BATCH = 8
-FEWEST_PROMPTS = 4
-"""An interval over fewer prompts means nothing."""
 TEXT_GAIN = 2.0
 """Raw and templated prompts lead to other text, whose tau differs by up to 1.7 times without a fault, as measured."""
 HOPELESS, PROMISING = 1.1, 1.5
@@ -113,19 +112,21 @@ def decode_prompts(
         ways[RAW] = [as_raw(prompt) for prompt in prompts], temperature, patient.feature_layers
     elif has_template:
         ways[TEMPLATED] = [as_chat(prompt) for prompt in prompts], temperature, patient.feature_layers
+    stop = StopRule(max_new_tokens, patient.target.eos_token_ids)
+    requests = {
+        name: [
+            Request(prompt.token_ids(tokenizer), SamplingParams(degree, seed=row), stop)
+            for row, prompt in enumerate(asked)
+        ]
+        for name, (asked, degree, _) in ways.items()
+    }
+    for rows in requests.values():
+        check_requests(patient.target, rows)  # all, before the first is decoded
     steps.expect(len(ways))
     texts: dict[str, list[Recording]] = {}
-    for name, (asked, degree, layers) in ways.items():
+    for name, (_, _, layers) in ways.items():
         steps.begin(f"the target alone, {name or 'as asked'}")
-        requests = [
-            Request(
-                prompt.token_ids(tokenizer),
-                SamplingParams(degree, seed=seed),
-                StopRule(max_new_tokens, patient.target.eos_token_ids),
-            )
-            for seed, prompt in enumerate(asked)
-        ]
-        batches = (requests[first : first + BATCH] for first in range(0, len(requests), BATCH))
+        batches = (requests[name][first : first + BATCH] for first in range(0, len(requests[name]), BATCH))
         texts[name] = [record(patient.target, batch, layers) for batch in batches]
     return Text(texts.pop(""), texts)
 
@@ -196,14 +197,15 @@ def conclude(
             do = "give chat prompts (--chat, or rows with messages)" if other.name == TEMPLATED else "give raw prompts"
             sentence = f"Fault: the draft was not trained on prompts of this kind; {do}: tau {tau} becomes "
             return Verdict(f"{sentence}{other.tau.value:.2f} {other.name}.", True)
-    for finding in findings:
-        if finding.may_be_cure:
-            return Verdict(
-                f"Too few prompts to tell whether {finding.means} ({advice(finding.options)}: tau {tau} or "
-                f"{finding.tau.value:.2f}); give more with --prompts or --max-new-tokens."
-            )
+    if doubtful := [finding for finding in findings if finding.may_be_cure]:
+        best = max(doubtful, key=lambda finding: finding.gain.value)
+        return Verdict(
+            f"Too few prompts to tell whether {best.means} ({advice(best.options)}: tau {tau} or "
+            f"{best.tau.value:.2f}); give more with --prompts or --max-new-tokens."
+        )
     easier = [other for other in otherwise if other.name == "temperature 0" and other.gain.value > 1]
     reason = f", {easier[0].tau.value:.2f} at temperature 0: sampled text is harder" if easier else ""
+    tau += f" ({loaded.tau.low:.2f} to {loaded.tau.high:.2f})"
     return Verdict(f"Nothing is wrong: a tau of {tau}{reason} is what this draft gives on these prompts.")
 
 

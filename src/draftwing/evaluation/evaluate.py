@@ -212,7 +212,7 @@ def _as_run(
     decoded: Sequence[Decoded],
     identical: bool | None,
 ) -> Run:
-    last, counts = decoded[-1], merged(decoded)
+    last, counts, repeats = decoded[-1], merged(decoded), len(decoded)
     has_cycles = last.statistics is not None
     peaks = [one.peak_bytes for one in decoded if one.peak_bytes is not None]
     return Run(
@@ -223,10 +223,10 @@ def _as_run(
         num_prompt_tokens=num_prompt_tokens,
         num_tokens=last.num_tokens,
         seconds=statistics.median(one.seconds for one in decoded),
-        num_cycles=counts.num_cycles / len(decoded) if has_cycles else None,
-        accepted_at=counts.accepted_at,
-        reached_at=counts.reached_at,
-        stages={stage: s / len(decoded) for stage, s in counts.seconds.items()} if has_cycles else {},
+        num_cycles=counts.num_cycles / repeats if has_cycles else None,
+        accepted_at=[count / repeats for count in counts.accepted_at],
+        reached_at=[count / repeats for count in counts.reached_at],
+        stages={stage: s / repeats for stage, s in counts.seconds.items()} if has_cycles else {},
         peak_bytes=max(peaks, default=None),
         identical=identical,
         tokens=last.tokens,

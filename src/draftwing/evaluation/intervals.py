@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+FEWEST_PROMPTS = 4
+"""An interval over fewer prompts means nothing."""
+
 
 @dataclass(frozen=True)
 class Interval:

@@ -1,6 +1,7 @@
 """An evaluation's runs, kept on disk one line each, so that a stopped evaluation goes on where it was."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -9,18 +10,19 @@ from typing import Any
 
 from draftwing.files import write_text
 
+logger = logging.getLogger(__name__)
 FILE = "runs.jsonl"
 Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One turn of one prompt decoded by one method, `seconds` the median of its repeats and cycles their mean.
+    """One turn of one prompt decoded by one method, `seconds` the median of its repeats and all counts their mean.
 
     Attributes:
         prompt: its number in the data set; `turn` counts from 1.
         num_cycles: None for engines that do not say; then the fields about acceptance are empty.
-        accepted_at, reached_at, stages: as in Statistics; counts are summed over repeats, seconds are their mean.
+        accepted_at, reached_at, stages: as in Statistics, a mean over the repeats.
         identical: whether the output is plain decoding's; None where the two are not comparable.
     """
 
@@ -35,8 +37,8 @@ class Run:
     num_tokens: int
     seconds: float
     num_cycles: float | None
-    accepted_at: list[int]
-    reached_at: list[int]
+    accepted_at: list[float]
+    reached_at: list[float]
     stages: dict[str, float]
     peak_bytes: int | None
     identical: bool | None
@@ -87,6 +89,7 @@ class Journal:
             self.runs[run.key] = run
         if self.runs:
             self._check_settings(before, json.loads(json.dumps(settings)))
+            logger.info("resuming from %s: %d runs are there", self._file, len(self.runs))
 
     def add(self, run: Run) -> None:
         """Keep a run, on disk before anything else happens."""

@@ -16,10 +16,10 @@ from draftwing.evaluation.journal import Journal, Run
 
 @dataclass(frozen=True)
 class DepthRate:
-    """P(accepted at a depth | its parent was), and the cycles in which the parent was (over all repeats)."""
+    """P(accepted at a depth | its parent was), and the cycles in which the parent was (a mean over the repeats)."""
 
     rate: float
-    num_reached: int
+    num_reached: float
 
 
 @dataclass(frozen=True)

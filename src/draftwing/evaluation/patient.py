@@ -13,7 +13,7 @@ from draftwing.checkpoint.load import DraftNetwork, build_head, load_draft, read
 from draftwing.checkpoint.medusa_format import is_medusa
 from draftwing.evaluation.replay import Recording, Trace, replay
 from draftwing.evaluation.suspects import Suspect, head_suspects, precision_suspects
-from draftwing.methods import drafter_factory, resolve_method
+from draftwing.methods import new_drafter, resolve_method
 from draftwing.models.fused import pack_draft
 from draftwing.models.target import TargetModel
 
@@ -62,12 +62,12 @@ class Patient:
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
-        """The hidden_states indices that the draft reads."""
+        """The numbers of the hidden states that the draft reads."""
         return () if isinstance(self.draft, TargetModel) else self.draft.config.feature_layers
 
     @property
     def layers_of_suspects(self) -> tuple[int, ...]:
-        """The hidden_states indices that the draft and its variants read."""
+        """The numbers of the hidden states that the draft and its variants read."""
         layers = {*self.feature_layers}
         layers.update(*(suspect.options.get("aux_layers", ()) for suspect in self.suspects(longest=0)))
         return tuple(sorted(layers))
@@ -76,8 +76,8 @@ class Patient:
         """What the draft does with some options of `load` and `generate` changed."""
         draft, target = self.load(options), self.target
         method, window = resolve_method(None, draft), options.get("draft_window")
-        new_drafter = drafter_factory(method, draft, target, window=window)
-        replays = (replay(recording, new_drafter, DEPTH, draft.dtype, target.device) for recording in recordings)
+        drafter = new_drafter(method, draft, target, window=window)
+        replays = (replay(recording, drafter, DEPTH, draft.dtype, target.device) for recording in recordings)
         return [trace for traces in replays for trace in traces]
 
     def clues(self, target_name: str, longest: int) -> list[str]:

@@ -8,6 +8,8 @@ from pathlib import Path
 FILE = Path(__file__).parent / "published.json"
 """Tables of `[target, method, [speed-up, tau], ...]`, one pair per column; batch size 1.
 
+Their tau counts tokens that the last cycle accepted beyond a text's end, ours does not (docs/evaluation.md).
+
 EAGLE-2 on DeepSeek-R1-Distill and CNN/DM at temperature 0 is given as printed, though no speed-up can exceed its tau.
 """
 

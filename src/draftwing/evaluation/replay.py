@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from draftwing.decoding.drafters import Drafter, NoDrafter, Ranking
-from draftwing.decoding.generate import Generation, Request, plain_plan
+from draftwing.decoding.drafters.unread import PREFILL_CHUNK
+from draftwing.decoding.engine import NewDrafter, Request
+from draftwing.decoding.generate import start_generation
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.readback import Array
-from draftwing.decoding.rows import PREFILL_CHUNK, DrafterFactory
 from draftwing.decoding.sampling import Sampler, SamplingParams, log_probabilities
 from draftwing.models.target import TargetModel
 
@@ -33,7 +34,7 @@ class Recording:
 
     Attributes:
         tokens: of each row, the prompt's and then the new ones; `num_prompt` of them are the prompt's.
-        features: by hidden_states index, `[S - 1, D]` of each row: at every token but the last. On the host.
+        features: by the hidden state's number, `[S - 1, D]` of each row: at every token but the last. On the host.
         sampling: how each row's tokens were chosen.
         vocab_size: the target's.
     """
@@ -82,28 +83,36 @@ class Trace:
 class _Recorder(NoDrafter):
     """A drafter that drafts nothing and keeps the features that it is shown."""
 
-    def __init__(self, feature_layers: tuple[int, ...], batch_size: int) -> None:
-        self.feature_layers = feature_layers
-        self.rows: list[list[torch.Tensor]] = [[] for _ in range(batch_size)]
+    by_seat = ("_rows",)
 
-    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
+    def __init__(self, feature_layers: tuple[int, ...], num_seats: int) -> None:
+        self.feature_layers = feature_layers
+        self.rows: list[list[torch.Tensor]] = []  # in the order in which they were seated
+        self._rows = np.empty(num_seats, dtype=object)
+
+    def begin(self, seat: int, token: int) -> None:
+        self._rows[seat] = []
+        self.rows.append(self._rows[seat])
+
+    def observe(
+        self,
+        tokens: torch.Tensor,
+        features: torch.Tensor | None,
+        num_new: torch.Tensor,
+        chosen: torch.Tensor | None = None,
+    ) -> None:
         if features is not None:
-            for pieces, piece, count in zip(self.rows, features.cpu(), num_new.tolist(), strict=True):
+            for pieces, piece, count in zip(self._rows, features.cpu(), num_new.tolist(), strict=True):
                 pieces.append(piece[:count])
 
 
 def record(target: TargetModel, requests: Sequence[Request], feature_layers: Sequence[int]) -> Recording:
     """Decode requests plainly, keeping the target's features at these hidden_states indices."""
-    recorders: list[_Recorder] = []
-
-    def new_recorder(batch_size: int, capacity: int) -> _Recorder:
-        recorders.append(_Recorder(tuple(feature_layers), batch_size))
-        return recorders[0]
-
-    generation = Generation(target, requests, new_recorder, plain_plan(target, len(requests))).run()
+    recorder = _Recorder(tuple(feature_layers), len(requests))
+    generation = start_generation(target, requests, lambda *_: recorder, TreePlan.off()).run()
     tokens = [[*request.prompt, *row.tokens] for request, row in zip(requests, generation.outputs, strict=True)]
     features: dict[int, list[torch.Tensor]] = {layer: [] for layer in feature_layers}
-    for pieces, ids in zip(recorders[0].rows, tokens, strict=True):
+    for pieces, ids in zip(recorder.rows, tokens, strict=True):
         if feature_layers:
             parts = torch.cat(pieces)[: len(ids) - 1].split(target.hidden_size, dim=-1)
             for layer, part in zip(feature_layers, parts, strict=True):
@@ -191,29 +200,33 @@ class _Prompter:
 
 @torch.inference_mode()
 def replay(
-    recording: Recording, new_drafter: DrafterFactory, depth: int, dtype: torch.dtype, device: torch.device
+    recording: Recording, new_drafter: NewDrafter, depth: int, dtype: torch.dtype, device: torch.device
 ) -> list[Trace]:
     """What chains of this depth, drafted at every position of a recording by a drafter of this dtype, come to."""
     parts, plan = _parts(recording), TreePlan.chain(depth)
     drafter = new_drafter(len(parts), recording.longest + plan.num_nodes + 1)
     script = _Script(recording, parts, drafter, dtype, device)
-    sampler = Sampler([recording.sampling[part.row] for part in parts], recording.vocab_size, device, depth)
+    sampler = Sampler.of([recording.sampling[part.row] for part in parts], recording.vocab_size, device, depth)
     roots, ends = (torch.tensor([getattr(part, name) for part in parts], device=device) for name in ("start", "stop"))
-    drafter.start(script.tokens[:, 0])
+    for seat, token in enumerate(script.tokens[:, 0].tolist()):
+        drafter.begin(seat, token)
     for start in range(0, int(roots.max()), PREFILL_CHUNK):
         positions = torch.arange(start, min(start + PREFILL_CHUNK, int(roots.max())), device=device)
         positions = positions.expand(len(parts), -1)
         num_valid = (roots - start).clamp(0, positions.shape[1])
         drafter.observe(script.tokens_at(positions + 1).clamp(min=0), script.features_at(positions), num_valid)
+        drafter.catch_up(positions.shape[1])
     notes = []
     while (roots < ends).any():
         sampler.reserve(roots.tolist(), depth)
+        drafter.bound = int(roots.max())
         prompter = _Prompter(script, sampler.rank)
-        tree = drafter.grow(script.tokens_at(roots[:, None]).squeeze(1), plan, int(roots.max()), prompter)
+        tree = drafter.grow(script.tokens_at(roots[:, None]).squeeze(1), plan, prompter)
         num_accepted = (torch.stack(prompter.is_best, 1) & tree.valid[:, 1:]).cumprod(1).sum(1)
         notes.append((roots < ends, roots, num_accepted, torch.stack(prompter.log_probs, 1)))
         step = roots[:, None]
         drafter.observe(script.tokens_at(step + 1).clamp(min=0), script.features_at(step), (roots < ends).long())
+        drafter.catch_up(1)
         roots = (roots + 1).minimum(ends)
     is_real, *columns = (torch.stack(column, 1).numpy(force=True) for column in zip(*notes, strict=True))
     pieces = [(part.row, [column[index][is_real[index]] for column in columns]) for index, part in enumerate(parts)]

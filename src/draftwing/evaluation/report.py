@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from draftwing.charts import bar_chart, line_chart
+from draftwing.charts import as_words, bar_chart, line_chart
 from draftwing.evaluation.ablations import Ablation
 from draftwing.evaluation.evaluate import Skipped
 from draftwing.evaluation.intervals import Interval
@@ -27,11 +27,12 @@ th:first-child, td:first-child { text-align: left } th { background: #f4f4f4 }
 figcaption { font-weight: 600 } .scroll { overflow-x: auto } svg { max-width: 100%; height: auto }
 @media print { @page { size: A4 landscape } body { font-size: 11px; max-width: none } figure { break-inside: avoid } }
 """
-MEANINGS = """tokens/s: new tokens over wall time, prefill included. Speed-up: over plain decoding by the same engine,
-on the same turns. tau: tokens per target pass, the bonus token included; 1 is no gain. Acceptance at a depth: of the
-cycles that accepted the parent, those that accepted the node. n-alpha: on chains, acceptance where n of the features
-that the draft reads are its own. Identical: turns whose output equals plain decoding's; other engines are compared at
-temperature 0 only, where their sampling cannot differ. Brackets: 95 % bootstrap intervals over prompts."""
+MEANINGS = """tokens/s: new tokens over wall time, prefill included. Speed-up: over plain decoding by the same
+engine, on the same turns. tau: tokens per target pass, the bonus token included; 1 is no gain. Acceptance at a
+depth: of the cycles that accepted the parent, those that accepted the node. Neither counts what a text's end cut
+off. n-alpha: on chains, acceptance where n of the features that the draft reads are its own. Identical: turns whose
+output equals plain decoding's; other engines are compared at temperature 0 only, where their sampling cannot
+differ. Brackets: 95 % bootstrap intervals over prompts."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,16 @@ def _acceptance_parts(rows: Sequence[ResultRow], at: str) -> list[str]:
     cells = [
         (
             row.method,
-            *(f"{rate.rate:.2f} ({rate.num_reached})" if rate.num_reached else "" for rate in row.acceptance_rate),
+            *(f"{rate.rate:.2f} ({rate.num_reached:.0f})" if rate.num_reached else "" for rate in row.acceptance_rate),
         )
         for row in drafting
     ]
     parts = [
-        _html_table(f"Acceptance by depth (of so many cycles), {at}", ("method", *map(str, range(1, depth + 1))), cells)
+        _html_table(
+            f"Acceptance by depth (of so many cycles of a repeat), {at}",
+            ("method", *map(str, range(1, depth + 1))),
+            cells,
+        )
     ]
     chains = {row.method: list(enumerate(row.n_alpha)) for row in rows if row.n_alpha}
     if chains:
@@ -184,7 +189,11 @@ def _published_section(datas: Sequence[str]) -> str:
         (f.target, f.method, f.data, f"{f.temperature:g}", f"{f.speedup:.2f}", f"{f.acceptance_length:.2f}", f.source)
         for f in sorted(published_figures(datas), key=lambda f: (f.data, f.temperature, f.target))
     ]
-    note = "Printed in the papers: other targets, other machines, other prompts' lengths. Nothing here was measured."
+    note = (
+        "Printed in the papers: other targets, other machines, other prompts' lengths. Nothing here was measured. "
+        "Their tau counts what the last cycle accepted beyond a text's end, which ours does not: it is a few percent "
+        "higher where texts are short."
+    )
     table = _html_table("", header, cells)
     return (
         f'<h2>Published, other targets</h2><p class="note">{note}</p><details><summary>Show</summary>{table}</details>'
@@ -192,7 +201,7 @@ def _published_section(datas: Sequence[str]) -> str:
 
 
 def _settings_section(report: Report) -> str:
-    pairs = [(name, str(value)) for name, value in (*report.settings.items(), *report.provenance.items())]
+    pairs = [(name, as_words(value)) for name, value in (*report.settings.items(), *report.provenance.items())]
     return "<h2>How it was measured</h2>" + _html_table("", ("setting", "value"), pairs)
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from draftwing.config import suggestion
-from draftwing.decoding.plan import TreePlan
+from draftwing.config import METHODS, suggestion
+from draftwing.decoding.drafting import check_drafting
 
 OPTIONS: dict[str, dict[str, Any]] = {"ngram": {"ngram": True}, "uncoupled": {"coupled": False}}
 """What may follow a method after a `+`, and the option of `generate` that it sets."""
@@ -57,11 +57,37 @@ class MethodSpec:
         options = tuple(match["options"].split("+")[1:])
         for option in options:
             _check("option", option, OPTIONS)
-        if match["plan"] not in (None, "auto"):
-            TreePlan.parse(match["plan"])
         if match["method"] == "plain" and (match["draft"] or match["plan"] or options):
             raise ValueError(f"methods: plain takes no draft, plan or option, got {text!r}")
-        return MethodSpec(match["method"], match["draft"], match["plan"], options)
+        spec = MethodSpec(match["method"], match["draft"], match["plan"], options)
+        try:
+            check_drafting(spec.method, **spec.settings)
+        except ValueError as error:
+            raise ValueError(f"methods: {text}: {error}") from None
+        return spec
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A method asked for; one that came with `all` is left out where no draft serves it."""
+
+    spec: MethodSpec
+    is_required: bool
+
+
+def read_specs(text: str) -> list[Wanted]:
+    """The methods asked for, `plain` first, which is the reference of all others.
+
+    Raises:
+        ValueError: as `MethodSpec.parse`.
+    """
+    wanted = [Wanted(MethodSpec("plain"), True)]
+    for part in text.split(","):
+        if part == "all":
+            wanted += [Wanted(MethodSpec(method), False) for method in METHODS]
+        else:
+            wanted.append(Wanted(MethodSpec.parse(part, METHODS), True))
+    return wanted
 
 
 def _check(what: str, name: str, known: Sequence[str] | dict[str, Any]) -> None:

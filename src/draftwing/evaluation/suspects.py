@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from draftwing.checkpoint.formats import HeadOptions, Tensors, default_aux_layers, rope_scaling_of
+from draftwing.checkpoint.fields import rope_scaling_of
+from draftwing.checkpoint.formats import HeadOptions, Tensors, default_or_none
+from draftwing.models.hidden_states import NORMED
 from draftwing.models.layers import DraftConfig
 from draftwing.models.target import TargetModel
 
@@ -56,23 +58,27 @@ def precision_suspects(target: TargetModel) -> list[Suspect]:
 
 
 def _feature_layers(loaded: tuple[int, ...], num_layers: int) -> Iterator[Suspect]:
-    tried = {loaded}
+    tried, usual = {loaded}, default_or_none(num_layers) or ()
     for fault, layers in (
-        ("the feature layers are one too low", tuple(layer + 1 for layer in loaded)),
-        ("the feature layers are one too high", tuple(layer - 1 for layer in loaded)),
+        ("the feature layers are one too low", _moved(loaded, 1)),
+        ("the feature layers are one too high", _moved(loaded, -1)),
         ("the feature layers are in reverse order", loaded[::-1]),
-        ("the feature layers are not the usual ones", _usual_layers(len(loaded), num_layers)),
+        ("the last layer's state is meant behind the final norm", _swapped(loaded, num_layers, NORMED)),
+        ("the last layer's state is meant before the final norm", _swapped(loaded, NORMED, num_layers)),
+        ("the feature layers are not the usual ones", usual if len(usual) == len(loaded) else ()),
     ):
-        if layers and layers not in tried and min(layers) >= 0 and max(layers) <= num_layers:
+        if layers and layers not in tried and min(layers) >= NORMED and max(layers) <= num_layers:
             tried.add(layers)
             yield Suspect(fault, {"aux_layers": layers})
 
 
-def _usual_layers(count: int, num_layers: int) -> tuple[int, ...]:
-    try:
-        return default_aux_layers(num_layers) if count == 3 else ()
-    except ValueError:
-        return ()
+def _moved(layers: tuple[int, ...], by: int) -> tuple[int, ...]:
+    """Layers by other numbers; nothing where one has none, as the state behind the final norm."""
+    return () if min(layers) < max(0, -by) else tuple(layer + by for layer in layers)
+
+
+def _swapped(layers: tuple[int, ...], old: int, new: int) -> tuple[int, ...]:
+    return tuple(new if layer == old else layer for layer in layers)
 
 
 def _rope(config: DraftConfig, target: TargetModel) -> Iterator[Suspect]:

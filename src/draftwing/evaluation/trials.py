@@ -43,16 +43,15 @@ class Finding:
 
     @property
     def is_cure(self) -> bool:
-        return self._gains and self.evidence is not None and self.evidence.low > 1
+        evidence = self.evidence
+        return evidence is not None and evidence.value >= LEAST_GAIN and evidence.low > 1 and self.gain.value > 1
 
     @property
     def may_be_cure(self) -> bool:
-        """The figures say so, but so few prompts do not prove it."""
-        return self._gains and not self.is_cure and self.gain.value >= 1.1
-
-    @property
-    def _gains(self) -> bool:
-        return self.evidence is not None and self.evidence.value >= LEAST_GAIN and self.gain.value > 1
+        """So few prompts do not prove it, nor that it is none: both intervals reach as far as a cure's figures."""
+        if self.evidence is None or self.is_cure:
+            return False
+        return self.evidence.high >= LEAST_GAIN and self.gain.high > 1
 
     def as_dict(self) -> dict[str, Any]:
         intervals = {"tau": self.tau, "gain": self.gain, "evidence": self.evidence}

@@ -84,16 +84,19 @@ def attention_forward(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function that models loaded by draftwing use, in the signature of transformers."""
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
     dtype, query = query.dtype, query.to(key.dtype)
     if softcap is not None or s_aux is not None:
         output = _explicit_attention(query, key, value, attention_mask, scaling, softcap, s_aux)
     else:
-        is_causal = attention_mask is None and query.shape[2] > 1
+        is_causal = is_causal and attention_mask is None and query.shape[2] > 1
         output = grouped_attention(query, key, value, attention_mask, scaling, is_causal)
-    return output.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format), None
+    return output.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).contiguous(), None
 
 
 def _explicit_attention(

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from draftwing.models.draft_vocab import DraftVocab
-from draftwing.models.layers import Attend, DecoderLayer, DraftConfig, Rotary
+from draftwing.models.layers import Attend, DecoderLayer, DraftConfig
+from draftwing.models.rotary import Rotary
 
 
 class EagleModel(nn.Module):

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from draftwing.models.draft_vocab import DraftVocab
-from draftwing.models.layers import MLP, Attend, Attention, DecoderLayer, DraftConfig, RMSNorm, Rotary, Rotation
+from draftwing.models.layers import MLP, Attend, Attention, DecoderLayer, DraftConfig, RMSNorm
+from draftwing.models.rotary import Rotary, Rotation
 
 
 class Eagle3Layer(nn.Module):
@@ -41,10 +42,11 @@ class Eagle3Layer(nn.Module):
 
 
 class Eagle3Model(nn.Module):
-    """EAGLE-3's fusion, its layer, norm and own output head.
+    """EAGLE-3's fusion, its layer, norm and output head.
 
     `embed_tokens` is the target's embedding, shared and not stored, unless the file brings one
-    (`own_embedding=True`; it must when the draft is narrower than the target).
+    (`own_embedding=True`; it must when the draft is narrower than the target). So is the output head, where the
+    configuration says that there is no own one.
     """
 
     def __init__(
@@ -52,13 +54,15 @@ class Eagle3Model(nn.Module):
         config: DraftConfig,
         vocab: DraftVocab,
         target_embedding: Callable[[torch.Tensor], torch.Tensor],
+        target_head: Callable[[torch.Tensor], torch.Tensor],
         own_embedding: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.vocab = vocab
         num_features = len(config.aux_layers) * config.target_hidden_size
-        self.fc = nn.Linear(num_features, config.hidden_size, bias=config.fc_bias)
+        if config.has_fc:
+            self.fc = nn.Linear(num_features, config.hidden_size, bias=config.fc_bias)
         if config.fc_norm:
             self.fc_norm = nn.ModuleList(
                 RMSNorm(config.target_hidden_size, config.rms_norm_eps) for _ in config.aux_layers
@@ -68,10 +72,13 @@ class Eagle3Model(nn.Module):
         self.midlayer = Eagle3Layer(config)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(1, config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        if config.own_lm_head:
+            self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         if own_embedding:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # In tuples, so that the target's are no submodules of ours.
         self._embed = (self.embed_tokens if own_embedding else target_embedding,)
+        self._target_head = (target_head,)
         self.rotary = Rotary(config.head_dim, config.rope_parameters, config.max_position_embeddings)
 
     @property
@@ -86,8 +93,7 @@ class Eagle3Model(nn.Module):
             features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         if self.config.norm_before_fc:
             features = self.input_norm(features)
-        fused: torch.Tensor = self.fc(features)
-        return fused
+        return self.fc(features) if self.config.has_fc else features
 
     def forward(
         self, hidden: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
@@ -112,5 +118,5 @@ class Eagle3Model(nn.Module):
 
     def logits(self, output: torch.Tensor) -> torch.Tensor:
         """Draft logits `[..., Vd]` from the output of `forward`."""
-        logits: torch.Tensor = self.lm_head(self.readout(output))
-        return logits
+        head = self.lm_head if self.config.own_lm_head else self._target_head[0]
+        return head(self.readout(output))

@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 from draftwing.models.attention import grouped_attention, has_triton
 from draftwing.models.eagle3 import Eagle3Layer
-from draftwing.models.layers import Attend, DecoderLayer, RMSNorm, Rotation, rotate
+from draftwing.models.hidden_states import NORMED
+from draftwing.models.layers import Attend, DecoderLayer, RMSNorm
 from draftwing.models.packed import PackedLinear, Product, pack_linears
+from draftwing.models.rotary import Rotation, rotate
 from draftwing.models.target import ATTENTION, Role, TargetModel, TargetOutput, TreePass, attention_windows
 
 Draft = TypeVar("Draft", bound=nn.Module | TargetModel)
@@ -126,7 +128,7 @@ class Layer:
     def run(self, residual: torch.Tensor, inputs: torch.Tensor, nodes: Nodes, overwrite: bool) -> torch.Tensor:
         """The layer's output `[R, D]` from its residual `[R, D]`, which it may `overwrite`, and normed `inputs`."""
         num_rotated = self.num_heads + self.num_key_heads
-        heads = self.queries_keys_values(inputs).unflatten(-1, (-1, nodes.cos.shape[-1]))
+        heads = self.queries_keys_values(inputs).unflatten(-1, (num_rotated + self.num_key_heads, -1))
         rotated = heads[:, :num_rotated]
         if self.heads_norm is not None:
             rotated = nodes.normalise(rotated, self.heads_norm)
@@ -205,6 +207,9 @@ class FusedTarget(TargetModel):
         self._decoder_layers = [_read_layer(layer, index) for index, layer in enumerate(decoder.layers)]
         self._norm = _read_norm(decoder.norm)
 
+    def _check_tree(self) -> None:
+        """Nothing: the model was checked as it came."""
+
     def _run(self, tree: TreePass, feature_layers: tuple[int, ...], last_logits_only: bool) -> TargetOutput:
         def attend(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
             keys, values = tree.cache.write(layer, keys, values, tree.slots, tree.num_read)
@@ -217,16 +222,14 @@ class FusedTarget(TargetModel):
         signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
         batch_size, num_nodes = tree.tokens.shape
         nodes = Nodes((batch_size, num_nodes), cos, signed_sin, tree.cache.dtype, attend, self._steps)
-        num_layers = len(self._decoder_layers)
-        wanted = [index % (num_layers + 1) for index in feature_layers]
         x: torch.Tensor = embedded.flatten(0, 1)
         hidden = {0: x}
         for index, (layer, input_norm) in enumerate(zip(self._decoder_layers, self._input_norms, strict=True)):
-            x = layer.run(x, nodes.normalise(x, input_norm), nodes, overwrite=index not in wanted)
-            if index + 1 in wanted:
+            x = layer.run(x, nodes.normalise(x, input_norm), nodes, overwrite=index not in feature_layers)
+            if index + 1 in feature_layers:
                 hidden[index + 1] = x
-        last = hidden[num_layers] = nodes.normalise(x, self._norm)
-        last, *parts = (nodes.spread(part) for part in (last, *(hidden[index] for index in wanted)))
+        last = hidden[NORMED] = nodes.normalise(x, self._norm)
+        last, *parts = (nodes.spread(part) for part in (last, *(hidden[index] for index in feature_layers)))
         logits = self.output_head(last[:, -1:] if last_logits_only else last)
         return TargetOutput(logits, torch.cat(parts, dim=-1) if parts else None)
 
@@ -240,12 +243,16 @@ def pack_head(head: nn.Module, compiles: bool | None = None) -> None:
     steps = _elementwise(device, compiles)
     pack_linears(head)
     for name, module in list(head.named_modules()):
-        if isinstance(module, Eagle3Layer) and _is_packed(module):
+        if isinstance(module, Eagle3Layer) and _is_known(module):
             head.set_submodule(name, FusedEagle3Layer(module, steps))
-        elif isinstance(module, DecoderLayer) and _is_packed(module):
+        elif isinstance(module, DecoderLayer) and _is_known(module):
             head.set_submodule(name, FusedDecoderLayer(module, steps))
         elif isinstance(module, RMSNorm) and name == "norm":
             head.set_submodule(name, FusedNorm(module, steps))
+
+
+def _is_known(layer: Eagle3Layer | DecoderLayer) -> bool:
+    return _is_packed(layer) and layer.mlp.activation is functional.silu
 
 
 class FusedNorm(nn.Module):

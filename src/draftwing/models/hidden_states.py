@@ -1,16 +1,27 @@
-"""Some of a model's hidden states, by forward hooks; transformers would keep those of all layers."""
+"""Some of a model's hidden states, by forward hooks; transformers would keep those of all layers.
 
-from collections.abc import Callable, Iterator
+A model of n layers has hidden states 0 (the embeddings), 1 to n (the layers' outputs, all before the final norm) and -1
+(behind the final norm). Files' conventions are translated in checkpoint/formats.py.
+"""
+
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+NORMED = -1
+"""The state behind the final norm, which the output head reads."""
+
 
 @contextmanager
-def recording(decoder: nn.Module, num_layers: int, indices: set[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Record hidden_states of these indices (0 = embeddings, the last behind the final norm) from the pass inside."""
+def recording(decoder: nn.Module, num_layers: int, wanted: Collection[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Record these hidden states, by their numbers, from the pass inside.
+
+    Raises:
+        ValueError: the decoder has no list of so many layers.
+    """
     states: dict[int, torch.Tensor] = {}
 
     def record(index: int) -> Callable[..., None]:
@@ -22,15 +33,26 @@ def recording(decoder: nn.Module, num_layers: int, indices: set[int]) -> Iterato
     def record_input(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         states[0] = inputs[0] if inputs else options["hidden_states"]
 
-    lists = (module for module in decoder.modules() if isinstance(module, nn.ModuleList))
-    layers = next(layers for layers in lists if len(layers) == num_layers)
-    hooks = [layers[index - 1].register_forward_hook(record(index)) for index in indices - {0, num_layers}]
-    if 0 in indices:
-        hooks.append(layers[0].register_forward_pre_hook(record_input, with_kwargs=True))
-    if num_layers in indices:
-        hooks.append(decoder.register_forward_hook(record(num_layers)))
+    hooks = []
     try:
+        for index in {*wanted}:
+            if index == NORMED:
+                hooks.append(decoder.register_forward_hook(record(NORMED)))
+            elif index == 0:
+                first = _layers_of(decoder, num_layers)[0]
+                hooks.append(first.register_forward_pre_hook(record_input, with_kwargs=True))
+            else:
+                hooks.append(_layers_of(decoder, num_layers)[index - 1].register_forward_hook(record(index)))
         yield states
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _layers_of(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise ValueError(
+        f"target: {type(decoder).__name__} keeps its {num_layers} layers in no list, so features cannot be read"
+    )

@@ -1,12 +1,16 @@
-"""Preallocated key/value slots of B rows, written per tree and compacted per accepted path.
+"""Preallocated key/value slots by seat, written per tree and compacted per accepted path.
 
 Row b's committed tokens sit at slots 0..lengths[b]-1, so a slot's index is its token's position. A forward pass over
 N tree nodes writes them behind, at lengths[b]..lengths[b]+N-1; `commit` keeps the nodes of one path and drops the rest.
 """
 
+import copy
 from dataclasses import dataclass
+from typing import Self
 
 import torch
+
+from draftwing.models.by_seat import BySeat
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,8 @@ class LayerShape:
     value_dim: int
 
 
-class KVCache:
-    """Keys and values of every layer for B rows of at most `capacity` tokens each.
+class KVCache(BySeat):
+    """Keys and values of every layer for B seats of at most `capacity` tokens each.
 
     `lengths [B]` (int64, on the device) counts committed tokens; `bound` is a host-side upper bound of it that decides
     how many slots an attention call reads. The host may tighten `bound` whenever it has read the true lengths.
@@ -52,12 +56,28 @@ class KVCache:
         self._keys, self._values = views[: len(layers)], views[len(layers) :]
         self._row_starts = torch.arange(batch_size, device=device)[:, None] * self._num_slots
 
-    def clear(self) -> None:
-        """Forget everything, for other rows; masked slots are multiplied too, so that nothing infinite may be left."""
+    def part(self, first: int, last: int) -> Self:
+        part = copy.copy(self)
+        part.batch_size = last - first
+        part.lengths = self.lengths[first:last]
+        slots = self._slots_of(first, last)
+        part._slabs = {shape: slab[:, slots] for shape, slab in self._slabs.items()}
+        part._keys = [keys[slots] for keys in self._keys]
+        part._values = [values[slots] for values in self._values]
+        part._row_starts = self._row_starts[: last - first]
+        return part
+
+    def copy_seat(self, source: int, goal: int, num_tokens: int) -> None:
+        taken, given = (self._slots_of(seat, seat + 1, num_tokens) for seat in (source, goal))
         for slab in self._slabs.values():
-            slab.zero_()
-        self.lengths.zero_()
-        self.bound = 0
+            slab[:, given] = slab[:, taken]
+        self.lengths[goal] = self.lengths[source]
+
+    def clear(self, seat: int, num_tokens: int) -> None:
+        """Slots are zeroed, since masked ones are multiplied too: nothing that is not finite may be left in them."""
+        for slab in self._slabs.values():
+            slab[:, self._slots_of(seat, seat + 1, num_tokens)] = 0
+        self.lengths[seat] = 0
 
     @property
     def num_bytes(self) -> int:
@@ -98,6 +118,11 @@ class KVCache:
                 slab.index_copy_(1, goal, slab.index_select(1, source))
         self.lengths += num_kept
         self.bound = min(self.bound + max_kept, self.capacity)
+
+    def _slots_of(self, first: int, last: int, num_slots: int | None = None) -> slice:
+        """The slots of some seats, or the first `num_slots` of a single one, in a slab."""
+        start, stop = first * self._num_slots, last * self._num_slots
+        return slice(start, stop if num_slots is None else min(start + num_slots, stop))
 
     def _flat(self, slots: torch.Tensor) -> torch.Tensor:
         return slots.clamp(max=self.capacity) + self._row_starts

@@ -1,12 +1,30 @@
 """The Llama building blocks of the draft networks. Parameter names equal those of the published checkpoints."""
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from draftwing.models.rotary import Rotation
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+_TANH_GELU = partial(functional.gelu, approximate="tanh")
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_new": _TANH_GELU,
+    "gelu_fast": _TANH_GELU,
+    "gelu_pytorch_tanh": _TANH_GELU,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
+}
+"""The MLP's functions, by Hugging Face's names of `hidden_act`."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +45,22 @@ class DraftConfig:
     trained_length: int | None = None
     """Tokens of the longest rows that it was trained on, where its file tells."""
     rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    hidden_act: str = "silu"
+    sliding_window: int | None = None
+    """Tokens that its attention reads, where that is part of its architecture."""
     attention_bias: bool = False
+    """Of queries, keys and values."""
+    output_bias: bool = False
+    """Of the attention's output."""
+    mlp_bias: bool = False
     fc_bias: bool = False
     qk_norm: bool = False
+    has_fc: bool = True
+    """EAGLE-3: without it the features are the state."""
+    own_lm_head: bool = True
+    """EAGLE-3: without it the target's output head is used, as EAGLE-1 does."""
     aux_layers: tuple[int, ...] = ()
-    """EAGLE-3's feature layers, as hidden_states indices (0 = embeddings)."""
+    """EAGLE-3's feature layers, as numbers of hidden states (models/hidden_states.py)."""
     fc_norm: bool = False
     """EAGLE-3.1: one norm per feature layer before `fc`."""
     norm_output: bool = False
@@ -43,13 +72,14 @@ class DraftConfig:
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
-        """The hidden_states indices that are read: `aux_layers`, or -1, the final norm's output (EAGLE-1/2)."""
+        """The hidden states that are read: `aux_layers`, or -1, the final norm's output (EAGLE-1/2)."""
         return self.aux_layers or (-1,)
 
     @property
     def window(self) -> int:
         """The last tokens that it reads by default: past the lengths that it was trained on a head gets worse."""
-        return self.trained_length or self.max_position_embeddings
+        longest = self.trained_length or self.max_position_embeddings
+        return min(longest, self.sliding_window or longest)
 
 
 class Attend(Protocol):
@@ -73,81 +103,6 @@ class RMSNorm(nn.Module):
         return normed
 
 
-@dataclass(frozen=True)
-class Rotation:
-    """Cosines and signed sines `[B, 1, N, dim]` of one forward pass's positions."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotate `x [B, H, N, dim]`."""
-        return rotate(x, self.cos, self.sin)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
-    """Rotate `x [..., dim]`; pairs are (i, i + dim / 2), the first half's sines carry the minus sign."""
-    half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-    return torch.addcmul(x * cos, swapped, signed_sin)
-
-
-class Rotary(nn.Module):
-    """Rotary position embedding: a table of cosines and sines that grows with the positions asked for."""
-
-    def __init__(self, head_dim: int, settings: dict[str, Any], num_positions: int) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.settings = settings
-        self.cos: torch.Tensor
-        self.sin: torch.Tensor
-        self._outgrown: list[torch.Tensor] = []  # captured cycles go on reading them
-        self._fill(num_positions, torch.get_default_dtype(), None)
-
-    def reserve(self, num_positions: int) -> None:
-        """Make room for positions below `num_positions` (published configs say 2048 and are used far beyond)."""
-        if num_positions > self.cos.shape[0]:
-            self._outgrown += [self.cos, self.sin]
-            self._fill(num_positions, self.cos.dtype, self.cos.device)
-
-    def forward(self, positions: torch.Tensor) -> Rotation:
-        """The rotation of `positions [B, N]`."""
-        return Rotation(self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1))
-
-    def _fill(self, num_positions: int, dtype: torch.dtype, device: torch.device | None) -> None:
-        frequencies = rope_frequencies(self.head_dim, self.settings)
-        angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), frequencies)
-        cos, sin = angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=1)
-        # Buffers, so that they follow the module's device and dtype; not parameters, so that files don't hold them.
-        # First the dtype: not every device has float64.
-        self.register_buffer("cos", cos.to(dtype).to(device), persistent=False)
-        self.register_buffer("sin", sin.to(dtype).to(device), persistent=False)
-
-
-def rope_frequencies(head_dim: int, parameters: dict[str, Any]) -> torch.Tensor:
-    """Rotation per position of each pair of dimensions, `[head_dim / 2]` (float64), for the common RoPE types.
-
-    Raises:
-        ValueError: the type is none of default, linear, llama3.
-    """
-    theta: float = parameters.get("rope_theta", 10000.0)
-    frequencies: torch.Tensor = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    if rope_type == "default":
-        return frequencies
-    if rope_type == "linear":
-        return frequencies / float(parameters["factor"])
-    if rope_type == "llama3":
-        # Long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
-        low, high, factor, original_length = (
-            float(parameters[name])
-            for name in ("low_freq_factor", "high_freq_factor", "factor", "original_max_position_embeddings")
-        )
-        kept = ((original_length * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        return frequencies * (kept + (1 - kept) / factor)
-    raise ValueError(f"rope_type: expected default, linear or llama3, got {rope_type!r}")
-
-
 class Attention(nn.Module):
     """Self-attention whose input may be wider than the hidden size (EAGLE-3 reads embedding and features)."""
 
@@ -159,7 +114,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(input_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(input_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(input_size, key_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.output_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -179,14 +134,20 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Raises: ValueError: `hidden_act` names no known function."""
+
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        if config.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act: expected one of {', '.join(ACTIVATIONS)}, got {config.hidden_act!r}")
+        self.activation = ACTIVATIONS[config.hidden_act]
+        sizes = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(*sizes, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(*sizes, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(*sizes[::-1], bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        output: torch.Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
         return output
 
 

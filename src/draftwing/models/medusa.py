@@ -25,7 +25,7 @@ class MedusaConfig:
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
-        """The hidden_states index that is read: the final norm's output."""
+        """The number of the hidden state that is read: the final norm's output."""
         return (-1,)
 
 

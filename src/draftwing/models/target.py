@@ -4,6 +4,8 @@ The stock module does the arithmetic; tree mask and positions are arguments, and
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Dyna
 from transformers.masking_utils import sdpa_mask
 
 from draftwing.models.attention import attention_forward, has_kernel, pack_mask
-from draftwing.models.hidden_states import recording
+from draftwing.models.hidden_states import NORMED, recording
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.models.logits import LogitTransform
 from draftwing.models.packed import PACKED_DTYPES
@@ -22,6 +24,8 @@ ATTENTION = "draftwing"
 Role = Literal["target", "draft"]
 TREE_ATTENTIONS = (ATTENTION, "sdpa", "eager")
 LENGTH_DEPENDENT_ROPE = frozenset(("dynamic", "longrope"))
+LARGEST_GAPS = {torch.float64: 0.01, torch.float32: 0.01}
+"""By dtype, 0.25 in shorter ones: how far a node's logits may be from its branch's, relative to these, by rounding."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,9 @@ class TargetModel:
     """A Hugging Face causal LM behind the calls that the cycle needs; its `role` begins the error messages.
 
     Raises:
-        ValueError: the model's state cannot be rolled back (recurrent layers), it takes no positions, or its attention
-            implementation cannot take a tree mask. The message names the reason.
+        ValueError: the model's state cannot be rolled back (recurrent layers), it takes no positions, its attention
+            implementation cannot take a tree mask, or it gives a small tree other logits than the tree's branches. The
+            message names the model and the reason in one line.
     """
 
     def __init__(self, model: PreTrainedModel, role: Role = "target") -> None:
@@ -74,10 +79,12 @@ class TargetModel:
         self.device = model.device
         self.dtype = model.dtype
         self._check_interface()
-        self._windows = attention_windows(self.config)
+        with self._refusing("cannot be verified as a tree"):
+            self._windows = attention_windows(self.config)
         self._layers, self.vocab_size = self._probe()
         self._query_groups = getattr(self.config, "num_attention_heads", 1) // self._layers[0].num_heads
         self._widest = max(max(layer.key_dim, layer.value_dim) for layer in self._layers)
+        self._check_tree()
 
     @property
     def hidden_size(self) -> int:
@@ -134,6 +141,13 @@ class TargetModel:
         assert isinstance(embedding, nn.Module)
         return embedding
 
+    @property
+    def _decoder(self) -> nn.Module:
+        """The part from the embeddings to the final norm. Of BERT's kin, `get_decoder` gives the output head."""
+        decoder = self.model.get_decoder()
+        part: nn.Module = self.model.base_model if isinstance(decoder, nn.Linear) else decoder
+        return part
+
     def new_cache(self, batch_size: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
         """Slots for `batch_size` rows of at most `capacity` tokens, tree nodes included. Default: `attention_dtype`."""
         return KVCache(self._layers, batch_size, capacity, dtype or self.attention_dtype, self.device)
@@ -166,8 +180,7 @@ class TargetModel:
             tokens: `[B, N]` token ids.
             depths: `[B, M]` distance from the root; a node's position is its row's length plus this.
             ancestors: `[B, N, M]` bool, True where the column's node is the row's node or an ancestor of it.
-            feature_layers: hidden_states indices whose values are concatenated into the features; the last index
-                is the output of the final norm.
+            feature_layers: numbers of the hidden states (hidden_states.py) that are concatenated into the features.
             last_logits_only: run the output head on the last node alone (prompt positions need no logits).
         """
         num_new, num_behind = ancestors.shape[1:]
@@ -184,19 +197,18 @@ class TargetModel:
 
     def _run(self, tree: TreePass, feature_layers: tuple[int, ...], last_logits_only: bool) -> TargetOutput:
         """The pass itself, by the stock module."""
-        output = self.model(
-            input_ids=tree.tokens,
-            position_ids=tree.positions,
-            attention_mask=tree.masks,
-            past_key_values=SlotCacheView(tree.cache, tree.slots, tree.num_read),
-            use_cache=True,
-            output_hidden_states=bool(feature_layers),
-            logits_to_keep=1 if last_logits_only else 0,
-        )
-        features = None
-        if feature_layers:
-            features = torch.cat([output.hidden_states[index] for index in feature_layers], dim=-1)
-        return TargetOutput(output.logits, features)
+        with recording(self._decoder, self.num_layers, feature_layers) as states:
+            output = self.model(
+                input_ids=tree.tokens,
+                position_ids=tree.positions,
+                attention_mask=tree.masks,
+                past_key_values=SlotCacheView(tree.cache, tree.slots, tree.num_read),
+                use_cache=True,
+                logits_to_keep=1 if last_logits_only else 0,
+            )
+        # A split target's states lie on several devices.
+        features = [states[index].to(tree.tokens.device) for index in feature_layers]
+        return TargetOutput(output.logits, torch.cat(features, dim=-1) if features else None)
 
     def prefill(
         self, tokens: torch.Tensor, num_valid: torch.Tensor, cache: KVCache, feature_layers: tuple[int, ...] = ()
@@ -229,11 +241,10 @@ class TargetModel:
             visible = (document_ids[:, :, None] == document_ids[:, None, :]).tril()
             masks = self._masks(visible, positions, positions, self.dtype)
             packed = {"position_ids": positions, "attention_mask": masks}
-        wanted = [index % (self.num_layers + 1) for index in feature_layers]
-        with recording(self.model.get_decoder(), self.num_layers, {*wanted, self.num_layers}) as states:
+        with recording(self._decoder, self.num_layers, {*feature_layers, NORMED}) as states:
             self.model(input_ids=tokens, use_cache=False, logits_to_keep=1, **packed)
         states = {index: state.to(tokens.device) for index, state in states.items()}  # a split target's lie on several
-        return RowStates(torch.cat([states[index] for index in wanted], dim=-1), states[self.num_layers])
+        return RowStates(torch.cat([states[index] for index in feature_layers], dim=-1), states[NORMED])
 
     @torch.no_grad()
     def check_logits(self) -> None:
@@ -294,28 +305,77 @@ class TargetModel:
             raise ValueError(f"{self.role}: {name} has local attention layers that count slots instead of positions")
         attention = self.model.config._attn_implementation
         if attention == ATTENTION and not (self.model._supports_attention_backend or self.model._supports_sdpa):
-            raise ValueError(f"attn_implementation: {name} has its own attention; load it with 'eager'")
+            raise ValueError(f"{self.role}: {name} has its own attention; load it with attn_implementation='eager'")
         if attention not in TREE_ATTENTIONS:
             raise ValueError(
-                f"attn_implementation: {attention!r} cannot take a tree mask; load {name} with one of {TREE_ATTENTIONS}"
+                f"{self.role}: {name} has attn_implementation {attention!r}, which cannot take a tree mask; load it "
+                f"with one of {TREE_ATTENTIONS}"
             )
 
     @torch.no_grad()
     def _probe(self) -> tuple[list[LayerShape], int]:
         """Each cache layer's sizes and the number of logits, read from a forward pass over one token."""
         cache, token = DynamicCache(), torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        logits = self.model(input_ids=token, past_key_values=cache).logits
-        shapes = []
+        with self._refusing("cannot run one token"):
+            logits = self.model(input_ids=token, past_key_values=cache).logits
+        name, shapes = type(self.model).__name__, []
+        if not self._is_meta and bool(logits.isnan().any()):
+            raise ValueError(f"{self.role}: {name} gives NaN: broken weights, or {self.dtype} overflows")
         for index, layer in enumerate(cache.layers):
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
             if keys is None or values is None:
-                name = type(self.model).__name__
                 raise ValueError(
                     f"{self.role}: layer {index} of {name} keeps a recurrent state, which cannot be rolled back "
                     "after a rejected draft"
                 )
             shapes.append(LayerShape(keys.shape[1], keys.shape[-1], values.shape[-1]))
+        if not shapes:
+            raise ValueError(f"{self.role}: {name} keeps no keys and values, so every pass would begin anew")
         return shapes, logits.shape[-1]
+
+    @property
+    def _is_meta(self) -> bool:
+        return bool(self.device.type == "meta")
+
+    @torch.no_grad()
+    def _check_tree(self) -> None:
+        """Run a chain that ends in two children, and compare the second with its branch alone by the stock module."""
+        if self._is_meta:
+            return
+        length = 6  # two rows, for some modules cannot do with several
+        tokens = torch.arange(1, length + 1, device=self.device).expand(2, length) % self.vocab_size
+        depths = torch.arange(length, device=self.device).clamp(max=length - 2).expand(2, length)
+        ancestors = torch.ones(2, length, length, dtype=torch.bool, device=self.device).tril()
+        ancestors[:, -1, -2] = False
+        branch = [*range(length - 2), length - 1]
+        with self._refusing("cannot be run over trees"):
+            logits = self.forward_tree(tokens, depths, ancestors, self.new_cache(2, length)).logits[1, -1].float()
+            alone = self.model(input_ids=tokens[:1, branch], use_cache=False).logits[0, -1].float()
+        finite = alone.isfinite()  # some models rule tokens out
+        if not (logits - alone)[finite].norm() <= LARGEST_GAPS.get(self.dtype, 0.25) * alone[finite].norm():
+            name = type(self.model).__name__
+            raise ValueError(
+                f"{self.role}: {name} gives the nodes of a tree other logits than their branches have alone: its "
+                "attention does not follow masks and positions, or is not causal"
+            )
+
+    @contextmanager
+    def _refusing(self, what: str) -> Iterator[None]:
+        """Whatever the model raises inside, as a ValueError of one line that names it."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reason = one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {one_line(error)}"
+            if self.model.config._attn_implementation == ATTENTION and not isinstance(error, ValueError):
+                reason += "; attn_implementation='sdpa' or 'eager' may help"
+            raise ValueError(f"{self.role}: {type(self.model).__name__} {what}: {reason}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message; transformers' go on for kilobytes."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class SlotCacheView(Cache):
@@ -355,7 +415,7 @@ def attention_windows(config: Any) -> dict[str, int | None]:
     """The attention kinds of a model's layers and their sliding windows (None: all of the context).
 
     Raises:
-        ValueError: a kind of attention that a tree mask does not express.
+        ValueError: a kind of attention that is not known.
     """
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:
@@ -365,7 +425,7 @@ def attention_windows(config: Any) -> dict[str, int | None]:
         return {"full_attention": window}
     known = {"full_attention": None, "sliding_attention": window}
     for kind in sorted(kinds - known.keys()):
-        raise ValueError(f"target: its layers of type {kind!r} cannot be verified as a tree")
+        raise ValueError(f"its layers of type {kind!r} have no mask of their own here")
     return {kind: known[kind] for kind in sorted(kinds)}
 
 

@@ -80,6 +80,11 @@ def complete_checkpoint(checkpoint: Path, settings: Mapping[str, Any], keep: int
             shutil.rmtree(path)
 
 
+def discard_checkpoint(folder: Path, step: int) -> None:
+    """Let the checkpoint of a step, if there is one, not count any more."""
+    (folder / f"checkpoint-{step}" / MARK).unlink(missing_ok=True)
+
+
 def _by_step(folder: Path) -> list[Path]:
     numbered = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(numbered)]

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from draftwing.config import TrainConfig
-from draftwing.files import write_text
+from draftwing.files import to_json, write_text
 from draftwing.provenance import provenance
 from draftwing.training.report import as_html
 
@@ -40,7 +40,8 @@ class ProgressDisplay(TrainerCallback):
         figures = " ".join(f"{name} {value:.4g}" for name, value in _figures(logs or {}).items())
         self._progress.console.print(f"step {state.global_step}: {figures}", highlight=False, soft_wrap=True)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def stop(self) -> None:
+        """Give the terminal back, however the run has ended."""
         self._progress.stop()
 
 
@@ -77,7 +78,7 @@ class RecordKeeper(TrainerCallback):
             "history": [_figures(entry) for entry in history],
         }
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+        write_text(folder / RECORD, to_json(record, indent=1) + "\n")
         write_text(folder / REPORT, as_html(record))
 
 

@@ -11,20 +11,21 @@ from http.client import HTTPException
 from typing import Any
 
 from draftwing.config import TrainConfig
-from draftwing.data.chat import Message
 from draftwing.data.corpus import Row
 from draftwing.data.in_order import map_in_order
+from draftwing.data.messages import Message, read_message
 from draftwing.training.self_generated import Prompt
 
 REFUSED = (400, 413, 422)
 """The server will never answer this request; another one it may."""
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
+ANSWER_FIELDS = ("role", "content", "reasoning_content", "tool_calls")
 MAX_TRIES = 6
 TIMEOUT_S = 600.0
 
 
 class RefusedRequest(Exception):
-    """The server refuses this one request."""
+    """The server refuses this one request, or answers it in a form that cannot be read."""
 
 
 class Endpoint:
@@ -82,14 +83,17 @@ class Endpoint:
             answer = response.read()
         try:
             choice: dict[str, Any] = json.loads(answer)["choices"][0]
-            choice["message"]["content"]
+            dict(choice["message"])
         except (ValueError, KeyError, IndexError, TypeError):
             raise self.stop(f"this is no chat completion: {answer[:200]!r}") from None
         return choice
 
 
 class EndpointAnswers:
-    """Answers by a server: rows of `messages`; the last one may be `truncated`."""
+    """Answers by a server: rows of `messages` and `tools`; the last answer may be `truncated`.
+
+    Texts, not tokens: what the server wrote is tokenised again where the rows are read.
+    """
 
     def __init__(self, config: TrainConfig, endpoint: Endpoint, concurrency: int) -> None:
         self._config, self._endpoint, self._concurrency = config, endpoint, concurrency
@@ -106,34 +110,41 @@ class EndpointAnswers:
         """Answer a conversation's turns one after another."""
         if not prompt.messages:
             return {"error": "a chat endpoint cannot continue a text", "held_out": prompt.held_out}
-        config, said = self._config, list[Message]()
+        said = list[Message]()
+        tools: Row = {"tools": list(prompt.tools)} if prompt.tools else {}
         answered: Row = {"error": "not answered", "held_out": prompt.held_out}
         for message in prompt.messages:
             if message["role"] != "assistant":
                 said.append(message)
                 continue
             try:
-                choice = self._endpoint.complete(
-                    said,
-                    temperature=config.temperatures[prompt.number % len(config.temperatures)],
-                    max_tokens=config.max_new_tokens or config.sequence_length // 2,
-                    seed=config.seed + prompt.number,
-                )
+                choice = self._endpoint.complete(said, **self._options(prompt), **tools)
+                said.append(_read_answer(choice["message"]))
             except RefusedRequest as refusal:
                 return answered if "messages" in answered else answered | {"error": str(refusal)}
-            said.append(_message(choice["message"]))
             truncated = choice.get("finish_reason") == "length"
-            answered = {"messages": list(said), "held_out": prompt.held_out, "truncated": truncated}
-            if truncated:
+            answered = tools | {"messages": list(said), "held_out": prompt.held_out, "truncated": truncated}
+            if truncated or "tool_calls" in said[-1]:  # nobody runs the tools
                 break
         return answered
 
+    def _options(self, prompt: Prompt) -> dict[str, Any]:
+        """How the answers to a prompt are sampled."""
+        config = self._config
+        return {
+            "temperature": config.temperatures[prompt.number % len(config.temperatures)],
+            "max_tokens": config.max_new_tokens or config.sequence_length // 2,
+            "seed": config.seed + prompt.number,
+        }
 
-def _message(answer: dict[str, Any]) -> Message:
-    """The parts of a server's message that a chat template reads."""
-    message = {"role": "assistant", "content": answer["content"] or ""}
-    reasoning = answer.get("reasoning_content")
-    return message | {"reasoning_content": reasoning} if reasoning else message
+
+def _read_answer(answer: Message) -> Message:
+    """The parts of a server's message that a chat template reads; an answer may be empty."""
+    try:
+        read = read_message(answer | {"role": "assistant", "content": answer.get("content") or ""}, "the answer")
+    except ValueError as error:
+        raise RefusedRequest(str(error)) from None
+    return {name: read[name] for name in ANSWER_FIELDS if name in read}
 
 
 def _seconds(retry_after: str | None) -> float:

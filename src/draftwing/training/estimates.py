@@ -151,7 +151,7 @@ def _describe_head(
 
 def _read_head(name: str) -> tuple[Shapes, DraftConfig]:
     head = read_head(*read_draft_files(resolve_draft(name)))
-    config = head.config if head.config.aux_layers else counted_layers(head)
+    config = counted_layers(head)
     return {name: shape.numel() for name, shape in expected_shapes(head).items()}, config
 
 
@@ -210,7 +210,7 @@ def _plan_head(
     rate: float,
 ) -> StagePlan:
     (params, target), (head, config) = of_target, of_head
-    frozen = head.get("embed_tokens.weight", 0)
+    frozen = 0 if stage.train_embedding else head.get("embed_tokens.weight", 0)
     trained, active, tokens = sum(head.values()) - frozen, active_params(params, target), _tokens(stage)
     steps = stage.ttt_steps if config.aux_layers else stage.feature_steps
     size = _bytes(stage)
@@ -229,8 +229,11 @@ def _plan_head(
         # A chunk, and the output head's gradient; the target's rows of the draft vocabulary.
         "logits": 4 * (logits + head.get("lm_head.weight", 0)) + size * teacher_rows,
     }
-    once = head.get("fc.weight", 0)
-    backward = 6.0 * (once + steps * (trained - once)) + 6.0 * stage.sequence_length * queries
+    once, read = (
+        head.get("fc.weight", 0),
+        head.get("embed_tokens.weight", 0) - frozen,
+    )  # a trained embedding: no product
+    backward = 6.0 * (once + steps * (trained - once - read)) + 6.0 * stage.sequence_length * queries
     flops = (_forward_flops(stage, active, target) + backward) * tokens * stage.accumulation_steps
     return StagePlan(
         **_common(stage, params, active, num_processes),

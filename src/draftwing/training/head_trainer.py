@@ -24,11 +24,12 @@ from draftwing.data.examples import (
     lengths_of,
     read_documents,
 )
-from draftwing.decoding.generate import Generation, Request
+from draftwing.decoding.engine import Request
+from draftwing.decoding.generate import start_generation
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import SamplingParams
 from draftwing.decoding.stopping import StopRule
-from draftwing.methods import drafter_factory, resolve_method
+from draftwing.methods import new_drafter, resolve_method
 from draftwing.models.eagle import EagleModel
 from draftwing.models.medusa import MedusaModel
 from draftwing.models.target import TargetModel
@@ -142,6 +143,7 @@ class HeadTrainer(ResumableTrainer):
         if "loss" in logs or prefix:
             metrics = self._module.pop_metrics(not prefix, sum_over_processes)
             logs |= {prefix + name: round(value, 6) for name, value in metrics.items()}
+        self.check_figures(logs)  # a head that is no good cannot decode either
         if prefix and self.prompts:
             logs["eval_tau"] = round(self._decoded_tau(), 4)
         super().log(logs, *args, **kwargs)
@@ -208,12 +210,12 @@ def copy_of(head: Trainable, target: TargetModel) -> Trainable:
 
 def decode(head: Trainable, target: TargetModel, prompts: Sequence[Sequence[int]], plan: TreePlan) -> tuple[int, int]:
     """Decode the prompts greedily, one by one; returns how many tokens came in how many cycles."""
-    new_drafter = drafter_factory(resolve_method(None, head), head, target)
+    drafter = new_drafter(resolve_method(None, head), head, target)
     num_tokens = num_cycles = 0
     for prompt in prompts:
         room = DECODED_TOKENS if target.max_positions is None else target.max_positions - len(prompt)
         stop = StopRule(min(DECODED_TOKENS, room), target.eos_token_ids)
-        generation = Generation(target, [Request(prompt, SamplingParams(), stop)], new_drafter, plan).run()
+        generation = start_generation(target, [Request(prompt, SamplingParams(), stop)], drafter, plan).run()
         num_tokens += generation.statistics.num_tokens
         num_cycles += generation.statistics.num_cycles
     return num_tokens, num_cycles

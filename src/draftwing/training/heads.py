@@ -16,6 +16,9 @@ from draftwing.models.eagle import EagleModel
 from draftwing.models.layers import DraftConfig
 from draftwing.models.target import TargetModel
 
+OF_FILES_ALONE = {"has_fc", "own_lm_head"}
+"""What a new head always has."""
+
 
 def continued_head(config: TrainConfig, target: TargetModel, train: Sequence[Example]) -> DraftNetwork:
     """The head of `init_from`, for this target; with a `draft_vocab_size`, over the most frequent tokens of this data.
@@ -32,8 +35,7 @@ def continued_head(config: TrainConfig, target: TargetModel, train: Sequence[Exa
     if head.config.trained_length is not None or config.sequence_length > head.config.window:
         longest = max(config.sequence_length, head.config.window)
         head.config = dataclasses.replace(head.config, trained_length=longest)
-    if hasattr(head, "embed_tokens"):
-        head.embed_tokens.requires_grad_(False)
+    _freeze_embedding(head, config)
     if isinstance(head, EagleModel) or config.draft_vocab_size is None:
         return head
     old, size = head.vocab, target.vocab_size
@@ -41,15 +43,16 @@ def continued_head(config: TrainConfig, target: TargetModel, train: Sequence[Exa
         raise ValueError("draft_vocab_size: a head of another width than its target's cannot take over its output rows")
     new_ids = most_frequent_tokens(train, config.draft_vocab_size, size)
     target_ids = torch.arange(size) if new_ids is None else new_ids
-    rows = next(target.output_head.parameters()).detach().to(head.lm_head.weight).clone()
+    rows = next(target.output_head.parameters()).detach().to(head.norm.weight).clone()
     old_ids = torch.arange(len(old)) if old.target_ids is None else old.target_ids
-    rows[old_ids.to(rows.device)] = head.lm_head.weight.detach()
-    sizes = dataclasses.replace(head.config, draft_vocab_size=target_ids.numel())
+    if head.config.own_lm_head:
+        rows[old_ids.to(rows.device)] = head.lm_head.weight.detach()
+    sizes = dataclasses.replace(head.config, draft_vocab_size=target_ids.numel(), own_lm_head=True)
     network = build_network(sizes, target, new_ids, own_embedding=hasattr(head, "embed_tokens")).to(target.device)
     tensors = {name: parameter.detach() for name, parameter in head.named_parameters()}
     load_strictly(network, tensors | {"lm_head.weight": rows[target_ids.to(rows.device)]})
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(head.get_parameter(name).requires_grad)
+        parameter.requires_grad_(name != "embed_tokens.weight")
     return network.train()
 
 
@@ -65,7 +68,7 @@ def new_config(config: TrainConfig, target_config: Any, vocab_size: int) -> Draf
     def of_target(name: str, otherwise: Any) -> Any:
         return getattr(target_config, name, None) or otherwise
 
-    check_keys(config.architecture, {field.name for field in dataclasses.fields(DraftConfig)})
+    check_keys(config.architecture, {field.name for field in dataclasses.fields(DraftConfig)} - OF_FILES_ALONE)
     hidden_size, num_heads = int(target_config.hidden_size), target_config.num_attention_heads
     sizes: dict[str, Any] = {
         "hidden_size": hidden_size,
@@ -93,7 +96,7 @@ def new_config(config: TrainConfig, target_config: Any, vocab_size: int) -> Draf
 
 def _check_layers(layers: Sequence[int], num_layers: int) -> None:
     if wrong := [layer for layer in layers if not 0 <= layer <= num_layers]:
-        expected = f"hidden_states indices from 0 to {num_layers}, the number of the target's layers"
+        expected = f"numbers of hidden states from 0 to {num_layers}, the number of the target's layers"
         raise ValueError(f"aux_layers: expected {expected}, got {wrong[0]}")
 
 
@@ -106,11 +109,12 @@ def new_head(config: TrainConfig, target: TargetModel, train: Sequence[Example])
         _initialise(head)
         with torch.no_grad():
             head.embed_tokens.weight.copy_(target.embedding.weight)  # type: ignore[arg-type]
-        head.embed_tokens.requires_grad_(False)
+        _freeze_embedding(head, config)
         return head
     target_ids = most_frequent_tokens(train, config.draft_vocab_size, target.vocab_size)
     head = build_network(sizes, target, target_ids)
     assert not isinstance(head, EagleModel)
+    _freeze_embedding(head, config)
     _initialise(head)
     with torch.no_grad():
         rows = next(target.output_head.parameters())
@@ -133,6 +137,18 @@ def coverage(head: DraftNetwork, train: Sequence[Example]) -> float | None:
         return None
     counts = count_supervised(train, head.config.vocab_size)
     return float(counts[target_ids.cpu()].sum() / counts.sum().clamp(min=1))
+
+
+def _freeze_embedding(head: DraftNetwork, config: TrainConfig) -> None:
+    """Train a head's own embedding only if the recipe says so.
+
+    Raises:
+        ValueError: it says so, and the head reads its target's.
+    """
+    if hasattr(head, "embed_tokens"):
+        head.embed_tokens.requires_grad_(config.train_embedding)
+    elif config.train_embedding:
+        raise ValueError("train_embedding: this head has no embedding of its own, it reads its target's")
 
 
 def _initialise(head: DraftNetwork) -> None:

@@ -14,6 +14,7 @@ from draftwing.config import TrainConfig, check_keys
 from draftwing.data import fingerprint
 from draftwing.data.chat import encode_row
 from draftwing.data.corpus import Row
+from draftwing.data.features import check_positions
 from draftwing.data.prompts import write_held_out_prompts
 from draftwing.data.rows import Rejects, read_rows
 from draftwing.data.tokenizer import END_OF_TEXT, train_tokenizer
@@ -39,6 +40,8 @@ def train_language_model(config: TrainConfig) -> dict[str, float]:
     target = _load_teacher(config, tokenizer)
     torch.manual_seed(config.seed)
     model = new_model(config, tokenizer, len(tokenizer) if target is None else target.vocab_size)
+    for limit in (model.config.max_position_embeddings, None if target is None else target.max_positions):
+        check_positions(config.sequence_length, limit, "set it to at most")
     is_masked = target is not None
     held_out = blocks(rows.held_out, tokenizer, config.sequence_length, is_masked)[: config.evaluate_rows]
     if is_masked:

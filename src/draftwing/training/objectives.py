@@ -167,7 +167,9 @@ class HeadTraining(nn.Module):
         self, outputs: torch.Tensor, teacher: Teacher, valid: torch.Tensor, step_weights: torch.Tensor
     ) -> tuple[torch.Tensor, StepSums]:
         head = self.head
-        output_head = OutputHead(head.lm_head.weight) if isinstance(head, Eagle3Model) else self._target_head
+        output_head = self._target_head
+        if isinstance(head, Eagle3Model) and head.config.own_lm_head:
+            output_head = OutputHead(head.lm_head.weight)
         return fused_loss(outputs, output_head, teacher, valid, step_weights, self._slot_loss)
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from draftwing.charts import line_chart
+from draftwing.charts import as_words, line_chart
 
 Curve = list[tuple[float, float]]
 """(Step, value) pairs."""
@@ -52,5 +52,5 @@ def _chart(title: str, curves: Mapping[str, Curve]) -> str:
 
 
 def _table(values: Mapping[str, Any]) -> str:
-    rows = (f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in values.items())
+    rows = (f"<tr><td>{escape(name)}</td><td>{escape(as_words(value))}</td></tr>" for name, value in values.items())
     return f"<table>{''.join(rows)}</table>"

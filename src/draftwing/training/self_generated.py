@@ -1,13 +1,16 @@
 """Training rows that the target says itself: prompts from the data, answers by our own engine or by an endpoint.
 
-A head drafts for what its target says, not for what people wrote (EAGLE-3, arXiv 2503.01840, section 4).
+A head drafts for what its target says, not for what people wrote (EAGLE-3, arXiv 2503.01840, section 4). Rows of our
+engine have the token ids that it chose, in every turn, and beside them the conversation or text for people to read.
 """
 
 import json
+import logging
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +20,37 @@ from rich.progress import track
 
 from draftwing.checkpoint.load import load_target, load_tokenizer
 from draftwing.config import TrainConfig
-from draftwing.data.chat import Example, Message, conversation, encode_conversation, encode_row
+from draftwing.data.chat import encode_row, normalise, render
 from draftwing.data.corpus import Row
+from draftwing.data.features import check_positions
+from draftwing.data.messages import Message, read_conversation
 from draftwing.data.rows import Rejects, made_from, select_rows
 from draftwing.data.shards import check_same_run
 from draftwing.data.sources import RowRef
 from draftwing.decoding.drafters import NoDrafter
-from draftwing.decoding.generate import Generation, Request, RowOutput, plain_plan
+from draftwing.decoding.engine import Request, Seat
+from draftwing.decoding.generate import Generation, start_generation
+from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.sampling import SamplingParams
-from draftwing.decoding.stopping import StopRule
+from draftwing.decoding.stopping import StopRule, exact_decode
 from draftwing.files import write_text
 from draftwing.training.checkpoints import contents_of, data_content_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Prompt:
     """What is to be answered: a conversation, all of its answers, or the beginning of a text, as token ids.
 
-    The `number` counts over all shards of a run; it gives seed and temperature.
+    The `number` counts over all shards of a run; it gives seed and temperature. The target is told of the `tools`.
     """
 
     number: int
     held_out: bool
     messages: tuple[Message, ...] = ()
     ids: tuple[int, ...] = ()
+    tools: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,15 +67,17 @@ Answer = Callable[[Sequence[Prompt]], Iterator[Row]]
 
 
 def write_self_generated(config: TrainConfig) -> dict[str, float]:
-    """Write `config.output`, a JSONL file of `input_ids`, `loss_mask` (the answers) and `held_out`."""
+    """Write `config.output`, a JSONL file of the rows of EngineAnswers."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     target = load_target(config.target, dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    check_positions(config.sequence_length, target.max_positions, "set it to at most")
     tokenizer = load_tokenizer(config.target)
 
     def start(requests: Sequence[Request]) -> Generation:
-        return Generation(target, requests, lambda rows, capacity: NoDrafter(), plain_plan(target, len(requests)))
+        return start_generation(target, requests, lambda *_: NoDrafter(), TreePlan.off())
 
-    return regenerate(config, tokenizer, EngineAnswers(config, tokenizer, start, target.eos_token_ids))
+    answers = EngineAnswers(config, tokenizer, start, target.eos_token_ids, target.vocab_size)
+    return regenerate(config, tokenizer, answers)
 
 
 def regenerate(
@@ -87,6 +99,8 @@ def regenerate(
     settings |= {"prompts": len(prompts), "shard": f"{shard.number}/{shard.count}"}
     num_done = _resume(output, settings, contents_of(config) | data_content_of(config))
     mine = prompts[shard.number - 1 :: shard.count]
+    if num_done:
+        logger.info("resuming from %s: %d of %d rows are there", output, num_done, len(mine))
     num_tokens = num_failed = 0
     shown = track(answer(mine[num_done:]), "self-generated rows", len(mine), num_done, console=Console(stderr=True))
     with output.open("a", encoding="utf-8") as file:
@@ -118,7 +132,7 @@ def read_prompts(config: TrainConfig, tokenizer: Any) -> tuple[list[Prompt], dic
     chosen = [*found[True][: config.evaluate_rows], *found[False][: config.max_rows]]
     if not chosen:
         raise ValueError(f"data: {config.data} has no prompt of at most {config.sequence_length // 2} tokens")
-    numbered = [Prompt(number, p.held_out, p.messages, p.ids) for number, p in enumerate(chosen)]
+    numbered = [replace(prompt, number=number) for number, prompt in enumerate(chosen)]
     return numbered, {"rejected": len(rejects), "too_long": num_long}
 
 
@@ -130,38 +144,63 @@ def _candidates(
     def make(row: Row) -> list[tuple[Prompt, int]]:
         if "input_ids" in row and row.keys().isdisjoint(("text", "messages", "conversations")):
             raise ValueError("input_ids: token ids cannot be regenerated; expected messages, conversations or text")
+        row = normalise(row)
         if "text" in row:
-            ids = tuple(encode_row(row, tokenizer)[0].input_ids.tolist())
-            starts = range(0, len(ids) - config.prompt_length, config.sequence_length)
-            if not starts:
-                raise ValueError(
-                    f"text: {len(ids)} tokens leave nothing to say after a prompt of {config.prompt_length}"
-                )
-            pieces = [ids[start : start + config.prompt_length] for start in starts]
-            return [(Prompt(0, held_out, ids=piece), len(piece)) for piece in pieces]
-        messages = conversation(row)
-        roles = [message["role"] for message in messages]
+            return [(Prompt(0, held_out, ids=piece), len(piece)) for piece in _pieces(row["text"], config, tokenizer)]
+        said = read_conversation(row)
+        roles = [message["role"] for message in said.messages]
         if "assistant" not in roles:
             raise ValueError("messages: no assistant turn to regenerate")
-        if "tool" in roles or any(message.get("tool_calls") for message in messages):
+        if "tool" in roles or any("tool_calls" in message for message in said.messages):
             raise ValueError("messages: tool calls cannot be regenerated: nobody runs the tools")
-        (first,) = encode_conversation(messages[: roles.index("assistant")], tokenizer, add_generation_prompt=True)
-        return [(Prompt(0, held_out, tuple(messages)), len(first))]
+        if roles[0] == "assistant":
+            raise ValueError("messages: turn 0 is an answer; expected what it answers before it")
+        first = _encode(render(said.messages[: roles.index("assistant")], tokenizer, True, said.tools), tokenizer)
+        return [(Prompt(0, held_out, tuple(said.messages), tools=tuple(said.tools or ())), len(first))]
 
     shown = track(refs, "reading prompts", console=Console(stderr=True), disable=len(refs) < 1000)
     for prompts in made_from(shown, make, rejects):
         yield from prompts
 
 
+def _pieces(text: str, config: TrainConfig, tokenizer: Any) -> list[tuple[int, ...]]:
+    """The first `prompt_length` tokens of each `sequence_length` tokens of a text."""
+    ids = tuple(encode_row({"text": text}, tokenizer)[0].input_ids.tolist())
+    starts = range(0, len(ids) - config.prompt_length, config.sequence_length)
+    if not starts:
+        raise ValueError(f"text: {len(ids)} tokens leave nothing to say after a prompt of {config.prompt_length}")
+    return [ids[start : start + config.prompt_length] for start in starts]
+
+
+def _encode(text: str, tokenizer: Any) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
 class EngineAnswers:
-    """Answers by our own engine, whatever it drafts with: batch by batch, a conversation's turns one after another."""
+    """Answers by our own engine, whatever it drafts with: batch by batch, a conversation's turns one after another.
+
+    A row has `input_ids`, `loss_mask` (the answers), `held_out`, and for people `messages` and `tools`, or `text`.
+    Ids that the target's `vocab_size` has beyond the tokenizer's (padding) are never chosen.
+    """
 
     def __init__(
-        self, config: TrainConfig, tokenizer: Any, start: StartGeneration, eos_token_ids: tuple[int, ...]
+        self,
+        config: TrainConfig,
+        tokenizer: Any,
+        start: StartGeneration,
+        eos_token_ids: tuple[int, ...],
+        vocab_size: int,
     ) -> None:
         self._config, self._tokenizer, self._start, self._eos = config, tokenizer, start, eos_token_ids
+        self._vocab_size = vocab_size
+        known = {*tokenizer.get_vocab().values(), *eos_token_ids}
+        self._bias = {token: -math.inf for token in range(len(tokenizer), vocab_size) if token not in known}
 
     def __call__(self, prompts: Sequence[Prompt]) -> Iterator[Row]:
+        if self._bias:
+            note = f"{len(self._bias)} of the target's {self._vocab_size} ids are no tokens of its tokenizer"
+            Console(stderr=True).print(f"{note}: they are never chosen", highlight=False, soft_wrap=True)
         for first in range(0, len(prompts), self._config.batch_size):
             batch = [_Dialogue(prompt, self._tokenizer) for prompt in prompts[first : first + self._config.batch_size]]
             while waiting := [dialogue for dialogue in batch if self._room(dialogue)]:
@@ -171,66 +210,104 @@ class EngineAnswers:
             yield from (dialogue.row() for dialogue in batch)
 
     def _room(self, dialogue: "_Dialogue") -> int:
-        """Tokens that the dialogue's next answer may have; 0 if it has no next one."""
-        if dialogue.prompt is None:
+        """Tokens that the dialogue's next answer may have; 0 if it has no next one, or one that cannot be had."""
+        if not dialogue.is_open or max(dialogue.ids) >= self._vocab_size:
             return 0
-        room = self._config.sequence_length - len(dialogue.prompt)
+        room = self._config.sequence_length - len(dialogue.ids)
         return max(0, min(room, self._config.max_new_tokens or room))
 
     def _request(self, dialogue: "_Dialogue") -> Request:
         config, number = self._config, dialogue.number
-        assert dialogue.prompt is not None
         temperature = config.temperatures[number % len(config.temperatures)]
         return Request(
-            dialogue.prompt.input_ids.tolist(),
-            SamplingParams(temperature, seed=config.seed + number),
+            list(dialogue.ids),
+            SamplingParams(temperature, logit_bias=self._bias, seed=config.seed + number),
             StopRule(self._room(dialogue), self._eos),
         )
 
 
 class _Dialogue:
-    """A conversation being answered. `prompt` is what the next answer continues, None if there is none to come."""
+    """A conversation, or a text, being answered: the tokens so far, and whether another answer is to come.
+
+    Tokens that were chosen stay as they are. A template's text is only asked what stands between two answers.
+    """
 
     def __init__(self, prompt: Prompt, tokenizer: Any) -> None:
-        self.number, self._held_out, self._tokenizer = prompt.number, prompt.held_out, tokenizer
+        self.number, self._prompt, self._tokenizer = prompt.number, prompt, tokenizer
         self._said: list[Message] = []
         self._rest = deque(prompt.messages)
-        self._answered: Example | None = None
+        self._row: Row = {}
+        self.is_open = True
         if prompt.messages:
-            self._open()
+            self._hear()
+            self._text = self._render(add_generation_prompt=True)
+            self.ids = _encode(self._text, tokenizer)
         else:
-            ids = torch.tensor(prompt.ids)
-            self.prompt: Example | None = Example(ids, torch.zeros(len(ids), dtype=torch.bool))
+            self.ids = list(prompt.ids)
+        self._mask = [0] * len(self.ids)
 
-    def _open(self) -> None:
-        """Go on to the next turn of the assistant."""
-        self.prompt = None
+    def _hear(self) -> None:
+        """Take in what is said up to the next answer, whose place that is."""
         while self._rest and self._rest[0]["role"] != "assistant":
             self._said.append(self._rest.popleft())
+        self.is_open = bool(self._rest)
         if self._rest:
             self._rest.popleft()
-            *rewritten, prompt = encode_conversation(self._said, self._tokenizer, add_generation_prompt=True)
-            if not rewritten:  # one row cannot hold answers that its later turns show otherwise: it ends there
-                self.prompt = prompt
 
-    def take(self, output: RowOutput) -> None:
-        """Take in the answer to `prompt`; the tokens count, not their text."""
-        assert self.prompt is not None
-        tokens = torch.tensor(output.tokens)
-        self._answered = Example(
-            torch.cat((self.prompt.input_ids, tokens)),
-            torch.cat((self.prompt.loss_mask, torch.ones(len(tokens), dtype=torch.bool))),
-        )
-        if output.finish_reason == "length":  # what would follow has no end of turn before it
-            self._rest.clear()
-        text = self._tokenizer.decode(output.tokens, skip_special_tokens=True)
+    def take(self, output: Seat) -> None:
+        """Take in the answer to the tokens so far, and what stands between it and the next one."""
+        self.ids += output.tokens
+        self._mask += [1] * len(output.tokens)
+        has_ended = output.finish_reason == "eos"
+        text = exact_decode(self._tokenizer)(output.tokens[:-1] if has_ended else output.tokens)
         self._said.append({"role": "assistant", "content": text})
-        self._open()
+        self._row = {"input_ids": list(self.ids), "loss_mask": list(self._mask), "held_out": self._prompt.held_out}
+        self._row |= self._readable(has_ended)
+        between = self._between(text, output.tokens[-1]) if has_ended else None
+        self.is_open = between is not None
+        if between is not None:
+            self.ids += between
+            self._mask += [0] * len(between)
+
+    def _between(self, answer: str, end: int) -> list[int] | None:
+        """The tokens between an answer, which ended with the token `end`, and the next one; None if it is the last.
+
+        It is also the last if the template does not write the answer and that token behind its prompt, or writes them
+        otherwise later on: a row cannot hold them both ways.
+        """
+        try:
+            through = self._render(add_generation_prompt=False)
+            self._hear()
+            whole = self._render(add_generation_prompt=True)
+        except ValueError:  # the template refuses what was said
+            return None
+        if not (self.is_open and through.startswith(self._text) and whole.startswith(through)):
+            return None
+        rest, end_text = whole[len(self._text) :].lstrip(), exact_decode(self._tokenizer)([end])
+        if not rest.startswith(answer.strip()):
+            return None
+        rest = rest[len(answer.strip()) :]
+        rest = rest if rest.startswith(end_text) else rest.lstrip()  # templates may write spaces around an answer
+        if not rest.startswith(end_text):
+            return None
+        self._text = whole
+        ids = _encode(rest, self._tokenizer)  # begins with the end, so that what follows is no text's beginning
+        return ids[1:] if ids[:1] == [end] else _encode(rest[len(end_text) :], self._tokenizer)
+
+    def _render(self, add_generation_prompt: bool) -> str:
+        return render(self._said, self._tokenizer, add_generation_prompt, list(self._prompt.tools) or None)
+
+    def _readable(self, has_ended: bool) -> Row:
+        """What people read of the row."""
+        if not self._prompt.messages:
+            return {"text": self._tokenizer.decode(self.ids, skip_special_tokens=True)}
+        tools = {"tools": list(self._prompt.tools)} if self._prompt.tools else {}
+        return {"messages": list(self._said), "truncated": not has_ended} | tools
 
     def row(self) -> Row:
-        assert self._answered is not None
-        ids, mask = self._answered.input_ids.tolist(), self._answered.loss_mask.int().tolist()
-        return {"input_ids": ids, "loss_mask": mask, "held_out": self._held_out}
+        """The row with its last answer; one without any says why."""
+        reason = f"the prompt has the id {max(self.ids)}, which the target has not"
+        return self._row or {"error": reason, "held_out": self._prompt.held_out}
 
 
 def _resume(output: Path, settings: dict[str, Any], contents: dict[str, str]) -> int:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run after the step that is under way, with a checkpoint."""
+"""What ends a run before its last step: SIGTERM and Ctrl-C, with a checkpoint; a loss that is no number, without."""
 
 import os
 import signal
@@ -19,6 +19,10 @@ class TrainingStopped(Exception):
     def __init__(self, signal_number: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}")
         self.signal_number, self.step = signal_number, step
+
+
+class TrainingDiverged(ValueError):
+    """The loss, a gradient or a figure of an evaluation is not finite; what was saved before is kept."""
 
 
 class StopOnSignal(TrainerCallback):

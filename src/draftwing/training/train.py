@@ -1,13 +1,12 @@
 """One stage of a recipe; its figures are kept beside what it made."""
 
-import json
 import time
 from pathlib import Path
 
 from rich.console import Console
 
 from draftwing.config import TrainConfig
-from draftwing.files import write_text
+from draftwing.files import to_json, write_text
 from draftwing.provenance import provenance
 from draftwing.training.checkpoints import check_same, contents_of, data_content_of, settings_of
 from draftwing.training.display import RECORD, read_record
@@ -69,6 +68,6 @@ def _generate(config: TrainConfig) -> dict[str, float]:
         metrics = write_self_generated(config)
         seconds = round(time.perf_counter() - start)
         record = {"metrics": metrics, "seconds": seconds, "recipe": config.as_dict(), "provenance": provenance()}
-        write_text(Path(config.output).with_suffix(".json"), json.dumps(record, indent=2) + "\n")
+        write_text(Path(config.output).with_suffix(".json"), to_json(record, indent=2) + "\n")
     wait_for_others()
     return metrics

@@ -1,15 +1,18 @@
 """The transformers Trainer with our recipe's settings: processes, checkpoints, resume, schedule, logging."""
 
 import importlib.util
+import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -18,12 +21,15 @@ from draftwing.training.checkpoints import (
     complete_checkpoint,
     contents_of,
     data_content_of,
+    discard_checkpoint,
     newest_checkpoint,
     settings_of,
 )
 from draftwing.training.display import ProgressDisplay, RecordKeeper
-from draftwing.training.processes import is_main_process, num_processes, wait_for_others
-from draftwing.training.stopping import StopOnSignal, TrainingStopped
+from draftwing.training.processes import is_main_process, num_processes, sum_over_processes, wait_for_others
+from draftwing.training.stopping import StopOnSignal, TrainingDiverged, TrainingStopped
+
+logger = logging.getLogger(__name__)
 
 
 class ShuffledOrder(Sampler[int]):
@@ -75,6 +81,7 @@ class ResumableTrainer(Trainer):
     def __init__(self, config: TrainConfig, rows: str, **arguments: Any) -> None:
         """`rows` is a hash of what is trained on: a run that continues with other rows is refused."""
         self.config, self._steps = config, WholeSteps([], 1)
+        self._losses: list[torch.Tensor] = []
         contents = contents_of(config)
         self.settings = settings_of(config.as_dict(), num_processes()) | contents
         self.settings |= {"examples": len(arguments["train_dataset"]), "rows": rows}
@@ -82,8 +89,9 @@ class ResumableTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(Housekeeping(self))
         self.record = RecordKeeper(config, contents | data_content_of(config))
+        self.display = ProgressDisplay()
         if is_main_process():
-            self.add_callback(ProgressDisplay())
+            self.add_callback(self.display)
             self.add_callback(self.record)
 
     def run(self) -> dict[str, float]:
@@ -91,13 +99,19 @@ class ResumableTrainer(Trainer):
 
         Raises:
             TrainingStopped: a signal came; a checkpoint is written.
+            TrainingDiverged: the loss, a gradient or a figure is not finite; nothing of it is written.
             ValueError: the checkpoint was made with other settings.
         """
         checkpoint = newest_checkpoint(Path(str(self.args.output_dir)), self.settings)
         wait_for_others()  # nobody writes before everyone has looked
+        if checkpoint is not None and is_main_process():
+            logger.info("resuming from %s", checkpoint)
         with StopOnSignal() as stop:
             self.add_callback(stop)
-            self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            try:
+                self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            finally:
+                self.display.stop()
         if stop.received:
             raise TrainingStopped(stop.received, self.state.global_step)
         last = self.state.log_history[-2:]  # the last is the Trainer's summary of the run
@@ -111,6 +125,44 @@ class ResumableTrainer(Trainer):
             self.record.write(self.state.log_history, metrics)
         wait_for_others()
         return metrics
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self._losses.append(loss)
+        return loss
+
+    def check_step(self) -> None:
+        """Raise TrainingDiverged, in all processes, if a loss or gradient of the step under way is not finite.
+
+        A checkpoint of the weights that gave such a loss is no good one, and does not count any more.
+        """
+        gradients = [_local(parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
+        is_broken = torch.stack([~torch.stack(self._losses).isfinite().all(), ~_are_finite(gradients)])
+        self._losses.clear()
+        losses, any_gradients = sum_over_processes(is_broken.float()).tolist()
+        step = self.state.global_step
+        if losses and is_main_process():
+            discard_checkpoint(Path(str(self.args.output_dir)), step)
+        if losses or any_gradients:
+            self._diverged(f"the {'loss' if losses else 'gradient'} of step {step + 1} is not finite")
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        self.check_figures(logs)
+        super().log(logs, *args, **kwargs)
+
+    def check_figures(self, logs: dict[str, float]) -> None:
+        """Raise TrainingDiverged if a figure to be logged is not finite."""
+        for name, value in logs.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                self._diverged(f"{name} at step {self.state.global_step} is not finite")
+
+    def _diverged(self, what: str) -> NoReturn:
+        kept = newest_checkpoint(Path(str(self.args.output_dir)), self.settings)
+        saved = "no checkpoint was made before" if kept is None else f"the last good checkpoint is {kept}"
+        raise TrainingDiverged(
+            f"training: {what}; {saved}. A lower learning_rate (it is {self.config.learning_rate:g}), more "
+            "warmup_steps or a lower max_grad_norm may help, or a feature or weight that was read is not finite"
+        )
 
     def order(self) -> Any:
         """The rows' order: a sampler whose `set_epoch` shuffles anew."""
@@ -148,11 +200,24 @@ class ResumableTrainer(Trainer):
         return self._steps
 
 
+def _local(gradient: torch.Tensor) -> torch.Tensor:
+    """This process's part of a gradient."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def _are_finite(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Whether all numbers are finite, without waiting for the device; a norm is not where one of its numbers is not."""
+    return torch.stack(torch._foreach_norm(list(tensors), ord=torch.inf)).isfinite().all()
+
+
 class Housekeeping(TrainerCallback):
-    """Keeps a trainer's order of rows and its checkpoints."""
+    """Keeps a trainer's order of rows, its checkpoints, and what is not finite out of its weights."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.check_step()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.start_epoch()
@@ -245,6 +310,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         use_cpu=not is_cuda,
         seed=config.seed,
         logging_steps=config.log_every,
+        logging_nan_inf_filter=False,  # such a loss ends the run
         eval_strategy="steps",
         eval_steps=config.evaluate_every,
         save_steps=config.save_every,

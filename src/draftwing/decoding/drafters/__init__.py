@@ -5,7 +5,8 @@ from typing import Protocol
 import torch
 
 from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.tree import DraftTree, root_tree
+from draftwing.decoding.tree import DraftTree
+from draftwing.models.by_seat import BySeat
 
 
 class Ranking(Protocol):
@@ -19,64 +20,56 @@ class Ranking(Protocol):
     ) -> torch.Tensor: ...
 
 
-class Drafter(Protocol):
-    """The drafting side of a cycle, for B rows. Speculation methods differ only here."""
+class Drafter(BySeat):
+    """The drafting side of a cycle, by seat. Speculation methods differ only here.
 
-    feature_layers: tuple[int, ...]
-    """The target's hidden_states indices that `observe` wants; none for drafters that read tokens only."""
+    Attributes:
+        feature_layers: the numbers of the target's hidden states that `observe` wants; none where tokens are enough.
+        is_capturable: whether all state is updated where it lies and read from there, so that a cycle can be captured.
+        bound: the host's upper bound of the seats' committed tokens, the roots not included.
+    """
 
-    is_capturable: bool = False
-    """Whether all state is updated where it lies and read from there, so that a cycle can be captured."""
+    feature_layers: tuple[int, ...] = ()
+    is_capturable: bool = True
+    bound: int
 
-    def start(self, tokens: torch.Tensor) -> None:
-        """Take in the prompts' first `tokens [B]`, which `observe` never brings."""
+    def begin(self, seat: int, token: int) -> None:
+        """Begin a row in a seat that is clear, with its prompt's first `token`, which `observe` never brings."""
+        return
 
-    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
+    def share(self, source: int, goal: int, num_tokens: int) -> None:
+        """Begin a row in seat `goal` as the row of seat `source` was after its first `num_tokens` committed tokens.
+
+        All that was observed of the source has been read, and the rows' next tokens are the same too.
+        """
+        return
+
+    def observe(
+        self,
+        tokens: torch.Tensor,
+        features: torch.Tensor | None,
+        num_new: torch.Tensor,
+        chosen: torch.Tensor | None = None,
+    ) -> None:
         """Take in committed positions: the next `num_new [B]` of them, right-padded.
 
         `features [B, L, F]` are the target's at those positions and `tokens [B, L]` the tokens one position later.
-        """
-
-    def see_choices(self, chosen: torch.Tensor) -> None:
-        """Take in the target's own token at every node of the tree grown last, `chosen [B, N]`, before `observe`.
-
-        Where nothing was chosen, in rows that choose in steps, stands `~token` of the likeliest token.
-        Most drafters have no use for what the target says along branches that were not accepted.
+        `chosen [B, N]` is the target's own token at every node of the tree grown last; prompts have none. Where nothing
+        was chosen, in rows that choose step by step, it is `~token`, of the likeliest token.
         """
         return
 
-    def catch_up(self, longest: int, at_least: int = 1) -> None:
-        """Read what `observe` has brought and `grow` not read yet, if it is `at_least` so many positions.
-
-        `longest` is as for `grow`, which does this as well.
-        """
+    def catch_up(self, num_unread: int) -> None:
+        """Read what `observe` has brought and nobody has read yet: at most so many positions of a seat."""
         return
 
-    def reset(self) -> None:
-        """Forget everything, for other rows."""
-
-    def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
+    def grow(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
         """Grow a tree below `root [B]`, the last committed token, of the shape that the plan, which drafts, asks for.
 
-        `longest` is the host's count of the longest row's committed tokens, the root not included; `rank` scores
-        candidates with what is known of the target's sampling.
+        All that was observed has been read; `rank` scores candidates with what is known of the target's sampling.
         """
+        raise NotImplementedError
 
 
 class NoDrafter(Drafter):
-    """Plain decoding: the tree is its root."""
-
-    feature_layers: tuple[int, ...] = ()
-    is_capturable = True
-
-    def reset(self) -> None:
-        pass
-
-    def start(self, tokens: torch.Tensor) -> None:
-        pass
-
-    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
-        pass
-
-    def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
-        return root_tree(root, plan.num_nodes)
+    """Plain decoding: it is never asked to grow a tree."""

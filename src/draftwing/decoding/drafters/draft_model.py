@@ -4,6 +4,7 @@ The draft model's cache holds every committed token, the root included: `observe
 logits of the root's children. Drafted nodes are written behind, level by level, and dropped by not being counted.
 """
 
+import numpy as np
 import torch
 
 from draftwing.decoding.drafters import Drafter, Ranking
@@ -16,54 +17,62 @@ from draftwing.models.target import TargetModel
 
 
 class DraftModelDrafter(Drafter):
-    """Grows trees with a causal LM for B rows of at most `capacity` tokens, tree nodes included.
+    """Grows trees with a causal LM for seats of at most `capacity` tokens, tree nodes included.
 
     Ids mean the same tokens to both models, but either may have more of them (padding of the embedding); candidates
     are the ids that both have. Acceptance is the engine's, by the target's own token: no draft probabilities are kept.
     """
 
-    feature_layers: tuple[int, ...] = ()
-    is_capturable = True
+    by_seat = ("_cache", "_unread", "_num_begun", "_root_logits")
 
-    def __init__(self, model: TargetModel, target_vocab_size: int, batch_size: int, capacity: int) -> None:
+    def __init__(self, model: TargetModel, target_vocab_size: int, num_seats: int, capacity: int) -> None:
+        self.bound = capacity
         self._model = model
         num_shared = min(model.vocab_size, target_vocab_size)
         shared_ids = None if num_shared == target_vocab_size else torch.arange(num_shared, device=model.device)
         self._vocab = DraftVocab(shared_ids, target_vocab_size)
         # Drafts need no exact sums: the model's own dtype instead of the one that targets attend in.
-        self._cache = model.new_cache(batch_size, capacity, model.dtype)
-        self._unread = Unread()
-        self._root_logits = torch.zeros(batch_size, 1, num_shared, dtype=model.dtype, device=model.device)
+        self._cache = model.new_cache(num_seats, capacity, model.dtype)
+        self._unread = Unread(num_seats, 0, model.dtype, model.device)
+        self._num_begun = np.zeros(num_seats, dtype=np.int64)  # 1 while a prompt's first token is unread
+        self._root_logits = torch.zeros(num_seats, 1, num_shared, dtype=model.dtype, device=model.device)
 
-    def reset(self) -> None:
-        self._cache.clear()
-        self._unread.take()
+    def begin(self, seat: int, token: int) -> None:
+        one = torch.ones(1, dtype=torch.int64, device=self._model.device)
+        self._unread.part(seat, seat + 1).add(token * one[None], None, one)
+        self._num_begun[seat] = 1
 
-    def start(self, tokens: torch.Tensor) -> None:
-        self.observe(tokens[:, None], None, torch.ones_like(tokens))
+    def share(self, source: int, goal: int, num_tokens: int) -> None:
+        self._cache.copy_seat(source, goal, num_tokens + 1)
+        self._cache.lengths[goal] = num_tokens + 1
 
-    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
-        self._unread.add((tokens, None, num_new))
+    def observe(
+        self,
+        tokens: torch.Tensor,
+        features: torch.Tensor | None,
+        num_new: torch.Tensor,
+        chosen: torch.Tensor | None = None,
+    ) -> None:
+        self._unread.add(tokens, None, num_new)
 
-    def catch_up(self, longest: int, at_least: int = 1) -> None:
-        for tokens, _, num_new in self._unread.take(at_least):
-            self._cache.bound = longest + 1
-            self._extend(tokens, num_new)
-        self._cache.bound = longest + 1
-
-    def _extend(self, tokens: torch.Tensor, num_new: torch.Tensor) -> None:
-        batch_size, length = tokens.shape
+    def catch_up(self, num_unread: int) -> None:
+        num_unread += int(self._num_begun.max())
+        self._num_begun[:] = 0
+        if num_unread == 0:
+            return
+        self._cache.bound = self.bound + 1
+        tokens, _, num_new = self._unread.take(num_unread)
         # Each row's last token once more, in the last column, where the output head runs on it alone.
         last = (num_new - 1).clamp(min=0)[:, None]
-        columns = torch.arange(length + 1, device=tokens.device)
-        depths = torch.cat((columns[:length].expand(batch_size, length), last), 1)
+        columns = torch.arange(num_unread + 1, device=tokens.device)
+        depths = torch.cat((columns[:num_unread].expand(len(tokens), num_unread), last), 1)
         ancestors = (columns < depths[:, :, None]) | (columns == columns[:, None])
         logits = self._logits(torch.cat((tokens, tokens.gather(1, last)), 1), depths, ancestors, last_logits_only=True)
         self._root_logits.copy_(torch.where((num_new > 0)[:, None, None], logits, self._root_logits))
-        self._cache.commit(None, num_new, max_kept=length)
+        self._cache.commit(None, num_new, max_kept=num_unread)
 
-    def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
-        self.catch_up(longest)
+    def grow(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
+        self._cache.bound = self.bound + 1
         levels = _Levels(root)
 
         def step(parent: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
 
 
 class EagleDrafter(Drafter):
-    """Grows trees with an EAGLE network for B rows of at most `capacity` tokens, tree nodes included.
+    """Grows trees with an EAGLE network for seats of at most `capacity` tokens, tree nodes included.
 
     With an `ngram` drafter, its continuations compete for the nodes of plans that have a lookup. The network reads the
     last `window` committed tokens only; None: as many as it was trained on.
@@ -30,12 +30,12 @@ class EagleDrafter(Drafter):
         ValueError: a window below 1.
     """
 
-    is_capturable = True
+    by_seat = ("_cache", "_last_output", "_unread", "_ngram")
 
     def __init__(
         self,
         model: EagleModel | Eagle3Model,
-        batch_size: int,
+        num_seats: int,
         capacity: int,
         ngram: NgramDrafter | None = None,
         window: int | None = None,
@@ -43,53 +43,54 @@ class EagleDrafter(Drafter):
         if window is not None and window < 1:
             raise ValueError(f"draft_window: expected at least 1, got {window}")
         config, dtype, device = model.config, model.dtype, model.rotary.cos.device
+        self.bound = capacity
         self._ngram, self._window = ngram, window or config.window
         self.feature_layers = config.feature_layers
         self._model = model
         self._vocab = model.vocab.to(device)
         shape = LayerShape(config.num_key_value_heads, config.head_dim, config.head_dim)
-        self._cache = KVCache([shape] * config.num_hidden_layers, batch_size, capacity, dtype, device)
+        self._cache = KVCache([shape] * config.num_hidden_layers, num_seats, capacity, dtype, device)
         model.rotary.reserve(capacity + 1)
-        self._last_output = torch.zeros(batch_size, config.hidden_size, dtype=dtype, device=device)
-        self._unread = Unread()
+        self._last_output = torch.zeros(num_seats, config.hidden_size, dtype=dtype, device=device)
+        feature_size = len(config.feature_layers) * config.target_hidden_size
+        self._unread = Unread(num_seats, feature_size, dtype, device)
 
-    def reset(self) -> None:
-        self._cache.clear()
-        self._unread.take()
+    def share(self, source: int, goal: int, num_tokens: int) -> None:
+        self._cache.copy_seat(source, goal, num_tokens)
+        self._cache.lengths[goal] = num_tokens
         if self._ngram is not None:
-            self._ngram.reset()
+            self._ngram.share(source, goal, num_tokens)
 
-    def start(self, tokens: torch.Tensor) -> None:
-        """Nothing: the first slot has read the first feature and the second token."""
-
-    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
+    def observe(
+        self,
+        tokens: torch.Tensor,
+        features: torch.Tensor | None,
+        num_new: torch.Tensor,
+        chosen: torch.Tensor | None = None,
+    ) -> None:
         if self._ngram is not None:
             self._ngram.observe(tokens, None, num_new)
-        self._unread.add((tokens, features, num_new))
+        self._unread.add(tokens, features, num_new)
 
-    def catch_up(self, longest: int, at_least: int = 1) -> None:
-        for tokens, features, num_new in self._unread.take(at_least):
-            assert features is not None
-            self._cache.bound = longest
-            self._extend(tokens, features, num_new)
-        self._cache.bound = longest
-
-    def _extend(self, tokens: torch.Tensor, features: torch.Tensor, num_new: torch.Tensor) -> None:
-        length = tokens.shape[1]
-        steps = torch.arange(length, device=tokens.device)
-        causal = (steps[:, None] >= steps).expand(tokens.shape[0], length, length)
-        visible = visible_slots(self._cache.lengths, causal, self._cache.num_read(length))
+    def catch_up(self, num_unread: int) -> None:
+        if num_unread == 0:
+            return
+        tokens, features, num_new = self._unread.take(num_unread)
+        self._cache.bound = self.bound
+        steps = torch.arange(num_unread, device=tokens.device)
+        causal = (steps[:, None] >= steps).expand(len(tokens), num_unread, num_unread)
+        visible = visible_slots(self._cache.lengths, causal, self._cache.num_read(num_unread))
         positions = self._cache.lengths[:, None] + steps
         if self._window < self._cache.capacity:
             visible &= torch.arange(visible.shape[-1], device=tokens.device) > positions[..., None] - self._window
-        slots = self._cache.slots_behind(length)
+        slots = self._cache.slots_behind(num_unread)
         output = self._forward(self._model.fuse(features), tokens, positions, visible, slots)
         last = output.gather(1, (num_new - 1).clamp(min=0)[:, None, None].expand(-1, 1, output.shape[-1])).squeeze(1)
         self._last_output.copy_(torch.where((num_new > 0)[:, None], last, self._last_output))
-        self._cache.commit(None, num_new, max_kept=length)
+        self._cache.commit(None, num_new, max_kept=num_unread)
 
-    def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
-        self.catch_up(longest)
+    def grow(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
+        self._cache.bound = self.bound
         levels, output = _Levels(self._cache, plan.num_inner, self._window), self._last_output[:, None]
 
         def step(parent: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -98,7 +99,7 @@ class EagleDrafter(Drafter):
             return self._model.logits(output)
 
         draft = RootedDraft(self._model.logits(output), step, self._cache.lengths[:, None], self._vocab, rank)
-        merge = None if self._ngram is None else partial(self._ngram.extend, longest=longest)
+        merge = None if self._ngram is None else partial(self._ngram.extend, longest=self.bound)
         # A row with nothing read yet (a prompt of one token) has no state to draft from.
         return grow_tree(root, plan, draft, merge).only_in(self._cache.lengths > 0)
 

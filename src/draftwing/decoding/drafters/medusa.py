@@ -14,30 +14,33 @@ from draftwing.models.medusa import MedusaModel
 
 
 class MedusaDrafter(Drafter):
-    """Grows trees with Medusa's heads, of the target's `dtype`, for B rows; deeper plans end with the heads."""
+    """Grows trees with Medusa's heads, of the target's `dtype`, by seat; deeper plans end with the heads."""
 
-    is_capturable = True
+    by_seat = ("_hidden", "_lengths")
 
-    def __init__(self, model: MedusaModel, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: MedusaModel, num_seats: int, dtype: torch.dtype, device: torch.device) -> None:
         config = model.config
         self.feature_layers = config.feature_layers
         self._model = model
-        self._hidden = torch.zeros(batch_size, config.hidden_size, dtype=dtype, device=device)
-        self._lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._hidden = torch.zeros(num_seats, config.hidden_size, dtype=dtype, device=device)
+        self._lengths = torch.zeros(num_seats, dtype=torch.int64, device=device)
 
-    def reset(self) -> None:
-        self._lengths.zero_()
+    def share(self, source: int, goal: int, num_tokens: int) -> None:
+        self._lengths[goal] = num_tokens  # the feature is that of the last token read, which is none of these
 
-    def start(self, tokens: torch.Tensor) -> None:
-        """Nothing: the heads read features alone."""
-
-    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
+    def observe(
+        self,
+        tokens: torch.Tensor,
+        features: torch.Tensor | None,
+        num_new: torch.Tensor,
+        chosen: torch.Tensor | None = None,
+    ) -> None:
         assert features is not None
         last = (num_new - 1).clamp(min=0)[:, None, None].expand(-1, 1, features.shape[-1])
         self._hidden.copy_(torch.where((num_new > 0)[:, None], features.gather(1, last).squeeze(1), self._hidden))
         self._lengths += num_new
 
-    def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
+    def grow(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
         plan = plan.cut_to(len(self._model))
         hidden, heads = self._hidden[:, None], iter(self._model)
 

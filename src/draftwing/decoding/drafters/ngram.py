@@ -12,6 +12,7 @@ import torch
 from draftwing.decoding.drafters import Drafter, Ranking
 from draftwing.decoding.plan import TreePlan
 from draftwing.decoding.tree import Candidates, DraftTree, Overlap, best_subtree, follow, no_candidates
+from draftwing.models.by_seat import BySeat
 
 LONGEST_MATCH = 8
 """Tokens of a match that are told apart; longer ones count as this long."""
@@ -19,33 +20,39 @@ NO_TOKEN = -1
 
 
 class NgramDrafter(Drafter):
-    """Drafts the continuation of the text's longest earlier match, for B rows of at most `capacity` tokens.
+    """Drafts the continuation of the text's longest earlier match, for seats of at most `capacity` tokens.
 
     The history is what `observe` has brought: a row's tokens but its prompt's first, the root included.
     """
 
-    feature_layers: tuple[int, ...] = ()
-    is_capturable = True
+    by_seat = ("_lengths", "_history", "_rates")
 
-    def __init__(self, batch_size: int, capacity: int, device: torch.device) -> None:
+    def __init__(self, num_seats: int, capacity: int, device: torch.device) -> None:
+        self.bound = capacity
         self._capacity = capacity
-        self._lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._lengths = torch.zeros(num_seats, dtype=torch.int64, device=device)
         # Padding before the first token, so that every position ends a window; one slot behind for writes of padding.
-        shape = (batch_size, LONGEST_MATCH - 1 + capacity + 1)
+        shape = (num_seats, LONGEST_MATCH - 1 + capacity + 1)
         self._history = torch.full(shape, NO_TOKEN, dtype=torch.int64, device=device)
-        self._rates = MatchRates(batch_size, device)
+        self._rates = MatchRates(num_seats, device)
         self._proposed: Lookup | None = None
 
-    def reset(self) -> None:
-        self._lengths.zero_()
-        self._history.fill_(NO_TOKEN)
-        self._rates.reset()
-        self._proposed = None
+    def clear(self, seat: int, num_tokens: int) -> None:
+        self._lengths[seat] = 0
+        self._history[seat] = NO_TOKEN
+        self._rates.clear(seat, num_tokens)
 
-    def start(self, tokens: torch.Tensor) -> None:
-        """Nothing: a prompt's first token is the one that no match of two tokens ends with."""
+    def share(self, source: int, goal: int, num_tokens: int) -> None:
+        self._history[goal] = self._history[source]
+        self._lengths[goal] = num_tokens
 
-    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
+    def observe(
+        self,
+        tokens: torch.Tensor,
+        features: torch.Tensor | None,
+        num_new: torch.Tensor,
+        chosen: torch.Tensor | None = None,
+    ) -> None:
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         is_new = steps < num_new[:, None]
         if self._proposed is not None:
@@ -55,10 +62,10 @@ class NgramDrafter(Drafter):
         self._history.scatter_(1, slots + LONGEST_MATCH - 1, tokens)
         self._lengths += num_new
 
-    def grow(self, root: torch.Tensor, plan: TreePlan, longest: int, rank: Ranking) -> DraftTree:
+    def grow(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
         if not plan.is_chain:
             raise ValueError(f"plan: n-gram drafting has one continuation, so it takes chain:DEPTH, got {plan}")
-        return best_subtree(root, self.extend(no_candidates(root), plan, longest), plan.num_nodes, plan.depth)
+        return best_subtree(root, self.extend(no_candidates(root), plan, self.bound), plan.num_nodes, plan.depth)
 
     def extend(self, candidates: Candidates, plan: TreePlan, longest: int) -> Candidates:
         """Merge a continuation of `plan.max_depth` tokens into the candidates of another drafter.
@@ -112,7 +119,7 @@ class Lookup:
         return self.match_lengths + (LONGEST_MATCH + 1) * self.is_contested
 
 
-class MatchRates:
+class MatchRates(BySeat):
     """P(a looked-up token is right, those above it being right) by match length, learnt from each row's own text.
 
     Every committed token counts, whether the tree held the looked-up one or not. A token against which another drafter
@@ -120,16 +127,17 @@ class MatchRates:
     priors are Beta(l, 2) and Beta(l / 4, 5) for a match of l tokens, close to what was measured there.
     """
 
-    def __init__(self, batch_size: int, device: torch.device) -> None:
+    by_seat = ("_counts",)
+
+    def __init__(self, num_seats: int, device: torch.device) -> None:
         lengths = torch.arange(LONGEST_MATCH + 1, device=device).float()
         right = torch.cat((lengths, lengths / 4))
         wrong = torch.cat((torch.full_like(lengths, 2.0), torch.full_like(lengths, 5.0)))
         self._priors = torch.stack((right, wrong))
-        self._counts = self._priors.repeat(batch_size, 1, 1)  # [B, right or wrong, bucket]
+        self._counts = self._priors.repeat(num_seats, 1, 1)  # [B, right or wrong, bucket]
 
-    def reset(self) -> None:
-        """Forget what was learnt."""
-        self._counts.copy_(self._priors.expand_as(self._counts))
+    def clear(self, seat: int, num_tokens: int) -> None:
+        self._counts[seat] = self._priors
 
     def log_rates(self, lookup: Lookup) -> torch.Tensor:
         """The log of each token's rate, `[B, D]`; -inf without a match."""

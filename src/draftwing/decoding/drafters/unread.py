@@ -1,46 +1,47 @@
 """Committed positions that a drafter has been told of but not read yet: drafts that are paused should cost nothing."""
 
-import itertools
-
 import torch
 
-Piece = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
-"""Tokens `[B, L]`, features `[B, L, F]` if there are any, and how many of each row are valid `[B]`."""
+from draftwing.models.by_seat import BySeat
+
+MOST_UNREAD = 256
+"""Positions that drafters may leave unread while drafts pause; reading many takes long."""
+PREFILL_CHUNK = 512
+"""Positions of a prompt that are read at once."""
+ROOM = PREFILL_CHUNK + 1
+"""A chunk, and a prompt's first token before it."""
 
 
-class Unread:
-    """Observations in their order, to be read in few passes."""
+class Unread(BySeat):
+    """What `observe` brought, by seat, in the order of its positions.
 
-    def __init__(self) -> None:
-        self._pieces: list[Piece] = []
+    With a `feature_size` of 0 there are tokens alone.
+    """
 
-    def add(self, piece: Piece) -> None:
-        self._pieces.append(piece)
+    by_seat = ("_tokens", "_features", "_counts")
 
-    def take(self, at_least: int = 1) -> list[Piece]:
-        """All pieces if they are `at_least` so many positions, else none, and all stay.
+    def __init__(self, num_seats: int, feature_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        # One position behind the last takes the writes of padding.
+        shape = num_seats, ROOM + 1
+        self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._features = torch.zeros(*shape, feature_size, dtype=dtype, device=device)
+        self._counts = torch.zeros(num_seats, dtype=torch.int64, device=device)
 
-        Single tokens next to each other, as cycles without drafts leave them, come joined.
+    def add(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
+        """Keep the first `num_new [B]` of the positions `[B, L]` that `observe` was given."""
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        places = torch.where(steps < num_new[:, None], self._counts[:, None] + steps, ROOM)
+        self._tokens.scatter_(1, places, tokens)
+        if features is not None:
+            seats = torch.arange(len(tokens), device=tokens.device)[:, None]
+            self._features[seats, places] = features.to(self._features.dtype)
+        self._counts += num_new
+
+    def take(self, num_unread: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The positions of every seat, right-padded to `num_unread`, which none exceeds; they are read then.
+
+        Returns tokens `[B, L]`, features `[B, L, F]`, and how many of a seat's are valid `[B]`.
         """
-        if sum(tokens.shape[1] for tokens, _, _ in self._pieces) < at_least:
-            return []
-        taken: list[Piece] = []
-        for is_single, group in itertools.groupby(self._pieces, key=lambda piece: piece[0].shape[1] == 1):
-            pieces = list(group)
-            taken += [_join(pieces)] if is_single else pieces
-        self._pieces = []
-        return taken
-
-
-def _join(pieces: list[Piece]) -> Piece:
-    """One piece of several single tokens, each row's valid ones first."""
-    if len(pieces) == 1:
-        return pieces[0]
-    tokens, features, num_new = zip(*pieces, strict=True)
-    is_valid = torch.stack(num_new, 1) > 0
-    order = is_valid.sort(dim=1, descending=True, stable=True).indices
-    joined = None
-    if features[0] is not None:
-        joined = torch.cat(features, 1)
-        joined = joined.gather(1, order[..., None].expand_as(joined))
-    return torch.cat(tokens, 1).gather(1, order), joined, is_valid.sum(1)
+        counts = self._counts.clone()
+        self._counts.zero_()
+        return self._tokens[:, :num_unread], self._features[:, :num_unread], counts
