@@ -27,6 +27,7 @@ from transformers.generation import stopping_criteria as stopping
 
 import draftwing
 from draftwing.decoding import sampling
+from draftwing.decoding.options import GenerateOptions
 from draftwing.decoding.sampling import gumbel
 from draftwing.decoding.stepwise import Place
 from draftwing.decoding.tree import DraftTree, walk
@@ -234,7 +235,7 @@ def test_a_sampled_call_gives_stock_tokens(
         step = next(steps)
         noise = [
             gumbel(
-                torch.tensor(SEED + row),
+                torch.tensor(GenerateOptions(seed=SEED).sampling(row).seed),
                 torch.tensor([len(ROWS[row]) + step]),
                 torch.arange(VOCAB_SIZE),
             )

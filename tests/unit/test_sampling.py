@@ -1,6 +1,8 @@
 """Warping as in transformers, noise that depends on (seed, position, token) alone, and the choice they make."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -24,7 +26,8 @@ from draftwing.decoding.sampling import (
     gumbel,
     uncoupled_rank,
 )
-from draftwing.decoding.tree import DraftTree, root_tree
+from draftwing.decoding.stepwise import Place, choose_in_steps
+from draftwing.decoding.tree import DraftTree, root_tree, walk
 
 CPU = torch.device("cpu")
 VOCAB = 50
@@ -359,3 +362,79 @@ class TestParameters:
     def test_a_bias_outside_the_vocabulary_is_refused(self) -> None:
         with pytest.raises(ValueError, match=f"logit_bias: token {VOCAB} is outside"):
             SamplingParams(logit_bias={VOCAB: 1.0}).check(VOCAB)
+
+
+class Script:
+    """Steps that choose given tokens, row by row, and note what they were asked."""
+
+    def __init__(self, tokens: list[list[int]], in_step: bool) -> None:
+        self.tokens, self.in_step = tokens, in_step
+        self.asked: list[tuple[list[int], list[float]]] = []
+
+    def choose(self, rows: Sequence[int], logits: torch.Tensor, noise: torch.Tensor | None) -> list[int]:
+        self.asked.append((list(rows), logits[:, 0].tolist()))
+        return [self.tokens[row].pop(0) for row in rows]
+
+
+class TestSteps:
+    """A chain of tokens 5, 6, 7 in two rows, whose nodes are told apart by their first logit: 0, 1, 2."""
+
+    tree = DraftTree(
+        tokens=torch.tensor([[5, 6, 7]] * 2),
+        parents=torch.tensor([[0, 0, 1]] * 2),
+        depths=torch.tensor([[0, 1, 2]] * 2),
+        valid=torch.ones(2, 3, dtype=torch.bool),
+        scores=torch.zeros(2, 3),
+        log_probs=torch.zeros(2, 3),
+        max_depth=2,
+    )
+    logits = torch.zeros(2, 3, 10)
+    logits[:, :, 0] = torch.arange(3)
+    logits[:, :, 9] = 8.0
+
+    def chosen(self, steps: Script, order: tuple[int, int] = (0, 1)) -> torch.Tensor:
+        return choose_in_steps([Place(steps, row) for row in order], self.logits, self.tree, None)
+
+    def test_each_row_is_asked_along_its_own_path(self) -> None:
+        steps = Script([[6, 7, 1], [2]], in_step=False)
+        chosen = self.chosen(steps)
+        assert steps.asked == [([0], [0.0]), ([0], [1.0]), ([0], [2.0]), ([1], [0.0])]
+        assert chosen.tolist() == [[6, 7, 1], [2, ~9, ~9]]
+        assert walk(self.tree, chosen).num_accepted.tolist() == [2, 0]
+
+    def test_rows_in_step_wait_for_the_one_that_accepts_least(self) -> None:
+        """Row 0 would accept both drafts, but nobody was asked behind its first token."""
+        steps = Script([[6, 7], [2]], in_step=True)
+        chosen = self.chosen(steps)
+        assert steps.asked == [([0, 1], [0.0, 0.0])]
+        verdict = walk(self.tree, chosen)
+        assert (verdict.num_accepted.tolist(), verdict.bonus.tolist()) == ([0, 0], [6, 2])
+
+    def test_rows_have_their_numbers_wherever_they_sit(self) -> None:
+        steps = Script([[6, 7, 1], [6, 7, 2]], in_step=True)
+        assert self.chosen(steps, order=(1, 0)).tolist() == [[6, 7, 2], [6, 7, 1]]
+        assert [rows for rows, _ in steps.asked] == [[0, 1]] * 3
+
+    def test_what_is_not_valid_is_not_followed(self) -> None:
+        steps = Script([[6], [6]], in_step=False)
+        tree = dataclasses.replace(self.tree, valid=torch.tensor([[True, False, False]] * 2))
+        choose_in_steps([Place(steps, row) for row in (0, 1)], self.logits, tree, None)
+        assert len(steps.asked) == 2
+
+    def test_noise_is_that_of_the_depth(self) -> None:
+        seen: list[torch.Tensor | None] = []
+
+        class Draws(Script):
+            def choose(self, rows: Sequence[int], logits: torch.Tensor, noise: torch.Tensor | None) -> list[int]:
+                seen.append(noise)
+                return super().choose(rows, logits, noise)
+
+        steps = Draws([[6, 7, 1], [6, 7, 2]], in_step=True)
+        params = [SamplingParams(temperature=1.0, seed=row, place=Place(steps, row)) for row in (0, 1)]
+        sampler = sampler_of(*params, vocab_size=10)
+        sampler.reserve([20, 40], 2)
+        sampler.choose(self.logits, self.tree, torch.tensor([20, 40]))
+        for depth, noise in enumerate(seen):
+            rows = [gumbel_rows(row, [start + depth + 1], 10)[0] for row, start in ((0, 20), (1, 40))]
+            assert noise is not None and torch.equal(noise, torch.stack(rows))
+        assert len(seen) == 3
