@@ -114,7 +114,8 @@ def set_rope(**parameters: Any) -> Damage:
 
 
 def set_layers(*ids: int) -> Damage:
-    return set_values(eagle_config={"eagle_aux_hidden_state_layer_ids": list(ids)})
+    key = "eagle_aux_hidden_state_layer_ids"
+    return set_values(**{"eagle_config": {key: list(ids)}, key: [layer + 1 for layer in ids]})
 
 
 def both(*damages: Damage) -> Damage:

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -63,6 +63,7 @@ MEDUSA_FILE = "medusa_lm_head.pt"
 TRAINING_STATE = re.compile(r"(training_args|optimizer\w*|scheduler\w*|sampler\w*|random_states\w*|rng_state\w*)\.")
 """What trainers leave beside the weights."""
 DraftNetwork = EagleModel | Eagle3Model
+Network = TypeVar("Network", EagleModel | Eagle3Model, MedusaModel)
 Draft = DraftNetwork | MedusaModel | TargetModel
 """What drafts for a target: an EAGLE head's network, Medusa's heads, or a second causal language model."""
 
@@ -287,12 +288,12 @@ def load_draft(
     values, tensors = read_draft_files(folder)
     is_medusa_file = is_medusa(values, tensors)
     if not is_medusa_file and not is_language_model(values, tensors):
-        return build_head(values, tensors, target, dtype, options)
+        return _check_finite(build_head(values, tensors, target, dtype, options), tensors)
     if options.given:
         kind = "Medusa heads" if is_medusa_file else "a language model"
         raise ValueError(f"{', '.join(options.given)}: {folder} holds {kind}, only EAGLE heads have them")
     if is_medusa_file:
-        return _build_medusa(values, tensors, target, dtype)
+        return _check_finite(_build_medusa(values, tensors, target, dtype), tensors)
     attention = target.model.config._attn_implementation
     model = load_target(str(folder), dtype or target.dtype, target.device, role="draft", attn_implementation=attention)
     for problem in vocabulary_problems(model.vocab_size, target.vocab_size, find_tokenizer(str(folder)), tokenizer):
@@ -325,9 +326,18 @@ def load_head(
     """Load a head for `target`, in the target's dtype and on its device; `options` override what its file says.
 
     Raises:
-        ValueError: a missing, unknown or misshapen tensor, or a head made for another target.
+        ValueError: a missing, unknown or misshapen tensor or one that is not finite, a field that is not known, or a
+            head made for another target.
     """
-    return build_head(*read_draft_files(resolve_draft(name)), target, dtype, options)
+    values, tensors = read_draft_files(resolve_draft(name))
+    return _check_finite(build_head(values, tensors, target, dtype, options), tensors)
+
+
+def _check_finite(network: Network, tensors: Tensors) -> Network:
+    """Give a network back unless the tensors that it was filled with hold NaN or infinity."""
+    for problem in broken_tensors(tensors):
+        raise ValueError(problem)
+    return network
 
 
 def build_head(
@@ -337,7 +347,7 @@ def build_head(
     dtype: torch.dtype | None = None,
     options: HeadOptions = FROM_FILE,
 ) -> DraftNetwork:
-    """As `load_head`, from a config.json's values and a file's tensors."""
+    """As `load_head`, from a config.json's values and a file's tensors, which may hold NaN."""
     head = read_head(values, tensors, sizes_of(target), options)
     for problem in [*fit_problems(head, sizes_of(target)), *sort_fields(values, tensors, head.is_eagle3).refused]:
         raise ValueError(problem)
@@ -418,14 +428,10 @@ def network_shapes(config: DraftConfig, own_embedding: bool = False) -> dict[str
 
 
 def load_strictly(network: DraftNetwork | MedusaModel, tensors: Tensors) -> None:
-    """Copy the tensors into the network's parameters, each exactly once.
-
-    Raises:
-        ValueError: a missing, unknown or misshapen tensor, or one that holds NaN or infinity.
-    """
+    """Copy the tensors into the network's parameters, each exactly once."""
     expected = dict(network.named_parameters())
     shapes = {name: parameter.shape for name, parameter in expected.items()}
-    for problem in tensor_problems(shapes, tensors) or broken_tensors(tensors):
+    for problem in tensor_problems(shapes, tensors):
         raise ValueError(problem)
     with torch.no_grad():
         for name, parameter in expected.items():
