@@ -345,6 +345,23 @@ def test_in_doubt_whether_a_head_reads_features_only_a_hopeless_one_is_called_un
     assert "untrained" in conclude(LOADED, NO_CURE, False, [], []).sentence
 
 
+@pytest.mark.parametrize(
+    ("gain", "evidence", "is_thin"),
+    [
+        (Interval(1.17, 1.0, 1.75), Interval(0.9, 0.78, 1.07), True),  # tau is better, the probability undecided
+        (Interval(1.05, 0.9, 1.2), Interval(1.04, 0.97, 1.1), True),
+        (Interval(1.05, 0.9, 1.35), Interval(0.94, 0.84, 1.02), False),  # not as probable as a cure makes the tokens
+        (Interval(0.9, 0.8, 0.99), Interval(1.01, 0.97, 1.05), False),  # tau is worse
+    ],
+)
+def test_nothing_is_wrong_only_if_every_variant_is_ruled_out(gain: Interval, evidence: Interval, is_thin: bool) -> None:
+    verdict = conclude(LOADED, NO_CURE, True, [], [finding("norm_output=True", 1.6 * gain.value, gain, evidence)])
+    assert not verdict.is_fault
+    assert verdict.sentence.startswith(
+        "Too few prompts to tell" if is_thin else "Nothing is wrong: a tau of 1.60 (1.50"
+    )
+
+
 def test_what_the_figures_suggest_without_proof_asks_for_more_prompts() -> None:
     suggestive = finding("norm_output=True", 1.9, Interval(1.2, 0.9, 1.5), Interval(1.1, 0.95, 1.3))
     verdict = conclude(LOADED, NO_CURE, True, [], [suggestive])
