@@ -27,16 +27,18 @@ from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
-from draftwing.checkpoint.formats import default_aux_layers
-from draftwing.checkpoint.load import build_network, load_tokenizer
-from draftwing.decoding.captured import CudaRecorder
-from draftwing.decoding.costs import CycleCosts, measure_costs
-from draftwing.decoding.drafters.eagle import EagleDrafter
-from draftwing.decoding.plan import TreePlan
-from draftwing.models.fused import pack_head, pack_target
-from draftwing.models.layers import DraftConfig
-from draftwing.models.target import ATTENTION, TargetModel
+from draftwing.drafts.eagle.drafter import EagleDrafter
+from draftwing.drafts.eagle.formats import default_aux_layers
+from draftwing.drafts.eagle.fused_layers import pack_head
+from draftwing.drafts.load import build_network
+from draftwing.engine.captured import CudaRecorder
+from draftwing.engine.plan import TreePlan
+from draftwing.layers import DraftConfig
+from draftwing.plans.costs import CycleCosts, measure_costs
 from draftwing.provenance import write_record
+from draftwing.target.fused import pack_target
+from draftwing.target.load import load_tokenizer
+from draftwing.target.model import ATTENTION, TargetModel
 
 # Layers, width, MLP width, heads, key/value heads, head width, vocabulary, whether the embedding is the output head.
 SHAPES: dict[str, tuple[type[LlamaConfig] | type[Qwen3Config], tuple[int, ...]]] = {

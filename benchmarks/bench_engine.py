@@ -22,12 +22,12 @@ from rich.table import Table
 
 import draftwing
 from draftwing.api import SpeculativeModel
-from draftwing.checkpoint.load import EMBEDDED_PROMPTS
 from draftwing.data.prompts import read_prompts
-from draftwing.decoding.engine import Request
-from draftwing.decoding.options import GenerateOptions
-from draftwing.decoding.sampling import SamplingParams
-from draftwing.decoding.stopping import StopRule
+from draftwing.embedded import EMBEDDED_PROMPTS
+from draftwing.engine.engine import Request
+from draftwing.engine.options import GenerateOptions
+from draftwing.engine.sampling import SamplingParams
+from draftwing.engine.stopping import StopRule
 from draftwing.provenance import write_record
 
 LIMITS = (8, 16, 32, 64, 128)

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import track
 
 from draftwing.api import load
-from draftwing.checkpoint.load import EMBEDDED_PROMPTS
 from draftwing.data.prompts import read_prompts
+from draftwing.embedded import EMBEDDED_PROMPTS
 from draftwing.provenance import write_record
 
 

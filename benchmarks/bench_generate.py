@@ -17,11 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from draftwing.api import load
-from draftwing.checkpoint.load import EMBEDDED_PROMPTS, load_stock
 from draftwing.data.prompts import read_prompts
+from draftwing.embedded import EMBEDDED_PROMPTS
 from draftwing.evaluation.compare import MethodResult, compare_methods
 from draftwing.evaluation.rivals import transformers_rivals
 from draftwing.provenance import write_record
+from draftwing.target.load import load_stock
 
 
 def main() -> int:

@@ -22,13 +22,13 @@ import torch
 from bench_generate import as_row, print_table
 
 from draftwing.api import SpeculativeModel, load
-from draftwing.checkpoint.load import EMBEDDED_PROMPTS
 from draftwing.data.prompts import read_prompts
-from draftwing.decoding.generate import Generation
+from draftwing.embedded import EMBEDDED_PROMPTS
+from draftwing.engine.generation import Generation
 from draftwing.evaluation.compare import Start, compare_methods
-from draftwing.models.kv_cache import KVCache
-from draftwing.models.target import TargetModel, TargetOutput
 from draftwing.provenance import write_record
+from draftwing.target.kv_cache import KVCache
+from draftwing.target.model import TargetModel, TargetOutput
 
 SOURCE_TOKENS = 160
 PRESCRIBED = 1e6

@@ -23,12 +23,15 @@ from rich.table import Table
 from torch import nn
 
 from draftwing.api import Lessons, SpeculativeModel
-from draftwing.checkpoint.load import EMBEDDED_PROMPTS, load_draft, load_target, load_tokenizer, read_acceptance
 from draftwing.data.prompts import read_prompts
+from draftwing.drafts.eagle.fused_layers import pack_head
+from draftwing.drafts.load import load_draft, read_acceptance
+from draftwing.embedded import EMBEDDED_PROMPTS
 from draftwing.evaluation.compare import Start, timed
-from draftwing.models.fused import pack_head, pack_target
-from draftwing.models.target import TargetModel
 from draftwing.provenance import write_record
+from draftwing.target.fused import pack_target
+from draftwing.target.load import load_target, load_tokenizer
+from draftwing.target.model import TargetModel
 
 PLANS = ("chain:1", "chain:2", "chain:3", "chain:5", "chain:7", "tree:2x3x6", "tree:2x4x8", "tree:3x4x12",
          "tree:4x4x16", "tree:4x6x24", "tree:4x8x32")  # fmt: skip

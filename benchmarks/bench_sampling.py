@@ -21,10 +21,10 @@ from rich.progress import track
 from rich.table import Table
 
 from draftwing.api import load
-from draftwing.checkpoint.load import EMBEDDED_PROMPTS
 from draftwing.data.prompts import read_prompts
+from draftwing.embedded import EMBEDDED_PROMPTS
 from draftwing.evaluation.compare import MethodResult, PromptResult, Start, compare_methods
-from draftwing.evaluation.intervals import Interval, ratio_interval
+from draftwing.intervals import Interval, ratio_interval
 from draftwing.provenance import write_record
 
 WAYS = {"coupled": True, "uncoupled": False}

@@ -25,11 +25,11 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftwing.config import TrainConfig
-from draftwing.models.draft_vocab import DraftVocab
-from draftwing.models.eagle3 import Eagle3Model
-from draftwing.models.layers import DraftConfig
-from draftwing.models.target import ATTENTION, TargetModel
+from draftwing.drafts.draft_vocab import DraftVocab
+from draftwing.drafts.eagle.eagle3 import Eagle3Model
+from draftwing.layers import DraftConfig
 from draftwing.provenance import write_record
+from draftwing.target.model import ATTENTION, TargetModel
 from draftwing.training import objectives
 from draftwing.training.objectives import HeadTraining
 from draftwing.training.ttt import additive_mask

@@ -21,9 +21,9 @@ from rich.table import Table
 
 from draftwing.api import load
 from draftwing.charts import line_chart
-from draftwing.checkpoint.load import EMBEDDED_PROMPTS
 from draftwing.config import TrainConfig
 from draftwing.data.prompts import read_prompts
+from draftwing.embedded import EMBEDDED_PROMPTS
 from draftwing.provenance import write_record
 from draftwing.training.train import train_stage
 

@@ -21,11 +21,11 @@ from rich.table import Table
 from torch.nn.functional import cross_entropy
 
 from draftwing.api import SpeculativeModel, load
-from draftwing.checkpoint.load import EMBEDDED_PROMPTS
 from draftwing.data.prompts import read_prompts
-from draftwing.decoding.drafters.eagle import EagleDrafter
-from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.sampling import gumbel, log_probabilities
+from draftwing.drafts.eagle.drafter import EagleDrafter
+from draftwing.embedded import EMBEDDED_PROMPTS
+from draftwing.engine.plan import TreePlan
+from draftwing.engine.sampling import gumbel, log_probabilities
 from draftwing.provenance import write_record
 
 

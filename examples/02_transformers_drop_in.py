@@ -3,7 +3,7 @@
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import draftwing
-from draftwing.checkpoint.load import EMBEDDED
+from draftwing.embedded import EMBEDDED
 
 folder = EMBEDDED / "target"
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")

@@ -11,27 +11,27 @@ if not torch.cuda.is_available():
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from draftwing.checkpoint.load import DraftNetwork
 from draftwing.config import TrainConfig
 from draftwing.data.chat import Example
-from draftwing.decoding.auto_plan import AutoPlan, SizedPlan
-from draftwing.decoding.captured import Recorder
-from draftwing.decoding.costs import CycleCosts
-from draftwing.decoding.drafters import NoDrafter
-from draftwing.decoding.drafters.draft_model import DraftModelDrafter
-from draftwing.decoding.drafters.eagle import EagleDrafter
-from draftwing.decoding.drafters.lookahead import LookaheadDrafter
-from draftwing.decoding.drafters.medusa import MedusaDrafter
-from draftwing.decoding.drafters.ngram import NgramDrafter
-from draftwing.decoding.engine import NewDrafter, Request
-from draftwing.decoding.experience import Experience
-from draftwing.decoding.generate import Generation, start_generation
-from draftwing.decoding.plan import Plan, TreePlan
-from draftwing.decoding.sampling import SamplingParams
-from draftwing.decoding.stopping import StopRule
-from draftwing.decoding.tree import DraftTree, Verdict
-from draftwing.models.medusa import MedusaModel
-from draftwing.models.target import ATTENTION, TargetModel
+from draftwing.drafts.eagle.drafter import EagleDrafter
+from draftwing.drafts.language_model import DraftModelDrafter
+from draftwing.drafts.load import DraftNetwork
+from draftwing.drafts.lookahead import LookaheadDrafter
+from draftwing.drafts.medusa.drafter import MedusaDrafter
+from draftwing.drafts.medusa.network import MedusaModel
+from draftwing.drafts.ngram import NgramDrafter
+from draftwing.engine.captured import Recorder
+from draftwing.engine.drafter import NoDrafter
+from draftwing.engine.engine import NewDrafter, Request
+from draftwing.engine.generation import Generation, start_generation
+from draftwing.engine.plan import Plan, TreePlan
+from draftwing.engine.sampling import SamplingParams
+from draftwing.engine.stopping import StopRule
+from draftwing.engine.tree import DraftTree, Verdict
+from draftwing.plans.auto import AutoPlan, SizedPlan
+from draftwing.plans.costs import CycleCosts
+from draftwing.plans.experience import Experience
+from draftwing.target.model import ATTENTION, TargetModel
 from draftwing.training.heads import new_head
 from draftwing.training.medusa import MedusaTraining, new_medusa
 from draftwing.training.objectives import HeadTraining

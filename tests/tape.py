@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from draftwing.decoding.captured import Recorded
+from draftwing.engine.captured import Recorded
 
 HOST_OPERATIONS = (
     torch.ops.aten.item.default,

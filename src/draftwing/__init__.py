@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from draftwing.api import GenerateOutput, SpeculativeModel, load
-    from draftwing.decoding.generate import Committed
-    from draftwing.decoding.options import GenerateOptions
-    from draftwing.decoding.plan import TreePlan
-    from draftwing.decoding.sampling import SamplingParams
-    from draftwing.decoding.statistics import Statistics
     from draftwing.drop_in import custom_generate
+    from draftwing.engine.generation import Committed
+    from draftwing.engine.options import GenerateOptions
+    from draftwing.engine.plan import TreePlan
+    from draftwing.engine.sampling import SamplingParams
+    from draftwing.engine.statistics import Statistics
 
 __version__ = "0.1.0"
 __all__ = [

@@ -10,38 +10,33 @@ from typing import Any, NamedTuple
 import torch
 
 from draftwing.batches import Prompts, append_padded, read_prompts, unpad
-from draftwing.checkpoint.formats import FROM_FILE, HeadOptions
-from draftwing.checkpoint.load import (
-    Draft,
-    load_draft,
-    load_target,
-    load_tokenizer,
-    read_acceptance,
-    resolve_draft,
-)
 from draftwing.config import DRAFTLESS_METHODS, DTYPES, EAGLE_METHODS, check_keys
-from draftwing.decoding.acceptance import AcceptanceTable
-from draftwing.decoding.auto_plan import AutoPlan
-from draftwing.decoding.captured import CudaRecorder, Recorder
-from draftwing.decoding.costs import CycleCosts, cached_costs, measure_costs
-from draftwing.decoding.drafting import check_drafting, plan_for
-from draftwing.decoding.engine import Engine, Request, bucket, check_requests
-from draftwing.decoding.experience import Experience
-from draftwing.decoding.generate import Committed, Generation
-from draftwing.decoding.lookups import LookupPlan, LookupTrial
-from draftwing.decoding.options import GenerateOptions
-from draftwing.decoding.plan import Plan, TreePlan
-from draftwing.decoding.statistics import Statistics
-from draftwing.decoding.stopping import exact_decode
-from draftwing.methods import (
+from draftwing.drafts.drafting import check_drafting, plan_for
+from draftwing.drafts.eagle.formats import FROM_FILE, HeadOptions
+from draftwing.drafts.eagle.fused_layers import pack_draft
+from draftwing.drafts.kinds import (
     new_drafter,
     resolve_method,
     suitable_draft,
     tree_shapes,
 )
-from draftwing.models.fused import pack_draft, pack_target
-from draftwing.models.target import TargetModel
+from draftwing.drafts.load import Draft, load_draft, read_acceptance, resolve_draft
+from draftwing.engine.captured import CudaRecorder, Recorder
+from draftwing.engine.engine import Engine, Request, bucket, check_requests
+from draftwing.engine.generation import Committed, Generation
+from draftwing.engine.options import GenerateOptions
+from draftwing.engine.plan import Plan, TreePlan
+from draftwing.engine.statistics import Statistics
+from draftwing.engine.stopping import exact_decode
+from draftwing.plans.acceptance import AcceptanceTable
+from draftwing.plans.auto import AutoPlan
+from draftwing.plans.costs import CycleCosts, cached_costs, measure_costs
+from draftwing.plans.experience import Experience
+from draftwing.plans.lookups import LookupPlan, LookupTrial
 from draftwing.provenance import provenance
+from draftwing.target.fused import pack_target
+from draftwing.target.load import load_target, load_tokenizer
+from draftwing.target.model import TargetModel
 
 HEAD_OPTIONS = tuple(HeadOptions.__dataclass_fields__)
 LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "remeasure", "quantize", *HEAD_OPTIONS) + (

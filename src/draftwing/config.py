@@ -18,10 +18,10 @@ CHOICES = {"objective": Objective, "loss": Loss, "parallel": Parallel, "schedule
 EAGLE_METHODS = ("eagle1", "eagle2", "eagle3")
 DRAFTLESS_METHODS = ("plain", "ngram", "lookahead")
 METHODS = (*DRAFTLESS_METHODS, *EAGLE_METHODS, "medusa", "draft_model")
-"""The speculation methods (methods.py says what each is made of)."""
+"""The speculation methods (drafts/kinds.py says what each is made of)."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 QUANTIZATIONS = ("int8", "int4", "float8")
-"""How a target's linear layers can be kept in fewer bits (checkpoint/quantize.py)."""
+"""How a target's linear layers can be kept in fewer bits (target/quantize.py)."""
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 POSITIVE = ("sequence_length", "batch_size", "accumulation_steps", "max_steps", "ttt_steps") + (

@@ -20,15 +20,17 @@ from transformers.generation import (
 
 from draftwing.api import HEAD_OPTIONS, Lessons, SpeculativeModel, take_head_options
 from draftwing.batches import append_padded, unpad
-from draftwing.checkpoint.formats import HeadOptions
-from draftwing.checkpoint.load import Draft, load_draft, read_acceptance
 from draftwing.config import check_keys
-from draftwing.decoding.generate import Generation
-from draftwing.decoding.options import GenerateOptions
-from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.statistics import Statistics
-from draftwing.decoding.stepwise import Place
-from draftwing.decoding.stopping import StopRule
+from draftwing.drafts.eagle.formats import HeadOptions
+from draftwing.drafts.eagle.fused_layers import pack_draft
+from draftwing.drafts.kinds import suitable_draft
+from draftwing.drafts.load import Draft, load_draft, read_acceptance
+from draftwing.engine.generation import Generation
+from draftwing.engine.options import GenerateOptions
+from draftwing.engine.plan import TreePlan
+from draftwing.engine.statistics import Statistics
+from draftwing.engine.stepwise import Place
+from draftwing.engine.stopping import StopRule
 from draftwing.honoured import (
     PREFIX_PROCESSORS,
     ROW_CRITERIA,
@@ -38,10 +40,8 @@ from draftwing.honoured import (
     inputs_given,
     left_paddings,
 )
-from draftwing.methods import suitable_draft
-from draftwing.models.fused import pack_draft
-from draftwing.models.packed import PackedLinear
-from draftwing.models.target import TargetModel
+from draftwing.target.model import TargetModel
+from draftwing.target.packed import PackedLinear
 
 
 @dataclass

@@ -36,13 +36,13 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from draftwing.checkpoint.formats import HeadOptions
-from draftwing.checkpoint.load import DraftNetwork, load_head, sizes_of
-from draftwing.checkpoint.save import save_head, to_head
-from draftwing.decoding.drafters import Drafter
-from draftwing.decoding.drafters.eagle import EagleDrafter
-from draftwing.decoding.tree import DraftTree
-from draftwing.models.target import TargetModel
+from draftwing.drafts.eagle.drafter import EagleDrafter
+from draftwing.drafts.eagle.formats import HeadOptions
+from draftwing.drafts.load import DraftNetwork, load_head, sizes_of
+from draftwing.drafts.save import save_head, to_head
+from draftwing.engine.drafter import Drafter
+from draftwing.engine.tree import DraftTree
+from draftwing.target.model import TargetModel
 
 Tensors = dict[str, torch.Tensor]
 

@@ -10,11 +10,11 @@ from published import TINY, eagle1_shapes, eagle3_shapes, random_tensors
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 
-from draftwing.checkpoint.fit import vocabulary_problems
-from draftwing.checkpoint.formats import HeadOptions, is_language_model
-from draftwing.checkpoint.inspect import ModelReport, inspect_draft
-from draftwing.checkpoint.load import load_draft
-from draftwing.models.target import TargetModel
+from draftwing.drafts.eagle.formats import HeadOptions, is_language_model
+from draftwing.drafts.fit import vocabulary_problems
+from draftwing.drafts.inspect import ModelReport, inspect_draft
+from draftwing.drafts.load import load_draft
+from draftwing.target.model import TargetModel
 
 
 class Tokenizer:

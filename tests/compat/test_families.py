@@ -10,10 +10,10 @@ import transformers
 from conftest import requests_for, run
 from transformers import PreTrainedModel
 
-from draftwing.checkpoint.inspect import target_sizes
-from draftwing.checkpoint.load import load_target
-from draftwing.models.fused import FusedTarget, pack_target
-from draftwing.models.target import ATTENTION, TargetModel
+from draftwing.drafts.inspect import target_sizes
+from draftwing.target.fused import FusedTarget, pack_target
+from draftwing.target.load import load_target
+from draftwing.target.model import ATTENTION, TargetModel
 
 SIZES = {
     "vocab_size": 64,

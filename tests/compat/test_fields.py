@@ -11,11 +11,11 @@ from published import TINY, Shapes, eagle1_shapes, eagle3_shapes, random_tensors
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Qwen3Config
 
-from draftwing.checkpoint.inspect import HeadReport, inspect_draft, report_table
-from draftwing.checkpoint.load import DraftNetwork, load_head, sizes_of
-from draftwing.checkpoint.save import save_head, to_head
-from draftwing.models.attention import grouped_attention
-from draftwing.models.target import TargetModel
+from draftwing.drafts.inspect import HeadReport, inspect_draft, report_table
+from draftwing.drafts.load import DraftNetwork, load_head, sizes_of
+from draftwing.drafts.save import save_head, to_head
+from draftwing.target.attention import grouped_attention
+from draftwing.target.model import TargetModel
 
 TARGET_IDS = torch.arange(16, 64)
 AUX = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 4]}}

@@ -27,19 +27,13 @@ from published import (
 )
 from safetensors.torch import load_file, save_file
 
-from draftwing.checkpoint.fields import sort_fields
-from draftwing.checkpoint.fit import fit_problems, tensor_problems
-from draftwing.checkpoint.formats import HeadFile, HeadOptions, TargetSizes, default_aux_layers, read_head
-from draftwing.checkpoint.load import (
-    DraftNetwork,
-    expected_shapes,
-    load_head,
-    read_draft_files,
-    sizes_of,
-)
-from draftwing.checkpoint.save import save_head, to_head
-from draftwing.models.attention import grouped_attention
-from draftwing.models.target import TargetModel
+from draftwing.drafts.eagle.fields import sort_fields
+from draftwing.drafts.eagle.formats import HeadFile, HeadOptions, TargetSizes, default_aux_layers, read_head
+from draftwing.drafts.fit import fit_problems, tensor_problems
+from draftwing.drafts.load import DraftNetwork, expected_shapes, load_head, read_draft_files, sizes_of
+from draftwing.drafts.save import save_head, to_head
+from draftwing.target.attention import grouped_attention
+from draftwing.target.model import TargetModel
 
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3_SCALING = {

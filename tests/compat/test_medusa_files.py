@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from draftwing.checkpoint.formats import HeadOptions
-from draftwing.checkpoint.inspect import MedusaReport, inspect_draft, report_table
-from draftwing.checkpoint.load import expected_medusa_shapes, load_draft
-from draftwing.checkpoint.medusa_format import MedusaHeads, is_medusa, read_medusa
-from draftwing.checkpoint.save import save_medusa
-from draftwing.models.medusa import MedusaConfig, MedusaModel
-from draftwing.models.target import TargetModel
+from draftwing.drafts.eagle.formats import HeadOptions
+from draftwing.drafts.inspect import MedusaReport, inspect_draft, report_table
+from draftwing.drafts.load import expected_medusa_shapes, load_draft
+from draftwing.drafts.medusa.files import MedusaHeads, is_medusa, read_medusa
+from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel
+from draftwing.drafts.save import save_medusa
+from draftwing.target.model import TargetModel
 
 Tensors = dict[str, torch.Tensor]
 # What FasterDecoding/medusa-vicuna-7b-v1.3 says of itself; its file holds five heads.

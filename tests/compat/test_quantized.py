@@ -14,13 +14,14 @@ from torch import nn
 
 import draftwing
 from draftwing.api import SpeculativeModel
-from draftwing.checkpoint import load as loading
-from draftwing.checkpoint.load import DraftNetwork, load_target
 from draftwing.cli import main
 from draftwing.config import TrainConfig
-from draftwing.models.fused import FusedTarget, pack_target
-from draftwing.models.packed import PackedLinear, multiplies_bfloat16, pack_linears
-from draftwing.models.target import TargetModel
+from draftwing.drafts import load as loading
+from draftwing.drafts.load import DraftNetwork
+from draftwing.target.fused import FusedTarget, pack_target
+from draftwing.target.load import load_target
+from draftwing.target.model import TargetModel
+from draftwing.target.packed import PackedLinear, multiplies_bfloat16, pack_linears
 from draftwing.training.objectives import HeadTraining
 
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")

@@ -18,12 +18,12 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
-from draftwing.models.attention import grouped_attention
-from draftwing.models.draft_vocab import DraftVocab
-from draftwing.models.eagle import EagleModel
-from draftwing.models.eagle3 import Eagle3Model
-from draftwing.models.layers import ACTIVATIONS, DecoderLayer, DraftConfig
-from draftwing.models.rotary import Rotary, rope_frequencies, rope_scale
+from draftwing.drafts.draft_vocab import DraftVocab
+from draftwing.drafts.eagle.eagle1 import EagleModel
+from draftwing.drafts.eagle.eagle3 import Eagle3Model
+from draftwing.layers import ACTIVATIONS, DecoderLayer, DraftConfig
+from draftwing.rotary import Rotary, rope_frequencies, rope_scale
+from draftwing.target.attention import grouped_attention
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},

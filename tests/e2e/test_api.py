@@ -22,12 +22,13 @@ from transformers.generation import StopStringCriteria
 
 import draftwing
 from draftwing.api import GenerateOutput, SpeculativeModel
-from draftwing.checkpoint.load import EMBEDDED, DraftNetwork
 from draftwing.config import TrainConfig
-from draftwing.decoding.options import GenerateOptions, row_seed
-from draftwing.decoding.plan import TreePlan
-from draftwing.models.medusa import MedusaModel
-from draftwing.models.target import TargetModel
+from draftwing.drafts.load import DraftNetwork
+from draftwing.drafts.medusa.network import MedusaModel
+from draftwing.embedded import EMBEDDED
+from draftwing.engine.options import GenerateOptions, row_seed
+from draftwing.engine.plan import TreePlan
+from draftwing.target.model import TargetModel
 from draftwing.training.heads import new_head
 
 
@@ -563,7 +564,7 @@ def test_lookahead_needs_no_draft(model: SpeculativeModel, target: TargetModel) 
 
 
 def test_drafts_that_are_not_embedded_yet_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from draftwing.checkpoint import load
+    from draftwing.drafts import load
 
     missing = {name: tmp_path / name for name in load.EMBEDDED_DRAFTS}
     monkeypatch.setattr(load, "EMBEDDED_DRAFTS", missing)

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 import draftwing
-from draftwing.checkpoint.load import EMBEDDED, load_tokenizer
 from draftwing.cli import _noted, main
+from draftwing.embedded import EMBEDDED
+from draftwing.target.load import load_tokenizer
 
 SIZES = {
     "hidden_size": 32,
@@ -210,7 +211,7 @@ def test_what_is_no_terminal_gets_the_text_as_it_is(
     said = LONG + "\n\tx = d[1:sum:2]  # [bold]"
     monkeypatch.setattr("draftwing.evaluation.text.TextStream.push", lambda self, token: "")
     monkeypatch.setattr("draftwing.evaluation.text.TextStream.flush", lambda self: said)
-    monkeypatch.setattr("draftwing.decoding.stopping.cut_at_stop", lambda text, stops: said)
+    monkeypatch.setattr("draftwing.engine.stopping.cut_at_stop", lambda text, stops: said)
     common = ["generate", "--target", str(folder / "target"), "--prompt", "x", "--max-new-tokens", "2"]
     assert main([*common, *(["--compare"] if compare else [])]) == 0
     assert capsys.readouterr().out.startswith(said + "\n")
@@ -337,7 +338,7 @@ def test_mistakes_get_one_line_that_names_the_field(
 def test_a_target_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look for a name that the hub's client cannot reach takes half a minute."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("draftwing.checkpoint.load.load_model", lambda *_, **__: pytest.fail("looked for again"))
+    monkeypatch.setattr("draftwing.target.load.load_model", lambda *_, **__: pytest.fail("looked for again"))
     with pytest.raises(ValueError, match="target: no folder and no reachable hub id: 'no/such/folder': "):
         draftwing.load("no/such/folder")
 
@@ -374,7 +375,7 @@ def test_a_note_does_not_break_a_progress_bar(capsys: pytest.CaptureFixture[str]
     with _noted(), Progress(console=Console(file=terminal, force_terminal=True, width=80)) as progress:
         progress.add_task("measuring")
         progress.refresh()
-        logging.getLogger("draftwing.decoding.costs").info("a note")
+        logging.getLogger("draftwing.plans.costs").info("a note")
     assert re.search(r"(\n|\x1b\[2K)a note\s*\n", terminal.getvalue())
     assert capsys.readouterr().err == ""
 

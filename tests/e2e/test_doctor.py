@@ -18,15 +18,10 @@ from transformers import AutoModelForCausalLM
 
 import draftwing
 from draftwing.api import SpeculativeModel
-from draftwing.checkpoint.formats import HeadOptions, Tensors
-from draftwing.checkpoint.load import EMBEDDED, EMBEDDED_PROMPTS, read_draft_files, resolve_draft
 from draftwing.cli import build_parser, main
 from draftwing.cli.arguments import head_options
 from draftwing.data.prompts import Prompt, read_prompts
-from draftwing.decoding.engine import Request
-from draftwing.decoding.sampling import SamplingParams
-from draftwing.decoding.stopping import StopRule
-from draftwing.evaluation.doctor import (
+from draftwing.doctor.doctor import (
     Diagnosis,
     Text,
     as_chat,
@@ -36,13 +31,19 @@ from draftwing.evaluation.doctor import (
     decode_prompts,
     examine,
 )
-from draftwing.evaluation.intervals import Interval
-from draftwing.evaluation.patient import Patient
-from draftwing.evaluation.replay import Recording, record
-from draftwing.evaluation.suspects import head_suspects
-from draftwing.evaluation.trials import Finding, Steps, compare
-from draftwing.models.layers import DraftConfig
-from draftwing.models.target import TargetModel
+from draftwing.doctor.patient import Patient
+from draftwing.doctor.replay import Recording, record
+from draftwing.doctor.suspects import head_suspects
+from draftwing.doctor.trials import Finding, Steps, compare
+from draftwing.drafts.eagle.formats import HeadOptions, Tensors
+from draftwing.drafts.load import read_draft_files, resolve_draft
+from draftwing.embedded import EMBEDDED, EMBEDDED_PROMPTS
+from draftwing.engine.engine import Request
+from draftwing.engine.sampling import SamplingParams
+from draftwing.engine.stopping import StopRule
+from draftwing.intervals import Interval
+from draftwing.layers import DraftConfig
+from draftwing.target.model import TargetModel
 
 NUM_NEW = 12
 LINEAR = {"rope_type": "linear", "factor": 64.0}

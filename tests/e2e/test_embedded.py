@@ -8,9 +8,9 @@ import torch
 
 import draftwing
 from draftwing.api import GenerateOutput, SpeculativeModel
-from draftwing.checkpoint.load import EMBEDDED, EMBEDDED_DRAFTS, EMBEDDED_PROMPTS
 from draftwing.cli import main
 from draftwing.data.prompts import Prompt, read_prompts
+from draftwing.embedded import EMBEDDED, EMBEDDED_DRAFTS, EMBEDDED_PROMPTS
 
 METHODS = {"eagle1": "tiny-eagle1", "eagle2": "tiny-eagle1", "eagle3": "tiny"}
 RIVALS = {"medusa": "tiny-medusa", "draft_model": "tiny-draft"}

@@ -11,7 +11,7 @@ import pytest
 
 from draftwing.api import SpeculativeModel
 from draftwing.cli import eval_setup, main
-from draftwing.decoding.generate import Generation
+from draftwing.engine.generation import Generation
 
 Method = Callable[..., Generation]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from draftwing.checkpoint.load import EMBEDDED, EMBEDDED_DRAFTS
+from draftwing.embedded import EMBEDDED, EMBEDDED_DRAFTS
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 SCRIPT = """

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from draftwing.checkpoint.load import load_tokenizer
 from draftwing.cli import main
 from draftwing.data.prepared import open_prepared
+from draftwing.target.load import load_tokenizer
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:

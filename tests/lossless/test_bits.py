@@ -14,10 +14,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from draftwing.decoding.tree import DraftTree
-from draftwing.models.fused import FusedTarget, can_fuse
-from draftwing.models.packed import PackedLinear, pack_linears
-from draftwing.models.target import ATTENTION, TargetModel
+from draftwing.engine.tree import DraftTree
+from draftwing.target.fused import FusedTarget, can_fuse
+from draftwing.target.model import ATTENTION, TargetModel
+from draftwing.target.packed import PackedLinear, pack_linears
 
 DTYPES = [torch.float32, torch.bfloat16]
 CONTEXT = [1, 2, 3, 4, 5, 6, 7]
@@ -172,7 +172,7 @@ def test_quantised_weights_are_not_packed() -> None:
 @pytest.mark.parametrize("lengths", [(2,), (6,), (1, 2), (9, 6)])
 def test_no_pass_over_a_prompt_is_a_single_row(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """A float32 product of one row rounds differently, so a prompt's keys would depend on the batch it is read in."""
-    monkeypatch.setattr("draftwing.decoding.engine.PREFILL_CHUNK", 4)
+    monkeypatch.setattr("draftwing.engine.engine.PREFILL_CHUNK", 4)
     target, num_rows = packed_target(torch.float32), []
     original = target.prefill
     monkeypatch.setattr(

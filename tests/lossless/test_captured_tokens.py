@@ -18,17 +18,17 @@ from conftest import (
 )
 from tape import TapeRecorder
 
-from draftwing.checkpoint.load import DraftNetwork
-from draftwing.decoding import lookups
-from draftwing.decoding.captured import CudaRecorder, context_bound
-from draftwing.decoding.engine import Engine, NewDrafter
-from draftwing.decoding.experience import Experience
-from draftwing.decoding.generate import Generation
-from draftwing.decoding.lookups import LookupPlan, LookupTrial
-from draftwing.decoding.pause import Pause
-from draftwing.decoding.plan import TreePlan
-from draftwing.models.kv_cache import KVCache
-from draftwing.models.target import TargetModel
+from draftwing.drafts.load import DraftNetwork
+from draftwing.engine.captured import CudaRecorder, context_bound
+from draftwing.engine.engine import Engine, NewDrafter
+from draftwing.engine.generation import Generation
+from draftwing.engine.plan import TreePlan
+from draftwing.plans import lookups
+from draftwing.plans.experience import Experience
+from draftwing.plans.lookups import LookupPlan, LookupTrial
+from draftwing.plans.pause import Pause
+from draftwing.target.kv_cache import KVCache
+from draftwing.target.model import TargetModel
 
 CAPACITY = 80
 METHODS = ("eagle1", "eagle3", "medusa", "draft_model")
@@ -123,7 +123,7 @@ def test_trees_that_size_themselves(
 def test_contexts_beyond_a_bound_are_recorded_anew(
     target: TargetModel, drafters: dict[str, NewDrafter], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("draftwing.decoding.captured.SMALLEST_BOUND", 8)
+    monkeypatch.setattr("draftwing.engine.captured.SMALLEST_BOUND", 8)
     assert [context_bound(n, 1000) for n in (1, 8, 9, 13, 17, 25)] == [8, 8, 12, 16, 24, 32]
     assert context_bound(900, 1000) == 1000
     requests = requests_for(prompts, max_new_tokens=40, eos=())

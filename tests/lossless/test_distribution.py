@@ -15,12 +15,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from draftwing.checkpoint.load import DraftNetwork
 from draftwing.config import TrainConfig
-from draftwing.decoding.engine import Request
-from draftwing.decoding.sampling import Sampler, SamplingParams
-from draftwing.decoding.stopping import StopRule
-from draftwing.models.target import TargetModel
+from draftwing.drafts.load import DraftNetwork
+from draftwing.engine.engine import Request
+from draftwing.engine.sampling import Sampler, SamplingParams
+from draftwing.engine.stopping import StopRule
+from draftwing.target.model import TargetModel
 from draftwing.training.heads import new_head
 
 NUM_SEEDS = 3000
@@ -103,7 +103,7 @@ def test_noise_that_ignores_the_position_is_noticed(
     small: tuple[TargetModel, DraftNetwork], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sabotage: every position draws with the same noise, so the tokens of one output are correlated."""
-    from draftwing.decoding.sampling import Noise
+    from draftwing.engine.sampling import Noise
 
     original = Noise.at
     monkeypatch.setattr(Noise, "at", lambda self, positions: original(self, torch.full_like(positions, len(PROMPT))))
@@ -115,7 +115,7 @@ def test_emitting_the_coupled_drafts_is_noticed(
     small: tuple[TargetModel, DraftNetwork], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sabotage: the drafts, draws from the head's distribution with the target's noise, are never checked."""
-    monkeypatch.setattr("draftwing.decoding.seats.walk", accept_always)
+    monkeypatch.setattr("draftwing.engine.seats.walk", accept_always)
     sampling = SamplingParams(temperature=1.3)
     assert chi_square_p_value(sample_outputs(small, sampling), enumerate_outputs(small[0], sampling)) < 0.001
 

@@ -26,13 +26,13 @@ from transformers.generation import logits_process as processing
 from transformers.generation import stopping_criteria as stopping
 
 import draftwing
-from draftwing.decoding import sampling
-from draftwing.decoding.options import GenerateOptions
-from draftwing.decoding.sampling import gumbel
-from draftwing.decoding.stepwise import Place
-from draftwing.decoding.tree import DraftTree, walk
+from draftwing.engine import sampling
+from draftwing.engine.options import GenerateOptions
+from draftwing.engine.sampling import gumbel
+from draftwing.engine.stepwise import Place
+from draftwing.engine.tree import DraftTree, walk
 from draftwing.honoured import HONOURED_FIELDS, NEUTRAL_FIELDS, PREFIX_PROCESSORS, check_config
-from draftwing.models.target import TargetModel
+from draftwing.target.model import TargetModel
 
 SEED = 3
 ROWS = [[5, 6, 7, 5, 6, 7, 16], [7, 16, 7, 16], [9, 8, 7, 23, 23, 9, 8], [3]]

@@ -23,14 +23,14 @@ from hypothesis import strategies as st
 from tape import TapeRecorder
 from test_bits import packed_target
 
-from draftwing.checkpoint.load import DraftNetwork
-from draftwing.decoding import engine as engine_module
-from draftwing.decoding.engine import Engine, NewDrafter, Request, Seat
-from draftwing.decoding.plan import Plan, TreePlan
-from draftwing.decoding.sampling import Noise, Sampler, SamplingParams
-from draftwing.decoding.stopping import StopRule
-from draftwing.models.kv_cache import KVCache
-from draftwing.models.target import TargetModel
+from draftwing.drafts.load import DraftNetwork
+from draftwing.engine import engine as engine_module
+from draftwing.engine.engine import Engine, NewDrafter, Request, Seat
+from draftwing.engine.plan import Plan, TreePlan
+from draftwing.engine.sampling import Noise, Sampler, SamplingParams
+from draftwing.engine.stopping import StopRule
+from draftwing.target.kv_cache import KVCache
+from draftwing.target.model import TargetModel
 
 CAPACITY = 64
 METHODS = ("plain", "eagle1", "eagle3", "eagle3+ngram", "medusa", "draft_model", "ngram", "lookahead")

@@ -8,10 +8,10 @@ import torch
 from conftest import generate, lookahead, requests_for, run
 from test_tokens import break_acceptance, break_cache, break_mask, break_noise
 
-from draftwing.decoding.drafters import lookahead as lookahead_module
-from draftwing.decoding.drafters.lookahead import LookaheadDrafter
-from draftwing.decoding.tree import DraftTree
-from draftwing.models.target import TargetModel
+from draftwing.drafts.lookahead import LookaheadDrafter
+from draftwing.engine.drafter import lookahead as lookahead_module
+from draftwing.engine.tree import DraftTree
+from draftwing.target.model import TargetModel
 
 PLANS = ("lookahead:1x2x1", "lookahead:5x2x3", "lookahead:4x3x4", "lookahead:7x4x3", "lookahead:3x5x8")
 PLAN = "lookahead:7x4x5"

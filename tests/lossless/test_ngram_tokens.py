@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import auto_plan, eagle, eagle_with_ngram, generate, ngram, requests_for, run
 
-from draftwing.checkpoint.load import DraftNetwork
-from draftwing.decoding.drafters import ngram as ngram_module
-from draftwing.decoding.engine import NewDrafter
-from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.tree import Candidates, Overlap
-from draftwing.models.target import TargetModel
+from draftwing.drafts.load import DraftNetwork
+from draftwing.engine.drafter import ngram as ngram_module
+from draftwing.engine.engine import NewDrafter
+from draftwing.engine.plan import TreePlan
+from draftwing.engine.tree import Candidates, Overlap
+from draftwing.target.model import TargetModel
 
 CHAINS = ("chain:1", "chain:6")
 MERGED = ("chain:1", "chain:3", "tree:2x3x7", "tree:4x4x16", "tree:10x3x60", "eagle1")

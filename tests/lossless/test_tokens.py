@@ -19,14 +19,14 @@ from conftest import (
     tiny_llama,
 )
 
-from draftwing.checkpoint.load import DraftNetwork
-from draftwing.decoding.engine import NewDrafter
-from draftwing.decoding.experience import Experience
-from draftwing.decoding.pause import Pause
-from draftwing.decoding.sampling import Noise, SamplingParams
-from draftwing.models import target as target_module
-from draftwing.models.kv_cache import KVCache
-from draftwing.models.target import TargetModel
+from draftwing.drafts.load import DraftNetwork
+from draftwing.engine.engine import NewDrafter
+from draftwing.engine.sampling import Noise, SamplingParams
+from draftwing.plans.experience import Experience
+from draftwing.plans.pause import Pause
+from draftwing.target import model as target_module
+from draftwing.target.kv_cache import KVCache
+from draftwing.target.model import TargetModel
 
 PLANS = ("chain:1", "chain:4", "tree:2x3x7", "tree:4x4x16", "tree:10x3x60", "eagle1")
 METHODS = ("eagle1", "eagle3", "medusa", "draft_model")
@@ -214,7 +214,7 @@ def test_rows_may_differ_in_their_parameters(
 def test_prompts_longer_than_a_prefill_chunk(
     target: TargetModel, heads: dict[str, DraftNetwork], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("draftwing.decoding.engine.PREFILL_CHUNK", 4)
+    monkeypatch.setattr("draftwing.engine.engine.PREFILL_CHUNK", 4)
     prompts = [[1 + i % 60 for i in range(length)] for length in (4, 5, 6, 21)]
     requests = requests_for(prompts)
     chunked = run(target, requests, eagle(heads["eagle3"]), "tree:4x4x16")
@@ -226,7 +226,7 @@ def test_prompts_longer_than_a_prefill_chunk(
 
 
 def break_acceptance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("draftwing.decoding.seats.walk", accept_always)
+    monkeypatch.setattr("draftwing.engine.seats.walk", accept_always)
 
 
 def break_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from draftwing.decoding.acceptance import MEMORY, AcceptanceTable
-from draftwing.decoding.readback import CycleFacts, Outcomes
+from draftwing.engine.readback import CycleFacts, Outcomes
+from draftwing.plans.acceptance import MEMORY, AcceptanceTable
 
 
 def outcomes(accepted: list[bool], probability: float = 0.5, num_cycles: int = 1) -> Outcomes:

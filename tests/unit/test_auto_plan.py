@@ -8,14 +8,14 @@ import pytest
 import torch
 from conftest import auto_plan, costs, sized_plan
 
-from draftwing.decoding.acceptance import EDGES
-from draftwing.decoding.auto_plan import LESSON, STUDIED_LATER, TRIAL, YOUTH, SizedPlan
-from draftwing.decoding.experience import Experience
-from draftwing.decoding.lookups import STUDIED, LookupPlan, LookupTrial
-from draftwing.decoding.lookups import TRIAL as LOOKUP_TRIAL
-from draftwing.decoding.pause import INHERITED_LOOKUP_PAUSE, INHERITED_PAUSE, LONGEST_PAUSE, SHORTEST_PAUSE
-from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.readback import CycleFacts, CycleReport
+from draftwing.engine.plan import TreePlan
+from draftwing.engine.readback import CycleFacts, CycleReport
+from draftwing.plans.acceptance import EDGES
+from draftwing.plans.auto import LESSON, STUDIED_LATER, TRIAL, YOUTH, SizedPlan
+from draftwing.plans.experience import Experience
+from draftwing.plans.lookups import STUDIED, LookupPlan, LookupTrial
+from draftwing.plans.lookups import TRIAL as LOOKUP_TRIAL
+from draftwing.plans.pause import INHERITED_LOOKUP_PAUSE, INHERITED_PAUSE, LONGEST_PAUSE, SHORTEST_PAUSE
 
 
 def chain_facts(num_accepted: int, depth: int = 4, probability: float = 0.75) -> CycleFacts:

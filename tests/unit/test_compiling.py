@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from draftwing.checkpoint.load import DraftNetwork
 from draftwing.config import TrainConfig
-from draftwing.models.medusa import MedusaModel
-from draftwing.models.target import TargetModel
+from draftwing.drafts.load import DraftNetwork
+from draftwing.drafts.medusa.network import MedusaModel
+from draftwing.target.model import TargetModel
 from draftwing.training.medusa import MedusaTraining
 from draftwing.training.objectives import HeadTraining
 from draftwing.training.trainer import training_arguments, wants_compile

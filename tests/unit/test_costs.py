@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from conftest import costs, eagle, ngram
 
-from draftwing.checkpoint.load import DraftNetwork
-from draftwing.decoding.costs import DAYS_KEPT, CycleCosts, _Cycles, cache_folder, cached_costs, measure_costs
-from draftwing.decoding.drafters import NoDrafter
-from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.sampling import SamplingParams
-from draftwing.decoding.seats import Seats
-from draftwing.decoding.statistics import STAGES, Statistics
-from draftwing.models.target import TargetModel
+from draftwing.drafts.load import DraftNetwork
+from draftwing.engine.drafter import NoDrafter
+from draftwing.engine.plan import TreePlan
+from draftwing.engine.sampling import SamplingParams
+from draftwing.engine.seats import Seats
+from draftwing.engine.statistics import STAGES, Statistics
+from draftwing.plans.costs import DAYS_KEPT, CycleCosts, _Cycles, cache_folder, cached_costs, measure_costs
+from draftwing.target.model import TargetModel
 
 
 def test_every_part_of_a_cycle_is_measured(target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
@@ -64,7 +64,7 @@ def test_a_steps_seconds_are_taken_from_levels_that_a_draft_has(
         def medians(self) -> list[dict[str, float]]:
             return [dict.fromkeys(STAGES, 1.0) | {"draft": 1.0 + min(plan.depth, depth)} for plan in self._plans]
 
-    monkeypatch.setattr("draftwing.decoding.costs._Cycles", Seconds)
+    monkeypatch.setattr("draftwing.plans.costs._Cycles", Seconds)
     largest = TreePlan(2, depth, 3)
     measured = measure_costs(target, lambda rows, capacity: NoDrafter(), batch_size=1, largest=largest)
     assert measured.draft_step[0][0] == pytest.approx((min(num_steps + 1, depth) - 1) / num_steps)

@@ -18,18 +18,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from draftwing.checkpoint.load import Draft, build_network
 from draftwing.config import Loss, Objective, TrainConfig
-from draftwing.decoding.drafters import NoDrafter
-from draftwing.decoding.engine import Engine, NewDrafter
-from draftwing.decoding.plan import Plan, TreePlan
-from draftwing.decoding.readback import CycleReading, pack, unpack
-from draftwing.decoding.tree import Candidates, best_subtree, walk
-from draftwing.methods import new_drafter
-from draftwing.models.eagle import EagleModel
-from draftwing.models.layers import DraftConfig
-from draftwing.models.medusa import MedusaConfig, MedusaModel
-from draftwing.models.target import TargetModel
+from draftwing.drafts.eagle.eagle1 import EagleModel
+from draftwing.drafts.kinds import new_drafter
+from draftwing.drafts.load import Draft, build_network
+from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel
+from draftwing.engine.drafter import NoDrafter
+from draftwing.engine.engine import Engine, NewDrafter
+from draftwing.engine.plan import Plan, TreePlan
+from draftwing.engine.readback import CycleReading, pack, unpack
+from draftwing.engine.tree import Candidates, best_subtree, walk
+from draftwing.layers import DraftConfig
+from draftwing.target.model import TargetModel
 from draftwing.training import fused, ttt
 from draftwing.training.medusa import MedusaTraining
 from draftwing.training.objectives import HeadTraining

@@ -8,12 +8,12 @@ import torch
 from conftest import VOCAB_SIZE, Path, generate, language_model, nodes_of, requests_for, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from draftwing.decoding.drafters.draft_model import DraftModelDrafter
-from draftwing.decoding.generate import start_generation
-from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.sampling import uncoupled_rank
-from draftwing.decoding.tree import DraftTree
-from draftwing.models.target import ATTENTION, TargetModel
+from draftwing.drafts.language_model import DraftModelDrafter
+from draftwing.engine.generation import start_generation
+from draftwing.engine.plan import TreePlan
+from draftwing.engine.sampling import uncoupled_rank
+from draftwing.engine.tree import DraftTree
+from draftwing.target.model import ATTENTION, TargetModel
 
 UNREAD = 16
 CAPACITY = 120

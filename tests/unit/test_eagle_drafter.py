@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE, Path, eagle, nodes_of, requests_for, run
 
-from draftwing.checkpoint.load import DraftNetwork
-from draftwing.decoding.drafters.eagle import EagleDrafter
-from draftwing.decoding.generate import start_generation
-from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.sampling import uncoupled_rank
-from draftwing.decoding.tree import DraftTree
-from draftwing.models.target import TargetModel
+from draftwing.drafts.eagle.drafter import EagleDrafter
+from draftwing.drafts.load import DraftNetwork
+from draftwing.engine.generation import start_generation
+from draftwing.engine.plan import TreePlan
+from draftwing.engine.sampling import uncoupled_rank
+from draftwing.engine.tree import DraftTree
+from draftwing.target.model import TargetModel
 
 METHODS = ("eagle1", "eagle3")
 CAPACITY = 120

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from draftwing.checkpoint.load import load_tokenizer
 from draftwing.cli import main
 from draftwing.config import TrainConfig
 from draftwing.data.chat import encode_row
+from draftwing.target.load import load_tokenizer
 from draftwing.training.endpoint import Endpoint, EndpointAnswers, RefusedRequest
 from draftwing.training.self_generated import Shard, regenerate
 

@@ -11,10 +11,10 @@ from conftest import tiny_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 import draftwing
-from draftwing.checkpoint.load import DraftNetwork
 from draftwing.cli import main
 from draftwing.config import TrainConfig, read_recipe
-from draftwing.models.target import TargetModel
+from draftwing.drafts.load import DraftNetwork
+from draftwing.target.model import TargetModel
 from draftwing.training.estimates import StagePlan, active_params, count_params, plan_stages, read_target_config
 from draftwing.training.heads import new_head
 from draftwing.training.objectives import HeadTraining

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_llama
 
 from draftwing.config import TrainConfig, from_mapping
-from draftwing.models.target import TargetModel
+from draftwing.target.model import TargetModel
 from draftwing.training.frozen_target import frozen_target
 from draftwing.training.heads import new_head
 from draftwing.training.objectives import HeadTraining

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from draftwing.config import Loss
-from draftwing.models.logits import LogitTransform
+from draftwing.target.logits import LogitTransform
 from draftwing.training import fused
 from draftwing.training.fused import OutputHead, Teacher, fused_loss, summarize
 from draftwing.training.losses import TeacherProbs, slot_loss

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from draftwing.evaluation.intervals import gain_interval, ratio_interval
+from draftwing.intervals import gain_interval, ratio_interval
 
 
 def test_the_value_is_the_ratio_of_the_sums() -> None:

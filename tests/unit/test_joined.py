@@ -13,17 +13,18 @@ from torch import nn
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from draftwing.checkpoint.load import DraftNetwork
-from draftwing.decoding.tree import root_tree
-from draftwing.models import attention, packed
-from draftwing.models.attention import grouped_attention
-from draftwing.models.draft_vocab import DraftVocab
-from draftwing.models.eagle import EagleModel
-from draftwing.models.eagle3 import Eagle3Model
-from draftwing.models.fused import Elementwise, FusedTarget, pack_head, pack_target
-from draftwing.models.layers import DraftConfig
-from draftwing.models.packed import JoinedProduct
-from draftwing.models.target import ATTENTION, TargetModel, TargetOutput
+from draftwing.drafts.draft_vocab import DraftVocab
+from draftwing.drafts.eagle.eagle1 import EagleModel
+from draftwing.drafts.eagle.eagle3 import Eagle3Model
+from draftwing.drafts.eagle.fused_layers import pack_head
+from draftwing.drafts.load import DraftNetwork
+from draftwing.engine.tree import root_tree
+from draftwing.layers import DraftConfig
+from draftwing.target import attention, packed
+from draftwing.target.attention import grouped_attention
+from draftwing.target.fused import Elementwise, FusedTarget, pack_target
+from draftwing.target.model import ATTENTION, TargetModel, TargetOutput
+from draftwing.target.packed import JoinedProduct
 
 SIZES = {
     "vocab_size": 50,

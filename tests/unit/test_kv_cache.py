@@ -2,8 +2,8 @@
 
 import torch
 
-from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
-from draftwing.models.target import TargetModel
+from draftwing.target.kv_cache import KVCache, LayerShape, visible_slots
+from draftwing.target.model import TargetModel
 
 CPU = torch.device("cpu")
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE, generate, lookahead, no_draft, requests_for
 
-from draftwing.decoding.drafters.lookahead import POOL_SIZE, LookaheadDrafter, NgramPool
-from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.sampling import uncoupled_rank
-from draftwing.decoding.tree import DraftTree
-from draftwing.models.target import TargetModel
+from draftwing.drafts.lookahead import POOL_SIZE, LookaheadDrafter, NgramPool
+from draftwing.engine.plan import TreePlan
+from draftwing.engine.sampling import uncoupled_rank
+from draftwing.engine.tree import DraftTree
+from draftwing.target.model import TargetModel
 
 Ngram = tuple[int, ...]
 

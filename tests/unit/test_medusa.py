@@ -10,13 +10,13 @@ from conftest import VOCAB_SIZE, generate, medusa, nodes_of, requests_for, run
 from torch import nn
 
 from draftwing.config import Loss, TrainConfig
-from draftwing.decoding.drafters.medusa import MedusaDrafter
-from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.sampling import uncoupled_rank
-from draftwing.decoding.tree import DraftTree
-from draftwing.models.medusa import MedusaConfig, MedusaModel
-from draftwing.models.packed import pack_linears
-from draftwing.models.target import TargetModel
+from draftwing.drafts.medusa.drafter import MedusaDrafter
+from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel
+from draftwing.engine.plan import TreePlan
+from draftwing.engine.sampling import uncoupled_rank
+from draftwing.engine.tree import DraftTree
+from draftwing.target.model import TargetModel
+from draftwing.target.packed import pack_linears
 from draftwing.training.medusa import MedusaTraining, new_medusa
 
 NUM_HEADS, HIDDEN = 3, 32

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from draftwing.decoding.drafters.ngram import LONGEST_MATCH, NgramDrafter
-from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.sampling import uncoupled_rank
-from draftwing.decoding.tree import Candidates, DraftTree, best_subtree, follow
+from draftwing.drafts.ngram import LONGEST_MATCH, NgramDrafter
+from draftwing.engine.plan import TreePlan
+from draftwing.engine.sampling import uncoupled_rank
+from draftwing.engine.tree import Candidates, DraftTree, best_subtree, follow
 
 Path = tuple[int, ...]
 STAGED = TreePlan.parse("tree:2x2x6").with_lookup()  # a draft of two levels, a lookup of five tokens

@@ -2,7 +2,7 @@
 
 import pytest
 
-from draftwing.decoding.plan import TreePlan
+from draftwing.engine.plan import TreePlan
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from conftest import EOS, VOCAB_SIZE, requests_for, run
 from transformers import LlamaForCausalLM
 
 from draftwing.evaluation.rivals import endpoint_rival, transformers_rivals
-from draftwing.models.target import TargetModel
+from draftwing.target.model import TargetModel
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from draftwing.decoding.sampling import (
+from draftwing.engine.sampling import (
     LOGIT_ERROR,
     NOISE_WINDOW,
     Noise,
@@ -26,8 +26,8 @@ from draftwing.decoding.sampling import (
     gumbel,
     uncoupled_rank,
 )
-from draftwing.decoding.stepwise import Place, choose_in_steps
-from draftwing.decoding.tree import DraftTree, root_tree, walk
+from draftwing.engine.stepwise import Place, choose_in_steps
+from draftwing.engine.tree import DraftTree, root_tree, walk
 
 CPU = torch.device("cpu")
 VOCAB = 50

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from draftwing.config import TrainConfig
 from draftwing.data.chat import encode_conversation, encode_row
 from draftwing.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
-from draftwing.decoding.engine import NewDrafter, Request
-from draftwing.decoding.generate import Generation, start_generation
-from draftwing.decoding.plan import TreePlan
-from draftwing.models.target import TargetModel
+from draftwing.engine.engine import NewDrafter, Request
+from draftwing.engine.generation import Generation, start_generation
+from draftwing.engine.plan import TreePlan
+from draftwing.target.model import TargetModel
 from draftwing.training.self_generated import EngineAnswers, Shard, StartGeneration, read_prompts, regenerate
 
 

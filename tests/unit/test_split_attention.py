@@ -12,11 +12,11 @@ pytest.importorskip("triton")
 import triton
 from conftest import eagle, requests_for, run, tiny_llama
 
-from draftwing.checkpoint.load import DraftNetwork
-from draftwing.models import attention
-from draftwing.models import target as target_module
-from draftwing.models.split_attention import split_attention
-from draftwing.models.target import TargetModel
+from draftwing.drafts.load import DraftNetwork
+from draftwing.target import attention
+from draftwing.target import model as target_module
+from draftwing.target.model import TargetModel
+from draftwing.target.split_attention import split_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -90,7 +90,7 @@ def test_a_generation_uses_it_for_trees(
 
     for module in (attention, target_module):
         monkeypatch.setattr(module, "has_kernel", lambda *arguments: True)
-    monkeypatch.setattr("draftwing.models.split_attention.split_attention", count)
+    monkeypatch.setattr("draftwing.target.split_attention.split_attention", count)
     head = copy.deepcopy(heads["eagle3"]).float()
     assert run(target, requests_for(prompts[:2], max_new_tokens=6), eagle(head), "tree:2x2x5") == plain
     assert seen >= {2, 5}  # a level of the draft, and the tree

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from draftwing.decoding.statistics import STAGES, StageClock, Statistics
+from draftwing.engine.statistics import STAGES, StageClock, Statistics
 
 
 def counted(*num_accepted: int, depth: int = 3) -> Statistics:
@@ -130,7 +130,7 @@ def gpu_clock(
 ) -> tuple[Statistics, StageClock]:
     """A clock of a device (default: the current one), and of a host, that tell these times one after another."""
     device = device or torch.device("cuda")
-    monkeypatch.setattr("draftwing.decoding.statistics.time.perf_counter", lambda: host_times.pop(0))
+    monkeypatch.setattr("draftwing.engine.statistics.time.perf_counter", lambda: host_times.pop(0))
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(device_times))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda asked: asked == device and "the device's stream")
     statistics = Statistics()

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.generation import StopStringCriteria
 
-from draftwing.decoding.stopping import StopRule, cut_at_stop, exact_decode
+from draftwing.engine.stopping import StopRule, cut_at_stop, exact_decode
 
 
 def decode(tokens: list[int]) -> str:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from draftwing.data.prompts import Prompt
 from draftwing.data.tokenizer import train_tokenizer
-from draftwing.decoding.generate import Committed
+from draftwing.engine.generation import Committed
 from draftwing.evaluation.demo import LEGEND, print_text, show_completions
 from draftwing.evaluation.text import TextStream
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draftwing.decoding.tree import DraftTree, Verdict, root_tree, walk
+from draftwing.engine.tree import DraftTree, Verdict, root_tree, walk
 
 
 def tree_of(tokens: list[list[int]], parents: list[list[int]], valid: list[list[bool]] | None = None) -> DraftTree:

@@ -14,13 +14,13 @@ from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
-from draftwing.checkpoint.load import DraftNetwork
 from draftwing.config import Loss, TrainConfig
-from draftwing.decoding.drafters.eagle import EagleDrafter
-from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.sampling import uncoupled_rank
-from draftwing.models.eagle3 import Eagle3Model
-from draftwing.models.target import TargetModel
+from draftwing.drafts.eagle.drafter import EagleDrafter
+from draftwing.drafts.eagle.eagle3 import Eagle3Model
+from draftwing.drafts.load import DraftNetwork
+from draftwing.engine.plan import TreePlan
+from draftwing.engine.sampling import uncoupled_rank
+from draftwing.target.model import TargetModel
 from draftwing.training import objectives
 from draftwing.training.heads import new_head
 from draftwing.training.losses import feature_regression

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from draftwing.config import DTYPES, METHODS, QUANTIZATIONS
-from draftwing.decoding.plan import TreePlan
+from draftwing.engine.plan import TreePlan
 
 Value = TypeVar("Value")
 PLANS = (
@@ -116,7 +116,7 @@ def execution(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_head_options(parser: argparse.ArgumentParser) -> None:
-    """What overrides an EAGLE head's file: the fields of HeadOptions (checkpoint/formats.py)."""
+    """What overrides an EAGLE head's file: the fields of HeadOptions (drafts/eagle/formats.py)."""
     group = parser.add_argument_group("instead of what an EAGLE head's file says (see `draftwing doctor`)")
     group.add_argument(
         "--aux-layers", type=layers, help="EAGLE-3's feature layers, 2,16,29: i is the output of layer i"

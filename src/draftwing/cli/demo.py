@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from draftwing.api import load
-    from draftwing.checkpoint.load import EMBEDDED_PROMPTS
     from draftwing.data.prompts import read_prompts
+    from draftwing.embedded import EMBEDDED_PROMPTS
     from draftwing.evaluation.compare import Start
     from draftwing.evaluation.demo import as_table, measure, show_completions
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    from draftwing.evaluation.intervals import FEWEST_PROMPTS
+    from draftwing.intervals import FEWEST_PROMPTS
 
     if options.num_prompts < FEWEST_PROMPTS:
         raise ValueError(
@@ -38,12 +38,12 @@ def run(options: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from draftwing.api import load
-    from draftwing.checkpoint.formats import HeadOptions
-    from draftwing.checkpoint.load import EMBEDDED_PROMPTS
     from draftwing.data.prompts import has_chat_template, read_prompts
-    from draftwing.evaluation.doctor import as_report, decode_prompts, examine
-    from draftwing.evaluation.patient import Patient
-    from draftwing.evaluation.trials import Steps
+    from draftwing.doctor.doctor import as_report, decode_prompts, examine
+    from draftwing.doctor.patient import Patient
+    from draftwing.doctor.trials import Steps
+    from draftwing.drafts.eagle.formats import HeadOptions
+    from draftwing.embedded import EMBEDDED_PROMPTS
 
     file = options.prompts or EMBEDDED_PROMPTS
     prompts = read_prompts(file)[: options.num_prompts]
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
 
 def show_misfit(draft: str, target: str) -> None:
     """What `draftwing inspect` says of a draft that does not fit its target, if it can read it."""
-    from draftwing.checkpoint.inspect import inspect_draft, report_table
+    from draftwing.drafts.inspect import inspect_draft, report_table
 
     report = inspect_draft(draft, target)
     if report.problems:

@@ -12,19 +12,21 @@ from typing import Any
 import torch
 
 from draftwing.api import SpeculativeModel, load
-from draftwing.checkpoint.load import EMBEDDED_DRAFTS, EMBEDDED_PROMPTS, load_stock, resolve_draft, resolve_target
 from draftwing.cli.arguments import execution
 from draftwing.cli.output import new_console
 from draftwing.data.benchmarks import load_benchmark
 from draftwing.data.prompts import read_prompts, spread
-from draftwing.decoding.drafting import default_plan
+from draftwing.drafts.drafting import default_plan
+from draftwing.drafts.kinds import resolve_method, serves
+from draftwing.drafts.load import resolve_draft
+from draftwing.embedded import EMBEDDED_DRAFTS, EMBEDDED_PROMPTS
 from draftwing.evaluation.compare import Decode, decoder
 from draftwing.evaluation.evaluate import Evaluation, PromptSet
 from draftwing.evaluation.memory import with_peak
 from draftwing.evaluation.rivals import endpoint_rival, transformers_rivals
 from draftwing.evaluation.specs import MethodSpec, Wanted
-from draftwing.methods import resolve_method, serves
-from draftwing.models.target import TargetModel
+from draftwing.target.load import load_stock, resolve_target
+from draftwing.target.model import TargetModel
 
 EMBEDDED_SAMPLE, LARGEST_SAMPLE = 8, 80
 """Prompts by default: of the embedded ones, and of any other data set at most."""

@@ -25,7 +25,7 @@ from draftwing.cli.arguments import (
     temperature,
 )
 from draftwing.cli.output import new_console, note
-from draftwing.decoding.drafting import check_drafting
+from draftwing.drafts.drafting import check_drafting
 
 SUMMARY = "Generate text with a target and a draft: EAGLE or Medusa heads, a smaller model, or none."
 EXAMPLES = """examples:
@@ -177,7 +177,7 @@ def _print_comparison(model: Any, ids: list[int], settings: dict[str, Any], as_j
 
 
 def _timed_run(model: Any, ids: list[int], settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    from draftwing.decoding.stopping import cut_at_stop
+    from draftwing.engine.stopping import cut_at_stop
     from draftwing.evaluation.compare import timed
 
     generation, seconds = timed(model.start, [ids], **settings)

@@ -44,10 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from draftwing.api import load
-    from draftwing.checkpoint.load import EMBEDDED_PROMPTS, resolve_draft
     from draftwing.data.prompts import read_prompts
+    from draftwing.drafts.kinds import suitable_draft
+    from draftwing.drafts.load import resolve_draft
+    from draftwing.embedded import EMBEDDED_PROMPTS
     from draftwing.evaluation.planning import as_tables, implied_plan, measure_plan, save_acceptance
-    from draftwing.methods import suitable_draft
 
     prompts = read_prompts(options.prompts or EMBEDDED_PROMPTS)
     more = head_options(options) | execution(options) | {"remeasure": options.remeasure}

@@ -90,9 +90,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _tokenise(options: argparse.Namespace) -> None:
-    from draftwing.checkpoint.load import load_tokenizer
     from draftwing.data.prepared import REJECTS, PrepareSettings, prepare
     from draftwing.data.statistics import as_tables, summarise
+    from draftwing.target.load import load_tokenizer
 
     tokenizer = load_tokenizer(options.target)
     settings = PrepareSettings(tuple(options.data), options.sequence_length, options.max_rows, options.seed)
@@ -155,7 +155,7 @@ def _answer_by_engine(options: argparse.Namespace, shard: "Shard") -> dict[str, 
 
 
 def _answer_by_endpoint(options: argparse.Namespace, shard: "Shard") -> dict[str, float]:
-    from draftwing.checkpoint.load import load_tokenizer
+    from draftwing.target.load import load_tokenizer
     from draftwing.training.endpoint import Endpoint, EndpointAnswers
     from draftwing.training.self_generated import regenerate
 
@@ -197,11 +197,11 @@ def _store_features(options: argparse.Namespace) -> None:
     if len(options.data) > 1:
         raise ValueError(f"data: --features takes one prepared folder, got {len(options.data)} names")
     from draftwing.api import check_device, parse_dtype
-    from draftwing.checkpoint.formats import default_aux_layers
-    from draftwing.checkpoint.load import load_target, load_tokenizer
     from draftwing.data.features import FeatureWriter, check_features
     from draftwing.data.prepared import is_prepared, open_prepared
-    from draftwing.models.hidden_states import NORMED
+    from draftwing.drafts.eagle.formats import default_aux_layers
+    from draftwing.target.hidden_states import NORMED
+    from draftwing.target.load import load_target, load_tokenizer
 
     if not is_prepared(options.data[0]):
         raise ValueError(f"data: --features takes a folder made by `draftwing prepare`, got {options.data[0]}")

@@ -21,7 +21,7 @@ from draftwing.data.packing import PackedExamples
 from draftwing.data.prepared import StoredExamples, is_prepared, open_prepared
 from draftwing.data.rows import Rejects, made_from, select_rows
 from draftwing.data.sources import RowRef
-from draftwing.models.target import TargetModel
+from draftwing.target.model import TargetModel
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ from draftwing.data.shards import (
     write_index,
     write_shard,
 )
-from draftwing.models.hidden_states import NORMED
-from draftwing.models.target import TargetModel
 from draftwing.provenance import provenance
+from draftwing.target.hidden_states import NORMED
+from draftwing.target.model import TargetModel
 
 logger = logging.getLogger(__name__)
 

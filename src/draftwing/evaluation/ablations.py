@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from draftwing.decoding.plan import TreePlan
-from draftwing.evaluation.intervals import Interval
+from draftwing.engine.plan import TreePlan
 from draftwing.evaluation.metrics import ResultRow, rate_ratio
 from draftwing.evaluation.specs import MethodSpec
+from draftwing.intervals import Interval
 
 CHOICES = {"ngram": "n-grams merged into the tree", "uncoupled": "drafting without the target's noise"}
 """Options of a method, and what they change."""

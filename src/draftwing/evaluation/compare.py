@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from draftwing.decoding.generate import Generation
-from draftwing.decoding.statistics import Statistics
+from draftwing.engine.generation import Generation
+from draftwing.engine.statistics import Statistics
 
 WARM_UP_TOKENS = 8
 Start = Callable[..., Generation]

@@ -8,7 +8,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from draftwing.data.prompts import Prompt
-from draftwing.decoding.generate import Committed
+from draftwing.engine.generation import Committed
 from draftwing.evaluation.compare import Comparison, Start, compare_methods, compare_to_plain
 from draftwing.evaluation.text import TextStream
 

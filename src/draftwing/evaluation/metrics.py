@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from draftwing.decoding.statistics import STAGES
+from draftwing.engine.statistics import STAGES
 from draftwing.evaluation.evaluate import Cell, Evaluation, Remarks
-from draftwing.evaluation.intervals import Interval, gain_interval, ratio_interval
 from draftwing.evaluation.journal import Journal, Run
+from draftwing.intervals import Interval, gain_interval, ratio_interval
 
 
 @dataclass(frozen=True)

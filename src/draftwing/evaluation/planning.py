@@ -10,11 +10,11 @@ import numpy as np
 from rich.console import Group
 from rich.table import Table
 
-from draftwing.checkpoint.load import ACCEPTANCE_FILE
-from draftwing.decoding.acceptance import EDGES, NUM_DEPTHS, AcceptanceTable
-from draftwing.decoding.costs import CycleCosts
-from draftwing.decoding.experience import Experience
+from draftwing.drafts.load import ACCEPTANCE_FILE
 from draftwing.evaluation.compare import MethodResult, PromptResult, Start, timed
+from draftwing.plans.acceptance import EDGES, NUM_DEPTHS, AcceptanceTable
+from draftwing.plans.costs import CycleCosts
+from draftwing.plans.experience import Experience
 
 BAR = 40
 

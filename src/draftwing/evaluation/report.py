@@ -12,9 +12,9 @@ from rich.table import Table
 from draftwing.charts import as_words, bar_chart, line_chart
 from draftwing.evaluation.ablations import Ablation
 from draftwing.evaluation.evaluate import Skipped
-from draftwing.evaluation.intervals import Interval
 from draftwing.evaluation.metrics import Figures, ResultRow
 from draftwing.evaluation.published import published_figures
+from draftwing.intervals import Interval
 
 Cells = Sequence[object]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from draftwing.config import METHODS, suggestion
-from draftwing.decoding.drafting import check_drafting
+from draftwing.drafts.drafting import check_drafting
 
 OPTIONS: dict[str, dict[str, Any]] = {"ngram": {"ngram": True}, "uncoupled": {"coupled": False}}
 """What may follow a method after a `+`, and the option of `generate` that it sets."""

@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from draftwing.checkpoint.formats import read_head
-from draftwing.checkpoint.load import (
+from draftwing.config import TrainConfig
+from draftwing.drafts.eagle.formats import read_head
+from draftwing.drafts.load import (
     counted_layers,
     expected_medusa_shapes,
     expected_shapes,
     network_shapes,
     read_draft_files,
     resolve_draft,
-    resolve_target,
 )
-from draftwing.config import TrainConfig
-from draftwing.models.layers import DraftConfig
-from draftwing.models.medusa import MedusaConfig
+from draftwing.drafts.medusa.network import MedusaConfig
+from draftwing.layers import DraftConfig
+from draftwing.target.load import resolve_target
 from draftwing.training.heads import new_config
 
 REACHED = 0.4

@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from draftwing.checkpoint.load import load_model, load_target
 from draftwing.config import TrainConfig
-from draftwing.models.target import TargetModel
+from draftwing.target.load import load_model, load_target
+from draftwing.target.model import TargetModel
 from draftwing.training.processes import current_device, num_processes, wait_for_others
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from draftwing.models.logits import LogitTransform
+from draftwing.target.logits import LogitTransform
 from draftwing.training.losses import SlotLoss, TeacherProbs, widen
 
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}

@@ -10,10 +10,6 @@ from rich.console import Console
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from draftwing.checkpoint.formats import HeadFormat
-from draftwing.checkpoint.load import DraftNetwork, build_network, load_strictly, load_tokenizer, sizes_of
-from draftwing.checkpoint.medusa_format import MedusaHeads
-from draftwing.checkpoint.save import save_head, save_medusa, to_head
 from draftwing.config import TrainConfig
 from draftwing.data.chat import Example
 from draftwing.data.examples import (
@@ -24,15 +20,20 @@ from draftwing.data.examples import (
     lengths_of,
     read_documents,
 )
-from draftwing.decoding.engine import Request
-from draftwing.decoding.generate import start_generation
-from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.sampling import SamplingParams
-from draftwing.decoding.stopping import StopRule
-from draftwing.methods import new_drafter, resolve_method
-from draftwing.models.eagle import EagleModel
-from draftwing.models.medusa import MedusaModel
-from draftwing.models.target import TargetModel
+from draftwing.drafts.eagle.eagle1 import EagleModel
+from draftwing.drafts.eagle.formats import HeadFormat
+from draftwing.drafts.kinds import new_drafter, resolve_method
+from draftwing.drafts.load import DraftNetwork, build_network, load_strictly, sizes_of
+from draftwing.drafts.medusa.files import MedusaHeads
+from draftwing.drafts.medusa.network import MedusaModel
+from draftwing.drafts.save import save_head, save_medusa, to_head
+from draftwing.engine.engine import Request
+from draftwing.engine.generation import start_generation
+from draftwing.engine.plan import TreePlan
+from draftwing.engine.sampling import SamplingParams
+from draftwing.engine.stopping import StopRule
+from draftwing.target.load import load_tokenizer
+from draftwing.target.model import TargetModel
 from draftwing.training.estimates import read_target_config
 from draftwing.training.frozen_target import frozen_target
 from draftwing.training.heads import continued_head, coverage, new_config, new_head

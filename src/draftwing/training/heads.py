@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from draftwing.checkpoint.formats import HeadOptions, default_aux_layers
-from draftwing.checkpoint.load import DraftNetwork, build_network, load_head, load_strictly
 from draftwing.config import TrainConfig, check_keys
 from draftwing.data.chat import Example
 from draftwing.data.examples import count_supervised
-from draftwing.models.eagle import EagleModel
-from draftwing.models.layers import DraftConfig
-from draftwing.models.target import TargetModel
+from draftwing.drafts.eagle.eagle1 import EagleModel
+from draftwing.drafts.eagle.formats import HeadOptions, default_aux_layers
+from draftwing.drafts.load import DraftNetwork, build_network, load_head, load_strictly
+from draftwing.layers import DraftConfig
+from draftwing.target.model import TargetModel
 
 OF_FILES_ALONE = {"has_fc", "own_lm_head"}
 """What a new head always has."""

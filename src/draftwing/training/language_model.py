@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from draftwing.checkpoint.load import load_tokenizer
 from draftwing.config import TrainConfig, check_keys
 from draftwing.data import fingerprint
 from draftwing.data.chat import encode_row
@@ -18,7 +17,8 @@ from draftwing.data.features import check_positions
 from draftwing.data.prompts import write_held_out_prompts
 from draftwing.data.rows import Rejects, read_rows
 from draftwing.data.tokenizer import END_OF_TEXT, train_tokenizer
-from draftwing.models.target import TargetModel
+from draftwing.target.load import load_tokenizer
+from draftwing.target.model import TargetModel
 from draftwing.training.frozen_target import frozen_target
 from draftwing.training.processes import is_main_process, num_processes, sum_over_processes, wait_for_others
 from draftwing.training.trainer import ResumableTrainer, new_trainer

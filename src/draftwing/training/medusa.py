@@ -7,10 +7,10 @@ there, of which the paper's token is one draw; heads that look further ahead wei
 import torch
 from torch import nn
 
-from draftwing.checkpoint.load import load_draft
 from draftwing.config import TrainConfig
-from draftwing.models.medusa import MedusaConfig, MedusaModel
-from draftwing.models.target import TargetModel
+from draftwing.drafts.load import load_draft
+from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel
+from draftwing.target.model import TargetModel
 from draftwing.training.fused import OutputHead, StepSums, Teacher, fused_loss
 from draftwing.training.objectives import HeadTraining
 from draftwing.training.slots import SupervisedSlots

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from draftwing.config import TrainConfig
-from draftwing.models.eagle import EagleModel
-from draftwing.models.eagle3 import Eagle3Layer, Eagle3Model
-from draftwing.models.layers import DecoderLayer
-from draftwing.models.medusa import MedusaModel, ResBlock
-from draftwing.models.target import TargetModel
+from draftwing.drafts.eagle.eagle1 import EagleModel
+from draftwing.drafts.eagle.eagle3 import Eagle3Layer, Eagle3Model
+from draftwing.drafts.medusa.network import MedusaModel, ResBlock
+from draftwing.layers import DecoderLayer
+from draftwing.target.model import TargetModel
 from draftwing.training.fused import OutputHead, StepSums, Teacher, fused_loss, summarize
 from draftwing.training.losses import feature_regression, slot_loss, widen
 from draftwing.training.slots import SupervisedSlots, document_positions

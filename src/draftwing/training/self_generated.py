@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from draftwing.checkpoint.load import load_target, load_tokenizer
 from draftwing.config import TrainConfig
 from draftwing.data.chat import encode_row, normalise, render
 from draftwing.data.corpus import Row
@@ -27,13 +26,14 @@ from draftwing.data.messages import Message, read_conversation
 from draftwing.data.rows import Rejects, made_from, select_rows
 from draftwing.data.shards import check_same_run
 from draftwing.data.sources import RowRef
-from draftwing.decoding.drafters import NoDrafter
-from draftwing.decoding.engine import Request, Seat
-from draftwing.decoding.generate import Generation, start_generation
-from draftwing.decoding.plan import TreePlan
-from draftwing.decoding.sampling import SamplingParams
-from draftwing.decoding.stopping import StopRule, exact_decode
+from draftwing.engine.drafter import NoDrafter
+from draftwing.engine.engine import Request, Seat
+from draftwing.engine.generation import Generation, start_generation
+from draftwing.engine.plan import TreePlan
+from draftwing.engine.sampling import SamplingParams
+from draftwing.engine.stopping import StopRule, exact_decode
 from draftwing.files import write_text
+from draftwing.target.load import load_target, load_tokenizer
 from draftwing.training.checkpoints import contents_of, data_content_of
 
 logger = logging.getLogger(__name__)

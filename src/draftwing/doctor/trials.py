@@ -1,0 +1,174 @@
+"""Load a draft in other ways and measure each on the same tokens of its target.
+
+Evidence is the probability that the draft gives the target's own tokens, down chains from every position: it tells
+variants apart that accept the same few tokens. tau says what a fault costs.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from draftwing.doctor.patient import Patient
+from draftwing.doctor.replay import Recording, Trace
+from draftwing.doctor.suspects import NOTHING, Suspect
+from draftwing.intervals import Interval, gain_interval, ratio_interval
+
+LEVEL = 0.99
+"""Of the intervals that decide: about 15 variants are tried, and at 95 % one of 20 would seem better by chance."""
+LEAST_GAIN = 1.03
+"""A cure makes the target's tokens at least so many times as probable (geometric mean). In the embedded models rounding
+changes less than 1 %; the mildest faults, feature layers next to the right ones or another rope_theta, 5 to 9 %."""
+LEAST_USE = 1.2
+"""So many times as probable they are at least with the right features as with misplaced ones, if a head reads them."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A variant beside what it is held against: the draft as loaded, or that with its first fault cured.
+
+    Attributes:
+        tau: tokens per cycle of chains of DEPTH, with its interval over prompts.
+        gain: its tau over that of the draft it is held against.
+        evidence: how many times as probable it makes the target's tokens; None where those are others.
+    """
+
+    name: str
+    means: str
+    tau: Interval
+    gain: Interval
+    evidence: Interval | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_cure(self) -> bool:
+        evidence = self.evidence
+        return evidence is not None and evidence.value >= LEAST_GAIN and evidence.low > 1 and self.gain.value > 1
+
+    @property
+    def may_be_cure(self) -> bool:
+        """So few prompts do not prove it, nor that it is none: both intervals reach as far as a cure's figures."""
+        if self.evidence is None or self.is_cure:
+            return False
+        return self.evidence.high >= LEAST_GAIN and self.gain.high > 1
+
+    def as_dict(self) -> dict[str, Any]:
+        intervals = {"tau": self.tau, "gain": self.gain, "evidence": self.evidence}
+        figures = {name: interval and vars(interval) for name, interval in intervals.items()}
+        return {"name": self.name, "means": self.means, "options": dict(self.options), **figures}
+
+
+class Steps:
+    """Counts measurements, for a progress bar: `show` is told what comes, how many steps are done, and of how many."""
+
+    def __init__(self, show: Callable[[str, int, int], None] = lambda what, done, total: None) -> None:
+        self._show = show
+        self._done = self._total = 0
+
+    def expect(self, count: int) -> None:
+        self._total += count
+
+    def begin(self, what: str) -> None:
+        self._show(what, self._done, self._total)
+        self._done += 1
+
+
+class Trials:
+    """A draft as loaded, and the trials of every suspect, on what its target said."""
+
+    def __init__(self, patient: Patient, recordings: Sequence[Recording], steps: Steps) -> None:
+        self._patient, self._recordings, self._steps = patient, recordings, steps
+        self._suspects = patient.suspects(max(recording.longest for recording in recordings))
+        steps.expect(1 + len(self._suspects))
+        steps.begin("as loaded")
+        self.loaded = patient.traces(recordings, {})
+        self.findings: list[Finding] = []
+
+    def reads_features(self, suspect: Suspect, traces: Sequence[Trace]) -> bool | None:
+        """Whether a variant makes use of the target's features: it is tried with misplaced ones. None: not sure."""
+        self._steps.expect(1)
+        self._steps.begin("misplaced features (a control)")
+        misplaced = [recording.misplaced() for recording in self._recordings]
+        control = compare(
+            ", ".join(filter(None, (suspect.name, "misplaced features"))),
+            "a control: much worse if the draft reads the features",
+            self._patient.traces(misplaced, suspect.options),
+            traces,
+        )
+        self.findings.append(control)
+        assert control.evidence is not None
+        if control.evidence.high < 1 and control.evidence.value < 1 / LEAST_USE:
+            return True
+        return None if control.evidence.low < 1 / LEAST_USE else False
+
+    def find_cure(self) -> tuple[Suspect, list[Trace]]:
+        """The suspect that explains most, joined with the next if that explains more still; else NOTHING.
+
+        What does harm to the draft as loaded is not tried a second time.
+        """
+        best, traces, suspects = NOTHING, self.loaded, self._suspects
+        for _ in range(2):
+            trials = list(self._try_beside(best, traces, suspects))
+            self.findings += [trial.finding for trial in trials]
+            cures = [trial for trial in trials if trial.finding.is_cure]
+            if not cures:
+                break
+            cure = max(cures, key=lambda trial: trial.evidence.value)
+            best, traces = best.joined(cure.suspect), cure.traces
+            suspects = [trial.suspect for trial in trials if trial.evidence.high >= 1]
+            suspects = [suspect for suspect in suspects if not suspect.options.keys() & best.options.keys()]
+            self._steps.expect(len(suspects))
+        return best, traces
+
+    def _try_beside(self, best: Suspect, base: list[Trace], suspects: Sequence[Suspect]) -> Iterator["_Trial"]:
+        for suspect in suspects:
+            joined = best.joined(suspect)
+            self._steps.begin(joined.name)
+            try:
+                traces = self._patient.traces(self._recordings, joined.options)
+            except ValueError:  # the file contradicts it: ids outside the vocabulary, a RoPE type that we lack
+                continue
+            yield _Trial(suspect, compare(joined.name, suspect.fault, traces, base, joined.options), traces)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A suspect, tried beside another or alone."""
+
+    suspect: Suspect
+    finding: Finding
+    traces: list[Trace]
+
+    @property
+    def evidence(self) -> Interval:
+        assert self.finding.evidence is not None  # it is on the same text
+        return self.finding.evidence
+
+
+def compare(
+    name: str,
+    means: str,
+    traces: Sequence[Trace],
+    base: Sequence[Trace],
+    options: Mapping[str, Any] = NOTHING.options,
+    same_text: bool = True,
+) -> Finding:
+    """A finding from the traces of the same prompts, and from those that it is held against."""
+    ours, theirs = _tokens_and_cycles(traces), _tokens_and_cycles(base)
+    evidence = _likelihood_ratio(traces, base) if same_text else None
+    return Finding(name, means, ratio_interval(*ours), gain_interval(ours, theirs, LEVEL), evidence, options)
+
+
+def _likelihood_ratio(traces: Sequence[Trace], base: Sequence[Trace]) -> Interval:
+    """Geometric mean over tokens and depths of the probability, divided by that of `base`."""
+    differences = [float(np.nansum(one.log_probs - other.log_probs)) for one, other in zip(traces, base, strict=True)]
+    counts = [float(np.isfinite(trace.log_probs).sum()) for trace in traces]
+    mean = ratio_interval(differences, counts, LEVEL)
+    value, low, high = np.exp((mean.value, mean.low, mean.high)).tolist()
+    return Interval(value, low, high)
+
+
+def _tokens_and_cycles(traces: Sequence[Trace]) -> tuple[list[float], list[float]]:
+    emitted = [trace.cycles()[1] for trace in traces]
+    return [float(row.sum()) for row in emitted], [float(len(row)) for row in emitted]

@@ -1,0 +1,122 @@
+"""The EAGLE-3 draft network (arXiv 2503.01840, section 3.1), with the 3.1 and speculators options.
+
+Slot t reads g_t, fused from three target layers, and the embedding of token x_{t+1}; its output predicts x_{t+2}
+directly over a draft vocabulary and is fed back as the next slot's state.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from draftwing.drafts.draft_vocab import DraftVocab
+from draftwing.layers import MLP, Attend, Attention, DecoderLayer, DraftConfig, RMSNorm
+from draftwing.rotary import Rotary, Rotation
+
+
+class Eagle3Layer(nn.Module):
+    """A decoder layer whose attention reads `[norm(embedding); norm(state)]` and whose residual is the state."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, 2 * config.hidden_size, layer=0)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_before_residual = config.norm_before_residual
+
+    def forward(
+        self,
+        embedding: torch.Tensor,
+        hidden: torch.Tensor,
+        rotation: Rotation,
+        attend: Attend,
+    ) -> torch.Tensor:
+        normed = self.hidden_norm(hidden)
+        residual = normed if self.norm_before_residual else hidden
+        x = torch.cat((self.input_layernorm(embedding), normed), dim=-1)
+        x = residual + self.self_attn(x, rotation, attend)
+        output: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return output
+
+
+class Eagle3Model(nn.Module):
+    """EAGLE-3's fusion, its layer, norm and output head.
+
+    `embed_tokens` is the target's embedding, shared and not stored, unless the file brings one
+    (`own_embedding=True`; it must when the draft is narrower than the target). So is the output head, where the
+    configuration says that there is no own one.
+    """
+
+    def __init__(
+        self,
+        config: DraftConfig,
+        vocab: DraftVocab,
+        target_embedding: Callable[[torch.Tensor], torch.Tensor],
+        target_head: Callable[[torch.Tensor], torch.Tensor],
+        own_embedding: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab = vocab
+        num_features = len(config.aux_layers) * config.target_hidden_size
+        if config.has_fc:
+            self.fc = nn.Linear(num_features, config.hidden_size, bias=config.fc_bias)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(
+                RMSNorm(config.target_hidden_size, config.rms_norm_eps) for _ in config.aux_layers
+            )
+        if config.norm_before_fc:
+            self.input_norm = RMSNorm(num_features, config.rms_norm_eps)
+        self.midlayer = Eagle3Layer(config)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(1, config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.own_lm_head:
+            self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        if own_embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # In tuples, so that the target's are no submodules of ours.
+        self._embed = (self.embed_tokens if own_embedding else target_embedding,)
+        self._target_head = (target_head,)
+        self.rotary = Rotary(config.head_dim, config.rope_parameters, config.max_position_embeddings)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype, packed ones' too."""
+        return self.rotary.cos.dtype
+
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        """Target features `[..., F]` (low; mid; high) to the draft's state `[..., D]`."""
+        if self.config.fc_norm:
+            parts = features.split(self.config.target_hidden_size, dim=-1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        if self.config.norm_before_fc:
+            features = self.input_norm(features)
+        return self.fc(features) if self.config.has_fc else features
+
+    def forward(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        """`hidden [B, N, D]` at slots t, `tokens [B, N]` one step ahead -> outputs `[B, N, D]` before the norm."""
+        embedding = self._embed[0](tokens).to(hidden.dtype)
+        rotation = self.rotary(positions)
+        x: torch.Tensor = self.midlayer(embedding, hidden, rotation, attend)
+        for layer in self.layers:
+            x = layer(x, rotation, attend)
+        return x
+
+    def feed_back(self, output: torch.Tensor) -> torch.Tensor:
+        """The state that the next draft step reads: the raw output, or the normed one (EAGLE-3.1)."""
+        normed: torch.Tensor = self.norm(output) if self.config.norm_output else output
+        return normed
+
+    def readout(self, output: torch.Tensor) -> torch.Tensor:
+        """What the output head reads of the output of `forward`."""
+        normed: torch.Tensor = self.norm(output)
+        return normed
+
+    def logits(self, output: torch.Tensor) -> torch.Tensor:
+        """Draft logits `[..., Vd]` from the output of `forward`."""
+        head = self.lm_head if self.config.own_lm_head else self._target_head[0]
+        return head(self.readout(output))

@@ -1,0 +1,59 @@
+"""The published format of Medusa heads, translated to ours and back in this file only.
+
+Head i holds residual blocks i.j.linear, then the output matrix i.L.weight; config.json is three lines.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from draftwing.drafts.eagle.formats import Tensors
+from draftwing.drafts.medusa.network import MedusaConfig
+
+MEDUSA_TENSOR = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)$")
+
+
+@dataclass(frozen=True)
+class MedusaHeads:
+    """A file of Medusa heads in our terms; `tensors` are named as the network's parameters."""
+
+    config: MedusaConfig
+    tensors: Tensors
+
+
+def is_medusa(values: Mapping[str, Any], tensors: Tensors) -> bool:
+    """Whether files hold Medusa heads."""
+    return "medusa_num_heads" in values or (bool(tensors) and all(map(MEDUSA_TENSOR.match, tensors)))
+
+
+def read_medusa(values: Mapping[str, Any], tensors: Tensors) -> MedusaHeads:
+    """Translate Medusa heads. They are counted in the tensors: published configurations name fewer than there are.
+
+    Raises:
+        ValueError: a tensor that the format does not have, or lacks.
+    """
+    renamed, heads, blocks = {}, set(), set()
+    for name, tensor in tensors.items():
+        match = MEDUSA_TENSOR.match(name)
+        if match is None:
+            raise ValueError(f"{name}: unknown tensor of shape {tuple(tensor.shape)}; Medusa heads have none")
+        renamed[name.removeprefix("medusa_head.")] = tensor
+        heads.add(int(match[1]))
+        if match[3] == "linear.weight":
+            blocks.add(int(match[2]))
+    output = renamed.get(f"0.{len(blocks)}.weight")
+    if output is None or output.ndim != 2:
+        raise ValueError(f"0.{len(blocks)}.weight: missing; head 0 needs an output matrix [vocabulary, hidden size]")
+    vocab_size, hidden_size = output.shape
+    return MedusaHeads(MedusaConfig(hidden_size, vocab_size, max(heads) + 1, len(blocks)), renamed)
+
+
+def write_medusa(heads: MedusaHeads, target_name: str) -> tuple[dict[str, Any], Tensors]:
+    """The config.json and tensors of Medusa heads."""
+    values = {
+        "medusa_num_heads": heads.config.num_heads,
+        "medusa_num_layers": heads.config.num_layers,
+        "base_model_name_or_path": target_name,
+    }
+    return values, heads.tensors

@@ -1,0 +1,173 @@
+"""Cycles recorded once and replayed: CUDA graphs of draft, verify and commit, three launches a cycle.
+
+The steps are those of seats.py. A recording is good for one number of seats, one plan, one kind of sampling,
+and contexts up to a bound; it reads and writes the seats' own storage. All recordings share memory. That is safe:
+the steps of a cycle are replayed in the order in which they were recorded, and nothing there outlives a cycle.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from draftwing.engine.plan import TreePlan
+from draftwing.engine.readback import Array
+from draftwing.engine.seats import Seats, Verification
+from draftwing.engine.tree import DraftTree
+
+T = TypeVar("T")
+SMALLEST_BOUND = 256
+"""Contexts are recorded for up to so many tokens, then for half as much again, twice as much, ..."""
+
+
+@dataclass(frozen=True)
+class Recorded(Generic[T]):
+    """A step that `replay` runs once more; what it computes lies in `result` each time."""
+
+    result: T
+    replay: Callable[[], None]
+
+
+class Recorder(Protocol):
+    """How steps are recorded."""
+
+    def warm_up(self, steps: Callable[[], None]) -> None:
+        """Run steps as they will be recorded, so that everything that is made once is there."""
+
+    def record(self, step: Callable[[], T]) -> Recorded[T]:
+        """Record a step without running it."""
+
+
+class CudaRecorder:
+    """Records CUDA graphs that share one pool of memory and a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._pool = device, torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def warm_up(self, steps: Callable[[], None]) -> None:
+        """Run the steps twice: kernels are chosen and compiled, then whatever turns to the host raises."""
+        with self._on_stream():
+            steps()
+            mode = torch.cuda.get_sync_debug_mode()
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch says that this mode is a prototype
+                    torch.cuda.set_sync_debug_mode("error")
+                steps()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+
+    def record(self, step: Callable[[], T]) -> Recorded[T]:
+        graph = torch.cuda.CUDAGraph()
+        # Our own stream context as well: it puts the caller's stream back even where ending a capture fails.
+        with self._on_stream(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            result = step()
+        return Recorded(result, graph.replay)
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                yield
+            current.wait_stream(self._stream)
+
+
+@dataclass(frozen=True)
+class CapturedCycle:
+    """A plan's recorded steps."""
+
+    draft: Recorded[DraftTree]
+    verify: Recorded[Verification]
+    commit: Recorded[None]
+
+
+class CapturedSeats:
+    """The first seats. Their cycles are recorded when first needed, and kept in `recordings` for later ones."""
+
+    def __init__(self, seats: Seats, recorder: Recorder, recordings: dict[tuple[object, ...], CapturedCycle]) -> None:
+        self._seats, self._recorder, self._recordings = seats, recorder, recordings
+        self._has_read = False  # what the last commit kept, as its recording does
+
+    @property
+    def bound(self) -> int:
+        return self._seats.bound
+
+    @bound.setter
+    def bound(self, num_tokens: int) -> None:
+        self._seats.bound = num_tokens
+
+    def draft(self, plan: TreePlan) -> DraftTree:
+        seats = self._seats
+        seats.prepare(plan)
+        context = context_bound(seats.bound, seats.cache.capacity)
+        # A plan's sizing holds tensors that the recording reads.
+        key = (len(seats.lengths), plan, plan.sizing, context, seats.sampler.work)
+        if key not in self._recordings:
+            self._recordings[key] = self.record(plan, context)
+        self._current = self._recordings[key]
+        self._current.draft.replay()
+        return self._current.draft.result
+
+    def verify(self, tree: DraftTree) -> Verification:
+        self._current.verify.replay()
+        return self._current.verify.result
+
+    def commit(self, plan: TreePlan, tree: DraftTree, verification: Verification) -> None:
+        self._current.commit.replay()
+        self._has_read = plan.depth > 0
+
+    def count(self, num_committed: Array) -> None:
+        self._seats.count(num_committed)
+        if self._has_read:
+            self._seats.mark_read()
+
+    def record(self, plan: TreePlan, context: int) -> CapturedCycle:
+        """Record the steps of a plan for contexts up to a bound, while no seat commits anything."""
+        seats = self._seats
+
+        def commit(tree: DraftTree, verification: Verification) -> None:
+            seats.commit(plan, tree, verification)
+            if plan.depth:  # while drafts pause, what is committed waits to be read
+                seats.drafter.catch_up(plan.max_depth + 1)
+
+        def all_steps() -> None:
+            seats.bound = context
+            tree = seats.grow(plan)
+            commit(tree, seats.verify(tree))
+
+        with seats.nobody_running():
+            self._recorder.warm_up(all_steps)
+            seats.bound = context
+            tree = self._recorder.record(lambda: seats.grow(plan))
+            verification = self._recorder.record(lambda: seats.verify(tree.result))
+            committed = self._recorder.record(lambda: commit(tree.result, verification.result))
+        return CapturedCycle(tree, verification, committed)
+
+
+def context_bound(num_tokens: int, capacity: int) -> int:
+    """The context length that `num_tokens` are recorded for: 256, 384, 512, 768, 1024, ..., or the capacity."""
+    bound = SMALLEST_BOUND
+    while bound < num_tokens:
+        bound += bound // 2 if bound & (bound - 1) == 0 else bound // 3
+    return min(bound, capacity)
+
+
+@torch.inference_mode()
+def can_record(seats: Seats, plan: TreePlan, recorder: Recorder) -> bool:
+    """Whether a plan's cycles can be recorded; some targets ask the host where to go on (mixtures of experts, say)."""
+    if not seats.drafter.is_capturable:
+        return False
+    try:
+        CapturedSeats(seats.part(0, 1), recorder, {}).record(plan, context_bound(1, seats.cache.capacity))
+    except RuntimeError as error:
+        reason = str(error.__context__ or error).splitlines()[0]
+        name = type(seats.target.model).__name__
+        warnings.warn(f"{name} cannot be captured, so cycles are slower: {reason}", stacklevel=2)
+        return False
+    return True

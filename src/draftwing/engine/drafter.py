@@ -1,0 +1,75 @@
+"""Who grows the draft tree: the Drafter contract and its implementations."""
+
+from typing import Protocol
+
+import torch
+
+from draftwing.by_seat import BySeat
+from draftwing.engine.plan import TreePlan
+from draftwing.engine.tree import DraftTree
+
+
+class Ranking(Protocol):
+    """Scores a draft's candidates: log-probabilities `[B, K, Vd]` of being the target's token at `positions [B, 1]`.
+
+    `logits [B, K, Vd]` are the draft's; `target_ids [Vd]` its tokens' target ids (None: the whole vocabulary).
+    """
+
+    def __call__(
+        self, logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None
+    ) -> torch.Tensor: ...
+
+
+class Drafter(BySeat):
+    """The drafting side of a cycle, by seat. Speculation methods differ only here.
+
+    Attributes:
+        feature_layers: the numbers of the target's hidden states that `observe` wants; none where tokens are enough.
+        is_capturable: whether all state is updated where it lies and read from there, so that a cycle can be captured.
+        bound: the host's upper bound of the seats' committed tokens, the roots not included.
+    """
+
+    feature_layers: tuple[int, ...] = ()
+    is_capturable: bool = True
+    bound: int
+
+    def begin(self, seat: int, token: int) -> None:
+        """Begin a row in a seat that is clear, with its prompt's first `token`, which `observe` never brings."""
+        return
+
+    def share(self, source: int, goal: int, num_tokens: int) -> None:
+        """Begin a row in seat `goal` as the row of seat `source` was after its first `num_tokens` committed tokens.
+
+        All that was observed of the source has been read, and the rows' next tokens are the same too.
+        """
+        return
+
+    def observe(
+        self,
+        tokens: torch.Tensor,
+        features: torch.Tensor | None,
+        num_new: torch.Tensor,
+        chosen: torch.Tensor | None = None,
+    ) -> None:
+        """Take in committed positions: the next `num_new [B]` of them, right-padded.
+
+        `features [B, L, F]` are the target's at those positions and `tokens [B, L]` the tokens one position later.
+        `chosen [B, N]` is the target's own token at every node of the tree grown last; prompts have none. Where nothing
+        was chosen, in rows that choose step by step, it is `~token`, of the likeliest token.
+        """
+        return
+
+    def catch_up(self, num_unread: int) -> None:
+        """Read what `observe` has brought and nobody has read yet: at most so many positions of a seat."""
+        return
+
+    def grow(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
+        """Grow a tree below `root [B]`, the last committed token, of the shape that the plan, which drafts, asks for.
+
+        All that was observed has been read; `rank` scores candidates with what is known of the target's sampling.
+        """
+        raise NotImplementedError
+
+
+class NoDrafter(Drafter):
+    """Plain decoding: it is never asked to grow a tree."""

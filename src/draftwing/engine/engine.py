@@ -1,0 +1,289 @@
+"""The engine: requests take seats, and each step decodes what is seated. One cycle is draft, verify, commit."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from draftwing.engine.captured import CapturedCycle, CapturedSeats, Recorder, can_record
+from draftwing.engine.drafter import Drafter
+from draftwing.engine.plan import Plan
+from draftwing.engine.readback import CycleReading, CycleReport
+from draftwing.engine.sampling import SamplingParams
+from draftwing.engine.seats import Seats, room_for
+from draftwing.engine.statistics import StageClock, Statistics
+from draftwing.engine.stopping import StopRule
+from draftwing.engine.tree import DraftTree
+from draftwing.engine.unread import PREFILL_CHUNK
+from draftwing.target.model import TargetModel
+
+PREFILL_TOKENS = 2048
+"""Positions of several prompts that a step reads at most, unless a single chunk has more."""
+LEAST_SHARED = 16
+"""Tokens of a prompt that another seat must have read before they are copied."""
+NewDrafter = Callable[[int, int], Drafter]
+"""Makes a drafter for so many seats of so many slots each."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row to generate: its prompt's token ids, its sampling parameters and when to stop."""
+
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    stop: StopRule
+
+
+@dataclass(eq=False)
+class Seat:
+    """A request in an engine, and what it has emitted so far.
+
+    Attributes:
+        index: where its state lies; it changes when a seat before it is left.
+        finish_reason: eos, stop or length once it has ended.
+        num_shared: tokens of the prompt that were copied from another seat.
+    """
+
+    request: Request
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    num_shared: int = 0
+
+
+@dataclass(frozen=True)
+class Event:
+    """The tokens that a cycle committed for a seat; `num_accepted` of them were drafted (the rest is the bonus)."""
+
+    seat: Seat
+    tokens: list[int]
+    num_accepted: int
+
+
+class Engine:
+    """Decodes up to `num_seats` requests at once; each gets the tokens that it would get alone.
+
+    Requests come and go between steps. Running ones hold the first seats, those whose prompts are being read the next:
+    so a cycle runs over a view of the first seats, and the last of them moves into the place of one that has ended.
+
+    Args:
+        new_drafter: makes the drafter for so many seats of so many slots, those of a tree included.
+        capacity: tokens of a seat, prompt and new ones.
+        plan: shapes the trees.
+        recorder: records cycles on a device, to be replayed.
+        coupled: drafts rank their candidates with the target's own noise; the output is the same without.
+    """
+
+    def __init__(
+        self,
+        target: TargetModel,
+        new_drafter: NewDrafter,
+        num_seats: int,
+        capacity: int,
+        plan: Plan,
+        recorder: Recorder | None = None,
+        coupled: bool = True,
+    ) -> None:
+        self.target, self.num_seats, self.capacity, self.plan = target, num_seats, capacity, plan
+        self.waits = False  # for the device at a cycle's end, so that each cycle counts its own time alone
+        self.count_into(Statistics())
+        self._running: list[Seat] = []
+        self._reading: list[Seat] = []
+        largest = plan.largest
+        num_slots = capacity + room_for(largest)
+        drafter = new_drafter(num_seats, num_slots)
+        self._seats = Seats(target, drafter, num_seats, num_slots, largest.max_depth, coupled)
+        self._recordings: dict[tuple[object, ...], CapturedCycle] = {}
+        is_recorded = recorder is not None and can_record(self._seats, largest.cut_to(1), recorder)
+        self._recorder = recorder if is_recorded else None
+        self._cycling: Seats | CapturedSeats = self._seats
+
+    @property
+    def num_free(self) -> int:
+        """Seats that nobody holds."""
+        return self.num_seats - len(self._running) - len(self._reading)
+
+    def can_serve(self, num_seats: int, capacity: int, plan: Plan) -> bool:
+        """Whether so many requests of so many tokens can be decoded with another plan."""
+        is_large_enough = self.num_seats >= num_seats and self.capacity >= capacity
+        largest = plan.largest
+        return is_large_enough and self._seats.can_hold(self.capacity + room_for(largest), largest.max_depth)
+
+    def count_into(self, statistics: Statistics) -> None:
+        """Count cycles and seconds there from now on."""
+        self.statistics = statistics
+        self._clock = StageClock(statistics, self.target.device)
+
+    def check(self, request: Request, name: str = "the prompt") -> None:
+        """Raise a ValueError, which names the field, for a request that no seat can serve."""
+        check_request(self.target, request, name)
+        _check_room(request, name, self.capacity, "a seat's {} tokens")
+
+    @torch.inference_mode()
+    def admit(self, request: Request) -> Seat | None:
+        """Seat a request, whose prompt the next steps read; None when all seats are held. Raises as `check` does."""
+        self.check(request)
+        if not self.num_free:
+            return None
+        seat = Seat(request, self.num_seats - self.num_free)
+        lender, seat.num_shared = self._longest_shared(request.prompt)
+        if lender is not None and seat.num_shared >= LEAST_SHARED:
+            self._seats.admit_behind(lender.index, seat.num_shared, seat.index, request.prompt, request.sampling)
+        else:
+            seat.num_shared = 0
+            self._seats.admit(seat.index, request.prompt, request.sampling)
+        self._reading.append(seat)
+        return seat
+
+    def step(self) -> list[Event]:
+        """Read a chunk of the waiting prompts, then run a cycle of the seats whose prompts are read."""
+        if self._reading:
+            self._read_prompts()
+        return self._emit(*self._cycle()) if self._running else []
+
+    @torch.inference_mode()
+    def retire(self, seat: Seat) -> None:
+        """Free a seat, whatever it is doing; nothing happens if it is free already."""
+        if seat in self._running:
+            last = self._running.pop()
+            if last is not seat:
+                self._move(last, seat.index)
+                self._running[last.index] = last
+            self._close_up(len(self._running))
+        elif seat in self._reading:
+            self._reading.remove(seat)
+            self._close_up(seat.index)
+
+    @torch.inference_mode()
+    def _cycle(self) -> tuple[DraftTree, CycleReading]:
+        """Draft, verify, commit."""
+        seats = self._cycling
+        seats.bound = int(self._seats.lengths[: len(self._running)].max())
+        plan = self.plan.next(len(self._running), seats.bound)
+        with self._clock.stage("draft"):
+            tree = seats.draft(plan)
+        with self._clock.stage("verify"):
+            verification = seats.verify(tree)
+            learns = self.plan.learns and tree.max_depth > 0
+            reading = CycleReading(verification.verdict, tree if learns else None)
+        with self._clock.stage("commit"):
+            seats.commit(plan, tree, verification)
+        return tree, reading
+
+    def _emit(self, tree: DraftTree, reading: CycleReading) -> list[Event]:
+        """Read what a cycle has brought, its one device-to-host copy, and hand out tokens up to each seat's stop."""
+        with self._clock.stage("host"):
+            events, num_committed = [], []
+            for seat, (num_accepted, *tokens) in zip(self._running, reading.result().tolist(), strict=False):
+                new = tokens[: num_accepted + 1]
+                num_committed.append(len(new))
+                num_emitted, seat.finish_reason = seat.request.stop.check(seat.tokens, new)
+                seat.tokens += new[:num_emitted]
+                events.append(Event(seat, new[:num_emitted], min(num_accepted, num_emitted)))
+                self.statistics.count_cycle(num_accepted, tree.max_depth, num_emitted)
+            self._cycling.count(np.array(num_committed))
+            if reading.has_facts:
+                num_rows, num_tokens = len(events), sum(num_committed)
+                self.plan.learn(CycleReport(num_rows, num_tokens, tree.num_nodes, lambda: reading.facts(num_rows)))
+            for event in reversed(events):
+                if event.seat.finish_reason:
+                    self.retire(event.seat)
+        self._clock.settle(wait=self.waits or not self._running)
+        return events
+
+    @torch.inference_mode()
+    def _read_prompts(self) -> None:
+        """Read one chunk of the first waiting prompts, and let those run that are read, first come, first served."""
+        with self._clock.stage("prefill"):
+            width = min(PREFILL_CHUNK, max(map(self._num_unread, self._reading)))
+            chosen = self._reading[: PREFILL_TOKENS // width if width else None]
+            width = min(PREFILL_CHUNK, max(map(self._num_unread, chosen)))
+            if width:
+                first = len(self._running)
+                self._seats.part(first, first + len(chosen)).read([seat.request.prompt for seat in chosen], width)
+            while self._reading and self._may_run(self._reading[0]):
+                seat = self._reading.pop(0)
+                self._seats.start(seat.index, seat.request.prompt[-1])
+                self._running.append(seat)
+            self._look_at_running()
+
+    def _may_run(self, seat: Seat) -> bool:
+        """Whether a seat's prompt has been read, and those of all rows that advance in step with it."""
+        place = seat.request.sampling.place
+        others = self._reading if place is not None and place.steps.in_step else [seat]
+        return not any(map(self._num_unread, others))
+
+    def _num_unread(self, seat: Seat) -> int:
+        """Tokens of a seat's prompt that are still to be read; the last one becomes the root of its first tree."""
+        return len(seat.request.prompt) - 1 - int(self._seats.lengths[seat.index])
+
+    def _longest_shared(self, prompt: Sequence[int]) -> tuple[Seat | None, int]:
+        """The seat that has read most of a prompt's beginning, and how many tokens of it.
+
+        Drafters have read the token behind as well, so that it must be the same too; and at least one token is left to
+        read, for the drafter's last output.
+        """
+        lender, most = None, 0
+        for seat in (*self._running, *self._reading):
+            text = [*seat.request.prompt, *seat.tokens]
+            num_same = next((i for i, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), len(prompt))
+            num_same = min(num_same, len(text))
+            num_shared = min(num_same - 1, len(prompt) - 2, int(self._seats.lengths[seat.index]))
+            if num_shared > most:
+                lender, most = seat, num_shared
+        return lender, most
+
+    def _close_up(self, hole: int) -> None:
+        """Let the prompts that lie behind a free seat move up, and clear what is left."""
+        for seat in self._reading[hole - len(self._running) :]:
+            hole_behind = seat.index
+            self._move(seat, hole)
+            hole = hole_behind
+        self._seats.vacate(hole)
+        self._look_at_running()
+
+    def _move(self, seat: Seat, goal: int) -> None:
+        self._seats.move(seat.index, goal)
+        seat.index = goal
+
+    def _look_at_running(self) -> None:
+        """Let cycles run over the running seats; captured ones over the next power of two, the rest of them idle."""
+        num_running = len(self._running)
+        if self._recorder is None:
+            self._cycling = self._seats.part(0, num_running)
+        else:
+            num_seats = min(bucket(num_running), self.num_seats)
+            self._cycling = CapturedSeats(self._seats.part(0, num_seats), self._recorder, self._recordings)
+
+
+def bucket(num_rows: int) -> int:
+    """The next power of two: batches of like size share recordings, and what was measured and learnt."""
+    return 1 << (max(num_rows, 1) - 1).bit_length()
+
+
+def check_requests(target: TargetModel, requests: Sequence[Request]) -> None:
+    """Raise a ValueError for no requests, or for one that a target cannot serve; it names the prompt and the field."""
+    if not requests:
+        raise ValueError("input_ids: expected at least one prompt")
+    for row, request in enumerate(requests):
+        check_request(target, request, f"prompt {row}")
+
+
+def check_request(target: TargetModel, request: Request, name: str) -> None:
+    """Raise a ValueError for an empty prompt, unknown ids, or more tokens than the target has positions."""
+    if not request.prompt:
+        raise ValueError(f"input_ids: {name} is empty; at least one token is needed")
+    if target.max_positions is not None:
+        _check_room(request, name, target.max_positions, "the model's {} positions")
+    if min(request.prompt) < 0 or max(request.prompt) >= target.vocab_size:
+        raise ValueError(f"input_ids: {name} has ids outside the vocabulary of {target.vocab_size}")
+    request.sampling.check(target.vocab_size)
+
+
+def _check_room(request: Request, name: str, limit: int, whose: str) -> None:
+    num_prompt, num_new = len(request.prompt), request.stop.max_new_tokens
+    if num_prompt + num_new > limit:
+        raise ValueError(
+            f"max_new_tokens: {name} has {num_prompt} tokens, and {num_new} new ones would pass {whose.format(limit)}"
+        )

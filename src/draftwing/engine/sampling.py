@@ -1,0 +1,342 @@
+"""The target's own token at every node: warped logits plus noise that is fixed before anything is drafted.
+
+At temperature > 0 the choice is `argmax(log p + g)` (the Gumbel-max trick), with g a function of (seed, position,
+token id) alone. It draws exactly from p, and plain and speculative decoding draw the very same tokens.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+
+from draftwing.by_seat import BySeat
+from draftwing.engine.stepwise import Place, choose_in_steps
+from draftwing.engine.tree import DraftTree
+
+MASK32 = 0xFFFFFFFF
+NOISE_WINDOW = 32
+"""Positions whose noise is computed at once, or a cycle's if those are more; each is computed once."""
+
+LOGIT_ERROR = 0.8
+"""Scale of a head's errors in log-probability at temperature 1, fitted on traces (benchmarks/fit_coupling.py)."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one row chooses its tokens, in the order and with the meaning of transformers.
+
+    `logit_bias` is added and `repetition_penalty` applied first; then, at temperature > 0, temperature, top-k, top-p
+    and min-p. Temperature 0 is greedy.
+
+    Raises:
+        ValueError: a value out of range, naming the field.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id -> added to its logit."""
+    seed: int = 0
+    place: Place | None = None
+    """Who chooses the tokens instead; of the fields above the seed counts, others only rank drafts."""
+
+    def check(self, vocab_size: int) -> None:
+        """Raise a ValueError for parameters that do not fit a vocabulary of so many ids."""
+        for token in self.logit_bias:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"logit_bias: token {token} is outside the vocabulary of {vocab_size}")
+
+    def __post_init__(self) -> None:
+        penalty = self.repetition_penalty
+        _require("temperature", self.temperature, lambda t: 0 <= t < math.inf, "at least 0")
+        _require("top_k", self.top_k, lambda k: isinstance(k, int) and k >= 0, "an integer of at least 0")
+        _require("top_p", self.top_p, lambda p: 0 < p <= 1, "above 0 and at most 1")
+        _require("min_p", self.min_p, lambda p: 0 <= p <= 1, "from 0 to 1")
+        _require("repetition_penalty", penalty, lambda r: 0 < r < math.inf, "above 0")
+        _require("seed", self.seed, lambda s: isinstance(s, int) and 0 <= s < 2**63, "an integer from 0 to 2^63-1")
+        for token, bias in self.logit_bias.items():
+            if not isinstance(token, Integral):
+                raise ValueError(f"logit_bias: expected token ids as keys, got {token!r}")
+            _require(f"logit_bias[{token}]", bias, lambda b: b < math.inf, "a number below infinity")
+
+
+def _require(name: str, value: object, ok: Callable[[Any], bool], expected: str) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not ok(value):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Log-softmax in float32, or in float64 if the logits are."""
+    return logits.log_softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+
+
+def uncoupled_rank(logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> torch.Tensor:
+    """The papers' ranking: the draft's log-probabilities at temperature 1, whatever the target's sampling."""
+    return log_probabilities(logits)
+
+
+class Noise(BySeat):
+    """Gumbel noise rows by seat, kept for a window of positions around each row's end."""
+
+    by_seat = ("_seeds", "_window", "_filled_to")
+
+    def __init__(self, num_seats: int, vocab_size: int, device: torch.device, most_positions: int = 1) -> None:
+        self._tokens = torch.arange(vocab_size, device=device)
+        self._seeds = torch.zeros(num_seats, dtype=torch.int64, device=device)
+        self._num_ahead = max(NOISE_WINDOW, most_positions)
+        self._window = torch.empty(num_seats, 2 * self._num_ahead, vocab_size, device=device)
+        self._filled_to = np.zeros(num_seats, dtype=np.int64)
+
+    def admit(self, seat: int, seed: int) -> None:
+        """Give a seat the noise of this seed from now on."""
+        self._seeds[seat] = seed
+        self._filled_to[seat] = 0
+
+    def reserve(self, seat: int, start: int, num_positions: int) -> None:
+        """Make positions `start .. start + num_positions - 1` of a seat readable. Starts never fall."""
+        assert num_positions <= self._num_ahead
+        filled_to = int(self._filled_to[seat])
+        if start + num_positions > filled_to:
+            positions = torch.arange(max(start, filled_to), start + self._num_ahead, device=self._tokens.device)
+            rows = gumbel(self._seeds[seat], positions, self._tokens)
+            self._window[seat, positions % self._window.shape[1]] = rows
+            self._filled_to[seat] = start + self._num_ahead
+
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """Noise rows `[B, P, V]` of `positions [B, P]`, which must have been reserved."""
+        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        return self._window[rows, positions % self._window.shape[1]]
+
+
+def gumbel(seed: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise `[P, V]` (float32) for one seed, from a 32-bit counter hash; no state.
+
+    Exponentials come from 32 bits: uniforms of 24 bits saturate at large vocabularies and bias the tail.
+    """
+    key = _hash32(_hash32(seed & MASK32) ^ (seed >> 32))
+    # Two keys a row: with one, the rows of two positions could be permutations of each other.
+    first = _hash32(_hash32(positions ^ key) + positions)[:, None]
+    second = _hash32(_hash32(positions + key) ^ 0x9E3779B9)[:, None]
+    bits = _hash32(_hash32(tokens ^ first) + second)
+    # float32 keeps all bits of small uniforms, which make the large noise; those that would round to 1 are held below.
+    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def _hash32(x: torch.Tensor) -> torch.Tensor:
+    """A bijective mixer of 32-bit integers (two rounds of multiply and xor-shift), carried in int64."""
+    x = x & MASK32
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK32
+    return x ^ (x >> 16)
+
+
+COLUMNS = {
+    "temperature": torch.float32,
+    "top_k": torch.int64,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "repetition_penalty": torch.float32,
+}
+"""The parameters that a device reads, one number a seat."""
+
+
+@dataclass(frozen=True)
+class SamplingWork:
+    """What some row of a batch asks for; a cycle does nothing else."""
+
+    draws: bool
+    has_bias: bool
+    has_penalty: bool
+    has_top_k: bool
+    has_top_p: bool
+    has_min_p: bool
+
+    @staticmethod
+    def of(params: Iterable[SamplingParams]) -> "SamplingWork":
+        """The work for rows with these parameters."""
+        params = list(params)
+        return SamplingWork(
+            draws=any(p.temperature > 0 for p in params),
+            has_bias=any(p.logit_bias for p in params),
+            has_penalty=any(p.repetition_penalty != 1 for p in params),
+            has_top_k=any(p.top_k for p in params),
+            has_top_p=any(p.top_p < 1 for p in params),
+            has_min_p=any(p.min_p > 0 for p in params),
+        )
+
+
+class Sampler(BySeat):
+    """Chooses the target's token at every node, by each seat's own parameters.
+
+    Owns the rows' noise and, for a repetition penalty, which tokens each row has seen. `depth` is that of the deepest
+    tree to choose on. `work` is what some of its seats ask for.
+    """
+
+    by_seat = (*(f"_{name}" for name in COLUMNS), "_seen", "_bias", "_noise", "_params")
+    _temperature: torch.Tensor  # [S, 1, 1], as the other columns
+    _top_k: torch.Tensor
+    _top_p: torch.Tensor
+    _min_p: torch.Tensor
+    _repetition_penalty: torch.Tensor
+
+    def __init__(self, num_seats: int, vocab_size: int, device: torch.device, depth: int = 0) -> None:
+        for name, dtype in COLUMNS.items():
+            neutral = getattr(SamplingParams(), name)
+            setattr(self, f"_{name}", torch.full((num_seats, 1, 1), neutral, dtype=dtype, device=device))
+        self._seen = torch.zeros(num_seats, vocab_size, dtype=torch.bool, device=device)
+        self._bias: torch.Tensor | None = None  # made when a row asks for it, as the noise is
+        self._noise: Noise | None = None
+        self._params = np.full(num_seats, SamplingParams(), dtype=object)
+        self._vocab_size, self._device, self._depth = vocab_size, device, depth
+        self.work = SamplingWork.of(self._params)
+        self._places: list[Place] = []
+
+    @staticmethod
+    def of(params: Sequence[SamplingParams], vocab_size: int, device: torch.device, depth: int = 0) -> "Sampler":
+        """A sampler whose seats have these parameters, and no prompts."""
+        sampler = Sampler(len(params), vocab_size, device, depth)
+        for seat, one in enumerate(params):
+            sampler.admit(seat, one, ())
+        return sampler.part(0, len(params))
+
+    def part(self, first: int, last: int) -> "Sampler":
+        part = super().part(first, last)
+        part.work = SamplingWork.of(part._params)
+        part._places = [params.place for params in part._params if params.place is not None]
+        assert len(part._places) in (0, last - first)
+        return part
+
+    def clear(self, seat: int, num_tokens: int) -> None:
+        self.admit(seat, SamplingParams(), ())
+
+    def admit(self, seat: int, params: SamplingParams, prompt: Sequence[int]) -> None:
+        """Begin a row with these parameters in a seat."""
+        num_seats = len(self._params)
+        self._params[seat] = params
+        for name in COLUMNS:
+            getattr(self, f"_{name}")[seat] = getattr(params, name)
+        self._seen[seat] = False
+        if params.repetition_penalty != 1:
+            self._seen[seat, torch.tensor(list(prompt), dtype=torch.int64, device=self._device)] = True
+        if params.logit_bias and self._bias is None:
+            self._bias = torch.zeros(num_seats, 1, self._vocab_size, device=self._device)
+        if self._bias is not None:
+            self._bias[seat] = 0
+            for token, value in params.logit_bias.items():
+                self._bias[seat, 0, token] = value
+        if params.temperature > 0:
+            if self._noise is None:
+                self._noise = Noise(num_seats, self._vocab_size, self._device, self._depth + 2)
+            self._noise.admit(seat, params.seed)
+
+    def reserve(self, lengths: Sequence[int], depth: int) -> None:
+        """Prepare the noise for a tree of `depth` whose roots have positions `lengths`."""
+        for seat, (params, length) in enumerate(zip(self._params, lengths, strict=True)):
+            if params.temperature > 0:
+                assert self._noise is not None
+                # The root's own position (never read), the levels, the bonus.
+                self._noise.reserve(seat, int(length), depth + 2)
+
+    def observe(self, tokens: torch.Tensor, num_valid: torch.Tensor) -> None:
+        """Record the first `num_valid [B]` of the prompt or emitted tokens `[B, L]`, for the repetition penalty."""
+        if self.work.has_penalty:
+            valid = torch.arange(tokens.shape[1], device=tokens.device) < num_valid[:, None]
+            counts = torch.zeros(self._seen.shape, dtype=torch.int32, device=tokens.device)
+            self._seen |= counts.scatter_add_(1, tokens, valid.int()) > 0
+
+    def choose(self, logits: torch.Tensor, tree: DraftTree, lengths: torch.Tensor) -> torch.Tensor:
+        """The target's token at each node of the tree, `[B, N]`; ties go to the lowest id.
+
+        Rows with a place are asked along the accepted path alone; see `choose_in_steps`.
+
+        Args:
+            logits: `[B, N, V]`; float64 stays, anything else is read as float32.
+            lengths: `[B]` position of the root; the token chosen at depth d has position length + d + 1.
+        """
+        if self._places:
+            noise_at = partial(self._noise_below, lengths) if self.work.draws else None
+            return choose_in_steps(self._places, logits, tree, noise_at)
+        scores = logits if logits.dtype == torch.float64 else logits.float()
+        if self.work.has_bias:
+            assert self._bias is not None
+            scores = scores + self._bias
+        if self.work.has_penalty:
+            scores = self._penalise(scores, tree)
+        greedy = scores.argmax(-1)
+        if not self.work.draws:
+            return greedy
+        assert self._noise is not None
+        noise = self._noise.at(lengths[:, None] + tree.depths + 1)
+        sampled = (self._warp(scores) + noise).argmax(-1)
+        return torch.where(self._temperature[..., 0] == 0, greedy, sampled)
+
+    def rank(self, logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> torch.Tensor:
+        """Log-probability that the target's draw is each candidate, given the noise `g` that the target will use.
+
+        The target draws the argmax of `log p / T + g`, and a head knows `log p` up to errors: `log q + s e`. So the
+        draw is the argmax of `T (log q / T + g) + s e`; for standard Gumbel errors `e` each token's chance is the
+        softmax of `T (log q / T + g) / s`, with one scale s = LOGIT_ERROR at all temperatures. log q is warped as the
+        target will be. Greedy rows have no noise: the papers' ranking, `log q`.
+
+        Args:
+            logits: `[B, K, Vd]` of the draft.
+            positions: `[B, 1]` of the token that these candidates are for.
+            target_ids: `[Vd]` target ids of the draft's tokens, None if it has the whole vocabulary.
+        """
+        log_probs = log_probabilities(logits)
+        if not self.work.draws:
+            return log_probs
+        assert self._noise is not None
+        noise = self._noise.at(positions)
+        noise = noise if target_ids is None else noise[..., target_ids]
+        perturbed = self._warp(log_probs) + noise
+        coupled = (perturbed * (self._temperature / LOGIT_ERROR)).log_softmax(-1)
+        return torch.where(self._temperature == 0, log_probs, coupled)
+
+    def _noise_below(self, lengths: torch.Tensor, depth: int) -> torch.Tensor:
+        """The noise `[B, V]` of nodes at `depth` below roots at positions `lengths [B]`."""
+        assert self._noise is not None
+        return self._noise.at(lengths[:, None] + depth + 1).squeeze(1)
+
+    def _penalise(self, scores: torch.Tensor, tree: DraftTree) -> torch.Tensor:
+        """Repetition penalty with each node's own history: the row's tokens and the node's ancestors."""
+        counts = torch.zeros(scores.shape, dtype=torch.int32, device=scores.device)
+        on_branch = tree.tokens[:, None, :].expand_as(tree.ancestors)
+        counts.scatter_add_(2, on_branch, tree.ancestors.int())
+        seen = (counts > 0) | self._seen[:, None, :]
+        penalised = torch.where(scores < 0, scores * self._repetition_penalty, scores / self._repetition_penalty)
+        return torch.where(seen, penalised, scores)
+
+    def _warp(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores / T with everything outside top-k, top-p and min-p at -inf."""
+        scores = scores / torch.where(self._temperature == 0, 1.0, self._temperature)
+        vocab_size = scores.shape[-1]
+        if self.work.has_top_k or self.work.has_top_p:
+            ordered = scores.sort(-1, descending=True).values
+            if self.work.has_top_k:
+                last = torch.where(self._top_k == 0, vocab_size, self._top_k).clamp(max=vocab_size) - 1
+                threshold = ordered.gather(-1, last.expand(*scores.shape[:2], 1))
+                scores = scores.masked_fill(scores < threshold, -torch.inf)
+                ordered = ordered.masked_fill(ordered < threshold, -torch.inf)
+            if self.work.has_top_p:
+                probs = ordered.softmax(-1)
+                # A token stays while the tokens before it hold less than top_p; the first always stays.
+                stays = (probs.cumsum(-1) - probs) < self._top_p
+                num_kept = stays.sum(-1, keepdim=True).clamp(min=1)
+                threshold = ordered.gather(-1, num_kept - 1)
+                scores = scores.masked_fill((scores < threshold) & (self._top_p < 1), -torch.inf)
+        if self.work.has_min_p:
+            log_probs = scores.log_softmax(-1)
+            floor = log_probs.amax(-1, keepdim=True) + self._min_p.log()
+            scores = scores.masked_fill(log_probs < floor, -torch.inf)
+        return scores

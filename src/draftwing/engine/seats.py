@@ -1,0 +1,183 @@
+"""What an engine's seats keep from cycle to cycle, and a cycle's three steps on it: draft, verify, commit.
+
+State is updated where it lies and the steps ask the host for nothing, so that they can be captured (captured.py).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from draftwing.by_seat import BySeat
+from draftwing.engine.drafter import Drafter
+from draftwing.engine.plan import TreePlan
+from draftwing.engine.readback import Array
+from draftwing.engine.sampling import Sampler, SamplingParams, uncoupled_rank
+from draftwing.engine.tree import DraftTree, Verdict, root_tree, walk
+from draftwing.engine.unread import MOST_UNREAD
+from draftwing.target.model import TargetModel
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the target says of a tree: its own token at each node `chosen [B, N]`, the verdict, `features [B, N, F]`."""
+
+    chosen: torch.Tensor
+    verdict: Verdict
+    features: torch.Tensor | None
+
+
+class Seats(BySeat):
+    """Caches, drafter, sampler and roots of B seats of at most `capacity` tokens each, tree nodes included.
+
+    Trees are at most `depth` deep, and ranked with the target's noise if `coupled`.
+
+    Attributes:
+        lengths: `[B]` the host's counts of committed tokens before the roots.
+        bound: of the running seats' lengths; what attention reads goes by it.
+    """
+
+    by_seat = ("cache", "drafter", "sampler", "_root", "_is_running", "lengths", "_num_read", "_num_written")
+
+    def __init__(
+        self, target: TargetModel, drafter: Drafter, num_seats: int, capacity: int, depth: int, coupled: bool
+    ) -> None:
+        self.target, self.drafter = target, drafter
+        self.cache = target.new_cache(num_seats, capacity)
+        self.sampler = Sampler(num_seats, target.vocab_size, target.device, depth)
+        self._coupled, self._depth = coupled, depth
+        self._root = torch.zeros(num_seats, dtype=torch.int64, device=target.device)
+        self._is_running = torch.zeros(num_seats, dtype=torch.bool, device=target.device)
+        self.lengths = np.zeros(num_seats, dtype=np.int64)
+        self._num_read = np.zeros(num_seats, dtype=np.int64)  # of the committed tokens, by the drafter
+        self._num_written = np.zeros(num_seats, dtype=np.int64)  # slots that hold something, trees included
+
+    def can_hold(self, num_slots: int, depth: int) -> bool:
+        """Whether a seat has so many slots, and trees may be so deep."""
+        return self.cache.capacity >= num_slots and self._depth >= depth
+
+    @property
+    def bound(self) -> int:
+        return self.cache.bound
+
+    @bound.setter
+    def bound(self, num_tokens: int) -> None:
+        self.cache.bound = self.drafter.bound = num_tokens
+
+    def admit(self, seat: int, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Begin a row in a seat that is clear; its prompt is still unread."""
+        self.sampler.admit(seat, params, prompt)
+        self.drafter.begin(seat, prompt[0])
+
+    def admit_behind(
+        self, source: int, num_tokens: int, seat: int, prompt: Sequence[int], params: SamplingParams
+    ) -> None:
+        """Begin a row whose first `num_tokens` seat `source` has read; the token behind them is the same too."""
+        lender = self.part(source, source + 1)
+        lender.bound = int(lender.lengths[0])
+        lender.catch_up()
+        self.sampler.admit(seat, params, prompt)
+        self.cache.copy_seat(source, seat, num_tokens)
+        self.cache.lengths[seat] = num_tokens
+        self.drafter.share(source, seat, num_tokens)
+        self.lengths[seat] = self._num_read[seat] = num_tokens
+
+    def vacate(self, seat: int) -> None:
+        """Clear a seat of all that it holds."""
+        self.clear(seat, int(self._num_written[seat]) + 1)
+
+    def move(self, source: int, goal: int) -> None:
+        """Let the row of seat `source` go on in seat `goal`."""
+        self.vacate(goal)
+        self.copy_seat(source, goal, int(self.lengths[source]) + 1)
+
+    def read(self, prompts: Sequence[Sequence[int]], width: int) -> None:
+        """Read on in each seat's prompt, up to `width` tokens, but for its last one."""
+        device = self.target.device
+        chunks = [
+            list(prompt[start : start + width + 1])
+            for prompt, start in zip(prompts, self.lengths.tolist(), strict=True)
+        ]
+        num_valid = np.array([min(len(chunk) - 1, width) for chunk in chunks])
+        # The token behind passes as padding: so no chunk is a single token, whose product rounds differently.
+        tokens = torch.tensor([chunk + [0] * (width + 1 - len(chunk)) for chunk in chunks], device=device)
+        counts = torch.from_numpy(num_valid).to(device)
+        self.bound = int(self.lengths.max())
+        self._num_written[:] = np.maximum(self._num_written, self.lengths + width + 1)
+        features = self.target.prefill(tokens, counts, self.cache, self.drafter.feature_layers)
+        self.bound += width
+        self.drafter.observe(tokens.roll(-1, dims=1), features, counts)
+        self.drafter.catch_up(width)
+        self.lengths += num_valid
+        self.mark_read()
+
+    def start(self, seat: int, root: int) -> None:
+        """Let a seat run whose prompt has been read up to its last token, the root of the first tree."""
+        self._root[seat] = root
+        self._is_running[seat] = True
+
+    def draft(self, plan: TreePlan) -> DraftTree:
+        """Grow a tree below each root, or for a plan without drafts the root alone."""
+        self.prepare(plan)
+        return self.grow(plan)
+
+    def prepare(self, plan: TreePlan) -> None:
+        """What the host does before a tree is grown: make noise, and let the drafter read what it has not."""
+        self.sampler.reserve(self.lengths.tolist(), plan.max_depth)
+        self._num_written[:] = np.maximum(self._num_written, self.lengths + room_for(plan))
+        if plan.depth or int((self.lengths - self._num_read).max()) >= MOST_UNREAD:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Let the drafter read what was committed since it last did."""
+        self.drafter.catch_up(int((self.lengths - self._num_read).max()))
+        self.mark_read()
+
+    def grow(self, plan: TreePlan) -> DraftTree:
+        if plan.depth == 0:
+            num_seats = len(self.lengths)
+            return root_tree(self._root, self.target.best_single_row if num_seats == 1 else 1)
+        return self.drafter.grow(self._root, plan, self.sampler.rank if self._coupled else uncoupled_rank)
+
+    def verify(self, tree: DraftTree) -> Verification:
+        """Run the target over a tree, choose its token at every node, and walk from the root."""
+        output = self.target.forward_tree(
+            tree.tokens, tree.depths, tree.ancestors, self.cache, self.drafter.feature_layers
+        )
+        chosen = self.sampler.choose(output.logits, tree, self.cache.lengths)
+        return Verification(chosen, walk(tree, chosen), output.features)
+
+    def commit(self, plan: TreePlan, tree: DraftTree, verification: Verification) -> None:
+        """Keep what was accepted, and tell the drafter."""
+        verdict = verification.verdict
+        num_kept = torch.where(self._is_running, verdict.num_accepted + 1, 0)
+        self.cache.commit(None if plan.is_chain else verdict.path, num_kept, max_kept=tree.max_depth + 1)
+        features = None if verification.features is None else verdict.along_path(verification.features)
+        self.drafter.observe(verdict.tokens, features, num_kept, verification.chosen)
+        self.sampler.observe(verdict.tokens, num_kept)
+        self._root.copy_(torch.where(self._is_running, verdict.bonus, self._root))
+
+    @contextmanager
+    def nobody_running(self) -> Iterator[None]:
+        """Cycles inside commit nothing."""
+        running = self._is_running.clone()
+        self._is_running.fill_(False)
+        try:
+            yield
+        finally:
+            self._is_running.copy_(running)
+
+    def mark_read(self) -> None:
+        """Tell the host's counts that the drafter has read all that was committed."""
+        self._num_read[:] = self.lengths
+
+    def count(self, num_committed: Array) -> None:
+        """Tell the host's counts what a commit has kept in the first seats."""
+        self.lengths[: len(num_committed)] += num_committed
+
+
+def room_for(plan: TreePlan) -> int:
+    """Slots behind the committed tokens that a cycle may write: the tree or the draft's levels."""
+    return max(plan.num_nodes, plan.width * plan.max_depth) + plan.max_depth + 1

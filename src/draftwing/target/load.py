@@ -1,0 +1,145 @@
+"""Load targets, and the tokenizers that belong to them, from a folder, a hub id or the embedded assets."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from draftwing.embedded import EMBEDDED
+from draftwing.target.model import ATTENTION, Role, TargetModel, one_line
+from draftwing.target.packed import multiplies_bfloat16
+from draftwing.target.quantize import is_quantized_file, quantization_config
+
+HUB_OPTIONS = ("cache_dir", "code_revision", "force_download", "local_files_only", "proxies") + (
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+"""What of `from_pretrained`'s options says where files come from and whether their code is run."""
+
+
+def resolve_target(name: str) -> str:
+    """A folder or hub id for the target `name`; `tiny` is the embedded one."""
+    return str(EMBEDDED / "target") if name == "tiny" else name
+
+
+def load_target(
+    name: str,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    role: Role = "target",
+    quantize: str | None = None,
+    **options: Any,
+) -> TargetModel:
+    """Load a causal language model with our attention function. `options` go to transformers' `from_pretrained`.
+
+    Without a `dtype` it is the file's; on a CPU without bf16 products, and for float16 files there, float32.
+    `quantize` is one of QUANTIZATIONS.
+
+    Raises:
+        ValueError: a name that cannot be loaded, missing tensors, a model that cannot verify trees. The message begins
+            with the `role`. A quantisation that cannot be had.
+    """
+    return TargetModel(_load_on(torch.device(device), name, dtype, role, quantize, **options), role)
+
+
+def load_stock(name: str, dtype: torch.dtype, device: str | torch.device, quantize: str | None = None) -> Any:
+    """A causal language model as transformers runs it, to compare with.
+
+    Raises:
+        ValueError: a name that cannot be loaded.
+    """
+    return _load_on(torch.device(device), name, dtype, "model", quantize, attn_implementation=None)
+
+
+def _load_on(
+    device: torch.device, name: str, dtype: torch.dtype | None, role: str, quantize: str | None, **options: Any
+) -> Any:
+    """A model on its device, or where a `device_map` in the options puts it; arguments as those of `load_target`."""
+    lacks_bfloat16 = device.type == "cpu" and not multiplies_bfloat16()
+    if quantize is not None:
+        options["quantization_config"] = quantization_config(quantize, device)
+        if dtype is None and lacks_bfloat16:
+            dtype = torch.float32  # a quantised model cannot be converted
+    try:
+        is_quantized = is_quantized_file(resolve_target(name), **options) or "quantization_config" in options
+    except OSError as error:
+        reason = "cannot load" if Path(resolve_target(name)).is_dir() else "no folder and no reachable hub id:"
+        raise ValueError(f"{role}: {reason} {name!r}: {one_line(error)}") from error
+    if is_quantized and device.type != "cpu":
+        # Weights are packed for the device that they are on, and must not be moved. accelerate places them.
+        options = {"device_map": str(device)} | options
+    model = load_model(name, dtype, role, **options)
+    if is_quantized or "device_map" in options:
+        return model
+    is_slow = model.dtype == torch.float16 or (model.dtype == torch.bfloat16 and lacks_bfloat16)
+    return model.float() if dtype is None and device.type == "cpu" and is_slow else model.to(device)
+
+
+def load_model(name: str, dtype: torch.dtype | None = None, role: str = "target", **options: Any) -> Any:
+    """The transformers model of a target, where the `options` (`device_map`) put it; arguments as `load_target`'s.
+
+    Raises:
+        ValueError: a name that cannot be loaded, missing tensors.
+    """
+    options.setdefault("attn_implementation", ATTENTION)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            resolve_target(name), dtype=dtype or "auto", output_loading_info=True, **options
+        )
+    except (OSError, ImportError, TypeError) as error:  # no such model; a package that an option needs; no such option
+        raise ValueError(f"{role}: cannot load {name!r}: {one_line(error)}") from error
+    except ValueError as error:  # among others: a model of another kind, with a list of all that are of this one
+        reason = one_line(error)
+        if reason.startswith("Unrecognized configuration class"):
+            reason = f"{_architecture(name, options)} is no causal language model that transformers loads as one"
+        raise ValueError(f"{role}: cannot load {name!r}: {reason}") from error
+    except KeyError as error:  # older modules pick their attention from a table of their own (Falcon, GPT-J)
+        if error.args != (options["attn_implementation"],):
+            raise
+        raise ValueError(
+            f"{role}: {name!r} does not know the attention {error}; pass attn_implementation='sdpa' or 'eager'"
+        ) from error
+    except RuntimeError as error:  # also raised for lack of memory
+        if "mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{role}: the tensors of {name!r} have other shapes than its config.json says; is it a draft head?"
+        ) from error
+    if missing := sorted(info["missing_keys"]):  # transformers fills them with random values
+        raise ValueError(f"{role}: {name!r} lacks {len(missing)} tensors, the first is {missing[0]}")
+    return model.eval()
+
+
+def _architecture(name: str, options: Mapping[str, Any]) -> str:
+    """What a model's config.json says that it is."""
+    known = {key: value for key, value in options.items() if key in HUB_OPTIONS}
+    config = AutoConfig.from_pretrained(resolve_target(name), **known)
+    return ", ".join(config.architectures or ()) or str(config.model_type)
+
+
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """The tokenizer that belongs to a target. Of the model's `options` it takes HUB_OPTIONS.
+
+    Raises:
+        ValueError: it has none, or it cannot be loaded.
+    """
+    options = {key: value for key, value in options.items() if key in HUB_OPTIONS}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_target(name), **options)
+    except (OSError, ValueError, ImportError) as error:  # one written in Python may need a package
+        raise ValueError(f"target: no tokenizer in {name!r}: {one_line(error)}") from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one without files, from the config
+        raise ValueError(f"target: no tokenizer in {name!r}")
+    return tokenizer
+
+
+def find_tokenizer(name: str) -> Any:
+    """The tokenizer that lies beside a model, None if there is none."""
+    try:
+        return load_tokenizer(name)
+    except (OSError, ValueError):  # transformers has no way to ask
+        return None
