@@ -232,8 +232,9 @@ class Sampler(BySeat):
             self._bias = torch.zeros(num_seats, 1, self._vocab_size, device=self._device)
         if self._bias is not None:
             self._bias[seat] = 0
-            for token, value in params.logit_bias.items():
-                self._bias[seat, 0, token] = value
+            if params.logit_bias:
+                tokens = torch.tensor([*params.logit_bias], device=self._device)
+                self._bias[seat, 0, tokens] = torch.tensor([*params.logit_bias.values()], device=self._device).float()
         if params.temperature > 0:
             if self._noise is None:
                 self._noise = Noise(num_seats, self._vocab_size, self._device, self._depth + 2)
