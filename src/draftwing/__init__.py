@@ -1,5 +1,10 @@
 """draftwing: speculative decoding with EAGLE heads that returns exactly what plain decoding would have returned."""
 
+from draftwing.threads import wait_briefly
+
+wait_briefly()  # which torch's threads learn while it is loaded
+
+# ruff: noqa: E402
 from draftwing.api import GenerateOutput, SpeculativeModel, load
 from draftwing.decoding.generate import Committed
 from draftwing.decoding.options import GenerateOptions

@@ -41,6 +41,7 @@ from draftwing.methods import (
 from draftwing.models.fused import pack_draft, pack_target
 from draftwing.models.target import TargetModel
 from draftwing.provenance import provenance
+from draftwing.threads import free_cores, num_threads
 
 HEAD_OPTIONS = tuple(HeadOptions.__dataclass_fields__)
 LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "quantize", *HEAD_OPTIONS) + (
@@ -50,6 +51,9 @@ LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "quantize", *HE
     "trust_remote_code",
 )
 """What `load` takes, the most used of `from_pretrained` among them; to suggest one for another."""
+
+MOST_DRIFT, WATCHED_CYCLES = 2.0, 32
+"""Of a generation's seconds over what measured costs say, in so many cycles at least, before they are measured anew."""
 
 
 @dataclass
@@ -62,6 +66,21 @@ class Lessons:
     stored: Mapping[str, Any] = field(default_factory=dict)
     costs: dict[tuple[int, bool], CycleCosts] = field(default_factory=dict)
     experience: dict[tuple[int, bool], Experience] = field(default_factory=dict)
+    watched: dict[tuple[int, bool], tuple[AutoPlan, Statistics]] = field(default_factory=dict)
+    """The last generation by these costs: what it expected, and what it took."""
+    renewed: set[tuple[int, bool]] = field(default_factory=set)
+    """Costs that were measured anew; once a process is enough."""
+
+    def are_outdated(self, key: tuple[int, bool]) -> bool:
+        """Whether cycles took so much less or more than these costs say that the machine must be another by now.
+
+        It is not another one where other processes make cycles slow: that passes.
+        """
+        plan, taken = self.watched.pop(key, (None, Statistics()))
+        if plan is None or taken.num_cycles < WATCHED_CYCLES or key in self.renewed:
+            return False
+        ratio = (taken.total_seconds - taken.seconds["prefill"]) / plan.expected_seconds
+        return ratio < 1 / MOST_DRIFT or (ratio > MOST_DRIFT and not free_cores().are_shared)
 
 
 @dataclass(frozen=True)
@@ -166,12 +185,19 @@ class SpeculativeModel:
         plan = self._plan(settings, requests, with_lookup)
         factory = drafter_factory(self.method, self.draft, self.target, with_lookup, settings.draft_window)
         pool = self._pools.setdefault((with_lookup, settings.draft_window), RowsPool())
-        return Generation(self.target, requests, factory, plan, settings.coupled, self._new_rows(pool))
+        generation = Generation(self.target, requests, factory, plan, settings.coupled, self._new_rows(pool))
+        if isinstance(plan, AutoPlan):
+            sampled = any(request.sampling.temperature > 0 for request in requests)
+            self._lessons.watched[_bucket(len(requests)), sampled] = plan, generation.statistics
+        return generation
 
     def costs(self, batch_size: int, sampled: bool = False) -> CycleCosts:
         """What a cycle of so many rows costs with this draft, from this process, the disk's cache or a measurement."""
         bucket, costs = _bucket(batch_size), self._lessons.costs
-        if (bucket, sampled) not in costs:
+        is_outdated = self._lessons.are_outdated((bucket, sampled))
+        if is_outdated:
+            self._lessons.renewed.add((bucket, sampled))
+        if (bucket, sampled) not in costs or is_outdated:
             assert self.draft is not None
             largest = tree_shapes(self.draft, self.target)[-1]
             factory = drafter_factory(self.method, self.draft, self.target)
@@ -180,6 +206,7 @@ class SpeculativeModel:
             costs[bucket, sampled] = cached_costs(
                 key,
                 lambda: measure_costs(self.target, factory, bucket, largest, new_rows=new_rows, sampled=sampled),
+                is_outdated,
             )
         return costs[bucket, sampled]
 
@@ -246,6 +273,7 @@ class SpeculativeModel:
         where["draft_pass"] = ", ".join(sorted(parts))
         where["captured"] = str(self._captures)
         where["attention"] = self.target.model.config._attn_implementation  # a user's own model has another
+        where["threads"] = str(num_threads())
         return _machine() | where | {"target": self.target.config.to_dict(), "draft": draft}
 
     def _check_draft_positions(self, num_tokens: int) -> None:
@@ -309,6 +337,7 @@ def load(
             "model.generate(..., custom_generate=draftwing.custom_generate(draft))"
         )
     check_device(device)
+    free_cores()  # looks while the models are loaded
     head_options = take_head_options(options)
     draft = None if draft is None or method in DRAFTLESS_METHODS else suitable_draft(draft, method)
     if draft is not None:
@@ -338,7 +367,7 @@ def _bucket(batch_size: int) -> int:
 @cache
 def _machine() -> dict[str, Any]:
     made_by = provenance()
-    return {name: made_by[name] for name in ("device", "threads", "cores", "torch", "transformers")}
+    return {name: made_by[name] for name in ("device", "cores", "torch", "transformers")}
 
 
 def check_device(device: str | torch.device) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from draftwing.cli.arguments import positive
+from draftwing.cli.arguments import add_threads, positive
 from draftwing.config import TrainConfig
 
 SUMMARY = "Train what a recipe describes."
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the stages that run"
     )
+    add_threads(parser)
     parser.add_argument("--plan", action="store_true", help="show what it would take, and run nothing")
     parser.add_argument("--processes", type=positive, default=1, help="--plan: for so many (default: 1)")
     parser.add_argument(

@@ -78,6 +78,7 @@ class AutoPlan:
             for looks_up in (False, True)
         }
         self._tokens, self._seconds = 0.0, 0.0  # what speculation has brought and cost of late
+        self.expected_seconds = 0.0  # of all cycles, by the costs
         self._running = np.arange(batch_size)
         self._costs_until = self._num_cycles = 0
         self._levels_seconds = 0.0  # of the last tree's levels beyond the first
@@ -93,6 +94,7 @@ class AutoPlan:
         if longest >= self._costs_until:
             self._look_up_costs(longest)
         if self._experience.pause.goes_on():
+            self.expected_seconds += self._costs.plain[0]
             return self._off
         self._levels_seconds = self._costs.levels(self._shape) if self._shapes else 0.0
         self._looks_up = self._shape.lookup_depth > 0 and self._experience.lookups.looks_up()
@@ -132,7 +134,9 @@ class AutoPlan:
         self._running = report.rows
         fade = 1 - 1 / RATE_MEMORY
         self._tokens = self._tokens * fade + report.num_tokens * self._batch_size / len(report.rows)
-        self._seconds = self._seconds * fade + self._tree_seconds[report.num_nodes] + self._levels_seconds
+        expected = self._tree_seconds[report.num_nodes] + self._levels_seconds
+        self.expected_seconds += expected
+        self._seconds = self._seconds * fade + expected
         self._num_cycles += 1
         is_young = self._experience.num_lessons < YOUTH
         if self._num_cycles % (STUDIED if is_young or self._looks_up else STUDIED_LATER) == 0:

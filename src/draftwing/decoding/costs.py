@@ -125,15 +125,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "draftwing"
 
 
-def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts]) -> CycleCosts:
-    """The costs measured earlier under the same key, or measured now and kept on disk if that can be written."""
+def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts], are_outdated: bool = False) -> CycleCosts:
+    """The costs measured earlier under the same key, or measured now and kept on disk if that can be written.
+
+    Those that `are_outdated` are replaced.
+    """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     file = cache_folder() / "costs" / f"{digest}.json"
-    try:
-        return CycleCosts.from_dict(json.loads(file.read_text(encoding="utf-8"))["costs"])
-    except (OSError, ValueError, KeyError, TypeError):  # not measured yet, or a file that something else wrote
-        logger.info("measuring this machine once, which takes a few seconds")
-        costs = measure()
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or something else wrote it
+        if not are_outdated:
+            return CycleCosts.from_dict(json.loads(file.read_text(encoding="utf-8"))["costs"])
+    why = "anew: cycles take another time than they did" if are_outdated else "once"
+    logger.info(f"measuring this machine {why}, which takes a few seconds")
+    costs = measure()
     record = json.dumps({"key": key, "costs": costs.as_dict()}, indent=2, default=str)
     partial = file.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):

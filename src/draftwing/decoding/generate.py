@@ -14,6 +14,7 @@ from draftwing.decoding.statistics import StageClock, Statistics
 from draftwing.decoding.stopping import StopRule
 from draftwing.decoding.tree import DraftTree
 from draftwing.models.target import TargetModel
+from draftwing.threads import fitting_threads, num_threads
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Generation:
         self._running = np.arange(len(requests))
         self._rows = new_rows(target, new_drafter, len(requests), capacity)
         self._lengths = [len(request.prompt) - 1 for request in requests]  # committed tokens before the root
-        with self._clock.stage("prefill"), torch.inference_mode():
+        self._threads = num_threads() if target.bits_depend_on_threads else None  # None: anew in every cycle
+        with fitting_threads(self._threads), self._clock.stage("prefill"), torch.inference_mode():
             prompts, params = [list(request.prompt) for request in requests], [r.sampling for r in requests]
             self._rows.begin(prompts, params, tree.max_depth, coupled)
 
@@ -106,14 +108,15 @@ class Generation:
     def _cycle(self) -> tuple[DraftTree, CycleReading]:
         longest = max(self._lengths)
         plan = self._plan.next(longest)
-        with self._clock.stage("draft"):
-            tree = self._rows.draft(plan, self._lengths)
-        with self._clock.stage("verify"):
-            verification = self._rows.verify(tree, longest)
-            learns = self._plan.learns and tree.max_depth > 0
-            reading = CycleReading(verification.verdict, tree if learns else None)
-        with self._clock.stage("commit"):
-            self._rows.commit(plan, tree, verification)
+        with fitting_threads(self._threads):
+            with self._clock.stage("draft"):
+                tree = self._rows.draft(plan, self._lengths)
+            with self._clock.stage("verify"):
+                verification = self._rows.verify(tree, longest)
+                learns = self._plan.learns and tree.max_depth > 0
+                reading = CycleReading(verification.verdict, tree if learns else None)
+            with self._clock.stage("commit"):
+                self._rows.commit(plan, tree, verification)
         return tree, reading
 
     def _emit(self, tree: DraftTree, reading: CycleReading) -> Committed:

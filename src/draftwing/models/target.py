@@ -16,7 +16,7 @@ from draftwing.models.attention import attention_forward, has_kernel, pack_mask
 from draftwing.models.hidden_states import recording
 from draftwing.models.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.models.logits import LogitTransform
-from draftwing.models.packed import PACKED_DTYPES
+from draftwing.models.packed import PACKED_DTYPES, PackedLinear
 
 ATTENTION = "draftwing"
 Role = Literal["target", "draft"]
@@ -105,6 +105,13 @@ class TargetModel:
         on. And torch's own in float32 does not use all threads: two rows take half the time of one.
         """
         return 2 if self.device.type == "cpu" and self.dtype in PACKED_DTYPES else 1
+
+    @property
+    def bits_depend_on_threads(self) -> bool:
+        """Whether some product rounds differently on another number of threads: torch's own do, packed ones do not."""
+        modules = list(self.model.modules())
+        is_packed = any(isinstance(module, PackedLinear) for module in modules)
+        return not is_packed or any(isinstance(module, nn.Linear) for module in modules)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
