@@ -101,9 +101,9 @@ class FreeCores:
 
     def _now(self) -> tuple[float, float, float]:
         """The time, and for how long our cores have been busy and this process has used any."""
-        return time.perf_counter(), self._busy_seconds(), time.process_time()
+        return time.perf_counter(), self.busy_seconds(), time.process_time()
 
-    def _busy_seconds(self) -> float:
+    def busy_seconds(self) -> float:
         """Of all processes, and of the hypervisor, which calls it stolen; no system but Linux says."""
         try:
             lines = self._stat.read_text(encoding="ascii").splitlines()
