@@ -202,7 +202,7 @@ def test_drop_in_feeds_a_streamer(tiny_and_head: tuple[Any, Any, Any], capsys: p
     stock, tokenizer, fast = tiny_and_head
     prompt = tokenizer("def main(args):", return_tensors="pt")
     common = {"max_new_tokens": 12, "do_sample": False, "custom_generate": fast}
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=300)
     ids = stock.generate(**prompt, **common, streamer=streamer)
     new = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :])
     assert "".join(streamer) == new != ""
