@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start, so that they share the cores
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, if it is installed; read at its import
 

@@ -7,6 +7,8 @@ import takes seconds that a help text or a mistake on the command line should no
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from draftwing.threads import wait_briefly
+
 if TYPE_CHECKING:
     from draftwing.api import GenerateOutput, SpeculativeModel, load
     from draftwing.drop_in import custom_generate
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from draftwing.engine.plan import TreePlan
     from draftwing.engine.sampling import SamplingParams
     from draftwing.engine.statistics import Statistics
+
+wait_briefly()  # which torch's threads learn while it is loaded
 
 __version__ = "0.1.0"
 __all__ = [

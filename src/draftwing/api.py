@@ -37,6 +37,7 @@ from draftwing.provenance import provenance
 from draftwing.target.fused import pack_target
 from draftwing.target.load import load_target, load_tokenizer
 from draftwing.target.model import TargetModel
+from draftwing.threads import free_cores, num_threads
 
 HEAD_OPTIONS = tuple(HeadOptions.__dataclass_fields__)
 LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "remeasure", "quantize", *HEAD_OPTIONS) + (
@@ -46,6 +47,9 @@ LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "remeasure", "q
     "trust_remote_code",
 )
 """What `load` takes, the most used of `from_pretrained` among them; to suggest one for another."""
+
+MOST_DRIFT, WATCHED_CYCLES = 2.0, 32
+"""Of a generation's seconds over what measured costs say, in so many cycles at least, before they are measured anew."""
 
 
 SMALLEST_CAPACITY = 1024
@@ -64,10 +68,25 @@ class Lessons:
     costs: dict[tuple[int, bool], CycleCosts] = field(default_factory=dict)
     experience: dict[tuple[int, bool], Experience] = field(default_factory=dict)
     costs_since: float = 0.0
+    watched: dict[tuple[int, bool], tuple[AutoPlan, Statistics]] = field(default_factory=dict)
+    """The last generation of one row by these costs: what it expected, and what it took."""
+    renewed: set[tuple[int, bool]] = field(default_factory=set)
+    """Costs that were measured anew; once a process is enough."""
 
     def of_another(self, stored: Mapping[str, Any]) -> "Lessons":
         """Those of another draft or method, for which nothing has been learnt yet."""
         return Lessons(stored, costs_since=self.costs_since)
+
+    def are_outdated(self, key: tuple[int, bool]) -> bool:
+        """Whether cycles took so much less or more than these costs say that the machine must be another by now.
+
+        It is not another one where other processes make cycles slow: that passes.
+        """
+        plan, taken = self.watched.pop(key, (None, Statistics()))
+        if plan is None or taken.num_cycles < WATCHED_CYCLES or key in self.renewed:
+            return False
+        ratio = (taken.total_seconds - taken.seconds["prefill"]) / plan.expected_seconds
+        return ratio < 1 / MOST_DRIFT or (ratio > MOST_DRIFT and not free_cores().are_shared)
 
 
 @dataclass(frozen=True)
@@ -224,7 +243,10 @@ class SpeculativeModel:
         key = _EngineKey(with_lookup, settings.draft_window, settings.coupled is not False)
         longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
         engine = self._engine(key, num_seats, longest, plan)
-        return Generation(engine, requests, partial(self._keep, key))
+        generation = Generation(engine, requests, partial(self._keep, key))
+        if isinstance(plan, AutoPlan) and len(requests) == 1:
+            self._lessons.watched[1, requests[0].sampling.temperature > 0] = plan, generation.statistics
+        return generation
 
     def _engine(self, key: "_EngineKey", num_seats: int, capacity: int, plan: Plan) -> Engine:
         """An engine for so many requests: a kept one that is large enough, or a new one."""
@@ -255,8 +277,12 @@ class SpeculativeModel:
 
     def costs(self, batch_size: int, sampled: bool = False) -> CycleCosts:
         """What a cycle of so many rows costs with this draft, from this process, the disk's cache or a measurement."""
-        size, costs = bucket(batch_size), self._lessons.costs
-        if (size, sampled) not in costs:
+        size, costs, since = bucket(batch_size), self._lessons.costs, self._lessons.costs_since
+        is_outdated = self._lessons.are_outdated((size, sampled))
+        if is_outdated:
+            self._lessons.renewed.add((size, sampled))
+            since = time.time()
+        if (size, sampled) not in costs or is_outdated:
             assert self.draft is not None
             largest = tree_shapes(self.draft, self.target)[-1]
             drafter = new_drafter(self.method, self.draft, self.target)
@@ -264,17 +290,18 @@ class SpeculativeModel:
             costs[size, sampled] = cached_costs(
                 key,
                 lambda: measure_costs(self.target, drafter, size, largest, recorder=self._recorder(), sampled=sampled),
-                self._lessons.costs_since,
+                since,
             )
         return costs[size, sampled]
 
-    def _known_costs(self, batch_size: int, sampled: bool, num_seats: int) -> CycleCosts:
-        """What a cycle of so many rows costs, or of a few more if that is known; measured for all seats at most.
+    def _known_costs(self, batch_size: int, sampled: bool) -> CycleCosts:
+        """What a cycle of so many rows costs, or of a few more: of the fewest for which that is known.
 
         Rows that end leave fewer than there were, for which nothing is measured in the middle of a generation.
         """
-        sizes = [size for size, is_sampled in self._lessons.costs if is_sampled == sampled and size >= batch_size]
-        return self.costs(min(sizes, default=num_seats), sampled)
+        costs = self._lessons.costs
+        size = min(size for size, is_sampled in costs if is_sampled == sampled and size >= batch_size)
+        return costs[size, sampled]
 
     def experience(self, batch_size: int, sampled: bool) -> Experience:
         """What earlier generations with as many rows, and at first the draft's stored counts, teach the next ones."""
@@ -308,7 +335,7 @@ class SpeculativeModel:
             shapes = tuple(shape.with_lookup() for shape in shapes)
         self.costs(batch_size, sampled)  # measured now, if they are not known
         return AutoPlan(
-            lambda num_rows: self._known_costs(num_rows, sampled, batch_size),
+            lambda num_rows: self._known_costs(num_rows, sampled),
             lambda num_rows: self.experience(num_rows, sampled),
             shapes[-1],
             device,
@@ -325,6 +352,7 @@ class SpeculativeModel:
         where["draft_pass"] = ", ".join(sorted(parts))
         where["captured"] = str(self._captures)
         where["attention"] = self.target.model.config._attn_implementation  # a user's own model has another
+        where["threads"] = str(num_threads())
         return _machine() | where | {"target": self.target.config.to_dict(), "draft": draft}
 
     def _check_draft_positions(self, num_tokens: int) -> None:
@@ -392,6 +420,7 @@ def load(
             "model.generate(..., custom_generate=draftwing.custom_generate(draft))"
         )
     check_device(device)
+    free_cores()  # looks while the models are loaded
     head_options = take_head_options(options)
     draft = None if draft is None or method in DRAFTLESS_METHODS else suitable_draft(draft, method)
     if draft is not None:
@@ -421,7 +450,7 @@ def take_head_options(options: dict[str, Any]) -> HeadOptions:
 @cache
 def _machine() -> dict[str, Any]:
     made_by = provenance()
-    return {name: made_by[name] for name in ("device", "threads", "cores", "torch", "transformers")}
+    return {name: made_by[name] for name in ("device", "cores", "torch", "transformers")}
 
 
 def check_device(device: str | torch.device) -> None:

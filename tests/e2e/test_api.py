@@ -3,11 +3,12 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, VOCAB_SIZE, requests_for, run, tiny_llama
+from conftest import EOS, VOCAB_SIZE, costs, requests_for, run, tiny_llama
 from transformers import (
     AutoTokenizer,
     BatchEncoding,
@@ -154,7 +155,7 @@ def test_drop_in_feeds_a_streamer(tiny_and_head: tuple[Any, Any, Any], capsys: p
     stock, tokenizer, fast = tiny_and_head
     prompt = tokenizer("def main(args):", return_tensors="pt")
     common = {"max_new_tokens": 12, "do_sample": False, "custom_generate": fast}
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=300)
     ids = stock.generate(**prompt, **common, streamer=streamer)
     new = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :])
     assert "".join(streamer) == new != ""
@@ -622,9 +623,7 @@ def test_measured_costs_belong_to_one_kind_of_pass(
 ) -> None:
     """A user's own model has another attention than what `load` makes, and other seconds."""
     keys: list[str] = []
-    monkeypatch.setattr(
-        "draftwing.api.cached_costs", lambda key, measure, since: keys.append(json.dumps(key, default=str))
-    )
+    monkeypatch.setattr("draftwing.api.cached_costs", lambda key, *_: keys.append(json.dumps(key, default=str)))
     for _ in range(2):
         SpeculativeModel(target, heads["eagle3"]).costs(1)
     assert keys[0] == keys[1]
@@ -633,3 +632,42 @@ def test_measured_costs_belong_to_one_kind_of_pass(
     assert keys[2] != keys[0]
     SpeculativeModel(target, heads["eagle3"]).costs(1, sampled=True)
     assert keys[3] != keys[2]
+    monkeypatch.setattr("draftwing.api.num_threads", lambda: 7)
+    SpeculativeModel(target, heads["eagle3"]).costs(1, sampled=True)
+    assert keys[4] != keys[3], "and to a number of threads"
+
+
+@pytest.mark.parametrize(
+    ("factor", "are_shared", "is_renewed"),
+    [(1.0, False, False), (100.0, False, True), (100.0, True, True), (0.01, False, True), (0.01, True, False)],
+)
+def test_costs_of_another_machine_are_measured_anew(
+    target: TargetModel,
+    heads: dict[str, DraftNetwork],
+    monkeypatch: pytest.MonkeyPatch,
+    factor: float,
+    are_shared: bool,
+    is_renewed: bool,
+) -> None:
+    """Where a text's cycles took much less or more than was measured; more not while others use the cores."""
+    asked: list[bool] = []
+    model = SpeculativeModel(target, heads["eagle3"])
+    monkeypatch.setattr("draftwing.api.WATCHED_CYCLES", 10)
+    monkeypatch.setattr("draftwing.api.cached_costs", lambda key, measure, renew: asked.append(renew) or invented)
+    monkeypatch.setattr("draftwing.api.free_cores", lambda: SimpleNamespace(are_shared=are_shared))
+    invented = costs()
+    for _ in range(3):
+        generation = model.start([[1, 2, 3]], plan="auto", max_new_tokens=80)
+        assert generation.run().statistics.num_cycles >= 10
+        plan, _ = model._lessons.watched[1, False]
+        for stage in generation.statistics.seconds:  # what it took is invented too
+            generation.statistics.seconds[stage] = plan.expected_seconds / factor / 4
+        generation.statistics.seconds["prefill"] = 1e9
+    assert asked == [False, True][: 1 + is_renewed], "once is enough"
+
+
+def test_a_few_cycles_say_nothing_of_the_machine(target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
+    model = SpeculativeModel(target, heads["eagle3"])
+    model._lessons.costs[1, False] = costs(plain=1e6)
+    model.generate(torch.tensor([[1, 2, 3]]), plan="auto", max_new_tokens=8)
+    assert not model._lessons.are_outdated((1, False))

@@ -216,7 +216,7 @@ class TestSeveralProcesses:
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command += command_of(folder, "ddp", "batch_size=2", TAU)
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, result.stderr
         assert json.loads(result.stdout)["eval_loss"] == pytest.approx(whole["metrics"]["eval_loss"], rel=1e-4)
         assert_same(weights_of(folder, "ddp"), weights_of(folder, "one"), rtol=1e-3, atol=1e-5)

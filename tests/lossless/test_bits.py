@@ -1,5 +1,7 @@
 """On a CPU the speculative pass gives plain decoding's logits to the last bit, in float32 and in bfloat16."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from conftest import requests_for, run
@@ -122,6 +124,50 @@ def test_each_node_of_a_tree_has_the_bits_of_plain_decoding(dtype: torch.dtype, 
     in_tree = tree_logits(target)
     for node in range(len(TOKENS)):
         assert torch.equal(in_tree[node], plain_logits(target, node)), f"node {node}"
+
+
+@pytest.fixture
+def _as_many_threads_afterwards() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("_as_many_threads_afterwards")
+@torch.inference_mode()
+def test_bits_are_the_same_on_any_number_of_threads(
+    dtype: torch.dtype, passes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number may change within a generation, so a product must not round by it; all parts are large enough to
+    be shared."""
+    for name, size in {"hidden_size": 512, "head_dim": 128, "intermediate_size": 1024, "vocab_size": 40_000}.items():
+        monkeypatch.setitem(SIZES, name, size)
+    target, logits = packed_target(dtype, passes), []
+    assert not target.bits_depend_on_threads
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        logits.append(tree_logits(target))
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.usefixtures("_as_many_threads_afterwards")
+@torch.inference_mode()
+def test_torchs_own_products_are_known_to_round_by_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the number stays through a generation, whatever becomes free meanwhile."""
+    monkeypatch.setattr("draftwing.decoding.generate.num_threads", lambda: 2)
+    monkeypatch.setattr("draftwing.threads.num_threads", lambda: 3)
+    seen: dict[bool, set[int]] = {}
+    for is_packed in (False, True):
+        target = packed_target(torch.float32) if is_packed else TargetModel(FAMILIES["llama"]().eval())
+        assert target.bits_depend_on_threads != is_packed
+        numbers = seen.setdefault(is_packed, set())
+        target.model.register_forward_hook(lambda *_, numbers=numbers: numbers.add(torch.get_num_threads()))
+        run(target, requests_for([CONTEXT], max_new_tokens=3))
+    assert seen == {False: {2}, True: {3}}
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize("passes", PASSES)

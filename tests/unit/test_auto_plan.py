@@ -54,6 +54,17 @@ def test_a_level_is_drafted_while_it_brings_more_than_its_seconds() -> None:
     assert sized_plan(step=0.0, node=0.0).num_parents(unlikely, depth=1) == 2, "what costs nothing pays"
 
 
+def test_a_plan_knows_what_its_cycles_were_to_take() -> None:
+    """Drafting ones and those of a pause, to compare with what they took."""
+    plan = auto_plan(1, plain=1.0, node=0.02, step=0.1)
+    assert run_cycles(plan, num_accepted=0, count=1) == [True]
+    tree = plan.expected_seconds
+    assert tree == pytest.approx(1.0 + 0.02 * 4 + 0.1)  # 5 nodes, and the first level; nothing was asked of others
+    drafts = run_cycles(plan, num_accepted=0, count=100)
+    assert plan.expected_seconds == pytest.approx(tree * (1 + sum(drafts)) + 1.0 * (100 - sum(drafts)))
+    assert 0 < sum(drafts) < 100
+
+
 def test_a_level_is_as_wide_as_pays() -> None:
     scores = torch.log(torch.tensor([[0.6, 0.2, 0.05, 0.01]]))
     seconds_of_width = costs(step=0.02), dataclasses.replace(costs(), draft_step=[[0.05, 0.5]])

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from draftwing.config import DTYPES, METHODS, QUANTIZATIONS
 from draftwing.engine.plan import TreePlan
+from draftwing.threads import choose_threads
 
 Value = TypeVar("Value")
 PLANS = (
@@ -73,8 +74,27 @@ def temperatures(text: str) -> tuple[float, ...]:
     return values
 
 
+class _UseThreads(argparse.Action):
+    """Sets the number of torch's threads as it is read, for that must be known when torch is loaded."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        choose_threads(values)
+        setattr(namespace, self.dest, values)
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """On how many of the CPU's cores."""
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        action=_UseThreads,
+        help="torch's threads on the CPU (default: $OMP_NUM_THREADS, or the cores that other processes leave free)",
+    )
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Where the models run and in which dtype."""
+    """Where the models run, in which dtype and on how many threads."""
+    add_threads(parser)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the file's; float32 on a CPU without bf16")
 

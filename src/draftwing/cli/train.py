@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from draftwing.cli.arguments import above_zero, not_negative, positive
+from draftwing.cli.arguments import above_zero, add_threads, not_negative, positive
 from draftwing.cli.output import headline, new_console, note, say_saved
 from draftwing.config import TrainConfig
 
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the stages that run"
     )
+    add_threads(parser)
     parser.add_argument("--plan", action="store_true", help="show what it would take, and run nothing")
     parser.add_argument("--processes", type=positive, default=1, help="--plan: for so many (default: 1)")
     parser.add_argument(

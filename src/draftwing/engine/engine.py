@@ -17,6 +17,7 @@ from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree import DraftTree
 from draftwing.engine.unread import PREFILL_CHUNK
 from draftwing.target.model import TargetModel
+from draftwing.threads import fitting_threads, num_threads
 
 PREFILL_TOKENS = 2048
 """Positions of several prompts that a step reads at most, unless a single chunk has more."""
@@ -86,6 +87,7 @@ class Engine:
         coupled: bool = True,
     ) -> None:
         self.target, self.num_seats, self.capacity, self.plan = target, num_seats, capacity, plan
+        self._threads = num_threads() if target.bits_depend_on_threads else None  # None: anew in every cycle
         self.waits = False  # for the device at a cycle's end, so that each cycle counts its own time alone
         self.count_into(Statistics())
         self._running: list[Seat] = []
@@ -161,14 +163,15 @@ class Engine:
         seats = self._cycling
         seats.bound = int(self._seats.lengths[: len(self._running)].max())
         plan = self.plan.next(len(self._running), seats.bound)
-        with self._clock.stage("draft"):
-            tree = seats.draft(plan)
-        with self._clock.stage("verify"):
-            verification = seats.verify(tree)
-            learns = self.plan.learns and tree.max_depth > 0
-            reading = CycleReading(verification.verdict, tree if learns else None)
-        with self._clock.stage("commit"):
-            seats.commit(plan, tree, verification)
+        with fitting_threads(self._threads):
+            with self._clock.stage("draft"):
+                tree = seats.draft(plan)
+            with self._clock.stage("verify"):
+                verification = seats.verify(tree)
+                learns = self.plan.learns and tree.max_depth > 0
+                reading = CycleReading(verification.verdict, tree if learns else None)
+            with self._clock.stage("commit"):
+                seats.commit(plan, tree, verification)
         return tree, reading
 
     def _emit(self, tree: DraftTree, reading: CycleReading) -> list[Event]:
@@ -195,7 +198,7 @@ class Engine:
     @torch.inference_mode()
     def _read_prompts(self) -> None:
         """Read one chunk of the first waiting prompts, and let those run that are read, first come, first served."""
-        with self._clock.stage("prefill"):
+        with fitting_threads(self._threads), self._clock.stage("prefill"):
             width = min(PREFILL_CHUNK, max(map(self._num_unread, self._reading)))
             chosen = self._reading[: PREFILL_TOKENS // width if width else None]
             width = min(PREFILL_CHUNK, max(map(self._num_unread, chosen)))

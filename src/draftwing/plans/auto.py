@@ -72,6 +72,11 @@ class AutoPlan:
         self._current = self._sized[size]
         return self._current.next(longest)
 
+    @property
+    def expected_seconds(self) -> float:
+        """Of all cycles, by the costs."""
+        return sum(plan.expected_seconds for plan in self._sized.values())
+
     def learn(self, report: CycleReport) -> None:
         """Take in what became of a cycle's tree."""
         self._current.learn(report)
@@ -112,6 +117,7 @@ class SizedPlan:
             for looks_up in (False, True)
         }
         self._tokens, self._seconds = 0.0, 0.0  # what speculation has brought a row, and cost, of late
+        self.expected_seconds = 0.0  # of all cycles, by the costs
         self._costs_until = self._num_cycles = 0
         self._levels_seconds = 0.0  # of the last tree's levels beyond the first
         self._looks_up = False
@@ -126,6 +132,7 @@ class SizedPlan:
         if longest >= self._costs_until:
             self._look_up_costs(longest)
         if self._experience.pause.goes_on():
+            self.expected_seconds += self._costs.plain[0]
             return OFF
         self._levels_seconds = self._costs.levels(self._shape) if self._shapes else 0.0
         self._looks_up = self._shape.lookup_depth > 0 and self._experience.lookups.looks_up()
@@ -159,7 +166,9 @@ class SizedPlan:
         """Take in what became of a cycle's tree; only every few are looked at closely, which takes time."""
         fade = 1 - 1 / RATE_MEMORY
         self._tokens = self._tokens * fade + report.num_tokens / report.num_rows
-        self._seconds = self._seconds * fade + self._tree_seconds[report.num_nodes] + self._levels_seconds
+        expected = self._tree_seconds[report.num_nodes] + self._levels_seconds
+        self.expected_seconds += expected
+        self._seconds = self._seconds * fade + expected
         self._num_cycles += 1
         is_young = self._experience.num_lessons < YOUTH
         if self._num_cycles % (STUDIED if is_young or self._looks_up else STUDIED_LATER) == 0:

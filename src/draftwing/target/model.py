@@ -18,7 +18,7 @@ from draftwing.target.attention import attention_forward, has_kernel, pack_mask
 from draftwing.target.hidden_states import NORMED, recording
 from draftwing.target.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.target.logits import LogitTransform
-from draftwing.target.packed import PACKED_DTYPES
+from draftwing.target.packed import PACKED_DTYPES, PackedLinear
 
 ATTENTION = "draftwing"
 Role = Literal["target", "draft"]
@@ -112,6 +112,13 @@ class TargetModel:
         on. And torch's own in float32 does not use all threads: two rows take half the time of one.
         """
         return 2 if self.device.type == "cpu" and self.dtype in PACKED_DTYPES else 1
+
+    @property
+    def bits_depend_on_threads(self) -> bool:
+        """Whether some product rounds differently on another number of threads: torch's own do, packed ones do not."""
+        modules = list(self.model.modules())
+        is_packed = any(isinstance(module, PackedLinear) for module in modules)
+        return not is_packed or any(isinstance(module, nn.Linear) for module in modules)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
