@@ -14,7 +14,7 @@ from draftwing.data.examples import read_documents
 from draftwing.data.rows import Rejects, read_rejects, read_rows, select_rows
 from draftwing.data.sources import HubSource, JsonlSource, open_source
 
-from draftwing.drafts.load import load_tokenizer  # isort: skip
+from draftwing.target.load import load_tokenizer  # isort: skip
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "def f(): pass"}]}
 
