@@ -157,7 +157,7 @@ def test_bits_are_the_same_on_any_number_of_threads(
 @torch.inference_mode()
 def test_torchs_own_products_are_known_to_round_by_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """There the number stays through a generation, whatever becomes free meanwhile."""
-    monkeypatch.setattr("draftwing.decoding.generate.num_threads", lambda: 2)
+    monkeypatch.setattr("draftwing.engine.engine.num_threads", lambda: 2)
     monkeypatch.setattr("draftwing.threads.num_threads", lambda: 3)
     seen: dict[bool, set[int]] = {}
     for is_packed in (False, True):
