@@ -73,7 +73,7 @@ def custom_generate(
 
     The model is not changed, so its passes round as its own kernels do: in bfloat16 (and on GPUs) two
     nearly equal logits may swap, and a token differ from stock's. A model that `load` has made has no
-    such differences on a CPU (docs/architecture.md).
+    such differences on a CPU (docs/mechanisms.md).
 
     With `return_dict_in_generate=True` the output has `statistics`. A cache that is handed over empty
     stays so.
