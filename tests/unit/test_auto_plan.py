@@ -56,7 +56,7 @@ def test_a_level_is_drafted_while_it_brings_more_than_its_seconds() -> None:
 
 def test_a_plan_knows_what_its_cycles_were_to_take() -> None:
     """Drafting ones and those of a pause, to compare with what they took."""
-    plan = auto_plan(1, plain=1.0, node=0.02, step=0.1)
+    plan = sized_plan(plain=1.0, node=0.02, step=0.1)
     assert run_cycles(plan, num_accepted=0, count=1) == [True]
     tree = plan.expected_seconds
     assert tree == pytest.approx(1.0 + 0.02 * 4 + 0.1)  # 5 nodes, and the first level; nothing was asked of others

@@ -19,7 +19,7 @@ from draftwing.target.model import TargetModel
 
 METHODS = ("eagle1", "eagle3")
 CAPACITY = 120
-UNREAD = 16
+UNREAD = 64
 SMALL_TREE = TreePlan.static(((0,), (2,), (2, 1), (2, 1, 0), (0, 1)))
 
 
