@@ -195,6 +195,7 @@ def main() -> int:
     if options.mode:
         work(options.mode, options.max_new_tokens)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stopped processes are not left behind
     with ExitStack() as stack:
         bench = Bench(options, stack)
         for number in range(options.rounds):
