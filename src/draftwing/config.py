@@ -187,6 +187,8 @@ class HeadStage(Stage):
 class EagleStage(HeadStage):
     """EAGLE heads of either kind."""
 
+    aux_layers: tuple[int, ...] = ()
+    """EAGLE-3's feature layers: i is the output of layer i (0: the embeddings); empty means 2, n//2, n-3."""
     train_embedding: bool = False
     """Whether a head's own copy of the target's embedding (EAGLE-1's) is trained too; otherwise it stays a copy.
     Engines that put the target's in its place, as the reference EAGLE code does, then draft with another head."""
@@ -218,8 +220,6 @@ class Eagle3Stage(EagleStage):
     draft_vocab_size: int | None = at_least(1, None)
     """The output vocabulary, the data's most frequent tokens; None keeps the whole target vocabulary, with
     `init_from` the head's own; a number there counts the data anew."""
-    aux_layers: tuple[int, ...] = ()
-    """The feature layers: i is the output of layer i (0: the embeddings); empty means 2, n//2, n-3."""
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from draftwing.config import TrainConfig
-from draftwing.drafts.eagle.formats import read_head
-from draftwing.drafts.load import (
-    counted_layers,
-    expected_medusa_shapes,
-    expected_shapes,
-    network_shapes,
-    read_draft_files,
-    resolve_draft,
-)
-from draftwing.drafts.medusa.network import MedusaConfig
-from draftwing.layers import DraftConfig
+from draftwing.drafts.objective import HeadSizes
 from draftwing.target.load import resolve_target
-from draftwing.training.heads import new_config
+from draftwing.training.objectives import HEADS
 
 REACHED = 0.4
 """The assumed share of the rate of large products that a training step reaches."""
@@ -71,7 +61,7 @@ def plan_stages(stages: Sequence[TrainConfig], num_processes: int, flops_per_sec
     def read(name: str) -> Any:
         return targets[name] if name in targets else read_target_config(name)
 
-    heads: dict[str, tuple[Shapes, DraftConfig]] = {}
+    heads: dict[str, HeadSizes] = {}
     plans = []
     for stage in stages:
         if stage.objective == "language_model":
@@ -85,10 +75,7 @@ def plan_stages(stages: Sequence[TrainConfig], num_processes: int, flops_per_sec
         if stage.objective == "self_generated":
             plans.append(_plan_rows(stage, target, text_config, num_processes))
             continue
-        if stage.objective == "medusa":
-            plans.append(_plan_medusa(stage, (target, text_config), num_processes, flops_per_second))
-            continue
-        heads[stage.output] = head = _describe_head(stage, text_config, heads)
+        heads[stage.output] = head = HEADS[stage.objective].sizes(stage, text_config, heads)
         plans.append(_plan_head(stage, (target, text_config), head, num_processes, flops_per_second))
     return plans
 
@@ -130,29 +117,6 @@ def measure_rate() -> float:
             torch.cuda.synchronize()
         count += 1
     return count * 2 * size**3 / (time.perf_counter() - start)
-
-
-def _describe_head(
-    stage: TrainConfig, target: Any, made_before: Mapping[str, tuple[Shapes, DraftConfig]]
-) -> tuple[Shapes, DraftConfig]:
-    """The head that a stage trains; that of `init_from` keeps its own shape, but for what the recipe names."""
-    if stage.init_from:
-        shapes, config = made_before.get(stage.init_from) or _read_head(stage.init_from)
-        if stage.objective == "eagle3":
-            config = dataclasses.replace(config, aux_layers=stage.aux_layers or config.aux_layers)
-            if stage.draft_vocab_size:
-                size = min(stage.draft_vocab_size, config.vocab_size)
-                config = dataclasses.replace(config, draft_vocab_size=size)
-                shapes = shapes | {"lm_head.weight": size * config.hidden_size}
-        return shapes, config
-    config = new_config(stage, target, target.vocab_size)
-    return {name: shape.numel() for name, shape in network_shapes(config).items()}, config
-
-
-def _read_head(name: str) -> tuple[Shapes, DraftConfig]:
-    head = read_head(*read_draft_files(resolve_draft(name)))
-    config = counted_layers(head)
-    return {name: shape.numel() for name, shape in expected_shapes(head).items()}, config
 
 
 def _plan_target(stage: TrainConfig, config: Any, teacher: Any, num_processes: int, rate: float) -> StagePlan:
@@ -203,68 +167,26 @@ def _plan_rows(stage: TrainConfig, params: Shapes, config: Any, num_processes: i
 
 
 def _plan_head(
-    stage: TrainConfig,
-    of_target: tuple[Shapes, Any],
-    of_head: tuple[Shapes, DraftConfig],
-    num_processes: int,
-    rate: float,
+    stage: TrainConfig, of_target: tuple[Shapes, Any], sizes: HeadSizes, num_processes: int, rate: float
 ) -> StagePlan:
-    (params, target), (head, config) = of_target, of_head
-    frozen = 0 if stage.train_embedding else head.get("embed_tokens.weight", 0)
-    trained, active, tokens = sum(head.values()) - frozen, active_params(params, target), _tokens(stage)
-    steps = stage.ttt_steps if config.aux_layers else stage.feature_steps
-    size = _bytes(stage)
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    # What a step of the head keeps for its backward pass, uncompiled: what attention and the MLP read, queries, keys,
-    # values, attention's output before and behind the merger, four widths of the MLP; as float32 what the norms read,
-    # the residuals, what the output head reads and its gradient.
-    kept = 3 * config.hidden_size + 3 * queries + 2 * keys + 4 * config.intermediate_size
-    kept_wide = 7 * config.hidden_size
-    teacher_rows = config.draft_vocab_size * target.hidden_size if config.draft_vocab_size < config.vocab_size else 0
-    logits = min(LOGIT_CHUNK, 5 * tokens * steps * config.draft_vocab_size)
-    memory = _frozen_target_memory(stage, params, target, num_processes, config.feature_layers)
-    memory |= _trained_memory(stage, trained, frozen, num_processes)
+    params, target = of_target
+    costs = HEADS[stage.objective].costs(stage, target, sizes)
+    trained, active, tokens = sizes.num_elements - costs.frozen, active_params(params, target), _tokens(stage)
+    size, logits = _bytes(stage), min(LOGIT_CHUNK, 5 * tokens * costs.logits)
+    memory = _frozen_target_memory(stage, params, target, num_processes, sizes.config.feature_layers)
+    memory |= _trained_memory(stage, trained, costs.frozen, num_processes)
     memory |= {
-        "activations": tokens * steps * (kept * size + kept_wide * 4),
+        "activations": tokens * (costs.kept * size + costs.kept_wide * 4),
         # A chunk, and the output head's gradient; the target's rows of the draft vocabulary.
-        "logits": 4 * (logits + head.get("lm_head.weight", 0)) + size * teacher_rows,
+        "logits": 4 * (logits + costs.output_gradient) + size * costs.teacher_rows,
     }
-    once, read = (
-        head.get("fc.weight", 0),
-        head.get("embed_tokens.weight", 0) - frozen,
-    )  # a trained embedding: no product
-    backward = 6.0 * (once + steps * (trained - once - read)) + 6.0 * stage.sequence_length * queries
-    flops = (_forward_flops(stage, active, target) + backward) * tokens * stage.accumulation_steps
+    flops = (_forward_flops(stage, active, target) + costs.flops) * tokens * stage.accumulation_steps
     return StagePlan(
         **_common(stage, params, active, num_processes),
         trained_params=trained,
-        frozen_params=frozen,
+        frozen_params=costs.frozen,
         memory=memory,
-        disk=_head_disk(stage, trained, frozen),
-        flops_per_step=flops,
-        seconds=stage.max_steps * flops / rate,
-    )
-
-
-def _plan_medusa(stage: TrainConfig, of_target: tuple[Shapes, Any], num_processes: int, rate: float) -> StagePlan:
-    (params, target), tokens = of_target, _tokens(stage)
-    shapes = expected_medusa_shapes(MedusaConfig(target.hidden_size, target.vocab_size, stage.medusa_heads))
-    trained = sum(shape.numel() for shape in shapes.values())
-    active = active_params(params, target)
-    logits = min(LOGIT_CHUNK, 5 * tokens * target.vocab_size)
-    memory = _frozen_target_memory(stage, params, target, num_processes, (-1,))
-    memory |= _trained_memory(stage, trained, 0, num_processes)
-    memory |= {
-        "activations": tokens * stage.medusa_heads * 4 * target.hidden_size * _bytes(stage),
-        "logits": 4 * (logits + target.vocab_size * target.hidden_size),
-    }
-    flops = (_forward_flops(stage, active, target) + 6.0 * trained) * tokens * stage.accumulation_steps
-    return StagePlan(
-        **_common(stage, params, active, num_processes),
-        trained_params=trained,
-        frozen_params=0,
-        memory=memory,
-        disk=_head_disk(stage, trained, 0),
+        disk=_head_disk(stage, trained, costs.frozen),
         flops_per_step=flops,
         seconds=stage.max_steps * flops / rate,
     )

@@ -15,13 +15,6 @@ from draftwing.training.language_model import train_language_model
 from draftwing.training.processes import is_main_process, wait_for_others
 from draftwing.training.self_generated import write_self_generated
 
-TRAINED = {
-    "language_model": train_language_model,
-    "eagle1": train_head,
-    "eagle3": train_head,
-    "medusa": train_head,
-}
-
 
 def train_stage(config: TrainConfig) -> dict[str, float]:
     """Run one stage, unless it is finished; returns its metrics.
@@ -48,7 +41,7 @@ def train_stage(config: TrainConfig) -> dict[str, float]:
             Console(stderr=True).print(f"finished already (begun {begun}), skipped", highlight=False, soft_wrap=True)
         metrics: dict[str, float] = record["metrics"]
         return metrics
-    return TRAINED[config.objective](config)
+    return (train_language_model if config.objective == "language_model" else train_head)(config)
 
 
 def _check_frozen_target(config: TrainConfig) -> None:
