@@ -43,6 +43,9 @@ class Stage:
     data: str | tuple[str, ...] = "stdlib"
     """`stdlib` (the Python standard library, `data/corpus.py`), a JSONL file, `hub:org/name[/config][:split]`,
     several of these, or a folder made by `draftwing prepare`."""
+    features: str = ""
+    """A folder made by `draftwing prepare --features` from the prepared folder `data`; spares a head's target its
+    passes."""
     max_rows: int | None = at_least(1, None)
     architecture: Mapping[str, Any] = field(default_factory=dict)
     """Overrides of the trained network's configuration (Hugging Face names: `hidden_size`, ...)."""
@@ -154,9 +157,6 @@ class SelfGeneratedStage(Stage):
 class HeadStage(Stage):
     """Heads of any kind."""
 
-    features: str = ""
-    """A folder made by `draftwing prepare --features` from the prepared folder `data`; spares a head's target its
-    passes."""
     packing: bool = False
     """Several documents in one row of `sequence_length` tokens."""
     init_from: str = ""

@@ -20,11 +20,12 @@ class HeadTraining(nn.Module):
     be summed over processes and accumulated batches before the first of them runs (`count_slots`). All parameters are
     used in `forward`, so this is the module to wrap for DDP or FSDP.
 
-    A kind of head says how many steps it has, runs them (`_run_steps`), and has its outputs judged (`_token_loss`).
+    A kind of head says how many steps it has (`num_steps`), what its output matrix reads at each (`_run_steps`),
+    and what becomes of that (`_token_loss`).
     """
 
     head: Any
-    """The network, which has its `vocab` and says in `config.feature_layers` what it reads of the target."""
+    """The network. It has a `vocab`, and in `config.feature_layers` what it reads of the target."""
     compiled_layers: tuple[type[nn.Module], ...] = ()
     """The parts of the head that `compile_parts` compiles."""
 

@@ -1,4 +1,4 @@
-"""What training asks of a kind of head: one `Objective` for each objective of a recipe that trains one."""
+"""What training asks of a kind of head: an `Objective` for each objective that trains one."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,18 @@ from draftwing.drafts.eagle.formats import Tensors
 from draftwing.drafts.head_training import HeadTraining
 from draftwing.target.model import TargetModel
 
+SAVED_DTYPE = torch.bfloat16
+"""Of the weights in the files that training writes."""
+
 
 @dataclass(frozen=True)
 class HeadSizes:
-    """A head that is planned: its number of elements by parameter name, and its family's own configuration."""
+    """A head that is planned.
+
+    Attributes:
+        shapes: number of elements by parameter name.
+        config: the family's own configuration, which has `feature_layers`.
+    """
 
     shapes: Mapping[str, int]
     config: Any
@@ -30,7 +38,7 @@ class HeadSizes:
 
 @dataclass(frozen=True)
 class HeadCosts:
-    """What training a head takes beside its target and its weights; counts of numbers, not of bytes.
+    """What training a head takes beside its target and its weights, in numbers, not in bytes.
 
     Attributes:
         frozen: weights that are not trained.
@@ -52,15 +60,19 @@ class HeadCosts:
 
 
 class Objective(ABC):
-    """How one kind of head is made, taught, kept and planned. It holds nothing; a stage is given each time."""
+    """How one kind of head is made, taught, kept and planned. It keeps no state."""
 
     @abstractmethod
     def check(self, stage: TrainConfig, target_config: Any) -> None:
-        """Raise a ValueError for what the recipe asks of a target with this text configuration, and cannot have."""
+        """Find a recipe's mistakes before anything large is read.
+
+        Raises:
+            ValueError: the recipe asks for what a target with this text configuration does not have.
+        """
 
     @abstractmethod
     def make(self, stage: TrainConfig, target: TargetModel, train: Sequence[Example]) -> nn.Module:
-        """A new head to train, or that of `init_from` to continue; `train` are the rows that it will learn from.
+        """A new head to train, or that of `init_from` to continue. It will learn from the rows `train`.
 
         Raises:
             ValueError: `init_from` holds a head of another kind, or one that does not fit.
@@ -80,11 +92,11 @@ class Objective(ABC):
 
     @abstractmethod
     def sizes(self, stage: TrainConfig, target_config: Any, made_before: Mapping[str, HeadSizes]) -> HeadSizes:
-        """The head that a stage would train, from configurations alone; `made_before` are earlier stages' by output."""
+        """The head that a stage would train, from configurations alone.
+
+        `made_before` has the heads of earlier stages by their `output`, of any kind.
+        """
 
     @abstractmethod
     def costs(self, stage: TrainConfig, target_config: Any, sizes: HeadSizes) -> HeadCosts:
         """What training it would take."""
-
-
-SAVED_DTYPE = torch.bfloat16

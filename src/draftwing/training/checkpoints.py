@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from draftwing.config import TrainConfig
+from draftwing.config import Stage
 from draftwing.data import fingerprint
 from draftwing.files import write_text
 
@@ -32,14 +32,14 @@ def settings_of(recipe: Mapping[str, Any], num_processes: int) -> dict[str, Any]
     return settings
 
 
-def contents_of(config: TrainConfig) -> dict[str, str]:
+def contents_of(config: Stage) -> dict[str, str]:
     """Hashes of the models that a stage reads, as far as they are in folders (draftwing/data/fingerprint.py)."""
-    names = ("target", "teacher", "init_from")
-    found = {name: fingerprint.of_path(value) for name in names if (value := getattr(config, name))}
+    names, recipe = ("target", "teacher", "init_from"), config.as_dict()
+    found = {name: fingerprint.of_path(recipe[name]) for name in names if recipe.get(name)}
     return {f"content of {name}": value for name, value in found.items() if value is not None}
 
 
-def data_content_of(config: TrainConfig) -> dict[str, str]:
+def data_content_of(config: Stage) -> dict[str, str]:
     """Hashes of the files, or of the prepared folder, that a stage's `data` names."""
     return fingerprint.of_data((config.data,) if isinstance(config.data, str) else config.data)
 

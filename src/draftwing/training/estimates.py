@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from draftwing.config import TrainConfig
+from draftwing.config import LanguageModelStage, SelfGeneratedStage, Stage, TrainConfig
 from draftwing.drafts.objective import HeadSizes
 from draftwing.target.load import resolve_target
 from draftwing.training.objectives import HEADS
@@ -119,7 +119,7 @@ def measure_rate() -> float:
     return count * 2 * size**3 / (time.perf_counter() - start)
 
 
-def _plan_target(stage: TrainConfig, config: Any, teacher: Any, num_processes: int, rate: float) -> StagePlan:
+def _plan_target(stage: LanguageModelStage, config: Any, teacher: Any, num_processes: int, rate: float) -> StagePlan:
     """A language model's stage; its `teacher`, if it has one, is the target."""
     params = count_params(config)
     total, active, tokens = sum(params.values()), active_params(params, config), _tokens(stage)
@@ -151,7 +151,7 @@ def _plan_target(stage: TrainConfig, config: Any, teacher: Any, num_processes: i
     )
 
 
-def _plan_rows(stage: TrainConfig, params: Shapes, config: Any, num_processes: int) -> StagePlan:
+def _plan_rows(stage: SelfGeneratedStage, params: Shapes, config: Any, num_processes: int) -> StagePlan:
     """A stage in which the target answers rows: it decodes, and nothing is trained."""
     cached = 2 * config.num_hidden_layers * _key_size(config)
     memory = {
@@ -193,7 +193,7 @@ def _plan_head(
 
 
 def _frozen_target_memory(
-    stage: TrainConfig, params: Shapes, target: Any, num_processes: int, feature_layers: Sequence[int] = ()
+    stage: Stage, params: Shapes, target: Any, num_processes: int, feature_layers: Sequence[int] = ()
 ) -> dict[str, int]:
     """Bytes of a frozen target and of its pass.
 
@@ -220,7 +220,7 @@ def _layer_sizes(params: Shapes) -> list[int]:
     return list(layers.values())
 
 
-def _trained_memory(stage: TrainConfig, trained: int, frozen: int, num_processes: int) -> dict[str, int]:
+def _trained_memory(stage: Stage, trained: int, frozen: int, num_processes: int) -> dict[str, int]:
     """Bytes of a head with so many `trained` and `frozen` numbers, and of what the optimizer keeps of it."""
     is_sharded = stage.parallel == "fsdp2"
     shards = num_processes if is_sharded else 1
@@ -233,25 +233,25 @@ def _trained_memory(stage: TrainConfig, trained: int, frozen: int, num_processes
     }
 
 
-def _autocast_bytes(stage: TrainConfig) -> int:
+def _autocast_bytes(stage: Stage) -> int:
     """Bytes of the copy of a trained number that autocast multiplies with."""
     return 2 if stage.bf16 else 0
 
 
-def _forward_flops(stage: TrainConfig, active: int, target: Any) -> float:
+def _forward_flops(stage: Stage, active: int, target: Any) -> float:
     """Operations of the target's pass, for one token."""
     queries = int(target.num_attention_heads) * _head_dim(target)
     return 2.0 * active + 2.0 * stage.sequence_length * queries * int(target.num_hidden_layers)
 
 
-def _head_disk(stage: TrainConfig, trained: int, frozen: int) -> dict[str, int]:
+def _head_disk(stage: Stage, trained: int, frozen: int) -> dict[str, int]:
     return {
         "checkpoints": (4 * (trained + frozen) + 8 * trained) * (stage.keep_checkpoints + 1),
         "heads (last and best)": 2 * 2 * (trained + frozen),
     }
 
 
-def _common(stage: TrainConfig, params: Shapes, active: int, num_processes: int) -> dict[str, Any]:
+def _common(stage: Stage, params: Shapes, active: int, num_processes: int) -> dict[str, Any]:
     rows = stage.batch_size * stage.accumulation_steps * num_processes
     return {
         "objective": stage.objective,
@@ -263,12 +263,12 @@ def _common(stage: TrainConfig, params: Shapes, active: int, num_processes: int)
     }
 
 
-def _tokens(stage: TrainConfig) -> int:
+def _tokens(stage: Stage) -> int:
     """Slots of one process's forward pass, if all rows are full."""
     return stage.batch_size * stage.sequence_length
 
 
-def _bytes(stage: TrainConfig) -> int:
+def _bytes(stage: Stage) -> int:
     """Bytes of a number in products."""
     return 2 if stage.bf16 else 4
 

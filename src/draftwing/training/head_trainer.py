@@ -196,7 +196,7 @@ def whole_tensors(head: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def copy_of(head: nn.Module, target: TargetModel, objective: Objective) -> nn.Module:
+def copy_of(head: nn.Module, target: TargetModel, objective: Objective) -> Any:
     """A whole copy of the head in the target's dtype, to decode with."""
     network: Any = objective.like(head, target).to(device=target.device, dtype=target.dtype)
     load_strictly(network, whole_tensors(head))

@@ -106,7 +106,6 @@ def eagle3_config(stage: Eagle3Stage, target_config: Any, vocab_size: int) -> Dr
 
 
 def _one_layer(stage: EagleStage, target_config: Any, vocab_size: int) -> dict[str, Any]:
-
     def of_target(name: str, otherwise: Any) -> Any:
         return getattr(target_config, name, None) or otherwise
 

@@ -1,4 +1,7 @@
-"""What EAGLE heads learn: the tokens (and for EAGLE-1 the features) of training-time-test steps (losses/ttt.py)."""
+"""What EAGLE heads learn: the tokens, and for EAGLE-1 the features, of training-time-test steps.
+
+losses/ttt.py says what a step reads and predicts.
+"""
 
 import dataclasses
 from abc import abstractmethod
@@ -37,7 +40,7 @@ from draftwing.target.model import TargetModel
 
 
 class EagleTraining(HeadTraining):
-    """HeadTraining for heads that read a feature and the next token, and their own outputs in later steps."""
+    """HeadTraining for heads that read a feature and the next token, and later their own outputs."""
 
     head: DraftNetwork
     compiled_layers = (Eagle3Layer, DecoderLayer)
@@ -191,14 +194,14 @@ class Eagle3Objective(EagleObjective):
 def _costs(stage: EagleStage, target_config: Any, sizes: HeadSizes, num_steps: int) -> HeadCosts:
     """As `Objective.costs`.
 
-    A step of the head keeps for its backward pass, uncompiled: what attention and the MLP read, queries, keys, values,
-    attention's output before and behind the merger, four widths of the MLP; as float32 what the norms read, the
-    residuals, what the output head reads and its gradient.
+    A step of the head keeps for its backward pass, uncompiled: what attention and the MLP read, queries, keys,
+    values, attention's output before and behind the merger, and four widths of the MLP. In float32 it keeps
+    what the norms read, the residuals, what the output head reads and its gradient.
     """
     head, config = sizes.shapes, sizes.config
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     embedding, fusion = head.get("embed_tokens.weight", 0), head.get("fc.weight", 0)
-    in_steps = sizes.num_elements - embedding - fusion  # neither is a product of a step; the fusion is one of the first
+    in_steps = sizes.num_elements - embedding - fusion  # the embedding is no product, the fusion is not repeated
     is_subset = config.draft_vocab_size < config.vocab_size
     return HeadCosts(
         frozen=0 if stage.train_embedding else embedding,
