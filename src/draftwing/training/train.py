@@ -6,14 +6,15 @@ from pathlib import Path
 from rich.console import Console
 
 from draftwing.config import TrainConfig
+from draftwing.data.fingerprint import contents_of, data_content_of
 from draftwing.files import to_json, write_text
+from draftwing.prepare.self_generated import write_self_generated
 from draftwing.provenance import provenance
-from draftwing.training.checkpoints import check_same, contents_of, data_content_of, settings_of
+from draftwing.training.checkpoints import check_same, settings_of
 from draftwing.training.display import RECORD, read_record
 from draftwing.training.head_trainer import train_head
 from draftwing.training.language_model import train_language_model
 from draftwing.training.processes import is_main_process, wait_for_others
-from draftwing.training.self_generated import write_self_generated
 
 
 def train_stage(config: TrainConfig) -> dict[str, float]:

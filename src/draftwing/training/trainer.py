@@ -17,10 +17,9 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from draftwing.config import Stage
+from draftwing.data.fingerprint import contents_of, data_content_of
 from draftwing.training.checkpoints import (
     complete_checkpoint,
-    contents_of,
-    data_content_of,
     discard_checkpoint,
     newest_checkpoint,
     settings_of,

@@ -14,7 +14,7 @@ from draftwing.config import SelfGeneratedStage
 from draftwing.data.corpus import Row
 from draftwing.data.in_order import map_in_order
 from draftwing.data.messages import Message, read_message
-from draftwing.training.self_generated import Prompt
+from draftwing.prepare.self_generated import Prompt
 
 REFUSED = (400, 413, 422)
 """The server will never answer this request; another one it may."""

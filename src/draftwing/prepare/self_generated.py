@@ -22,6 +22,7 @@ from draftwing.config import SelfGeneratedStage
 from draftwing.data.chat import encode_row, normalise, render
 from draftwing.data.corpus import Row
 from draftwing.data.features import check_positions
+from draftwing.data.fingerprint import contents_of, data_content_of
 from draftwing.data.messages import Message, read_conversation
 from draftwing.data.rows import Rejects, made_from, select_rows
 from draftwing.data.shards import check_same_run
@@ -34,7 +35,6 @@ from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule, exact_decode
 from draftwing.files import write_text
 from draftwing.target.load import load_target, load_tokenizer
-from draftwing.training.checkpoints import contents_of, data_content_of
 
 logger = logging.getLogger(__name__)
 
