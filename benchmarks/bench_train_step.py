@@ -26,13 +26,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftwing.config import TrainConfig
 from draftwing.drafts.draft_vocab import DraftVocab
+from draftwing.drafts.eagle import objective
 from draftwing.drafts.eagle.eagle3 import Eagle3Model
+from draftwing.drafts.eagle.objective import Eagle3Training
 from draftwing.layers import DraftConfig
+from draftwing.losses.ttt import additive_mask
 from draftwing.provenance import write_record
 from draftwing.target.model import ATTENTION, TargetModel
-from draftwing.training import objectives
-from draftwing.training.objectives import HeadTraining
-from draftwing.training.ttt import additive_mask
 
 NUM_DOCUMENTS = 4
 
@@ -57,7 +57,7 @@ SHAPES = {
 }
 
 
-class WithLogits(HeadTraining):
+class WithLogits(Eagle3Training):
     """The same loss by plain autograd over materialised logits."""
 
     def _loss(
@@ -95,9 +95,9 @@ class WithScores:
         return output.transpose(1, 2)
 
 
-VARIANTS: dict[str, tuple[type[HeadTraining], Any]] = {
-    "fused": (HeadTraining, objectives.TttAttention),
-    "logits": (WithLogits, objectives.TttAttention),
+VARIANTS: dict[str, tuple[type[Eagle3Training], Any]] = {
+    "fused": (Eagle3Training, objective.TttAttention),
+    "logits": (WithLogits, objective.TttAttention),
     "scores": (WithLogits, WithScores),
 }
 
@@ -143,7 +143,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def run_step(module: HeadTraining, batch: dict[str, torch.Tensor], options: argparse.Namespace) -> float:
+def run_step(module: Eagle3Training, batch: dict[str, torch.Tensor], options: argparse.Namespace) -> float:
     with torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
         loss = module(**batch)["loss"]
     loss.backward()
@@ -158,8 +158,8 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def new_training(shape: Shape, options: argparse.Namespace) -> HeadTraining:
-    training_class, objectives.TttAttention = VARIANTS[options.variant]  # type: ignore[misc]
+def new_training(shape: Shape, options: argparse.Namespace) -> Eagle3Training:
+    training_class, objective.TttAttention = VARIANTS[options.variant]  # type: ignore[misc]
     target_config = LlamaConfig(
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from draftwing.config import TrainConfig
 from draftwing.data.chat import Example
 from draftwing.drafts.eagle.drafter import EagleDrafter
+from draftwing.drafts.head_training import HeadTraining
 from draftwing.drafts.language_model import DraftModelDrafter
 from draftwing.drafts.load import DraftNetwork
 from draftwing.drafts.lookahead import LookaheadDrafter
@@ -33,9 +35,7 @@ from draftwing.plans.auto import AutoPlan, SizedPlan
 from draftwing.plans.costs import CycleCosts
 from draftwing.plans.experience import Experience
 from draftwing.target.model import ATTENTION, TargetModel
-from draftwing.training.heads import new_head
-from draftwing.training.medusa import MedusaTraining, new_medusa
-from draftwing.training.objectives import HeadTraining
+from draftwing.training.objectives import HEADS
 
 VOCAB_SIZE = 64
 EOS = 11
@@ -122,8 +122,8 @@ def medusa_heads(target: TargetModel) -> MedusaModel:
     config = TrainConfig(objective="medusa", output="", target="unused", medusa_heads=3)
     data = self_generated(target, num_rows=32, length=40)
     torch.manual_seed(1)
-    model = new_medusa(config, target).double()
-    optimise(MedusaTraining(model, target, config), data, steps=60)
+    model = new_head(config, target, data).double()
+    optimise(head_training(model, target, config), data, steps=60)
     return model.eval()
 
 
@@ -139,14 +139,24 @@ def self_generated(target: TargetModel, num_rows: int, length: int) -> list[Exam
     return [Example(row, torch.ones_like(row, dtype=torch.bool)) for row in rows]
 
 
+def new_head(config: TrainConfig, target: TargetModel, data: Sequence[Example]) -> Any:
+    """The head that a recipe's stage begins with."""
+    return HEADS[config.objective].make(config, target, data)
+
+
+def head_training(head: Any, target: TargetModel, config: TrainConfig) -> HeadTraining:
+    """What teaches it."""
+    return HEADS[config.objective].training(head, target, config)
+
+
 def train_briefly(
     head: DraftNetwork, target: TargetModel, config: TrainConfig, data: Sequence[Example], steps: int
 ) -> DraftNetwork:
-    optimise(HeadTraining(head, target, config), data, steps)
+    optimise(head_training(head, target, config), data, steps)
     return head.eval()
 
 
-def optimise(module: HeadTraining | MedusaTraining, data: Sequence[Example], steps: int) -> None:
+def optimise(module: HeadTraining, data: Sequence[Example], steps: int) -> None:
     """Train on all of the data at once."""
     optimizer = torch.optim.AdamW([p for p in module.head.parameters() if p.requires_grad], lr=1e-2)
     ids = torch.stack([example.input_ids for example in data])

@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses filled from YAML; an unknown key is an error that names the nearest one."""
+"""Recipes: a dataclass of options per objective, filled from one flat YAML; an unknown key names the nearest one."""
 
 import dataclasses
 import difflib
@@ -13,8 +13,6 @@ Objective = Literal["language_model", "self_generated", "eagle1", "eagle3", "med
 Loss = Literal["kl", "cross_entropy", "lk"]
 Parallel = Literal["ddp", "fsdp2"]
 Schedule = Literal["cosine", "linear"]
-CHOICES = {"objective": Objective, "loss": Loss, "parallel": Parallel, "schedule": Schedule}
-"""The keys of a recipe that are one of a few words."""
 EAGLE_METHODS = ("eagle1", "eagle2", "eagle3")
 DRAFTLESS_METHODS = ("plain", "ngram", "lookahead")
 METHODS = (*DRAFTLESS_METHODS, *EAGLE_METHODS, "medusa", "draft_model")
@@ -24,34 +22,18 @@ QUANTIZATIONS = ("int8", "int4", "float8")
 """How a target's linear layers can be kept in fewer bits (target/quantize.py)."""
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-POSITIVE = ("sequence_length", "batch_size", "accumulation_steps", "max_steps", "ttt_steps") + (
-    "feature_steps",
-    "medusa_heads",
-    "log_every",
-    "evaluate_every",
-    "save_every",
-    "keep_checkpoints",
-    "max_rows",
-    "vocab_size",
-    "draft_vocab_size",
-    "evaluate_rows",
-    "prompt_length",
-    "max_new_tokens",
-)
-NOT_NEGATIVE = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "decode_prompts", "lk_decay") + (
-    "feature_noise",
-    "token_loss_weight",
-    "ttt_decay",
-)
+
+
+def at_least(least: float, default: Any) -> Any:
+    """A field with this default whose values below `least` are refused."""
+    return field(default=default, metadata={"least": least})
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class Stage:
     """One stage of a recipe: what is made, from which data, for how long. Lengths are in tokens.
 
-    `language_model` trains a target or, from another's `tokenizer` and `target`, a small draft model for it;
-    `self_generated` writes rows that a target says itself (to the file `output`); `eagle1` and `eagle3` train a head
-    for a target, `medusa` a set of heads.
+    These are the keys that several objectives read; the classes below add those of one objective each.
     """
 
     objective: Objective
@@ -59,135 +41,201 @@ class TrainConfig:
     target: str = ""
     """The frozen target: a folder, a hub id or `tiny`. Unused by `language_model`."""
     data: str | tuple[str, ...] = "stdlib"
-    """`stdlib` (the Python standard library, `data/corpus.py`), a JSONL file, `hub:org/name[/config][:split]`, several
-    of these, or a folder made by `draftwing prepare`."""
+    """`stdlib` (the Python standard library, `data/corpus.py`), a JSONL file, `hub:org/name[/config][:split]`,
+    several of these, or a folder made by `draftwing prepare`."""
     features: str = ""
     """A folder made by `draftwing prepare --features` from the prepared folder `data`; spares a head's target its
     passes."""
-    packing: bool = False
-    """Several documents in one row of `sequence_length` tokens, for heads of any kind."""
-    max_rows: int | None = None
+    max_rows: int | None = at_least(1, None)
     architecture: Mapping[str, Any] = field(default_factory=dict)
     """Overrides of the trained network's configuration (Hugging Face names: `hidden_size`, ...)."""
-    vocab_size: int = 4096
-    """Entries of the tokenizer that `language_model` trains."""
-    tokenizer: str = ""
-    """An existing tokenizer for `language_model`, of a folder, a hub id or `tiny`; empty trains one on the data."""
-    teacher: str = ""
-    """A model whose distributions `language_model` learns, as the draft model of a target does; empty: the tokens."""
-    init_from: str = ""
-    """A trained or published head to continue from; its shape is kept. Empty starts a new one."""
-    draft_vocab_size: int | None = None
-    """EAGLE-3's output vocabulary, the data's most frequent tokens; None keeps the whole target vocabulary, with
-    `init_from` the head's own; a number there counts the data anew."""
-    aux_layers: tuple[int, ...] = ()
-    """EAGLE-3's feature layers: i is the output of layer i (0: the embeddings); empty means 2, n//2, n-3."""
-    sequence_length: int = 512
-    batch_size: int = 8
+    sequence_length: int = at_least(1, 512)
+    batch_size: int = at_least(1, 8)
     """Rows of one process's forward pass; an optimizer step reads batch_size x accumulation_steps x processes rows."""
-    accumulation_steps: int = 1
-    max_steps: int = 1000
-    learning_rate: float = 1e-3
+    accumulation_steps: int = at_least(1, 1)
+    max_steps: int = at_least(1, 1000)
+    learning_rate: float = at_least(0, 1e-3)
     schedule: Schedule = "cosine"
     """How the learning rate falls to 0 at `max_steps`, after `warmup_steps` of linear rise."""
-    warmup_steps: int = 100
-    weight_decay: float = 0.0
-    max_grad_norm: float = 0.5
+    warmup_steps: int = at_least(0, 100)
+    weight_decay: float = at_least(0, 0.0)
+    max_grad_norm: float = at_least(0, 0.5)
     bf16: bool = True
     compile: bool | None = None
     """torch.compile for a language model, or for a head's layers; None: where there is a GPU."""
     parallel: Parallel = "ddp"
     """What several processes (torchrun) share out: `ddp` the rows, `fsdp2` also the head's weights and optimizer."""
     device_map: str | Mapping[str, Any] = ""
-    """Split the frozen target over the devices of one process: auto, balanced, balanced_low_0, sequential, or a mapping
-    of its modules to devices, `cpu` and `disk` among them (transformers' `device_map`)."""
+    """Split the frozen target over the devices of one process: auto, balanced, balanced_low_0, sequential, or a
+    mapping of its modules to devices, `cpu` and `disk` among them (transformers' `device_map`)."""
     shard_target: bool = False
     """Shard the frozen target's layers over several processes (torchrun); each is gathered while it runs."""
     seed: int = 0
-    log_every: int = 20
-    evaluate_every: int = 500
-    evaluate_rows: int = 64
+    log_every: int = at_least(1, 20)
+    evaluate_every: int = at_least(1, 500)
+    evaluate_rows: int = at_least(1, 64)
     """Held-out rows (blocks, for a language model) that an evaluation uses."""
-    save_every: int = 500
-    keep_checkpoints: int = 2
+    save_every: int = at_least(1, 500)
+    keep_checkpoints: int = at_least(1, 2)
     report_to: tuple[str, ...] = ()
     """Where the log goes beside training.json and training.html: tensorboard, wandb, mlflow."""
-    decode_prompts: int = 0
-    """Held-out prompts that an evaluation decodes to measure tau; 0 measures none."""
-    decode_plan: str = ""
-    """The tree plan to decode them with (`tree:4x4x16`, ...); empty: a chain of `ttt_steps`."""
-    prompt_length: int = 64
-    """Tokens of a plain text that `self_generated` gives as a prompt."""
-    max_new_tokens: int | None = None
-    """Tokens of an answer of `self_generated`; None: what `sequence_length` leaves."""
-    temperatures: tuple[float, ...] = (0.0, 1.0)
-    """Sampling temperatures of `self_generated`, in turn."""
-    ttt_steps: int = 7
-    ttt_decay: float = 0.8
-    """Weight of each training-time-test step, or Medusa head, over the one before."""
-    medusa_heads: int = 4
-    """Heads of `medusa`; the furthest predicts so many tokens beyond the next."""
-    loss: Loss = "kl"
-    """A head's token loss: `kl` to the target's distribution, `cross_entropy` to the target's likeliest token, or `lk`,
-    which goes over from KL to the acceptance rate (training/losses.py)."""
-    lk_decay: float = 3.0
-    """How fast `lk` leaves KL as acceptance rises (eta; arXiv 2602.23881)."""
-    train_embedding: bool = False
-    """Whether a head's own copy of the target's embedding (EAGLE-1's) is trained too; otherwise it stays a copy.
-    Engines that put the target's in its place, as the reference EAGLE code does, then draft with another head."""
-    feature_steps: int = 1
-    """EAGLE-1's training-time-test steps; with more than 1 it learns to go on from features of its own (as HASS)."""
-    feature_noise: float = 0.1
-    """EAGLE-1's uniform noise on the input features, half width (EAGLE paper, 3.2)."""
-    token_loss_weight: float = 0.1
-    """EAGLE-1's weight of cross-entropy beside the feature regression (EAGLE paper, 3.2)."""
+    prompt_length: int = at_least(1, 64)
+    """Tokens of a plain text that are given as a prompt, by `self_generated` and where an evaluation decodes."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "aux_layers", tuple(self.aux_layers))
         if not isinstance(self.data, str):
             object.__setattr__(self, "data", _names(self.data))
-        object.__setattr__(self, "temperatures", tuple(self.temperatures))
-        object.__setattr__(self, "report_to", tuple(self.report_to))
-        for name, kind in CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(hint) is tuple:
+                object.__setattr__(self, name, tuple(value))
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise ValueError(f"{name}: expected one of {', '.join(get_args(hint))}, got {value!r}")
         if self.objective != "language_model" and not self.target:
             raise ValueError(f"target: {self.objective} needs the model that the head drafts for")
-        if self.teacher and not self.tokenizer:
-            raise ValueError("tokenizer: a language_model that learns from a teacher needs the teacher's tokenizer")
-        for names, least in ((POSITIVE, 1), (NOT_NEGATIVE, 0)):
-            for name in names:
-                if (value := getattr(self, name)) is not None and not value >= least:
-                    raise ValueError(f"{name}: expected at least {least}, got {value}")
-        if not self.temperatures or min(self.temperatures) < 0:
-            raise ValueError(f"temperatures: expected some numbers of at least 0, got {list(self.temperatures)}")
+        self._check_bounds()
         for tracker in self.report_to:
             if tracker not in TRACKERS:
                 raise ValueError(f"report_to: expected some of {', '.join(TRACKERS)}, got {tracker!r}")
-        if self.init_from and self.architecture:
-            raise ValueError("architecture: the head of init_from has its own; give one of the two")
-        if self.train_embedding and self.objective not in ("eagle1", "eagle3"):
-            raise ValueError(
-                f"train_embedding: is for an EAGLE head with an embedding of its own, not {self.objective}"
-            )
-        self._check_split()
-        if self.parallel == "fsdp2" and self.objective == "language_model":
-            raise ValueError("parallel: a language_model is trained with ddp; fsdp2 shards heads")
-
-    def _check_split(self) -> None:
-        """Raise a ValueError for a split of the target that cannot be, or that the other keys do not go with."""
         if not isinstance(self.device_map, Mapping) and self.device_map not in ("", *DEVICE_MAPS):
             expected = f"one of {', '.join(DEVICE_MAPS)} or a mapping of modules to devices"
             raise ValueError(f"device_map: expected {expected}, got {self.device_map!r}")
-        splits = [name for name in ("device_map", "shard_target") if getattr(self, name)]
-        if len(splits) > 1:
+        if len(self.splits) > 1:
             raise ValueError("shard_target: is for several processes and device_map for one; give one of the two")
-        if splits and self.decode_prompts:
-            raise ValueError(f"decode_prompts: a target that {splits[0]} splits cannot decode; set it to 0")
+        if self.parallel == "fsdp2" and self.objective == "language_model":
+            raise ValueError("parallel: a language_model is trained with ddp; fsdp2 shards heads")
+
+    def _check_bounds(self) -> None:
+        for f in dataclasses.fields(self):
+            value, least = getattr(self, f.name), f.metadata.get("least")
+            if least is not None and value is not None and not value >= least:
+                raise ValueError(f"{f.name}: expected at least {least}, got {value}")
+
+    @property
+    def splits(self) -> list[str]:
+        """The keys that split the frozen target."""
+        return [name for name in ("device_map", "shard_target") if getattr(self, name)]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class LanguageModelStage(Stage):
+    """`language_model`: a target or, from another's `tokenizer` and `target`, a small draft model for it."""
+
+    vocab_size: int = at_least(1, 4096)
+    """Entries of the tokenizer that is trained."""
+    tokenizer: str = ""
+    """An existing tokenizer, of a folder, a hub id or `tiny`; empty trains one on the data."""
+    teacher: str = ""
+    """A model whose distributions are learnt, as the draft model of a target does; empty: the tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher and not self.tokenizer:
+            raise ValueError("tokenizer: a language_model that learns from a teacher needs the teacher's tokenizer")
+
+
+@dataclass(frozen=True)
+class SelfGeneratedStage(Stage):
+    """`self_generated`: rows that a target says itself, written to the file `output`."""
+
+    max_new_tokens: int | None = at_least(1, None)
+    """Tokens of an answer; None: what `sequence_length` leaves."""
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    """Sampling temperatures, in turn."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise ValueError(f"temperatures: expected some numbers of at least 0, got {list(self.temperatures)}")
+
+
+@dataclass(frozen=True)
+class HeadStage(Stage):
+    """Heads of any kind."""
+
+    packing: bool = False
+    """Several documents in one row of `sequence_length` tokens."""
+    init_from: str = ""
+    """A trained or published head to continue from; its shape is kept. Empty starts a new one."""
+    loss: Loss = "kl"
+    """The token loss: `kl` to the target's distribution, `cross_entropy` to the target's likeliest token, or `lk`,
+    which goes over from KL to the acceptance rate (losses/slot_losses.py)."""
+    lk_decay: float = at_least(0, 3.0)
+    """How fast `lk` leaves KL as acceptance rises (eta; arXiv 2602.23881)."""
+    ttt_steps: int = at_least(1, 7)
+    """EAGLE-3's training-time-test steps, and the depth of the chain that an evaluation of any head decodes with."""
+    ttt_decay: float = at_least(0, 0.8)
+    """Weight of each training-time-test step, or Medusa head, over the one before."""
+    decode_prompts: int = at_least(0, 0)
+    """Held-out prompts that an evaluation decodes to measure tau; 0 measures none."""
+    decode_plan: str = ""
+    """The tree plan to decode them with (`tree:4x4x16`, ...); empty: a chain of `ttt_steps`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_from and self.architecture:
+            raise ValueError("architecture: the head of init_from has its own; give one of the two")
+        if self.splits and self.decode_prompts:
+            raise ValueError(f"decode_prompts: a target that {self.splits[0]} splits cannot decode; set it to 0")
+
+
+@dataclass(frozen=True)
+class EagleStage(HeadStage):
+    """EAGLE heads of either kind."""
+
+    aux_layers: tuple[int, ...] = ()
+    """EAGLE-3's feature layers: i is the output of layer i (0: the embeddings); empty means 2, n//2, n-3."""
+    train_embedding: bool = False
+    """Whether a head's own copy of the target's embedding (EAGLE-1's) is trained too; otherwise it stays a copy.
+    Engines that put the target's in its place, as the reference EAGLE code does, then draft with another head."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_embedding and self.objective not in ("eagle1", "eagle3"):
+            raise ValueError(
+                f"train_embedding: is for an EAGLE head with an embedding of its own, not {self.objective}"
+            )
+
+
+@dataclass(frozen=True)
+class Eagle1Stage(EagleStage):
+    """`eagle1`: an EAGLE-1/2 head."""
+
+    feature_steps: int = at_least(1, 1)
+    """Training-time-test steps; with more than 1 the head learns to go on from features of its own (as HASS)."""
+    feature_noise: float = at_least(0, 0.1)
+    """Uniform noise on the input features, half width (EAGLE paper, 3.2)."""
+    token_loss_weight: float = at_least(0, 0.1)
+    """Weight of cross-entropy beside the feature regression (EAGLE paper, 3.2)."""
+
+
+@dataclass(frozen=True)
+class Eagle3Stage(EagleStage):
+    """`eagle3`: an EAGLE-3 head."""
+
+    draft_vocab_size: int | None = at_least(1, None)
+    """The output vocabulary, the data's most frequent tokens; None keeps the whole target vocabulary, with
+    `init_from` the head's own; a number there counts the data anew."""
+
+
+@dataclass(frozen=True)
+class MedusaStage(HeadStage):
+    """`medusa`: a set of Medusa heads."""
+
+    medusa_heads: int = at_least(1, 4)
+    """How many; the furthest predicts so many tokens beyond the next."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(MedusaStage, Eagle3Stage, Eagle1Stage, SelfGeneratedStage, LanguageModelStage):
+    """A stage as its recipe says it: one flat namespace, so a key may be given that the objective does not read.
+
+    What reads a stage names the class above that has what it needs.
+    """
 
 
 def _names(data: Any) -> tuple[str, ...]:

@@ -9,20 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, eagle, generate, requests_for, run, tiny_llama
+from conftest import VOCAB_SIZE, eagle, generate, head_training, requests_for, run, tiny_llama
 from torch import nn
 
 import draftwing
 from draftwing.api import SpeculativeModel
 from draftwing.cli import main
 from draftwing.config import TrainConfig
-from draftwing.target import load as loading
 from draftwing.drafts.load import DraftNetwork
+from draftwing.target import load as loading
 from draftwing.target.fused import FusedTarget, pack_target
 from draftwing.target.load import load_target
 from draftwing.target.model import TargetModel
 from draftwing.target.packed import PackedLinear, multiplies_bfloat16, pack_linears
-from draftwing.training.objectives import HeadTraining
 
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
 needs_bfloat16 = pytest.mark.skipif(not multiplies_bfloat16(), reason="in float32 rounding depends on the rows")
@@ -93,7 +92,7 @@ class TestModulesOfOtherClasses:
         rounded = TargetModel(copy.deepcopy(rounded.model))
         rounded.check_logits = lambda: None  # type: ignore[method-assign]
         with pytest.raises(ValueError, match=r"target: its output head is quantised \(RoundedLinear\)"):
-            HeadTraining(heads["eagle3"], rounded, config)
+            head_training(heads["eagle3"], rounded, config)
 
 
 @pytest.mark.parametrize("what", ["its own forward", "a hook before", "a hook behind"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, VOCAB_SIZE, costs, requests_for, run, tiny_llama
+from conftest import EOS, VOCAB_SIZE, costs, new_head, requests_for, run, tiny_llama
 from transformers import (
     AutoTokenizer,
     BatchEncoding,
@@ -30,7 +30,6 @@ from draftwing.embedded import EMBEDDED
 from draftwing.engine.options import GenerateOptions, row_seed
 from draftwing.engine.plan import TreePlan
 from draftwing.target.model import TargetModel
-from draftwing.training.heads import new_head
 
 
 @pytest.fixture(scope="module")

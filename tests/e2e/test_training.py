@@ -24,10 +24,10 @@ from torch.distributed.tensor import DTensor
 from draftwing.cli import main
 from draftwing.config import TrainConfig
 from draftwing.data.tokenizer import train_tokenizer
+from draftwing.drafts.head_training import HeadTraining
 from draftwing.files import to_json
 from draftwing.training import checkpoints, trainer
 from draftwing.training.frozen_target import frozen_target
-from draftwing.training.objectives import HeadTraining
 from draftwing.training.processes import end_processes, start_processes
 from draftwing.training.stopping import StopOnSignal
 

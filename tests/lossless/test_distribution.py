@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import accept_always, eagle, generate, tiny_llama
+from conftest import accept_always, eagle, generate, new_head, tiny_llama
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -21,7 +21,6 @@ from draftwing.engine.engine import Request
 from draftwing.engine.sampling import Sampler, SamplingParams
 from draftwing.engine.stopping import StopRule
 from draftwing.target.model import TargetModel
-from draftwing.training.heads import new_head
 
 NUM_SEEDS = 3000
 PROMPT = [1, 2, 3]

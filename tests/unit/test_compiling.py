@@ -2,18 +2,16 @@
 
 import copy
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
+from conftest import head_training
 from torch._dynamo.utils import counters
 
 from draftwing.config import TrainConfig
 from draftwing.drafts.load import DraftNetwork
 from draftwing.drafts.medusa.network import MedusaModel
 from draftwing.target.model import TargetModel
-from draftwing.training.medusa import MedusaTraining
-from draftwing.training.objectives import HeadTraining
 from draftwing.training.trainer import training_arguments, wants_compile
 
 
@@ -59,8 +57,7 @@ def test_compiled_layers_learn_the_same(
     eager = copy.deepcopy(medusa_heads if objective == "medusa" else heads[objective])
     compiled = copy.deepcopy(eager)
     config = TrainConfig(objective, "", target="unused", ttt_steps=4, feature_steps=2, feature_noise=0.0)  # type: ignore[arg-type]
-    kind: Any = MedusaTraining if objective == "medusa" else HeadTraining
-    modules = [kind(head, target, config) for head in (eager, compiled)]
+    modules = [head_training(head, target, config) for head in (eager, compiled)]
     modules[1].compile_parts()
     num_graphs = []
     for length in (14, 9, 23):

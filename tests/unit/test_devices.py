@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB_SIZE, auto_plan, requests_for, tiny_llama
+from conftest import VOCAB_SIZE, auto_plan, head_training, requests_for, tiny_llama
 from torch.fx.experimental import _config as symbolic_shapes
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from draftwing.config import Loss, Objective, TrainConfig
 from draftwing.drafts.eagle.eagle1 import EagleModel
+from draftwing.drafts.head_training import HeadTraining
 from draftwing.drafts.kinds import new_drafter
 from draftwing.drafts.load import Draft, build_network
 from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel
@@ -29,10 +30,8 @@ from draftwing.engine.plan import Plan, TreePlan
 from draftwing.engine.readback import CycleReading, pack, unpack
 from draftwing.engine.tree import Candidates, best_subtree, walk
 from draftwing.layers import DraftConfig
+from draftwing.losses import fused_head, ttt
 from draftwing.target.model import TargetModel
-from draftwing.training import fused, ttt
-from draftwing.training.medusa import MedusaTraining
-from draftwing.training.objectives import HeadTraining
 
 META, DTYPE = torch.device("meta"), torch.bfloat16
 UPLOADS = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.new_tensor)
@@ -264,7 +263,7 @@ class TestTraining:
     def _parts_that_meta_tensors_lack(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(TargetModel, "check_logits", lambda self: None)  # reads, when training begins
         monkeypatch.setattr(ttt, "_compiled_flex_attention", lambda: plain_flex_attention)
-        monkeypatch.setattr(fused, "_in_autocast", lambda x: x.to(DTYPE))
+        monkeypatch.setattr(fused_head, "_in_autocast", lambda x: x.to(DTYPE))
         monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
         with symbolic_shapes.patch(meta_nonzero_assume_all_nonzero=True):
             yield
@@ -298,7 +297,7 @@ def new_training(target: TargetModel, objective: Objective, loss: Loss) -> HeadT
     assert isinstance(head, torch.nn.Module)
     if isinstance(head, EagleModel):
         head.embed_tokens.requires_grad_(False)
-    return (MedusaTraining if objective == "medusa" else HeadTraining)(head.float(), target, config)  # type: ignore[arg-type]
+    return head_training(head.float(), target, config)
 
 
 def batch(objective: Objective, is_packed: bool) -> dict[str, torch.Tensor]:

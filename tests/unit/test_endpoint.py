@@ -12,9 +12,9 @@ import pytest
 from draftwing.cli import main
 from draftwing.config import TrainConfig
 from draftwing.data.chat import encode_row
+from draftwing.prepare.endpoint import Endpoint, EndpointAnswers, RefusedRequest
+from draftwing.prepare.self_generated import Shard, regenerate
 from draftwing.target.load import load_tokenizer
-from draftwing.training.endpoint import Endpoint, EndpointAnswers, RefusedRequest
-from draftwing.training.self_generated import Shard, regenerate
 
 Reply = tuple[int, dict[str, str], Any]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import head_training, new_head, tiny_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 import draftwing
@@ -16,8 +16,6 @@ from draftwing.config import TrainConfig, read_recipe
 from draftwing.drafts.load import DraftNetwork
 from draftwing.target.model import TargetModel
 from draftwing.training.estimates import StagePlan, active_params, count_params, plan_stages, read_target_config
-from draftwing.training.heads import new_head
-from draftwing.training.objectives import HeadTraining
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LLAMA_8B = {
@@ -172,7 +170,7 @@ def test_activations_are_what_autograd_keeps(tmp_path: Path, objective: str) -> 
     head = new_head(stage, target, []).float()
     weights = {p.numel() for p in [*head.parameters(), *model.parameters()] if p.dim() > 1}
     kept: dict[int, torch.Tensor] = {}
-    training, ids = HeadTraining(head, target, stage), torch.randint(1, 250, (2, 96))
+    training, ids = head_training(head, target, stage), torch.randint(1, 250, (2, 96))
     with (
         torch.autocast("cpu", torch.bfloat16),
         torch.autograd.graph.saved_tensors_hooks(

@@ -11,10 +11,12 @@ import torch
 from conftest import tiny_llama
 from torch.utils.data import DataLoader
 
-from draftwing.data import features as module
 from draftwing.data.examples import Collator
-from draftwing.data.features import FeatureExamples, FeatureWriter, Storage, check_features, from_fp8, to_fp8
-from draftwing.data.prepared import Prepared, PrepareSettings, open_prepared, prepare
+from draftwing.data.features import FeatureExamples, Storage, check_features, from_fp8, to_fp8
+from draftwing.data.prepared import Prepared, PrepareSettings, open_prepared
+from draftwing.prepare import target_features as module
+from draftwing.prepare.target_features import FeatureWriter
+from draftwing.prepare.tokens import prepare
 from draftwing.target.load import load_tokenizer
 from draftwing.target.model import TargetModel
 

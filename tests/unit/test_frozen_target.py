@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import head_training, new_head, tiny_llama
 
 from draftwing.config import TrainConfig, from_mapping
 from draftwing.target.model import TargetModel
 from draftwing.training.frozen_target import frozen_target
-from draftwing.training.heads import new_head
-from draftwing.training.objectives import HeadTraining
 from draftwing.training.train import train_stage
 
 AWAY = [*(f"model.layers.{layer}" for layer in range(1, 6)), "lm_head"]
@@ -30,7 +28,7 @@ def recipe(folder: Path, **changes: Any) -> TrainConfig:
 def loss_and_gradients(config: TrainConfig, target: TargetModel) -> list[torch.Tensor]:
     torch.manual_seed(0)
     head = new_head(config, target, []).to(target.device)
-    loss = HeadTraining(head, target, config).eval()(torch.randint(1, 60, (2, 14)), torch.ones(2, 14).bool())["loss"]
+    loss = head_training(head, target, config).eval()(torch.randint(1, 60, (2, 14)), torch.ones(2, 14).bool())["loss"]
     loss.backward()
     return [loss.detach(), *(p.grad for p in head.parameters() if p.grad is not None)]
 

@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from draftwing.config import Loss
+from draftwing.losses import fused_head
+from draftwing.losses.fused_head import OutputHead, Teacher, fused_loss, summarize
+from draftwing.losses.slot_losses import TeacherProbs, slot_loss
 from draftwing.target.logits import LogitTransform
-from draftwing.training import fused
-from draftwing.training.fused import OutputHead, Teacher, fused_loss, summarize
-from draftwing.training.losses import TeacherProbs, slot_loss
 
 SLOTS, STEPS, WIDTH, VOCAB, DRAFT_VOCAB = 11, 3, 6, 20, 13
 STEP_WEIGHTS = torch.tensor([0.5, 0.25, 0.125], dtype=torch.float64)
@@ -35,7 +35,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two slots at a time; seven rows of the vocabulary."""
-    monkeypatch.setitem(fused.CHUNK_ELEMENTS, "cpu", 2 * STEPS * DRAFT_VOCAB)
+    monkeypatch.setitem(fused_head.CHUNK_ELEMENTS, "cpu", 2 * STEPS * DRAFT_VOCAB)
 
 
 def random_teacher(transform: LogitTransform, ids: torch.Tensor) -> tuple[Teacher, TeacherProbs]:
@@ -120,7 +120,7 @@ def test_no_tensor_is_larger_than_a_chunk_or_an_input() -> None:
     torch.manual_seed(4)
     slots, steps, width, vocab = 40, 3, 5, 100
     chunk = 2 * steps * vocab
-    fused.CHUNK_ELEMENTS["cpu"] = chunk  # the fixture puts it back
+    fused_head.CHUNK_ELEMENTS["cpu"] = chunk  # the fixture puts it back
     outputs = torch.randn(slots, steps, width, requires_grad=True)
     head, weight = OutputHead(torch.randn(vocab, width)), torch.randn(vocab, width, requires_grad=True)
     hidden, valid = torch.randn(slots, width), torch.ones(slots, steps, dtype=torch.bool)

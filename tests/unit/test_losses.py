@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from draftwing.config import Loss
-from draftwing.training.losses import TeacherProbs, feature_regression, slot_losses
+from draftwing.losses.slot_losses import TeacherProbs, feature_regression, slot_losses
 
 ETA = 3.0
 
@@ -18,7 +18,7 @@ def teacher_of(target_probs: list[list[float]], best: list[int]) -> TeacherProbs
 
 
 def naive_losses(loss: Loss, logits: torch.Tensor, teacher: TeacherProbs) -> torch.Tensor:
-    """The formulas of training/losses.py, to be differentiated by autograd: `[C, J]`."""
+    """The formulas of losses/slot_losses.py, to be differentiated by autograd: `[C, J]`."""
     log_q = logits.log_softmax(-1)
     p, total = teacher.draft_probs[:, None], teacher.target_probs[:, None]
     if loss == "cross_entropy":

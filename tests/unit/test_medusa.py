@@ -12,12 +12,12 @@ from torch import nn
 from draftwing.config import Loss, TrainConfig
 from draftwing.drafts.medusa.drafter import MedusaDrafter
 from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel
+from draftwing.drafts.medusa.objective import MedusaTraining, new_medusa
 from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import uncoupled_rank
 from draftwing.engine.tree import DraftTree
 from draftwing.target.model import TargetModel
 from draftwing.target.packed import pack_linears
-from draftwing.training.medusa import MedusaTraining, new_medusa
 
 NUM_HEADS, HIDDEN = 3, 32
 

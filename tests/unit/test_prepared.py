@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from draftwing.data import prepared as module
 from draftwing.data.chat import Example, cut, encode_row
 from draftwing.data.corpus import Row
-from draftwing.data.prepared import Prepared, PrepareSettings, is_prepared, open_prepared, prepare
+from draftwing.data.prepared import Prepared, PrepareSettings, is_prepared, open_prepared
 from draftwing.data.rows import select_rows
-from draftwing.data.statistics import as_coloured_text, as_tables, summarise
+from draftwing.prepare import tokens as module
+from draftwing.prepare.data_statistics import as_coloured_text, as_tables, summarise
+from draftwing.prepare.tokens import prepare
 from draftwing.target.load import load_tokenizer
 
 

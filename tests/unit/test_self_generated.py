@@ -18,8 +18,8 @@ from draftwing.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from draftwing.engine.engine import NewDrafter, Request
 from draftwing.engine.generation import Generation, start_generation
 from draftwing.engine.plan import TreePlan
+from draftwing.prepare.self_generated import EngineAnswers, Shard, StartGeneration, read_prompts, regenerate
 from draftwing.target.model import TargetModel
-from draftwing.training.self_generated import EngineAnswers, Shard, StartGeneration, read_prompts, regenerate
 
 
 @pytest.fixture(scope="module")

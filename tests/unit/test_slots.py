@@ -2,7 +2,7 @@
 
 import torch
 
-from draftwing.training.slots import SupervisedSlots, document_positions
+from draftwing.losses.slots import SupervisedSlots, document_positions
 
 
 def students(loss_mask: list[int], positions: list[int] | None = None, steps: int = 1) -> list[list[int]]:

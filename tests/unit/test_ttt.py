@@ -9,24 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import head_training, new_head, tiny_llama
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from draftwing.config import Loss, TrainConfig
+from draftwing.drafts.eagle import objective
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.eagle3 import Eagle3Model
+from draftwing.drafts.head_training import HeadTraining
 from draftwing.drafts.load import DraftNetwork
 from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import uncoupled_rank
+from draftwing.losses.slot_losses import feature_regression
+from draftwing.losses.slots import SupervisedSlots, document_positions
+from draftwing.losses.ttt import TttAttention, block_mask, flex_merged_attention, shift_left
 from draftwing.target.model import TargetModel
-from draftwing.training import objectives
-from draftwing.training.heads import new_head
-from draftwing.training.losses import feature_regression
-from draftwing.training.objectives import HeadTraining
-from draftwing.training.slots import SupervisedSlots, document_positions
-from draftwing.training.ttt import TttAttention, block_mask, flex_merged_attention, shift_left
 
 STEPS = 4
 EAGLE3 = TrainConfig(objective="eagle3", output="", target="unused", ttt_steps=STEPS, ttt_decay=0.5)
@@ -186,7 +185,7 @@ class TestTttAttention:
 
 
 class SlowSlot:
-    """Drafting from one slot of one row, step after step, without a cache: the rows of the table in training/ttt.py."""
+    """Drafting from one slot of one row, step after step, without a cache: the rows of the table in losses/ttt.py."""
 
     def __init__(self, head: DraftNetwork, features: torch.Tensor, tokens: torch.Tensor, slot: int) -> None:
         self._head, self._tokens, self._slot = head, tokens, slot
@@ -228,7 +227,7 @@ class TestEagle3Loss:
                     losses[step].append(loss if is_drafted else 0.0)
         means = [sum(values) / len(values) for values in losses]
 
-        training = HeadTraining(head, target, EAGLE3)
+        training = head_training(head, target, EAGLE3)
         loss = training(input_ids, loss_mask)["loss"].item()
         assert loss == pytest.approx(sum(0.5**step * mean for step, mean in enumerate(means)), rel=1e-5)
         metrics = training.pop_metrics(training=True)
@@ -241,7 +240,7 @@ class TestEagle3Loss:
         self, target: TargetModel, heads: dict[str, DraftNetwork]
     ) -> None:
         input_ids, loss_mask = random_batch()
-        training = HeadTraining(heads["eagle3"], target, EAGLE3)
+        training = head_training(heads["eagle3"], target, EAGLE3)
         loss = training(input_ids, loss_mask)["loss"]
         other_padding = input_ids.clone()
         other_padding[1, 10:] = 63
@@ -255,7 +254,7 @@ class TestEagle3Loss:
         head = copy.deepcopy(heads["eagle3"])
         assert isinstance(head, Eagle3Model)
         head.zero_grad()
-        training, batch = HeadTraining(head, target, EAGLE3), random_batch()
+        training, batch = head_training(head, target, EAGLE3), random_batch()
         training(*batch)["loss"].backward()
         gradient = head.fc.weight.grad
         assert gradient is not None
@@ -273,7 +272,7 @@ class TestEagle3Loss:
         self, target: TargetModel, heads: dict[str, DraftNetwork], method: str
     ) -> None:
         """With the slots of all of them counted; a mean of their own means is another number."""
-        training = HeadTraining(heads[method], target, EAGLE1 if method == "eagle1" else EAGLE3).eval()
+        training = head_training(heads[method], target, EAGLE1 if method == "eagle1" else EAGLE3).eval()
         input_ids, loss_mask = random_batch()
         whole = training(input_ids, loss_mask)["loss"]
         num_slots = training.count_slots(loss_mask)
@@ -286,7 +285,7 @@ class TestEagle3Loss:
     @pytest.mark.parametrize("method", ["eagle1", "eagle3"])
     def test_the_target_is_frozen(self, target: TargetModel, heads: dict[str, DraftNetwork], method: str) -> None:
         target.model.zero_grad()
-        training = HeadTraining(heads[method], target, EAGLE1 if method == "eagle1" else EAGLE3)
+        training = head_training(heads[method], target, EAGLE1 if method == "eagle1" else EAGLE3)
         training(*random_batch())["loss"].backward()
         heads[method].zero_grad()
         assert [name for name, p in target.model.named_parameters() if p.grad is not None] == []
@@ -312,7 +311,7 @@ def test_training_computes_what_drafting_computes(
     object.__setattr__(recorder, "readout", lambda output: recorded.append(head.logits(output)) or head.readout(output))
     sequence = torch.cat((observed, tree.tokens[:, 1:], torch.tensor([[1, 2]])), dim=1)
     mask = torch.ones_like(sequence, dtype=torch.bool)
-    HeadTraining(recorder, target, EAGLE3)(sequence, mask)
+    head_training(recorder, target, EAGLE3)(sequence, mask)
     assert len(recorded) == STEPS
     slots = SupervisedSlots.of(mask, torch.arange(sequence.shape[1])[None])
     score = 0.0
@@ -347,7 +346,7 @@ class TestEagle1Loss:
                 log_q = target.output_head(predicted).log_softmax(-1)
                 cross_entropies.append(-(teacher * log_q).sum().item())
         expected = sum(regressions) / len(regressions) + 0.3 * sum(cross_entropies) / len(cross_entropies)
-        training = HeadTraining(head, target, EAGLE1).eval()
+        training = head_training(head, target, EAGLE1).eval()
         assert training(input_ids, loss_mask)["loss"].item() == pytest.approx(expected, rel=1e-5)
 
     @torch.no_grad()
@@ -367,14 +366,14 @@ class TestEagle1Loss:
                         totals[step] += feature_regression(slow.hidden[-1], features[row, teacher]).item()
                         counts[step] += 1
         config = dataclasses.replace(EAGLE1, feature_steps=steps, ttt_decay=0.5)
-        training = HeadTraining(head, target, config).eval()
+        training = head_training(head, target, config).eval()
         expected = sum(0.5**step * totals[step] / counts[step] for step in range(steps))
         assert training(input_ids, loss_mask)["loss"].item() == pytest.approx(expected, rel=1e-5)
         assert training.pop_metrics(training=False)["loss"] == pytest.approx(expected, rel=1e-5)
 
     @torch.no_grad()
     def test_noise_is_added_in_training_only(self, target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
-        training, batch = HeadTraining(copy.deepcopy(heads["eagle1"]), target, EAGLE1), random_batch()
+        training, batch = head_training(copy.deepcopy(heads["eagle1"]), target, EAGLE1), random_batch()
         torch.manual_seed(0)
         noisy = [training.train()(*batch)["loss"].item() for _ in range(2)]
         quiet = [training.eval()(*batch)["loss"].item() for _ in range(2)]
@@ -430,7 +429,7 @@ class TestPacking:
     def test_equals_documents_in_rows_of_their_own(
         self, heads: dict[str, DraftNetwork], method: str, attention: str
     ) -> None:
-        training = HeadTraining(copy.deepcopy(heads[method]), target_with(attention), CONFIGS[method]).eval()
+        training = head_training(copy.deepcopy(heads[method]), target_with(attention), CONFIGS[method]).eval()
         expected = loss_and_gradients(training, *as_rows())
         assert expected[0] > 0
         alone = training.pop_metrics(training=False)
@@ -446,17 +445,17 @@ class TestPacking:
     def test_crossing_documents_is_noticed(
         self, target: TargetModel, heads: dict[str, DraftNetwork], monkeypatch: pytest.MonkeyPatch, sabotage: str
     ) -> None:
-        training = HeadTraining(copy.deepcopy(heads["eagle3"]), target, EAGLE3)
+        training = head_training(copy.deepcopy(heads["eagle3"]), target, EAGLE3)
         expected, packed = loss_and_gradients(training, *as_rows())[0], as_packed()
         plain = torch.arange(packed[0].shape[1]).expand_as(packed[0])
         if sabotage == "target reads across":
             read = target.read_rows
             monkeypatch.setattr(target, "read_rows", lambda ids, layers, *_: read(ids, layers))
         elif sabotage == "head reads across":
-            monkeypatch.setattr(objectives, "TttAttention", lambda documents: TttAttention())
+            monkeypatch.setattr(objective, "TttAttention", lambda documents: TttAttention())
         elif sabotage == "steps cross":
             of = SupervisedSlots.of
-            monkeypatch.setattr(objectives.SupervisedSlots, "of", lambda mask, positions: of(mask, plain))
+            monkeypatch.setattr(SupervisedSlots, "of", lambda mask, positions: of(mask, plain))
         else:
             packed = packed[:2]  # type: ignore[assignment]
         assert loss_and_gradients(training, *packed)[0].item() != pytest.approx(expected.item(), rel=1e-3)
@@ -479,7 +478,7 @@ class TestPacking:
 
     def test_given_features_replace_the_target(self, target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
         for method, head in heads.items():
-            training = HeadTraining(copy.deepcopy(head), target, CONFIGS[method]).eval()
+            training = head_training(copy.deepcopy(head), target, CONFIGS[method]).eval()
             ids, mask, documents = as_packed()
             layers = head.config.feature_layers
             states = target.read_rows(ids, layers, document_positions(documents), documents)
@@ -500,7 +499,7 @@ class TestLosses:
         for eta in (0.0, 1e9) if loss == "lk" else (3.0,):
             head = copy.deepcopy(heads[method])
             config = dataclasses.replace(CONFIGS[method], loss=loss, lk_decay=eta)
-            training = HeadTraining(head, target, config).eval()
+            training = head_training(head, target, config).eval()
             loss_and_gradients(training, *random_batch())
             gradient = head.fc.weight.grad.clone()
             step = 1e-6 * gradient / gradient.norm()  # short, as minima have kinks
@@ -520,7 +519,7 @@ class TestLosses:
         with torch.no_grad():
             for parameter in head.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
-        training = HeadTraining(head, target, dataclasses.replace(EAGLE3, loss=loss))
+        training = head_training(head, target, dataclasses.replace(EAGLE3, loss=loss))
         optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
         rates = []
         for _ in range(12):
@@ -544,7 +543,7 @@ class TestOptions:
         head.midlayer.register_forward_hook(
             lambda _, inputs, output: (read.append(inputs[1]), outputs.append(output))[0]
         )
-        loss_and_gradients(HeadTraining(head, target, config), *random_batch())
+        loss_and_gradients(head_training(head, target, config), *random_batch())
         for step in range(1, STEPS):
             torch.testing.assert_close(read[step], head.norm(outputs[step - 1]))
             assert not torch.allclose(read[step], outputs[step - 1])
@@ -555,7 +554,7 @@ class TestOptions:
         head = new_head(config, target, []).double()
         before = target.embedding.weight.clone()
         assert torch.equal(head.get_parameter("embed_tokens.weight"), before), "it starts as a copy"
-        HeadTraining(head, target, config)(*random_batch())["loss"].backward()
+        head_training(head, target, config)(*random_batch())["loss"].backward()
         assert (head.get_parameter("embed_tokens.weight").grad is not None) == trains
         assert target.embedding.weight.grad is None
 
@@ -574,7 +573,7 @@ class TestOptions:
         torch.testing.assert_close(new_head(EAGLE1, model, []).double().logits(hidden), expected)
         config = dataclasses.replace(EAGLE3, ttt_steps=1, aux_layers=(0, 1, 2))
         head = new_head(config, model, []).double()
-        training = HeadTraining(head, model, config)
+        training = head_training(head, model, config)
         loss = training(ids, mask)["loss"].item()
         features = model.read_rows(ids, (0, 1, 2)).features
         positions = torch.arange(ids.shape[1]).expand_as(ids)
@@ -588,11 +587,11 @@ class TestOptions:
         target.check_logits()
         model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", 3 * output.logits))
         with pytest.raises(ValueError, match="target: LlamaForCausalLM changes its logits"):
-            HeadTraining(heads["eagle3"], target, EAGLE3)(*random_batch())
+            head_training(heads["eagle3"], target, EAGLE3)(*random_batch())
 
     def test_a_row_longer_than_the_heads_positions(self, target: TargetModel) -> None:
         config = dataclasses.replace(EAGLE3, aux_layers=(1, 3, 5), architecture={"max_position_embeddings": 8})
-        training = HeadTraining(new_head(config, target, []).double(), target, config)
+        training = head_training(new_head(config, target, []).double(), target, config)
         assert training(*random_batch())["loss"] > 0
 
 
@@ -610,7 +609,7 @@ def gemma2() -> Gemma2ForCausalLM:
 class TestMetrics:
     @torch.no_grad()
     def test_tau_sim_multiplies_the_steps_accuracies(self, target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
-        training = HeadTraining(heads["eagle3"], target, EAGLE3)
+        training = head_training(heads["eagle3"], target, EAGLE3)
         training(*random_batch())
         metrics = training.pop_metrics(training=True)
         a, b, c, d = (metrics[f"accuracy_{step}"] for step in range(STEPS))
@@ -621,7 +620,7 @@ class TestMetrics:
         self, target: TargetModel, heads: dict[str, DraftNetwork]
     ) -> None:
         """In whatever batches the slots came: as the loss of all of them in one."""
-        training, (input_ids, loss_mask) = HeadTraining(heads["eagle3"], target, EAGLE3), random_batch()
+        training, (input_ids, loss_mask) = head_training(heads["eagle3"], target, EAGLE3), random_batch()
         whole = training(input_ids, loss_mask)["loss"].item()
         assert training.pop_metrics(training=True)["loss"] == pytest.approx(whole)
         for row in range(2):
@@ -631,7 +630,7 @@ class TestMetrics:
 
     @torch.no_grad()
     def test_they_are_reduced_over_processes(self, target: TargetModel, heads: dict[str, DraftNetwork]) -> None:
-        training, (input_ids, loss_mask) = HeadTraining(heads["eagle1"].eval(), target, EAGLE1).eval(), random_batch()
+        training, (input_ids, loss_mask) = head_training(heads["eagle1"].eval(), target, EAGLE1).eval(), random_batch()
         whole = training(input_ids, loss_mask)["loss"].item()
         training.pop_metrics(training=False)
         training(input_ids[:1], loss_mask[:1])
@@ -644,7 +643,7 @@ class TestMetrics:
     @torch.no_grad()
     def test_tau_sim_takes_more_than_ten_steps_in_order(self, heads: dict[str, DraftNetwork]) -> None:
         config = TrainConfig(objective="eagle3", output="", target="unused", ttt_steps=12)
-        training = HeadTraining(heads["eagle3"], TargetModel(tiny_llama()), config)
+        training = head_training(heads["eagle3"], TargetModel(tiny_llama()), config)
         for step in range(12):
             training._sums[True][f"accuracy_{step}"] = torch.tensor([12 - step, 12])
         product, tau = 1.0, 1.0

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from draftwing.config import TrainConfig
     from draftwing.data.prepared import Prepared
-    from draftwing.training.self_generated import Shard
+    from draftwing.prepare.self_generated import Shard
 
 SUMMARY = "Prepare training data: tokenise it once, let the target answer it, or store the target's features."
 EXAMPLES = """examples:
@@ -90,8 +90,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _tokenise(options: argparse.Namespace) -> None:
-    from draftwing.data.prepared import REJECTS, PrepareSettings, prepare
-    from draftwing.data.statistics import as_tables, summarise
+    from draftwing.data.prepared import REJECTS, PrepareSettings
+    from draftwing.prepare.data_statistics import as_tables, summarise
+    from draftwing.prepare.tokens import prepare
     from draftwing.target.load import load_tokenizer
 
     tokenizer = load_tokenizer(options.target)
@@ -118,7 +119,7 @@ def _tokenise(options: argparse.Namespace) -> None:
 
 
 def _show_documents(console: "Console", prepared: "Prepared", tokenizer: Any, count: int) -> None:
-    from draftwing.data.statistics import as_coloured_text
+    from draftwing.prepare.data_statistics import as_coloured_text
 
     documents = prepared.examples("train")
     for index in range(min(count, len(documents))):
@@ -131,7 +132,7 @@ def _regenerate(options: argparse.Namespace) -> None:
         raise ValueError(f"output: --regenerate writes a .jsonl file, got {options.output!r}")
     if options.endpoint and (not options.model or options.draft):
         raise ValueError("endpoint: needs --model, the server's name of the target, and takes no --draft")
-    from draftwing.training.self_generated import Shard
+    from draftwing.prepare.self_generated import Shard
 
     answer = _answer_by_endpoint if options.endpoint else _answer_by_engine
     metrics = answer(options, Shard(*options.shard))
@@ -144,7 +145,7 @@ def _regenerate(options: argparse.Namespace) -> None:
 
 def _answer_by_engine(options: argparse.Namespace, shard: "Shard") -> dict[str, float]:
     from draftwing.api import load
-    from draftwing.training.self_generated import EngineAnswers, regenerate
+    from draftwing.prepare.self_generated import EngineAnswers, regenerate
 
     model = load(options.target, options.draft, options.dtype, options.device)
     config = _as_stage(options, model.target.max_positions)
@@ -155,9 +156,9 @@ def _answer_by_engine(options: argparse.Namespace, shard: "Shard") -> dict[str, 
 
 
 def _answer_by_endpoint(options: argparse.Namespace, shard: "Shard") -> dict[str, float]:
+    from draftwing.prepare.endpoint import Endpoint, EndpointAnswers
+    from draftwing.prepare.self_generated import regenerate
     from draftwing.target.load import load_tokenizer
-    from draftwing.training.endpoint import Endpoint, EndpointAnswers
-    from draftwing.training.self_generated import regenerate
 
     endpoint, config = Endpoint(options.endpoint, options.model), _as_stage(options)
     answers = EndpointAnswers(config, endpoint, options.concurrency)
@@ -197,9 +198,10 @@ def _store_features(options: argparse.Namespace) -> None:
     if len(options.data) > 1:
         raise ValueError(f"data: --features takes one prepared folder, got {len(options.data)} names")
     from draftwing.api import check_device, parse_dtype
-    from draftwing.data.features import FeatureWriter, check_features
+    from draftwing.data.features import check_features
     from draftwing.data.prepared import is_prepared, open_prepared
     from draftwing.drafts.eagle.formats import default_aux_layers
+    from draftwing.prepare.target_features import FeatureWriter
     from draftwing.target.hidden_states import NORMED
     from draftwing.target.load import load_target, load_tokenizer
 

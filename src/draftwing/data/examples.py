@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from draftwing.config import TrainConfig
+from draftwing.config import HeadStage
 from draftwing.data import fingerprint
 from draftwing.data.chat import Example, cut, encode_row
 from draftwing.data.features import FeatureExamples, check_positions
@@ -32,7 +32,7 @@ class Documents:
     held_out: Sequence[Example]
 
 
-def read_documents(config: TrainConfig, tokenizer: Any) -> Documents:
+def read_documents(config: HeadStage, tokenizer: Any) -> Documents:
     """The documents of a recipe's `data`: tokenised now, or read from a prepared folder.
 
     Rows that cannot be used go to `rejects.jsonl` in the output folder, and a line on stderr counts them.
@@ -60,7 +60,7 @@ def read_documents(config: TrainConfig, tokenizer: Any) -> Documents:
 
 
 def as_training_rows(
-    documents: Documents, config: TrainConfig, target: TargetModel, feature_layers: tuple[int, ...]
+    documents: Documents, config: HeadStage, target: TargetModel, feature_layers: tuple[int, ...]
 ) -> Documents:
     """What the trainer iterates over: documents with their stored `features`, packed, if the recipe says so.
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from draftwing.config import Stage
+
 WEIGHTS = (".safetensors", ".bin", ".pt")
 BLOCK = 1 << 16
 MAX_BLOCKS = 256
@@ -28,6 +30,18 @@ def of_data(names: Iterable[str]) -> dict[str, str]:
     """Hashes of the files, or of the prepared folder, that `data` names; empty if it names none."""
     found = [value for name in names if (value := of_path(name)) is not None]
     return {"content of data": " ".join(found)} if found else {}
+
+
+def contents_of(config: Stage) -> dict[str, str]:
+    """Hashes of the models that a stage reads, as far as they are in folders."""
+    names, recipe = ("target", "teacher", "init_from"), config.as_dict()
+    found = {name: of_path(recipe[name]) for name in names if recipe.get(name)}
+    return {f"content of {name}": value for name, value in found.items() if value is not None}
+
+
+def data_content_of(config: Stage) -> dict[str, str]:
+    """Hashes of the files, or of the prepared folder, that a stage's `data` names."""
+    return of_data((config.data,) if isinstance(config.data, str) else config.data)
 
 
 def of_tensors(tensors: Iterable[torch.Tensor]) -> str:

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from draftwing.config import TrainConfig
-from draftwing.data import fingerprint
 from draftwing.files import write_text
 
 MARK = "recipe.json"
@@ -30,18 +28,6 @@ def settings_of(recipe: Mapping[str, Any], num_processes: int) -> dict[str, Any]
     kept["rows_per_step"] = recipe["batch_size"] * recipe.get("accumulation_steps", 1) * num_processes
     settings: dict[str, Any] = json.loads(json.dumps(kept))
     return settings
-
-
-def contents_of(config: TrainConfig) -> dict[str, str]:
-    """Hashes of the models that a stage reads, as far as they are in folders (draftwing/data/fingerprint.py)."""
-    names = ("target", "teacher", "init_from")
-    found = {name: fingerprint.of_path(value) for name in names if (value := getattr(config, name))}
-    return {f"content of {name}": value for name, value in found.items() if value is not None}
-
-
-def data_content_of(config: TrainConfig) -> dict[str, str]:
-    """Hashes of the files, or of the prepared folder, that a stage's `data` names."""
-    return fingerprint.of_data((config.data,) if isinstance(config.data, str) else config.data)
 
 
 def check_same(made_with: Mapping[str, Any], wanted: Mapping[str, Any], place: Path) -> None:

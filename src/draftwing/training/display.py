@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from draftwing.config import TrainConfig
+from draftwing.config import Stage
 from draftwing.files import to_json, write_text
 from draftwing.provenance import provenance
 from draftwing.training.report import as_html
@@ -51,7 +51,7 @@ class RecordKeeper(TrainerCallback):
     `inputs` are hashes of what the run reads.
     """
 
-    def __init__(self, config: TrainConfig, inputs: Mapping[str, str]) -> None:
+    def __init__(self, config: Stage, inputs: Mapping[str, str]) -> None:
         self._config, self._inputs, self._provenance = config, dict(inputs), provenance()
         self._start = time.perf_counter()
 

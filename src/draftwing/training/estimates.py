@@ -15,20 +15,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from draftwing.config import TrainConfig
-from draftwing.drafts.eagle.formats import read_head
-from draftwing.drafts.load import (
-    counted_layers,
-    expected_medusa_shapes,
-    expected_shapes,
-    network_shapes,
-    read_draft_files,
-    resolve_draft,
-)
-from draftwing.drafts.medusa.network import MedusaConfig
-from draftwing.layers import DraftConfig
+from draftwing.config import LanguageModelStage, SelfGeneratedStage, Stage, TrainConfig
+from draftwing.drafts.objective import HeadSizes
 from draftwing.target.load import resolve_target
-from draftwing.training.heads import new_config
+from draftwing.training.objectives import HEADS
 
 REACHED = 0.4
 """The assumed share of the rate of large products that a training step reaches."""
@@ -71,7 +61,7 @@ def plan_stages(stages: Sequence[TrainConfig], num_processes: int, flops_per_sec
     def read(name: str) -> Any:
         return targets[name] if name in targets else read_target_config(name)
 
-    heads: dict[str, tuple[Shapes, DraftConfig]] = {}
+    heads: dict[str, HeadSizes] = {}
     plans = []
     for stage in stages:
         if stage.objective == "language_model":
@@ -85,10 +75,7 @@ def plan_stages(stages: Sequence[TrainConfig], num_processes: int, flops_per_sec
         if stage.objective == "self_generated":
             plans.append(_plan_rows(stage, target, text_config, num_processes))
             continue
-        if stage.objective == "medusa":
-            plans.append(_plan_medusa(stage, (target, text_config), num_processes, flops_per_second))
-            continue
-        heads[stage.output] = head = _describe_head(stage, text_config, heads)
+        heads[stage.output] = head = HEADS[stage.objective].sizes(stage, text_config, heads)
         plans.append(_plan_head(stage, (target, text_config), head, num_processes, flops_per_second))
     return plans
 
@@ -132,30 +119,7 @@ def measure_rate() -> float:
     return count * 2 * size**3 / (time.perf_counter() - start)
 
 
-def _describe_head(
-    stage: TrainConfig, target: Any, made_before: Mapping[str, tuple[Shapes, DraftConfig]]
-) -> tuple[Shapes, DraftConfig]:
-    """The head that a stage trains; that of `init_from` keeps its own shape, but for what the recipe names."""
-    if stage.init_from:
-        shapes, config = made_before.get(stage.init_from) or _read_head(stage.init_from)
-        if stage.objective == "eagle3":
-            config = dataclasses.replace(config, aux_layers=stage.aux_layers or config.aux_layers)
-            if stage.draft_vocab_size:
-                size = min(stage.draft_vocab_size, config.vocab_size)
-                config = dataclasses.replace(config, draft_vocab_size=size)
-                shapes = shapes | {"lm_head.weight": size * config.hidden_size}
-        return shapes, config
-    config = new_config(stage, target, target.vocab_size)
-    return {name: shape.numel() for name, shape in network_shapes(config).items()}, config
-
-
-def _read_head(name: str) -> tuple[Shapes, DraftConfig]:
-    head = read_head(*read_draft_files(resolve_draft(name)))
-    config = counted_layers(head)
-    return {name: shape.numel() for name, shape in expected_shapes(head).items()}, config
-
-
-def _plan_target(stage: TrainConfig, config: Any, teacher: Any, num_processes: int, rate: float) -> StagePlan:
+def _plan_target(stage: LanguageModelStage, config: Any, teacher: Any, num_processes: int, rate: float) -> StagePlan:
     """A language model's stage; its `teacher`, if it has one, is the target."""
     params = count_params(config)
     total, active, tokens = sum(params.values()), active_params(params, config), _tokens(stage)
@@ -187,7 +151,7 @@ def _plan_target(stage: TrainConfig, config: Any, teacher: Any, num_processes: i
     )
 
 
-def _plan_rows(stage: TrainConfig, params: Shapes, config: Any, num_processes: int) -> StagePlan:
+def _plan_rows(stage: SelfGeneratedStage, params: Shapes, config: Any, num_processes: int) -> StagePlan:
     """A stage in which the target answers rows: it decodes, and nothing is trained."""
     cached = 2 * config.num_hidden_layers * _key_size(config)
     memory = {
@@ -203,75 +167,33 @@ def _plan_rows(stage: TrainConfig, params: Shapes, config: Any, num_processes: i
 
 
 def _plan_head(
-    stage: TrainConfig,
-    of_target: tuple[Shapes, Any],
-    of_head: tuple[Shapes, DraftConfig],
-    num_processes: int,
-    rate: float,
+    stage: TrainConfig, of_target: tuple[Shapes, Any], sizes: HeadSizes, num_processes: int, rate: float
 ) -> StagePlan:
-    (params, target), (head, config) = of_target, of_head
-    frozen = 0 if stage.train_embedding else head.get("embed_tokens.weight", 0)
-    trained, active, tokens = sum(head.values()) - frozen, active_params(params, target), _tokens(stage)
-    steps = stage.ttt_steps if config.aux_layers else stage.feature_steps
-    size = _bytes(stage)
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    # What a step of the head keeps for its backward pass, uncompiled: what attention and the MLP read, queries, keys,
-    # values, attention's output before and behind the merger, four widths of the MLP; as float32 what the norms read,
-    # the residuals, what the output head reads and its gradient.
-    kept = 3 * config.hidden_size + 3 * queries + 2 * keys + 4 * config.intermediate_size
-    kept_wide = 7 * config.hidden_size
-    teacher_rows = config.draft_vocab_size * target.hidden_size if config.draft_vocab_size < config.vocab_size else 0
-    logits = min(LOGIT_CHUNK, 5 * tokens * steps * config.draft_vocab_size)
-    memory = _frozen_target_memory(stage, params, target, num_processes, config.feature_layers)
-    memory |= _trained_memory(stage, trained, frozen, num_processes)
+    params, target = of_target
+    costs = HEADS[stage.objective].costs(stage, target, sizes)
+    trained, active, tokens = sizes.num_elements - costs.frozen, active_params(params, target), _tokens(stage)
+    size, logits = _bytes(stage), min(LOGIT_CHUNK, 5 * tokens * costs.logits)
+    memory = _frozen_target_memory(stage, params, target, num_processes, sizes.config.feature_layers)
+    memory |= _trained_memory(stage, trained, costs.frozen, num_processes)
     memory |= {
-        "activations": tokens * steps * (kept * size + kept_wide * 4),
+        "activations": tokens * (costs.kept * size + costs.kept_wide * 4),
         # A chunk, and the output head's gradient; the target's rows of the draft vocabulary.
-        "logits": 4 * (logits + head.get("lm_head.weight", 0)) + size * teacher_rows,
+        "logits": 4 * (logits + costs.output_gradient) + size * costs.teacher_rows,
     }
-    once, read = (
-        head.get("fc.weight", 0),
-        head.get("embed_tokens.weight", 0) - frozen,
-    )  # a trained embedding: no product
-    backward = 6.0 * (once + steps * (trained - once - read)) + 6.0 * stage.sequence_length * queries
-    flops = (_forward_flops(stage, active, target) + backward) * tokens * stage.accumulation_steps
+    flops = (_forward_flops(stage, active, target) + costs.flops) * tokens * stage.accumulation_steps
     return StagePlan(
         **_common(stage, params, active, num_processes),
         trained_params=trained,
-        frozen_params=frozen,
+        frozen_params=costs.frozen,
         memory=memory,
-        disk=_head_disk(stage, trained, frozen),
-        flops_per_step=flops,
-        seconds=stage.max_steps * flops / rate,
-    )
-
-
-def _plan_medusa(stage: TrainConfig, of_target: tuple[Shapes, Any], num_processes: int, rate: float) -> StagePlan:
-    (params, target), tokens = of_target, _tokens(stage)
-    shapes = expected_medusa_shapes(MedusaConfig(target.hidden_size, target.vocab_size, stage.medusa_heads))
-    trained = sum(shape.numel() for shape in shapes.values())
-    active = active_params(params, target)
-    logits = min(LOGIT_CHUNK, 5 * tokens * target.vocab_size)
-    memory = _frozen_target_memory(stage, params, target, num_processes, (-1,))
-    memory |= _trained_memory(stage, trained, 0, num_processes)
-    memory |= {
-        "activations": tokens * stage.medusa_heads * 4 * target.hidden_size * _bytes(stage),
-        "logits": 4 * (logits + target.vocab_size * target.hidden_size),
-    }
-    flops = (_forward_flops(stage, active, target) + 6.0 * trained) * tokens * stage.accumulation_steps
-    return StagePlan(
-        **_common(stage, params, active, num_processes),
-        trained_params=trained,
-        frozen_params=0,
-        memory=memory,
-        disk=_head_disk(stage, trained, 0),
+        disk=_head_disk(stage, trained, costs.frozen),
         flops_per_step=flops,
         seconds=stage.max_steps * flops / rate,
     )
 
 
 def _frozen_target_memory(
-    stage: TrainConfig, params: Shapes, target: Any, num_processes: int, feature_layers: Sequence[int] = ()
+    stage: Stage, params: Shapes, target: Any, num_processes: int, feature_layers: Sequence[int] = ()
 ) -> dict[str, int]:
     """Bytes of a frozen target and of its pass.
 
@@ -298,7 +220,7 @@ def _layer_sizes(params: Shapes) -> list[int]:
     return list(layers.values())
 
 
-def _trained_memory(stage: TrainConfig, trained: int, frozen: int, num_processes: int) -> dict[str, int]:
+def _trained_memory(stage: Stage, trained: int, frozen: int, num_processes: int) -> dict[str, int]:
     """Bytes of a head with so many `trained` and `frozen` numbers, and of what the optimizer keeps of it."""
     is_sharded = stage.parallel == "fsdp2"
     shards = num_processes if is_sharded else 1
@@ -311,25 +233,25 @@ def _trained_memory(stage: TrainConfig, trained: int, frozen: int, num_processes
     }
 
 
-def _autocast_bytes(stage: TrainConfig) -> int:
+def _autocast_bytes(stage: Stage) -> int:
     """Bytes of the copy of a trained number that autocast multiplies with."""
     return 2 if stage.bf16 else 0
 
 
-def _forward_flops(stage: TrainConfig, active: int, target: Any) -> float:
+def _forward_flops(stage: Stage, active: int, target: Any) -> float:
     """Operations of the target's pass, for one token."""
     queries = int(target.num_attention_heads) * _head_dim(target)
     return 2.0 * active + 2.0 * stage.sequence_length * queries * int(target.num_hidden_layers)
 
 
-def _head_disk(stage: TrainConfig, trained: int, frozen: int) -> dict[str, int]:
+def _head_disk(stage: Stage, trained: int, frozen: int) -> dict[str, int]:
     return {
         "checkpoints": (4 * (trained + frozen) + 8 * trained) * (stage.keep_checkpoints + 1),
         "heads (last and best)": 2 * 2 * (trained + frozen),
     }
 
 
-def _common(stage: TrainConfig, params: Shapes, active: int, num_processes: int) -> dict[str, Any]:
+def _common(stage: Stage, params: Shapes, active: int, num_processes: int) -> dict[str, Any]:
     rows = stage.batch_size * stage.accumulation_steps * num_processes
     return {
         "objective": stage.objective,
@@ -341,12 +263,12 @@ def _common(stage: TrainConfig, params: Shapes, active: int, num_processes: int)
     }
 
 
-def _tokens(stage: TrainConfig) -> int:
+def _tokens(stage: Stage) -> int:
     """Slots of one process's forward pass, if all rows are full."""
     return stage.batch_size * stage.sequence_length
 
 
-def _bytes(stage: TrainConfig) -> int:
+def _bytes(stage: Stage) -> int:
     """Bytes of a number in products."""
     return 2 if stage.bf16 else 4
 

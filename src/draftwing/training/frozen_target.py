@@ -13,13 +13,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from draftwing.config import TrainConfig
+from draftwing.config import Stage
 from draftwing.target.load import load_model, load_target
 from draftwing.target.model import TargetModel
 from draftwing.training.processes import current_device, num_processes, wait_for_others
 
 
-def frozen_target(config: TrainConfig, name: str) -> TargetModel:
+def frozen_target(config: Stage, name: str) -> TargetModel:
     """The recipe's target or teacher `name`, in bfloat16 on a GPU if the recipe says so.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Train EAGLE or Medusa heads for a frozen target; an evaluation measures acceptance length, simulated and decoded."""
+"""Train a head of any kind for a frozen target; an evaluation measures acceptance length, simulated and decoded."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,23 +10,21 @@ from rich.console import Console
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from draftwing.config import TrainConfig
+from draftwing.config import HeadStage, Stage, TrainConfig
 from draftwing.data.chat import Example
 from draftwing.data.examples import (
     Collator,
     LengthGroupedOrder,
     as_training_rows,
+    count_supervised,
     fingerprint_of,
     lengths_of,
     read_documents,
 )
-from draftwing.drafts.eagle.eagle1 import EagleModel
-from draftwing.drafts.eagle.formats import HeadFormat
+from draftwing.drafts.head_training import HeadTraining
 from draftwing.drafts.kinds import new_drafter, resolve_method
-from draftwing.drafts.load import DraftNetwork, build_network, load_strictly, sizes_of
-from draftwing.drafts.medusa.files import MedusaHeads
-from draftwing.drafts.medusa.network import MedusaModel
-from draftwing.drafts.save import save_head, save_medusa, to_head
+from draftwing.drafts.load import load_strictly
+from draftwing.drafts.objective import Objective
 from draftwing.engine.engine import Request
 from draftwing.engine.generation import start_generation
 from draftwing.engine.plan import TreePlan
@@ -36,9 +34,7 @@ from draftwing.target.load import load_tokenizer
 from draftwing.target.model import TargetModel
 from draftwing.training.estimates import read_target_config
 from draftwing.training.frozen_target import frozen_target
-from draftwing.training.heads import continued_head, coverage, new_config, new_head
-from draftwing.training.medusa import MedusaTraining, new_medusa
-from draftwing.training.objectives import HeadTraining
+from draftwing.training.objectives import HEADS
 from draftwing.training.processes import (
     is_main_process,
     num_processes,
@@ -48,7 +44,6 @@ from draftwing.training.processes import (
 )
 from draftwing.training.trainer import ResumableTrainer, new_trainer, wants_compile
 
-Trainable = DraftNetwork | MedusaModel
 LEAST_COVERAGE = 0.8
 """Of the supervised tokens by a draft vocabulary; with less, many drafts end at a token that it lacks."""
 DECODED_TOKENS = 64
@@ -59,21 +54,16 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     """Train the recipe's head into `config.output`, in its published format; returns the held-out metrics."""
     torch.manual_seed(config.seed)
     plan = decode_plan(config)
-    if config.objective != "medusa" and not config.init_from:  # mistakes are found before anything large is read
-        target_config = read_target_config(config.target).get_text_config()
-        new_config(config, target_config, target_config.vocab_size)
+    objective = HEADS[config.objective]
+    # Mistakes are found before anything large is read.
+    objective.check(config, read_target_config(config.target).get_text_config())
     target = frozen_target(config, config.target)
     tokenizer = load_tokenizer(config.target)
     documents = read_documents(config, tokenizer)
-    head: Trainable
-    if config.objective == "medusa":
-        head = new_medusa(config, target).to(target.device)
-        module: HeadTraining = MedusaTraining(head, target, config)
-    else:
-        head = (continued_head if config.init_from else new_head)(config, target, documents.train).to(target.device)
-        module = HeadTraining(head, target, config)
-        if is_main_process():
-            _show_coverage(head, documents.train)
+    head: Any = objective.make(config, target, documents.train).to(target.device)
+    module = objective.training(head, target, config)
+    if is_main_process():
+        _show_coverage(head, documents.train)
     if wants_compile(config):
         module.compile_parts()
     rows = as_training_rows(documents, config, target, head.config.feature_layers)
@@ -90,7 +80,7 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     return trainer.finish(metrics)
 
 
-def _show_coverage(head: DraftNetwork, train: Sequence[Example]) -> None:
+def _show_coverage(head: Any, train: Sequence[Example]) -> None:
     """Say how much of what the rows say the head can draft at all, in yellow if that is little."""
     if (share := coverage(head, train)) is None:
         return
@@ -100,7 +90,16 @@ def _show_coverage(head: DraftNetwork, train: Sequence[Example]) -> None:
     Console(stderr=True).print(text, style="yellow" if is_low else "", markup=False, highlight=False, soft_wrap=True)
 
 
-def decode_plan(config: TrainConfig) -> TreePlan:
+def coverage(head: Any, train: Sequence[Example]) -> float | None:
+    """The share of the supervised tokens that the head's draft vocabulary has; None if it has all of the target's."""
+    target_ids = head.vocab.target_ids
+    if target_ids is None:
+        return None
+    counts = count_supervised(train, head.config.vocab_size)
+    return float(counts[target_ids.cpu()].sum() / counts.sum().clamp(min=1))
+
+
+def decode_plan(config: HeadStage) -> TreePlan:
     """The tree plan with which evaluations decode."""
     try:
         return TreePlan.parse(config.decode_plan) if config.decode_plan else TreePlan.chain(config.ttt_steps)
@@ -113,7 +112,7 @@ def unsupervised(rows: Sequence[Example], count: int) -> list[Example]:
     return [dataclasses.replace(rows[0], loss_mask=torch.zeros_like(rows[0].loss_mask))] * count if rows else []
 
 
-def prompt_of(example: Example, config: TrainConfig) -> list[int]:
+def prompt_of(example: Example, config: Stage) -> list[int]:
     """What a held-out row's first answer answers; of a plain text, or a piece of one, its first tokens."""
     answer = int(example.loss_mask.int().argmax())
     length = answer or max(1, min(config.prompt_length, len(example) // 2))
@@ -164,15 +163,10 @@ class HeadTrainer(ResumableTrainer):
 
     def save(self, folder: Path) -> None:
         """Write the head as it is now, in its published format."""
-        head = self._module.head
-        tensors = whole_tensors(head)  # of all processes, so before the others leave
+        module = self._module
+        tensors = whole_tensors(module.head)  # of all processes, so before the others leave
         if is_main_process():
-            if isinstance(head, MedusaModel):
-                save_medusa(MedusaHeads(head.config, tensors), folder, self.config.target, torch.bfloat16)
-            else:
-                head_format: HeadFormat = "eagle1" if isinstance(head, EagleModel) else "eagle3"
-                written = dataclasses.replace(to_head(head, head_format), tensors=tensors)
-                save_head(written, folder, sizes_of(self._module.target), dtype=torch.bfloat16)
+            self._objective.save(module.head, tensors, folder, module.target, self.config.target)
         wait_for_others()
 
     @property
@@ -180,16 +174,21 @@ class HeadTrainer(ResumableTrainer):
         assert isinstance(self.model, HeadTraining)
         return self.model
 
+    @property
+    def _objective(self) -> Objective:
+        return HEADS[self.config.objective]
+
     def _decoded_tau(self) -> float:
         """tau over `prompts`, of which each process decodes its share."""
         module = self._module
         mine = self.prompts[process_index() :: num_processes()]
-        counts = decode(copy_of(module.head, module.target), module.target, mine, self.plan)
+        copy = copy_of(module.head, module.target, self._objective)
+        counts = decode(copy, module.target, mine, self.plan)
         num_tokens, num_cycles = sum_over_processes(torch.tensor(counts, dtype=torch.float64)).tolist()
         return float(num_tokens / num_cycles)
 
 
-def whole_tensors(head: Trainable) -> dict[str, torch.Tensor]:
+def whole_tensors(head: nn.Module) -> dict[str, torch.Tensor]:
     """The head's parameters; those that are sharded are gathered, by all processes together."""
     return {
         name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
@@ -197,19 +196,14 @@ def whole_tensors(head: Trainable) -> dict[str, torch.Tensor]:
     }
 
 
-def copy_of(head: Trainable, target: TargetModel) -> Trainable:
+def copy_of(head: nn.Module, target: TargetModel, objective: Objective) -> Any:
     """A whole copy of the head in the target's dtype, to decode with."""
-    network: Trainable
-    if isinstance(head, MedusaModel):
-        network = MedusaModel(head.config)
-    else:
-        network = build_network(head.config, target, head.vocab.target_ids, own_embedding=hasattr(head, "embed_tokens"))
-    network = network.to(device=target.device, dtype=target.dtype)
+    network: Any = objective.like(head, target).to(device=target.device, dtype=target.dtype)
     load_strictly(network, whole_tensors(head))
     return network.eval()
 
 
-def decode(head: Trainable, target: TargetModel, prompts: Sequence[Sequence[int]], plan: TreePlan) -> tuple[int, int]:
+def decode(head: Any, target: TargetModel, prompts: Sequence[Sequence[int]], plan: TreePlan) -> tuple[int, int]:
     """Decode the prompts greedily, one by one; returns how many tokens came in how many cycles."""
     drafter = new_drafter(resolve_method(None, head), head, target)
     num_tokens = num_cycles = 0

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from draftwing.config import TrainConfig, check_keys
+from draftwing.config import LanguageModelStage, check_keys
 from draftwing.data import fingerprint
 from draftwing.data.chat import encode_row
 from draftwing.data.corpus import Row
@@ -28,7 +28,7 @@ IGNORED = -100
 """The label of tokens that nothing is learnt from, as in transformers."""
 
 
-def train_language_model(config: TrainConfig) -> dict[str, float]:
+def train_language_model(config: LanguageModelStage) -> dict[str, float]:
     """Train on the recipe's data into `config.output`, tokenizer included; returns the held-out metrics.
 
     With a `tokenizer` that is the tokenizer; with a `teacher` the model learns its distributions instead of the tokens,
@@ -120,7 +120,7 @@ def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, labels
     return functional.cross_entropy(logits[:, :-1][is_learnt].float(), teacher_probs, reduction="sum")
 
 
-def _load_teacher(config: TrainConfig, tokenizer: Any) -> TargetModel | None:
+def _load_teacher(config: LanguageModelStage, tokenizer: Any) -> TargetModel | None:
     if not config.teacher:
         return None
     target = frozen_target(config, config.teacher)
@@ -132,7 +132,7 @@ def _load_teacher(config: TrainConfig, tokenizer: Any) -> TargetModel | None:
     return target
 
 
-def new_model(config: TrainConfig, tokenizer: Any, vocab_size: int) -> LlamaForCausalLM:
+def new_model(config: LanguageModelStage, tokenizer: Any, vocab_size: int) -> LlamaForCausalLM:
     """A randomly initialised Llama with the recipe's architecture and the tokenizer's special tokens."""
     end_of_turn, end_of_text = tokenizer.eos_token_id, _end_of_text(tokenizer)
     check_keys(config.architecture, LlamaConfig().to_dict())
@@ -177,7 +177,7 @@ def _end_of_text(tokenizer: Any) -> int:
     return int(tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id))
 
 
-def _tokenizer(config: TrainConfig, rows: Iterable[Row]) -> Any:
+def _tokenizer(config: LanguageModelStage, rows: Iterable[Row]) -> Any:
     """The tokenizer of the run, kept in its folder: a resumed run keeps its vocabulary."""
     output = Path(config.output)
     if is_main_process() and not (output / "tokenizer.json").exists():

@@ -6,21 +6,15 @@ from pathlib import Path
 from rich.console import Console
 
 from draftwing.config import TrainConfig
+from draftwing.data.fingerprint import contents_of, data_content_of
 from draftwing.files import to_json, write_text
+from draftwing.prepare.self_generated import write_self_generated
 from draftwing.provenance import provenance
-from draftwing.training.checkpoints import check_same, contents_of, data_content_of, settings_of
+from draftwing.training.checkpoints import check_same, settings_of
 from draftwing.training.display import RECORD, read_record
 from draftwing.training.head_trainer import train_head
 from draftwing.training.language_model import train_language_model
 from draftwing.training.processes import is_main_process, wait_for_others
-from draftwing.training.self_generated import write_self_generated
-
-TRAINED = {
-    "language_model": train_language_model,
-    "eagle1": train_head,
-    "eagle3": train_head,
-    "medusa": train_head,
-}
 
 
 def train_stage(config: TrainConfig) -> dict[str, float]:
@@ -48,7 +42,7 @@ def train_stage(config: TrainConfig) -> dict[str, float]:
             Console(stderr=True).print(f"finished already (begun {begun}), skipped", highlight=False, soft_wrap=True)
         metrics: dict[str, float] = record["metrics"]
         return metrics
-    return TRAINED[config.objective](config)
+    return (train_language_model if config.objective == "language_model" else train_head)(config)
 
 
 def _check_frozen_target(config: TrainConfig) -> None:

@@ -16,11 +16,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from draftwing.config import TrainConfig
+from draftwing.config import Stage
+from draftwing.data.fingerprint import contents_of, data_content_of
 from draftwing.training.checkpoints import (
     complete_checkpoint,
-    contents_of,
-    data_content_of,
     discard_checkpoint,
     newest_checkpoint,
     settings_of,
@@ -78,7 +77,7 @@ class WholeSteps(Sampler[int]):
 class ResumableTrainer(Trainer):
     """A Trainer that continues where it left off, bit for bit, on as many processes as before or on others."""
 
-    def __init__(self, config: TrainConfig, rows: str, **arguments: Any) -> None:
+    def __init__(self, config: Stage, rows: str, **arguments: Any) -> None:
         """`rows` is a hash of what is trained on: a run that continues with other rows is refused."""
         self.config, self._steps = config, WholeSteps([], 1)
         self._losses: list[torch.Tensor] = []
@@ -230,7 +229,7 @@ class Housekeeping(TrainerCallback):
 
 
 def new_trainer(
-    config: TrainConfig,
+    config: Stage,
     model: nn.Module,
     train_dataset: Sequence[Any],
     eval_dataset: Sequence[Any],
@@ -265,12 +264,12 @@ def new_trainer(
     )
 
 
-def wants_compile(config: TrainConfig) -> bool:
+def wants_compile(config: Stage) -> bool:
     """Whether the recipe's network is compiled: as the recipe says, else where there is a GPU."""
     return torch.cuda.is_available() if config.compile is None else config.compile
 
 
-def training_arguments(config: TrainConfig) -> TrainingArguments:
+def training_arguments(config: Stage) -> TrainingArguments:
     """The recipe's settings as the Trainer names them.
 
     Raises:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn.attention import flex_attention as flex
 
-from draftwing.training.losses import widen
+from draftwing.losses.slot_losses import widen
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one step, each `[B, Hk, S, dim]`."""

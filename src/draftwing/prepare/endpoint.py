@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from typing import Any
 
-from draftwing.config import TrainConfig
+from draftwing.config import SelfGeneratedStage
 from draftwing.data.corpus import Row
 from draftwing.data.in_order import map_in_order
 from draftwing.data.messages import Message, read_message
-from draftwing.training.self_generated import Prompt
+from draftwing.prepare.self_generated import Prompt
 
 REFUSED = (400, 413, 422)
 """The server will never answer this request; another one it may."""
@@ -95,7 +95,7 @@ class EndpointAnswers:
     Texts, not tokens: what the server wrote is tokenised again where the rows are read.
     """
 
-    def __init__(self, config: TrainConfig, endpoint: Endpoint, concurrency: int) -> None:
+    def __init__(self, config: SelfGeneratedStage, endpoint: Endpoint, concurrency: int) -> None:
         self._config, self._endpoint, self._concurrency = config, endpoint, concurrency
 
     def __call__(self, prompts: Sequence[Prompt]) -> Iterator[Row]:

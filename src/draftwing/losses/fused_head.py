@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from draftwing.losses.slot_losses import SlotLoss, TeacherProbs, widen
 from draftwing.target.logits import LogitTransform
-from draftwing.training.losses import SlotLoss, TeacherProbs, widen
 
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 """How many logits exist at a time. About five tensors of this size live together; a CPU is faster where its cache holds

@@ -18,10 +18,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from draftwing.config import TrainConfig
+from draftwing.config import SelfGeneratedStage
 from draftwing.data.chat import encode_row, normalise, render
 from draftwing.data.corpus import Row
 from draftwing.data.features import check_positions
+from draftwing.data.fingerprint import contents_of, data_content_of
 from draftwing.data.messages import Message, read_conversation
 from draftwing.data.rows import Rejects, made_from, select_rows
 from draftwing.data.shards import check_same_run
@@ -34,7 +35,6 @@ from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule, exact_decode
 from draftwing.files import write_text
 from draftwing.target.load import load_target, load_tokenizer
-from draftwing.training.checkpoints import contents_of, data_content_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ Answer = Callable[[Sequence[Prompt]], Iterator[Row]]
 """Answers prompts, one row for each and in their order; a row that cannot be answered has an `error`."""
 
 
-def write_self_generated(config: TrainConfig) -> dict[str, float]:
+def write_self_generated(config: SelfGeneratedStage) -> dict[str, float]:
     """Write `config.output`, a JSONL file of the rows of EngineAnswers."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     target = load_target(config.target, dtype, "cuda" if torch.cuda.is_available() else "cpu")
@@ -81,7 +81,7 @@ def write_self_generated(config: TrainConfig) -> dict[str, float]:
 
 
 def regenerate(
-    config: TrainConfig, tokenizer: Any, answer: Answer, shard: Shard | None = None, source: str = ""
+    config: SelfGeneratedStage, tokenizer: Any, answer: Answer, shard: Shard | None = None, source: str = ""
 ) -> dict[str, float]:
     """Write a row for each prompt of the data (of a shard's prompts) to `config.output`.
 
@@ -112,7 +112,7 @@ def regenerate(
     return {"rows": len(mine), "new_tokens": num_tokens, "failed": num_failed, **counts}
 
 
-def read_prompts(config: TrainConfig, tokenizer: Any) -> tuple[list[Prompt], dict[str, float]]:
+def read_prompts(config: SelfGeneratedStage, tokenizer: Any) -> tuple[list[Prompt], dict[str, float]]:
     """The prompts of a recipe's data, `evaluate_rows` held-out ones first, and counts of rows that give none.
 
     A conversation's first question, or the first tokens of each piece of a text, must leave room for an answer: at
@@ -137,7 +137,7 @@ def read_prompts(config: TrainConfig, tokenizer: Any) -> tuple[list[Prompt], dic
 
 
 def _candidates(
-    refs: Sequence[RowRef], held_out: bool, config: TrainConfig, tokenizer: Any, rejects: Rejects
+    refs: Sequence[RowRef], held_out: bool, config: SelfGeneratedStage, tokenizer: Any, rejects: Rejects
 ) -> Iterator[tuple[Prompt, int]]:
     """Prompts of rows with their lengths in tokens."""
 
@@ -163,7 +163,7 @@ def _candidates(
         yield from prompts
 
 
-def _pieces(text: str, config: TrainConfig, tokenizer: Any) -> list[tuple[int, ...]]:
+def _pieces(text: str, config: SelfGeneratedStage, tokenizer: Any) -> list[tuple[int, ...]]:
     """The first `prompt_length` tokens of each `sequence_length` tokens of a text."""
     ids = tuple(encode_row({"text": text}, tokenizer)[0].input_ids.tolist())
     starts = range(0, len(ids) - config.prompt_length, config.sequence_length)
@@ -186,7 +186,7 @@ class EngineAnswers:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: SelfGeneratedStage,
         tokenizer: Any,
         start: StartGeneration,
         eos_token_ids: tuple[int, ...],

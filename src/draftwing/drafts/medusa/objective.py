@@ -1,0 +1,127 @@
+"""What Medusa's heads learn from one batch (Medusa-1, arXiv 2401.10774, section 2.2.1: the target is frozen).
+
+Head k at slot t predicts x_{t+2+k}, as an EAGLE head does at step k. Its teacher is the target's own distribution
+there, of which the paper's token is one draw; heads that look further ahead weigh less (`ttt_decay`).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from draftwing.config import MedusaStage, TrainConfig
+from draftwing.data.chat import Example
+from draftwing.drafts.eagle.formats import Tensors
+from draftwing.drafts.head_training import HeadTraining
+from draftwing.drafts.load import expected_medusa_shapes, load_draft
+from draftwing.drafts.medusa.files import MedusaHeads
+from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel, ResBlock
+from draftwing.drafts.objective import SAVED_DTYPE, HeadCosts, HeadSizes, Objective
+from draftwing.drafts.save import save_medusa
+from draftwing.losses.fused_head import OutputHead, StepSums, Teacher, fused_loss
+from draftwing.losses.slots import SupervisedSlots
+from draftwing.target.model import TargetModel
+
+
+class MedusaTraining(HeadTraining):
+    """HeadTraining for heads that read the target's feature alone and have an output matrix each."""
+
+    head: MedusaModel
+    compiled_layers = (ResBlock,)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.head)
+
+    def _run_steps(
+        self,
+        features: torch.Tensor,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        document_ids: torch.Tensor | None,
+        slots: SupervisedSlots,
+    ) -> torch.Tensor:
+        flat = features.flatten(0, 1)
+        read = (flat.index_select(0, slots.student(step)) for step in range(self.num_steps))
+        return torch.stack([blocks_of(head)(x) for head, x in zip(self.head, read, strict=True)], dim=1)
+
+    def _token_loss(
+        self, outputs: torch.Tensor, teacher: Teacher, valid: torch.Tensor, step_weights: torch.Tensor
+    ) -> tuple[torch.Tensor, StepSums]:
+        losses, sums = [], []
+        for step, head in enumerate(self.head):
+            only = slice(step, step + 1)
+            output_head = OutputHead(output_of(head).weight)
+            loss, figures = fused_loss(
+                outputs[:, only], output_head, teacher, valid[:, only], step_weights[only], self._slot_loss
+            )
+            losses.append(loss)
+            sums.append(figures)
+        loss_sums, acceptance, hits = (
+            torch.cat([getattr(part, name) for part in sums]) for name in ("loss", "acceptance", "hits")
+        )
+        return torch.stack(losses).sum(), StepSums(loss_sums, acceptance, hits)
+
+
+class MedusaObjective(Objective):
+    """`medusa` of a recipe."""
+
+    def check(self, stage: TrainConfig, target_config: Any) -> None:
+        pass
+
+    def make(self, stage: TrainConfig, target: TargetModel, train: Sequence[Example]) -> MedusaModel:
+        return new_medusa(stage, target)
+
+    def training(self, head: MedusaModel, target: TargetModel, stage: TrainConfig) -> MedusaTraining:
+        return MedusaTraining(head, target, stage)
+
+    def like(self, head: MedusaModel, target: TargetModel) -> MedusaModel:
+        return MedusaModel(head.config)
+
+    def save(self, head: MedusaModel, tensors: Tensors, folder: Path, target: TargetModel, target_name: str) -> None:
+        save_medusa(MedusaHeads(head.config, tensors), folder, target_name, SAVED_DTYPE)
+
+    def sizes(self, stage: TrainConfig, target_config: Any, made_before: Mapping[str, HeadSizes]) -> HeadSizes:
+        config = MedusaConfig(target_config.hidden_size, target_config.vocab_size, stage.medusa_heads)
+        return HeadSizes({name: shape.numel() for name, shape in expected_medusa_shapes(config).items()}, config)
+
+    def costs(self, stage: TrainConfig, target_config: Any, sizes: HeadSizes) -> HeadCosts:
+        hidden_size, vocab_size = target_config.hidden_size, target_config.vocab_size
+        return HeadCosts(
+            frozen=0,
+            kept=stage.medusa_heads * 4 * hidden_size,
+            kept_wide=0,
+            logits=vocab_size,  # of one head after the other
+            output_gradient=vocab_size * hidden_size,
+            teacher_rows=0,
+            flops=6.0 * sizes.num_elements,
+        )
+
+
+def new_medusa(stage: MedusaStage, target: TargetModel) -> MedusaModel:
+    """Heads for a target that all start from its output matrix, or those of `init_from`.
+
+    Raises:
+        ValueError: `init_from` holds something else.
+    """
+    if stage.init_from:
+        heads = load_draft(stage.init_from, target, torch.float32)
+        if not isinstance(heads, MedusaModel):
+            raise ValueError(f"init_from: {stage.init_from} holds no Medusa heads")
+        return heads.train()
+    heads = MedusaModel(MedusaConfig(target.hidden_size, target.vocab_size, stage.medusa_heads))
+    heads.start_from(next(target.output_head.parameters()))
+    return heads
+
+
+def blocks_of(head: nn.Module) -> nn.Sequential:
+    """A head without its output matrix."""
+    assert isinstance(head, nn.Sequential)
+    return nn.Sequential(*list(head)[:-1])
+
+
+def output_of(head: nn.Module) -> nn.Linear:
+    assert isinstance(head, nn.Sequential) and isinstance(head[-1], nn.Linear)
+    return head[-1]
