@@ -139,10 +139,9 @@ def work(mode: str, max_new_tokens: int) -> None:
         print("ready", flush=True)
         while True:
             pass
-    from draftwing.embedded import EMBEDDED_PROMPTS
-
     from draftwing.api import load
     from draftwing.data.prompts import read_prompts
+    from draftwing.embedded import EMBEDDED_PROMPTS
     from draftwing.evaluation.compare import timed
 
     eagle3 = load("tiny", draft="tiny")

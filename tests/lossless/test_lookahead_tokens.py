@@ -8,8 +8,8 @@ import torch
 from conftest import generate, lookahead, requests_for, run
 from test_tokens import break_acceptance, break_cache, break_mask, break_noise
 
-from draftwing.drafts.lookahead import LookaheadDrafter
 from draftwing.drafts import lookahead as lookahead_module
+from draftwing.drafts.lookahead import LookaheadDrafter
 from draftwing.engine.tree import DraftTree
 from draftwing.target.model import TargetModel
 
