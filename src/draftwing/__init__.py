@@ -30,11 +30,11 @@ __all__ = [
 ]
 _HOMES = {
     "api": ("GenerateOutput", "SpeculativeModel", "load"),
-    "decoding.generate": ("Committed",),
-    "decoding.options": ("GenerateOptions",),
-    "decoding.plan": ("TreePlan",),
-    "decoding.sampling": ("SamplingParams",),
-    "decoding.statistics": ("Statistics",),
+    "engine.generation": ("Committed",),
+    "engine.options": ("GenerateOptions",),
+    "engine.plan": ("TreePlan",),
+    "engine.sampling": ("SamplingParams",),
+    "engine.statistics": ("Statistics",),
     "drop_in": ("custom_generate",),
 }
 """The public names by the module that each is imported from; the same as above, for the interpreter."""

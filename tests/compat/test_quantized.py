@@ -17,7 +17,7 @@ from draftwing.api import SpeculativeModel
 from draftwing.cli import main
 from draftwing.config import TrainConfig
 from draftwing.drafts import load as loading
-from draftwing.drafts.load import DraftNetwork
+from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.target.fused import FusedTarget, pack_target
 from draftwing.target.load import load_target
 from draftwing.target.model import TargetModel

@@ -17,7 +17,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, Mistral
 from draftwing.config import Loss, TrainConfig
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.eagle3 import Eagle3Model
-from draftwing.drafts.load import DraftNetwork
+from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import uncoupled_rank
 from draftwing.target.model import TargetModel

@@ -17,14 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from draftwing.config import TrainConfig
 from draftwing.drafts.eagle.formats import read_head
-from draftwing.drafts.load import (
-    counted_layers,
-    expected_medusa_shapes,
-    expected_shapes,
-    network_shapes,
-    read_draft_files,
-    resolve_draft,
-)
+from draftwing.drafts.eagle.load import counted_layers, expected_shapes, network_shapes
+from draftwing.drafts.load import read_draft_files, resolve_draft
+from draftwing.drafts.medusa.files import expected_medusa_shapes
 from draftwing.drafts.medusa.network import MedusaConfig
 from draftwing.layers import DraftConfig
 from draftwing.target.load import resolve_target

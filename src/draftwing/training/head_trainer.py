@@ -22,11 +22,12 @@ from draftwing.data.examples import (
 )
 from draftwing.drafts.eagle.eagle1 import EagleModel
 from draftwing.drafts.eagle.formats import HeadFormat
+from draftwing.drafts.eagle.load import DraftNetwork, build_network
+from draftwing.drafts.eagle.save import save_head, to_head
+from draftwing.drafts.fit import load_strictly, sizes_of
 from draftwing.drafts.kinds import new_drafter, resolve_method
-from draftwing.drafts.load import DraftNetwork, build_network, load_strictly, sizes_of
-from draftwing.drafts.medusa.files import MedusaHeads
+from draftwing.drafts.medusa.files import MedusaHeads, save_medusa
 from draftwing.drafts.medusa.network import MedusaModel
-from draftwing.drafts.save import save_head, save_medusa, to_head
 from draftwing.engine.engine import Request
 from draftwing.engine.generation import start_generation
 from draftwing.engine.plan import TreePlan

@@ -12,7 +12,8 @@ from draftwing.data.chat import Example
 from draftwing.data.examples import count_supervised
 from draftwing.drafts.eagle.eagle1 import EagleModel
 from draftwing.drafts.eagle.formats import HeadOptions, default_aux_layers
-from draftwing.drafts.load import DraftNetwork, build_network, load_head, load_strictly
+from draftwing.drafts.eagle.load import DraftNetwork, build_network, load_head
+from draftwing.drafts.fit import load_strictly
 from draftwing.layers import DraftConfig
 from draftwing.target.model import TargetModel
 
