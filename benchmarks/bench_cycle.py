@@ -30,7 +30,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.formats import default_aux_layers
 from draftwing.drafts.eagle.fused_layers import pack_head
-from draftwing.drafts.load import build_network
+from draftwing.drafts.eagle.load import build_network
 from draftwing.engine.captured import CudaRecorder
 from draftwing.engine.plan import TreePlan
 from draftwing.layers import DraftConfig

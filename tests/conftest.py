@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from draftwing.config import TrainConfig
 from draftwing.data.chat import Example
 from draftwing.drafts.eagle.drafter import EagleDrafter
+from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.drafts.head_training import HeadTraining
 from draftwing.drafts.language_model import DraftModelDrafter
-from draftwing.drafts.load import DraftNetwork
 from draftwing.drafts.lookahead import LookaheadDrafter
 from draftwing.drafts.medusa.drafter import MedusaDrafter
 from draftwing.drafts.medusa.network import MedusaModel

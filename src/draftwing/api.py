@@ -10,17 +10,12 @@ from typing import Any, NamedTuple
 import torch
 
 from draftwing.batches import Prompts, append_padded, read_prompts, unpad
-from draftwing.config import DRAFTLESS_METHODS, DTYPES, EAGLE_METHODS, check_keys
+from draftwing.config import DTYPES, check_keys
 from draftwing.drafts.drafting import check_drafting, plan_for
 from draftwing.drafts.eagle.formats import FROM_FILE, HeadOptions
-from draftwing.drafts.eagle.fused_layers import pack_draft
-from draftwing.drafts.kinds import (
-    new_drafter,
-    resolve_method,
-    suitable_draft,
-    tree_shapes,
-)
-from draftwing.drafts.load import Draft, load_draft, read_acceptance, resolve_draft
+from draftwing.drafts.family import Draft, Wanted
+from draftwing.drafts.kinds import family_of, family_of_draft, new_drafter, resolve_method, suitable_draft, tree_shapes
+from draftwing.drafts.load import load_draft, read_acceptance, resolve_draft
 from draftwing.engine.captured import CudaRecorder, Recorder
 from draftwing.engine.engine import Engine, Request, bucket, check_requests
 from draftwing.engine.generation import Committed, Generation
@@ -108,7 +103,7 @@ class _EngineKey(NamedTuple):
 
 
 class SpeculativeModel:
-    """A target that generates, optionally with a draft (EAGLE or Medusa heads, a smaller model) by one of METHODS.
+    """A target that generates, optionally with a draft, by one of the methods in drafts/kinds.py.
 
     On a CUDA device cycles are captured: recorded once for each shape and replayed, unless `capture` is False.
     """
@@ -142,7 +137,8 @@ class SpeculativeModel:
         """The same target with a draft that is loaded for it; arguments and errors are those of `load`."""
         drafting = load_draft(draft, self.target, options=head_options, tokenizer=self.tokenizer)
         lessons = self._lessons.of_another(read_acceptance(draft))
-        return SpeculativeModel(self.target, pack_draft(drafting), self.tokenizer, method, lessons, self._captures)
+        packed = family_of_draft(drafting).kind.pack(drafting)
+        return SpeculativeModel(self.target, packed, self.tokenizer, method, lessons, self._captures)
 
     @property
     def device(self) -> torch.device:
@@ -255,7 +251,8 @@ class SpeculativeModel:
             kept.plan = plan
             return kept
         shape = plan if isinstance(plan, TreePlan) else None
-        drafter = new_drafter(self.method, self.draft, self.target, key.with_lookup, key.draft_window, shape)
+        wanted = Wanted(key.with_lookup, key.draft_window, shape)
+        drafter = new_drafter(self.method, self.draft, self.target, wanted)
         if self._captures:  # it is kept, so that it should serve others as well
             num_seats, capacity = bucket(num_seats), bucket(max(capacity, SMALLEST_CAPACITY))
         return Engine(self.target, drafter, num_seats, capacity, plan, self._recorder(), key.coupled)
@@ -317,7 +314,7 @@ class SpeculativeModel:
         """Whether n-grams are merged into the trees."""
         if settings.ngram is not None:
             return settings.ngram
-        return self.method in EAGLE_METHODS and plan_for(self.method, settings.plan) is None
+        return "ngram" in family_of(self.method).takes and plan_for(self.method, settings.plan) is None
 
     def _plan(self, settings: GenerateOptions, requests: Sequence[Request], batch_size: int, with_lookup: bool) -> Plan:
         device = self.target.device
@@ -345,22 +342,18 @@ class SpeculativeModel:
     def _identity(self) -> dict[str, Any]:
         """What a cycle's seconds depend on."""
         assert self.draft is not None
-        draft = self.draft.config.to_dict() if isinstance(self.draft, TargetModel) else vars(self.draft.config)
+        kind = family_of_draft(self.draft).kind
         where = {"on": str(self.target.device), "dtype": str(self.target.dtype), "pass": type(self.target).__name__}
-        network = self.draft.model if isinstance(self.draft, TargetModel) else self.draft
-        parts = {type(part).__name__ for part in (self.draft, *network.modules())}  # packed and fused ones differ
-        where["draft_pass"] = ", ".join(sorted(parts))
+        parts = self.draft, *kind.network(self.draft).modules()
+        where["draft_pass"] = ", ".join(sorted({type(part).__name__ for part in parts}))  # packed and fused ones differ
         where["captured"] = str(self._captures)
         where["attention"] = self.target.model.config._attn_implementation  # a user's own model has another
         where["threads"] = str(num_threads())
-        return _machine() | where | {"target": self.target.config.to_dict(), "draft": draft}
+        return _machine() | where | {"target": self.target.config.to_dict(), "draft": kind.config(self.draft)}
 
     def _check_draft_positions(self, num_tokens: int) -> None:
-        """Raise a ValueError where a draft model would have to read more tokens than it has positions."""
-        if self.method != "draft_model":
-            return
-        assert isinstance(self.draft, TargetModel)
-        limit = self.draft.max_positions
+        """Raise a ValueError where a draft would have to read more tokens than it has positions."""
+        limit = family_of(self.method).kind.max_positions(self.draft)
         if limit is not None and num_tokens > limit:
             raise ValueError(
                 f"max_new_tokens: prompt and new tokens may be {num_tokens} together, which would pass the draft "
@@ -395,14 +388,13 @@ def load(
 
     Args:
         target: `tiny` (the embedded model), a folder or a hub id.
-        draft: `tiny` (the embedded draft that suits `method`), `tiny-eagle1`, `tiny-medusa`, `tiny-draft`, a folder or
-            a hub id of an EAGLE head, of Medusa heads or of a smaller causal language model with the same tokenizer;
-            None: no draft.
+        draft: `tiny` (the embedded draft that suits `method`), another one of EMBEDDED_DRAFTS, a folder or a hub id, of
+            any family in drafts/kinds.py (a smaller language model needs the same tokenizer); None: no draft.
         dtype: of both models, `torch.float32` or "float32"; default: the target file's, but float32 on a CPU that has
             no bf16 products.
         device: of both models.
-        method: one of METHODS; default: what the draft is made for (eagle2 for an EAGLE-1 file). With one that needs no
-            draft, none is loaded.
+        method: one of those in drafts/kinds.py; default: what the draft is made for (eagle2 for an EAGLE-1 file). With
+            one that needs no draft, none is loaded.
         capture: on a CUDA device, record cycles once and replay them (CUDA graphs).
         remeasure: measure anew what a cycle costs, by which trees size themselves; else it is kept on disk for 30 days.
         options: `quantize="int8"` (or int4, float8) keeps the target's linear layers in fewer bits, by torchao; files
@@ -422,7 +414,9 @@ def load(
     check_device(device)
     free_cores()  # looks while the models are loaded
     head_options = take_head_options(options)
-    draft = None if draft is None or method in DRAFTLESS_METHODS else suitable_draft(draft, method)
+    if draft is not None:
+        needs_draft = method is None or family_of(method).needs_draft
+        draft = suitable_draft(draft, method) if needs_draft else None
     if draft is not None:
         resolve_draft(draft)  # a wrong name is known before the target is loaded
     elif head_options.given:

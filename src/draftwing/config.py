@@ -13,10 +13,6 @@ Objective = Literal["language_model", "self_generated", "eagle1", "eagle3", "med
 Loss = Literal["kl", "cross_entropy", "lk"]
 Parallel = Literal["ddp", "fsdp2"]
 Schedule = Literal["cosine", "linear"]
-EAGLE_METHODS = ("eagle1", "eagle2", "eagle3")
-DRAFTLESS_METHODS = ("plain", "ngram", "lookahead")
-METHODS = (*DRAFTLESS_METHODS, *EAGLE_METHODS, "medusa", "draft_model")
-"""The speculation methods (drafts/kinds.py says what each is made of)."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 QUANTIZATIONS = ("int8", "int4", "float8")
 """How a target's linear layers can be kept in fewer bits (target/quantize.py)."""

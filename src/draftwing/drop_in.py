@@ -22,9 +22,9 @@ from draftwing.api import HEAD_OPTIONS, Lessons, SpeculativeModel, take_head_opt
 from draftwing.batches import append_padded, unpad
 from draftwing.config import check_keys
 from draftwing.drafts.eagle.formats import HeadOptions
-from draftwing.drafts.eagle.fused_layers import pack_draft
-from draftwing.drafts.kinds import suitable_draft
-from draftwing.drafts.load import Draft, load_draft, read_acceptance
+from draftwing.drafts.family import Draft
+from draftwing.drafts.kinds import family_of_draft, suitable_draft
+from draftwing.drafts.load import load_draft, read_acceptance
 from draftwing.engine.generation import Generation
 from draftwing.engine.options import GenerateOptions
 from draftwing.engine.plan import TreePlan
@@ -41,7 +41,6 @@ from draftwing.honoured import (
     left_paddings,
 )
 from draftwing.target.model import TargetModel
-from draftwing.target.packed import PackedLinear
 
 
 @dataclass
@@ -181,7 +180,7 @@ class _DropIn:
             return _Known(fits, self.draft, Lessons())
         name = suitable_draft(str(self.draft), self.method)
         draft = load_draft(name, target, options=self.head_options, tokenizer=self.tokenizer)
-        return _Known(fits, pack_draft(draft, compiles=False), Lessons(read_acceptance(name)))
+        return _Known(fits, family_of_draft(draft).kind.pack(draft, compiles=False), Lessons(read_acceptance(name)))
 
 
 @dataclass(frozen=True)
@@ -202,14 +201,9 @@ def _check_fits(draft: Draft | None, target: TargetModel) -> None:
     """Raise a ValueError where a loaded draft lies elsewhere than its target, or has another dtype."""
     if draft is None:
         return
-    if isinstance(draft, TargetModel):  # of any dtype, but that in which it was taken
-        found, dtype = {(draft.model.dtype, draft.model.device)}, draft.dtype
-    else:
-        tensors = [tensor for tensor in (*draft.parameters(), *draft.buffers()) if tensor.is_floating_point()]
-        products = [module.product for module in draft.modules() if isinstance(module, PackedLinear)]
-        found, dtype = {(tensor.dtype, tensor.device) for tensor in tensors}, target.dtype
-        found |= {(product.dtype, product.device) for product in products}
-    for other in found - {(dtype, target.device)}:
+    kind = family_of_draft(draft).kind
+    dtype = kind.dtype(draft, target)
+    for other in kind.places(draft) - {(dtype, target.device)}:
         raise ValueError(
             f"draft: is {other[0]} on {other[1]}, expected {dtype} on {target.device}; load it anew for this model, or "
             "give custom_generate its name"

@@ -38,8 +38,9 @@ from transformers import PreTrainedTokenizerFast
 
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.formats import HeadOptions
-from draftwing.drafts.load import DraftNetwork, load_head, sizes_of
-from draftwing.drafts.save import save_head, to_head
+from draftwing.drafts.eagle.load import DraftNetwork, load_head
+from draftwing.drafts.eagle.save import save_head, to_head
+from draftwing.drafts.fit import sizes_of
 from draftwing.engine.drafter import Drafter
 from draftwing.engine.tree import DraftTree
 from draftwing.target.model import TargetModel

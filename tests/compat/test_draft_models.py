@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from published import TINY, eagle1_shapes, eagle3_shapes, random_tensors
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 
-from draftwing.drafts.eagle.formats import HeadOptions, is_language_model
-from draftwing.drafts.fit import vocabulary_problems
-from draftwing.drafts.inspect import ModelReport, inspect_draft
+from draftwing.drafts.eagle.formats import HeadOptions
+from draftwing.drafts.fit import Tensors
+from draftwing.drafts.inspect import inspect_draft
+from draftwing.drafts.kinds import family_of_files
+from draftwing.drafts.language_model import LanguageModel, ModelReport, vocabulary_problems
 from draftwing.drafts.load import load_draft
 from draftwing.target.model import TargetModel
 
@@ -30,6 +33,10 @@ class Tokenizer:
 def save(folder: Path, **sizes: int) -> str:
     tiny_llama(seed=3, **sizes).save_pretrained(folder)
     return str(folder)
+
+
+def is_language_model(values: dict[str, Any], tensors: Tensors) -> bool:
+    return isinstance(family_of_files(values, tensors).kind, LanguageModel)
 
 
 def test_a_folder_with_a_causal_language_model(target: TargetModel, tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ from draftwing.doctor.patient import Patient
 from draftwing.doctor.replay import Recording, record
 from draftwing.doctor.suspects import head_suspects
 from draftwing.doctor.trials import Finding, Steps, compare
-from draftwing.drafts.eagle.formats import HeadOptions, Tensors
+from draftwing.drafts.eagle.formats import HeadOptions
+from draftwing.drafts.fit import Tensors
 from draftwing.drafts.load import read_draft_files, resolve_draft
 from draftwing.embedded import EMBEDDED, EMBEDDED_PROMPTS
 from draftwing.engine.engine import Request

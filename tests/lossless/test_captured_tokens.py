@@ -18,7 +18,7 @@ from conftest import (
 )
 from tape import TapeRecorder
 
-from draftwing.drafts.load import DraftNetwork
+from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.engine.captured import CudaRecorder, context_bound
 from draftwing.engine.engine import Engine, NewDrafter
 from draftwing.engine.generation import Generation

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from tape import TapeRecorder
 from test_bits import packed_target
 
-from draftwing.drafts.load import DraftNetwork
+from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.engine import engine as engine_module
 from draftwing.engine.engine import Engine, NewDrafter, Request, Seat
 from draftwing.engine.plan import Plan, TreePlan

@@ -19,7 +19,7 @@ from conftest import (
     tiny_llama,
 )
 
-from draftwing.drafts.load import DraftNetwork
+from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.engine.engine import NewDrafter
 from draftwing.engine.sampling import Noise, SamplingParams
 from draftwing.plans.experience import Experience

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import costs, eagle, ngram
 
-from draftwing.drafts.load import DraftNetwork
+from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.engine.drafter import NoDrafter
 from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import SamplingParams

@@ -10,7 +10,7 @@ import torch
 from conftest import VOCAB_SIZE, Path, eagle, nodes_of, requests_for, run
 
 from draftwing.drafts.eagle.drafter import EagleDrafter
-from draftwing.drafts.load import DraftNetwork
+from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.engine.generation import start_generation
 from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import uncoupled_rank

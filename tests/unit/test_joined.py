@@ -17,7 +17,7 @@ from draftwing.drafts.draft_vocab import DraftVocab
 from draftwing.drafts.eagle.eagle1 import EagleModel
 from draftwing.drafts.eagle.eagle3 import Eagle3Model
 from draftwing.drafts.eagle.fused_layers import pack_head
-from draftwing.drafts.load import DraftNetwork
+from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.engine.tree import root_tree
 from draftwing.layers import DraftConfig
 from draftwing.target import attention, packed

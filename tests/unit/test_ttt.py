@@ -18,8 +18,8 @@ from draftwing.config import Loss, TrainConfig
 from draftwing.drafts.eagle import objective
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.eagle3 import Eagle3Model
+from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.drafts.head_training import HeadTraining
-from draftwing.drafts.load import DraftNetwork
 from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import uncoupled_rank
 from draftwing.losses.slot_losses import feature_regression

@@ -3,19 +3,22 @@
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from draftwing.config import DTYPES, METHODS, QUANTIZATIONS
-from draftwing.engine.plan import TreePlan
+from draftwing.config import DTYPES, QUANTIZATIONS
+from draftwing.drafts.kinds import methods
+from draftwing.embedded import EMBEDDED_DRAFTS
+from draftwing.engine.plan import STATIC_TREES, TreePlan
 from draftwing.threads import choose_threads
 
 Value = TypeVar("Value")
 PLANS = (
-    "auto, off, chain:DEPTH, tree:WIDTHxDEPTHxNODES, eagle1 or medusa (their papers' trees), lookahead:WxNxG "
-    "(default: the method's)"
+    f"auto, off, chain:DEPTH, tree:WIDTHxDEPTHxNODES, {' or '.join(STATIC_TREES)} (their papers' trees), "
+    "lookahead:WxNxG (default: the method's)"
 )
+DRAFTS = f"{', '.join(sorted(EMBEDDED_DRAFTS))}, a folder or a hub id"
 
 
 def read_by(read: Callable[[str], Value]) -> Callable[[str], Value]:
@@ -99,9 +102,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: the file's; float32 on a CPU without bf16")
 
 
-def add_method(parser: argparse.ArgumentParser, methods: tuple[str, ...] = METHODS) -> None:
+def add_method(parser: argparse.ArgumentParser, choices: Sequence[str] | None = None) -> None:
     """Which of the methods drafts."""
-    parser.add_argument("--method", choices=methods, help="default: what the draft is made for")
+    parser.add_argument("--method", choices=choices or methods(), help="default: what the draft is made for")
 
 
 def add_remeasure(parser: argparse.ArgumentParser) -> None:

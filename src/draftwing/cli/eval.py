@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from draftwing.cli.arguments import add_device, add_execution, add_remeasure, positive, read_by, seed, temperatures
 from draftwing.cli.output import new_console, note, say_saved
-from draftwing.config import EAGLE_METHODS
 from draftwing.data.benchmarks import BENCHMARKS
+from draftwing.drafts.kinds import family_of
 from draftwing.evaluation.specs import MethodSpec, read_specs
 
 if TYPE_CHECKING:
@@ -173,7 +173,9 @@ def _report(
     from draftwing.evaluation.report import Report
     from draftwing.provenance import provenance
 
-    chains = [name for name, spec in methods.items() if spec.is_chain and spec.method in EAGLE_METHODS]
+    chains = [
+        name for name, spec in methods.items() if spec.is_chain and "draft_window" in family_of(spec.method).takes
+    ]
     rows = result_rows(evaluation, journal, remarks, chains)
     warnings = []
     is_chat = any(prompt.messages for data in evaluation.data for prompt in data.prompts)

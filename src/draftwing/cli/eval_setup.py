@@ -17,7 +17,7 @@ from draftwing.cli.output import new_console
 from draftwing.data.benchmarks import load_benchmark
 from draftwing.data.prompts import read_prompts, spread
 from draftwing.drafts.drafting import default_plan
-from draftwing.drafts.kinds import resolve_method, serves
+from draftwing.drafts.kinds import family_of, resolve_method, serves
 from draftwing.drafts.load import resolve_draft
 from draftwing.embedded import EMBEDDED_DRAFTS, EMBEDDED_PROMPTS
 from draftwing.evaluation.compare import Decode, decoder
@@ -26,7 +26,6 @@ from draftwing.evaluation.memory import with_peak
 from draftwing.evaluation.rivals import endpoint_rival, transformers_rivals
 from draftwing.evaluation.specs import MethodSpec, Wanted
 from draftwing.target.load import load_stock, resolve_target
-from draftwing.target.model import TargetModel
 
 EMBEDDED_SAMPLE, LARGEST_SAMPLE = 8, 80
 """Prompts by default: of the embedded ones, and of any other data set at most."""
@@ -128,8 +127,8 @@ def prepare(
             methods[str(spec)] = replace(spec, plan=spec.plan or default_plan(spec.method))
             start = partial(model.with_method(spec.method).start, **spec.settings)
             decoders.setdefault(str(spec), with_peak(decoder(start), device))
-    readers = [bare.target, *(model.draft for model in models.values() if isinstance(model.draft, TargetModel))]
-    limits = [reader.max_positions for reader in readers if reader.max_positions is not None]
+    readers = [family_of(model.method).kind.max_positions(model.draft) for model in models.values()]
+    limits = [limit for limit in (bare.target.max_positions, *readers) if limit is not None]
     evaluation = Evaluation(
         decoders,
         data,

@@ -26,8 +26,9 @@ from draftwing.cli.arguments import (
 )
 from draftwing.cli.output import new_console, note
 from draftwing.drafts.drafting import check_drafting
+from draftwing.drafts.kinds import PLAIN, drafts_in_words
 
-SUMMARY = "Generate text with a target and a draft: EAGLE or Medusa heads, a smaller model, or none."
+SUMMARY = "Generate text with a target, and a draft or none."
 EXAMPLES = """examples:
   draftwing generate --target tiny --draft tiny --prompt "def main(args):"
   draftwing generate --target tiny --draft tiny --prompt -  # standard input
@@ -43,9 +44,7 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
     parser.add_argument("--target", required=True, help="tiny (embedded), a folder or a hub id")
-    parser.add_argument(
-        "--draft", help="tiny, a folder or a hub id, of EAGLE or Medusa heads or a small model; without it, plain"
-    )
+    parser.add_argument("--draft", help=f"tiny, a folder or a hub id, of {drafts_in_words()}; without it, {PLAIN}")
     parser.add_argument(
         "--prompt",
         type=plain_text,
@@ -95,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
         )
     }
     if options.method or not options.draft:  # else the draft tells which
-        check_drafting(options.method or "plain", options.plan, options.ngram, options.draft_window)
+        check_drafting(options.method or PLAIN, options.plan, options.ngram, options.draft_window)
     from draftwing.api import load
     from draftwing.data.prompts import Prompt, has_chat_template
 
@@ -138,7 +137,7 @@ def _print_stream(model: Any, ids: list[int], settings: dict[str, Any]) -> None:
     generation = model.start([ids], **settings)
     print_stream(console, generation.cycles(), model.tokenizer)
     figures = generation.statistics
-    legend = f" ({LEGEND})" if console.is_terminal and model.method != "plain" else ""
+    legend = f" ({LEGEND})" if console.is_terminal and model.method != PLAIN else ""
     note(
         f"{figures.num_tokens} tokens in {figures.total_seconds:.2f} s, tau {figures.acceptance_length:.2f}{legend}",
         "dim",
@@ -149,7 +148,7 @@ def _print_comparison(model: Any, ids: list[int], settings: dict[str, Any], as_j
     from draftwing.evaluation.compare import warm_up
     from draftwing.evaluation.demo import print_text
 
-    plain_model = model.with_method("plain")
+    plain_model = model.with_method(PLAIN)
     plain_settings = settings | {"plan": None, "ngram": None, "draft_window": None}
     warm_up(plain_model.start, ids, **plain_settings)
     warm_up(model.start, ids, **settings)

@@ -4,6 +4,7 @@ import argparse
 import json
 from dataclasses import asdict
 
+from draftwing.cli.arguments import DRAFTS
 from draftwing.cli.output import new_console
 
 SUMMARY = "Say what a draft head or draft model is, and what does not fit."
@@ -20,7 +21,7 @@ EXIT_STATUS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
     parser.description = f"{SUMMARY}\n{EXIT_STATUS}"
-    parser.add_argument("draft", help="tiny, tiny-eagle1, tiny-medusa, tiny-draft, a folder or a hub id")
+    parser.add_argument("draft", help=DRAFTS)
     parser.add_argument("--target", help="also check the draft against this target (config and tokenizer are enough)")
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 
 from draftwing.cli.arguments import (
+    DRAFTS,
     add_device,
     add_execution,
     add_head_options,
@@ -15,6 +16,7 @@ from draftwing.cli.arguments import (
     temperature,
 )
 from draftwing.cli.output import new_console, say_saved
+from draftwing.drafts.kinds import sized_methods, suitable_draft
 
 SUMMARY = "Measure what a cycle costs and what is accepted, and show which trees pay."
 EXAMPLES = """examples:
@@ -26,12 +28,10 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
     parser.add_argument("--target", required=True, help="tiny, a folder or a hub id")
-    parser.add_argument(
-        "--draft", required=True, help="tiny, tiny-eagle1, tiny-medusa, tiny-draft, a folder or a hub id"
-    )
+    parser.add_argument("--draft", required=True, help=DRAFTS)
     add_device(parser)
     add_execution(parser)
-    add_method(parser, ("eagle2", "eagle3", "medusa", "draft_model"))
+    add_method(parser, sized_methods())
     parser.add_argument("--batch-size", type=positive, default=1, help="rows that are decoded together (default: 1)")
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--prompts", help="a JSONL file with prompt, messages or turns (default: the embedded ones)")
@@ -45,7 +45,6 @@ def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from draftwing.api import load
     from draftwing.data.prompts import read_prompts
-    from draftwing.drafts.kinds import suitable_draft
     from draftwing.drafts.load import resolve_draft
     from draftwing.embedded import EMBEDDED_PROMPTS
     from draftwing.evaluation.planning import as_tables, implied_plan, measure_plan, save_acceptance

@@ -9,12 +9,11 @@ from torch.nn import functional
 
 from draftwing.doctor.replay import Recording, Trace, replay
 from draftwing.doctor.suspects import Suspect, head_suspects, precision_suspects
-from draftwing.drafts.eagle.formats import FROM_FILE, HeadOptions, is_language_model, verifier_name
-from draftwing.drafts.eagle.fused_layers import pack_draft
+from draftwing.drafts.eagle.formats import FROM_FILE, HeadOptions, verifier_name
+from draftwing.drafts.family import Draft, Wanted
 from draftwing.drafts.fit import broken_tensors
-from draftwing.drafts.kinds import new_drafter, resolve_method
-from draftwing.drafts.load import DraftNetwork, build_head, load_draft, read_draft_files, resolve_draft
-from draftwing.drafts.medusa.files import is_medusa
+from draftwing.drafts.kinds import FAMILIES, family_of_files, new_drafter
+from draftwing.drafts.load import check_head_options, open_draft
 from draftwing.target.model import TargetModel
 
 DEPTH = 5
@@ -30,40 +29,38 @@ class Patient:
         ValueError: as `load_draft`.
     """
 
-    draft: DraftNetwork | TargetModel
-
     def __init__(self, name: str, target: TargetModel, options: HeadOptions = FROM_FILE, tokenizer: Any = None) -> None:
         self.name, self.target, self.options, self._tokenizer = name, target, options, tokenizer
-        self.values, self.tensors = read_draft_files(resolve_draft(name))
-        if is_medusa(self.values, self.tensors):
-            raise ValueError(f"draft: {name} holds Medusa heads; the doctor knows EAGLE heads and draft models")
-        self.is_head = not is_language_model(self.values, self.tensors)
+        self._files = open_draft(name)
+        self.values, self.tensors = self._files.values, self._files.tensors
+        self._family = family_of_files(self.values, self.tensors)
+        if not self._family.has_doctor:
+            known = ", ".join(family.name for family in FAMILIES if family.has_doctor)
+            raise ValueError(f"draft: {name} holds {self._family.name}; the doctor knows {known}")
+        self.is_head = self._family.has_head_options
+        check_head_options(options, self._family, self._files.folder)
         self.broken = broken_tensors(self.tensors)
         """Of the file's tensors, those that hold NaN or infinity."""
-        self.draft = self.load({})
+        self.draft: Draft = self.load({})
 
-    def load(self, options: Mapping[str, Any]) -> DraftNetwork | TargetModel:
+    def load(self, options: Mapping[str, Any]) -> Draft:
         """The draft with some options of `load` changed."""
         dtype = getattr(torch, options["dtype"]) if "dtype" in options else None
-        if self.is_head:
-            fields = {name: value for name, value in options.items() if name in HeadOptions.__dataclass_fields__}
-            chosen = HeadOptions(**self.options.given | fields)
-            head = build_head(self.values, self.tensors, self.target, dtype, chosen)
-            return pack_draft(head, compiles=False)  # as for decoding
-        model = load_draft(self.name, self.target, dtype, self.options, self._tokenizer)
-        assert isinstance(model, TargetModel)
-        return pack_draft(model, compiles=False)
+        fields = {name: value for name, value in options.items() if name in HeadOptions.__dataclass_fields__}
+        chosen = HeadOptions(**self.options.given | fields)
+        kind = self._family.kind
+        return kind.pack(kind.build(self._files, self.target, dtype, chosen, self._tokenizer), compiles=False)
 
     def suspects(self, longest: int) -> list[Suspect]:
         """What to try, on rows of at most so many tokens."""
-        if isinstance(self.draft, TargetModel):
+        if not self.is_head:
             return precision_suspects(self.target)
         return head_suspects(self.draft.config, self.options, self.tensors, self.target, longest)
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
         """The numbers of the hidden states that the draft reads."""
-        return () if isinstance(self.draft, TargetModel) else self.draft.config.feature_layers
+        return self._family.kind.feature_layers(self.draft)
 
     @property
     def layers_of_suspects(self) -> tuple[int, ...]:
@@ -75,14 +72,13 @@ class Patient:
     def traces(self, recordings: Sequence[Recording], options: Mapping[str, Any]) -> list[Trace]:
         """What the draft does with some options of `load` and `generate` changed."""
         draft, target = self.load(options), self.target
-        method, window = resolve_method(None, draft), options.get("draft_window")
-        drafter = new_drafter(method, draft, target, window=window)
+        drafter = new_drafter(self._family.methods[-1].name, draft, target, Wanted(window=options.get("draft_window")))
         replays = (replay(recording, drafter, DEPTH, draft.dtype, target.device) for recording in recordings)
         return [trace for traces in replays for trace in traces]
 
     def clues(self, target_name: str, longest: int) -> list[str]:
         """What the files say against this draft, target and length of rows, without any measurement."""
-        if isinstance(self.draft, TargetModel):
+        if not self.is_head:
             return []
         clues = []
         verifier = verifier_name(self.values)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from draftwing.drafts.eagle.fields import rope_scaling_of
-from draftwing.drafts.eagle.formats import HeadOptions, Tensors, default_or_none
+from draftwing.drafts.eagle.formats import HeadOptions, default_or_none
+from draftwing.drafts.fit import Tensors
 from draftwing.layers import DraftConfig
 from draftwing.target.hidden_states import NORMED
 from draftwing.target.model import TargetModel

@@ -1,26 +1,52 @@
-"""The speculation methods by name: which draft each one uses, and who grows its trees."""
+"""The families of drafts, and what follows from a method's name or from a draft at hand. Needs no torch."""
 
-from draftwing.config import METHODS
-from draftwing.drafts.drafting import default_plan
-from draftwing.drafts.eagle.drafter import EagleDrafter
-from draftwing.drafts.eagle.eagle3 import Eagle3Model
-from draftwing.drafts.language_model import DraftModelDrafter
-from draftwing.drafts.load import Draft
-from draftwing.drafts.lookahead import LookaheadDrafter
-from draftwing.drafts.medusa.drafter import MedusaDrafter
-from draftwing.drafts.medusa.network import MedusaModel
-from draftwing.drafts.ngram import NgramDrafter
-from draftwing.engine.drafter import Drafter, NoDrafter
-from draftwing.engine.engine import NewDrafter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from draftwing.drafts.family import NOTHING_ELSE, Draft, Family, Method, Wanted
 from draftwing.engine.plan import TreePlan
-from draftwing.target.model import TargetModel
 
-SUITABLE_DRAFTS = {
-    "eagle1": "tiny-eagle1",
-    "eagle2": "tiny-eagle1",
-    "medusa": "tiny-medusa",
-    "draft_model": "tiny-draft",
-}
+if TYPE_CHECKING:
+    from draftwing.drafts.fit import Tensors
+    from draftwing.engine.engine import NewDrafter
+    from draftwing.target.model import TargetModel
+
+_HERE = "draftwing.drafts"
+_EAGLE: dict[str, Any] = {"takes": ("ngram", "draft_window"), "has_head_options": True, "has_doctor": True}
+PLAIN = "plain"
+"""The method that drafts nothing: the reference of all others."""
+FAMILIES = [
+    Family("plain decoding", f"{_HERE}.plain.Plain", (Method(PLAIN, "off"),), needs_draft=False, plans="none"),
+    Family("n-gram drafting", f"{_HERE}.ngram.Ngram", (Method("ngram", "chain:6"),), needs_draft=False, plans="chains"),
+    Family(
+        "Lookahead decoding",
+        f"{_HERE}.lookahead.Lookahead",
+        (Method("lookahead", "lookahead:15x5x15"),),
+        needs_draft=False,
+        plans="windows",
+    ),
+    Family(
+        "an EAGLE-1/2 head",
+        f"{_HERE}.eagle.kind.Eagle1",
+        (Method("eagle1", "eagle1", "tiny-eagle1"), Method("eagle2", embedded="tiny-eagle1")),
+        **_EAGLE,
+    ),
+    Family("an EAGLE-3 head", f"{_HERE}.eagle.kind.Eagle3", (Method("eagle3"),), **_EAGLE),
+    Family(
+        "Medusa heads",
+        f"{_HERE}.medusa.kind.Medusa",
+        (Method("medusa", "medusa", "tiny-medusa"),),
+        files=("medusa_lm_head.pt",),
+    ),
+    Family(
+        "a language model",
+        f"{_HERE}.language_model.LanguageModel",
+        (Method("draft_model", embedded="tiny-draft"),),
+        has_doctor=True,
+    ),
+]
+"""Every family; another one is another entry (docs/add_a_draft.md). Files are offered to them in this order."""
+
 LARGEST_ON_CPU = TreePlan(width=4, depth=8, num_nodes=32)
 FIXED_SHAPES = tuple(
     map(TreePlan.parse, ("chain:2", "chain:4", "tree:4x4x16", "tree:6x5x30", "tree:8x6x48", "tree:10x8x60"))
@@ -28,20 +54,60 @@ FIXED_SHAPES = tuple(
 """Where every shape is worth capturing: what `auto` chooses among, the largest last."""
 
 
+def methods() -> tuple[str, ...]:
+    """The names of all methods."""
+    return tuple(method.name for family in FAMILIES for method in family.methods)
+
+
+def sized_methods() -> tuple[str, ...]:
+    """One method for each kind of draft, whose trees can size themselves."""
+    return tuple(family.methods[-1].name for family in FAMILIES if family.needs_draft)
+
+
+def family_of(method: str) -> Family:
+    """The family that a method belongs to.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    for family in FAMILIES:
+        if method in (one.name for one in family.methods):
+            return family
+    raise ValueError(f"method: expected one of {', '.join(methods())}, got {method!r}")
+
+
+def family_of_draft(draft: Draft) -> Family:
+    """The family of a draft that is loaded."""
+    found = next((family for family in FAMILIES if family.needs_draft and family.kind.owns(draft)), None)
+    if found is None:
+        raise ValueError(f"draft: expected {drafts_in_words()}, got {type(draft).__name__}")
+    return found
+
+
+def family_of_files(values: Mapping[str, Any], tensors: "Tensors") -> Family:
+    """The family of a draft's files. Those that nobody knows go to the first, whose reader says what is missing."""
+    loaded = [family for family in FAMILIES if family.needs_draft]
+    return next((family for family in loaded if family.kind.owns_files(values, tensors)), loaded[0])
+
+
+def drafts_in_words() -> str:
+    """Everything that can be loaded as a draft."""
+    *others, last = (family.name for family in FAMILIES if family.needs_draft)
+    return f"{', '.join(others)} or {last}"
+
+
 def resolve_method(method: str | None, draft: Draft | None) -> str:
     """The method to decode with, checked against the draft at hand."""
-    if method is not None and method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if method in ("ngram", "lookahead"):
+    if method is not None and not family_of(method).needs_draft:
         return method
     if draft is None:
-        if method not in (None, "plain"):
+        if method is not None:
             raise ValueError(f"method: {method} needs a draft head or a draft model")
-        return "plain"
-    kind, methods = _methods_of(draft)
-    if method not in (None, "plain", *methods):
-        raise ValueError(f"method: {method} cannot use this draft, which is {kind}")
-    return method or methods[0]
+        return PLAIN
+    family = family_of_draft(draft)
+    if method not in (None, *(one.name for one in family.methods)):
+        raise ValueError(f"method: {method} cannot use this draft, which is {family.name}")
+    return method or family.methods[-1].name
 
 
 def serves(method: str, draft: Draft | None) -> bool:
@@ -53,54 +119,20 @@ def serves(method: str, draft: Draft | None) -> bool:
     return True
 
 
-def _methods_of(draft: Draft) -> tuple[str, tuple[str, ...]]:
-    """What a draft is, and the methods that use it, the default first."""
-    if isinstance(draft, TargetModel):
-        return "a language model", ("draft_model",)
-    if isinstance(draft, MedusaModel):
-        return "Medusa heads", ("medusa",)
-    if isinstance(draft, Eagle3Model):
-        return "an EAGLE-3 head", ("eagle3",)
-    return "an EAGLE-1/2 head", ("eagle2", "eagle1")
-
-
 def suitable_draft(draft: str, method: str | None) -> str:
     """The embedded draft that suits the method, if `draft` is `tiny`; other names are left as they are."""
-    return SUITABLE_DRAFTS.get(method or "", draft) if draft == "tiny" else draft
+    return draft if draft != "tiny" or method is None else family_of(method).method(method).embedded
 
 
-def tree_shapes(draft: Draft, target: TargetModel) -> tuple[TreePlan, ...]:
+def tree_shapes(draft: Draft, target: "TargetModel") -> tuple[TreePlan, ...]:
     """The shapes that trees which size themselves have, or on a CPU their bound; the largest last."""
+    kind = family_of_draft(draft).kind
     shapes = (LARGEST_ON_CPU,) if target.device.type == "cpu" else FIXED_SHAPES
-    if isinstance(draft, MedusaModel):
-        shapes = tuple(shape.cut_to(len(draft)) for shape in shapes)
-    num_tokens = min(draft.vocab_size, target.vocab_size) if isinstance(draft, TargetModel) else len(draft.vocab)
-    return tuple(dict.fromkeys(shape.at_most(num_tokens) for shape in shapes))
+    if (max_depth := kind.max_depth(draft)) is not None:
+        shapes = tuple(shape.cut_to(max_depth) for shape in shapes)
+    return tuple(dict.fromkeys(shape.at_most(kind.num_tokens(draft, target)) for shape in shapes))
 
 
-def new_drafter(
-    method: str,
-    draft: Draft | None,
-    target: TargetModel,
-    with_lookup: bool = False,
-    window: int | None = None,
-    plan: TreePlan | None = None,
-) -> NewDrafter:
-    """What makes a method's drafter; `with_lookup` and `window` are for EAGLE heads, `plan` for Lookahead decoding."""
-    device = target.device
-
-    def new(num_seats: int, num_slots: int) -> Drafter:
-        if method == "ngram":
-            return NgramDrafter(num_seats, num_slots, device)
-        if method == "lookahead":
-            return LookaheadDrafter(plan or TreePlan.parse(default_plan(method)), num_seats, num_slots, device)
-        if draft is None or method == "plain":
-            return NoDrafter()
-        if isinstance(draft, TargetModel):
-            return DraftModelDrafter(draft, target.vocab_size, num_seats, num_slots)
-        if isinstance(draft, MedusaModel):
-            return MedusaDrafter(draft, num_seats, target.dtype, device)
-        ngram = NgramDrafter(num_seats, num_slots, device) if with_lookup else None
-        return EagleDrafter(draft, num_seats, num_slots, ngram, window)
-
-    return new
+def new_drafter(method: str, draft: Draft | None, target: "TargetModel", wanted: Wanted = NOTHING_ELSE) -> "NewDrafter":
+    """What makes a method's drafters."""
+    return family_of(method).kind.drafter(draft, target, wanted)

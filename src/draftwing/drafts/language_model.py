@@ -4,16 +4,150 @@ The draft model's cache holds every committed token, the root included: `observe
 logits of the root's children. Drafted nodes are written behind, level by level, and dropped by not being counted.
 """
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
+from torch import nn
 
 from draftwing.drafts.draft_vocab import DraftVocab
+from draftwing.drafts.eagle.formats import HeadOptions
+from draftwing.drafts.family import Draft, DraftFiles, Kind, Report, Wanted
+from draftwing.drafts.fit import TargetSizes, Tensors, dtype_name
 from draftwing.drafts.growth import RootedDraft, grow_tree
 from draftwing.engine.drafter import Drafter, Ranking
+from draftwing.engine.engine import NewDrafter
 from draftwing.engine.plan import TreePlan
 from draftwing.engine.tree import DraftTree
 from draftwing.engine.unread import Unread
+from draftwing.target.fused import pack_target
+from draftwing.target.load import empty_model, find_tokenizer, load_target
 from draftwing.target.model import TargetModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelReport(Report):
+    """The facts of a causal language model as a draft.
+
+    `num_parameters` counts tied weights once; `max_positions` is None where the configuration sets no limit,
+    `target_vocab_size` where no target was named.
+    """
+
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    max_positions: int | None
+    target_vocab_size: int | None = None
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        yield "network", f"{self.architecture}, {self.num_layers} layers, hidden size {self.hidden_size}"
+        target_size = self.target_vocab_size
+        of_target = "" if target_size is None else f"; the target has {target_size:,}"
+        yield "vocabulary", f"{self.vocab_size:,} tokens{of_target}"
+        yield "positions", "no limit" if self.max_positions is None else f"{self.max_positions:,}"
+
+    @property
+    def verdict(self) -> tuple[str, str]:
+        checked = "" if self.target_vocab_size is None else ", and nothing contradicts the target's vocabulary"
+        return "can draft", f"its cache can be rolled back{checked}"
+
+
+class LanguageModel(Kind[TargetModel]):
+    """A smaller model with the target's tokenizer; transformers reads its files."""
+
+    reads_tensors = False
+
+    def drafter(self, draft: TargetModel, target: TargetModel, wanted: Wanted) -> NewDrafter:
+        return lambda num_seats, num_slots: DraftModelDrafter(draft, target.vocab_size, num_seats, num_slots)
+
+    def owns_files(self, values: Mapping[str, Any], tensors: Tensors) -> bool:
+        return any(name.endswith("ForCausalLM") for name in values.get("architectures") or ())
+
+    def owns(self, draft: Draft) -> bool:
+        return isinstance(draft, TargetModel)
+
+    def build(
+        self, files: DraftFiles, target: TargetModel, dtype: torch.dtype | None, options: HeadOptions, tokenizer: Any
+    ) -> TargetModel:
+        folder, attention = str(files.folder), target.model.config._attn_implementation
+        model = load_target(folder, dtype or target.dtype, target.device, role="draft", attn_implementation=attention)
+        for problem in vocabulary_problems(model.vocab_size, target.vocab_size, find_tokenizer(folder), tokenizer):
+            raise ValueError(problem)
+        return model
+
+    def pack(self, draft: TargetModel, compiles: bool | None = None) -> TargetModel:
+        return pack_target(draft, compiles)
+
+    def network(self, draft: TargetModel) -> nn.Module:
+        network: nn.Module = draft.model
+        return network
+
+    def config(self, draft: TargetModel) -> dict[str, Any]:
+        values: dict[str, Any] = draft.config.to_dict()
+        return values
+
+    def places(self, draft: TargetModel) -> set[tuple[torch.dtype, torch.device]]:
+        return {(draft.model.dtype, draft.model.device)}
+
+    def dtype(self, draft: TargetModel, target: TargetModel) -> torch.dtype:
+        """Any, but that in which it was taken."""
+        dtype: torch.dtype = draft.dtype
+        return dtype
+
+    def feature_layers(self, draft: TargetModel) -> tuple[int, ...]:
+        return ()
+
+    def num_tokens(self, draft: TargetModel, target: TargetModel) -> int:
+        return min(draft.vocab_size, target.vocab_size)
+
+    def max_positions(self, draft: TargetModel) -> int | None:
+        return draft.max_positions
+
+    def inspect(self, files: DraftFiles, target: TargetSizes | None, target_name: str | None) -> ModelReport:
+        folder, problems = str(files.folder), []
+        model = empty_model(folder, role="draft")
+        if target is not None and target_name is not None:
+            tokenizers = find_tokenizer(folder), find_tokenizer(target_name)
+            problems = vocabulary_problems(model.vocab_size, target.vocab_size, *tokenizers)
+        return ModelReport(
+            folder=folder,
+            format="language_model",
+            architecture=type(model.model).__name__,
+            dtype=dtype_name(files.tensors),
+            num_parameters=model.model.num_parameters(),
+            hidden_size=model.hidden_size,
+            num_layers=model.num_layers,
+            vocab_size=model.vocab_size,
+            max_positions=model.max_positions,
+            target_vocab_size=None if target is None else target.vocab_size,
+            problems=problems,
+        )
+
+
+def vocabulary_problems(draft_size: int, target_size: int, draft_tokenizer: Any, target_tokenizer: Any) -> list[str]:
+    """Why a draft model's ids may not mean the target's tokens; tokenizers are None where unknown.
+
+    Two models of one tokenizer may still differ in size, by how far their embeddings are padded.
+    """
+    if draft_tokenizer is None or target_tokenizer is None:
+        if draft_size == target_size:
+            return []
+        return [
+            f"vocab_size: the draft model has {draft_size} tokens and the target {target_size}, "
+            "and without the tokenizers of both their ids cannot be compared"
+        ]
+    draft_ids, target_ids = draft_tokenizer.get_vocab(), target_tokenizer.get_vocab()
+    differing = [token for token, draft_id in draft_ids.items() if target_ids.get(token, draft_id) != draft_id]
+    if not differing:
+        return []
+    first = min(differing, key=draft_ids.__getitem__)
+    return [
+        f"vocab_size: the draft model (of {draft_size} tokens) and the target (of {target_size}) have different "
+        f"tokenizers: {first!r} is {draft_ids[first]} in the one and {target_ids[first]} in the other"
+    ]
 
 
 class DraftModelDrafter(Drafter):

@@ -15,14 +15,26 @@ Guesses are never accepted themselves.
 import torch
 
 from draftwing.by_seat import BySeat
+from draftwing.drafts.drafting import default_plan
+from draftwing.drafts.family import Kind, Wanted
 from draftwing.engine.drafter import Drafter, Ranking
+from draftwing.engine.engine import NewDrafter
 from draftwing.engine.plan import TreePlan
 from draftwing.engine.tree import DraftTree
+from draftwing.target.model import TargetModel
 
 POOL_SIZE = 8192
 """N-grams that a row remembers; the oldest are overwritten."""
 CODE_FACTOR = 0x5851F42D4C957F2D
 """Of a polynomial modulo 2^64 that tells n-grams apart."""
+
+
+class Lookahead(Kind[None]):
+    """Drafts from the target's own passes."""
+
+    def drafter(self, draft: None, target: TargetModel, wanted: Wanted) -> NewDrafter:
+        plan = wanted.plan or TreePlan.parse(default_plan("lookahead"))
+        return lambda num_seats, num_slots: LookaheadDrafter(plan, num_seats, num_slots, target.device)
 
 
 class LookaheadDrafter(Drafter):

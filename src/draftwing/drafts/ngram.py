@@ -10,13 +10,23 @@ from dataclasses import dataclass, replace
 import torch
 
 from draftwing.by_seat import BySeat
+from draftwing.drafts.family import Kind, Wanted
 from draftwing.engine.drafter import Drafter, Ranking
+from draftwing.engine.engine import NewDrafter
 from draftwing.engine.plan import TreePlan
 from draftwing.engine.tree import Candidates, DraftTree, Overlap, best_subtree, follow, no_candidates
+from draftwing.target.model import TargetModel
 
 LONGEST_MATCH = 8
 """Tokens of a match that are told apart; longer ones count as this long."""
 NO_TOKEN = -1
+
+
+class Ngram(Kind[None]):
+    """Drafts from the text itself."""
+
+    def drafter(self, draft: None, target: TargetModel, wanted: Wanted) -> NewDrafter:
+        return lambda num_seats, num_slots: NgramDrafter(num_seats, num_slots, target.device)
 
 
 class NgramDrafter(Drafter):

@@ -11,7 +11,7 @@ from torch import nn
 
 from draftwing.config import TrainConfig
 from draftwing.data.chat import Example
-from draftwing.drafts.eagle.formats import Tensors
+from draftwing.drafts.fit import Tensors
 from draftwing.drafts.head_training import HeadTraining
 from draftwing.target.model import TargetModel
 

@@ -32,10 +32,11 @@ class GenerateOptions:
     Attributes:
         seed: one seed per row, or a single one, of which row b gets `row_seed(seed, b)`, that is `seed + b * 2**32`.
         stop: stop strings; a row ends with the token that completes one.
-        plan: `auto`, `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `eagle1`, `medusa`, `lookahead:WxNxG` (for that
-            method alone) or a TreePlan; None is the method's default. `auto` sizes each tree by what it is expected to
-            bring; the first time on a machine it measures what a cycle costs, for a second or two (it logs so). Levels
-            beyond `max_new_tokens` are left out, and with `off` the options below say nothing.
+        plan: `auto`, a text that `TreePlan.parse` reads (`off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, a paper's
+            tree, or for that method alone `lookahead:WxNxG`) or a TreePlan; None is the method's default. `auto` sizes
+            each tree by what it is expected to bring; the first time on a machine it measures what a cycle costs, for a
+            second or two (it logs so). Levels beyond `max_new_tokens` are left out, and with `off` the options below
+            say nothing.
         ngram: with an EAGLE method, let a continuation looked up in the text compete for the nodes of each tree; None:
             where trees size themselves. Lookups that bring nothing are paused.
         draft_window: the last tokens that an EAGLE head reads; None: as many as it was trained on, for past these

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from draftwing.config import METHODS, suggestion
+from draftwing.config import suggestion
 from draftwing.drafts.drafting import check_drafting
+from draftwing.drafts.kinds import PLAIN, methods
 
 OPTIONS: dict[str, dict[str, Any]] = {"ngram": {"ngram": True}, "uncoupled": {"coupled": False}}
 """What may follow a method after a `+`, and the option of `generate` that it sets."""
@@ -57,8 +58,8 @@ class MethodSpec:
         options = tuple(match["options"].split("+")[1:])
         for option in options:
             _check("option", option, OPTIONS)
-        if match["method"] == "plain" and (match["draft"] or match["plan"] or options):
-            raise ValueError(f"methods: plain takes no draft, plan or option, got {text!r}")
+        if match["method"] == PLAIN and (match["draft"] or match["plan"] or options):
+            raise ValueError(f"methods: {PLAIN} takes no draft, plan or option, got {text!r}")
         spec = MethodSpec(match["method"], match["draft"], match["plan"], options)
         try:
             check_drafting(spec.method, **spec.settings)
@@ -81,12 +82,12 @@ def read_specs(text: str) -> list[Wanted]:
     Raises:
         ValueError: as `MethodSpec.parse`.
     """
-    wanted = [Wanted(MethodSpec("plain"), True)]
+    wanted = [Wanted(MethodSpec(PLAIN), True)]
     for part in text.split(","):
         if part == "all":
-            wanted += [Wanted(MethodSpec(method), False) for method in METHODS]
+            wanted += [Wanted(MethodSpec(method), False) for method in methods()]
         else:
-            wanted.append(Wanted(MethodSpec.parse(part, METHODS), True))
+            wanted.append(Wanted(MethodSpec.parse(part, methods()), True))
     return wanted
 
 

@@ -46,6 +46,20 @@ def load_target(
     return TargetModel(_load_on(torch.device(device), name, dtype, role, quantize, **options), role)
 
 
+def empty_model(folder: str, role: Role = "target") -> TargetModel:
+    """A causal language model without its weights: parameters can be counted, and what the cycle needs is checked.
+
+    Raises:
+        ValueError: no model can be made of its configuration, or it cannot be run over trees.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation=ATTENTION)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"{role}: cannot make the model of {folder!r}: {one_line(error)}") from error
+    return TargetModel(model.eval(), role=role)
+
+
 def load_stock(name: str, dtype: torch.dtype, device: str | torch.device, quantize: str | None = None) -> Any:
     """A causal language model as transformers runs it, to compare with.
 

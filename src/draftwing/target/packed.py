@@ -143,3 +143,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.product.output(x, self._index)
+
+
+def places(network: nn.Module) -> set[tuple[torch.dtype, torch.device]]:
+    """In which dtypes a network's numbers are, and where they lie, packed ones too."""
+    tensors = [tensor for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()]
+    products = [module.product for module in network.modules() if isinstance(module, PackedLinear)]
+    of_products = {(product.dtype, product.device) for product in products}
+    return of_products | {(tensor.dtype, tensor.device) for tensor in tensors}

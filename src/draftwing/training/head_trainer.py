@@ -21,9 +21,9 @@ from draftwing.data.examples import (
     lengths_of,
     read_documents,
 )
+from draftwing.drafts.fit import load_strictly
 from draftwing.drafts.head_training import HeadTraining
 from draftwing.drafts.kinds import new_drafter, resolve_method
-from draftwing.drafts.load import load_strictly
 from draftwing.drafts.objective import Objective
 from draftwing.engine.engine import Request
 from draftwing.engine.generation import start_generation

@@ -17,11 +17,11 @@ from typing import Any, Literal
 import torch
 
 from draftwing.drafts.eagle.fields import LAYER_IDS, rope_of, sliding_window
+from draftwing.drafts.fit import TargetSizes, Tensors
 from draftwing.layers import DraftConfig
 from draftwing.target.hidden_states import NORMED
 
 HeadFormat = Literal["eagle1", "eagle3", "speculators"]
-Tensors = dict[str, torch.Tensor]
 
 AUX_NORM_NAMES = {"aux_norm_low.weight": "fc_norm.0.weight", "aux_norm_mid.weight": "fc_norm.1.weight",
                   "aux_norm_high.weight": "fc_norm.2.weight"}  # fmt: skip
@@ -48,15 +48,6 @@ class HeadFile:
     @property
     def num_parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors.values())
-
-
-@dataclass(frozen=True)
-class TargetSizes:
-    """What a head's file leaves to its target."""
-
-    hidden_size: int
-    num_layers: int
-    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -139,8 +130,7 @@ def read_head(
     Raises:
         ValueError: a tensor or field that contradicts the format, by name.
     """
-    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED_TENSORS.match(name)}
+    tensors = {name: tensor for name, tensor in _bare(tensors).items() if not IGNORED_TENSORS.match(name)}
     head_format = detect_format(values, tensors)
     layer_values = dict(_required(values, "transformer_layer_config") if head_format == "speculators" else values)
     layer_values["rope_parameters"] = _rope_parameters(layer_values, options)
@@ -179,11 +169,20 @@ def _draft_vocab_size(values: Mapping[str, Any], layer_values: Mapping[str, Any]
     return vocab_size
 
 
-def is_language_model(values: Mapping[str, Any], tensors: Tensors) -> bool:
-    """Whether files hold a causal language model. EAGLE-1 heads name the architecture of one too, but have `fc`."""
-    names_one = any(name.endswith("ForCausalLM") for name in values.get("architectures") or ())
-    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    return names_one and "fc.weight" not in bare and not _is_eagle3(bare)
+def is_eagle1_file(values: Mapping[str, Any], tensors: Tensors) -> bool:
+    """Whether files hold an EAGLE-1 head. They may name a causal language model's architecture, but have `fc`."""
+    bare = _bare(tensors)
+    has_layers = any(name.startswith("layers.") for name in bare)
+    return "fc.weight" in bare and has_layers and not is_eagle3_file(values, tensors)
+
+
+def is_eagle3_file(values: Mapping[str, Any], tensors: Tensors) -> bool:
+    """Whether files hold an EAGLE-3 head, or what calls itself a speculator."""
+    return "speculators_model_type" in values or _is_eagle3(_bare(tensors))
+
+
+def _bare(tensors: Tensors) -> Tensors:
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
 def _is_eagle3(tensors: Tensors) -> bool:

@@ -1,7 +1,5 @@
 """An EAGLE network's layers in few operations: the arithmetic of layers.py and eagle3.py (see target/fused.py)."""
 
-from typing import TypeVar, cast
-
 import torch
 from torch import nn
 from torch.nn import functional
@@ -9,19 +7,8 @@ from torch.nn import functional
 from draftwing.drafts.eagle.eagle3 import Eagle3Layer
 from draftwing.layers import Attend, DecoderLayer, RMSNorm
 from draftwing.rotary import Rotation
-from draftwing.target.fused import Elementwise, Nodes, elementwise, is_packed, pack_target, read_layer, read_norm
-from draftwing.target.model import TargetModel
+from draftwing.target.fused import Elementwise, Nodes, elementwise, is_packed, read_layer, read_norm
 from draftwing.target.packed import pack_linears
-
-Draft = TypeVar("Draft", bound=nn.Module | TargetModel)
-
-
-def pack_draft(draft: Draft, compiles: bool | None = None) -> Draft:
-    """Pack a draft model as a target is packed, or a head in place."""
-    if isinstance(draft, TargetModel):
-        return cast(Draft, pack_target(draft, compiles))
-    pack_head(draft, compiles)
-    return draft
 
 
 def pack_head(head: nn.Module, compiles: bool | None = None) -> None:

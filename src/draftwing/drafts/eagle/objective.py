@@ -16,7 +16,8 @@ from draftwing.config import Eagle1Stage, Eagle3Stage, EagleStage, TrainConfig
 from draftwing.data.chat import Example
 from draftwing.drafts.eagle.eagle1 import EagleModel
 from draftwing.drafts.eagle.eagle3 import Eagle3Layer, Eagle3Model
-from draftwing.drafts.eagle.formats import HeadFormat, Tensors
+from draftwing.drafts.eagle.formats import HeadFormat
+from draftwing.drafts.eagle.load import DraftNetwork, build_network, network_shapes
 from draftwing.drafts.eagle.new_head import (
     continued_eagle1,
     continued_eagle3,
@@ -27,10 +28,10 @@ from draftwing.drafts.eagle.new_head import (
     new_eagle3,
     read_sizes,
 )
+from draftwing.drafts.eagle.save import save_head, to_head
+from draftwing.drafts.fit import Tensors, sizes_of
 from draftwing.drafts.head_training import HeadTraining
-from draftwing.drafts.load import DraftNetwork, build_network, network_shapes, sizes_of
 from draftwing.drafts.objective import SAVED_DTYPE, HeadCosts, HeadSizes, Objective
-from draftwing.drafts.save import save_head, to_head
 from draftwing.layers import DecoderLayer, DraftConfig
 from draftwing.losses.fused_head import OutputHead, StepSums, Teacher, fused_loss
 from draftwing.losses.slot_losses import feature_regression

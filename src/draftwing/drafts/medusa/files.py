@@ -6,10 +6,14 @@ Head i holds residual blocks i.j.linear, then the output matrix i.L.weight; conf
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from draftwing.drafts.eagle.formats import Tensors
-from draftwing.drafts.medusa.network import MedusaConfig
+import torch
+
+from draftwing.drafts.fit import TargetSizes, Tensors
+from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel
+from draftwing.drafts.save import write_draft
 
 MEDUSA_TENSOR = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)$")
 
@@ -57,3 +61,29 @@ def write_medusa(heads: MedusaHeads, target_name: str) -> tuple[dict[str, Any], 
         "base_model_name_or_path": target_name,
     }
     return values, heads.tensors
+
+
+def save_medusa(heads: MedusaHeads, folder: Path, target_name: str, dtype: torch.dtype | None = None) -> None:
+    """Write config.json and medusa_lm_head.safetensors; the weights in `dtype` (default: as they are)."""
+    write_draft(*write_medusa(heads, target_name), folder, "medusa_lm_head.safetensors", dtype)
+
+
+def expected_medusa_shapes(config: MedusaConfig) -> dict[str, torch.Size]:
+    """The parameters of Medusa heads."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in MedusaModel(config).named_parameters()}
+
+
+def medusa_problems(config: MedusaConfig, target: TargetSizes) -> list[str]:
+    """One sentence for each way in which Medusa heads do not fit their target."""
+    problems = []
+    if config.hidden_size != target.hidden_size:
+        problems.append(
+            f"hidden_size: the heads read features of width {config.hidden_size}, the target's have "
+            f"{target.hidden_size}"
+        )
+    if config.vocab_size != target.vocab_size:
+        problems.append(
+            f"vocab_size: the heads were made for {config.vocab_size} tokens, the target has {target.vocab_size}"
+        )
+    return problems

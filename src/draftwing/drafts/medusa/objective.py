@@ -13,13 +13,12 @@ from torch import nn
 
 from draftwing.config import MedusaStage, TrainConfig
 from draftwing.data.chat import Example
-from draftwing.drafts.eagle.formats import Tensors
+from draftwing.drafts.fit import Tensors
 from draftwing.drafts.head_training import HeadTraining
-from draftwing.drafts.load import expected_medusa_shapes, load_draft
-from draftwing.drafts.medusa.files import MedusaHeads
+from draftwing.drafts.load import load_draft
+from draftwing.drafts.medusa.files import MedusaHeads, expected_medusa_shapes, save_medusa
 from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel, ResBlock
 from draftwing.drafts.objective import SAVED_DTYPE, HeadCosts, HeadSizes, Objective
-from draftwing.drafts.save import save_medusa
 from draftwing.losses.fused_head import OutputHead, StepSums, Teacher, fused_loss
 from draftwing.losses.slots import SupervisedSlots
 from draftwing.target.model import TargetModel

@@ -1,0 +1,63 @@
+"""EAGLE heads as kinds of draft: EAGLE-1/2 heads and EAGLE-3 heads differ in their network alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from draftwing.drafts.eagle.drafter import EagleDrafter
+from draftwing.drafts.eagle.eagle1 import EagleModel
+from draftwing.drafts.eagle.eagle3 import Eagle3Model
+from draftwing.drafts.eagle.formats import HeadOptions, is_eagle1_file, is_eagle3_file
+from draftwing.drafts.eagle.fused_layers import pack_head
+from draftwing.drafts.eagle.inspect import HeadReport, inspect_head
+from draftwing.drafts.eagle.load import DraftNetwork, build_head
+from draftwing.drafts.family import Draft, DraftFiles, Kind, Wanted
+from draftwing.drafts.fit import TargetSizes, Tensors
+from draftwing.drafts.ngram import NgramDrafter
+from draftwing.engine.drafter import Drafter
+from draftwing.engine.engine import NewDrafter
+from draftwing.target.model import TargetModel
+
+
+class _Head(Kind[DraftNetwork]):
+    """What both kinds of EAGLE heads do alike."""
+
+    def drafter(self, draft: DraftNetwork, target: TargetModel, wanted: Wanted) -> NewDrafter:
+        def new(num_seats: int, num_slots: int) -> Drafter:
+            ngram = NgramDrafter(num_seats, num_slots, target.device) if wanted.with_lookup else None
+            return EagleDrafter(draft, num_seats, num_slots, ngram, wanted.window)
+
+        return new
+
+    def build(
+        self, files: DraftFiles, target: TargetModel, dtype: torch.dtype | None, options: HeadOptions, tokenizer: Any
+    ) -> DraftNetwork:
+        return build_head(files.values, files.tensors, target, dtype, options)
+
+    def pack(self, draft: DraftNetwork, compiles: bool | None = None) -> DraftNetwork:
+        pack_head(draft, compiles)
+        return draft
+
+    def inspect(self, files: DraftFiles, target: TargetSizes | None, target_name: str | None) -> HeadReport:
+        return inspect_head(files, target)
+
+
+class Eagle1(_Head):
+    """Heads that predict features."""
+
+    def owns_files(self, values: Mapping[str, Any], tensors: Tensors) -> bool:
+        return is_eagle1_file(values, tensors)
+
+    def owns(self, draft: Draft) -> bool:
+        return isinstance(draft, EagleModel)
+
+
+class Eagle3(_Head):
+    """Heads that predict tokens from fused features."""
+
+    def owns_files(self, values: Mapping[str, Any], tensors: Tensors) -> bool:
+        return is_eagle3_file(values, tensors)
+
+    def owns(self, draft: Draft) -> bool:
+        return isinstance(draft, Eagle3Model)

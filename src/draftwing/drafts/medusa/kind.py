@@ -1,0 +1,92 @@
+"""Medusa's heads as a kind of draft."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from draftwing.drafts.eagle.formats import HeadOptions
+from draftwing.drafts.family import Draft, DraftFiles, Kind, Report, Wanted
+from draftwing.drafts.fit import (
+    TargetSizes,
+    Tensors,
+    broken_tensors,
+    dtype_name,
+    load_strictly,
+    sizes_of,
+    tensor_problems,
+)
+from draftwing.drafts.medusa.drafter import MedusaDrafter
+from draftwing.drafts.medusa.files import expected_medusa_shapes, is_medusa, medusa_problems, read_medusa
+from draftwing.drafts.medusa.network import MedusaModel
+from draftwing.engine.engine import NewDrafter
+from draftwing.target.model import TargetModel
+from draftwing.target.packed import pack_linears
+
+
+@dataclass(frozen=True, kw_only=True)
+class MedusaReport(Report):
+    """The facts of Medusa heads."""
+
+    num_heads: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        blocks = f"{self.num_layers} residual block" + ("s" if self.num_layers > 1 else "")
+        yield "network", f"{self.num_heads} heads of {blocks}, hidden size {self.hidden_size}"
+        yield "vocabulary", f"{self.vocab_size:,} tokens"
+
+
+class Medusa(Kind[MedusaModel]):
+    """Several heads that read the target's last feature."""
+
+    def drafter(self, draft: MedusaModel, target: TargetModel, wanted: Wanted) -> NewDrafter:
+        return lambda num_seats, num_slots: MedusaDrafter(draft, num_seats, target.dtype, target.device)
+
+    def owns_files(self, values: Mapping[str, Any], tensors: Tensors) -> bool:
+        return is_medusa(values, tensors)
+
+    def owns(self, draft: Draft) -> bool:
+        return isinstance(draft, MedusaModel)
+
+    def build(
+        self, files: DraftFiles, target: TargetModel, dtype: torch.dtype | None, options: HeadOptions, tokenizer: Any
+    ) -> MedusaModel:
+        heads = read_medusa(files.values, files.tensors)
+        for problem in medusa_problems(heads.config, sizes_of(target)):
+            raise ValueError(problem)
+        network = MedusaModel(heads.config).to(device=target.device, dtype=dtype or target.dtype)
+        load_strictly(network, heads.tensors)
+        return network.eval()
+
+    def pack(self, draft: MedusaModel, compiles: bool | None = None) -> MedusaModel:
+        pack_linears(draft)
+        return draft
+
+    def max_depth(self, draft: MedusaModel) -> int:
+        return len(draft)
+
+    def inspect(self, files: DraftFiles, target: TargetSizes | None, target_name: str | None) -> MedusaReport:
+        heads, notes = read_medusa(files.values, files.tensors), []
+        config, stated = heads.config, files.values.get("medusa_num_heads")
+        problems = [] if target is None else medusa_problems(config, target)
+        problems += tensor_problems(expected_medusa_shapes(config), heads.tensors) + broken_tensors(heads.tensors)
+        if stated not in (None, config.num_heads):
+            notes.append(
+                f"config.json says medusa_num_heads {stated}, the file has {config.num_heads}, which are all used"
+            )
+        return MedusaReport(
+            folder=str(files.folder),
+            format="medusa",
+            dtype=dtype_name(heads.tensors),
+            num_parameters=sum(tensor.numel() for tensor in heads.tensors.values()),
+            num_heads=config.num_heads,
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            problems=problems,
+            notes=notes,
+        )
