@@ -97,6 +97,7 @@ class GenerateOutput:
 class _EngineKey(NamedTuple):
     """What else an engine's drafter is made with."""
 
+    drafts: bool
     with_lookup: bool
     draft_window: int | None
     coupled: bool
@@ -236,7 +237,7 @@ class SpeculativeModel:
         with_lookup = self._looks_up(settings)
         num_seats = min(num_seats or len(requests), len(requests))
         plan = self._plan(settings, requests, num_seats, with_lookup)
-        key = _EngineKey(with_lookup, settings.draft_window, settings.coupled is not False)
+        key = _EngineKey(plan.largest.depth > 0, with_lookup, settings.draft_window, settings.coupled is not False)
         longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
         engine = self._engine(key, num_seats, longest, plan)
         generation = Generation(engine, requests, partial(self._keep, key))
@@ -250,9 +251,9 @@ class SpeculativeModel:
         if kept is not None and kept.can_serve(num_seats, capacity, plan):
             kept.plan = plan
             return kept
-        shape = plan if isinstance(plan, TreePlan) else None
-        wanted = Wanted(key.with_lookup, key.draft_window, shape)
-        drafter = new_drafter(self.method, self.draft, self.target, wanted)
+        wanted = Wanted(key.with_lookup, key.draft_window, plan if isinstance(plan, TreePlan) else None)
+        method = self.method if key.drafts else "plain"
+        drafter = new_drafter(method, self.draft, self.target, wanted)
         if self._captures:  # it is kept, so that it should serve others as well
             num_seats, capacity = bucket(num_seats), bucket(max(capacity, SMALLEST_CAPACITY))
         return Engine(self.target, drafter, num_seats, capacity, plan, self._recorder(), key.coupled)

@@ -309,7 +309,7 @@ def test_plain_decoding_takes_the_plans_that_leave_it_plain(model: SpeculativeMo
 
 def test_a_plan_is_no_deeper_than_what_is_asked_for(model: SpeculativeModel) -> None:
     deep, fit = (model.start([[1, 2, 3]], plan=plan, max_new_tokens=8).run() for plan in ("chain:1000", "chain:8"))
-    assert deep.outputs == fit.outputs
+    assert deep.outputs[0].tokens == fit.outputs[0].tokens
     assert deep.statistics.reached_at == fit.statistics.reached_at
 
 
@@ -652,7 +652,7 @@ def test_costs_of_another_machine_are_measured_anew(
     asked: list[bool] = []
     model = SpeculativeModel(target, heads["eagle3"])
     monkeypatch.setattr("draftwing.api.WATCHED_CYCLES", 10)
-    monkeypatch.setattr("draftwing.api.cached_costs", lambda key, measure, renew: asked.append(renew) or invented)
+    monkeypatch.setattr("draftwing.api.cached_costs", lambda key, measure, since: asked.append(since > 0) or invented)
     monkeypatch.setattr("draftwing.api.free_cores", lambda: SimpleNamespace(are_shared=are_shared))
     invented = costs()
     for _ in range(3):

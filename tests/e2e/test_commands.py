@@ -211,7 +211,7 @@ def test_what_is_no_terminal_gets_the_text_as_it_is(
     said = LONG + "\n\tx = d[1:sum:2]  # [bold]"
     monkeypatch.setattr("draftwing.evaluation.text.TextStream.push", lambda self, token: "")
     monkeypatch.setattr("draftwing.evaluation.text.TextStream.flush", lambda self: said)
-    monkeypatch.setattr("draftwing.engine.stopping.cut_at_stop", lambda text, stops: said)
+    monkeypatch.setattr("draftwing.engine.stopping.cut_at_stop", lambda text, stops, tokenizer: said)
     common = ["generate", "--target", str(folder / "target"), "--prompt", "x", "--max-new-tokens", "2"]
     assert main([*common, *(["--compare"] if compare else [])]) == 0
     assert capsys.readouterr().out.startswith(said + "\n")
@@ -417,7 +417,7 @@ def test_a_prompt_that_is_too_long_is_found_before_anything_is_measured(
 ) -> None:
     lines = ['{"prompt": "def add"}'] * 8 + [json.dumps({"prompt": "x = 1\n" * 100})]
     (folder / "long.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    for place in ("decoding.generate.Generation.__init__", "api.measure_costs"):
+    for place in ("engine.generation.Generation.__init__", "api.measure_costs"):
         monkeypatch.setattr(f"draftwing.{place}", lambda *_, **__: pytest.fail("something was measured"))
     models = ("--target", str(folder / "target"), "--draft", str(folder / "eagle3"))
     more = ("--num-prompts", "9") if command == "doctor" else ()

@@ -197,14 +197,14 @@ def conclude(
             do = "give chat prompts (--chat, or rows with messages)" if other.name == TEMPLATED else "give raw prompts"
             sentence = f"Fault: the draft was not trained on prompts of this kind; {do}: tau {tau} becomes "
             return Verdict(f"{sentence}{other.tau.value:.2f} {other.name}.", True)
+    easier = [other for other in otherwise if other.name == "temperature 0" and other.gain.value > 1]
+    reason = f", {easier[0].tau.value:.2f} at temperature 0: sampled text is harder" if easier else ""
     if doubtful := [finding for finding in findings if finding.may_be_cure]:
         best = max(doubtful, key=lambda finding: finding.gain.value)
         return Verdict(
             f"Too few prompts to tell whether {best.means} ({advice(best.options)}: tau {tau} or "
-            f"{best.tau.value:.2f}); give more with --prompts or --max-new-tokens."
+            f"{best.tau.value:.2f}{reason}); give more with --prompts or --max-new-tokens."
         )
-    easier = [other for other in otherwise if other.name == "temperature 0" and other.gain.value > 1]
-    reason = f", {easier[0].tau.value:.2f} at temperature 0: sampled text is harder" if easier else ""
     tau += f" ({loaded.tau.low:.2f} to {loaded.tau.high:.2f})"
     return Verdict(f"Nothing is wrong: a tau of {tau}{reason} is what this draft gives on these prompts.")
 
