@@ -1,4 +1,4 @@
-"""The README's program and the examples run; the commands they show exist."""
+"""The programs of the README, of docs/add_a_draft.md and of the examples run; the commands they show exist."""
 
 import re
 import subprocess
@@ -22,6 +22,16 @@ def run_program(source: str) -> str:
 def test_the_readme_program_runs() -> None:
     (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert "of which drafted" in run_program(program)
+
+
+def test_a_family_in_one_file_decodes_the_same_tokens() -> None:
+    """A new family needs nothing from the package but its entry; its drafter is good enough for some tokens."""
+    page = (ROOT / "docs" / "add_a_draft.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    output = run_program(program)
+    assert "the same tokens: True" in output
+    (num_accepted,) = re.findall(r"accepted: (\d+)", output)
+    assert int(num_accepted) > 0
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)

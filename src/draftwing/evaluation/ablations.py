@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from draftwing.engine.plan import TreePlan
+from draftwing.drafts.kinds import family_of
+from draftwing.engine.plan import STATIC_TREES, TreePlan
 from draftwing.evaluation.metrics import ResultRow, rate_ratio
 from draftwing.evaluation.specs import MethodSpec
 from draftwing.intervals import Interval
@@ -51,7 +52,9 @@ def choice_between(one: MethodSpec, other: MethodSpec) -> str | None:
             return what
     if replace(one, plan=None, method="") != replace(other, plan=None, method=""):
         return None
-    if (one.method, other.method) == ("eagle2", "eagle1") and _is_fixed_tree(one) and other.plan == "eagle1":
+    if one.method != other.method and family_of(one.method) is family_of(other.method):
+        if not (_is_dynamic_tree(one) and other.plan in STATIC_TREES):
+            return None
         return "dynamic against static tree" if _num_nodes(one) == _num_nodes(other) else None
     if one.method == other.method and _is_fixed_tree(one) and other.is_chain:
         return "tree against chain"
@@ -65,7 +68,11 @@ def _without(spec: MethodSpec, option: str) -> tuple[str, ...]:
 
 
 def _is_fixed_tree(spec: MethodSpec) -> bool:
-    return spec.plan is not None and spec.plan.startswith(("tree:", "eagle1"))
+    return _is_dynamic_tree(spec) or spec.plan in STATIC_TREES
+
+
+def _is_dynamic_tree(spec: MethodSpec) -> bool:
+    return spec.plan is not None and spec.plan.startswith("tree:")
 
 
 def _num_nodes(spec: MethodSpec) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from draftwing.drafts.kinds import PLAIN
 from draftwing.engine.generation import Generation
 from draftwing.engine.statistics import Statistics
 
@@ -109,7 +110,7 @@ def compare_methods(
             assert last.statistics is not None
             median = statistics.median(run.seconds for run in runs[name])
             result.prompts.append(PromptResult(last.num_tokens, last.statistics.num_cycles, median))
-            result.identical &= all(run.tokens == runs["plain"][-1].tokens for run in runs[name])
+            result.identical &= all(run.tokens == runs[PLAIN][-1].tokens for run in runs[name])
             result.statistics.merge(merged(runs[name]))
     return list(results.values())
 
@@ -173,7 +174,7 @@ def timed(start: Start, prompts: Sequence[Sequence[int]], **options: Any) -> tup
 
 def compare_to_plain(results: Sequence[MethodResult]) -> list[Comparison]:
     """Table rows of one temperature, with speed-ups over its plain row."""
-    plain = next(result for result in results if result.method == "plain")
+    plain = next(result for result in results if result.method == PLAIN)
     return [
         Comparison(
             result.method,

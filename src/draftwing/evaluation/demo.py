@@ -87,6 +87,6 @@ def as_table(rows: Sequence[Comparison], title: str) -> Table:
             f"{row.acceptance_length:.2f}",
             f"{row.speedup:.2f}x",
             "yes" if row.identical else "NO",
-            end_section=row.method == "eagle3",
+            end_section=row.method == rows[-1].method,
         )
     return table

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from draftwing.data.prompts import Prompt
+from draftwing.drafts.kinds import PLAIN
 from draftwing.evaluation.compare import WARM_UP_TOKENS, Decode, Decoded, decode_in_turn, merged
 from draftwing.evaluation.journal import Journal, Run
 
@@ -66,7 +67,7 @@ class Evaluation:
 
     @property
     def all_methods(self) -> dict[str, Decode]:
-        plain = {"plain": self.methods["plain"]}
+        plain = {PLAIN: self.methods[PLAIN]}
         return plain | dict(self.methods) | dict(self.rivals)
 
     @property
@@ -145,7 +146,7 @@ class _Conversation:
             self._run_turn(prompt, turn, ids)
             advance(per_turn)
             if prompt.later_turns:
-                plain = self.journal.runs.get((self.data, self.temperature, self.index, turn, "plain"))
+                plain = self.journal.runs.get((self.data, self.temperature, self.index, turn, PLAIN))
                 if plain is None:
                     self._skip(prompt.name, turn + 1, left - 1, "plain decoding gave no answer to go on from")
                     return advance(per_turn * (left - 1))
@@ -189,8 +190,8 @@ class _Conversation:
                 cell = self.data, self.temperature, method
                 self.remarks.failures[cell] = f"{type(outcome).__name__}: {outcome} (prompt {prompt.name})"
             else:
-                plain = self.journal.runs.get((*key, "plain"))
-                identical = True if method == "plain" else self._is_identical(method, outcome, plain)
+                plain = self.journal.runs.get((*key, PLAIN))
+                identical = True if method == PLAIN else self._is_identical(method, outcome, plain)
                 self.journal.add(_as_run(key, method, prompt, len(ids), outcome, identical))
 
     def _is_identical(self, method: str, repeats: Sequence[Decoded], plain: Run | None) -> bool | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from draftwing.drafts.kinds import PLAIN
 from draftwing.engine.statistics import STAGES
 from draftwing.evaluation.evaluate import Cell, Evaluation, Remarks
 from draftwing.evaluation.journal import Journal, Run
@@ -77,7 +78,7 @@ def result_rows(evaluation: Evaluation, journal: Journal, remarks: Remarks, chai
         by_cell[run.data, run.temperature, run.method].append(run)
     chains, rows = set(chains), []
     for data, temperature, method in evaluation.cells():
-        runs, plain = by_cell[data, temperature, method], by_cell[data, temperature, "plain"]
+        runs, plain = by_cell[data, temperature, method], by_cell[data, temperature, PLAIN]
         skipped = {(skip.prompt, skip.turn) for skip in remarks.skipped if skip.data == data}
         skipped -= {_turn(run) for run in plain}  # another temperature's answers were too long to go on from
         num_turns = next(prompts.num_turns for prompts in evaluation.data if prompts.name == data)

@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 
 from draftwing.charts import as_words, bar_chart, line_chart
+from draftwing.drafts.kinds import PLAIN
 from draftwing.evaluation.ablations import Ablation
 from draftwing.evaluation.evaluate import Skipped
 from draftwing.evaluation.metrics import Figures, ResultRow
@@ -213,7 +214,7 @@ def _tau_lines(rows: Sequence[ResultRow]) -> dict[str, list[tuple[float, float]]
     """tau by temperature of every method that drafts."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if row.method != "plain" and (tau := _tau(row)) is not None:
+        if row.method != PLAIN and (tau := _tau(row)) is not None:
             lines.setdefault(row.method, []).append((row.temperature, tau.value))
     return lines
 
