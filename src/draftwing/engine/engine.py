@@ -130,7 +130,7 @@ class Engine:
             return None
         seat = Seat(request, self.num_seats - self.num_free)
         lender, seat.num_shared = self._longest_shared(request.prompt)
-        if lender is not None and seat.num_shared >= LEAST_SHARED:
+        if lender is not None:
             self._seats.admit_behind(lender.index, seat.num_shared, seat.index, request.prompt, request.sampling)
         else:
             seat.num_shared = 0
@@ -145,17 +145,21 @@ class Engine:
         return self._emit(*self._cycle()) if self._running else []
 
     @torch.inference_mode()
-    def retire(self, seat: Seat) -> None:
-        """Free a seat, whatever it is doing; nothing happens if it is free already."""
-        if seat in self._running:
+    def retire(self, *seats: Seat) -> None:
+        """Free seats, whatever they are doing; nothing happens to those that are free already."""
+        num_held, gone = len(self._running) + len(self._reading), set(seats)
+        for seat in sorted(gone.intersection(self._running), key=lambda seat: -seat.index):
             last = self._running.pop()
             if last is not seat:
                 self._move(last, seat.index)
                 self._running[last.index] = last
-            self._close_up(len(self._running))
-        elif seat in self._reading:
-            self._reading.remove(seat)
-            self._close_up(seat.index)
+        self._reading = [seat for seat in self._reading if seat not in gone]
+        for index, seat in enumerate(self._reading, len(self._running)):  # once, however many have gone
+            if seat.index != index:
+                self._move(seat, index)
+        for index in range(len(self._running) + len(self._reading), num_held):
+            self._seats.vacate(index)
+        self._look_at_running()
 
     @torch.inference_mode()
     def _cycle(self) -> tuple[DraftTree, CycleReading]:
@@ -189,9 +193,7 @@ class Engine:
             if reading.has_facts:
                 num_rows, num_tokens = len(events), sum(num_committed)
                 self.plan.learn(CycleReport(num_rows, num_tokens, tree.num_nodes, lambda: reading.facts(num_rows)))
-            for event in reversed(events):
-                if event.seat.finish_reason:
-                    self.retire(event.seat)
+            self.retire(*(event.seat for event in events if event.seat.finish_reason))
         self._clock.settle(wait=self.waits or not self._running)
         return events
 
@@ -227,24 +229,18 @@ class Engine:
         Drafters have read the token behind as well, so that it must be the same too; and at least one token is left to
         read, for the drafter's last output.
         """
-        lender, most = None, 0
+        lender, most = None, LEAST_SHARED - 1
         for seat in (*self._running, *self._reading):
+            num_read = int(self._seats.lengths[seat.index])
+            if num_read <= most:  # it cannot lend more
+                continue
             text = [*seat.request.prompt, *seat.tokens]
             num_same = next((i for i, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), len(prompt))
             num_same = min(num_same, len(text))
-            num_shared = min(num_same - 1, len(prompt) - 2, int(self._seats.lengths[seat.index]))
+            num_shared = min(num_same - 1, len(prompt) - 2, num_read)
             if num_shared > most:
                 lender, most = seat, num_shared
         return lender, most
-
-    def _close_up(self, hole: int) -> None:
-        """Let the prompts that lie behind a free seat move up, and clear what is left."""
-        for seat in self._reading[hole - len(self._running) :]:
-            hole_behind = seat.index
-            self._move(seat, hole)
-            hole = hole_behind
-        self._seats.vacate(hole)
-        self._look_at_running()
 
     def _move(self, seat: Seat, goal: int) -> None:
         self._seats.move(seat.index, goal)

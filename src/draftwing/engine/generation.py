@@ -66,8 +66,7 @@ class Generation:
     def close(self) -> None:
         """End the generation where it stands; it may be closed already."""
         self._is_closed = True
-        for seat in self.outputs:
-            self._engine.retire(seat)
+        self._engine.retire(*self.outputs)
         if self._give_back is not None:
             self._give_back(self._engine)
             self._give_back = None
