@@ -1,6 +1,7 @@
 # make demo   set up and run the main job     make test   set up and pass the tests
 PYTHON ?= python3
 BIN := .venv/bin
+TEST_PROCESSES ?= 2
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test check setup assets tables clean
@@ -9,7 +10,7 @@ demo: setup
 	$(BIN)/draftwing demo
 
 test: check
-	$(BIN)/pytest tests/lossless tests/compat tests/e2e -m "not slow and not gpu"
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile tests/lossless tests/compat tests/e2e -m "not slow and not gpu"
 
 # The one definition of "clean": format, lint, types, import directions, fast tests.
 check: setup
@@ -17,7 +18,7 @@ check: setup
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest tests/unit tests/architecture
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile tests/unit tests/architecture
 
 setup: .venv/ready
 
