@@ -1,12 +1,15 @@
 """Recipes: unknown keys name the nearest one, missing keys and bad values name the field."""
 
 import shlex
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from draftwing.cli import build_parser, train
-from draftwing.config import TrainConfig, from_mapping, read_recipe
+from draftwing.config import Eagle1Stage, Eagle3Stage, MedusaStage, Objective, TrainConfig, from_mapping, read_recipe
+from draftwing.training.objectives import HEADS
 
 VALID = {"objective": "eagle3", "output": "out", "target": "tiny"}
 
@@ -116,6 +119,25 @@ def test_lk_decay_is_not_negative() -> None:
 def test_as_dict_reads_back() -> None:
     config = from_mapping(TrainConfig, VALID | {"aux_layers": [1, 2, 3], "architecture": {"hidden_size": 8}})
     assert from_mapping(TrainConfig, config.as_dict()) == config
+
+
+def test_a_key_of_another_objective_is_checked_and_left() -> None:
+    assert from_mapping(TrainConfig, VALID | {"medusa_heads": 2}).ttt_steps == 7
+    with pytest.raises(ValueError, match=r"^medusa_heads: expected at least 1, got 0"):
+        from_mapping(TrainConfig, VALID | {"medusa_heads": 0})
+
+
+def test_an_objective_has_its_own_keys_and_the_common_ones_alone() -> None:
+    """What a stage of one class is given is all that its objective can read; a recipe has the keys of all."""
+    keys = {kind: {field.name for field in fields(kind)} for kind in (Eagle1Stage, Eagle3Stage, MedusaStage)}
+    assert keys[MedusaStage] - keys[Eagle3Stage] == {"medusa_heads"}
+    assert keys[Eagle1Stage] - keys[Eagle3Stage] == {"feature_steps", "feature_noise", "token_loss_weight"}
+    assert keys[Eagle3Stage] - keys[Eagle1Stage] == {"draft_vocab_size"}
+    assert set().union(*keys.values()) < {field.name for field in fields(TrainConfig)}
+
+
+def test_every_objective_that_trains_a_head_is_listed() -> None:
+    assert {*get_args(Objective)} - {"language_model", "self_generated"} == HEADS.keys()
 
 
 class TestRecipe:
