@@ -240,7 +240,7 @@ class SpeculativeModel:
         key = _EngineKey(plan.largest.depth > 0, with_lookup, settings.draft_window, settings.coupled is not False)
         longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
         engine = self._engine(key, num_seats, longest, plan)
-        generation = Generation(engine, requests, partial(self._keep, key))
+        generation = Generation(engine, requests, partial(self._keep, key), num_seats)
         if isinstance(plan, AutoPlan) and len(requests) == 1:
             self._lessons.watched[1, requests[0].sampling.temperature > 0] = plan, generation.statistics
         return generation
@@ -251,6 +251,7 @@ class SpeculativeModel:
         if kept is not None and kept.can_serve(num_seats, capacity, plan):
             kept.plan = plan
             return kept
+        kept = None  # its memory may be needed
         wanted = Wanted(key.with_lookup, key.draft_window, plan if isinstance(plan, TreePlan) else None)
         method = self.method if key.drafts else "plain"
         drafter = new_drafter(method, self.draft, self.target, wanted)
@@ -259,7 +260,7 @@ class SpeculativeModel:
         return Engine(self.target, drafter, num_seats, capacity, plan, self._recorder(), key.coupled)
 
     def _keep(self, key: "_EngineKey", engine: Engine) -> None:
-        if self._captures:
+        if engine.is_recorded:
             self._engines[key] = engine
 
     def _recorder(self) -> Recorder | None:

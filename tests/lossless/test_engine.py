@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,8 +27,10 @@ from test_bits import packed_target
 from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.engine import engine as engine_module
 from draftwing.engine.engine import Engine, NewDrafter, Request, Seat
+from draftwing.engine.generation import Generation
 from draftwing.engine.plan import Plan, TreePlan
 from draftwing.engine.sampling import Noise, Sampler, SamplingParams
+from draftwing.engine.stepwise import Place
 from draftwing.engine.stopping import StopRule
 from draftwing.target.kv_cache import KVCache
 from draftwing.target.model import TargetModel
@@ -179,6 +182,58 @@ def test_a_seat_is_left_at_any_time_without_a_trace(
         assert engine.num_free == 3
         held = (value for value in engine._seats.__dict__.values() if isinstance(value, KVCache))
         assert all(not slab.any() for cache in held for slab in cache._slabs.values()), "slots are zeroed"
+
+
+def test_rows_in_step_begin_together_however_long_their_prompts_are(
+    target: TargetModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read in several steps, and wait for each other."""
+
+    class Greedy:
+        in_step = True
+
+        def __init__(self) -> None:
+            self.rows: list[list[int]] = []
+
+        def choose(self, rows: Sequence[int], logits: torch.Tensor, noise: torch.Tensor | None) -> list[int]:
+            self.rows.append(list(rows))
+            return logits.argmax(-1).tolist()
+
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 8)
+    requests = requests_for([[1, 2, 3, 4, 5], [9, 8, 7, 6], [7], list(range(1, 20))], max_new_tokens=6, eos=())
+    steps = Greedy()
+    in_step = [
+        replace(request, sampling=replace(request.sampling, place=Place(steps, row)))
+        for row, request in enumerate(requests)
+    ]
+    assert run(target, in_step, ngram, "chain:3") == run(target, requests)
+    assert all(rows == [0, 1, 2, 3] for rows in steps.rows)
+
+
+def test_a_request_that_cannot_be_seated_leaves_the_seat_as_it_was(
+    target: TargetModel, drafters: dict[str, NewDrafter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when memory runs out in the middle."""
+    sampled, greedy = requests_for([[1, 2, 3]], temperature=1.0), requests_for([[4, 5], [6, 7]])
+    engine = Engine(target, drafters["eagle3"], 2, CAPACITY, TreePlan.chain(2))
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Noise, "__init__", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        engine.admit(sampled[0])
+    assert engine.num_free == 2
+    assert [seat.tokens for seat in Generation(engine, greedy).run().outputs] == run(target, greedy)
+
+
+def test_a_larger_engine_serves_fewer_requests_at_once(target: TargetModel) -> None:
+    engine = Engine(target, no_draft, 4, CAPACITY, TreePlan.off())
+    requests = requests_for([[1], [2], [3]], max_new_tokens=5, eos=())
+    generation = Generation(engine, requests, num_seats=1)
+    assert max(sum(map(bool, committed.tokens)) for committed in generation.cycles()) == 1
+    assert [seat.tokens for seat in generation.outputs] == run(target, requests)
+
+
+def test_plans_of_too_many_levels_are_refused(target: TargetModel) -> None:
+    with pytest.raises(ValueError, match="plan: expected at most 255 levels, got chain:256"):
+        Engine(target, ngram, 1, CAPACITY, TreePlan.chain(256))
 
 
 def test_who_cannot_be_seated(target: TargetModel) -> None:

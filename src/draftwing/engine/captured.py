@@ -165,6 +165,8 @@ def can_record(seats: Seats, plan: TreePlan, recorder: Recorder) -> bool:
         return False
     try:
         CapturedSeats(seats.part(0, 1), recorder, {}).record(plan, context_bound(1, seats.cache.capacity))
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         reason = str(error.__context__ or error).splitlines()[0]
         name = type(seats.target.model).__name__

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import dropwhile
 
 import numpy as np
 import torch
@@ -15,12 +16,14 @@ from draftwing.engine.seats import Seats, room_for
 from draftwing.engine.statistics import StageClock, Statistics
 from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree import DraftTree
-from draftwing.engine.unread import PREFILL_CHUNK
+from draftwing.engine.unread import MOST_UNREAD, PREFILL_CHUNK
 from draftwing.target.model import TargetModel
 from draftwing.threads import fitting_threads, num_threads
 
 PREFILL_TOKENS = 2048
 """Positions of several prompts that a step reads at most, unless a single chunk has more."""
+MOST_LEVELS = PREFILL_CHUNK - MOST_UNREAD - 1
+"""Of a tree: what a cycle commits must fit behind what drafters have left unread."""
 LEAST_SHARED = 16
 """Tokens of a prompt that another seat must have read before they are copied."""
 NewDrafter = Callable[[int, int], Drafter]
@@ -93,6 +96,8 @@ class Engine:
         self._running: list[Seat] = []
         self._reading: list[Seat] = []
         largest = plan.largest
+        if largest.max_depth > MOST_LEVELS:
+            raise ValueError(f"plan: expected at most {MOST_LEVELS} levels, got {largest}")
         num_slots = capacity + room_for(largest)
         drafter = new_drafter(num_seats, num_slots)
         self._seats = Seats(target, drafter, num_seats, num_slots, largest.max_depth, coupled)
@@ -112,6 +117,11 @@ class Engine:
         largest = plan.largest
         return is_large_enough and self._seats.can_hold(self.capacity + room_for(largest), largest.max_depth)
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether its cycles are recorded, so that it is worth keeping."""
+        return self._recorder is not None
+
     def count_into(self, statistics: Statistics) -> None:
         """Count cycles and seconds there from now on."""
         self.statistics = statistics
@@ -121,6 +131,9 @@ class Engine:
         """Raise a ValueError, which names the field, for a request that no seat can serve."""
         check_request(self.target, request, name)
         _check_room(request, name, self.capacity, "a seat's {} tokens")
+        held = (*self._running, *self._reading)
+        if held and (held[0].request.sampling.place is None) != (request.sampling.place is None):
+            raise ValueError(f"place: {name} chooses its tokens in another way than those that are seated")
 
     @torch.inference_mode()
     def admit(self, request: Request) -> Seat | None:
@@ -129,12 +142,16 @@ class Engine:
         if not self.num_free:
             return None
         seat = Seat(request, self.num_seats - self.num_free)
-        lender, seat.num_shared = self._longest_shared(request.prompt)
-        if lender is not None:
-            self._seats.admit_behind(lender.index, seat.num_shared, seat.index, request.prompt, request.sampling)
-        else:
-            seat.num_shared = 0
-            self._seats.admit(seat.index, request.prompt, request.sampling)
+        lender, num_shared = self._longest_shared(request.prompt)
+        try:
+            if lender is not None:
+                seat.num_shared = num_shared
+                self._seats.admit_behind(lender.index, num_shared, seat.index, request.prompt, request.sampling)
+            else:
+                self._seats.admit(seat.index, request.prompt, request.sampling)
+        except BaseException:  # out of memory, say: nothing may be left in a seat that nobody holds
+            self._seats.vacate(seat.index)
+            raise
         self._reading.append(seat)
         return seat
 
@@ -201,11 +218,12 @@ class Engine:
     def _read_prompts(self) -> None:
         """Read one chunk of the first waiting prompts, and let those run that are read, first come, first served."""
         with fitting_threads(self._threads), self._clock.stage("prefill"):
-            width = min(PREFILL_CHUNK, max(map(self._num_unread, self._reading)))
-            chosen = self._reading[: PREFILL_TOKENS // width if width else None]
-            width = min(PREFILL_CHUNK, max(map(self._num_unread, chosen)))
+            unread = list(dropwhile(lambda seat: not self._num_unread(seat), self._reading))  # rows in step wait
+            width = min(PREFILL_CHUNK, max(map(self._num_unread, unread), default=0))
             if width:
-                first = len(self._running)
+                chosen = unread[: max(1, PREFILL_TOKENS // width)]
+                width = min(width, max(map(self._num_unread, chosen)))
+                first = chosen[0].index
                 self._seats.part(first, first + len(chosen)).read([seat.request.prompt for seat in chosen], width)
             while self._reading and self._may_run(self._reading[0]):
                 seat = self._reading.pop(0)
@@ -249,7 +267,8 @@ class Engine:
     def _look_at_running(self) -> None:
         """Let cycles run over the running seats; captured ones over the next power of two, the rest of them idle."""
         num_running = len(self._running)
-        if self._recorder is None:
+        chooses_in_steps = any(seat.request.sampling.place is not None for seat in self._running)
+        if self._recorder is None or chooses_in_steps:  # the latter turns to the host
             self._cycling = self._seats.part(0, num_running)
         else:
             num_seats = min(bucket(num_running), self.num_seats)

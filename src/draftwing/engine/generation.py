@@ -23,14 +23,18 @@ class Generation:
     """Requests that an engine serves as seats become free; `run` it to the end, or iterate its `cycles()`.
 
     `outputs` are the rows that have had a seat, in the order of their requests; when a generation is over, all.
-    `give_back` is called when it is, with the engine.
+    `give_back` is called when it is, with the engine. At most `num_seats` of the engine's seats are held at once.
 
     Raises:
         ValueError: no requests, or one that the engine cannot serve.
     """
 
     def __init__(
-        self, engine: Engine, requests: Sequence[Request], give_back: Callable[[Engine], None] | None = None
+        self,
+        engine: Engine,
+        requests: Sequence[Request],
+        give_back: Callable[[Engine], None] | None = None,
+        num_seats: int | None = None,
     ) -> None:
         check_requests(engine.target, requests)
         for row, request in enumerate(requests):
@@ -38,6 +42,7 @@ class Generation:
         self.statistics = Statistics()
         self.outputs: list[Seat] = []
         self._engine, self._give_back = engine, give_back
+        self._num_seats = num_seats or len(requests)
         self._num_rows, self._waiting = len(requests), deque(requests)
         self._is_closed = False
         engine.count_into(self.statistics)
@@ -81,7 +86,10 @@ class Generation:
         return events
 
     def _admit(self) -> None:
-        while self._waiting and (seat := self._engine.admit(self._waiting[0])) is not None:
+        num_running = sum(seat.finish_reason is None for seat in self.outputs)
+        for _ in range(min(self._num_seats - num_running, self._engine.num_free, len(self._waiting))):
+            seat = self._engine.admit(self._waiting[0])
+            assert seat is not None
             self._waiting.popleft()
             self.outputs.append(seat)
 

@@ -83,6 +83,7 @@ class Seats(BySeat):
         self.cache.lengths[seat] = num_tokens
         self.drafter.share(source, seat, num_tokens)
         self.lengths[seat] = self._num_read[seat] = num_tokens
+        self._num_written[seat] = num_tokens + 1
 
     def vacate(self, seat: int) -> None:
         """Clear a seat of all that it holds."""
@@ -107,7 +108,7 @@ class Seats(BySeat):
         self.bound = int(self.lengths.max())
         self._num_written[:] = np.maximum(self._num_written, self.lengths + width + 1)
         features = self.target.prefill(tokens, counts, self.cache, self.drafter.feature_layers)
-        self.bound += width
+        self.bound = int((self.lengths + num_valid).max())
         self.drafter.observe(tokens.roll(-1, dims=1), features, counts)
         self.drafter.catch_up(width)
         self.lengths += num_valid
@@ -132,7 +133,9 @@ class Seats(BySeat):
 
     def catch_up(self) -> None:
         """Let the drafter read what was committed since it last did."""
-        self.drafter.catch_up(int((self.lengths - self._num_read).max()))
+        num_unread = int((self.lengths - self._num_read).max())
+        self._num_written[:] = np.maximum(self._num_written, self.lengths + num_unread + 2)
+        self.drafter.catch_up(num_unread)
         self.mark_read()
 
     def grow(self, plan: TreePlan) -> DraftTree:

@@ -129,7 +129,7 @@ class SizedPlan:
 
     def next(self, longest: int) -> TreePlan:
         """The next cycle's plan, given the committed tokens of the longest row."""
-        if longest >= self._costs_until:
+        if not self._costs_until - CONTEXT_STEP <= longest < self._costs_until:
             self._look_up_costs(longest)
         if self._experience.pause.goes_on():
             self.expected_seconds += self._costs.plain[0]
