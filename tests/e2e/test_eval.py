@@ -118,13 +118,13 @@ def test_a_stopped_run_leaves_a_report_and_goes_on(
     assert (tmp_path / "out" / "report.html").is_file()
     journal = tmp_path / "out" / "runs.jsonl"
     journal.write_bytes(journal.read_bytes() + b'{"data": "mt_')  # and cut while writing
-    before = journal.read_text(encoding="utf-8").splitlines()[1:3]
+    before = journal.read_text(encoding="utf-8").splitlines()[1:4]
     assert main((*COMMON, *command, *output, "--json")) == 0
     printed = capsys.readouterr()
     resumed = json.loads(printed.out)
-    assert f"resuming from {journal}: 2 runs are there" in printed.err
+    assert f"resuming from {journal}: 3 runs are there" in printed.err
     assert printed.err.splitlines()[-1].startswith(f"saved to {tmp_path / 'out' / 'results.json'}, ")
-    assert journal.read_text(encoding="utf-8").splitlines()[1:3] == before
+    assert journal.read_text(encoding="utf-8").splitlines()[1:4] == before
     assert figures_without_seconds(resumed) == figures_without_seconds(whole)
     # Other settings do not mix with these.
     assert main((*COMMON, *command, *output, "--seed", "1")) == 2
@@ -194,7 +194,7 @@ def test_transformers_is_measured_beside(prompts: Path, capsys: pytest.CaptureFi
         (["--data", "mt_bech"], "data: expected NAME=PATH, a file, or one of embedded, mt_bench"),
         (["--data", "mine=no/such.jsonl"], "no such file: no/such.jsonl"),
         (["--data", "{empty}"], "empty.jsonl is empty"),
-        (["--data", "{other}"], "line 1: expected one of prompt, messages, turns; got ['question']"),
+        (["--data", "{other}"], "line 1: expected one of prompt, messages, conversations, turns"),
         (["--data", "{good},{good}"], "data: two data sets are called good"),
         (["--data", "gsm8k"], "draftwing[eval]"),
         (["--device", "gpu"], "device"),

@@ -151,7 +151,7 @@ def test_other_heads_read_stored_features_too(folder: Path, capsys: pytest.Captu
     """Packed ones here: the final norm's output is all that they read."""
     features = str(folder / f"features-{objective}")
     common = ["--features", "--data", str(folder / "prepared"), "--target", "tiny", "--output", features, "--json"]
-    assert call(capsys, "prepare", *common, "--method", objective)["feature_layers"] == [12]
+    assert call(capsys, "prepare", *common, "--method", objective)["feature_layers"] == [-1]  # behind the final norm
     values = {"objective": objective, "packing": True, "feature_noise": 0.0, "medusa_heads": 2}
     online = call(capsys, "train", recipe(folder, f"online-{objective}", **values))
     stored = call(capsys, "train", recipe(folder, f"stored-{objective}", features=features, **values))
@@ -202,7 +202,7 @@ def test_ctrl_c_leaves_a_folder_that_is_finished_later(folder: Path, tmp_path: P
     program = (
         "import os, signal, sys\n"
         "from draftwing.cli import main\n"
-        "from draftwing.data import prepared\n"
+        "from draftwing.prepare import tokens as prepared\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what runs in a shell's background ignores it
         "write = prepared.write_shard\n"
         "def write_and_interrupt(*arguments):\n"

@@ -164,7 +164,10 @@ class Engine:
     @torch.inference_mode()
     def retire(self, *seats: Seat) -> None:
         """Free seats, whatever they are doing; nothing happens to those that are free already."""
-        num_held, gone = len(self._running) + len(self._reading), set(seats)
+        gone = {seat for seat in seats if seat in self._running or seat in self._reading}
+        if not gone:
+            return
+        num_held = len(self._running) + len(self._reading)
         for seat in sorted(gone.intersection(self._running), key=lambda seat: -seat.index):
             last = self._running.pop()
             if last is not seat:

@@ -145,7 +145,9 @@ def load_tokenizer(name: str, **options: Any) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_target(name), **options)
     except (OSError, ValueError, ImportError) as error:  # one written in Python may need a package
-        raise ValueError(f"target: no tokenizer in {name!r}: {one_line(error)}") from error
+        needs_trust = "trust_remote_code" in str(error) and not options.get("trust_remote_code")
+        hint = "; pass trust_remote_code=True to run it" if needs_trust else ""
+        raise ValueError(f"target: no tokenizer in {name!r}: {one_line(error)}{hint}") from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one without files, from the config
         raise ValueError(f"target: no tokenizer in {name!r}")
     return tokenizer
