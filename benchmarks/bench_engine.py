@@ -61,7 +61,7 @@ def main() -> int:
 def mixed_requests(model: SpeculativeModel, count: int, temperature: float) -> list[Request]:
     """Embedded prompts, each cut somewhere, with limits of their own."""
     luck = random.Random(0)
-    prompts = [prompt.input_ids for prompt in read_prompts(EMBEDDED_PROMPTS, model.tokenizer)]
+    prompts = [prompt.token_ids(model.tokenizer) for prompt in read_prompts(EMBEDDED_PROMPTS)]
     requests = []
     for number in range(count):
         prompt = luck.choice(prompts)
