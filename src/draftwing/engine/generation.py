@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from draftwing.engine.captured import Recorder
-from draftwing.engine.engine import Engine, Event, NewDrafter, Request, Seat, check_requests
+from draftwing.engine.engine import Engine, Event, NewDrafter, Request, Seat
 from draftwing.engine.plan import Plan
 from draftwing.engine.statistics import Statistics
 from draftwing.target.model import TargetModel
@@ -36,7 +36,8 @@ class Generation:
         give_back: Callable[[Engine], None] | None = None,
         num_seats: int | None = None,
     ) -> None:
-        check_requests(engine.target, requests)
+        if not requests:
+            raise ValueError("input_ids: expected at least one prompt")
         for row, request in enumerate(requests):
             engine.check(request, f"prompt {row}")
         self.statistics = Statistics()
