@@ -18,6 +18,7 @@ from draftwing.data.chat import Example
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.drafts.head_training import HeadTraining
+from draftwing.drafts.kinds import objective_named
 from draftwing.drafts.language_model import DraftModelDrafter
 from draftwing.drafts.lookahead import LookaheadDrafter
 from draftwing.drafts.medusa.drafter import MedusaDrafter
@@ -35,7 +36,6 @@ from draftwing.plans.auto import AutoPlan, SizedPlan
 from draftwing.plans.costs import CycleCosts
 from draftwing.plans.experience import Experience
 from draftwing.target.model import ATTENTION, TargetModel
-from draftwing.training.objectives import HEADS
 
 VOCAB_SIZE = 64
 EOS = 11
@@ -141,12 +141,12 @@ def self_generated(target: TargetModel, num_rows: int, length: int) -> list[Exam
 
 def new_head(config: TrainConfig, target: TargetModel, data: Sequence[Example]) -> Any:
     """The head that a recipe's stage begins with."""
-    return HEADS[config.objective].make(config, target, data)
+    return objective_named(config.objective).make(config, target, data)
 
 
 def head_training(head: Any, target: TargetModel, config: TrainConfig) -> HeadTraining:
     """What teaches it."""
-    return HEADS[config.objective].training(head, target, config)
+    return objective_named(config.objective).training(head, target, config)
 
 
 def train_briefly(

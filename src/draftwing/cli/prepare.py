@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from draftwing.cli.arguments import add_device, not_negative, positive, read_by, seed, temperature
 from draftwing.cli.output import headline, new_console, note, say_saved
+from draftwing.drafts.kinds import head_objectives
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     answers.add_argument("--prompt-length", type=positive, default=64, help="tokens of a text to go on (default: 64)")
     features = parser.add_argument_group("features of the target")
     features.add_argument("--features", action="store_true", help="store the target's hidden states for every token")
-    features.add_argument("--method", choices=("eagle1", "eagle3", "medusa"), default="eagle3", help="default: eagle3")
+    features.add_argument("--method", choices=head_objectives(), default="eagle3", help="default: eagle3")
     features.add_argument(
         "--aux-layers", type=int, nargs="+", help="eagle3: i is the output of layer i (default: 2 n/2 n-3)"
     )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from draftwing.drafts.eagle.formats import HeadOptions
     from draftwing.drafts.fit import TargetSizes, Tensors
+    from draftwing.drafts.objective import Objective
     from draftwing.engine.engine import NewDrafter
     from draftwing.target.model import TargetModel
 
@@ -49,6 +50,7 @@ class Family:
         has_doctor: whether the doctor knows what can be wrong with it.
         plans: the shapes that it drafts.
         files: names of weight files that only this kind has.
+        objectives: a recipe's objectives that train such a head, by name, and where each is: `module.Class`.
     """
 
     name: str
@@ -60,15 +62,18 @@ class Family:
     has_doctor: bool = False
     plans: Literal["trees", "chains", "windows", "none"] = "trees"
     files: tuple[str, ...] = ()
+    objectives: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def kind(self) -> "Kind[Any]":
         """What answers for the family; its code is imported now."""
-        if not isinstance(self.code, str):
-            return self.code()
-        module, _, name = self.code.rpartition(".")
-        kind: Kind[Any] = getattr(import_module(module), name)()
+        kind: Kind[Any] = self.code() if callable(self.code) else _found(self.code)()
         return kind
+
+    def objective(self, name: str) -> "Objective":
+        """What trains a head of this kind, by one of its `objectives`' names."""
+        objective: Objective = _found(self.objectives[name])()
+        return objective
 
     def method(self, name: str) -> Method:
         """The method of this name, which the family has."""
@@ -85,6 +90,12 @@ class Family:
             )
         if self.plans == "chains" and not plan.is_chain:
             raise ValueError(f"plan: {self.name} has one continuation, so it takes chain:DEPTH, got {plan}")
+
+
+def _found(code: str) -> Any:
+    """What is named as `module.Class`."""
+    module, _, name = code.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 @dataclass(frozen=True)

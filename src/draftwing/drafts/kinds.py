@@ -8,6 +8,7 @@ from draftwing.engine.plan import TreePlan
 
 if TYPE_CHECKING:
     from draftwing.drafts.fit import Tensors
+    from draftwing.drafts.objective import Objective
     from draftwing.engine.engine import NewDrafter
     from draftwing.target.model import TargetModel
 
@@ -29,14 +30,22 @@ FAMILIES = [
         "an EAGLE-1/2 head",
         f"{_HERE}.eagle.kind.Eagle1",
         (Method("eagle1", "eagle1", "tiny-eagle1"), Method("eagle2", embedded="tiny-eagle1")),
+        objectives={"eagle1": f"{_HERE}.eagle.objective.Eagle1Objective"},
         **_EAGLE,
     ),
-    Family("an EAGLE-3 head", f"{_HERE}.eagle.kind.Eagle3", (Method("eagle3"),), **_EAGLE),
+    Family(
+        "an EAGLE-3 head",
+        f"{_HERE}.eagle.kind.Eagle3",
+        (Method("eagle3"),),
+        objectives={"eagle3": f"{_HERE}.eagle.objective.Eagle3Objective"},
+        **_EAGLE,
+    ),
     Family(
         "Medusa heads",
         f"{_HERE}.medusa.kind.Medusa",
         (Method("medusa", "medusa", "tiny-medusa"),),
         files=("medusa_lm_head.pt",),
+        objectives={"medusa": f"{_HERE}.medusa.objective.MedusaObjective"},
     ),
     Family(
         "a language model",
@@ -74,6 +83,16 @@ def family_of(method: str) -> Family:
         if method in (one.name for one in family.methods):
             return family
     raise ValueError(f"method: expected one of {', '.join(methods())}, got {method!r}")
+
+
+def head_objectives() -> tuple[str, ...]:
+    """The names of a recipe's objectives that train a head."""
+    return tuple(name for family in FAMILIES for name in family.objectives)
+
+
+def objective_named(name: str) -> "Objective":
+    """What trains a head by a recipe's objective of this name."""
+    return next(family.objective(name) for family in FAMILIES if name in family.objectives)
 
 
 def family_of_draft(draft: Draft) -> Family:
