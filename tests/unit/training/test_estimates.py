@@ -17,7 +17,7 @@ from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.target.model import TargetModel
 from draftwing.training.estimates import StagePlan, active_params, count_params, plan_stages, read_target_config
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 LLAMA_8B = {
     "model_type": "llama",
     "hidden_size": 4096,
