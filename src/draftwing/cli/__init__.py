@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NoReturn
 
-from draftwing.cli import demo, doctor, eval, generate, inspect, plan, prepare, train
+from draftwing.cli import demo, doctor, eval, export, generate, inspect, plan, prepare, train
 from draftwing.cli.output import note
 
 COMMANDS: dict[str, ModuleType] = {
@@ -18,6 +18,7 @@ COMMANDS: dict[str, ModuleType] = {
     "plan": plan,
     "inspect": inspect,
     "doctor": doctor,
+    "export": export,
     "prepare": prepare,
     "train": train,
 }

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from draftwing.drafts.eagle.formats import HeadOptions
+    from draftwing.drafts.export import Export, Request
     from draftwing.drafts.fit import TargetSizes, Tensors
     from draftwing.drafts.objective import Objective
     from draftwing.engine.engine import NewDrafter
@@ -26,6 +27,14 @@ if TYPE_CHECKING:
 Draft: TypeAlias = Any
 """What drafts for a target, as its family's `build` makes it."""
 D = TypeVar("D")
+ENGINES = {
+    "eagle": "the EAGLE authors' code",
+    "vllm": "vLLM 0.32.0",
+    "sglang": "SGLang 0.5.23",
+    "speculators": "speculators 0.9.0",
+    "llama.cpp": "llama.cpp 0c1e57098 (ggml 0.25.3)",
+}
+"""The engines that drafts are exported to, with the versions whose loaders were read."""
 
 
 class Method(NamedTuple):
@@ -178,6 +187,18 @@ class Kind(Generic[D]):
 
     def inspect(self, files: DraftFiles, target: "TargetSizes | None", target_name: str | None) -> Report:
         """Report on what files hold, and with a target on whether it fits."""
+        raise NotImplementedError
+
+    def export(self, request: "Request") -> "Export":
+        """How a draft's files are written for another engine, and what is wrong with the draft there.
+
+        Raises:
+            ValueError: no engine has a format of its own for such drafts.
+        """
+        raise ValueError("draft: it is not exported; engines load this folder as it is")
+
+    def meaning(self, files: DraftFiles, target: "TargetSizes") -> "tuple[Mapping[str, Any], Tensors]":
+        """What files say in our terms, whatever their format: the options and the tensors that a draft is made of."""
         raise NotImplementedError
 
     def pack(self, draft: D, compiles: bool | None = None) -> D:

@@ -17,6 +17,7 @@ from draftwing.embedded import EMBEDDED_DRAFTS
 from draftwing.target.model import TargetModel
 
 TOKENIZER_FILES = ("*.model", "*.txt", "*.tiktoken")
+GGUF = ".gguf"
 ACCEPTANCE_FILE = "acceptance.json"
 """Beside a draft's weights: how often its tokens were accepted, from `draftwing plan --save`."""
 TRAINING_STATE = re.compile(r"(training_args|optimizer\w*|scheduler\w*|sampler\w*|random_states\w*|rng_state\w*)\.")
@@ -24,7 +25,7 @@ TRAINING_STATE = re.compile(r"(training_args|optimizer\w*|scheduler\w*|sampler\w
 
 
 def resolve_draft(name: str) -> Path:
-    """The folder of the draft `name`: one of EMBEDDED_DRAFTS, a folder, or a hub id that is fetched.
+    """The folder (or GGUF file) of the draft `name`: one of EMBEDDED_DRAFTS, a folder, or a hub id that is fetched.
 
     Raises:
         ValueError: no such folder, and the hub has no such draft or cannot be reached.
@@ -34,7 +35,7 @@ def resolve_draft(name: str) -> Path:
             raise ValueError(f"draft: {name} is not part of this installation; recipes/tiny_rivals.yaml trains it")
         return EMBEDDED_DRAFTS[name]
     folder = Path(name)
-    if folder.is_dir():
+    if folder.is_dir() or (folder.suffix == GGUF and folder.is_file()):
         return folder
     try:
         patterns = ["*.json", "*.safetensors", "*.bin", *_published_files(), *TOKENIZER_FILES]
@@ -46,12 +47,18 @@ def resolve_draft(name: str) -> Path:
 
 
 def read_draft_files(folder: Path) -> tuple[dict[str, Any], Tensors]:
-    """A draft's config.json and tensors (safetensors, which are mapped and not yet read, or .bin).
+    """A draft's config.json and tensors (safetensors, which are mapped and not yet read, .bin or GGUF).
 
     Raises:
         ValueError: a file is missing or unreadable.
     """
     config_path = folder / "config.json"
+    if not config_path.is_file() and (gguf_files := [folder] if folder.is_file() else list(folder.glob(f"*{GGUF}"))):
+        from draftwing.drafts.eagle.gguf import read_gguf  # the one kind of draft that such files hold
+
+        if len(gguf_files) > 1:
+            raise ValueError(f"draft: {folder} has {len(gguf_files)} GGUF files; name one")
+        return read_gguf(gguf_files[0])
     if not config_path.is_file():
         raise ValueError(f"draft: {folder} has no config.json")
     values = _read_json(config_path)
