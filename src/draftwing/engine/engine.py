@@ -26,6 +26,8 @@ MOST_LEVELS = PREFILL_CHUNK - MOST_UNREAD - 1
 """Of a tree: what a cycle commits must fit behind what drafters have left unread."""
 LEAST_SHARED = 16
 """Tokens of a prompt that another seat must have read before they are copied."""
+COMPARED = 256
+"""Tokens of two texts that are compared at once."""
 NewDrafter = Callable[[int, int], Drafter]
 """Makes a drafter for so many seats of so many slots each."""
 
@@ -45,7 +47,7 @@ class Seat:
 
     Attributes:
         index: where its state lies; it changes when a seat before it is left.
-        finish_reason: eos, stop or length once it has ended.
+        finish_reason: eos, stop or length once it has ended; error if its own stop rule failed.
         num_shared: tokens of the prompt that were copied from another seat.
     """
 
@@ -54,6 +56,7 @@ class Seat:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     num_shared: int = 0
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,11 @@ class Engine:
         self._reading.append(seat)
         return seat
 
+    def will_share(self, prompt: Sequence[int]) -> bool:
+        """Whether a seat that is reading its prompt will have read more of this one's beginning than any has now."""
+        later = max((_shared(prompt, seat.request.prompt) for seat in self._reading), default=0)
+        return later - self._longest_shared(prompt)[1] >= LEAST_SHARED
+
     def step(self) -> list[Event]:
         """Read a chunk of the waiting prompts, then run a cycle of the seats whose prompts are read."""
         if self._reading:
@@ -186,7 +194,7 @@ class Engine:
         """Draft, verify, commit."""
         seats = self._cycling
         seats.bound = int(self._seats.lengths[: len(self._running)].max())
-        plan = self.plan.next(len(self._running), seats.bound)
+        plan = self.plan.next(len(self._running), seats.bound, self._samples)
         with fitting_threads(self._threads):
             with self._clock.stage("draft"):
                 tree = seats.draft(plan)
@@ -205,7 +213,7 @@ class Engine:
             for seat, (num_accepted, *tokens) in zip(self._running, reading.result().tolist(), strict=False):
                 new = tokens[: num_accepted + 1]
                 num_committed.append(len(new))
-                num_emitted, seat.finish_reason = seat.request.stop.check(seat.tokens, new)
+                num_emitted = _end(seat, new)
                 seat.tokens += new[:num_emitted]
                 events.append(Event(seat, new[:num_emitted], min(num_accepted, num_emitted)))
                 self.statistics.count_cycle(num_accepted, tree.max_depth, num_emitted)
@@ -245,23 +253,16 @@ class Engine:
         return len(seat.request.prompt) - 1 - int(self._seats.lengths[seat.index])
 
     def _longest_shared(self, prompt: Sequence[int]) -> tuple[Seat | None, int]:
-        """The seat that has read most of a prompt's beginning, and how many tokens of it.
-
-        Drafters have read the token behind as well, so that it must be the same too; and at least one token is left to
-        read, for the drafter's last output.
-        """
+        """The seat that has read most of a prompt's beginning, and how many tokens of it; None, 0 if that is little."""
         lender, most = None, LEAST_SHARED - 1
         for seat in (*self._running, *self._reading):
             num_read = int(self._seats.lengths[seat.index])
             if num_read <= most:  # it cannot lend more
                 continue
-            text = [*seat.request.prompt, *seat.tokens]
-            num_same = next((i for i, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), len(prompt))
-            num_same = min(num_same, len(text))
-            num_shared = min(num_same - 1, len(prompt) - 2, num_read)
+            num_shared = min(_shared(prompt, [*seat.request.prompt, *seat.tokens]), num_read)
             if num_shared > most:
                 lender, most = seat, num_shared
-        return lender, most
+        return lender, most if lender is not None else 0
 
     def _move(self, seat: Seat, goal: int) -> None:
         self._seats.move(seat.index, goal)
@@ -270,12 +271,43 @@ class Engine:
     def _look_at_running(self) -> None:
         """Let cycles run over the running seats; captured ones over the next power of two, the rest of them idle."""
         num_running = len(self._running)
+        self._samples = any(seat.request.sampling.temperature > 0 for seat in self._running)
         chooses_in_steps = any(seat.request.sampling.place is not None for seat in self._running)
         if self._recorder is None or chooses_in_steps:  # the latter turns to the host
             self._cycling = self._seats.part(0, num_running)
         else:
             num_seats = min(bucket(num_running), self.num_seats)
             self._cycling = CapturedSeats(self._seats.part(0, num_seats), self._recorder, self._recordings)
+
+
+def _end(seat: Seat, new: list[int]) -> int:
+    """How many of the new tokens a seat emits, and why it ends there if it does; its rule's error ends it alone."""
+    try:
+        num_emitted, seat.finish_reason = seat.request.stop.check(seat.tokens, new)
+    except Exception as error:  # a decoder or a test of the user's
+        seat.error, seat.finish_reason = error, "error"
+        return 0
+    return num_emitted
+
+
+def _shared(prompt: Sequence[int], text: Sequence[int]) -> int:
+    """How many tokens a prompt can have from one who has read all of a text.
+
+    Drafters have read the token behind as well, so that it must be the same too; and at least one token is left to
+    read, for the drafter's last output.
+    """
+    return min(_num_same(prompt, text) - 1, len(prompt) - 2, len(text) - 1)
+
+
+def _num_same(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    num_same, most = 0, min(len(first), len(second))
+    while num_same < most:  # chunk by chunk: comparing slices takes no step of Python for each token
+        ours, theirs = (list(text[num_same : num_same + COMPARED]) for text in (first, second))
+        if ours[: len(theirs)] != theirs[: len(ours)]:
+            return num_same + next(index for index, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+        num_same += COMPARED
+    return most
 
 
 def bucket(num_rows: int) -> int:
