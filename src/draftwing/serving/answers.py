@@ -5,11 +5,17 @@ Shapes are TypedDicts: a server's documentation is made of them, and nothing is 
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from itertools import zip_longest
+from typing import (
+    Any,
+    Literal,
+    NotRequired,  # pydantic wants these before Python 3.12
+    Protocol,
+)
 
-from typing_extensions import NotRequired, TypedDict  # pydantic wants these before Python 3.12
+from typing_extensions import TypedDict
 
 from draftwing.engine.logprobs import TokenLogprobs
 from draftwing.serving.intake import Order
@@ -126,10 +132,10 @@ class ChatCompletion(Envelope):
 class Shape(Protocol):
     """How an endpoint writes what came."""
 
-    def whole(self, answer: "Answer") -> dict[str, Any]:
+    def whole(self, answer: "Answer") -> Mapping[str, Any]:
         """A choice of an answer that has ended."""
 
-    def chunk(self, answer: "Answer", step: "Step") -> dict[str, Any]:
+    def chunk(self, answer: "Answer", step: "Step") -> Mapping[str, Any]:
         """A choice of a stream's chunk."""
 
 
@@ -159,6 +165,8 @@ class Answer:
     text: str = ""
     logprobs: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
     num_tokens: int = 0
+    accepted: list[int] = field(default_factory=list)
+    """`accepted[j]`: cycles that brought j drafted tokens."""
     finish_reason: Literal["stop", "length"] | None = None
     offset: int = 0
     """Characters of the tokens whose log-probabilities were written."""
@@ -174,13 +182,29 @@ class Answer:
         if not self.order.only_echoes:
             pieces += self.decoder.push(delivery.tokens, delivery.num_accepted, delivery.finish_reason)
             logprobs += zip(delivery.tokens, delivery.logprobs, strict=False)
-        self.num_tokens += len(delivery.tokens)
+        if delivery.tokens:
+            self._count(len(delivery.tokens), delivery.num_accepted)
         self.finish_reason = FINISH_REASONS.get(delivery.finish_reason or "")
         drafted = Drafted(pieces=list(pieces), num_tokens=len(delivery.tokens), num_accepted=delivery.num_accepted)
         step = Step(pieces, logprobs, self.finish_reason, is_first, drafted)
         self.text += step.text
         self.logprobs += logprobs
         return step
+
+    @property
+    def num_accepted(self) -> int:
+        """Tokens that were drafted."""
+        return sum(num_accepted * count for num_accepted, count in enumerate(self.accepted))
+
+    @property
+    def num_drafted(self) -> int:
+        """Draft tokens that were verified for it."""
+        return 0 if self.ticket.seat is None else self.ticket.seat.num_drafted
+
+    def _count(self, num_tokens: int, num_accepted: int) -> None:
+        self.num_tokens += num_tokens
+        self.accepted += [0] * (num_accepted + 1 - len(self.accepted))
+        self.accepted[num_accepted] += 1
 
     def _of_prompt(self) -> list[tuple[int, TokenLogprobs | None]]:
         seat = self.ticket.seat
@@ -246,9 +270,7 @@ class ChatShape:
         logprobs = self._logprobs(answer, step.logprobs)
         return {"index": answer.index, "delta": said, "logprobs": logprobs, "finish_reason": step.finish_reason}
 
-    def _logprobs(
-        self, answer: Answer, logprobs: Sequence[tuple[int, TokenLogprobs | None]]
-    ) -> ChatLogprobs | None:
+    def _logprobs(self, answer: Answer, logprobs: Sequence[tuple[int, TokenLogprobs | None]]) -> ChatLogprobs | None:
         if answer.order.num_top is None:
             return None
         return {"content": [self._chosen(token, chances) for token, chances in logprobs if chances is not None]}
@@ -281,9 +303,8 @@ def envelope(name: str, kind: str, model: str, fingerprint: str, seed: int) -> E
 def usage(order: Order, answers: Sequence[Answer]) -> Usage:
     """Tokens of all answers so far; a prompt of several answers counts once."""
     made = 0 if order.only_echoes else sum(answer.num_tokens for answer in answers)
-    seats = [answer.ticket.seat for answer in answers if answer.ticket.seat is not None]
     firsts = [answer.ticket.seat for answer in answers[:: order.num_choices]]
-    accepted = sum(seat.num_accepted for seat in seats)
+    accepted = sum(answer.num_accepted for answer in answers)
     return {
         "prompt_tokens": order.num_prompt_tokens,
         "completion_tokens": made,
@@ -291,23 +312,19 @@ def usage(order: Order, answers: Sequence[Answer]) -> Usage:
         "prompt_tokens_details": {"cached_tokens": sum(seat.num_shared for seat in firsts if seat is not None)},
         "completion_tokens_details": {
             "accepted_prediction_tokens": accepted,
-            "rejected_prediction_tokens": sum(seat.num_drafted for seat in seats) - accepted,
+            "rejected_prediction_tokens": sum(answer.num_drafted for answer in answers) - accepted,
         },
     }
 
 
 def metrics(answers: Sequence[Answer]) -> Metrics:
     """What drafting brought all answers together."""
-    seats = [answer.ticket.seat for answer in answers if answer.ticket.seat is not None]
-    histogram = [0] * max((len(seat.accepted) for seat in seats), default=0)
-    for seat in seats:
-        for num_accepted, count in enumerate(seat.accepted):
-            histogram[num_accepted] += count
+    histogram = [sum(counts) for counts in zip_longest(*(answer.accepted for answer in answers), fillvalue=0)]
     return {
         "speculative_decoding": {
             "num_spec_steps": sum(histogram),
-            "num_draft_tokens": sum(seat.num_drafted for seat in seats),
-            "num_accepted_draft_tokens": sum(seat.num_accepted for seat in seats),
+            "num_draft_tokens": sum(answer.num_drafted for answer in answers),
+            "num_accepted_draft_tokens": sum(answer.num_accepted for answer in answers),
             "acceptance_histogram": histogram,
         }
     }

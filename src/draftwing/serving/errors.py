@@ -66,28 +66,35 @@ class ApiError(Exception):
         return JSONResponse(_escaped(self.body()), self.status, headers.get(self.status))
 
 
-def of_field(error: FieldError, code: str | None = None) -> ApiError:
-    """A field that is wrong."""
-    return ApiError(400, str(error), error.field, code)
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told of an error that is its own."""
+    match error:
+        case ApiError():
+            return error
+        case FieldError():
+            return ApiError(400, str(error), error.field, error.code)
+        case RequestValidationError():
+            return _of_validation(error)
+        case HTTPException():  # unknown paths and methods, bodies that are no JSON
+            return ApiError(error.status_code, str(error.detail))
+        case _:
+            return ApiError(500, "the request has failed")
 
 
-def of_validation(error: RequestValidationError) -> ApiError:
+def _of_validation(error: RequestValidationError) -> ApiError:
     """The first field of a body that has another form than the schema says."""
-    problems = error.errors()
-    first = problems[0]
+    first, *_ = problems = error.errors()
     raised = first.get("ctx", {}).get("error")
     if isinstance(raised, FieldError):
-        return of_field(raised)
+        return as_api_error(raised)
     path = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid" or not path:
         return ApiError(400, "the body: expected a JSON object, with Content-Type: application/json")
-    field = path[0]
-    return ApiError(400, f"{field}: {first['msg'][:1].lower()}{first['msg'][1:]}", field)
-
-
-def of_http(error: HTTPException) -> ApiError:
-    """What the framework refuses: unknown paths and methods, bodies that are no JSON."""
-    return ApiError(error.status_code, str(error.detail))
+    field, said = path[0], str(first["msg"])
+    of_field = [problem for problem in problems if field in problem["loc"]]
+    if len(of_field) > 1:  # one for each form that the field may have
+        said = "expected one of its forms: " + "; ".join(str(problem["msg"]) for problem in of_field[:4])
+    return ApiError(400, f"{field}: {said[:1].lower()}{said[1:]}", field)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

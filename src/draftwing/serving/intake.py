@@ -18,14 +18,18 @@ from draftwing.serving.text import AnswerText
 COMPLETION_TOKENS = 16
 """New tokens of a completion whose body does not say how many, as OpenAI's."""
 
+
 class ContextError(FieldError):
     """Prompt and new tokens are more than a seat holds."""
+
+    code = "context_length_exceeded"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server can take: tokens of a seat, the most new ones (None: what the prompt leaves), answers at once."""
+    """What a server can take: seats, tokens of one, the most new ones (None: what is left), answers at once."""
 
+    num_seats: int
     max_model_len: int
     max_new_tokens: int | None = None
     max_answers: int = 64
@@ -99,6 +103,13 @@ class Intake:
         assert body.prompt is not None
         return self.prompt_ids(body.prompt, body.add_special_tokens is not False)
 
+    def detokenize(self, tokens: list[int]) -> str:
+        """The text of token ids, special ones included."""
+        if tokens and max(tokens) >= self._vocab_size:
+            raise FieldError("tokens", f"expected token ids below {self._vocab_size}, got {max(tokens)}")
+        text: str = self._decode(tokens)
+        return text
+
     def answer_text(self, order: Order) -> AnswerText:
         """Turns the tokens of one answer into its text."""
         body = order.body
@@ -132,7 +143,7 @@ class Intake:
         num_choices, seed = body.num_choices, self._seed(body)
         if len(prompts) * num_choices > self.limits.max_answers:
             raise FieldError("n", f"at most {self.limits.max_answers} answers at once, over all prompts")
-        requests = []
+        requests = list[Request]()
         for prompt in prompts:
             num_new = self._room(prompt, asked, field)
             if (body.min_tokens or 0) > num_new:

@@ -7,6 +7,7 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from draftwing.serving.answers import Answer
 from draftwing.serving.scheduler import Scheduler, Ticket
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -39,34 +40,39 @@ class ServerMetrics:
             self._gauge(name, "Requests that wait for a seat").set_function(lambda: scheduler.num_waiting)
         self._registry.register(_EngineFigures(scheduler, model))
 
-    def count(self, tickets: Sequence[Ticket], end: str, num_new: int) -> None:
+    def count(self, answers: Sequence[Answer], end: str) -> None:
         """Count what one client asked for, once it has ended, and how: stop, length, cancelled, error, refused."""
         self._ended.labels(self._model, end).inc()
-        self._new.labels(self._model).inc(num_new)
-        for ticket in tickets:
-            self._count_ticket(ticket)
+        for answer in answers:
+            self._count_answer(answer)
+            self._time(answer.ticket)
 
     def page(self) -> bytes:
         """All of it in Prometheus' text form."""
         return generate_latest(self._registry)
 
-    def _count_ticket(self, ticket: Ticket) -> None:
-        if (seat := ticket.seat) is None or ticket.seated is None:
+    def _count_answer(self, answer: Answer) -> None:
+        self._new.labels(self._model).inc(answer.num_tokens)
+        if (seat := answer.ticket.seat) is None:
             return
-        self._prompt.labels(self._model).inc(len(ticket.request.prompt))
+        self._prompt.labels(self._model).inc(len(answer.ticket.request.prompt))
         self._cached.labels(self._model).inc(seat.num_shared)
+        self._drafts.labels(self._model).inc(sum(answer.accepted))
+        self._drafted.labels(self._model).inc(answer.num_drafted)
+        self._accepted.labels(self._model).inc(answer.num_accepted)
+        for depth in range(len(answer.accepted) - 1):
+            self._accepted_at.labels(self._model, depth).inc(sum(answer.accepted[depth + 1 :]))
+
+    def _time(self, ticket: Ticket) -> None:
+        if ticket.seat is None or ticket.seated is None:
+            return
         self._queued.labels(self._model).observe(ticket.seated - ticket.submitted)
-        self._drafts.labels(self._model).inc(sum(seat.accepted))
-        self._drafted.labels(self._model).inc(seat.num_drafted)
-        self._accepted.labels(self._model).inc(seat.num_accepted)
-        for depth in range(len(seat.accepted) - 1):
-            self._accepted_at.labels(self._model, depth).inc(sum(seat.accepted[depth + 1 :]))
         if ticket.first is None or ticket.ended is None:
             return
         self._first.labels(self._model).observe(ticket.first - ticket.submitted)
         self._whole.labels(self._model).observe(ticket.ended - ticket.submitted)
-        if len(seat.tokens) > 1:
-            self._each.labels(self._model).observe((ticket.ended - ticket.first) / (len(seat.tokens) - 1))
+        if len(ticket.seat.tokens) > 1:
+            self._each.labels(self._model).observe((ticket.ended - ticket.first) / (len(ticket.seat.tokens) - 1))
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         counter = Counter(name, text, ("model_name", *labels), registry=self._registry)
@@ -95,7 +101,9 @@ class _EngineFigures(Collector):
         cycles = CounterMetricFamily("draftwing_cycles", "Cycles, summed over requests", labels=("model_name",))
         cycles.add_metric((self._model,), figures.num_cycles)
         labels = ("model_name", "depth")
-        accepted = CounterMetricFamily("draftwing_accepted_at", "Cycles that accepted a node at this depth", labels=labels)
+        accepted = CounterMetricFamily(
+            "draftwing_accepted_at", "Cycles that accepted a node at this depth", labels=labels
+        )
         reached = CounterMetricFamily("draftwing_reached_at", "Cycles that came to this depth", labels=labels)
         for depth, (num_accepted, num_reached) in enumerate(
             zip(list(figures.accepted_at), list(figures.reached_at), strict=False), 1

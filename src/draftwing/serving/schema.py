@@ -4,10 +4,11 @@ A field that would change the text and is not honoured is refused by name; other
 """
 
 import difflib
+import json
 import logging
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +34,13 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "add_generation_prompt": (True,),
 }
-"""Fields that would change the text and are not honoured, each with the values that change nothing beside empty ones."""
+"""Fields that would change the text and are not honoured, with the values that change nothing, beside empty ones."""
 SIMILAR = 0.8
 """How much an unknown field must look like a known one to be taken for a slip of the pen."""
 
 Text = Annotated[str, Field(max_length=MAX_BODY_BYTES)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], FailFast(), Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -84,7 +85,9 @@ class Body(BaseModel):
 
 
 class FieldError(ValueError):
-    """A field that is wrong: its name, and what is wrong about it."""
+    """A field that is wrong: its name, and what is wrong about it; some have a code that clients know."""
+
+    code: str | None = None
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
@@ -128,7 +131,7 @@ class Generation(Body):
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = Field(
         None, description=f"a text of 1 to {MAX_STOP_LENGTH} characters, or up to {MAX_STOPS} of them"
     )
-    stop_token_ids: Annotated[list[TokenId], FailFast(), Field(max_length=MAX_BIASES)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_BIASES)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -159,8 +162,8 @@ class CompletionRequest(Generation):
     prompt: (
         Text
         | TokenIds
-        | Annotated[list[Text], FailFast(), Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], FailFast(), Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     ) = Field(description=f"a text, token ids, or up to {MAX_PROMPTS} of either")
     echo: bool | None = Field(None, description="the prompt is part of the answer, and of its logprobs")
     logprobs: Logprobs | None = Field(None, description="so many most probable tokens, and the one that was chosen")
@@ -182,10 +185,24 @@ class CompletionRequest(Generation):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
+def _check_unicode(messages: Any) -> Any:
+    """Turns whose every string is Unicode: half a surrogate pair, which JSON can spell, is none."""
+    try:
+        json.dumps(messages, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        raise FieldError("messages", "expected Unicode texts, not nested too deeply") from None
+    return messages
+
+
 Messages = Annotated[
     list[dict[str, Any]],
-    FailFast(),
-    Field(min_length=1, max_length=4096, description="turns: role, and content as a text or a list of text parts"),
+    AfterValidator(_check_unicode),
+    Field(
+        fail_fast=True,
+        min_length=1,
+        max_length=4096,
+        description="turns: role, and content as a text or a list of text parts",
+    ),
 ]
 
 
@@ -224,4 +241,4 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """The body of POST /detokenize."""
 
-    tokens: Annotated[list[TokenId], FailFast()]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

@@ -30,7 +30,7 @@ class TokenTexts:
 
 @cache
 def _bytes_of_characters() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for: printable ones themselves, others from 256 on."""
+    """The byte of each character of a byte-level vocabulary; those from 256 on stand for unprintable ones."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
