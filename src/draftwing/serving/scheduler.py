@@ -239,7 +239,7 @@ class Scheduler:
         if ticket.first is None and event.tokens:
             ticket.first = time.perf_counter()
         error = None if seat.error is None else _in_a_sentence(seat.error)
-        if not _deliver(ticket, Delivery(event.tokens, event.num_accepted, [], seat.finish_reason, error)):
+        if not _deliver(ticket, Delivery(event.tokens, event.num_accepted, event.logprobs, seat.finish_reason, error)):
             self._end([ticket], None)
 
     def _end(self, tickets: Iterable[Ticket], reason: str | None) -> None:
