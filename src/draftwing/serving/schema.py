@@ -196,13 +196,13 @@ def _check_unicode(messages: Any) -> Any:
 
 Messages = Annotated[
     list[dict[str, Any]],
-    AfterValidator(_check_unicode),
     Field(
         fail_fast=True,
         min_length=1,
         max_length=4096,
         description="turns: role, and content as a text or a list of text parts",
     ),
+    AfterValidator(_check_unicode),
 ]
 
 
