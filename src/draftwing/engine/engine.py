@@ -162,14 +162,14 @@ class Engine:
         self.check(request)
         if not self.num_free:
             return None
-        seat = Seat(request, self.num_seats - self.num_free)
+        seat, row = Seat(request, self.num_seats - self.num_free), (request.prompt, request.sampling, request.stop)
         lender, num_shared = (None, 0) if request.scores_prompt else self._longest_shared(request.prompt)
         try:
             if lender is not None:
                 seat.num_shared = num_shared
-                self._seats.admit_behind(lender.index, num_shared, seat.index, request.prompt, request.sampling)
+                self._seats.admit_behind(lender.index, num_shared, seat.index, *row)
             else:
-                self._seats.admit(seat.index, request.prompt, request.sampling)
+                self._seats.admit(seat.index, *row)
         except BaseException:  # out of memory, say: nothing may be left in a seat that nobody holds
             self._seats.vacate(seat.index)
             raise

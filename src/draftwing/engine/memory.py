@@ -9,6 +9,7 @@ from draftwing.engine.engine import NewDrafter
 from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.seats import Seats, room_for
+from draftwing.engine.stopping import StopRule
 from draftwing.target.model import TargetModel
 
 MOST_SHARE = 0.9
@@ -21,7 +22,9 @@ def seat_bytes(target: TargetModel, new_drafter: NewDrafter, capacity: int, larg
     num_slots = capacity + room_for(largest)
     seat = Seats(target, new_drafter(1, num_slots), 1, num_slots, largest.max_depth, coupled=True)
     # A row that makes the sampler hold all that it can be asked for.
-    seat.sampler.admit(0, SamplingParams(temperature=1.0, logit_bias={0: 1.0}), ())
+    seat.sampler.admit(
+        0, SamplingParams(1.0, presence_penalty=1.0, logit_bias={0: 1.0}), (), StopRule(2, (0,), min_new_tokens=1)
+    )
     return seat.num_bytes
 
 

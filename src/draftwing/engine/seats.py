@@ -16,6 +16,7 @@ from draftwing.engine.logprobs import Scores, ScoresOnHost
 from draftwing.engine.plan import TreePlan
 from draftwing.engine.readback import Array
 from draftwing.engine.sampling import Sampler, SamplingParams, uncoupled_rank
+from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree import DraftTree, Verdict, root_tree, walk
 from draftwing.engine.unread import MOST_UNREAD
 from draftwing.target.model import TargetModel
@@ -73,19 +74,19 @@ class Seats(BySeat):
     def bound(self, num_tokens: int) -> None:
         self.cache.bound = self.drafter.bound = num_tokens
 
-    def admit(self, seat: int, prompt: Sequence[int], params: SamplingParams) -> None:
+    def admit(self, seat: int, prompt: Sequence[int], params: SamplingParams, stop: StopRule) -> None:
         """Begin a row in a seat that is clear; its prompt is still unread."""
-        self.sampler.admit(seat, params, prompt)
+        self.sampler.admit(seat, params, prompt, stop)
         self.drafter.begin(seat, prompt[0])
 
     def admit_behind(
-        self, source: int, num_tokens: int, seat: int, prompt: Sequence[int], params: SamplingParams
+        self, source: int, num_tokens: int, seat: int, prompt: Sequence[int], params: SamplingParams, stop: StopRule
     ) -> None:
         """Begin a row whose first `num_tokens` seat `source` has read; the token behind them is the same too."""
         lender = self.part(source, source + 1)
         lender.bound = int(lender.lengths[0])
         lender.catch_up()
-        self.sampler.admit(seat, params, prompt)
+        self.sampler.admit(seat, params, prompt, stop)
         self.cache.copy_seat(source, seat, num_tokens)
         self.cache.lengths[seat] = num_tokens
         self.drafter.share(source, seat, num_tokens)
@@ -117,7 +118,7 @@ class Seats(BySeat):
         counts = torch.from_numpy(num_valid).to(device)
         self.bound = int(self.lengths.max())
         self._num_written[:] = np.maximum(self._num_written, self.lengths + width + 1)
-        output = self.target.prefill(tokens, counts, self.cache, self.drafter.feature_layers, all_logits=scores)
+        output = self.target.prefill(tokens, counts, self.cache, self.drafter.feature_layers, scores)
         self.bound = int((self.lengths + num_valid).max())
         self.drafter.observe(tokens.roll(-1, dims=1), output.features, counts)
         self.drafter.catch_up(width)
