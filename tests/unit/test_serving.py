@@ -1,7 +1,7 @@
 """The server's protocol over a scripted engine: what bodies ask for, what is answered, and what is refused."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -151,14 +151,17 @@ def test_a_stream_without_options_has_chunks_alone(client: TestClient) -> None:
 def test_fields_become_what_the_engine_is_asked_for(client: TestClient, scheduler: FakeScheduler) -> None:
     fields = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "seed": -1}
     more = {"logit_bias": {"5": -3}, "max_tokens": 9, "stop": ["ab", "c"], "stop_token_ids": [9], "logprobs": 2}
+    more |= {"presence_penalty": -0.5, "frequency_penalty": 1.5, "min_tokens": 4}
     assert client.post("/v1/completions", json={"prompt": [5, 6]} | fields | more).status_code == 200
     request = asked(scheduler)
     sampling, stop = request.sampling, request.stop
     assert list(request.prompt) == [5, 6]
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 5, 0.1)
     assert (sampling.repetition_penalty, sampling.logit_bias) == (1.1, {5: -3.0})
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (-0.5, 1.5)
     assert sampling.seed == 2**63 - 1
-    assert (stop.max_new_tokens, stop.stop_strings, stop.eos_token_ids) == (9, ("ab", "c"), (EOS, 0, 9))
+    assert (stop.max_new_tokens, stop.min_new_tokens) == (9, 4)
+    assert (stop.stop_strings, stop.eos_token_ids) == (("ab", "c"), (EOS, 0, 9))
     assert (request.num_logprobs, request.scores_prompt) == (2, False)
     client.post("/v1/completions", json={"prompt": [5, 6], "ignore_eos": True, "top_k": -1, "n": None})
     assert asked(scheduler).stop.eos_token_ids == ()
@@ -539,6 +542,3 @@ def test_no_body_is_a_server_error(client: TestClient, route: str, body: dict[st
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
         problem(response, response.status_code)
-
-
-Call = Callable[[TestClient], Any]

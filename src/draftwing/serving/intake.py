@@ -185,6 +185,7 @@ class Intake:
             eos_token_ids=(*eos, *(body.stop_token_ids or ())),
             stop_strings=body.stop_strings,
             decode=self._decode,
+            min_new_tokens=body.min_tokens or 0,
         )
 
     def _sampling(self, body: Generation, seed: int) -> SamplingParams:
@@ -194,7 +195,6 @@ class Intake:
             "repetition_penalty": body.repetition_penalty,
             "presence_penalty": body.presence_penalty,
             "frequency_penalty": body.frequency_penalty,
-            "min_new_tokens": body.min_tokens,
         }
         more: dict[str, Any] = {name: value for name, value in given.items() if value}
         temperature = 1.0 if body.temperature is None else body.temperature
