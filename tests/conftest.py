@@ -238,7 +238,7 @@ def auto_plan(
     """A plan that sizes itself by invented costs, the same for any number of rows."""
     known, shapes = experience or Experience(), [TreePlan.parse(shape) for shape in fixed_shapes]
     largest = largest or TreePlan(4, 6, 24)
-    return AutoPlan(lambda num_rows: costs(**seconds), lambda num_rows: known, largest, device, shapes)
+    return AutoPlan(lambda *_: costs(**seconds), lambda *_: known, largest, device, shapes)
 
 
 def generate(

@@ -1,9 +1,10 @@
 """The Python API: `load` a target with a draft, then `generate` or `stream`."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -14,19 +15,28 @@ from draftwing.config import DTYPES, check_keys
 from draftwing.drafts.drafting import check_drafting, plan_for
 from draftwing.drafts.eagle.formats import FROM_FILE, HeadOptions
 from draftwing.drafts.family import Draft, Wanted
-from draftwing.drafts.kinds import family_of, family_of_draft, new_drafter, resolve_method, suitable_draft, tree_shapes
+from draftwing.drafts.kinds import (
+    PLAIN,
+    family_of,
+    family_of_draft,
+    new_drafter,
+    resolve_method,
+    suitable_draft,
+    tree_shapes,
+)
 from draftwing.drafts.load import load_draft, read_acceptance, resolve_draft
 from draftwing.engine.captured import CudaRecorder, Recorder
-from draftwing.engine.engine import Engine, Request, bucket, check_requests
+from draftwing.engine.engine import Engine, NewDrafter, Request, bucket, check_requests
 from draftwing.engine.generation import Committed, Generation
+from draftwing.engine.memory import check_memory, seat_bytes
 from draftwing.engine.options import GenerateOptions
 from draftwing.engine.plan import Plan, TreePlan
 from draftwing.engine.statistics import Statistics
 from draftwing.engine.stopping import exact_decode
-from draftwing.plans.acceptance import AcceptanceTable
 from draftwing.plans.auto import AutoPlan
 from draftwing.plans.costs import CycleCosts, cached_costs, measure_costs
 from draftwing.plans.experience import Experience
+from draftwing.plans.lessons import Lessons
 from draftwing.plans.lookups import LookupPlan, LookupTrial
 from draftwing.provenance import provenance
 from draftwing.target.fused import pack_target
@@ -43,45 +53,8 @@ LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "remeasure", "q
 )
 """What `load` takes, the most used of `from_pretrained` among them; to suggest one for another."""
 
-MOST_DRIFT, WATCHED_CYCLES = 2.0, 32
-"""Of a generation's seconds over what measured costs say, in so many cycles at least, before they are measured anew."""
-
-
 SMALLEST_CAPACITY = 1024
 """Tokens that the seats of an engine that is kept hold at least."""
-
-
-@dataclass
-class Lessons:
-    """What trees that size themselves know: a draft's `stored` acceptance counts, and what this process has learnt.
-
-    `costs` and `experience` are by batch size (its next power of two) and by whether tokens are sampled.
-    Costs that were measured before the time `costs_since` are not believed.
-    """
-
-    stored: Mapping[str, Any] = field(default_factory=dict)
-    costs: dict[tuple[int, bool], CycleCosts] = field(default_factory=dict)
-    experience: dict[tuple[int, bool], Experience] = field(default_factory=dict)
-    costs_since: float = 0.0
-    watched: dict[tuple[int, bool], tuple[AutoPlan, Statistics]] = field(default_factory=dict)
-    """The last generation of one row by these costs: what it expected, and what it took."""
-    renewed: set[tuple[int, bool]] = field(default_factory=set)
-    """Costs that were measured anew; once a process is enough."""
-
-    def of_another(self, stored: Mapping[str, Any]) -> "Lessons":
-        """Those of another draft or method, for which nothing has been learnt yet."""
-        return Lessons(stored, costs_since=self.costs_since)
-
-    def are_outdated(self, key: tuple[int, bool]) -> bool:
-        """Whether cycles took so much less or more than these costs say that the machine must be another by now.
-
-        It is not another one where other processes make cycles slow: that passes.
-        """
-        plan, taken = self.watched.pop(key, (None, Statistics()))
-        if plan is None or taken.num_cycles < WATCHED_CYCLES or key in self.renewed:
-            return False
-        ratio = (taken.total_seconds - taken.seconds["prefill"]) / plan.expected_seconds
-        return ratio < 1 / MOST_DRIFT or (ratio > MOST_DRIFT and not free_cores().are_shared)
 
 
 @dataclass(frozen=True)
@@ -234,10 +207,10 @@ class SpeculativeModel:
         """
         settings = settings or GenerateOptions()
         self._check(requests, settings)  # before anything is measured
-        with_lookup = self._looks_up(settings)
         num_seats = min(num_seats or len(requests), len(requests))
-        plan = self._plan(settings, requests, num_seats, with_lookup)
-        key = _EngineKey(plan.largest.depth > 0, with_lookup, settings.draft_window, settings.coupled is not False)
+        key, plan = self._drafting(settings, max(request.stop.max_new_tokens for request in requests))
+        if isinstance(plan, AutoPlan):  # measured now, if they are not known
+            self.costs(num_seats, any(request.sampling.temperature > 0 for request in requests))
         longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
         engine = self._engine(key, num_seats, longest, plan)
         generation = Generation(engine, requests, partial(self._keep, key), num_seats)
@@ -252,12 +225,49 @@ class SpeculativeModel:
             kept.plan = plan
             return kept
         kept = None  # its memory may be needed
-        wanted = Wanted(key.with_lookup, key.draft_window, plan if isinstance(plan, TreePlan) else None)
-        method = self.method if key.drafts else "plain"
-        drafter = new_drafter(method, self.draft, self.target, wanted)
+        drafter = self._new_drafter(key, plan)
         if self._captures:  # it is kept, so that it should serve others as well
             num_seats, capacity = bucket(num_seats), bucket(max(capacity, SMALLEST_CAPACITY))
         return Engine(self.target, drafter, num_seats, capacity, plan, self._recorder(), key.coupled)
+
+    def _new_drafter(self, key: "_EngineKey", plan: Plan) -> NewDrafter:
+        wanted = Wanted(key.with_lookup, key.draft_window, plan if isinstance(plan, TreePlan) else None)
+        return new_drafter(self.method if key.drafts else PLAIN, self.draft, self.target, wanted)
+
+    def engine(self, num_seats: int, capacity: int, settings: GenerateOptions | None = None) -> Engine:
+        """An engine for requests that come and go: so many seats of `capacity` tokens; `settings` say the drafting.
+
+        Where trees size themselves, cycles of 1, 2, 4, ... seats are measured now, greedy and sampled ones.
+
+        Raises:
+            ValueError: more tokens than the models have positions, or more seats than memory has room for.
+        """
+        settings = settings or GenerateOptions()
+        if num_seats < 1:
+            raise ValueError(f"seats: expected at least 1, got {num_seats}")
+        check_memory(num_seats, capacity, self.seat_bytes(capacity, settings), self.device)
+        key, plan = self._drafting(settings, capacity)
+        if isinstance(plan, AutoPlan):
+            for power, sampled in product(range(bucket(num_seats).bit_length()), (False, True)):
+                self.costs(2**power, sampled)
+        drafter = self._new_drafter(key, plan)
+        return Engine(self.target, drafter, num_seats, capacity, plan, self._recorder(), key.coupled)
+
+    def seat_bytes(self, capacity: int, settings: GenerateOptions) -> int:
+        """Memory of one of an engine's seats; errors are those of `engine`."""
+        most = self.target.max_positions or capacity
+        if not 2 <= capacity <= most:
+            raise ValueError(f"max_model_len: expected from 2 tokens to the model's {most} positions, got {capacity}")
+        self._check_options(settings, capacity)
+        key, plan = self._drafting(settings, capacity)
+        return seat_bytes(self.target, self._new_drafter(key, plan), capacity, plan.largest)
+
+    def _drafting(self, settings: GenerateOptions, max_new_tokens: int) -> tuple["_EngineKey", Plan]:
+        """What settings ask of an engine's drafter, and its plan; trees are no deeper than there are new tokens."""
+        with_lookup = self._looks_up(settings)
+        plan = self._plan(settings, max_new_tokens, with_lookup)
+        drafts, coupled = plan.largest.depth > 0, settings.coupled is not False
+        return _EngineKey(drafts, with_lookup, settings.draft_window, coupled), plan
 
     def _keep(self, key: "_EngineKey", engine: Engine) -> None:
         if engine.is_recorded:
@@ -267,12 +277,16 @@ class SpeculativeModel:
         return CudaRecorder(self.target.device) if self._captures else None
 
     def _check(self, requests: Sequence[Request], settings: GenerateOptions) -> None:
-        drafting = settings.plan, settings.ngram, settings.draft_window, settings.coupled
-        check_drafting(self.method, *drafting)
         check_requests(self.target, requests)
+        longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
+        self._check_options(settings, longest)
+
+    def _check_options(self, settings: GenerateOptions, longest: int) -> None:
+        """Raise a ValueError for drafting that the method does not know, or where `longest` tokens are too many."""
+        check_drafting(self.method, settings.plan, settings.ngram, settings.draft_window, settings.coupled)
         if torch.is_autocast_enabled(self.device.type):
             raise ValueError("torch.autocast: not supported by draftwing; load the model in the dtype it shall have")
-        self._check_draft_positions(max(len(request.prompt) + request.stop.max_new_tokens for request in requests))
+        self._check_draft_positions(longest)
 
     def costs(self, batch_size: int, sampled: bool = False) -> CycleCosts:
         """What a cycle of so many rows costs with this draft, from this process, the disk's cache or a measurement."""
@@ -293,24 +307,9 @@ class SpeculativeModel:
             )
         return costs[size, sampled]
 
-    def _known_costs(self, batch_size: int, sampled: bool) -> CycleCosts:
-        """What a cycle of so many rows costs, or of a few more: of the fewest for which that is known.
-
-        Rows that end leave fewer than there were, for which nothing is measured in the middle of a generation.
-        """
-        costs = self._lessons.costs
-        size = min(size for size, is_sampled in costs if is_sampled == sampled and size >= batch_size)
-        return costs[size, sampled]
-
     def experience(self, batch_size: int, sampled: bool) -> Experience:
-        """What earlier generations with as many rows, and at first the draft's stored counts, teach the next ones."""
-        key = bucket(batch_size), sampled
-        experience = self._lessons.experience
-        if key not in experience:
-            stored = self._lessons.stored.get("sampled" if sampled else "greedy")
-            table = AcceptanceTable() if stored is None else AcceptanceTable.from_dict(stored)
-            experience[key] = Experience(table)
-        return experience[key]
+        """What has been learnt of a draft by generations with as many rows."""
+        return self._lessons.experience(batch_size, sampled)
 
     def _looks_up(self, settings: GenerateOptions) -> bool:
         """Whether n-grams are merged into the trees."""
@@ -318,28 +317,21 @@ class SpeculativeModel:
             return settings.ngram
         return "ngram" in family_of(self.method).takes and plan_for(self.method, settings.plan) is None
 
-    def _plan(self, settings: GenerateOptions, requests: Sequence[Request], batch_size: int, with_lookup: bool) -> Plan:
+    def _plan(self, settings: GenerateOptions, max_new_tokens: int, with_lookup: bool) -> Plan:
         device = self.target.device
         plan = plan_for(self.method, settings.plan)
-        sampled = any(request.sampling.temperature > 0 for request in requests)
         if plan is not None:
             if not plan.depth:
                 return TreePlan.off()
-            plan = plan.cut_to(max(request.stop.max_new_tokens for request in requests))
+            plan = plan.cut_to(max_new_tokens)
             # A fixed plan's trees depend on its requests alone, not on the generations before: its trial is its own.
             return LookupPlan(plan, LookupTrial()) if with_lookup else plan
         assert self.draft is not None
         shapes = tree_shapes(self.draft, self.target)
         if with_lookup:
             shapes = tuple(shape.with_lookup() for shape in shapes)
-        self.costs(batch_size, sampled)  # measured now, if they are not known
-        return AutoPlan(
-            lambda num_rows: self._known_costs(num_rows, sampled),
-            lambda num_rows: self.experience(num_rows, sampled),
-            shapes[-1],
-            device,
-            fixed_shapes=() if device.type == "cpu" else shapes,
-        )
+        lessons, fixed_shapes = self._lessons, () if device.type == "cpu" else shapes
+        return AutoPlan(lessons.known_costs, lessons.experience, shapes[-1], device, fixed_shapes)
 
     def _identity(self) -> dict[str, Any]:
         """What a cycle's seconds depend on."""

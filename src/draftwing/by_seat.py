@@ -38,6 +38,11 @@ class BySeat:
             else:
                 value[seat] = 0
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of what all seats hold."""
+        return sum(int(value.num_bytes if isinstance(value, BySeat) else value.nbytes) for value in self._held())
+
     def _held(self) -> list[Any]:
         values = (getattr(self, name) for name in self.by_seat)
         return [value for value in values if value is not None]

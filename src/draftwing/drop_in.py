@@ -18,7 +18,7 @@ from transformers.generation import (
     MaxLengthCriteria,
 )
 
-from draftwing.api import HEAD_OPTIONS, Lessons, SpeculativeModel, take_head_options
+from draftwing.api import HEAD_OPTIONS, SpeculativeModel, take_head_options
 from draftwing.batches import append_padded, unpad
 from draftwing.config import check_keys
 from draftwing.drafts.eagle.formats import HeadOptions
@@ -40,6 +40,7 @@ from draftwing.honoured import (
     inputs_given,
     left_paddings,
 )
+from draftwing.plans.lessons import Lessons
 from draftwing.target.model import TargetModel
 
 

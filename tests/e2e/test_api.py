@@ -651,9 +651,9 @@ def test_costs_of_another_machine_are_measured_anew(
     """Where a text's cycles took much less or more than was measured; more not while others use the cores."""
     asked: list[bool] = []
     model = SpeculativeModel(target, heads["eagle3"])
-    monkeypatch.setattr("draftwing.api.WATCHED_CYCLES", 10)
+    monkeypatch.setattr("draftwing.plans.lessons.WATCHED_CYCLES", 10)
     monkeypatch.setattr("draftwing.api.cached_costs", lambda key, measure, since: asked.append(since > 0) or invented)
-    monkeypatch.setattr("draftwing.api.free_cores", lambda: SimpleNamespace(are_shared=are_shared))
+    monkeypatch.setattr("draftwing.plans.lessons.free_cores", lambda: SimpleNamespace(are_shared=are_shared))
     invented = costs()
     for _ in range(3):
         generation = model.start([[1, 2, 3]], plan="auto", max_new_tokens=80)

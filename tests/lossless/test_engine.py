@@ -28,8 +28,9 @@ from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.engine import engine as engine_module
 from draftwing.engine.engine import Engine, NewDrafter, Request, Seat
 from draftwing.engine.generation import Generation
+from draftwing.engine.penalties import Penalties
 from draftwing.engine.plan import Plan, TreePlan
-from draftwing.engine.sampling import Noise, Sampler, SamplingParams
+from draftwing.engine.sampling import Noise, SamplingParams
 from draftwing.engine.stepwise import Place
 from draftwing.engine.stopping import StopRule
 from draftwing.target.kv_cache import KVCache
@@ -64,13 +65,15 @@ def random_request(luck: random.Random) -> Request:
     if luck.random() < 0.4:
         prompt = SHARED[: luck.randint(1, len(SHARED))] + prompt
     kinds: list[dict[str, float]] = [{}, {"top_k": 5}, {"top_p": 0.8, "min_p": 0.05}, {"repetition_penalty": 1.5}]
+    kinds += [{"presence_penalty": 1.0, "frequency_penalty": 0.8}]
     sampling = SamplingParams(
         temperature=luck.choice((0.0, 0.7, 1.3)),
         seed=luck.randrange(2**40),
-        logit_bias={luck.randrange(VOCAB_SIZE): 3.0} if luck.random() < 0.2 else {},
+        logit_bias={luck.choice((EOS, luck.randrange(VOCAB_SIZE))): 4.0} if luck.random() < 0.3 else {},
         **luck.choice(kinds),  # type: ignore[arg-type]
     )
-    return Request(prompt, sampling, StopRule(luck.choice((1, 2, 7, 24)), (EOS,)))
+    limit = luck.choice((1, 2, 7, 24))
+    return Request(prompt, sampling, StopRule(limit, (EOS,), min_new_tokens=luck.choice((0, 0, limit // 2))))
 
 
 def serve(
@@ -276,16 +279,25 @@ def leave_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def leave_penalties(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row that moves is penalised for the tokens that were seen in its new seat."""
-    names = tuple(name for name in Sampler.by_seat if name != "_seen")
-    copy_seat = Sampler.copy_seat
+    """A row that moves is penalised for what was said in its new seat."""
+    leave_behind(monkeypatch, "_seen", "_counts")
 
-    def keep_seen(self: Sampler, source: int, goal: int, num_tokens: int) -> None:
-        monkeypatch.setattr(Sampler, "by_seat", names)
+
+def leave_held_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that moves may end too early."""
+    leave_behind(monkeypatch, "_held_until")
+
+
+def leave_behind(monkeypatch: pytest.MonkeyPatch, *left: str) -> None:
+    """Of a row's penalties, not all move with it."""
+    by_seat, copy_seat = Penalties.by_seat, Penalties.copy_seat
+
+    def keep(self: Penalties, source: int, goal: int, num_tokens: int) -> None:
+        monkeypatch.setattr(Penalties, "by_seat", tuple(name for name in by_seat if name not in left))
         copy_seat(self, source, goal, num_tokens)
-        monkeypatch.setattr(Sampler, "by_seat", (*names, "_seen"))
+        monkeypatch.setattr(Penalties, "by_seat", by_seat)
 
-    monkeypatch.setattr(Sampler, "copy_seat", keep_seen)
+    monkeypatch.setattr(Penalties, "copy_seat", keep)
 
 
 def share_other_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +312,7 @@ def share_other_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "_longest_shared", any_other)
 
 
-@pytest.mark.parametrize("sabotage", [leave_slots, leave_noise, leave_penalties, share_other_text])
+@pytest.mark.parametrize("sabotage", [leave_slots, leave_noise, leave_penalties, leave_held_ends, share_other_text])
 def test_sabotage_is_noticed(
     target: TargetModel,
     ways: dict[str, tuple[NewDrafter, TreePlan]],

@@ -94,6 +94,8 @@ def test_the_drafts_of_these_tests_draft_well(
         {"temperature": 0.9, "top_k": 5},
         {"temperature": 0.9, "top_p": 0.8, "min_p": 0.05},
         {"temperature": 1.1, "top_k": 20, "top_p": 0.9, "repetition_penalty": 0.8},
+        {"temperature": 0.0, "presence_penalty": 1.5, "frequency_penalty": 0.7},
+        {"temperature": 0.8, "frequency_penalty": -0.4, "repetition_penalty": 1.2},
     ],
     ids=str,
 )

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NoReturn
 
-from draftwing.cli import demo, doctor, eval, export, generate, inspect, plan, prepare, train
+from draftwing.cli import demo, doctor, eval, export, generate, inspect, plan, prepare, serve, train
 from draftwing.cli.output import note
 
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "generate": generate,
+    "serve": serve,
     "eval": eval,
     "plan": plan,
     "inspect": inspect,
@@ -46,7 +47,7 @@ class _Notes(logging.Handler):
     """What the library logs, as lines on stderr; a progress bar that is shown takes them from there, above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), file=sys.stderr)
+        print(self.format(record), file=sys.stderr)
 
 
 @contextmanager

@@ -65,6 +65,7 @@ not_negative = number(int, lambda value: value >= 0, "a whole number from 0 on")
 seed = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63-1")
 temperature = number(float, lambda value: 0 <= value < math.inf, "a number from 0 on")
 above_zero = number(float, lambda value: 0 < value < math.inf, "a number above 0")
+finite = number(float, math.isfinite, "a finite number")
 share = number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 positive_share = number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 

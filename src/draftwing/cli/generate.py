@@ -14,6 +14,7 @@ from draftwing.cli.arguments import (
     add_method,
     add_remeasure,
     execution,
+    finite,
     head_options,
     not_negative,
     plain_text,
@@ -71,6 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=not_negative, default=0, help="default: 0 (off)")
     parser.add_argument("--min-p", type=share, default=0.0, help="default: 0 (off)")
     parser.add_argument("--repetition-penalty", type=above_zero, default=1.0, help="default: 1 (off)")
+    parser.add_argument("--presence-penalty", type=finite, default=0.0, help="default: 0 (off)")
+    parser.add_argument("--frequency-penalty", type=finite, default=0.0, help="default: 0 (off)")
+    parser.add_argument("--min-new-tokens", type=not_negative, default=0, help="default: 0 (an end may come at once)")
     parser.add_argument("--seed", type=seed, default=0, help="default: 0")
     parser.add_argument(
         "--stop",
@@ -90,6 +94,7 @@ def run(options: argparse.Namespace) -> None:
         name: getattr(options, name)
         for name in (
             *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+            *("presence_penalty", "frequency_penalty", "min_new_tokens"),
             *("seed", "stop", "plan", "ngram", "draft_window"),
         )
     }

@@ -102,12 +102,20 @@ class CapturedSeats:
     def bound(self, num_tokens: int) -> None:
         self._seats.bound = num_tokens
 
+    @property
+    def scores_tokens(self) -> bool:
+        return self._seats.scores_tokens
+
+    @scores_tokens.setter
+    def scores_tokens(self, wanted: bool) -> None:
+        self._seats.scores_tokens = wanted
+
     def draft(self, plan: TreePlan) -> DraftTree:
         seats = self._seats
         seats.prepare(plan)
         context = context_bound(seats.bound, seats.cache.capacity)
         # A plan's sizing holds tensors that the recording reads.
-        key = (len(seats.lengths), plan, plan.sizing, context, seats.sampler.work)
+        key = (len(seats.lengths), plan, plan.sizing, context, seats.sampler.work, seats.scores_tokens)
         if key not in self._recordings:
             self._recordings[key] = self.record(plan, context)
         self._current = self._recordings[key]

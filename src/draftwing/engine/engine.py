@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import dropwhile
+from itertools import dropwhile, islice, takewhile
 
 import numpy as np
 import torch
 
 from draftwing.engine.captured import CapturedCycle, CapturedSeats, Recorder, can_record
 from draftwing.engine.drafter import Drafter
+from draftwing.engine.logprobs import MOST_TOP, TokenLogprobs
 from draftwing.engine.plan import Plan
 from draftwing.engine.readback import CycleReading, CycleReport
 from draftwing.engine.sampling import SamplingParams
@@ -22,21 +23,32 @@ from draftwing.threads import fitting_threads, num_threads
 
 PREFILL_TOKENS = 2048
 """Positions of several prompts that a step reads at most, unless a single chunk has more."""
+SCORED_TOKENS = 128
+"""Positions of a prompt that are read at once where it is scored: each has the logits of a whole vocabulary."""
 MOST_LEVELS = PREFILL_CHUNK - MOST_UNREAD - 1
 """Of a tree: what a cycle commits must fit behind what drafters have left unread."""
 LEAST_SHARED = 16
 """Tokens of a prompt that another seat must have read before they are copied."""
+COMPARED = 256
+"""Tokens of two texts that are compared at once."""
 NewDrafter = Callable[[int, int], Drafter]
 """Makes a drafter for so many seats of so many slots each."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One row to generate: its prompt's token ids, its sampling parameters and when to stop."""
+    """One row to generate: its prompt's token ids, its sampling parameters and when to stop.
+
+    Attributes:
+        num_logprobs: how many of the most probable tokens, 0 to 20, are scored beside each new one; None: nothing is.
+        scores_prompt: whether the prompt's tokens are scored as well.
+    """
 
     prompt: Sequence[int]
     sampling: SamplingParams
     stop: StopRule
+    num_logprobs: int | None = None
+    scores_prompt: bool = False
 
 
 @dataclass(eq=False)
@@ -45,8 +57,10 @@ class Seat:
 
     Attributes:
         index: where its state lies; it changes when a seat before it is left.
-        finish_reason: eos, stop or length once it has ended.
+        finish_reason: eos, stop or length once it has ended; error if its own stop rule failed.
         num_shared: tokens of the prompt that were copied from another seat.
+        logprobs: of the tokens, where the request asks for them.
+        prompt_logprobs: of the prompt's tokens read so far, None for its first, where the request asks for them.
     """
 
     request: Request
@@ -54,15 +68,22 @@ class Seat:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     num_shared: int = 0
+    error: Exception | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
 
 
 @dataclass(frozen=True)
 class Event:
-    """The tokens that a cycle committed for a seat; `num_accepted` of them were drafted (the rest is the bonus)."""
+    """The tokens that a cycle committed for a seat; `num_accepted` of them were drafted (the rest is the bonus).
+
+    `logprobs` has an entry for each, where the request asks for them.
+    """
 
     seat: Seat
     tokens: list[int]
     num_accepted: int
+    logprobs: list[TokenLogprobs]
 
 
 class Engine:
@@ -141,19 +162,24 @@ class Engine:
         self.check(request)
         if not self.num_free:
             return None
-        seat = Seat(request, self.num_seats - self.num_free)
-        lender, num_shared = self._longest_shared(request.prompt)
+        seat, row = Seat(request, self.num_seats - self.num_free), (request.prompt, request.sampling, request.stop)
+        lender, num_shared = (None, 0) if request.scores_prompt else self._longest_shared(request.prompt)
         try:
             if lender is not None:
                 seat.num_shared = num_shared
-                self._seats.admit_behind(lender.index, num_shared, seat.index, request.prompt, request.sampling)
+                self._seats.admit_behind(lender.index, num_shared, seat.index, *row)
             else:
-                self._seats.admit(seat.index, request.prompt, request.sampling)
+                self._seats.admit(seat.index, *row)
         except BaseException:  # out of memory, say: nothing may be left in a seat that nobody holds
             self._seats.vacate(seat.index)
             raise
         self._reading.append(seat)
         return seat
+
+    def will_share(self, prompt: Sequence[int]) -> bool:
+        """Whether a seat that is reading its prompt will have read more of this one's beginning than any has now."""
+        later = max((_shared(prompt, seat.request.prompt) for seat in self._reading), default=0)
+        return later - self._longest_shared(prompt)[1] >= LEAST_SHARED
 
     def step(self) -> list[Event]:
         """Read a chunk of the waiting prompts, then run a cycle of the seats whose prompts are read."""
@@ -186,14 +212,14 @@ class Engine:
         """Draft, verify, commit."""
         seats = self._cycling
         seats.bound = int(self._seats.lengths[: len(self._running)].max())
-        plan = self.plan.next(len(self._running), seats.bound)
+        plan = self.plan.next(len(self._running), seats.bound, self._samples)
         with fitting_threads(self._threads):
             with self._clock.stage("draft"):
                 tree = seats.draft(plan)
             with self._clock.stage("verify"):
                 verification = seats.verify(tree)
                 learns = self.plan.learns and tree.max_depth > 0
-                reading = CycleReading(verification.verdict, tree if learns else None)
+                reading = CycleReading(verification.verdict, tree if learns else None, verification.scores)
             with self._clock.stage("commit"):
                 seats.commit(plan, tree, verification)
         return tree, reading
@@ -202,12 +228,17 @@ class Engine:
         """Read what a cycle has brought, its one device-to-host copy, and hand out tokens up to each seat's stop."""
         with self._clock.stage("host"):
             events, num_committed = [], []
-            for seat, (num_accepted, *tokens) in zip(self._running, reading.result().tolist(), strict=False):
+            result, scores = reading.result().tolist(), reading.scores()
+            for row, (seat, (num_accepted, *tokens)) in enumerate(zip(self._running, result, strict=False)):
                 new = tokens[: num_accepted + 1]
                 num_committed.append(len(new))
-                num_emitted, seat.finish_reason = seat.request.stop.check(seat.tokens, new)
+                num_emitted = _end(seat, new)
                 seat.tokens += new[:num_emitted]
-                events.append(Event(seat, new[:num_emitted], min(num_accepted, num_emitted)))
+                logprobs: list[TokenLogprobs] = []
+                if scores is not None and (num_top := seat.request.num_logprobs) is not None:
+                    logprobs += islice(scores.of_row(row, num_top), num_emitted)
+                    seat.logprobs += logprobs
+                events.append(Event(seat, new[:num_emitted], min(num_accepted, num_emitted), logprobs))
                 self.statistics.count_cycle(num_accepted, tree.max_depth, num_emitted)
             self._cycling.count(np.array(num_committed))
             if reading.has_facts:
@@ -221,18 +252,32 @@ class Engine:
     def _read_prompts(self) -> None:
         """Read one chunk of the first waiting prompts, and let those run that are read, first come, first served."""
         with fitting_threads(self._threads), self._clock.stage("prefill"):
-            unread = list(dropwhile(lambda seat: not self._num_unread(seat), self._reading))  # rows in step wait
-            width = min(PREFILL_CHUNK, max(map(self._num_unread, unread), default=0))
-            if width:
-                chosen = unread[: max(1, PREFILL_TOKENS // width)]
-                width = min(width, max(map(self._num_unread, chosen)))
-                first = chosen[0].index
-                self._seats.part(first, first + len(chosen)).read([seat.request.prompt for seat in chosen], width)
+            if chosen := self._next_unread():
+                self._read_chunk(chosen)
             while self._reading and self._may_run(self._reading[0]):
                 seat = self._reading.pop(0)
                 self._seats.start(seat.index, seat.request.prompt[-1])
                 self._running.append(seat)
             self._look_at_running()
+
+    def _next_unread(self) -> list[Seat]:
+        """The first waiting seats, as many as read a chunk together; one alone whose prompt is scored."""
+        unread = list(dropwhile(lambda seat: not self._num_unread(seat), self._reading))  # rows in step wait
+        if not unread or unread[0].request.scores_prompt:
+            return unread[:1]
+        unread = list(takewhile(lambda seat: not seat.request.scores_prompt, unread))
+        width = min(PREFILL_CHUNK, max(map(self._num_unread, unread)))
+        return unread[: max(1, PREFILL_TOKENS // width)]
+
+    def _read_chunk(self, chosen: Sequence[Seat]) -> None:
+        """Read on in the prompts of neighbouring seats."""
+        first, request = chosen[0].index, chosen[0].request
+        most = SCORED_TOKENS if request.scores_prompt else PREFILL_CHUNK
+        num_unread = min(most, max(map(self._num_unread, chosen)))
+        part, prompts = self._seats.part(first, first + len(chosen)), [seat.request.prompt for seat in chosen]
+        scores = part.read(prompts, num_unread, request.scores_prompt)
+        if scores is not None:
+            chosen[0].prompt_logprobs += islice(scores.of_row(0, request.num_logprobs or 0), num_unread)
 
     def _may_run(self, seat: Seat) -> bool:
         """Whether a seat's prompt has been read, and those of all rows that advance in step with it."""
@@ -245,23 +290,16 @@ class Engine:
         return len(seat.request.prompt) - 1 - int(self._seats.lengths[seat.index])
 
     def _longest_shared(self, prompt: Sequence[int]) -> tuple[Seat | None, int]:
-        """The seat that has read most of a prompt's beginning, and how many tokens of it.
-
-        Drafters have read the token behind as well, so that it must be the same too; and at least one token is left to
-        read, for the drafter's last output.
-        """
+        """The seat that has read most of a prompt's beginning, and how many tokens of it; None, 0 if that is little."""
         lender, most = None, LEAST_SHARED - 1
         for seat in (*self._running, *self._reading):
             num_read = int(self._seats.lengths[seat.index])
             if num_read <= most:  # it cannot lend more
                 continue
-            text = [*seat.request.prompt, *seat.tokens]
-            num_same = next((i for i, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), len(prompt))
-            num_same = min(num_same, len(text))
-            num_shared = min(num_same - 1, len(prompt) - 2, num_read)
+            num_shared = min(_shared(prompt, [*seat.request.prompt, *seat.tokens]), num_read)
             if num_shared > most:
                 lender, most = seat, num_shared
-        return lender, most
+        return lender, most if lender is not None else 0
 
     def _move(self, seat: Seat, goal: int) -> None:
         self._seats.move(seat.index, goal)
@@ -270,12 +308,44 @@ class Engine:
     def _look_at_running(self) -> None:
         """Let cycles run over the running seats; captured ones over the next power of two, the rest of them idle."""
         num_running = len(self._running)
+        self._samples = any(seat.request.sampling.temperature > 0 for seat in self._running)
         chooses_in_steps = any(seat.request.sampling.place is not None for seat in self._running)
         if self._recorder is None or chooses_in_steps:  # the latter turns to the host
             self._cycling = self._seats.part(0, num_running)
         else:
             num_seats = min(bucket(num_running), self.num_seats)
             self._cycling = CapturedSeats(self._seats.part(0, num_seats), self._recorder, self._recordings)
+        self._cycling.scores_tokens = any(seat.request.num_logprobs is not None for seat in self._running)
+
+
+def _end(seat: Seat, new: list[int]) -> int:
+    """How many of the new tokens a seat emits, and why it ends there if it does; its rule's error ends it alone."""
+    try:
+        num_emitted, seat.finish_reason = seat.request.stop.check(seat.tokens, new)
+    except Exception as error:  # a decoder or a test of the user's
+        seat.error, seat.finish_reason = error, "error"
+        return 0
+    return num_emitted
+
+
+def _shared(prompt: Sequence[int], text: Sequence[int]) -> int:
+    """How many tokens a prompt can have from one who has read all of a text.
+
+    Drafters have read the token behind as well, so that it must be the same too; and at least one token is left to
+    read, for the drafter's last output.
+    """
+    return min(_num_same(prompt, text) - 1, len(prompt) - 2, len(text) - 1)
+
+
+def _num_same(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    num_same, most = 0, min(len(first), len(second))
+    while num_same < most:  # chunk by chunk: comparing slices takes no step of Python for each token
+        ours, theirs = (list(text[num_same : num_same + COMPARED]) for text in (first, second))
+        if ours[: len(theirs)] != theirs[: len(ours)]:
+            return num_same + next(index for index, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+        num_same += COMPARED
+    return most
 
 
 def bucket(num_rows: int) -> int:
@@ -300,6 +370,9 @@ def check_request(target: TargetModel, request: Request, name: str) -> None:
     if min(request.prompt) < 0 or max(request.prompt) >= target.vocab_size:
         raise ValueError(f"input_ids: {name} has ids outside the vocabulary of {target.vocab_size}")
     request.sampling.check(target.vocab_size)
+    wanted = request.num_logprobs
+    if wanted is not None and (not isinstance(wanted, int) or isinstance(wanted, bool) or not 0 <= wanted <= MOST_TOP):
+        raise ValueError(f"num_logprobs: expected an integer from 0 to {MOST_TOP}, got {wanted!r}")
 
 
 def _check_room(request: Request, name: str, limit: int, whose: str) -> None:

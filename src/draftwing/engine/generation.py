@@ -80,6 +80,8 @@ class Generation:
     def _step(self) -> list[Event]:
         try:
             events = self._engine.step()
+            for error in [event.seat.error for event in events if event.seat.error]:
+                raise error
             self._admit()
         except Exception:
             self.close()

@@ -31,7 +31,10 @@ class GenerateOptions:
 
     Attributes:
         seed: one seed per row, or a single one, of which row b gets `row_seed(seed, b)`, that is `seed + b * 2**32`.
+        presence_penalty, frequency_penalty: taken from the logit of each token that the row has generated, once and
+            for each time, as OpenAI's interface defines it.
         stop: stop strings; a row ends with the token that completes one.
+        min_new_tokens: no row ends with fewer by an end-of-sequence token or a stop string.
         plan: `auto`, a text that `TreePlan.parse` reads (`off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, a paper's
             tree, or for that method alone `lookahead:WxNxG`) or a TreePlan; None is the method's default. `auto` sizes
             each tree by what it is expected to bring; the first time on a machine it measures what a cycle costs, for a
@@ -53,10 +56,13 @@ class GenerateOptions:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     logit_bias: Mapping[int, float] | None = None
     seed: int | Sequence[int] = 0
     eos_token_id: int | Sequence[int] | None = None
     stop: Sequence[str] | str | None = None
+    min_new_tokens: int | None = None
     plan: str | TreePlan | None = None
     coupled: bool | None = None
     ngram: bool | None = None
@@ -93,6 +99,7 @@ class GenerateOptions:
             stop_strings=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             decode=decode,
             is_done=self.is_done and partial(self.is_done, row),
+            min_new_tokens=self.min_new_tokens or 0,
         )
         return Request(prompt, self.sampling(row), stop)
 
@@ -109,6 +116,8 @@ class GenerateOptions:
             top_p=1.0 if self.top_p is None else self.top_p,
             min_p=self.min_p or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=self.logit_bias or {},
             seed=self._seed_of(row),
         )

@@ -76,8 +76,11 @@ class Plan(Protocol):
     def largest(self) -> "TreePlan":
         """The largest plan that `next` gives."""
 
-    def next(self, num_rows: int, longest: int) -> "TreePlan":
-        """The next cycle's plan for so many rows, given the committed tokens of the longest one."""
+    def next(self, num_rows: int, longest: int, sampled: bool = False) -> "TreePlan":
+        """The next cycle's plan for so many rows, given the committed tokens of the longest one.
+
+        `sampled`: whether one of them draws its tokens at a temperature.
+        """
 
     def learn(self, report: "CycleReport") -> None:
         """Take in what became of the cycle's tree."""
@@ -147,7 +150,7 @@ class TreePlan:
     def largest(self) -> "TreePlan":
         return self
 
-    def next(self, num_rows: int, longest: int) -> "TreePlan":
+    def next(self, num_rows: int, longest: int, sampled: bool = False) -> "TreePlan":
         return self
 
     def learn(self, report: "CycleReport") -> None:

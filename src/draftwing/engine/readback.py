@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from draftwing.engine.logprobs import Scores, ScoresOnHost
 from draftwing.engine.tree import DraftTree, Verdict
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -77,18 +78,22 @@ class CycleReport:
 
 
 class CycleReading:
-    """A cycle's result on its way to the host, the cycle's only copy; of a `tree` its facts as well.
+    """A cycle's result on its way to the host, the cycle's only copy; of a `tree` its facts, and the tokens' `scores`.
 
     A CUDA device starts to copy here, and `result` waits for that alone: the device works on meanwhile. On a CPU
     nothing is copied; the facts are read where they lie.
     """
 
-    def __init__(self, verdict: Verdict, tree: DraftTree | None) -> None:
+    def __init__(self, verdict: Verdict, tree: DraftTree | None, scores: Scores | None = None) -> None:
+        self._has_scores = scores is not None
         self._max_depth = 0 if tree is None else tree.max_depth
         self._event: torch.cuda.Event | None = None
         self._parts: tuple[torch.Tensor, ...] = (torch.cat((verdict.num_accepted[:, None], verdict.tokens), dim=1),)
         if tree is not None:
             self._parts += (verdict.accepted, tree.parents, tree.depths, tree.valid, tree.scores, tree.log_probs)
+        self._num_facts = len(self._parts) - 1
+        if scores is not None:
+            self._parts += scores.parts
         device = self._parts[0].device
         self._packed = None if device.type == "cpu" else pack(self._parts)
         if self._packed is not None and device.type == "cuda":
@@ -99,7 +104,7 @@ class CycleReading:
     @property
     def has_facts(self) -> bool:
         """Whether there will be facts."""
-        return len(self._parts) > 1
+        return self._num_facts > 0
 
     def result(self) -> Array:
         """`[B, 1 + L]`: accepted draft tokens, and tokens to emit."""
@@ -113,10 +118,16 @@ class CycleReading:
 
     def facts(self, num_rows: int) -> CycleFacts:
         """What became of the first rows' trees; after `result`."""
-        accepted, parents, depths, valid, scores, log_probs = (array[:num_rows] for array in self._arrays[1:])
+        accepted, parents, depths, valid, scores, log_probs = (
+            array[:num_rows] for array in self._arrays[1 : 1 + self._num_facts]
+        )
         drafted = (valid > 0) & (depths > 0) & np.isfinite(log_probs)
         parents, depths = (part.astype(np.int64, copy=False) for part in (parents, depths))
         return CycleFacts(accepted > 0, parents, depths, drafted, scores, log_probs, self._max_depth)
+
+    def scores(self) -> ScoresOnHost | None:
+        """The log-probabilities of the tokens to emit, if they were asked for; after `result`."""
+        return ScoresOnHost(*self._arrays[1 + self._num_facts :]) if self._has_scores else None
 
 
 def pack(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from draftwing.by_seat import BySeat
+from draftwing.engine.penalties import Penalties
 from draftwing.engine.stepwise import Place, choose_in_steps
+from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree import DraftTree
 
 MASK32 = 0xFFFFFFFF
@@ -30,8 +32,8 @@ LOGIT_ERROR = 0.8
 class SamplingParams:
     """How one row chooses its tokens, in the order and with the meaning of transformers.
 
-    `logit_bias` is added and `repetition_penalty` applied first; then, at temperature > 0, temperature, top-k, top-p
-    and min-p. Temperature 0 is greedy.
+    `logit_bias` is added and the penalties are applied first; then, at temperature > 0, temperature, top-k, top-p and
+    min-p. Temperature 0 is greedy.
 
     Raises:
         ValueError: a value out of range, naming the field.
@@ -43,11 +45,20 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that the row has generated, as OpenAI's interface defines it."""
+    frequency_penalty: float = 0.0
+    """The same, once for each time."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Token id -> added to its logit."""
     seed: int = 0
     place: Place | None = None
     """Who chooses the tokens instead; of the fields above the seed counts, others only rank drafts."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether it matters how often a token was generated."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def check(self, vocab_size: int) -> None:
         """Raise a ValueError for parameters that do not fit a vocabulary of so many ids."""
@@ -62,6 +73,8 @@ class SamplingParams:
         _require("top_p", self.top_p, lambda p: 0 < p <= 1, "above 0 and at most 1")
         _require("min_p", self.min_p, lambda p: 0 <= p <= 1, "from 0 to 1")
         _require("repetition_penalty", penalty, lambda r: 0 < r < math.inf, "above 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _require(name, getattr(self, name), math.isfinite, "a finite number")
         _require("seed", self.seed, lambda s: isinstance(s, int) and 0 <= s < 2**63, "an integer from 0 to 2^63-1")
         for token, bias in self.logit_bias.items():
             if not isinstance(token, Integral):
@@ -145,7 +158,6 @@ COLUMNS = {
     "top_k": torch.int64,
     "top_p": torch.float32,
     "min_p": torch.float32,
-    "repetition_penalty": torch.float32,
 }
 """The parameters that a device reads, one number a seat."""
 
@@ -156,19 +168,23 @@ class SamplingWork:
 
     draws: bool
     has_bias: bool
-    has_penalty: bool
+    has_repetition: bool
+    has_counts: bool
+    holds_ends: bool
     has_top_k: bool
     has_top_p: bool
     has_min_p: bool
 
     @staticmethod
-    def of(params: Iterable[SamplingParams]) -> "SamplingWork":
-        """The work for rows with these parameters."""
+    def of(params: Iterable[SamplingParams], holds_ends: bool = False) -> "SamplingWork":
+        """The work for rows with these parameters, some of which may have their ends held back."""
         params = list(params)
         return SamplingWork(
             draws=any(p.temperature > 0 for p in params),
             has_bias=any(p.logit_bias for p in params),
-            has_penalty=any(p.repetition_penalty != 1 for p in params),
+            has_repetition=any(p.repetition_penalty != 1 for p in params),
+            has_counts=any(p.counts for p in params),
+            holds_ends=holds_ends,
             has_top_k=any(p.top_k for p in params),
             has_top_p=any(p.top_p < 1 for p in params),
             has_min_p=any(p.min_p > 0 for p in params),
@@ -178,22 +194,21 @@ class SamplingWork:
 class Sampler(BySeat):
     """Chooses the target's token at every node, by each seat's own parameters.
 
-    Owns the rows' noise and, for a repetition penalty, which tokens each row has seen. `depth` is that of the deepest
-    tree to choose on. `work` is what some of its seats ask for.
+    Owns the rows' noise, and what penalties need of their texts. `depth` is that of the deepest tree to choose on.
+    `work` is what some of its seats ask for.
     """
 
-    by_seat = (*(f"_{name}" for name in COLUMNS), "_seen", "_bias", "_noise", "_params")
+    by_seat = (*(f"_{name}" for name in COLUMNS), "_penalties", "_bias", "_noise", "_params")
     _temperature: torch.Tensor  # [S, 1, 1], as the other columns
     _top_k: torch.Tensor
     _top_p: torch.Tensor
     _min_p: torch.Tensor
-    _repetition_penalty: torch.Tensor
 
     def __init__(self, num_seats: int, vocab_size: int, device: torch.device, depth: int = 0) -> None:
         for name, dtype in COLUMNS.items():
             neutral = getattr(SamplingParams(), name)
             setattr(self, f"_{name}", torch.full((num_seats, 1, 1), neutral, dtype=dtype, device=device))
-        self._seen = torch.zeros(num_seats, vocab_size, dtype=torch.bool, device=device)
+        self._penalties = Penalties(num_seats, vocab_size, device)
         self._bias: torch.Tensor | None = None  # made when a row asks for it, as the noise is
         self._noise: Noise | None = None
         self._params = np.full(num_seats, SamplingParams(), dtype=object)
@@ -211,7 +226,7 @@ class Sampler(BySeat):
 
     def part(self, first: int, last: int) -> "Sampler":
         part = super().part(first, last)
-        part.work = SamplingWork.of(part._params)
+        part.work = SamplingWork.of(part._params, bool(part._penalties.holds.any()))
         part._places = [params.place for params in part._params if params.place is not None]
         assert len(part._places) in (0, last - first)
         return part
@@ -219,15 +234,13 @@ class Sampler(BySeat):
     def clear(self, seat: int, num_tokens: int) -> None:
         self.admit(seat, SamplingParams(), ())
 
-    def admit(self, seat: int, params: SamplingParams, prompt: Sequence[int]) -> None:
-        """Begin a row with these parameters in a seat."""
+    def admit(self, seat: int, params: SamplingParams, prompt: Sequence[int], stop: StopRule | None = None) -> None:
+        """Begin a row with these parameters in a seat; `stop` says which ends are held back."""
         num_seats = len(self._params)
         self._params[seat] = params
         for name in COLUMNS:
             getattr(self, f"_{name}")[seat] = getattr(params, name)
-        self._seen[seat] = False
-        if params.repetition_penalty != 1:
-            self._seen[seat, torch.tensor(list(prompt), dtype=torch.int64, device=self._device)] = True
+        self._penalties.admit(seat, params, prompt, stop)
         if params.logit_bias and self._bias is None:
             self._bias = torch.zeros(num_seats, 1, self._vocab_size, device=self._device)
         if self._bias is not None:
@@ -249,11 +262,8 @@ class Sampler(BySeat):
                 self._noise.reserve(seat, int(length), depth + 2)
 
     def observe(self, tokens: torch.Tensor, num_valid: torch.Tensor) -> None:
-        """Record the first `num_valid [B]` of the prompt or emitted tokens `[B, L]`, for the repetition penalty."""
-        if self.work.has_penalty:
-            valid = torch.arange(tokens.shape[1], device=tokens.device) < num_valid[:, None]
-            counts = torch.zeros(self._seen.shape, dtype=torch.int32, device=tokens.device)
-            self._seen |= counts.scatter_add_(1, tokens, valid.int()) > 0
+        """Record the first `num_valid [B]` of the emitted tokens `[B, L]`, for penalties."""
+        self._penalties.observe(tokens, num_valid, self.work)
 
     def choose(self, logits: torch.Tensor, tree: DraftTree, lengths: torch.Tensor) -> torch.Tensor:
         """The target's token at each node of the tree, `[B, N]`; ties go to the lowest id.
@@ -271,8 +281,7 @@ class Sampler(BySeat):
         if self.work.has_bias:
             assert self._bias is not None
             scores = scores + self._bias
-        if self.work.has_penalty:
-            scores = self._penalise(scores, tree)
+        scores = self._penalties.apply(scores, tree, lengths, self.work)
         greedy = scores.argmax(-1)
         if not self.work.draws:
             return greedy
@@ -308,15 +317,6 @@ class Sampler(BySeat):
         """The noise `[B, V]` of nodes at `depth` below roots at positions `lengths [B]`."""
         assert self._noise is not None
         return self._noise.at(lengths[:, None] + depth + 1).squeeze(1)
-
-    def _penalise(self, scores: torch.Tensor, tree: DraftTree) -> torch.Tensor:
-        """Repetition penalty with each node's own history: the row's tokens and the node's ancestors."""
-        counts = torch.zeros(scores.shape, dtype=torch.int32, device=scores.device)
-        on_branch = tree.tokens[:, None, :].expand_as(tree.ancestors)
-        counts.scatter_add_(2, on_branch, tree.ancestors.int())
-        seen = (counts > 0) | self._seen[:, None, :]
-        penalised = torch.where(scores < 0, scores * self._repetition_penalty, scores / self._repetition_penalty)
-        return torch.where(seen, penalised, scores)
 
     def _warp(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores / T with everything outside top-k, top-p and min-p at -inf."""

@@ -12,9 +12,11 @@ import torch
 
 from draftwing.by_seat import BySeat
 from draftwing.engine.drafter import Drafter
+from draftwing.engine.logprobs import Scores, ScoresOnHost
 from draftwing.engine.plan import TreePlan
 from draftwing.engine.readback import Array
 from draftwing.engine.sampling import Sampler, SamplingParams, uncoupled_rank
+from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree import DraftTree, Verdict, root_tree, walk
 from draftwing.engine.unread import MOST_UNREAD
 from draftwing.target.model import TargetModel
@@ -22,11 +24,15 @@ from draftwing.target.model import TargetModel
 
 @dataclass(frozen=True)
 class Verification:
-    """What the target says of a tree: its own token at each node `chosen [B, N]`, the verdict, `features [B, N, F]`."""
+    """What the target says of a tree: its own token at each node `chosen [B, N]`, the verdict, `features [B, N, F]`.
+
+    `scores` are those of the verdict's tokens, where they are asked for.
+    """
 
     chosen: torch.Tensor
     verdict: Verdict
     features: torch.Tensor | None
+    scores: Scores | None
 
 
 class Seats(BySeat):
@@ -37,6 +43,7 @@ class Seats(BySeat):
     Attributes:
         lengths: `[B]` the host's counts of committed tokens before the roots.
         bound: of the running seats' lengths; what attention reads goes by it.
+        scores_tokens: whether a cycle gathers its tokens' log-probabilities.
     """
 
     by_seat = ("cache", "drafter", "sampler", "_root", "_is_running", "lengths", "_num_read", "_num_written")
@@ -48,6 +55,7 @@ class Seats(BySeat):
         self.cache = target.new_cache(num_seats, capacity)
         self.sampler = Sampler(num_seats, target.vocab_size, target.device, depth)
         self._coupled, self._depth = coupled, depth
+        self.scores_tokens = False
         self._root = torch.zeros(num_seats, dtype=torch.int64, device=target.device)
         self._is_running = torch.zeros(num_seats, dtype=torch.bool, device=target.device)
         self.lengths = np.zeros(num_seats, dtype=np.int64)
@@ -66,19 +74,19 @@ class Seats(BySeat):
     def bound(self, num_tokens: int) -> None:
         self.cache.bound = self.drafter.bound = num_tokens
 
-    def admit(self, seat: int, prompt: Sequence[int], params: SamplingParams) -> None:
+    def admit(self, seat: int, prompt: Sequence[int], params: SamplingParams, stop: StopRule) -> None:
         """Begin a row in a seat that is clear; its prompt is still unread."""
-        self.sampler.admit(seat, params, prompt)
+        self.sampler.admit(seat, params, prompt, stop)
         self.drafter.begin(seat, prompt[0])
 
     def admit_behind(
-        self, source: int, num_tokens: int, seat: int, prompt: Sequence[int], params: SamplingParams
+        self, source: int, num_tokens: int, seat: int, prompt: Sequence[int], params: SamplingParams, stop: StopRule
     ) -> None:
         """Begin a row whose first `num_tokens` seat `source` has read; the token behind them is the same too."""
         lender = self.part(source, source + 1)
         lender.bound = int(lender.lengths[0])
         lender.catch_up()
-        self.sampler.admit(seat, params, prompt)
+        self.sampler.admit(seat, params, prompt, stop)
         self.cache.copy_seat(source, seat, num_tokens)
         self.cache.lengths[seat] = num_tokens
         self.drafter.share(source, seat, num_tokens)
@@ -94,8 +102,11 @@ class Seats(BySeat):
         self.vacate(goal)
         self.copy_seat(source, goal, int(self.lengths[source]) + 1)
 
-    def read(self, prompts: Sequence[Sequence[int]], width: int) -> None:
-        """Read on in each seat's prompt, up to `width` tokens, but for its last one."""
+    def read(self, prompts: Sequence[Sequence[int]], width: int, scores: bool = False) -> ScoresOnHost | None:
+        """Read on in each seat's prompt, up to `width` tokens, but for its last one.
+
+        With `scores`, returns the log-probabilities of the tokens behind those.
+        """
         device = self.target.device
         chunks = [
             list(prompt[start : start + width + 1])
@@ -107,12 +118,16 @@ class Seats(BySeat):
         counts = torch.from_numpy(num_valid).to(device)
         self.bound = int(self.lengths.max())
         self._num_written[:] = np.maximum(self._num_written, self.lengths + width + 1)
-        features = self.target.prefill(tokens, counts, self.cache, self.drafter.feature_layers)
+        output = self.target.prefill(tokens, counts, self.cache, self.drafter.feature_layers, scores)
         self.bound = int((self.lengths + num_valid).max())
-        self.drafter.observe(tokens.roll(-1, dims=1), features, counts)
+        self.drafter.observe(tokens.roll(-1, dims=1), output.features, counts)
         self.drafter.catch_up(width)
         self.lengths += num_valid
         self.mark_read()
+        if not scores:
+            return None
+        parts = Scores.of(output.logits[:, :-1], tokens[:, 1:]).parts
+        return ScoresOnHost(*(part.numpy(force=True) for part in parts))
 
     def start(self, seat: int, root: int) -> None:
         """Let a seat run whose prompt has been read up to its last token, the root of the first tree."""
@@ -150,7 +165,9 @@ class Seats(BySeat):
             tree.tokens, tree.depths, tree.ancestors, self.cache, self.drafter.feature_layers
         )
         chosen = self.sampler.choose(output.logits, tree, self.cache.lengths)
-        return Verification(chosen, walk(tree, chosen), output.features)
+        verdict = walk(tree, chosen)
+        scores = Scores.of(verdict.along_path(output.logits), verdict.tokens) if self.scores_tokens else None
+        return Verification(chosen, verdict, output.features, scores)
 
     def commit(self, plan: TreePlan, tree: DraftTree, verification: Verification) -> None:
         """Keep what was accepted, and tell the drafter."""

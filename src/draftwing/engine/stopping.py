@@ -20,9 +20,11 @@ class StopRule:
     """A row ends with its first end-of-sequence token, the token that completes a stop string, or the limit.
 
     That last token is part of the output, as in transformers. `decode` turns token ids into text; stop strings need it.
+    None of the first `min_new_tokens` completes a stop string or is an end-of-sequence token: such are never chosen.
 
     Raises:
-        ValueError: a limit below 1, a stop string that is empty or none, or stop strings without a tokenizer.
+        ValueError: a limit below 1 or below that minimum, a stop string that is empty or none, or stop strings without
+            a tokenizer.
     """
 
     max_new_tokens: int
@@ -31,10 +33,14 @@ class StopRule:
     decode: Decode | None = None
     is_done: Callable[[Sequence[int]], bool] | None = None
     """A further test of the tokens emitted so far, run after each (slow; custom stopping criteria)."""
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected an integer of at least 1, got {self.max_new_tokens!r}")
+        least, most = self.min_new_tokens, self.max_new_tokens
+        if not isinstance(least, int) or isinstance(least, bool) or not 0 <= least <= most:
+            raise ValueError(f"min_new_tokens: expected an integer from 0 to max_new_tokens ({most}), got {least!r}")
         for text in self.stop_strings:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop: expected strings that are not empty, got {text!r}")
@@ -46,7 +52,8 @@ class StopRule:
         for count, token in enumerate(new, 1):
             if token in self.eos_token_ids:
                 return count, "eos"
-            if self.stop_strings and self._completes_stop_string(emitted + new[:count]):
+            is_long_enough = len(emitted) + count > self.min_new_tokens
+            if self.stop_strings and is_long_enough and self._completes_stop_string(emitted + new[:count]):
                 return count, "stop"
             if self.is_done is not None and self.is_done(emitted + new[:count]):
                 return count, "stop"

@@ -1,5 +1,7 @@
 """Token ids to text while they arrive."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 MAX_TOKENS_PER_CHARACTER = 4
@@ -7,13 +9,17 @@ MAX_TOKENS_PER_CHARACTER = 4
 
 
 class TextStream:
-    """Turns tokens into text one by one, holding back characters whose bytes are incomplete."""
+    """Turns tokens into text one by one, holding back characters whose bytes are incomplete.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._tokens: list[int] = []
+    `behind` are tokens in front of the first one, for decoders that eat the space at a text's beginning.
+    """
+
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool = True, behind: Sequence[int] = ()) -> None:
+        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+        self._decode: Callable[[list[int]], str] = partial(tokenizer.decode, **options)
+        self._tokens = list(behind)
         self._start = 0  # decoding begins here, one piece earlier than unread text, for the context that joins words
-        self._read = 0
+        self._read = len(self._tokens)
 
     def push(self, token: int) -> str:
         """The text that this token completes; empty while a character is incomplete."""
@@ -31,7 +37,3 @@ class TextStream:
         text = self._decode(self._tokens[self._start :])
         self._start = self._read = len(self._tokens)
         return text[len(before) :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        return text

@@ -44,16 +44,16 @@ OFF = TreePlan.off()
 class AutoPlan:
     """Plans the cycles of an engine by how many rows they have, and learns from each.
 
-    For each number of rows, rounded up to a power of two, there is a SizedPlan; `costs_of` and `experience_of` give
-    what it knows. The other arguments are those of SizedPlan.
+    For each number of rows, rounded up to a power of two, and for whether one of them samples, there is a SizedPlan;
+    `costs_of` and `experience_of` give what it knows. The other arguments are those of SizedPlan.
     """
 
     learns = True
 
     def __init__(
         self,
-        costs_of: Callable[[int], CycleCosts],
-        experience_of: Callable[[int], Experience],
+        costs_of: Callable[[int, bool], CycleCosts],
+        experience_of: Callable[[int, bool], Experience],
         largest: TreePlan,
         device: torch.device,
         fixed_shapes: Sequence[TreePlan] = (),
@@ -61,15 +61,15 @@ class AutoPlan:
         self.largest = largest
         self._costs_of, self._experience_of = costs_of, experience_of
         self._device, self._fixed_shapes = device, fixed_shapes
-        self._sized: dict[int, SizedPlan] = {}
+        self._sized: dict[tuple[int, bool], SizedPlan] = {}
 
-    def next(self, num_rows: int, longest: int) -> TreePlan:
+    def next(self, num_rows: int, longest: int, sampled: bool = False) -> TreePlan:
         """The next cycle's plan for so many rows, given the committed tokens of the longest one."""
-        size = bucket(num_rows)
-        if size not in self._sized:
-            costs, experience = self._costs_of(size), self._experience_of(size)
-            self._sized[size] = SizedPlan(costs, experience, self.largest, self._device, self._fixed_shapes)
-        self._current = self._sized[size]
+        key = bucket(num_rows), sampled
+        if key not in self._sized:
+            costs, experience = self._costs_of(*key), self._experience_of(*key)
+            self._sized[key] = SizedPlan(costs, experience, self.largest, self._device, self._fixed_shapes)
+        self._current = self._sized[key]
         return self._current.next(longest)
 
     @property

@@ -221,7 +221,7 @@ class _Schedule:
         self._turns = (plans[index] for order in rounds for index in order)
         self.largest = max(plans, key=lambda plan: (plan.num_nodes, plan.depth))
 
-    def next(self, num_rows: int, longest: int) -> TreePlan:
+    def next(self, num_rows: int, longest: int, sampled: bool = False) -> TreePlan:
         return next(self._turns)
 
     def learn(self, report: CycleReport) -> None:

@@ -62,7 +62,7 @@ class LookupPlan:
         """Whether this cycle looks up and is one of those that are studied."""
         return self._looks_up and self._num_lookups % STUDIED == 0
 
-    def next(self, num_rows: int, longest: int) -> TreePlan:
+    def next(self, num_rows: int, longest: int, sampled: bool = False) -> TreePlan:
         """The plan with or without its lookup."""
         self._looks_up = self._trial.looks_up()
         self._num_lookups += self._looks_up

@@ -218,16 +218,24 @@ class TargetModel:
         return TargetOutput(output.logits, torch.cat(features, dim=-1) if features else None)
 
     def prefill(
-        self, tokens: torch.Tensor, num_valid: torch.Tensor, cache: KVCache, feature_layers: tuple[int, ...] = ()
-    ) -> torch.Tensor | None:
-        """Append `num_valid [B]` of the prompt tokens `[B, C]` (right-padded) and return their features, if wanted."""
+        self,
+        tokens: torch.Tensor,
+        num_valid: torch.Tensor,
+        cache: KVCache,
+        feature_layers: tuple[int, ...] = (),
+        all_logits: bool = False,
+    ) -> TargetOutput:
+        """Append `num_valid [B]` of the prompt tokens `[B, C]` (right-padded).
+
+        Returns their features, if wanted, and the logits of all of them or the last of each row's C.
+        """
         batch_size, length = tokens.shape
         depths = torch.arange(length, device=self.device).expand(batch_size, length)
         causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
         ancestors = causal.expand(batch_size, length, length)
-        output = self.forward_tree(tokens, depths, ancestors, cache, feature_layers, last_logits_only=True)
+        output = self.forward_tree(tokens, depths, ancestors, cache, feature_layers, last_logits_only=not all_logits)
         cache.commit(None, num_valid, max_kept=length)
-        return output.features
+        return output
 
     @torch.no_grad()
     def read_rows(

@@ -27,6 +27,7 @@ from draftwing.engine.sampling import (
     uncoupled_rank,
 )
 from draftwing.engine.stepwise import Place, choose_in_steps
+from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree import DraftTree, root_tree, walk
 
 CPU = torch.device("cpu")
@@ -51,6 +52,12 @@ def noise_of(*seeds: int) -> Noise:
 
 def gumbel_rows(seed: int, positions: list[int], vocab_size: int = VOCAB) -> torch.Tensor:
     return gumbel(torch.tensor(seed), torch.tensor(positions), torch.arange(vocab_size))
+
+
+def penalise(sampler: Sampler, scores: torch.Tensor, tree: DraftTree, length: int = 0) -> torch.Tensor:
+    """Scores `[B, N, V]` as the rows' own texts change them."""
+    lengths = torch.full((len(scores),), length)
+    return sampler._penalties.apply(scores, tree, lengths, sampler.work)
 
 
 def choose_at_root(sampler: Sampler, logits: torch.Tensor, position: int = 0) -> torch.Tensor:
@@ -136,7 +143,7 @@ class TestRepetitionPenalty:
         logits, history = random_logits(rows=1), torch.tensor([[3, 4, 4, 9]])
         sampler = sampler_of(SamplingParams(repetition_penalty=1.8))
         sampler.observe(history, torch.tensor([4]))
-        ours = sampler._penalise(logits, root_tree(torch.tensor([9])))
+        ours = penalise(sampler, logits, root_tree(torch.tensor([9])))
         theirs = RepetitionPenaltyLogitsProcessor(1.8)(history, logits[0].clone())
         torch.testing.assert_close(ours[0], theirs)
 
@@ -145,14 +152,52 @@ class TestRepetitionPenalty:
         logits = torch.ones(1, 3, 10)
         tree = tree_of([5, 6, 7], parents=[0, 0, 0], depths=[0, 1, 1])
         sampler = sampler_of(SamplingParams(repetition_penalty=2.0), vocab_size=10)
-        sampler.observe(torch.tensor([[2, 8]]), torch.tensor([1]))  # 8 is padding
-        penalised = sampler._penalise(logits, tree)[0] == 0.5
+        sampler.observe(torch.tensor([[2, 5, 8]]), torch.tensor([2]))  # 8 is padding
+        penalised = penalise(sampler, logits, tree)[0] == 0.5
         assert [node.nonzero().squeeze(1).tolist() for node in penalised] == [[2, 5], [2, 5, 6], [2, 5, 7]]
 
     def test_a_negative_score_is_made_more_negative(self) -> None:
         sampler = sampler_of(SamplingParams(repetition_penalty=2.0), vocab_size=2)
-        scores = sampler._penalise(torch.tensor([[[-1.0, 1.0]]]), root_tree(torch.tensor([0])))
+        sampler.observe(torch.tensor([[0]]), torch.tensor([1]))
+        scores = penalise(sampler, torch.tensor([[[-1.0, 1.0]]]), root_tree(torch.tensor([0])))
         assert scores.tolist() == [[[-2.0, 1.0]]]
+
+
+class TestPresenceAndFrequency:
+    def test_what_was_generated_counts_along_each_branch(self) -> None:
+        """OpenAI's definition, with the root 5 said twice already; node 1 says 6, node 2 below it 6 again."""
+        tree = tree_of([5, 6, 6], parents=[0, 0, 1], depths=[0, 1, 2])
+        sampler = sampler_of(SamplingParams(presence_penalty=1.0, frequency_penalty=0.25), vocab_size=8)
+        sampler.observe(torch.tensor([[2, 5, 5, 7]]), torch.tensor([3]))  # 7 is padding
+        taken = -penalise(sampler, torch.zeros(1, 3, 8), tree)[0]
+        said = {2: 1.25, 5: 1.5}
+        for node, more in enumerate(({}, {6: 1.25}, {6: 1.5})):
+            assert {token: value for token, value in enumerate(taken[node].tolist()) if value} == said | more
+
+    def test_the_prompt_does_not_count(self) -> None:
+        sampler = Sampler(1, 8, torch.device("cpu"))
+        sampler.admit(0, SamplingParams(presence_penalty=1.0), [1, 2, 3])
+        assert not penalise(sampler.part(0, 1), torch.zeros(1, 1, 8), root_tree(torch.tensor([3]))).any()
+
+    def test_neutral_rows_keep_their_bits_beside_others(self) -> None:
+        logits = random_logits(rows=2).transpose(0, 1)
+        sampler = sampler_of(SamplingParams(presence_penalty=1.0, repetition_penalty=1.3), SamplingParams())
+        sampler.observe(torch.tensor([[1, 2], [1, 2]]), torch.tensor([2, 2]))
+        penalised = penalise(sampler, logits, root_tree(torch.tensor([2, 2])))
+        assert torch.equal(penalised[1], logits[1]) and not torch.equal(penalised[0], logits[0])
+
+
+def test_ends_are_held_back_until_there_are_so_many_tokens() -> None:
+    """A prompt of 4 tokens, of whose continuation the first 2 may be no end: those at positions 4 and 5."""
+    sampler = Sampler(2, 8, torch.device("cpu"))
+    sampler.admit(0, SamplingParams(), [1] * 4, StopRule(9, (3, 6), min_new_tokens=2))
+    tree = tree_of([1, 2, 2], parents=[0, 0, 1], depths=[0, 1, 2])
+    held = penalise(sampler.part(0, 1), torch.zeros(1, 3, 8), tree, length=3) == -torch.inf
+    assert [node.nonzero().squeeze(1).tolist() for node in held[0]] == [[3, 6], [3, 6], []]
+    sampler.copy_seat(0, 1, 4)
+    sampler.clear(0, 4)
+    assert penalise(sampler.part(1, 2), torch.zeros(1, 1, 8), root_tree(torch.tensor([1])), length=4)[0, 0, 3] < 0
+    assert not sampler.part(0, 1).work.holds_ends
 
 
 class TestNoise:
@@ -344,6 +389,8 @@ class TestParameters:
             ("min_p", 1.1),
             ("repetition_penalty", 0.0),
             ("repetition_penalty", float("inf")),
+            ("presence_penalty", float("nan")),
+            ("frequency_penalty", float("-inf")),
             ("seed", -1),
             ("seed", 2**63),
             ("seed", 0.5),

@@ -178,7 +178,22 @@ def test_is_done_sees_every_token_of_a_run_in_turn() -> None:
     assert seen == [[1, 2], [1, 2, 3]]
 
 
+def test_a_stop_string_counts_behind_so_many_tokens() -> None:
+    rule = StopRule(
+        9, stop_strings=("a",), decode=lambda tokens: "".join("abc"[token] for token in tokens), min_new_tokens=2
+    )
+    assert rule.check([], [0, 1]) == (2, None)
+    assert rule.check([0], [1, 0]) == (2, "stop")
+
+
 class TestErrors:
+    @pytest.mark.parametrize("least", [-1, 4, True, 0.5])
+    def test_a_minimum_that_is_none(self, least: int) -> None:
+        with pytest.raises(
+            ValueError, match=r"min_new_tokens: expected an integer from 0 to max_new_tokens \(3\), got"
+        ):
+            StopRule(3, min_new_tokens=least)
+
     def test_limit_below_1(self) -> None:
         with pytest.raises(ValueError, match="max_new_tokens: expected an integer of at least 1, got 0"):
             StopRule(0)

@@ -44,13 +44,15 @@ def test_no_piece_holds_a_replacement_character(tokenizer: PreTrainedTokenizerFa
 class WordTokenizer:
     """Writes a space between words, as SentencePiece decoders do: a word alone has none before it."""
 
-    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+    def decode(self, tokens: list[int], **options: bool) -> str:
         return " ".join(f"w{token}" for token in tokens)
 
 
 def test_a_decoder_that_joins_words_sees_the_word_before() -> None:
     stream = TextStream(WordTokenizer())
     assert [stream.push(token) for token in (1, 2, 3)] == ["w1", " w2", " w3"]
+    stream = TextStream(WordTokenizer(), behind=[7])
+    assert [stream.push(token) for token in (1, 2)] == [" w1", " w2"]
 
 
 def test_special_tokens_are_silent(tokenizer: PreTrainedTokenizerFast) -> None:

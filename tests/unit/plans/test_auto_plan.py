@@ -223,7 +223,7 @@ def test_a_lookup_does_not_hide_that_a_deeper_shape_would_bring_more() -> None:
 def test_each_number_of_rows_has_its_own_plan() -> None:
     """Rounded up to a power of two: when a seat is left or taken, costs and lessons are those of the new number."""
     plan, asked = auto_plan(), []
-    plan._experience_of = lambda num_rows: asked.append(num_rows) or Experience()
+    plan._experience_of = lambda num_rows, sampled: asked.append(num_rows) or Experience()
     for num_rows in (3, 4, 1, 3, 5):
         plan.next(num_rows, longest=10)
         plan.learn(report_of(chain_facts(num_accepted=1)))

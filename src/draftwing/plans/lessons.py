@@ -1,0 +1,68 @@
+"""What a process knows about a draft: measured costs, acceptance and experience, by batch size and kind of sampling."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from draftwing.engine.engine import bucket
+from draftwing.engine.statistics import Statistics
+from draftwing.plans.acceptance import AcceptanceTable
+from draftwing.plans.auto import AutoPlan
+from draftwing.plans.costs import CycleCosts
+from draftwing.plans.experience import Experience
+from draftwing.threads import free_cores
+
+MOST_DRIFT, WATCHED_CYCLES = 2.0, 32
+"""Of a generation's seconds over what measured costs say, in so many cycles at least, before they are measured anew."""
+Key = tuple[int, bool]
+"""A batch size, a power of two, and whether one of the rows samples."""
+
+
+@dataclass
+class Lessons:
+    """What trees that size themselves know: a draft's `stored` acceptance counts, and what this process has learnt.
+
+    Costs that were measured before the time `costs_since` are not believed.
+    """
+
+    stored: Mapping[str, Any] = field(default_factory=dict)
+    costs: dict[Key, CycleCosts] = field(default_factory=dict)
+    costs_since: float = 0.0
+    watched: dict[Key, tuple[AutoPlan, Statistics]] = field(default_factory=dict)
+    """The last generation of one row by these costs: what it expected, and what it took."""
+    renewed: set[Key] = field(default_factory=set)
+    """Costs that were measured anew; once a process is enough."""
+    _experience: dict[Key, Experience] = field(default_factory=dict)
+
+    def of_another(self, stored: Mapping[str, Any]) -> "Lessons":
+        """Those of another draft or method, for which nothing has been learnt yet."""
+        return Lessons(stored, costs_since=self.costs_since)
+
+    def are_outdated(self, key: Key) -> bool:
+        """Whether cycles took so much less or more than these costs say that the machine must be another by now.
+
+        It is not another one where other processes make cycles slow: that passes.
+        """
+        plan, taken = self.watched.pop(key, (None, Statistics()))
+        if plan is None or taken.num_cycles < WATCHED_CYCLES or key in self.renewed:
+            return False
+        ratio = (taken.total_seconds - taken.seconds["prefill"]) / plan.expected_seconds
+        return ratio < 1 / MOST_DRIFT or (ratio > MOST_DRIFT and not free_cores().are_shared)
+
+    def known_costs(self, batch_size: int, sampled: bool) -> CycleCosts:
+        """What a cycle of so many rows costs, or the nearest that is known: sampled alike, then of the fewest more.
+
+        Rows that end leave fewer than there were, and perhaps no sampled one, for which nothing is measured in the
+        middle of a generation.
+        """
+        enough = [key for key in self.costs if key[0] >= batch_size]
+        return self.costs[min(enough, key=lambda key: (key[1] != sampled, key[0]))]
+
+    def experience(self, batch_size: int, sampled: bool) -> Experience:
+        """What earlier generations with as many rows, and at first the draft's stored counts, teach the next ones."""
+        key = bucket(batch_size), sampled
+        if key not in self._experience:
+            stored = self.stored.get("sampled" if sampled else "greedy")
+            table = AcceptanceTable() if stored is None else AcceptanceTable.from_dict(stored)
+            self._experience[key] = Experience(table)
+        return self._experience[key]

@@ -1,0 +1,338 @@
+"""What clients are answered: OpenAI's completions and chats, whole or in chunks, made of what cycles bring.
+
+Shapes are TypedDicts: a server's documentation is made of them, and nothing is validated while answers are sent.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import (
+    Any,
+    Literal,
+    NotRequired,  # pydantic wants these before Python 3.12
+    Protocol,
+)
+
+from typing_extensions import TypedDict
+
+from draftwing.engine.logprobs import TokenLogprobs
+from draftwing.serving.intake import Order
+from draftwing.serving.scheduler import Delivery, Ticket
+from draftwing.serving.text import AnswerText, Piece
+from draftwing.serving.token_texts import TokenTexts
+
+FINISH_REASONS: dict[str, Literal["stop", "length"]] = {"eos": "stop", "stop": "stop", "length": "length"}
+"""The API's word for why an answer ended; others are errors."""
+
+
+class CachedTokens(TypedDict):
+    cached_tokens: int
+
+
+class PredictedTokens(TypedDict):
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
+class Usage(TypedDict):
+    """Tokens: read, made, and how many of these were drafted."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+    completion_tokens_details: PredictedTokens
+
+
+class Speculation(TypedDict):
+    """What drafting brought, as vLLM's field: `acceptance_histogram[j]` cycles accepted j draft tokens."""
+
+    num_spec_steps: int
+    num_draft_tokens: int
+    num_accepted_draft_tokens: int
+    acceptance_histogram: list[int]
+
+
+class Metrics(TypedDict):
+    speculative_decoding: Speculation
+
+
+class TokenChance(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChosenToken(TokenChance):
+    top_logprobs: list[TokenChance]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[ChosenToken]
+
+
+class CompletionLogprobs(TypedDict):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class Said(TypedDict):
+    role: NotRequired[str]
+    content: str
+
+
+class CompletionChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class ChatChoice(TypedDict):
+    index: int
+    message: Said
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Drafted(TypedDict):
+    """Of a chunk: its text in pieces, each with whether it was drafted, and tokens of its cycle."""
+
+    pieces: list[tuple[str, bool]]
+    num_tokens: int
+    num_accepted: int
+
+
+class Envelope(TypedDict):
+    """What all answers and chunks have."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+    seed: int
+    usage: NotRequired[Usage | None]
+    metrics: NotRequired[Metrics]
+    draftwing: NotRequired[Drafted]
+
+
+class Completion(Envelope):
+    choices: list[CompletionChoice]
+
+
+class ChatCompletion(Envelope):
+    choices: list[ChatChoice]
+
+
+class Shape(Protocol):
+    """How an endpoint writes what came."""
+
+    def whole(self, answer: "Answer") -> Mapping[str, Any]:
+        """A choice of an answer that has ended."""
+
+    def chunk(self, answer: "Answer", step: "Step") -> Mapping[str, Any]:
+        """A choice of a stream's chunk."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a cycle brought an answer: text, log-probabilities by token, the end."""
+
+    pieces: list[Piece]
+    logprobs: list[tuple[int, TokenLogprobs | None]]
+    finish_reason: Literal["stop", "length"] | None
+    is_first: bool
+    drafted: Drafted
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+
+@dataclass
+class Answer:
+    """One answer while it comes, and what it has so far."""
+
+    order: Order
+    index: int
+    ticket: Ticket
+    decoder: AnswerText
+    text: str = ""
+    logprobs: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
+    num_tokens: int = 0
+    accepted: list[int] = field(default_factory=list)
+    """`accepted[j]`: cycles that brought j drafted tokens."""
+    finish_reason: Literal["stop", "length"] | None = None
+    offset: int = 0
+    """Characters of the tokens whose log-probabilities were written."""
+
+    def take(self, delivery: Delivery) -> Step:
+        """Read what a cycle brought."""
+        is_first = not self.num_tokens
+        pieces, logprobs = list[Piece](), list[tuple[int, TokenLogprobs | None]]()
+        if is_first and (said := self.order.echo(self.index)):
+            pieces.append(Piece(said, False))
+        if is_first and self.order.scores_prompt:
+            logprobs += self._of_prompt()
+        if not self.order.only_echoes:
+            pieces += self.decoder.push(delivery.tokens, delivery.num_accepted, delivery.finish_reason)
+            logprobs += zip(delivery.tokens, delivery.logprobs, strict=False)
+        if delivery.tokens:
+            self._count(len(delivery.tokens), delivery.num_accepted)
+        self.finish_reason = FINISH_REASONS.get(delivery.finish_reason or "")
+        drafted = Drafted(pieces=list(pieces), num_tokens=len(delivery.tokens), num_accepted=delivery.num_accepted)
+        step = Step(pieces, logprobs, self.finish_reason, is_first, drafted)
+        self.text += step.text
+        self.logprobs += logprobs
+        return step
+
+    @property
+    def num_accepted(self) -> int:
+        """Tokens that were drafted."""
+        return sum(num_accepted * count for num_accepted, count in enumerate(self.accepted))
+
+    @property
+    def num_drafted(self) -> int:
+        """Draft tokens that were verified for it."""
+        return 0 if self.ticket.seat is None else self.ticket.seat.num_drafted
+
+    def _count(self, num_tokens: int, num_accepted: int) -> None:
+        self.num_tokens += num_tokens
+        self.accepted += [0] * (num_accepted + 1 - len(self.accepted))
+        self.accepted[num_accepted] += 1
+
+    def _of_prompt(self) -> list[tuple[int, TokenLogprobs | None]]:
+        seat = self.ticket.seat
+        assert seat is not None
+        return list(zip(self.ticket.request.prompt, seat.prompt_logprobs, strict=True))
+
+
+class CompletionShape:
+    """POST /v1/completions."""
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts = texts
+
+    def whole(self, answer: Answer) -> CompletionChoice:
+        return self._choice(answer, answer.text, answer.logprobs)
+
+    def chunk(self, answer: Answer, step: Step) -> CompletionChoice:
+        return self._choice(answer, step.text, step.logprobs)
+
+    def _choice(
+        self, answer: Answer, text: str, logprobs: Sequence[tuple[int, TokenLogprobs | None]]
+    ) -> CompletionChoice:
+        written = None if answer.order.num_top is None else self._logprobs(answer, logprobs)
+        return {"index": answer.index, "text": text, "logprobs": written, "finish_reason": answer.finish_reason}
+
+    def _logprobs(self, answer: Answer, logprobs: Sequence[tuple[int, TokenLogprobs | None]]) -> CompletionLogprobs:
+        written = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        for token, chances in logprobs:
+            text = self._texts.text(token)
+            written["tokens"].append(text)
+            written["token_logprobs"].append(None if chances is None else finite(chances.logprob))
+            written["top_logprobs"].append(None if chances is None else self._top(text, chances))
+            written["text_offset"].append(answer.offset)
+            answer.offset += len(text)
+        return written
+
+    def _top(self, text: str, chances: TokenLogprobs) -> dict[str, float]:
+        """The most probable tokens and the chosen one by their texts; of those with one text the most probable."""
+        top: dict[str, float] = {}
+        for token, logprob in chances.top:
+            top.setdefault(self._texts.text(token), finite(logprob))
+        top.setdefault(text, finite(chances.logprob))
+        return top
+
+
+class ChatShape:
+    """POST /v1/chat/completions. The role goes out with the first token."""
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts = texts
+
+    def whole(self, answer: Answer) -> ChatChoice:
+        said = Said(role="assistant", content=answer.text)
+        return ChatChoice(
+            index=answer.index,
+            message=said,
+            logprobs=self._logprobs(answer, answer.logprobs),
+            finish_reason=answer.finish_reason,
+        )
+
+    def chunk(self, answer: Answer, step: Step) -> dict[str, Any]:
+        said = Said(role="assistant", content=step.text) if step.is_first else Said(content=step.text)
+        logprobs = self._logprobs(answer, step.logprobs)
+        return {"index": answer.index, "delta": said, "logprobs": logprobs, "finish_reason": step.finish_reason}
+
+    def _logprobs(self, answer: Answer, logprobs: Sequence[tuple[int, TokenLogprobs | None]]) -> ChatLogprobs | None:
+        if answer.order.num_top is None:
+            return None
+        return {"content": [self._chosen(token, chances) for token, chances in logprobs if chances is not None]}
+
+    def _chosen(self, token: int, chances: TokenLogprobs) -> ChosenToken:
+        top = [self._chance(*chance) for chance in chances.top]
+        return ChosenToken(**self._chance(token, chances.logprob), top_logprobs=top)
+
+    def _chance(self, token: int, logprob: float) -> TokenChance:
+        return {"token": self._texts.text(token), "logprob": finite(logprob), "bytes": self._texts.bytes(token)}
+
+
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold; that of what cannot be is -9999, as vLLM writes it."""
+    return max(logprob, -9999.0)
+
+
+def envelope(name: str, kind: str, model: str, fingerprint: str, seed: int) -> Envelope:
+    """The fields in front of the choices."""
+    return {
+        "id": name,
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": fingerprint,
+        "seed": seed,
+    }
+
+
+def usage(order: Order, answers: Sequence[Answer]) -> Usage:
+    """Tokens of all answers so far; a prompt of several answers counts once."""
+    made = 0 if order.only_echoes else sum(answer.num_tokens for answer in answers)
+    firsts = [answer.ticket.seat for answer in answers[:: order.num_choices]]
+    accepted = sum(answer.num_accepted for answer in answers)
+    return {
+        "prompt_tokens": order.num_prompt_tokens,
+        "completion_tokens": made,
+        "total_tokens": order.num_prompt_tokens + made,
+        "prompt_tokens_details": {"cached_tokens": sum(seat.num_shared for seat in firsts if seat is not None)},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": sum(answer.num_drafted for answer in answers) - accepted,
+        },
+    }
+
+
+def metrics(answers: Sequence[Answer]) -> Metrics:
+    """What drafting brought all answers together."""
+    histogram = [sum(counts) for counts in zip_longest(*(answer.accepted for answer in answers), fillvalue=0)]
+    return {
+        "speculative_decoding": {
+            "num_spec_steps": sum(histogram),
+            "num_draft_tokens": sum(answer.num_drafted for answer in answers),
+            "num_accepted_draft_tokens": sum(answer.num_accepted for answer in answers),
+            "acceptance_histogram": histogram,
+        }
+    }
+
+
+def event(data: Any) -> bytes:
+    """A server-sent event."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"

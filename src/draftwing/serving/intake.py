@@ -1,0 +1,208 @@
+"""From a body to what the engine is asked for: prompts as token ids, sampling, stops. The one place that maps them."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from draftwing.data.messages import read_message
+from draftwing.data.prompts import Prompt
+from draftwing.engine.engine import Request
+from draftwing.engine.options import row_seed
+from draftwing.engine.sampling import SamplingParams
+from draftwing.engine.stopping import StopRule, exact_decode
+from draftwing.serving.schema import ChatRequest, CompletionRequest, FieldError, Generation, TokenizeRequest
+from draftwing.serving.text import AnswerText
+
+COMPLETION_TOKENS = 16
+"""New tokens of a completion whose body does not say how many, as OpenAI's."""
+
+
+class ContextError(FieldError):
+    """Prompt and new tokens are more than a seat holds."""
+
+    code = "context_length_exceeded"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server can take: seats, tokens of one, the most new ones (None: what is left), answers at once."""
+
+    num_seats: int
+    max_model_len: int
+    max_new_tokens: int | None = None
+    max_answers: int = 64
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a body asks for: a request for each answer, `num_choices` for each prompt, in the order of their indices."""
+
+    body: Generation
+    requests: list[Request]
+    seed: int
+    num_choices: int
+    num_top: int | None
+    """Of each token's log-probabilities, how many; None: none are asked for."""
+    prompt_texts: Sequence[str] | None = None
+    """What each answer begins with, if that is asked for."""
+    only_echoes: bool = False
+    """The one token that is made is not shown."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of the prompts, each counted once."""
+        return sum(len(request.prompt) for request in self.requests[:: self.num_choices])
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the log-probabilities of the prompts are asked for as well."""
+        return self.requests[0].scores_prompt
+
+    def echo(self, index: int) -> str:
+        """What an answer begins with: its prompt, if that is asked for."""
+        return "" if self.prompt_texts is None else self.prompt_texts[index // self.num_choices]
+
+
+class Intake:
+    """Reads bodies for one model."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int], limits: Limits) -> None:
+        self.tokenizer, self.limits = tokenizer, limits
+        self._vocab_size, self._eos = vocab_size, tuple(eos_token_ids)
+
+    @cached_property
+    def _decode(self) -> Any:
+        return exact_decode(self.tokenizer)
+
+    def completion(self, body: CompletionRequest) -> Order:
+        """What a completion asks for.
+
+        Raises:
+            FieldError: a field that is out of range for this model.
+        """
+        prompts = [self.prompt_ids(prompt, body.add_special_tokens is not False) for prompt in body.prompts]
+        asked = COMPLETION_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+        order = self._order(body, prompts, asked, body.logprobs, "prompt", bool(body.echo))
+        if not body.echo:
+            return order
+        texts = [prompt if isinstance(prompt, str) else self._decode(prompt) for prompt in body.prompts]
+        return replace(order, prompt_texts=texts, only_echoes=body.max_tokens == 0)
+
+    def chat(self, body: ChatRequest) -> Order:
+        """What a chat asks for; raises as `completion` does."""
+        num_top = (body.top_logprobs or 0) if body.logprobs else None
+        asked = body.max_completion_tokens or body.max_tokens
+        return self._order(body, [self.chat_ids(body.messages)], asked, num_top, "messages")
+
+    def tokenize(self, body: TokenizeRequest) -> list[int]:
+        """The ids of a prompt or of a conversation."""
+        if body.messages is not None:
+            return self.chat_ids(body.messages)
+        assert body.prompt is not None
+        return self.prompt_ids(body.prompt, body.add_special_tokens is not False)
+
+    def detokenize(self, tokens: list[int]) -> str:
+        """The text of token ids, special ones included."""
+        if tokens and max(tokens) >= self._vocab_size:
+            raise FieldError("tokens", f"expected token ids below {self._vocab_size}, got {max(tokens)}")
+        text: str = self._decode(tokens)
+        return text
+
+    def answer_text(self, order: Order) -> AnswerText:
+        """Turns the tokens of one answer into its text."""
+        body = order.body
+        keeps_special, keeps_stop = body.skip_special_tokens is False, bool(body.include_stop_str_in_output)
+        return AnswerText(self.tokenizer, body.stop_strings, keeps_special, keeps_stop)
+
+    def prompt_ids(self, prompt: str | list[int], adds_special_tokens: bool = True) -> list[int]:
+        """A prompt as the model reads it."""
+        if isinstance(prompt, list):
+            return prompt
+        ids: list[int] = self.tokenizer(prompt, add_special_tokens=adds_special_tokens)["input_ids"]
+        return ids
+
+    def chat_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """A conversation as the model reads it, up to where the assistant answers."""
+        try:
+            turns = [read_message(turn, f"turn {index}") for index, turn in enumerate(messages)]
+            return Prompt("", messages=tuple(turns)).token_ids(self.tokenizer)
+        except ValueError as error:
+            raise FieldError("messages", str(error)) from None
+
+    def _order(
+        self,
+        body: Generation,
+        prompts: list[list[int]],
+        asked: int | None,
+        num_top: int | None,
+        field: str,
+        echoes: bool = False,
+    ) -> Order:
+        num_choices, seed = body.num_choices, self._seed(body)
+        if len(prompts) * num_choices > self.limits.max_answers:
+            raise FieldError("n", f"at most {self.limits.max_answers} answers at once, over all prompts")
+        requests = list[Request]()
+        for prompt in prompts:
+            num_new = self._room(prompt, asked, field)
+            if (body.min_tokens or 0) > num_new:
+                raise FieldError("min_tokens", f"expected at most the {num_new} new tokens there may be")
+            stop = self._stop(body, num_new)
+            for _ in range(num_choices):
+                sampling = self._sampling(body, row_seed(seed, len(requests)))
+                scores = echoes and num_top is not None
+                requests.append(Request(prompt, sampling, stop, num_top, scores_prompt=scores))
+        return Order(body, requests, seed, num_choices, num_top)
+
+    def _room(self, prompt: list[int], asked: int | None, field: str) -> int:
+        """New tokens of a prompt: as many as were asked for, or as there is room for."""
+        limits = self.limits
+        if not prompt:
+            raise FieldError(field, "expected at least one token")
+        if max(prompt) >= self._vocab_size:
+            raise FieldError(field, f"expected token ids below {self._vocab_size}, got {max(prompt)}")
+        room = limits.max_model_len - len(prompt)
+        if room < (asked or 1):
+            raise ContextError(
+                field,
+                f"the context has {limits.max_model_len} tokens; {len(prompt)} of the prompt and "
+                f"{asked or 'at least 1'} new ones do not fit into it",
+            )
+        most = min(room, limits.max_new_tokens or room)
+        if asked is not None and asked > most:
+            raise FieldError("max_tokens", f"this server makes at most {most} new tokens, not {asked}")
+        return asked or most
+
+    def _seed(self, body: Generation) -> int:
+        """The seed of the first answer; drawn from so few that no two requests share one of their answers' seeds."""
+        return secrets.randbelow(2**32) if body.seed is None else body.seed % 2**63
+
+    def _stop(self, body: Generation, num_tokens: int) -> StopRule:
+        eos = () if body.ignore_eos else self._eos
+        return StopRule(
+            max_new_tokens=num_tokens,
+            eos_token_ids=(*eos, *(body.stop_token_ids or ())),
+            stop_strings=body.stop_strings,
+            decode=self._decode,
+            min_new_tokens=body.min_tokens or 0,
+        )
+
+    def _sampling(self, body: Generation, seed: int) -> SamplingParams:
+        given = {
+            "top_p": body.top_p,
+            "min_p": body.min_p,
+            "repetition_penalty": body.repetition_penalty,
+            "presence_penalty": body.presence_penalty,
+            "frequency_penalty": body.frequency_penalty,
+        }
+        more: dict[str, Any] = {name: value for name, value in given.items() if value}
+        temperature = 1.0 if body.temperature is None else body.temperature
+        bias = self._bias(body.logit_bias or {})
+        return SamplingParams(temperature, top_k=max(0, body.top_k or 0), logit_bias=bias, seed=seed, **more)
+
+    def _bias(self, given: dict[str, float]) -> dict[int, float]:
+        for token in given:
+            if not (token.isascii() and token.isdigit() and len(token) < 10 and int(token) < self._vocab_size):
+                raise FieldError("logit_bias", f"expected token ids from 0 to {self._vocab_size - 1} as keys")
+        return {int(token): value for token, value in given.items()}

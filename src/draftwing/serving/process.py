@@ -1,0 +1,68 @@
+"""The server's process: it listens, and at a signal finishes what it has begun."""
+
+import os
+import socket
+import sys
+import threading
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from draftwing.serving.scheduler import Scheduler
+
+LAST_SECONDS = 5
+"""For clients to read what they were sent, once nothing runs any more."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address, at which nobody is served yet; port 0 is any that is free.
+
+    Raises:
+        ValueError: the address is not to be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ValueError(f"host: cannot listen at {host}, port {port}: {error.strerror or error}") from None
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """The URL of a socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _DrainingServer(uvicorn.Server):
+    """At SIGTERM or SIGINT refuses new requests, finishes running ones and ends; at a second one ends at once."""
+
+    def __init__(self, config: uvicorn.Config, scheduler: Scheduler, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._scheduler, self._drain_seconds = scheduler, drain_seconds
+        self._is_draining = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._is_draining:
+            os._exit(128 + sig)
+        self._is_draining = True
+        print(f"draining for at most {self._drain_seconds:g} s; a second signal ends at once", file=sys.stderr)
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        self._scheduler.drain(self._drain_seconds)
+        self.should_exit = True
+
+
+def serve(app: ASGIApp, scheduler: Scheduler, listener: socket.socket, drain_seconds: float) -> None:
+    """Serve until a signal comes."""
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=LAST_SECONDS
+    )
+    try:
+        _DrainingServer(config, scheduler, drain_seconds).run(sockets=[listener])
+    finally:
+        scheduler.stop()

@@ -1,0 +1,244 @@
+"""What clients may ask for: the bodies of OpenAI's API with the fields that vLLM's clients add, and their limits.
+
+A field that would change the text and is not honoured is refused by name; others that are unknown are logged.
+"""
+
+import difflib
+import json
+import logging
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 4 * 2**20
+MAX_PROMPTS = 64
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+MAX_BIASES = 1024
+MAX_LOGPROBS = 20
+MAX_CHOICES = 128
+
+REFUSED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("tools", "functions", "documents", "audio", "web_search_options"), ()),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"), ()),
+    **dict.fromkeys(("grammar", "json_schema", "bad_words", "allowed_token_ids", "truncate_prompt_tokens"), ()),
+    **dict.fromkeys(("chat_template", "chat_template_kwargs", "continue_final_message", "suffix"), ()),
+    **dict.fromkeys(("use_beam_search", "early_stopping", "prompt_embeds", "logits_processors"), ()),
+    **dict.fromkeys(("reasoning_effort", "verbosity", "thinking", "prompt_logprobs"), ()),
+    **dict.fromkeys(("mirostat", "top_a", "xtc_probability", "dry_multiplier", "dynatemp_range"), ()),
+    **dict.fromkeys(("tfs", "typical_p", "typical", "length_penalty"), (1,)),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "add_generation_prompt": (True,),
+}
+"""Fields that would change the text and are not honoured, with the values that change nothing, beside empty ones."""
+SIMILAR = 0.8
+"""How much an unknown field must look like a known one to be taken for a slip of the pen."""
+
+Text = Annotated[str, Field(max_length=MAX_BODY_BYTES)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+
+
+class Body(BaseModel):
+    """A request's body; a field that is null counts as absent.
+
+    Raises:
+        ValueError: an unknown field that would change the text, or that must be a slip of the pen.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    model: Annotated[str, Field(description="one of GET /v1/models; absent: the one that is served")] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _look_at_unknown_fields(self) -> "Body":
+        for name, value in (self.model_extra or {}).items():
+            self._look_at(name, value)
+        return self
+
+    def _look_at(self, name: str, value: Any) -> None:
+        if name in REFUSED:
+            if value and value not in REFUSED[name]:
+                raise FieldError(name, "is not supported here, and would change the text; leave it out")
+            return
+        similar = difflib.get_close_matches(name[:100], type(self).model_fields, 1, SIMILAR)
+        if similar:
+            raise FieldError(name, f"is unknown; did you mean {similar[0]}?")
+        logger.info("field %.60r of a request is not read", name)
+
+
+class FieldError(ValueError):
+    """A field that is wrong: its name, and what is wrong about it; some have a code that clients know."""
+
+    code: str | None = None
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries beside its text."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = Field(None, description="a last chunk without choices has the usage")
+    continuous_usage_stats: bool | None = Field(None, description="every chunk has the usage so far")
+    draftwing: bool | None = Field(None, description="every chunk says which of its text was drafted")
+
+
+class Generation(Body):
+    """What completions and chats have in common."""
+
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: int | None = Field(None, description="only the value of n")
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="no end-of-sequence token before")
+    temperature: NotNegative | None = Field(None, description="default: 1; 0 is greedy")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(None, description="0 or -1: all")
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=MAX_BIASES, description="token ids with what is added to their logits"),
+        ]
+        | None
+    ) = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = Field(
+        None, description="absent: drawn; the answer has it, and with it the same tokens come again"
+    )
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = Field(
+        None, description=f"a text of 1 to {MAX_STOP_LENGTH} characters, or up to {MAX_STOPS} of them"
+    )
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_BIASES)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def num_choices(self) -> int:
+        """Answers for each prompt."""
+        return self.n or 1
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Generation":
+        if self.best_of is not None and self.best_of != self.num_choices:
+            raise FieldError("best_of", f"only the value of n, {self.num_choices}, is supported")
+        if self.stream_options is not None and not self.stream:
+            raise FieldError("stream_options", "only with stream")
+        return self
+
+
+class CompletionRequest(Generation):
+    """The body of POST /v1/completions."""
+
+    prompt: (
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+    ) = Field(description=f"a text, token ids, or up to {MAX_PROMPTS} of either")
+    echo: bool | None = Field(None, description="the prompt is part of the answer, and of its logprobs")
+    logprobs: Logprobs | None = Field(None, description="so many most probable tokens, and the one that was chosen")
+    add_special_tokens: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_length(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise FieldError("max_tokens", "expected at least 1; 0 is for echo alone")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or several prompts, each a text or ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+def _check_unicode(messages: Any) -> Any:
+    """Turns whose every string is Unicode: half a surrogate pair, which JSON can spell, is none."""
+    try:
+        json.dumps(messages, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        raise FieldError("messages", "expected Unicode texts, not nested too deeply") from None
+    return messages
+
+
+Messages = Annotated[
+    list[dict[str, Any]],
+    Field(
+        fail_fast=True,
+        min_length=1,
+        max_length=4096,
+        description="turns: role, and content as a text or a list of text parts",
+    ),
+    AfterValidator(_check_unicode),
+]
+
+
+class ChatRequest(Generation):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Messages
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="counts instead of max_tokens")
+    logprobs: bool | None = None
+    top_logprobs: Logprobs | None = Field(None, description="so many most probable tokens; needs logprobs")
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise FieldError("top_logprobs", "only with logprobs")
+        if self.max_tokens == 0:
+            raise FieldError("max_tokens", "expected at least 1")
+        return self
+
+
+class TokenizeRequest(Body):
+    """The body of POST /tokenize: a `prompt`, or `messages` through the chat template."""
+
+    prompt: Text | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = Field(None, description="of a prompt; default: true")
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_source(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise FieldError("prompt", "expected either a prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """The body of POST /detokenize."""
+
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

@@ -1,0 +1,298 @@
+"""The server with its engine and the embedded models: real clients, company, clients that leave, signals."""
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+import draftwing
+from draftwing.api import SpeculativeModel
+from draftwing.engine.options import GenerateOptions
+from draftwing.serving.app import create_app
+from draftwing.serving.intake import Intake, Limits
+from draftwing.serving.process import address_of, bind
+from draftwing.serving.scheduler import Scheduler
+from draftwing.serving.server import Identity
+
+PROMPT = "def read_lines(path):\n"
+CHAT = [{"role": "user", "content": "Write the Python function clamp."}]
+LENGTH = 512
+
+
+@pytest.fixture(scope="module")
+def model() -> SpeculativeModel:
+    return draftwing.load("tiny", draft="tiny", dtype="float32")
+
+
+class Served:
+    """A server in a thread of this process."""
+
+    def __init__(self, model: SpeculativeModel) -> None:
+        self.scheduler = Scheduler(model, 3, LENGTH, GenerateOptions(plan="chain:3"), 4)
+        limits = Limits(3, LENGTH, max_answers=7)
+        intake = Intake(model.tokenizer, model.target.vocab_size, model.target.eos_token_ids, limits)
+        app = create_app(self.scheduler, intake, Identity("tiny", "tiny", "test"))
+        self.scheduler.start()
+        self._listener = bind("127.0.0.1", 0)
+        self.url = address_of(self._listener)
+        self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listener]}, daemon=True)
+        self._thread.start()
+        wait_for(lambda: self._server.started)
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(timeout=20)
+        self.scheduler.stop()
+
+    def metric(self, line: str) -> float:
+        """A figure of GET /metrics, 0 while it is not there."""
+        page = httpx.get(f"{self.url}/metrics").text
+        return next((float(row.split()[-1]) for row in page.splitlines() if row.startswith(line)), 0.0)
+
+
+def wait_for(is_so: Callable[[], Any], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def served(model: SpeculativeModel) -> Iterator[Served]:
+    served = Served(model)
+    yield served
+    served.close()
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+def alone(model: SpeculativeModel, prompt: str, **options: Any) -> str:
+    """The text that `generate` gives."""
+    ids = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    output: Any = model.generate(ids, plan="off", return_dict_in_generate=True, **options)
+    text: str = model.tokenizer.decode(output.tokens[0], skip_special_tokens=True)
+    return text
+
+
+def test_the_sdk_completes(client: openai.OpenAI, model: SpeculativeModel) -> None:
+    for temperature in (0.0, 0.8):
+        answer = client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=24, temperature=temperature, seed=5, logprobs=2
+        )
+        expected = alone(model, PROMPT, max_new_tokens=24, temperature=temperature, seed=5)
+        assert answer.choices[0].text == expected
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens_details is not None
+        assert answer.usage.completion_tokens_details.accepted_prediction_tokens
+        logprobs = answer.choices[0].logprobs
+        assert logprobs is not None
+        assert logprobs.token_logprobs is not None
+        assert len(logprobs.token_logprobs) == 24
+        if not temperature:
+            assert logprobs.top_logprobs is not None
+            best = [max(top.values()) for top in logprobs.top_logprobs]
+            assert logprobs.token_logprobs == best
+
+
+def test_the_sdk_streams_what_it_completes(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=24, seed=5, n=2)
+    stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=24, seed=5, n=2, stream=True)
+    texts = ["", ""]
+    for chunk in stream:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in whole.choices]
+    assert texts[0] != texts[1]
+
+
+def test_the_sdk_chats(client: openai.OpenAI, model: SpeculativeModel) -> None:
+    options: dict[str, Any] = {"model": "tiny", "messages": CHAT, "max_completion_tokens": 32, "temperature": 0}
+    whole = client.chat.completions.create(**options, logprobs=True, top_logprobs=1)
+    ids = model.tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output: Any = model.generate(**ids, max_new_tokens=32, plan="off", return_dict_in_generate=True)
+    said = whole.choices[0].message.content
+    assert said == model.tokenizer.decode(output.tokens[0], skip_special_tokens=True)
+    logprobs = whole.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert "".join(entry.token for entry in logprobs.content) == said
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == said
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 32
+    assert len(chunks) < 32  # a chunk for each cycle, not for each token
+
+
+def test_the_sdk_scores_a_prompt(client: openai.OpenAI, model: SpeculativeModel) -> None:
+    ids = model.tokenizer(PROMPT)["input_ids"]
+    answer = client.completions.create(model="tiny", prompt=[ids], max_tokens=1, echo=True, logprobs=1, temperature=0)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs is not None
+    assert logprobs.token_logprobs[0] is None
+    assert len(logprobs.token_logprobs) == len(ids) + 1
+    assert all(value < 0 for value in logprobs.token_logprobs[1:])
+
+
+def test_the_sdk_lists_and_is_refused(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    with pytest.raises(openai.NotFoundError, match="not served here"):
+        client.completions.create(model="other", prompt=PROMPT)
+    with pytest.raises(openai.BadRequestError, match="tools: is not supported"):
+        client.chat.completions.create(
+            model="tiny",
+            messages=CHAT,  # type: ignore[arg-type]
+            tools=[{"type": "function", "function": {"name": "f"}}],
+        )
+    with pytest.raises(openai.BadRequestError, match="context has 512 tokens"):
+        client.completions.create(model="tiny", prompt=PROMPT, max_tokens=LENGTH)
+
+
+def test_company_changes_nothing(client: openai.OpenAI, model: SpeculativeModel) -> None:
+    """Seven requests at three seats, sampled and greedy, with stop strings: each has its own tokens."""
+    asked = [
+        {"prompt": PROMPT + "    x" * row, "max_tokens": 8 + 5 * row, "temperature": (0.0, 0.9)[row % 2], "seed": row}
+        for row in range(7)
+    ]
+    with ThreadPoolExecutor(7) as pool:
+        answers = list(pool.map(lambda body: client.completions.create(model="tiny", **body), asked))  # type: ignore[call-overload]
+    for body, answer in zip(asked, answers, strict=True):
+        options = {name: value for name, value in body.items() if name not in ("prompt", "max_tokens")}
+        expected = alone(model, str(body["prompt"]), max_new_tokens=body["max_tokens"], **options)
+        assert answer.choices[0].text == expected
+
+
+def test_stop_strings_end_an_answer(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=48, temperature=0).choices[0].text
+    stop = whole[20:23]
+    for stream in (False, True):
+        body = {"prompt": PROMPT, "max_tokens": 48, "temperature": 0, "stop": stop, "stream": stream}
+        response = httpx.post(str(client.base_url) + "completions", json=body, timeout=60)
+        said = response.text if stream else json.dumps([response.json()])
+        texts = [json.loads(line[6:]) for line in said.split("\n\n")[:-2]] if stream else json.loads(said)
+        assert "".join(chunk["choices"][0]["text"] for chunk in texts) == whole[: whole.index(stop)]
+        assert texts[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_seat(served: Served, stream: bool) -> None:
+    """Long before its answer would have ended."""
+    cancelled = served.metric('draftwing_requests_total{end="cancelled"')
+
+    async def leave() -> None:
+        body = {"prompt": PROMPT, "max_tokens": 480, "ignore_eos": True, "stream": stream}
+        async with httpx.AsyncClient() as client:
+            request = asyncio.create_task(_read_a_line(client, f"{served.url}/v1/completions", body))
+            while not served.scheduler.num_running:
+                await asyncio.sleep(0.01)
+            await asyncio.wait([request], timeout=0.2)
+            request.cancel()
+            await asyncio.wait([request])
+
+    asyncio.run(leave())
+    wait_for(lambda: not served.scheduler.num_running, seconds=5)
+    wait_for(lambda: served.metric('draftwing_requests_total{end="cancelled"') == cancelled + 1)
+
+
+async def _read_a_line(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> None:
+    async with client.stream("POST", url, json=body, timeout=60) as response:
+        async for _ in response.aiter_lines():
+            await asyncio.sleep(1)
+
+
+def test_a_dead_engine_is_told(model: SpeculativeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served(model)
+    try:
+        assert httpx.get(f"{served.url}/health").status_code == 200
+
+        def fail() -> Any:
+            raise RuntimeError("/home/secret: out of everything")
+
+        monkeypatch.setattr(served.scheduler._engine, "step", fail)
+        response = httpx.post(f"{served.url}/v1/completions", json={"prompt": PROMPT}, timeout=60)
+        assert response.status_code == 500
+        assert "secret" not in response.text
+        assert httpx.get(f"{served.url}/health").status_code == 503
+        assert httpx.post(f"{served.url}/v1/completions", json={"prompt": PROMPT}).status_code == 503
+    finally:
+        served.close()
+
+
+def start(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+    """The command with the embedded model, and its address once it serves."""
+    command = [sys.executable, "-m", "draftwing", "serve", "--port", "0", "--json", "--seats", "2", "--plan", "chain:3"]
+    process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    url = json.loads(process.stdout.readline())["url"]
+    wait_for(lambda: _is_up(url))
+    return process, url
+
+
+def _is_up(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+LONG = {"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True}
+
+
+def test_a_signal_lets_running_requests_end() -> None:
+    process, url = start("--api-key", "s3cret", "--log-json")
+    assert httpx.post(f"{url}/v1/completions", json=LONG).status_code == 401
+    headers = {"authorization": "Bearer s3cret"}
+    with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"max_tokens": 150}, headers=headers) as response:
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: httpx.get(f"{url}/ready").status_code == 503)
+        assert httpx.get(f"{url}/health").status_code == 200
+        refused = httpx.post(f"{url}/v1/completions", json=LONG, headers=headers)
+        assert refused.status_code == 503
+        said = [line for line in lines if line]
+    assert said[-1] == "data: [DONE]"
+    assert json.loads(said[-2][6:])["choices"][0]["finish_reason"] == "length"
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert "s3cret" not in errors
+    assert any(line.startswith("{") and json.loads(line)["status"] == 200 for line in errors.splitlines())
+
+
+def test_what_runs_when_the_seconds_are_over_is_told_so() -> None:
+    process, url = start("--drain-seconds", "0")
+    with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGINT)
+        said = [line for line in lines if line]
+    assert json.loads(said[-2][6:])["error"]["type"] == "service_unavailable"
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    process, url = start()
+    with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: httpx.get(f"{url}/ready").status_code == 503)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=5)
+        assert process.returncode == 128 + signal.SIGTERM

@@ -1,0 +1,544 @@
+"""The server's protocol over a scripted engine: what bodies ask for, what is answered, and what is refused."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fake_scheduler import FakeScheduler
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from draftwing.engine.engine import Request
+from draftwing.engine.options import row_seed
+from draftwing.serving.app import create_app
+from draftwing.serving.intake import Intake, Limits
+from draftwing.serving.schema import MAX_BODY_BYTES
+from draftwing.serving.server import Identity
+from draftwing.target.load import load_tokenizer
+
+TOKENIZER = load_tokenizer("tiny")
+EOS = TOKENIZER.eos_token_id
+IDENTITY = Identity("tiny", "org/tiny", "draftwing-test")
+CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
+TEXT = {"prompt": "def main(args):"}
+
+
+def ids(text: str) -> list[int]:
+    tokens: list[int] = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    return tokens
+
+
+SAID = ids("    return args")
+CYCLES = [(SAID[:1], 0), (SAID[1:], len(SAID) - 2)]
+
+
+def client_of(scheduler: FakeScheduler, **options: Any) -> TestClient:
+    intake = Intake(TOKENIZER, len(TOKENIZER), (EOS, 0), Limits(4, 512, max_answers=16))
+    app = create_app(scheduler, intake, IDENTITY, **options)  # type: ignore[arg-type]
+    return TestClient(app, raise_server_exceptions=False)
+
+
+@pytest.fixture
+def scheduler() -> FakeScheduler:
+    return FakeScheduler(CYCLES)
+
+
+@pytest.fixture
+def client(scheduler: FakeScheduler) -> Iterator[TestClient]:
+    with client_of(scheduler) as client:
+        yield client
+
+
+def asked(scheduler: FakeScheduler) -> Request:
+    """The last request that was submitted."""
+    return scheduler.submitted[-1].request
+
+
+def events(text: str) -> list[Any]:
+    """A stream's chunks; its last line says that it is done."""
+    lines = [line for line in text.split("\n\n") if line]
+    assert lines.pop() == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def problem(response: Any, status: int = 400) -> dict[str, Any]:
+    """The one form of errors."""
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def test_a_completion_has_openais_form(client: TestClient) -> None:
+    body = client.post("/v1/completions", json=TEXT | {"seed": 7}).json()
+    assert body["id"].startswith("cmpl-")
+    assert (body["object"], body["model"], body["seed"]) == ("text_completion", "tiny", 7)
+    choice = {"index": 0, "text": "    return args", "logprobs": None, "finish_reason": "length"}
+    assert body["choices"] == [choice]
+    drafted = len(SAID) - 2
+    assert body["usage"] == {
+        "prompt_tokens": len(ids(TEXT["prompt"])),
+        "completion_tokens": len(SAID),
+        "total_tokens": len(ids(TEXT["prompt"])) + len(SAID),
+        "prompt_tokens_details": {"cached_tokens": 2},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": drafted,
+            "rejected_prediction_tokens": 8 - drafted,
+        },
+    }
+
+
+def test_what_drafting_brought_adds_up(client: TestClient) -> None:
+    """What AIPerf checks before it believes the figures."""
+    figures = client.post("/v1/completions", json=TEXT).json()["metrics"]["speculative_decoding"]
+    histogram = figures["acceptance_histogram"]
+    assert sum(histogram) == figures["num_spec_steps"] == 2
+    accepted = sum(number * count for number, count in enumerate(histogram))
+    assert accepted == figures["num_accepted_draft_tokens"] <= figures["num_draft_tokens"]
+
+
+def test_a_chat_has_openais_form(client: TestClient, scheduler: FakeScheduler) -> None:
+    body = client.post("/v1/chat/completions", json=CHAT).json()
+    assert body["object"] == "chat.completion"
+    (choice,) = body["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "    return args"}
+    assert list(asked(scheduler).prompt) == ids("<|user|>\nHello<|end|>\n<|assistant|>\n")
+
+
+def test_content_may_be_a_list_of_texts(client: TestClient, scheduler: FakeScheduler) -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": parts}]})
+    in_parts = asked(scheduler).prompt
+    client.post("/v1/chat/completions", json=CHAT)
+    assert in_parts == asked(scheduler).prompt
+
+
+def test_a_streams_pieces_are_the_answer(client: TestClient) -> None:
+    options = {"include_usage": True, "draftwing": True}
+    response = client.post("/v1/chat/completions", json=CHAT | {"stream": True, "stream_options": options})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    first, second, last = events(response.text)
+    assert first["object"] == "chat.completion.chunk"
+    assert first["choices"][0]["delta"]["role"] == "assistant"  # with the first token
+    assert first["choices"][0]["delta"]["content"]
+    assert first["usage"] is None
+    said = [chunk["choices"][0]["delta"]["content"] for chunk in (first, second)]
+    assert "".join(said) == "    return args"
+    assert second["choices"][0]["finish_reason"] == "length"
+    drafted = second["draftwing"]
+    assert "".join(text for text, _ in drafted["pieces"]) == said[1]
+    assert (drafted["num_tokens"], drafted["num_accepted"]) == (len(SAID) - 1, len(SAID) - 2)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == len(SAID)
+    assert {chunk["seed"] for chunk in (first, second, last)} == {first["seed"]}
+
+
+def test_usage_goes_with_every_chunk_on_request(client: TestClient) -> None:
+    options = {"continuous_usage_stats": True, "include_usage": True}
+    chunks = events(client.post("/v1/completions", json=TEXT | {"stream": True, "stream_options": options}).text)
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, len(SAID), len(SAID)]
+
+
+def test_a_stream_without_options_has_chunks_alone(client: TestClient) -> None:
+    chunks = events(client.post("/v1/completions", json=TEXT | {"stream": True}).text)
+    assert len(chunks) == 2
+    assert not any("usage" in chunk or "draftwing" in chunk for chunk in chunks)
+
+
+def test_fields_become_what_the_engine_is_asked_for(client: TestClient, scheduler: FakeScheduler) -> None:
+    fields = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "seed": -1}
+    more = {"logit_bias": {"5": -3}, "max_tokens": 9, "stop": ["ab", "c"], "stop_token_ids": [9], "logprobs": 2}
+    more |= {"presence_penalty": -0.5, "frequency_penalty": 1.5, "min_tokens": 4}
+    assert client.post("/v1/completions", json={"prompt": [5, 6]} | fields | more).status_code == 200
+    request = asked(scheduler)
+    sampling, stop = request.sampling, request.stop
+    assert list(request.prompt) == [5, 6]
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 5, 0.1)
+    assert (sampling.repetition_penalty, sampling.logit_bias) == (1.1, {5: -3.0})
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (-0.5, 1.5)
+    assert sampling.seed == 2**63 - 1
+    assert (stop.max_new_tokens, stop.min_new_tokens) == (9, 4)
+    assert (stop.stop_strings, stop.eos_token_ids) == (("ab", "c"), (EOS, 0, 9))
+    assert (request.num_logprobs, request.scores_prompt) == (2, False)
+    client.post("/v1/completions", json={"prompt": [5, 6], "ignore_eos": True, "top_k": -1, "n": None})
+    assert asked(scheduler).stop.eos_token_ids == ()
+    assert (asked(scheduler).sampling.top_k, asked(scheduler).sampling.temperature) == (0, 1.0)
+
+
+def test_how_many_tokens_there_may_be(client: TestClient, scheduler: FakeScheduler) -> None:
+    client.post("/v1/completions", json={"prompt": [5]})
+    assert asked(scheduler).stop.max_new_tokens == 16
+    client.post("/v1/chat/completions", json=CHAT)
+    assert asked(scheduler).stop.max_new_tokens == 512 - len(asked(scheduler).prompt)
+    client.post("/v1/chat/completions", json=CHAT | {"max_tokens": 3, "max_completion_tokens": 5})
+    assert asked(scheduler).stop.max_new_tokens == 5
+
+
+def test_several_answers_to_several_prompts(client: TestClient, scheduler: FakeScheduler) -> None:
+    body = client.post("/v1/completions", json={"prompt": ["a", "b b"], "n": 2, "seed": 3}).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    requests = [ticket.request for ticket in scheduler.submitted]
+    assert [list(request.prompt) for request in requests] == [ids("a"), ids("a"), ids("b b"), ids("b b")]
+    assert [request.sampling.seed for request in requests] == [row_seed(3, index) for index in range(4)]
+    assert body["usage"]["prompt_tokens"] == len(ids("a")) + len(ids("b b"))
+    assert body["usage"]["completion_tokens"] == 4 * len(SAID)
+
+
+def test_a_drawn_seed_is_returned(client: TestClient, scheduler: FakeScheduler) -> None:
+    seeds = []
+    for _ in range(2):
+        seeds.append(client.post("/v1/completions", json=TEXT).json()["seed"])
+        assert asked(scheduler).sampling.seed == seeds[-1]
+    assert seeds[0] != seeds[1]
+
+
+def test_log_probabilities_of_a_chat(client: TestClient) -> None:
+    body = client.post("/v1/chat/completions", json=CHAT | {"logprobs": True, "top_logprobs": 2}).json()
+    content = body["choices"][0]["logprobs"]["content"]
+    assert [entry["token"] for entry in content] == [TOKENIZER.decode([token]) for token in SAID]
+    assert content[0]["logprob"] == -1.0
+    assert bytes(content[0]["bytes"]).decode() == content[0]["token"]
+    assert [entry["logprob"] for entry in content[0]["top_logprobs"]] == [-0.5, -1.0]
+
+
+def test_log_probabilities_of_a_completion_with_its_prompt(client: TestClient, scheduler: FakeScheduler) -> None:
+    """What lm-eval reads: the prompt's tokens first, the first of them without."""
+    body = {"prompt": [SAID], "echo": True, "logprobs": 1, "max_tokens": 1}
+    choice = client.post("/v1/completions", json=body).json()["choices"][0]
+    assert asked(scheduler).scores_prompt
+    written = choice["logprobs"]
+    assert choice["text"] == "    return args" * 2
+    assert "".join(written["tokens"]) == choice["text"]
+    assert written["token_logprobs"] == [None, *[-1.0] * (2 * len(SAID) - 1)]
+    assert written["top_logprobs"][0] is None
+    assert len(written["top_logprobs"]) == len(written["token_logprobs"])
+    offsets = zip(written["tokens"], written["text_offset"], strict=True)
+    assert all(choice["text"][start : start + len(token)] == token for token, start in offsets)
+
+
+def test_an_echo_alone_shows_no_new_token(client: TestClient) -> None:
+    body = TEXT | {"echo": True, "max_tokens": 0, "logprobs": 0}
+    answer = client.post("/v1/completions", json=body).json()
+    assert answer["choices"][0]["text"] == TEXT["prompt"]
+    assert len(answer["choices"][0]["logprobs"]["tokens"]) == len(ids(TEXT["prompt"]))
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+def test_bytes_of_half_a_character(client: TestClient) -> None:
+    half = ids("字")[0]
+    scheduler = FakeScheduler([([half], 0)])
+    with client_of(scheduler) as client:
+        body = client.post("/v1/chat/completions", json=CHAT | {"logprobs": True}).json()
+    (entry,) = body["choices"][0]["logprobs"]["content"]
+    assert entry["token"] == "\ufffd"
+    assert entry["bytes"] == list("字".encode())[: len(entry["bytes"])]
+
+
+@pytest.mark.parametrize("ends_with", ["args", " args", "rgs"])
+def test_a_stop_string_is_cut_off(ends_with: str) -> None:
+    with client_of(FakeScheduler(CYCLES, "stop")) as client:
+        body = {"stop": ends_with, "stream": True}
+        chunks = events(client.post("/v1/completions", json=TEXT | body).text)
+        said = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+        assert said == "    return args".removesuffix(ends_with)
+        assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+        body = {"stop": ends_with, "include_stop_str_in_output": True}
+        answer = client.post("/v1/completions", json=TEXT | body).json()
+        assert answer["choices"][0]["text"] == "    return args"
+
+
+def test_the_end_of_sequence_is_no_text() -> None:
+    with client_of(FakeScheduler([([*SAID, EOS], 0)], "eos")) as client:
+        choice = client.post("/v1/completions", json=TEXT).json()["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == ("    return args", "stop")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("response_format", {"type": "json_object"}),
+        ("chat_template", "{{ 1 }}"),
+        ("tempratur", 1),
+        ("max_token", 5),
+        ("temperature", -1),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("top_k", -2),
+        ("min_p", 2),
+        ("n", 0),
+        ("n", 17),
+        ("best_of", 2),
+        ("presence_penalty", 3),
+        ("frequency_penalty", "x"),
+        ("repetition_penalty", 0),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"99999": 1}),
+        ("logit_bias", {"5": 1000}),
+        ("logit_bias", [1]),
+        ("seed", 1.5),
+        ("seed", 2**64),
+        ("stop", ""),
+        ("stop", ["a"] * 17),
+        ("stop", "x" * 257),
+        ("stop_token_ids", [-1]),
+        ("stream", "yes"),
+        ("stream_options", {"include_usage": True}),
+        ("max_tokens", 0),
+        ("max_tokens", 1000),
+        ("min_tokens", -1),
+        ("min_tokens", 700),
+        ("model", 5),
+    ],
+)
+def test_a_wrong_field_is_named(client: TestClient, scheduler: FakeScheduler, field: str, value: Any) -> None:
+    for route, body in (("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)):
+        error = problem(client.post(route, json=body | {field: value}))
+        assert error["type"] == "invalid_request_error"
+        if (field, value) == ("max_tokens", 1000):
+            assert error["code"] == "context_length_exceeded"
+            assert "512" in error["message"]
+        else:
+            assert error["param"] == field
+            assert field in error["message"]
+    assert not scheduler.submitted
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", [], [[]], [1, "a"], ["a", 1], 5, None, {}, [99999], [-1], [[1], [2.5]], ["a"] * 65, [[1]] * 17]
+)
+def test_a_wrong_prompt_is_refused(client: TestClient, prompt: Any) -> None:
+    assert problem(client.post("/v1/completions", json={"prompt": prompt}))["param"] in ("prompt", "n")
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        "hello",
+        [5],
+        [{}],
+        [{"role": "user"}],
+        [{"role": "nobody", "content": "x"}],
+        [{"role": "user", "content": 5}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+        [{"role": "user", "content": "\ud800"}],
+        [{"role": "user", "content": "x " * 600}],
+    ],
+)
+def test_wrong_messages_are_refused(client: TestClient, messages: Any) -> None:
+    content = json.dumps({"messages": messages})
+    error = problem(client.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"}))
+    assert error["param"] == "messages"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("user", "me"), ("tools", []), ("tool_choice", "none"), ("store", False), ("suffix", ""), ("x_of_mine", 1)]
+    + [("response_format", {"type": "text"}), ("use_beam_search", False), ("length_penalty", 1.0), ("seed", None)],
+)
+def test_fields_that_change_nothing_are_taken(client: TestClient, field: str, value: Any) -> None:
+    assert client.post("/v1/completions", json=TEXT | {field: value}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(b"{", "application/json"), (b"[]", "application/json"), (b"", "application/json"), (b"\xff", "application/json")]
+    + [(b'{"prompt": "x"}', "text/plain"), (b"[" * 100_000, "application/json"), (b"prompt=x", "application/json")],
+)
+def test_bodies_that_are_no_object(client: TestClient, content: bytes, kind: str) -> None:
+    problem(client.post("/v1/completions", content=content, headers={"content-type": kind}))
+
+
+def test_too_large_bodies(client: TestClient) -> None:
+    problem(client.post("/v1/completions", content=b"x" * (MAX_BODY_BYTES + 1)), 413)
+
+    def in_pieces() -> Iterator[bytes]:
+        for _ in range(MAX_BODY_BYTES // 2**16 + 1):
+            yield b" " * 2**16
+
+    headers = {"content-type": "application/json"}
+    problem(client.post("/v1/completions", content=in_pieces(), headers=headers), 413)
+
+
+def test_unknown_models_paths_and_methods(client: TestClient) -> None:
+    error = problem(client.post("/v1/completions", json=TEXT | {"model": "gpt-9"}), 404)
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+    assert client.post("/v1/completions", json=TEXT | {"model": "org/tiny"}).status_code == 200
+    problem(client.get("/v1/nothing"), 404)
+    problem(client.get("/v1/completions"), 405)
+
+
+def test_what_the_engine_refuses_has_the_apis_name(client: TestClient, scheduler: FakeScheduler) -> None:
+    def check(request: Request) -> None:
+        raise ValueError("max_new_tokens: the prompt has 9 tokens, and 8 new ones would pass the model's 10 positions")
+
+    scheduler.check = check
+    assert problem(client.post("/v1/completions", json=TEXT))["param"] == "max_tokens"
+
+
+def test_a_full_line_and_a_server_that_shuts_down(client: TestClient, scheduler: FakeScheduler) -> None:
+    scheduler.is_full = True
+    response = client.post("/v1/completions", json=TEXT)
+    assert problem(response, 429)["type"] == "rate_limit_error"
+    assert int(response.headers["retry-after"]) >= 1
+    scheduler.is_full, scheduler.is_draining = False, True
+    problem(client.post("/v1/completions", json=TEXT), 503)
+    problem(client.get("/ready"), 503)
+    assert client.get("/health").status_code == 200
+
+
+def test_a_dead_engine_is_seen(client: TestClient, scheduler: FakeScheduler) -> None:
+    assert client.get("/health").status_code == client.get("/ready").status_code == 200
+    scheduler.is_alive = False
+    problem(client.get("/health"), 503)
+    problem(client.get("/ready"), 503)
+
+
+def test_a_request_that_fails_is_an_error_in_either_form() -> None:
+    with client_of(FakeScheduler(CYCLES, None, "the request has failed (MemoryError)")) as client:
+        assert "MemoryError" in problem(client.post("/v1/completions", json=TEXT), 500)["message"]
+        chunks = events(client.post("/v1/completions", json=TEXT | {"stream": True}).text)
+        assert chunks[-1]["error"]["type"] == "server_error"
+
+
+def test_a_mistake_of_ours_shows_nothing_of_the_machine(client: TestClient, scheduler: FakeScheduler) -> None:
+    def check(request: Request) -> None:
+        raise RuntimeError("/home/secret/file")
+
+    scheduler.check = check
+    response = client.post("/v1/completions", json=TEXT)
+    assert problem(response, 500)["message"] == "the request has failed"
+    assert "secret" not in response.text
+
+
+def test_keys() -> None:
+    with client_of(FakeScheduler(CYCLES), keys=("s3cret", "other")) as client:
+        response = client.post("/v1/completions", json=TEXT)
+        assert problem(response, 401)["type"] == "authentication_error"
+        assert response.headers["www-authenticate"] == "Bearer"
+        for header in ("Bearer wrong", "Bearer ", "Basic s3cret", "Bearer s3cret2", "Bearer \xe9"):
+            headers = {"authorization": header.encode("latin-1")}
+            problem(client.post("/v1/completions", json=TEXT, headers=headers), 401)  # type: ignore[arg-type]
+        for route in ("/v1/models", "/tokenizer_info"):
+            problem(client.get(route), 401)
+        for key in ("s3cret", "other"):
+            headers = {"authorization": f"Bearer {key}"}
+            assert client.post("/v1/completions", json=TEXT, headers=headers).status_code == 200
+        for route in ("/health", "/ready", "/metrics", "/", "/openapi.json"):
+            assert client.get(route).status_code == 200
+    with client_of(FakeScheduler(CYCLES)) as client:  # lm-eval sends an empty one
+        assert client.get("/v1/models", headers={"authorization": "Bearer"}).status_code == 200
+
+
+def test_models(client: TestClient) -> None:
+    (model,) = client.get("/v1/models").json()["data"]
+    assert {name: model[name] for name in ("id", "root", "max_model_len", "object")} == {
+        "id": "tiny",
+        "root": "org/tiny",
+        "max_model_len": 512,
+        "object": "model",
+    }
+
+
+def test_tokenizing(client: TestClient) -> None:
+    answer = client.post("/tokenize", json={"prompt": "return args", "return_token_strs": True}).json()
+    assert answer["tokens"] == ids("return args")
+    assert (answer["count"], answer["max_model_len"]) == (len(answer["tokens"]), 512)
+    assert "".join(answer["token_strs"]) == "return args"
+    body = CHAT | {"model": "org/tiny"}
+    assert client.post("/tokenize", json=body).json()["tokens"] == ids("<|user|>\nHello<|end|>\n<|assistant|>\n")
+    assert client.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "return args"}
+    assert client.get("/tokenizer_info").json()["eos_token"] == "<|end|>"
+    problem(client.post("/tokenize", json={}))
+    problem(client.post("/tokenize", json={"prompt": "x", "messages": []}))
+    assert problem(client.post("/detokenize", json={"tokens": [99999]}))["param"] == "tokens"
+
+
+def test_metrics(client: TestClient, scheduler: FakeScheduler) -> None:
+    scheduler.statistics.count_cycle(1, 2, 2)
+    client.post("/v1/completions", json=TEXT)
+    client.post("/v1/completions", json=TEXT | {"stream": True})
+    page = client.get("/metrics").text
+    drafted = len(SAID) - 2
+    for line in (
+        'draftwing_requests_total{end="length",model_name="tiny"} 2.0',
+        f'draftwing_new_tokens_total{{model_name="tiny"}} {2.0 * len(SAID)}',
+        'vllm:spec_decode_num_drafts_total{model_name="tiny"} 4.0',
+        f'vllm:spec_decode_num_accepted_tokens_total{{model_name="tiny"}} {2.0 * drafted}',
+        'vllm:spec_decode_num_accepted_tokens_per_pos_total{model_name="tiny",position="0"} 2.0',
+        'draftwing_first_token_seconds_count{model_name="tiny"} 2.0',
+        'vllm:num_requests_waiting{model_name="tiny"} 0.0',
+        'draftwing_seats{model_name="tiny"} 4.0',
+        'draftwing_accepted_at_total{depth="1",model_name="tiny"} 1.0',
+        'draftwing_stage_seconds_total{model_name="tiny",stage="verify"} 0.0',
+    ):
+        assert line in page.splitlines()
+    assert client.head("/metrics").status_code == 200
+    assert client.get("/metrics").headers["content-type"].startswith("text/plain")
+
+
+def test_the_page_brings_everything_with_it(client: TestClient) -> None:
+    response = client.get("/")
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    assert "http://" not in response.text.replace("http://www.w3.org", "")
+    assert "https://" not in response.text
+    assert "innerHTML" not in response.text
+
+
+def test_every_status_is_documented(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    for route in ("/v1/completions", "/v1/chat/completions"):
+        answers = paths[route]["post"]["responses"]
+        assert set(answers) == {"200", "400", "401", "404", "413", "429", "500", "503"}
+        assert set(answers["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert "422" not in json.dumps(list(paths.values()))
+
+
+def test_each_request_is_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "draftwing")
+    with client_of(FakeScheduler(CYCLES), logs_json=True, keys=("s3cret",)) as client:
+        client.post("/v1/completions", json=TEXT, headers={"authorization": "Bearer s3cret"})
+        client.get("/health")
+    (line,) = caplog.messages
+    facts = json.loads(line)
+    assert (facts["path"], facts["status"], facts["new_tokens"]) == ("/v1/completions", 200, len(SAID))
+    assert "s3cret" not in line
+    assert "main" not in line
+    caplog.clear()
+    with client_of(FakeScheduler(CYCLES)) as client:
+        client.get("/a%0Ab")
+    assert [message.count("\n") for message in caplog.messages] == [0]
+
+
+FIELD_NAMES = st.sampled_from(
+    ["prompt", "messages", "model", "n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "seed"]
+    + ["logit_bias", "logprobs", "top_logprobs", "echo", "stream", "stream_options", "best_of", "suffix", "tools"]
+    + ["presence_penalty", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "user", "tokens"]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text() | st.integers(0, 50)
+    | st.sampled_from(["def main", "user", "\ud800", 1e-300, -0.0]),
+    lambda inner: st.lists(inner, max_size=4)
+    | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "5", "include_usage"]) | st.text(), inner),
+    max_leaves=8,
+)  # fmt: skip
+BODIES = st.dictionaries(FIELD_NAMES | st.text(), VALUES, max_size=5)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]), BODIES, st.booleans())
+def test_no_body_is_a_server_error(client: TestClient, route: str, body: dict[str, Any], is_whole: bool) -> None:
+    """Anything in any field: an answer, or an error that is the client's."""
+    if is_whole:
+        body = TEXT | CHAT | {"tokens": [1]} | body
+        body.pop("messages" if route in ("/v1/completions", "/tokenize") else "prompt")
+    response = client.post(route, content=json.dumps(body), headers={"content-type": "application/json"})
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        problem(response, response.status_code)
