@@ -389,9 +389,10 @@ def load(
     """Load a target and a draft, ready to generate.
 
     Args:
-        target: `tiny` (the embedded model), a folder or a hub id.
-        draft: `tiny` (the embedded draft that suits `method`), another one of EMBEDDED_DRAFTS, a folder or a hub id, of
-            any family in drafts/kinds.py (a smaller language model needs the same tokenizer); None: no draft.
+        target: one of EMBEDDED_TARGETS (`tiny` is part of this package), a folder, a GGUF file (dequantised once,
+            into the cache) or a hub id.
+        draft: an embedded target's name (its draft that suits `method`), one of EMBEDDED_DRAFTS, a folder or a hub
+            id, of any family in drafts/kinds.py (a smaller language model needs the same tokenizer); None: no draft.
         dtype: of both models, `torch.float32` or "float32"; default: the target file's, but float32 on a CPU that has
             no bf16 products.
         device: of both models.

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftwing.cli.arguments import add_device, not_negative, positive, read_by, seed, temperature
+from draftwing.cli.arguments import TARGETS, add_device, not_negative, positive, read_by, seed, temperature
 from draftwing.cli.output import headline, new_console, note, say_saved
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="stdlib, files (.jsonl, .json, .txt), hub:org/name[/config][:split]; with --features a prepared folder",
     )
-    parser.add_argument("--target", required=True, help="tiny, a folder or a hub id; its tokenizer and template count")
+    parser.add_argument("--target", required=True, help=f"{TARGETS}; its tokenizer and template count")
     parser.add_argument("--output", required=True, help="a folder; with --regenerate a .jsonl file")
     parser.add_argument("--sequence-length", type=positive, default=2048, help="longest document (default: 2048)")
     parser.add_argument(

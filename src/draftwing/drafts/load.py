@@ -13,7 +13,8 @@ from draftwing.drafts.eagle.formats import FROM_FILE, HeadOptions
 from draftwing.drafts.family import Draft, DraftFiles, Family
 from draftwing.drafts.fit import Tensors, check_finite
 from draftwing.drafts.kinds import FAMILIES, family_of_files
-from draftwing.embedded import EMBEDDED_DRAFTS
+from draftwing.embedded import EMBEDDED_DRAFTS, RECIPES
+from draftwing.target.gguf import dequantised, find_gguf
 from draftwing.target.model import TargetModel
 
 TOKENIZER_FILES = ("*.model", "*.txt", "*.tiktoken")
@@ -24,15 +25,18 @@ TRAINING_STATE = re.compile(r"(training_args|optimizer\w*|scheduler\w*|sampler\w
 
 
 def resolve_draft(name: str) -> Path:
-    """The folder of the draft `name`: one of EMBEDDED_DRAFTS, a folder, or a hub id that is fetched.
+    """The folder of the draft `name`: one of EMBEDDED_DRAFTS, a folder, a GGUF file, or a hub id that is fetched.
 
     Raises:
-        ValueError: no such folder, and the hub has no such draft or cannot be reached.
+        ValueError: no such folder, and the hub has no such draft or cannot be reached; a GGUF file that cannot be read.
     """
     if name in EMBEDDED_DRAFTS:
         if not EMBEDDED_DRAFTS[name].is_dir():
-            raise ValueError(f"draft: {name} is not part of this installation; recipes/tiny_rivals.yaml trains it")
+            recipe = RECIPES[name.partition("-")[0]]
+            raise ValueError(f"draft: {name} is not part of this installation; {recipe} trains it")
         return EMBEDDED_DRAFTS[name]
+    if (file := find_gguf(name, "draft")) is not None:
+        return dequantised(file, "draft")
     folder = Path(name)
     if folder.is_dir():
         return folder
