@@ -25,6 +25,7 @@ from draftwing.engine.statistics import Statistics
 from draftwing.engine.stopping import exact_decode
 from draftwing.plans.acceptance import AcceptanceTable
 from draftwing.plans.auto import AutoPlan
+from draftwing.plans.clocked import ClockedPlan
 from draftwing.plans.costs import CycleCosts, cached_costs, measure_costs
 from draftwing.plans.experience import Experience
 from draftwing.plans.lookups import LookupPlan, LookupTrial
@@ -236,14 +237,35 @@ class SpeculativeModel:
         self._check(requests, settings)  # before anything is measured
         with_lookup = self._looks_up(settings)
         num_seats = min(num_seats or len(requests), len(requests))
-        plan = self._plan(settings, requests, num_seats, with_lookup)
+        is_sampled = any(request.sampling.temperature > 0 for request in requests)
+        most = max(request.stop.max_new_tokens for request in requests)
+        plan = self._plan(settings, is_sampled, most, num_seats, with_lookup)
         key = _EngineKey(plan.largest.depth > 0, with_lookup, settings.draft_window, settings.coupled is not False)
         longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
         engine = self._engine(key, num_seats, longest, plan)
         generation = Generation(engine, requests, partial(self._keep, key), num_seats)
         if isinstance(plan, AutoPlan) and len(requests) == 1:
-            self._lessons.watched[1, requests[0].sampling.temperature > 0] = plan, generation.statistics
+            self._lessons.watched[1, is_sampled] = plan, generation.statistics
         return generation
+
+    def new_engine(self, num_seats: int, capacity: int) -> Engine:
+        """An engine for requests that come and go: so many at once, of at most `capacity` tokens, prompt and new ones.
+
+        It drafts as this model does; n-grams in the cycles in which they make it faster.
+
+        Raises:
+            ValueError: more tokens than the target, or the draft, has positions.
+        """
+        limit = self.target.max_positions
+        if limit is not None and capacity > limit:
+            raise ValueError(f"sequence_length: {capacity} tokens would pass the model's {limit} positions")
+        self._check_draft_positions(capacity)
+        settings = GenerateOptions()
+        with_lookup = self._looks_up(settings)
+        plan = self._plan(settings, True, capacity, num_seats, with_lookup)
+        if isinstance(plan, TreePlan) and plan.depth:
+            plan = ClockedPlan(plan)
+        return self._engine(_EngineKey(plan.largest.depth > 0, with_lookup, None, True), num_seats, capacity, plan)
 
     def _engine(self, key: "_EngineKey", num_seats: int, capacity: int, plan: Plan) -> Engine:
         """An engine for so many requests: a kept one that is large enough, or a new one."""
@@ -318,14 +340,16 @@ class SpeculativeModel:
             return settings.ngram
         return "ngram" in family_of(self.method).takes and plan_for(self.method, settings.plan) is None
 
-    def _plan(self, settings: GenerateOptions, requests: Sequence[Request], batch_size: int, with_lookup: bool) -> Plan:
+    def _plan(
+        self, settings: GenerateOptions, sampled: bool, most_tokens: int, batch_size: int, with_lookup: bool
+    ) -> Plan:
+        """What shapes the trees of so many rows, of which the longest has `most_tokens` new tokens."""
         device = self.target.device
         plan = plan_for(self.method, settings.plan)
-        sampled = any(request.sampling.temperature > 0 for request in requests)
         if plan is not None:
             if not plan.depth:
                 return TreePlan.off()
-            plan = plan.cut_to(max(request.stop.max_new_tokens for request in requests))
+            plan = plan.cut_to(most_tokens)
             # A fixed plan's trees depend on its requests alone, not on the generations before: its trial is its own.
             return LookupPlan(plan, LookupTrial()) if with_lookup else plan
         assert self.draft is not None
