@@ -50,6 +50,8 @@ LOOP_TOKENS, LOOP_TURNS, LONGEST_PERIOD = 32, 3, 64
 """A text loops if a stretch of so many tokens, and of so many turns, repeats itself after at most so many."""
 AHEAD = 8
 """Numbers for each seat that may be finished before one that is still written."""
+MOST_IN_A_ROW = 100
+"""Numbers that may be dropped one after another; then the target is given up."""
 Result = TypeVar("Result")
 Task = Generator[Request, Seat, Result]
 """Asks for one text after another, and returns what it makes of them."""
@@ -260,7 +262,7 @@ def write_from_target(
     Dropped numbers are listed beside it (.rejects.jsonl). Returns counts and rates.
 
     Raises:
-        ValueError: the file was begun with other settings.
+        ValueError: the file was begun with other settings; too many numbers give nothing.
     """
     shard = shard or Shard()
     output, wanted = Path(config.output), len(range(shard.number - 1, num_rows, shard.count))
@@ -277,12 +279,20 @@ def write_from_target(
     engine.count_into(statistics)
     results = in_order(engine, map(author.write, written), lambda num_held: len(kept.requests) + num_held < wanted)
     with output.open("a", encoding="utf-8") as file, _shown(wanted, len(kept.requests), statistics) as show:
+        num_in_a_row = 0
         for number, result in zip(read, map(kept.take, results), strict=False):
             if isinstance(result, Dropped):
                 rejects.add(Reject(config.target, number, result.reason, result.request[:SHOWN]))
-            else:
-                file.write(json.dumps(result) + "\n")
-                file.flush()
+                num_in_a_row += 1
+                if num_in_a_row == MOST_IN_A_ROW:
+                    raise ValueError(
+                        f"from_target: {num_in_a_row} numbers in a row gave no row, the last one for: {result.reason}; "
+                        f"see {rejects_file}"
+                    )
+                continue
+            num_in_a_row = 0
+            file.write(json.dumps(result) + "\n")
+            file.flush()
             show(len(kept.requests))
     seconds = time.perf_counter() - began
     figures: dict[str, float] = {"rows": len(kept.requests), "answer_tokens": kept.num_answer_tokens}
