@@ -15,6 +15,7 @@ from draftwing.engine.options import row_seed
 from draftwing.prepare import from_target
 from draftwing.prepare.from_target import Dropped, Kept
 
+ROOT = Path(__file__).parents[2]
 COMMON = ["--target", "tiny", "--dtype", "float32", "--max-new-tokens", "16", "--max-request-tokens", "80"]
 COMMON += ["--sequence-length", "180", "--json"]
 
@@ -145,13 +146,19 @@ def test_a_target_that_asks_nothing_new_is_given_up(
     assert kept.take(row | {"messages": [{"content": respelled}]}) == Dropped("duplicate requests", respelled)
 
 
-def test_a_head_trains_on_them(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stage = {"objective": "eagle3", "output": str(tmp_path / "head"), "target": "tiny", "data": str(made)}
-    stage |= {"sequence_length": 96, "batch_size": 2, "max_steps": 2, "warmup_steps": 1, "bf16": False}
-    stage |= {"draft_vocab_size": 512, "ttt_steps": 2, "evaluate_rows": 4, "log_every": 1}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(stage), encoding="utf-8")
+def test_heads_train_on_them_by_the_recipe(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """recipes/smollm2.yaml with another target and two steps."""
+    stages = yaml.safe_load((ROOT / "recipes" / "smollm2.yaml").read_text(encoding="utf-8"))["stages"]
+    small = {"target": "tiny", "data": str(made), "sequence_length": 180, "max_steps": 2, "warmup_steps": 1}
+    small |= {"bf16": False, "batch_size": 2, "evaluate_rows": 4, "decode_prompts": 1, "log_every": 1}
+    for stage in stages:
+        stage |= small | {"output": str(tmp_path / stage["objective"])}
+        stage |= {"draft_vocab_size": 512} if "draft_vocab_size" in stage else {}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
-    assert json.loads(capsys.readouterr().out)["eval_loss"] > 0
+    capsys.readouterr()
+    for kind in ("eagle3", "eagle1"):
+        assert main(["inspect", str(tmp_path / kind), "--target", "tiny"]) == 0
 
 
 def test_people_see_rows_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
