@@ -34,6 +34,7 @@ from draftwing.engine.plan import Plan, TreePlan
 from draftwing.engine.statistics import Statistics
 from draftwing.engine.stopping import exact_decode
 from draftwing.plans.auto import AutoPlan
+from draftwing.plans.clocked import ClockedPlan
 from draftwing.plans.costs import CycleCosts, cached_costs, measure_costs
 from draftwing.plans.experience import Experience
 from draftwing.plans.lessons import Lessons
@@ -209,13 +210,14 @@ class SpeculativeModel:
         self._check(requests, settings)  # before anything is measured
         num_seats = min(num_seats or len(requests), len(requests))
         key, plan = self._drafting(settings, max(request.stop.max_new_tokens for request in requests))
+        is_sampled = any(request.sampling.temperature > 0 for request in requests)
         if isinstance(plan, AutoPlan):  # measured now, if they are not known
-            self.costs(num_seats, any(request.sampling.temperature > 0 for request in requests))
+            self.costs(num_seats, is_sampled)
         longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
         engine = self._engine(key, num_seats, longest, plan)
         generation = Generation(engine, requests, partial(self._keep, key), num_seats)
         if isinstance(plan, AutoPlan) and len(requests) == 1:
-            self._lessons.watched[1, requests[0].sampling.temperature > 0] = plan, generation.statistics
+            self._lessons.watched[1, is_sampled] = plan, generation.statistics
         return generation
 
     def _engine(self, key: "_EngineKey", num_seats: int, capacity: int, plan: Plan) -> Engine:
@@ -237,7 +239,8 @@ class SpeculativeModel:
     def engine(self, num_seats: int, capacity: int, settings: GenerateOptions | None = None) -> Engine:
         """An engine for requests that come and go: so many seats of `capacity` tokens; `settings` say the drafting.
 
-        Where trees size themselves, cycles of 1, 2, 4, ... seats are measured now, greedy and sampled ones.
+        Where trees size themselves, cycles of 1, 2, 4, ... seats are measured now, greedy and sampled ones. A method's
+        own fixed plan is followed in cycles in which it is faster than plain decoding, one that settings name always.
 
         Raises:
             ValueError: more tokens than the models have positions, or more seats than memory has room for.
@@ -251,6 +254,8 @@ class SpeculativeModel:
             for power, sampled in product(range(bucket(num_seats).bit_length()), (False, True)):
                 self.costs(2**power, sampled)
         drafter = self._new_drafter(key, plan)
+        if isinstance(plan, TreePlan) and plan.depth and not plan.window and settings.plan is None:
+            plan = ClockedPlan(plan)
         return Engine(self.target, drafter, num_seats, capacity, plan, self._recorder(), key.coupled)
 
     def seat_bytes(self, capacity: int, settings: GenerateOptions) -> int:
@@ -381,9 +386,10 @@ def load(
     """Load a target and a draft, ready to generate.
 
     Args:
-        target: `tiny` (the embedded model), a folder or a hub id.
-        draft: `tiny` (the embedded draft that suits `method`), another one of EMBEDDED_DRAFTS, a folder or a hub id, of
-            any family in drafts/kinds.py (a smaller language model needs the same tokenizer); None: no draft.
+        target: one of EMBEDDED_TARGETS (`tiny` is part of this package), a folder, a GGUF file (dequantised once,
+            into the cache) or a hub id.
+        draft: an embedded target's name (its draft that suits `method`), one of EMBEDDED_DRAFTS, a folder or a hub
+            id, of any family in drafts/kinds.py (a smaller language model needs the same tokenizer); None: no draft.
         dtype: of both models, `torch.float32` or "float32"; default: the target file's, but float32 on a CPU that has
             no bf16 products.
         device: of both models.

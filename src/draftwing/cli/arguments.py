@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from draftwing.config import DTYPES, QUANTIZATIONS
 from draftwing.drafts.kinds import methods
-from draftwing.embedded import EMBEDDED_DRAFTS
+from draftwing.embedded import EMBEDDED_DRAFTS, EMBEDDED_TARGETS
 from draftwing.engine.plan import STATIC_TREES, TreePlan
 from draftwing.threads import choose_threads
 
@@ -18,6 +18,7 @@ PLANS = (
     f"auto, off, chain:DEPTH, tree:WIDTHxDEPTHxNODES, {' or '.join(STATIC_TREES)} (their papers' trees), "
     "lookahead:WxNxG (default: the method's)"
 )
+TARGETS = f"{', '.join(EMBEDDED_TARGETS)}, a folder, a .gguf file or a hub id"
 DRAFTS = f"{', '.join(sorted(EMBEDDED_DRAFTS))}, a folder or a hub id"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from draftwing.cli.arguments import (
     PLANS,
+    TARGETS,
     above_zero,
     add_device,
     add_execution,
@@ -44,7 +45,7 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
-    parser.add_argument("--target", required=True, help="tiny (embedded), a folder or a hub id")
+    parser.add_argument("--target", required=True, help=TARGETS)
     parser.add_argument("--draft", help=f"tiny, a folder or a hub id, of {drafts_in_words()}; without it, {PLAIN}")
     parser.add_argument(
         "--prompt",

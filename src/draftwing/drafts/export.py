@@ -6,7 +6,6 @@ refused here with the reason. What is written is read back and compared, tensor 
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from draftwing.drafts.fit import TargetSizes, Tensors
 from draftwing.drafts.inspect import target_sizes
 from draftwing.drafts.kinds import family_of_files
 from draftwing.drafts.load import open_draft
-from draftwing.files import write_text
+from draftwing.files import whole_folder, write_text
 
 RECORD = "export.json"
 
@@ -114,21 +113,13 @@ def export_draft(
             f"draft: {ENGINES[engine]} would load it and draft worse: {'; '.join(export.faults)}. "
             "Pass force (--force) to write it all the same"
         )
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(output) as partial:
         export.write(partial)
         written = open_draft(str(partial))
         check_same(kind.meaning(files, sizes), kind.meaning(written, sizes), dtype)
         exported = Exported(output, engine, export.command(output), list(export.faults), list(export.notes))
         write_text(partial / RECORD, json.dumps(_record(exported, name, verifier or target), indent=2) + "\n")
         write_text(partial / "README.md", _card(exported, name, verifier or target))
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return exported
 
 

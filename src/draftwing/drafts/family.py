@@ -38,11 +38,12 @@ ENGINES = {
 
 
 class Method(NamedTuple):
-    """A way to decode: its name, its plan unless one is named, and the embedded draft that `tiny` stands for."""
+    """A way to decode: its name, its plan unless one is named, and which embedded draft of a target it is for."""
 
     name: str
     plan: str = "auto"
-    embedded: str = "tiny"
+    embedded: str = ""
+    """Behind the target's name: `eagle1` for tiny-eagle1; empty: the draft that is called like the target."""
 
 
 @dataclass(frozen=True)

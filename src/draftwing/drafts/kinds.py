@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from draftwing.drafts.family import NOTHING_ELSE, Draft, Family, Method, Wanted
+from draftwing.embedded import EMBEDDED_DRAFTS, EMBEDDED_TARGETS
 from draftwing.engine.plan import TreePlan
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ FAMILIES = [
     Family(
         "an EAGLE-1/2 head",
         f"{_HERE}.eagle.kind.Eagle1",
-        (Method("eagle1", "eagle1", "tiny-eagle1"), Method("eagle2", embedded="tiny-eagle1")),
+        (Method("eagle1", "eagle1", "eagle1"), Method("eagle2", embedded="eagle1")),
         objectives={"eagle1": f"{_HERE}.eagle.objective.Eagle1Objective"},
         **_EAGLE,
     ),
@@ -43,14 +44,14 @@ FAMILIES = [
     Family(
         "Medusa heads",
         f"{_HERE}.medusa.kind.Medusa",
-        (Method("medusa", "medusa", "tiny-medusa"),),
+        (Method("medusa", "medusa", "medusa"),),
         files=("medusa_lm_head.pt",),
         objectives={"medusa": f"{_HERE}.medusa.objective.MedusaObjective"},
     ),
     Family(
         "a language model",
         f"{_HERE}.language_model.LanguageModel",
-        (Method("draft_model", embedded="tiny-draft"),),
+        (Method("draft_model", embedded="draft"),),
         has_doctor=True,
     ),
 ]
@@ -139,8 +140,18 @@ def serves(method: str, draft: Draft | None) -> bool:
 
 
 def suitable_draft(draft: str, method: str | None) -> str:
-    """The embedded draft that suits the method, if `draft` is `tiny`; other names are left as they are."""
-    return draft if draft != "tiny" or method is None else family_of(method).method(method).embedded
+    """The embedded draft that suits the method, if `draft` is a target's name; other names are left as they are.
+
+    Raises:
+        ValueError: that target has no draft for this method.
+    """
+    if draft not in EMBEDDED_TARGETS or method is None:
+        return draft
+    part = family_of(method).method(method).embedded
+    name = f"{draft}-{part}" if part else draft
+    if name not in EMBEDDED_DRAFTS:
+        raise ValueError(f"draft: {draft} has no draft for the method {method}")
+    return name
 
 
 def tree_shapes(draft: Draft, target: "TargetModel") -> tuple[TreePlan, ...]:

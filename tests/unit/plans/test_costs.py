@@ -15,7 +15,8 @@ from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.seats import Seats
 from draftwing.engine.statistics import STAGES, Statistics
-from draftwing.plans.costs import DAYS_KEPT, CycleCosts, _Cycles, cache_folder, cached_costs, measure_costs
+from draftwing.files import cache_folder
+from draftwing.plans.costs import DAYS_KEPT, CycleCosts, _Cycles, cached_costs, measure_costs
 from draftwing.target.model import TargetModel
 
 

@@ -134,6 +134,15 @@ def _copy_tokenizer(writer: Any, target_gguf: Path) -> None:
         writer.add_key_value(key, value.contents(), kind, sub_type=inner[-1] if is_array and inner else None)
 
 
+def is_head(file: Path) -> bool:
+    """Whether a GGUF file holds an EAGLE-3 head; False if it cannot be read."""
+    try:
+        field = _reader(file).fields.get("general.architecture")
+    except ValueError:
+        return False
+    return field is not None and field.contents() == ARCHITECTURE
+
+
 def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors]:
     """A GGUF head as the config.json and tensors of an EAGLE-3 file.
 
