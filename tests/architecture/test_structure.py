@@ -40,6 +40,8 @@ def test_examples_in_help_parse() -> None:
     """A help text that shows a command which does not parse would be worse than none."""
     for module in COMMANDS.values():
         for line in module.EXAMPLES.replace("\\\n", "").splitlines()[1:]:
+            if line.split()[0] == "curl":  # what asks a server
+                continue
             words = shlex.split(line.split(">")[0], comments=True)
             assert words[0] == "draftwing"
             build_parser().parse_args(words[1:])

@@ -103,7 +103,7 @@ class Desk:
             if len(seat.tokens) == seat.request.prompt[0]:
                 seat.finish_reason = "length"
                 self.held.remove(seat)
-            events.append(Event(seat, [0], 0))
+            events.append(Event(seat, [0], 0, []))
         return events
 
 
