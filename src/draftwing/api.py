@@ -251,7 +251,7 @@ class SpeculativeModel:
             for power, sampled in product(range(bucket(num_seats).bit_length()), (False, True)):
                 self.costs(2**power, sampled)
         drafter = self._new_drafter(key, plan)
-        return Engine(self.target, drafter, num_seats, capacity, plan, self._recorder(), key.coupled)
+        return Engine(self.target, drafter, num_seats, capacity, plan, self._recorder(), key.coupled, keeps=True)
 
     def seat_bytes(self, capacity: int, settings: GenerateOptions) -> int:
         """Memory of one of an engine's seats; errors are those of `engine`."""
