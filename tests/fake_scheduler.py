@@ -67,7 +67,7 @@ class FakeScheduler:
         ticket.first = ticket.first or time.perf_counter()
         ticket.ended = time.perf_counter() if reason else None
         ticket.seat.tokens += tokens
-        ticket.seat.num_drafted += 4
+        ticket.seat.counts.count_cycle(num_drafted, 4, len(tokens), 4)
         logprobs = [] if ticket.request.num_logprobs is None else list(map(chances, tokens))
         ticket.deliver(ticket.index, Delivery(tokens, num_drafted, logprobs, reason))
 

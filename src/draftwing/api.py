@@ -256,7 +256,7 @@ class SpeculativeModel:
         drafter = self._new_drafter(key, plan)
         if isinstance(plan, TreePlan) and plan.depth and not plan.window and settings.plan is None:
             plan = ClockedPlan(plan)
-        return Engine(self.target, drafter, num_seats, capacity, plan, self._recorder(), key.coupled)
+        return Engine(self.target, drafter, num_seats, capacity, plan, self._recorder(), key.coupled, keeps=True)
 
     def seat_bytes(self, capacity: int, settings: GenerateOptions) -> int:
         """Memory of one of an engine's seats; errors are those of `engine`."""

@@ -3,6 +3,8 @@
 import copy
 from typing import Any, ClassVar, Self
 
+import numpy as np
+
 
 class BySeat:
     """Keeps state for an engine's seats in the attributes that `by_seat` names, written in place.
@@ -29,6 +31,16 @@ class BySeat:
                 value.copy_seat(source, goal, num_tokens)
             else:
                 value[goal] = value[source]
+
+    def exchange(self, first: int, second: int, num_tokens: int) -> None:
+        """Let two seats hold what the other held, which are at most so many committed tokens each."""
+        for value in self._held():
+            if isinstance(value, BySeat):
+                value.exchange(first, second, num_tokens)
+            else:
+                kept = copy.deepcopy(value[first]) if isinstance(value, np.ndarray) else value[first].clone()
+                value[first] = value[second]
+                value[second] = kept
 
     def clear(self, seat: int, num_tokens: int) -> None:
         """Forget what a seat holds: at most so many tokens, tree nodes included."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -161,6 +163,15 @@ def test_the_sdk_lists_and_is_refused(client: openai.OpenAI) -> None:
         )
     with pytest.raises(openai.BadRequestError, match="context has 512 tokens"):
         client.completions.create(model="tiny", prompt=PROMPT, max_tokens=LENGTH)
+
+
+def test_the_readmes_program_runs(served: Served) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"<<'EOF'\n(.*?)\nEOF", readme, re.DOTALL)
+    program = program.replace("http://127.0.0.1:8000", served.url)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout
 
 
 def test_company_changes_nothing(client: openai.OpenAI, model: SpeculativeModel) -> None:

@@ -26,11 +26,14 @@ from test_bits import packed_target
 
 from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.engine import engine as engine_module
+from draftwing.engine import order as order_module
 from draftwing.engine.engine import Engine, NewDrafter, Request, Seat
 from draftwing.engine.generation import Generation
+from draftwing.engine.order import Order
 from draftwing.engine.penalties import Penalties
 from draftwing.engine.plan import Plan, TreePlan
 from draftwing.engine.sampling import Noise, SamplingParams
+from draftwing.engine.seats import Seats
 from draftwing.engine.stepwise import Place
 from draftwing.engine.stopping import StopRule
 from draftwing.target.kv_cache import KVCache
@@ -44,7 +47,7 @@ SHARED = [5, 4, 3, 2, 1] * 5
 
 @pytest.fixture(autouse=True)
 def _short_prompts_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "LEAST_SHARED", 2)
+    monkeypatch.setattr(order_module, "LEAST_SHARED", 2)
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +100,14 @@ def serve(
 def assert_as_alone(
     target: TargetModel, way: tuple[NewDrafter, Plan], seed: int, num_seats: int = 3, recorded: bool = False
 ) -> int:
-    """Random requests over some seats: each has its tokens, end and texts' prefix alone. Returns what was copied."""
+    """Random requests over some seats: each has its tokens, end and texts' prefix alone. Returns what was copied.
+
+    Texts of odd seeds are kept when their seats are left.
+    """
     luck = random.Random(seed)
     requests = [random_request(luck) for _ in range(12)]
     recorder = TapeRecorder() if recorded else None
-    engine = Engine(target, way[0], num_seats, CAPACITY, way[1], recorder)
+    engine = Engine(target, way[0], num_seats, CAPACITY, way[1], recorder, keeps=seed % 2 == 1)
     num_shared = 0
     for index, seat in serve(engine, requests, luck, leave=0.03):
         (alone,) = generate(target, [requests[index]]).outputs
@@ -142,6 +148,77 @@ def test_trees_that_size_themselves(
 def test_captured_cycles(target: TargetModel, ways: dict[str, tuple[NewDrafter, TreePlan]], method: str) -> None:
     """Recordings are for a power of two of seats, the last ones of which may be idle, or still read their prompts."""
     assert_as_alone(target, ways[method], seed=4, num_seats=4, recorded=True)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 2**32), st.integers(1, 4), st.sampled_from(("plain", "eagle3+ngram", "draft_model", "medusa")))
+def test_conversations_go_on_in_kept_seats(
+    target: TargetModel, ways: dict[str, tuple[NewDrafter, TreePlan]], seed: int, num_seats: int, method: str
+) -> None:
+    """Each turn's prompt is the last one with its answer and more, or branches off from it; all is as if read anew."""
+    luck = random.Random(seed)
+    new_drafter, plan = ways[method]
+    engine = Engine(target, new_drafter, num_seats, 128, plan, keeps=True)
+    texts = [luck.choices(range(1, VOCAB_SIZE), k=8) for _ in range(3)]
+    num_shared = 0
+    for _ in range(10):
+        chosen = luck.sample(range(3), k=luck.randint(1, min(3, num_seats)))
+        turns = {}
+        for number in chosen:
+            kept = texts[number] if luck.random() < 0.7 else texts[number][: len(texts[number]) // 2]
+            prompt = [*kept, *luck.choices(range(1, VOCAB_SIZE), k=luck.randint(1, 4))][-80:]
+            request = replace(random_request(luck), prompt=prompt, stop=StopRule(luck.choice((1, 3, 6)), (EOS,)))
+            turns[engine.admit(request)] = number
+        while any(seat.finish_reason is None for seat in turns):
+            engine.step()
+        for seat, number in turns.items():
+            assert [seat.tokens] == run(target, [seat.request])
+            texts[number] = [*seat.request.prompt, *seat.tokens]
+            num_shared += seat.num_shared
+    assert num_shared > 0 or num_seats == 1
+    assert engine.num_free == num_seats
+    assert_places_are_kept(engine)
+
+
+def assert_places_are_kept(engine: Engine) -> None:
+    """Nobody lies in two places, and what is free is clear."""
+    order, lengths = engine._order, engine._seats.lengths
+    lying = [seat for seat in order._at if seat is not None]
+    assert sorted(map(id, lying)) == sorted(map(id, (*order.running, *order.reading, *order.kept)))
+    assert all(order._at[seat.index] is seat for seat in lying)
+    assert not any(lengths[index] for index, seat in enumerate(order._at) if seat is None)
+
+
+def test_a_continued_text_goes_on_in_its_own_place(target: TargetModel, drafters: dict[str, NewDrafter]) -> None:
+    """A text of which only the beginning is shared is copied, while there is another place; oldest texts give way."""
+    engine = Engine(target, drafters["eagle3"], 2, 128, TreePlan.chain(3), keeps=True)
+
+    def answer(prompt: list[int]) -> Seat:
+        (request,) = requests_for([prompt], max_new_tokens=8, eos=())
+        seat = engine.admit(request)
+        while not seat.finish_reason:
+            engine.step()
+        assert [seat.tokens] == run(target, [request])
+        assert_places_are_kept(engine)
+        return seat
+
+    first = answer(list(range(1, 21)))
+    second = answer([*first.request.prompt, *first.tokens, 9, 9])
+    assert second.num_shared == 27 and engine._order.kept == [second], "it went on where the first one was"
+    third = answer([*range(1, 15), 60, 61])
+    assert third.num_shared == 13 and engine._order.kept == [second, third], "the beginning was copied"
+    fourth = answer(list(range(40, 60)))
+    assert fourth.num_shared == 0 and engine._order.kept == [third, fourth], "the least recently used gave way"
+    fifth = answer([*range(1, 12), 50])
+    assert fifth.num_shared == 10 and engine._order.kept == [third, fifth]
+
+
+def test_a_long_text_is_compared_quickly() -> None:
+    text = list(range(1, 1001))
+    for same in (0, 1, 255, 256, 257, 511, 999, 1000):
+        other = [*text[:same], *[0] * (1000 - same)]
+        assert order_module.num_same(text, other) == order_module.num_same(tuple(other), text) == same
+        assert order_module.num_same(text, text[:same]) == same
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -261,21 +338,18 @@ def test_more_requests_than_seats(
 
 
 def leave_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row that moves leaves its last key and value behind."""
-    copy_seat = KVCache.copy_seat
-    monkeypatch.setattr(KVCache, "copy_seat", lambda self, source, goal, n: copy_seat(self, source, goal, n - 2))
+    """A row that moves leaves its last keys and values behind."""
+    exchange = KVCache.exchange
+    monkeypatch.setattr(KVCache, "exchange", lambda self, first, second, n: exchange(self, first, second, n // 2))
 
 
 def leave_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new row draws with the noise rows that its predecessor has made."""
-    admit = Noise.admit
+    """A row that moves draws with the noise rows that lie in its new seat."""
 
-    def keep_rows(self: Noise, seat: int, seed: int) -> None:
-        filled_to = self._filled_to[seat]
-        admit(self, seat, seed)
-        self._filled_to[seat] = filled_to
+    def keep_rows(self: Noise, source: int, goal: int, num_tokens: int) -> None:
+        self._seeds[goal], self._filled_to[goal] = self._seeds[source], self._filled_to[source]
 
-    monkeypatch.setattr(Noise, "admit", keep_rows)
+    monkeypatch.setattr(Noise, "copy_seat", keep_rows)
 
 
 def leave_penalties(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,13 +377,13 @@ def leave_behind(monkeypatch: pytest.MonkeyPatch, *left: str) -> None:
 def share_other_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another prompt's beginning is copied, whatever it says."""
 
-    def any_other(self: Engine, prompt: Sequence[int]) -> tuple[Seat | None, int]:
-        if not self._running:
+    def any_other(self: Order, prompt: Sequence[int]) -> tuple[Seat | None, int]:
+        if not self.running:
             return None, 0
-        lender = self._running[0]
+        lender = self.running[0]
         return lender, min(len(prompt) - 2, int(self._seats.lengths[lender.index]))
 
-    monkeypatch.setattr(Engine, "_longest_shared", any_other)
+    monkeypatch.setattr(Order, "lender", any_other)
 
 
 @pytest.mark.parametrize("sabotage", [leave_slots, leave_noise, leave_penalties, leave_held_ends, share_other_text])
@@ -323,3 +397,21 @@ def test_sabotage_is_noticed(
     with pytest.raises(AssertionError):
         for seed in range(6):
             assert_as_alone(target, ways["plain"], seed, num_seats=4)
+
+
+def test_a_kept_text_of_which_too_much_stays_is_noticed(target: TargetModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin: the key and value of a token that another prompt does not have are left in its place."""
+    first, second = requests_for([[*range(1, 21)], [*range(1, 11), *range(30, 40)]], eos=())
+    expected = run(target, [second])
+
+    def answer_both() -> list[list[int]]:
+        engine = Engine(target, no_draft, 1, CAPACITY, TreePlan.off(), keeps=True)
+        Generation(engine, [first]).run()
+        (seat,) = Generation(engine, [second]).run().outputs
+        assert seat.num_shared == 9
+        return [seat.tokens]
+
+    assert answer_both() == expected
+    share = Seats.admit_behind
+    monkeypatch.setattr(Seats, "admit_behind", lambda self, source, n, *row: share(self, source, n + 2, *row))
+    assert answer_both() != expected

@@ -82,6 +82,7 @@ class LookaheadDrafter(Drafter):
     def share(self, source: int, goal: int, num_tokens: int) -> None:
         self._history[goal] = self._history[source]
         self._lengths[goal] = num_tokens + 1
+        self._num_chosen[goal] = -1  # a window of its own
 
     def observe(
         self,

@@ -40,7 +40,8 @@ class Drafter(BySeat):
     def share(self, source: int, goal: int, num_tokens: int) -> None:
         """Begin a row in seat `goal` as the row of seat `source` was after its first `num_tokens` committed tokens.
 
-        All that was observed of the source has been read, and the rows' next tokens are the same too.
+        All that was observed of the source has been read, and the rows' next tokens are the same too. Where the source
+        is the goal, its row has ended and another one goes on in its place.
         """
         return
 

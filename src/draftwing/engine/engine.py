@@ -1,7 +1,6 @@
 """The engine: requests take seats, and each step decodes what is seated. One cycle is draft, verify, commit."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import dropwhile, islice, takewhile
 
 import numpy as np
@@ -9,13 +8,18 @@ import torch
 
 from draftwing.engine.captured import CapturedCycle, CapturedSeats, Recorder, can_record
 from draftwing.engine.drafter import Drafter
-from draftwing.engine.logprobs import MOST_TOP, TokenLogprobs
+from draftwing.engine.logprobs import TokenLogprobs
+from draftwing.engine.order import Order
 from draftwing.engine.plan import Plan
 from draftwing.engine.readback import CycleReading, CycleReport
-from draftwing.engine.sampling import SamplingParams
+from draftwing.engine.request import Event as Event
+from draftwing.engine.request import Request as Request
+from draftwing.engine.request import Seat as Seat
+from draftwing.engine.request import check_request as check_request
+from draftwing.engine.request import check_requests as check_requests
+from draftwing.engine.request import check_room
 from draftwing.engine.seats import Seats, room_for
 from draftwing.engine.statistics import StageClock, Statistics
-from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree import DraftTree
 from draftwing.engine.unread import MOST_UNREAD, PREFILL_CHUNK
 from draftwing.target.model import TargetModel
@@ -27,63 +31,8 @@ SCORED_TOKENS = 128
 """Positions of a prompt that are read at once where it is scored: each has the logits of a whole vocabulary."""
 MOST_LEVELS = PREFILL_CHUNK - MOST_UNREAD - 1
 """Of a tree: what a cycle commits must fit behind what drafters have left unread."""
-LEAST_SHARED = 16
-"""Tokens of a prompt that another seat must have read before they are copied."""
-COMPARED = 256
-"""Tokens of two texts that are compared at once."""
 NewDrafter = Callable[[int, int], Drafter]
 """Makes a drafter for so many seats of so many slots each."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One row to generate: its prompt's token ids, its sampling parameters and when to stop.
-
-    Attributes:
-        num_logprobs: how many of the most probable tokens, 0 to 20, are scored beside each new one; None: nothing is.
-        scores_prompt: whether the prompt's tokens are scored as well.
-    """
-
-    prompt: Sequence[int]
-    sampling: SamplingParams
-    stop: StopRule
-    num_logprobs: int | None = None
-    scores_prompt: bool = False
-
-
-@dataclass(eq=False)
-class Seat:
-    """A request in an engine, and what it has emitted so far.
-
-    Attributes:
-        index: where its state lies; it changes when a seat before it is left.
-        finish_reason: eos, stop or length once it has ended; error if its own stop rule failed.
-        num_shared: tokens of the prompt that were copied from another seat.
-        logprobs: of the tokens, where the request asks for them.
-        prompt_logprobs: of the prompt's tokens read so far, None for its first, where the request asks for them.
-    """
-
-    request: Request
-    index: int
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    num_shared: int = 0
-    error: Exception | None = None
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
-
-
-@dataclass(frozen=True)
-class Event:
-    """The tokens that a cycle committed for a seat; `num_accepted` of them were drafted (the rest is the bonus).
-
-    `logprobs` has an entry for each, where the request asks for them.
-    """
-
-    seat: Seat
-    tokens: list[int]
-    num_accepted: int
-    logprobs: list[TokenLogprobs]
 
 
 class Engine:
@@ -98,6 +47,7 @@ class Engine:
         plan: shapes the trees.
         recorder: records cycles on a device, to be replayed.
         coupled: drafts rank their candidates with the target's own noise; the output is the same without.
+        keeps: a seat's text stays when it is left, for prompts that begin alike, until the seat is needed.
     """
 
     def __init__(
@@ -109,19 +59,19 @@ class Engine:
         plan: Plan,
         recorder: Recorder | None = None,
         coupled: bool = True,
+        keeps: bool = False,
     ) -> None:
         self.target, self.num_seats, self.capacity, self.plan = target, num_seats, capacity, plan
         self._threads = num_threads() if target.bits_depend_on_threads else None  # None: anew in every cycle
         self.waits = False  # for the device at a cycle's end, so that each cycle counts its own time alone
         self.count_into(Statistics())
-        self._running: list[Seat] = []
-        self._reading: list[Seat] = []
         largest = plan.largest
         if largest.max_depth > MOST_LEVELS:
             raise ValueError(f"plan: expected at most {MOST_LEVELS} levels, got {largest}")
         num_slots = capacity + room_for(largest)
         drafter = new_drafter(num_seats, num_slots)
         self._seats = Seats(target, drafter, num_seats, num_slots, largest.max_depth, coupled)
+        self._order = Order(self._seats, num_seats, keeps)
         self._recordings: dict[tuple[object, ...], CapturedCycle] = {}
         is_recorded = recorder is not None and can_record(self._seats, largest.cut_to(1), recorder)
         self._recorder = recorder if is_recorded else None
@@ -130,7 +80,15 @@ class Engine:
     @property
     def num_free(self) -> int:
         """Seats that nobody holds."""
-        return self.num_seats - len(self._running) - len(self._reading)
+        return self._order.num_free
+
+    @property
+    def _running(self) -> list[Seat]:
+        return self._order.running
+
+    @property
+    def _reading(self) -> list[Seat]:
+        return self._order.reading
 
     def can_serve(self, num_seats: int, capacity: int, plan: Plan) -> bool:
         """Whether so many requests of so many tokens can be decoded with another plan."""
@@ -151,8 +109,8 @@ class Engine:
     def check(self, request: Request, name: str = "the prompt") -> None:
         """Raise a ValueError, which names the field, for a request that no seat can serve."""
         check_request(self.target, request, name)
-        _check_room(request, name, self.capacity, "a seat's {} tokens")
-        held = (*self._running, *self._reading)
+        check_room(request, name, self.capacity, "a seat's {} tokens")
+        held = self._order.held
         if held and (held[0].request.sampling.place is None) != (request.sampling.place is None):
             raise ValueError(f"place: {name} chooses its tokens in another way than those that are seated")
 
@@ -162,24 +120,23 @@ class Engine:
         self.check(request)
         if not self.num_free:
             return None
-        seat, row = Seat(request, self.num_seats - self.num_free), (request.prompt, request.sampling, request.stop)
-        lender, num_shared = (None, 0) if request.scores_prompt else self._longest_shared(request.prompt)
+        lender, num_shared = (None, 0) if request.scores_prompt else self._order.lender(request.prompt)
+        seat = Seat(request, self._order.place_for(lender, num_shared), num_shared=num_shared)
+        row = request.prompt, request.sampling, request.stop
         try:
             if lender is not None:
-                seat.num_shared = num_shared
                 self._seats.admit_behind(lender.index, num_shared, seat.index, *row)
             else:
                 self._seats.admit(seat.index, *row)
         except BaseException:  # out of memory, say: nothing may be left in a seat that nobody holds
             self._seats.vacate(seat.index)
             raise
-        self._reading.append(seat)
+        self._order.enter(seat)
         return seat
 
-    def will_share(self, prompt: Sequence[int]) -> bool:
-        """Whether a seat that is reading its prompt will have read more of this one's beginning than any has now."""
-        later = max((_shared(prompt, seat.request.prompt) for seat in self._reading), default=0)
-        return later - self._longest_shared(prompt)[1] >= LEAST_SHARED
+    def will_lend(self, prompt: Sequence[int]) -> bool:
+        """Whether a request that waits a little will find more of its prompt's beginning read than there is now."""
+        return self._order.will_lend(prompt)
 
     def step(self) -> list[Event]:
         """Read a chunk of the waiting prompts, then run a cycle of the seats whose prompts are read."""
@@ -190,21 +147,10 @@ class Engine:
     @torch.inference_mode()
     def retire(self, *seats: Seat) -> None:
         """Free seats, whatever they are doing; nothing happens to those that are free already."""
-        gone = {seat for seat in seats if seat in self._running or seat in self._reading}
+        gone = {seat for seat in seats if seat in self._order.held}
         if not gone:
             return
-        num_held = len(self._running) + len(self._reading)
-        for seat in sorted(gone.intersection(self._running), key=lambda seat: -seat.index):
-            last = self._running.pop()
-            if last is not seat:
-                self._move(last, seat.index)
-                self._running[last.index] = last
-        self._reading = [seat for seat in self._reading if seat not in gone]
-        for index, seat in enumerate(self._reading, len(self._running)):  # once, however many have gone
-            if seat.index != index:
-                self._move(seat, index)
-        for index in range(len(self._running) + len(self._reading), num_held):
-            self._seats.vacate(index)
+        self._order.leave(gone)
         self._look_at_running()
 
     @torch.inference_mode()
@@ -289,22 +235,6 @@ class Engine:
         """Tokens of a seat's prompt that are still to be read; the last one becomes the root of its first tree."""
         return len(seat.request.prompt) - 1 - int(self._seats.lengths[seat.index])
 
-    def _longest_shared(self, prompt: Sequence[int]) -> tuple[Seat | None, int]:
-        """The seat that has read most of a prompt's beginning, and how many tokens of it; None, 0 if that is little."""
-        lender, most = None, LEAST_SHARED - 1
-        for seat in (*self._running, *self._reading):
-            num_read = int(self._seats.lengths[seat.index])
-            if num_read <= most:  # it cannot lend more
-                continue
-            num_shared = min(_shared(prompt, [*seat.request.prompt, *seat.tokens]), num_read)
-            if num_shared > most:
-                lender, most = seat, num_shared
-        return lender, most if lender is not None else 0
-
-    def _move(self, seat: Seat, goal: int) -> None:
-        self._seats.move(seat.index, goal)
-        seat.index = goal
-
     def _look_at_running(self) -> None:
         """Let cycles run over the running seats; captured ones over the next power of two, the rest of them idle."""
         num_running = len(self._running)
@@ -328,56 +258,6 @@ def _end(seat: Seat, new: list[int]) -> int:
     return num_emitted
 
 
-def _shared(prompt: Sequence[int], text: Sequence[int]) -> int:
-    """How many tokens a prompt can have from one who has read all of a text.
-
-    Drafters have read the token behind as well, so that it must be the same too; and at least one token is left to
-    read, for the drafter's last output.
-    """
-    return min(_num_same(prompt, text) - 1, len(prompt) - 2, len(text) - 1)
-
-
-def _num_same(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
-    num_same, most = 0, min(len(first), len(second))
-    while num_same < most:  # chunk by chunk: comparing slices takes no step of Python for each token
-        ours, theirs = (list(text[num_same : num_same + COMPARED]) for text in (first, second))
-        if ours[: len(theirs)] != theirs[: len(ours)]:
-            return num_same + next(index for index, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
-        num_same += COMPARED
-    return most
-
-
 def bucket(num_rows: int) -> int:
     """The next power of two: batches of like size share recordings, and what was measured and learnt."""
     return 1 << (max(num_rows, 1) - 1).bit_length()
-
-
-def check_requests(target: TargetModel, requests: Sequence[Request]) -> None:
-    """Raise a ValueError for no requests, or for one that a target cannot serve; it names the prompt and the field."""
-    if not requests:
-        raise ValueError("input_ids: expected at least one prompt")
-    for row, request in enumerate(requests):
-        check_request(target, request, f"prompt {row}")
-
-
-def check_request(target: TargetModel, request: Request, name: str) -> None:
-    """Raise a ValueError for an empty prompt, unknown ids, or more tokens than the target has positions."""
-    if not request.prompt:
-        raise ValueError(f"input_ids: {name} is empty; at least one token is needed")
-    if target.max_positions is not None:
-        _check_room(request, name, target.max_positions, "the model's {} positions")
-    if min(request.prompt) < 0 or max(request.prompt) >= target.vocab_size:
-        raise ValueError(f"input_ids: {name} has ids outside the vocabulary of {target.vocab_size}")
-    request.sampling.check(target.vocab_size)
-    wanted = request.num_logprobs
-    if wanted is not None and (not isinstance(wanted, int) or isinstance(wanted, bool) or not 0 <= wanted <= MOST_TOP):
-        raise ValueError(f"num_logprobs: expected an integer from 0 to {MOST_TOP}, got {wanted!r}")
-
-
-def _check_room(request: Request, name: str, limit: int, whose: str) -> None:
-    num_prompt, num_new = len(request.prompt), request.stop.max_new_tokens
-    if num_prompt + num_new > limit:
-        raise ValueError(
-            f"max_new_tokens: {name} has {num_prompt} tokens, and {num_new} new ones would pass {whose.format(limit)}"
-        )

@@ -114,6 +114,15 @@ class Noise(BySeat):
         self._seeds[seat] = seed
         self._filled_to[seat] = 0
 
+    def copy_seat(self, source: int, goal: int, num_tokens: int) -> None:
+        if self._filled_to[source]:
+            super().copy_seat(source, goal, num_tokens)
+        else:
+            self._seeds[goal], self._filled_to[goal] = self._seeds[source], 0
+
+    def clear(self, seat: int, num_tokens: int) -> None:
+        self._filled_to[seat] = 0
+
     def reserve(self, seat: int, start: int, num_positions: int) -> None:
         """Make positions `start .. start + num_positions - 1` of a seat readable. Starts never fall."""
         assert num_positions <= self._num_ahead
@@ -233,6 +242,8 @@ class Sampler(BySeat):
 
     def clear(self, seat: int, num_tokens: int) -> None:
         self.admit(seat, SamplingParams(), ())
+        if self._noise is not None:
+            self._noise.clear(seat, num_tokens)
 
     def admit(self, seat: int, params: SamplingParams, prompt: Sequence[int], stop: StopRule | None = None) -> None:
         """Begin a row with these parameters in a seat; `stop` says which ends are held back."""

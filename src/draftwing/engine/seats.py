@@ -82,7 +82,10 @@ class Seats(BySeat):
     def admit_behind(
         self, source: int, num_tokens: int, seat: int, prompt: Sequence[int], params: SamplingParams, stop: StopRule
     ) -> None:
-        """Begin a row whose first `num_tokens` seat `source` has read; the token behind them is the same too."""
+        """Begin a row whose first `num_tokens` seat `source` has read; the token behind them is the same too.
+
+        It may be the source's own seat, whose row has ended.
+        """
         lender = self.part(source, source + 1)
         lender.bound = int(lender.lengths[0])
         lender.catch_up()
@@ -91,16 +94,31 @@ class Seats(BySeat):
         self.cache.lengths[seat] = num_tokens
         self.drafter.share(source, seat, num_tokens)
         self.lengths[seat] = self._num_read[seat] = num_tokens
-        self._num_written[seat] = num_tokens + 1
+        self._num_written[seat] = max(self._num_written[seat], num_tokens + 1)
 
     def vacate(self, seat: int) -> None:
         """Clear a seat of all that it holds."""
         self.clear(seat, int(self._num_written[seat]) + 1)
 
-    def move(self, source: int, goal: int) -> None:
-        """Let the row of seat `source` go on in seat `goal`."""
-        self.vacate(goal)
-        self.copy_seat(source, goal, int(self.lengths[source]) + 1)
+    def settle(self, seat: int) -> None:
+        """End a row, whose text stays: the drafter has read all of it, and nothing of its sampling is left."""
+        ended = self.part(seat, seat + 1)
+        ended.bound = int(ended.lengths[0])
+        ended.catch_up()
+        self._is_running[seat] = False
+        self.sampler.clear(seat, 0)
+
+    def go_on(self, row: int, seat: int) -> None:
+        """Let a row go on in another seat, whose text, if it keeps one, takes the row's own seat."""
+        num_tokens = int(max(self._num_written[row], self._num_written[seat])) + 1
+        for part in (self.cache, self.drafter):
+            part.exchange(row, seat, num_tokens)
+        self.sampler.copy_seat(row, seat, num_tokens)
+        self.sampler.clear(row, num_tokens)
+        for numbers in (self.lengths, self._num_read, self._num_written):
+            numbers[[row, seat]] = numbers[[seat, row]]
+        for state in (self._root, self._is_running):
+            state[[row, seat]] = state[[seat, row]]
 
     def read(self, prompts: Sequence[Sequence[int]], width: int, scores: bool = False) -> ScoresOnHost | None:
         """Read on in each seat's prompt, up to `width` tokens, but for its last one.

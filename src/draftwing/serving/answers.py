@@ -18,6 +18,7 @@ from typing import (
 from typing_extensions import TypedDict
 
 from draftwing.engine.logprobs import TokenLogprobs
+from draftwing.engine.statistics import Counts
 from draftwing.serving.intake import Order
 from draftwing.serving.scheduler import Delivery, Ticket
 from draftwing.serving.text import AnswerText, Piece
@@ -165,8 +166,6 @@ class Answer:
     text: str = ""
     logprobs: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
     num_tokens: int = 0
-    accepted: list[int] = field(default_factory=list)
-    """`accepted[j]`: cycles that brought j drafted tokens."""
     finish_reason: Literal["stop", "length"] | None = None
     offset: int = 0
     """Characters of the tokens whose log-probabilities were written."""
@@ -182,8 +181,7 @@ class Answer:
         if not self.order.only_echoes:
             pieces += self.decoder.push(delivery.tokens, delivery.num_accepted, delivery.finish_reason)
             logprobs += zip(delivery.tokens, delivery.logprobs, strict=False)
-        if delivery.tokens:
-            self._count(len(delivery.tokens), delivery.num_accepted)
+        self.num_tokens += len(delivery.tokens)
         self.finish_reason = FINISH_REASONS.get(delivery.finish_reason or "")
         drafted = Drafted(pieces=list(pieces), num_tokens=len(delivery.tokens), num_accepted=delivery.num_accepted)
         step = Step(pieces, logprobs, self.finish_reason, is_first, drafted)
@@ -192,19 +190,9 @@ class Answer:
         return step
 
     @property
-    def num_accepted(self) -> int:
-        """Tokens that were drafted."""
-        return sum(num_accepted * count for num_accepted, count in enumerate(self.accepted))
-
-    @property
-    def num_drafted(self) -> int:
-        """Draft tokens that were verified for it."""
-        return 0 if self.ticket.seat is None else self.ticket.seat.num_drafted
-
-    def _count(self, num_tokens: int, num_accepted: int) -> None:
-        self.num_tokens += num_tokens
-        self.accepted += [0] * (num_accepted + 1 - len(self.accepted))
-        self.accepted[num_accepted] += 1
+    def counts(self) -> Counts:
+        """What its cycles brought, and drafted for it."""
+        return Counts() if self.ticket.seat is None else self.ticket.seat.counts
 
     def _of_prompt(self) -> list[tuple[int, TokenLogprobs | None]]:
         seat = self.ticket.seat
@@ -304,7 +292,7 @@ def usage(order: Order, answers: Sequence[Answer]) -> Usage:
     """Tokens of all answers so far; a prompt of several answers counts once."""
     made = 0 if order.only_echoes else sum(answer.num_tokens for answer in answers)
     firsts = [answer.ticket.seat for answer in answers[:: order.num_choices]]
-    accepted = sum(answer.num_accepted for answer in answers)
+    accepted = sum(answer.counts.num_accepted for answer in answers)
     return {
         "prompt_tokens": order.num_prompt_tokens,
         "completion_tokens": made,
@@ -312,19 +300,19 @@ def usage(order: Order, answers: Sequence[Answer]) -> Usage:
         "prompt_tokens_details": {"cached_tokens": sum(seat.num_shared for seat in firsts if seat is not None)},
         "completion_tokens_details": {
             "accepted_prediction_tokens": accepted,
-            "rejected_prediction_tokens": sum(answer.num_drafted for answer in answers) - accepted,
+            "rejected_prediction_tokens": sum(answer.counts.num_drafted for answer in answers) - accepted,
         },
     }
 
 
 def metrics(answers: Sequence[Answer]) -> Metrics:
     """What drafting brought all answers together."""
-    histogram = [sum(counts) for counts in zip_longest(*(answer.accepted for answer in answers), fillvalue=0)]
+    histogram = [sum(counts) for counts in zip_longest(*(answer.counts.histogram for answer in answers), fillvalue=0)]
     return {
         "speculative_decoding": {
             "num_spec_steps": sum(histogram),
-            "num_draft_tokens": sum(answer.num_drafted for answer in answers),
-            "num_accepted_draft_tokens": sum(answer.num_accepted for answer in answers),
+            "num_draft_tokens": sum(answer.counts.num_drafted for answer in answers),
+            "num_accepted_draft_tokens": sum(answer.counts.num_accepted for answer in answers),
             "acceptance_histogram": histogram,
         }
     }

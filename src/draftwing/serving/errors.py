@@ -1,5 +1,6 @@
 """Errors as OpenAI's API has them: one form for all, a status that says whose fault it is, nothing of the machine."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ DESCRIPTIONS = {
     500: "the request has failed",
     503: "the server is shutting down, or its engine has failed",
 }
-RETRY_AFTER_S = 1
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
 
 
 class ErrorDetails(TypedDict):
@@ -54,6 +55,7 @@ class ApiError(Exception):
     message: str
     param: str | None = None
     code: str | None = None
+    headers: Mapping[str, str] | None = None
 
     def body(self) -> ErrorBody:
         """What the client reads."""
@@ -62,8 +64,7 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """The answer."""
-        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": str(RETRY_AFTER_S)}}
-        return JSONResponse(_escaped(self.body()), self.status, headers.get(self.status))
+        return JSONResponse(_escaped(self.body()), self.status, self.headers or HEADERS.get(self.status))
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -76,7 +77,7 @@ def as_api_error(error: Exception) -> ApiError:
         case RequestValidationError():
             return _of_validation(error)
         case HTTPException():  # unknown paths and methods, bodies that are no JSON
-            return ApiError(error.status_code, str(error.detail))
+            return ApiError(error.status_code, str(error.detail), headers=error.headers)
         case _:
             return ApiError(500, "the request has failed")
 

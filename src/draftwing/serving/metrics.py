@@ -57,11 +57,12 @@ class ServerMetrics:
             return
         self._prompt.labels(self._model).inc(len(answer.ticket.request.prompt))
         self._cached.labels(self._model).inc(seat.num_shared)
-        self._drafts.labels(self._model).inc(sum(answer.accepted))
-        self._drafted.labels(self._model).inc(answer.num_drafted)
-        self._accepted.labels(self._model).inc(answer.num_accepted)
-        for depth in range(len(answer.accepted) - 1):
-            self._accepted_at.labels(self._model, depth).inc(sum(answer.accepted[depth + 1 :]))
+        counts = answer.counts
+        self._drafts.labels(self._model).inc(counts.num_cycles)
+        self._drafted.labels(self._model).inc(counts.num_drafted)
+        self._accepted.labels(self._model).inc(counts.num_accepted)
+        for depth, num_accepted in enumerate(counts.accepted_at):
+            self._accepted_at.labels(self._model, depth).inc(num_accepted)
 
     def _time(self, ticket: Ticket) -> None:
         if ticket.seat is None or ticket.seated is None:

@@ -68,10 +68,20 @@ class KVCache(BySeat):
         return part
 
     def copy_seat(self, source: int, goal: int, num_tokens: int) -> None:
+        if source == goal:
+            return
         taken, given = (self._slots_of(seat, seat + 1, num_tokens) for seat in (source, goal))
         for slab in self._slabs.values():
             slab[:, given] = slab[:, taken]
         self.lengths[goal] = self.lengths[source]
+
+    def exchange(self, first: int, second: int, num_tokens: int) -> None:
+        ours, theirs = (self._slots_of(seat, seat + 1, num_tokens) for seat in (first, second))
+        for slab in self._slabs.values():
+            kept = slab[:, ours].clone()
+            slab[:, ours] = slab[:, theirs]
+            slab[:, theirs] = kept
+        self.lengths[[first, second]] = self.lengths[[second, first]]
 
     def clear(self, seat: int, num_tokens: int) -> None:
         """Slots are zeroed, since masked ones are multiplied too: nothing that is not finite may be left in them."""

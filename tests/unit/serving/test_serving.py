@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+pytest.importorskip("fastapi", reason='pip install "draftwing[serve]"')
+
 from fake_scheduler import FakeScheduler
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
@@ -371,7 +374,9 @@ def test_unknown_models_paths_and_methods(client: TestClient) -> None:
     assert (error["param"], error["code"]) == ("model", "model_not_found")
     assert client.post("/v1/completions", json=TEXT | {"model": "org/tiny"}).status_code == 200
     problem(client.get("/v1/nothing"), 404)
-    problem(client.get("/v1/completions"), 405)
+    response = client.get("/v1/completions")
+    problem(response, 405)
+    assert response.headers["allow"] == "POST"
 
 
 def test_what_the_engine_refuses_has_the_apis_name(client: TestClient, scheduler: FakeScheduler) -> None:

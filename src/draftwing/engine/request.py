@@ -1,0 +1,90 @@
+"""What an engine is asked for, and what it has brought: requests, their seats, events."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from draftwing.engine.logprobs import MOST_TOP, TokenLogprobs
+from draftwing.engine.sampling import SamplingParams
+from draftwing.engine.stopping import StopRule
+from draftwing.target.model import TargetModel
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row to generate: its prompt's token ids, its sampling parameters and when to stop.
+
+    Attributes:
+        num_logprobs: how many of the most probable tokens, 0 to 20, are scored beside each new one; None: nothing is.
+        scores_prompt: whether the prompt's tokens are scored as well.
+    """
+
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    stop: StopRule
+    num_logprobs: int | None = None
+    scores_prompt: bool = False
+
+
+@dataclass(eq=False)
+class Seat:
+    """A request in an engine, and what it has emitted so far.
+
+    Attributes:
+        index: where its state lies; it changes when a seat before it is left.
+        finish_reason: eos, stop or length once it has ended; error if its own stop rule failed.
+        num_shared: tokens of the prompt that were copied from another seat.
+        logprobs: of the tokens, where the request asks for them.
+        prompt_logprobs: of the prompt's tokens read so far, None for its first, where the request asks for them.
+    """
+
+    request: Request
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    num_shared: int = 0
+    error: Exception | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+
+
+@dataclass(frozen=True)
+class Event:
+    """The tokens that a cycle committed for a seat; `num_accepted` of them were drafted (the rest is the bonus).
+
+    `logprobs` has an entry for each, where the request asks for them.
+    """
+
+    seat: Seat
+    tokens: list[int]
+    num_accepted: int
+    logprobs: list[TokenLogprobs]
+
+
+def check_requests(target: TargetModel, requests: Sequence[Request]) -> None:
+    """Raise a ValueError for no requests, or for one that a target cannot serve; it names the prompt and the field."""
+    if not requests:
+        raise ValueError("input_ids: expected at least one prompt")
+    for row, request in enumerate(requests):
+        check_request(target, request, f"prompt {row}")
+
+
+def check_request(target: TargetModel, request: Request, name: str) -> None:
+    """Raise a ValueError for an empty prompt, unknown ids, or more tokens than the target has positions."""
+    if not request.prompt:
+        raise ValueError(f"input_ids: {name} is empty; at least one token is needed")
+    if target.max_positions is not None:
+        check_room(request, name, target.max_positions, "the model's {} positions")
+    if min(request.prompt) < 0 or max(request.prompt) >= target.vocab_size:
+        raise ValueError(f"input_ids: {name} has ids outside the vocabulary of {target.vocab_size}")
+    request.sampling.check(target.vocab_size)
+    wanted = request.num_logprobs
+    if wanted is not None and (not isinstance(wanted, int) or isinstance(wanted, bool) or not 0 <= wanted <= MOST_TOP):
+        raise ValueError(f"num_logprobs: expected an integer from 0 to {MOST_TOP}, got {wanted!r}")
+
+
+def check_room(request: Request, name: str, limit: int, whose: str) -> None:
+    num_prompt, num_new = len(request.prompt), request.stop.max_new_tokens
+    if num_prompt + num_new > limit:
+        raise ValueError(
+            f"max_new_tokens: {name} has {num_prompt} tokens, and {num_new} new ones would pass {whose.format(limit)}"
+        )
