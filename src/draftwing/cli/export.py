@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    from draftwing.api import parse_dtype
     from draftwing.drafts.export import export_draft
+    from draftwing.target.load import parse_dtype
 
     exported = export_draft(
         options.draft,
