@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree import DraftTree, Verdict
 from draftwing.plans.auto import AutoPlan, SizedPlan
-from draftwing.plans.costs import CycleCosts
+from draftwing.plans.costs import CycleCosts, measure_costs
 from draftwing.plans.experience import Experience
 from draftwing.target.model import ATTENTION, TargetModel
 
@@ -64,9 +65,12 @@ def tiny_llama(seed: int = 0, **overrides: int) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session", autouse=True)
 def _measurements_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests neither read nor write the user's cache folder."""
+    """Tests neither read nor write the user's cache folder; costs are measured roughly, and once for all processes."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DRAFTWING_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("DRAFTWING_CACHE", str(shared / "cache"))
+        patch.setattr("draftwing.api.measure_costs", partial(measure_costs, num_rounds=2))
         yield
 
 
