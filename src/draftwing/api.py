@@ -64,6 +64,8 @@ class Lessons:
     costs: dict[tuple[int, bool], CycleCosts] = field(default_factory=dict)
     experience: dict[tuple[int, bool], Experience] = field(default_factory=dict)
     costs_since: float = 0.0
+    clocked: dict[TreePlan, ClockedPlan] = field(default_factory=dict)
+    """Plans of n-grams with what the clock has said of them."""
     watched: dict[tuple[int, bool], tuple[AutoPlan, Statistics]] = field(default_factory=dict)
     """The last generation of one row by these costs: what it expected, and what it took."""
     renewed: set[tuple[int, bool]] = field(default_factory=set)
@@ -260,11 +262,9 @@ class SpeculativeModel:
         if limit is not None and capacity > limit:
             raise ValueError(f"sequence_length: {capacity} tokens would pass the model's {limit} positions")
         self._check_draft_positions(capacity)
-        settings = GenerateOptions()
+        settings = GenerateOptions(plan="auto")
         with_lookup = self._looks_up(settings)
         plan = self._plan(settings, True, capacity, num_seats, with_lookup)
-        if isinstance(plan, TreePlan) and plan.depth:
-            plan = ClockedPlan(plan)
         return self._engine(_EngineKey(plan.largest.depth > 0, with_lookup, None, True), num_seats, capacity, plan)
 
     def _engine(self, key: "_EngineKey", num_seats: int, capacity: int, plan: Plan) -> Engine:
@@ -350,6 +350,8 @@ class SpeculativeModel:
             if not plan.depth:
                 return TreePlan.off()
             plan = plan.cut_to(most_tokens)
+            if settings.plan == "auto" and family_of(self.method).plans == "chains":
+                return self._lessons.clocked.setdefault(plan, ClockedPlan(plan)).begin()
             # A fixed plan's trees depend on its requests alone, not on the generations before: its trial is its own.
             return LookupPlan(plan, LookupTrial()) if with_lookup else plan
         assert self.draft is not None
