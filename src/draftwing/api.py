@@ -239,13 +239,12 @@ class SpeculativeModel:
     def engine(self, num_seats: int, capacity: int, settings: GenerateOptions | None = None) -> Engine:
         """An engine for requests that come and go: so many seats of `capacity` tokens; `settings` say the drafting.
 
-        Where trees size themselves, cycles of 1, 2, 4, ... seats are measured now, greedy and sampled ones. A method's
-        own fixed plan is followed in cycles in which it is faster than plain decoding, one that settings name always.
+        By default trees size themselves. Where trees size themselves, cycles of 1, 2, 4, ... seats are measured now, greedy and sampled ones.
 
         Raises:
             ValueError: more tokens than the models have positions, or more seats than memory has room for.
         """
-        settings = settings or GenerateOptions()
+        settings = settings or GenerateOptions(plan="auto")
         if num_seats < 1:
             raise ValueError(f"seats: expected at least 1, got {num_seats}")
         check_memory(num_seats, capacity, self.seat_bytes(capacity, settings), self.device)
@@ -254,8 +253,6 @@ class SpeculativeModel:
             for power, sampled in product(range(bucket(num_seats).bit_length()), (False, True)):
                 self.costs(2**power, sampled)
         drafter = self._new_drafter(key, plan)
-        if isinstance(plan, TreePlan) and plan.depth and not plan.window and settings.plan is None:
-            plan = ClockedPlan(plan)
         return Engine(self.target, drafter, num_seats, capacity, plan, self._recorder(), key.coupled, keeps=True)
 
     def seat_bytes(self, capacity: int, settings: GenerateOptions) -> int:
@@ -329,6 +326,8 @@ class SpeculativeModel:
             if not plan.depth:
                 return TreePlan.off()
             plan = plan.cut_to(max_new_tokens)
+            if settings.plan == "auto" and family_of(self.method).plans == "chains":
+                return self._lessons.clocked.setdefault(plan, ClockedPlan(plan)).begin()
             # A fixed plan's trees depend on its requests alone, not on the generations before: its trial is its own.
             return LookupPlan(plan, LookupTrial()) if with_lookup else plan
         assert self.draft is not None

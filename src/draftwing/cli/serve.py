@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     add_execution(parser)
     add_method(parser)
-    parser.add_argument("--plan", type=plan_name, help=PLANS)
+    parser.add_argument("--plan", type=plan_name, default="auto", help=PLANS.replace("the method's", "auto"))
     parser.add_argument("--draft-window", type=positive, help="an EAGLE head reads this many last tokens")
     add_remeasure(parser)
     add_head_options(parser)

@@ -9,7 +9,7 @@ from statistics import fmean, median
 
 from draftwing.engine.plan import TreePlan
 from draftwing.engine.readback import CycleReport
-from draftwing.plans.pause import Pause
+from draftwing.plans.pause import INHERITED_LOOKUP_PAUSE, Pause
 
 TRIED = 8
 """Cycles of each kind that a trial compares."""
@@ -29,6 +29,12 @@ class ClockedPlan:
         self._believed = 0  # cycles left for which the plan is taken to be faster
         self._measured: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
         self._began, self._drafts, self._tokens = 0.0, False, 0
+
+    def begin(self) -> "ClockedPlan":
+        """Begin a generation, whose text may be of another kind; returns itself."""
+        self._tokens = 0  # the time since the last cycle is nobody's
+        self._pause.inherit(INHERITED_LOOKUP_PAUSE)
+        return self
 
     def next(self, num_rows: int, longest: int, sampled: bool = False) -> TreePlan:
         """The plan, or none; the cycle before has ended by now."""
