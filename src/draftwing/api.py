@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from draftwing.batches import Prompts, append_padded, read_prompts, unpad
-from draftwing.config import DTYPES, check_keys
+from draftwing.config import check_keys
 from draftwing.drafts.drafting import check_drafting, plan_for
 from draftwing.drafts.eagle.formats import FROM_FILE, HeadOptions
 from draftwing.drafts.family import Draft, Wanted
@@ -40,7 +40,7 @@ from draftwing.plans.lessons import Lessons
 from draftwing.plans.lookups import LookupPlan, LookupTrial
 from draftwing.provenance import provenance
 from draftwing.target.fused import pack_target
-from draftwing.target.load import load_target, load_tokenizer
+from draftwing.target.load import check_device, load_target, load_tokenizer, parse_dtype
 from draftwing.target.model import TargetModel
 from draftwing.threads import free_cores, num_threads
 
@@ -439,21 +439,3 @@ def take_head_options(options: dict[str, Any]) -> HeadOptions:
 def _machine() -> dict[str, Any]:
     made_by = provenance()
     return {name: made_by[name] for name in ("device", "cores", "torch", "transformers")}
-
-
-def check_device(device: str | torch.device) -> None:
-    """Raise a ValueError for a device that torch does not know or does not see."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
-
-
-def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype from its name; None stays None."""
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    known: torch.dtype = getattr(torch, dtype)
-    return known

@@ -34,6 +34,7 @@ from draftwing.engine.penalties import Penalties
 from draftwing.engine.plan import Plan, TreePlan
 from draftwing.engine.sampling import Noise, SamplingParams
 from draftwing.engine.seats import Seats
+from draftwing.engine.statistics import Counts
 from draftwing.engine.stepwise import Place
 from draftwing.engine.stopping import StopRule
 from draftwing.target.kv_cache import KVCache
@@ -309,6 +310,20 @@ def test_a_larger_engine_serves_fewer_requests_at_once(target: TargetModel) -> N
     generation = Generation(engine, requests, num_seats=1)
     assert max(sum(map(bool, committed.tokens)) for committed in generation.cycles()) == 1
     assert [seat.tokens for seat in generation.outputs] == run(target, requests)
+
+
+def test_each_seat_counts_its_own_cycles(target: TargetModel, drafters: dict[str, NewDrafter]) -> None:
+    requests = requests_for([[1, 2, 3], [4], [5, 6], [9, 9, 9]], temperature=0.6)
+    generation = generate(target, requests, drafters["draft_model"], "tree:4x4x16", num_seats=2)
+    total = Counts()
+    for seat in generation.outputs:
+        assert seat.counts.num_tokens == len(seat.tokens)
+        assert sum(seat.counts.histogram) == seat.counts.num_cycles
+        assert 0 < seat.counts.num_accepted <= seat.counts.num_drafted == 15 * seat.counts.num_cycles
+        total.num_cycles += seat.counts.num_cycles
+        total.num_drafted += seat.counts.num_drafted
+    statistics = generation.statistics
+    assert (total.num_cycles, total.num_drafted) == (statistics.num_cycles, statistics.num_drafted)
 
 
 def test_plans_of_too_many_levels_are_refused(target: TargetModel) -> None:

@@ -96,10 +96,10 @@ def run(options: argparse.Namespace) -> int:
         TimeRemainingColumn,
     )
 
-    from draftwing.api import check_device
     from draftwing.cli.eval_setup import check_drafts, prepare, read_data, read_drafts, settings_of
     from draftwing.evaluation.evaluate import Remarks, evaluate
     from draftwing.evaluation.journal import Journal
+    from draftwing.target.load import check_device
 
     check_device(options.device)
     drafts = read_drafts(options)

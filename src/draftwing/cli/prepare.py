@@ -197,13 +197,12 @@ def _parse_shard(text: str) -> tuple[int, int]:
 def _store_features(options: argparse.Namespace) -> None:
     if len(options.data) > 1:
         raise ValueError(f"data: --features takes one prepared folder, got {len(options.data)} names")
-    from draftwing.api import check_device, parse_dtype
     from draftwing.data.features import check_features
     from draftwing.data.prepared import is_prepared, open_prepared
     from draftwing.drafts.eagle.formats import default_aux_layers
     from draftwing.prepare.target_features import FeatureWriter
     from draftwing.target.hidden_states import NORMED
-    from draftwing.target.load import load_target, load_tokenizer
+    from draftwing.target.load import check_device, load_target, load_tokenizer, parse_dtype
 
     if not is_prepared(options.data[0]):
         raise ValueError(f"data: --features takes a folder made by `draftwing prepare`, got {options.data[0]}")

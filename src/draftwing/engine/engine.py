@@ -134,9 +134,9 @@ class Engine:
         self._order.enter(seat)
         return seat
 
-    def will_lend(self, prompt: Sequence[int]) -> bool:
+    def will_lend(self, request: Request) -> bool:
         """Whether a request that waits a little will find more of its prompt's beginning read than there is now."""
-        return self._order.will_lend(prompt)
+        return not request.scores_prompt and self._order.will_lend(request.prompt)
 
     def step(self) -> list[Event]:
         """Read a chunk of the waiting prompts, then run a cycle of the seats whose prompts are read."""
@@ -185,7 +185,9 @@ class Engine:
                     logprobs += islice(scores.of_row(row, num_top), num_emitted)
                     seat.logprobs += logprobs
                 events.append(Event(seat, new[:num_emitted], min(num_accepted, num_emitted), logprobs))
-                self.statistics.count_cycle(num_accepted, tree.max_depth, num_emitted)
+                num_drafted = tree.num_nodes - 1 if tree.max_depth else 0
+                for counts in (self.statistics, seat.counts):
+                    counts.count_cycle(num_accepted, tree.max_depth, num_emitted, num_drafted)
             self._cycling.count(np.array(num_committed))
             if reading.has_facts:
                 num_rows, num_tokens = len(events), sum(num_committed)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from draftwing.engine.logprobs import MOST_TOP, TokenLogprobs
 from draftwing.engine.sampling import SamplingParams
+from draftwing.engine.statistics import Counts
 from draftwing.engine.stopping import StopRule
 from draftwing.target.model import TargetModel
 
@@ -32,7 +33,8 @@ class Seat:
     Attributes:
         index: where its state lies; it changes when a seat before it is left.
         finish_reason: eos, stop or length once it has ended; error if its own stop rule failed.
-        num_shared: tokens of the prompt that were copied from another seat.
+        num_shared: tokens of the prompt that were copied from another seat, or found in a kept one.
+        counts: of its cycles, and of what was drafted and accepted.
         logprobs: of the tokens, where the request asks for them.
         prompt_logprobs: of the prompt's tokens read so far, None for its first, where the request asks for them.
     """
@@ -43,6 +45,7 @@ class Seat:
     finish_reason: str | None = None
     num_shared: int = 0
     error: Exception | None = None
+    counts: Counts = field(default_factory=Counts)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
 

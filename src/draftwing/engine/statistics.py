@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,23 +13,23 @@ STAGES = ("prefill", "draft", "verify", "commit", "host")
 
 
 @dataclass
-class Statistics:
-    """Counts over all rows of one generation.
+class Counts:
+    """What cycles brought, to one row or to several.
 
     Attributes:
         num_cycles: cycles in which a row was still generating, summed over rows.
+        num_drafted: tokens that the target was asked about beside plain decoding's.
         num_tokens: tokens emitted; cut ones are neither returned nor counted, here and by depth.
         accepted_at: `[d]` cycles that emitted an accepted node of depth d + 1; `reached_at` those that emitted a token
             at that depth, accepted or the bonus, of a plan at least d + 1 deep. So num_tokens is the sum of
             `accepted_at` and the cycles whose bonus token was emitted.
-        seconds: by stage: prefill, draft, verify, commit, host (reading tokens back, stop checks).
     """
 
     num_cycles: int = 0
     num_tokens: int = 0
     accepted_at: list[int] = field(default_factory=list)
     reached_at: list[int] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    num_drafted: int = 0
 
     @property
     def acceptance_length(self) -> float:
@@ -42,12 +43,20 @@ class Statistics:
         return [accepted / reached if reached else 0.0 for accepted, reached in pairs]
 
     @property
-    def total_seconds(self) -> float:
-        return sum(self.seconds.values())
+    def num_accepted(self) -> int:
+        """Drafted tokens that were emitted."""
+        return sum(self.accepted_at)
 
-    def count_cycle(self, num_accepted: int, depth: int, num_emitted: int) -> None:
+    @property
+    def histogram(self) -> list[int]:
+        """`[j]` cycles that emitted j drafted tokens."""
+        at_least = [self.num_cycles, *self.accepted_at, 0]
+        return [count - more for count, more in pairwise(at_least)]
+
+    def count_cycle(self, num_accepted: int, depth: int, num_emitted: int, num_drafted: int = 0) -> None:
         """Record one row's cycle, of which the text's end may have cut the last tokens."""
         self.num_cycles += 1
+        self.num_drafted += num_drafted
         self.num_tokens += num_emitted
         missing = depth - len(self.accepted_at)
         self.accepted_at += [0] * missing
@@ -56,9 +65,24 @@ class Statistics:
             self.reached_at[level] += level <= num_accepted
             self.accepted_at[level] += level < num_accepted
 
+
+@dataclass
+class Statistics(Counts):
+    """Counts over all rows of one generation, and its `seconds` by stage.
+
+    The stages are prefill, draft, verify, commit, host (reading tokens back, stop checks).
+    """
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
     def merge(self, other: "Statistics") -> None:
         """Add another generation's counts to this one's."""
         self.num_cycles += other.num_cycles
+        self.num_drafted += other.num_drafted
         self.num_tokens += other.num_tokens
         missing = len(other.accepted_at) - len(self.accepted_at)
         self.accepted_at += [0] * missing

@@ -217,7 +217,7 @@ class Scheduler:
         """Give free seats to those that have waited longest."""
         while self._engine.num_free and self._waiting:
             ticket = self._waiting[0]
-            if self._engine.will_lend(ticket.request.prompt):
+            if self._engine.will_lend(ticket.request):
                 break
             try:
                 seat = self._engine.admit(ticket.request)

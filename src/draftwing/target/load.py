@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from draftwing.config import DTYPES
 from draftwing.embedded import EMBEDDED
 from draftwing.target.model import ATTENTION, Role, TargetModel, one_line
 from draftwing.target.packed import multiplies_bfloat16
@@ -159,3 +160,21 @@ def find_tokenizer(name: str) -> Any:
         return load_tokenizer(name)
     except (OSError, ValueError):  # transformers has no way to ask
         return None
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise a ValueError for a device that torch does not know or does not see."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype from its name; None stays None."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    known: torch.dtype = getattr(torch, dtype)
+    return known
