@@ -13,13 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytest.importorskip("fastapi", reason='pip install "draftwing[serve]"')
+
 import httpx
 import openai
-import pytest
 import uvicorn
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import draftwing
 from draftwing.api import SpeculativeModel
+from draftwing.cli import main
 from draftwing.engine.options import GenerateOptions
 from draftwing.serving.app import create_app
 from draftwing.serving.intake import Intake, Limits
@@ -200,6 +206,30 @@ def test_stop_strings_end_an_answer(client: openai.OpenAI) -> None:
         assert texts[-1]["choices"][0]["finish_reason"] == "stop"
 
 
+NUMBERS = st.sampled_from([0, 1, -1, 0.5, 2, 1e-300, 1e-30, 1e30, 100, -100, None])
+FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(st.sampled_from(FIELDS), NUMBERS),
+    st.dictionaries(st.sampled_from(["n", "min_tokens", "logprobs", "seed"]), st.integers(-1, 4)),
+    st.dictionaries(st.sampled_from(["echo", "ignore_eos", "skip_special_tokens", "stream"]), st.booleans()),
+    st.dictionaries(st.sampled_from(["0", "1", "300"]), st.sampled_from([-100, 0, 100])),
+    st.lists(st.sampled_from([" ", "\n", "the", "\ufffd"]), max_size=2),
+    st.lists(st.integers(0, 4200), max_size=3) | st.text(max_size=8),
+)
+def test_no_wish_breaks_the_engine(
+    served: Served, numbers: Any, counts: Any, flags: Any, bias: Any, stop: Any, prompt: Any
+) -> None:
+    """Any mixture of fields: an answer, or an error that names one; the next request is answered."""
+    body = numbers | counts | flags | {"logit_bias": bias, "stop": stop, "prompt": prompt, "max_tokens": 6}
+    response = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60)
+    assert response.status_code in (200, 400), response.text
+    assert '"error"' not in response.text or response.status_code == 400
+    assert served.scheduler.is_alive
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_seat(served: Served, stream: bool) -> None:
     """Long before its answer would have ended."""
@@ -259,6 +289,37 @@ def _is_up(url: str) -> bool:
         return httpx.get(f"{url}/ready").status_code == 200
     except httpx.TransportError:
         return False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--port 70000", "--port: expected a whole number from 0"),
+        ("--host 203.0.113.1 --port 0", "host: cannot listen at 203.0.113.1"),
+        ("--api-key-file nowhere.txt", "nowhere.txt"),
+        ("--seats 0", "--seats: expected a whole number from 1 on"),
+        ("--target tiny --plan chain:2", "plan: plain drafts nothing"),
+        ("--port 0 --max-model-len 5000 --plan off", "max_model_len: expected from 2 tokens to the model's 1024"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", *arguments.split()]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert says in last
+
+
+def test_keys_that_are_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text("\n\n", encoding="utf-8")
+    for arguments in (["--api-key", " "], ["--api-key-file", str(tmp_path / "keys.txt")]):
+        assert main(["serve", *arguments]) == 2
+        assert "api_key: expected a key that is not empty" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("draftwing.cli.serve.find_spec", lambda name: None if name == "uvicorn" else object())
+    assert main(["serve"]) == 2
+    assert 'serve: needs uvicorn: pip install "draftwing[serve]"' in capsys.readouterr().err
 
 
 LONG = {"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True}
