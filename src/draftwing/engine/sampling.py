@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from draftwing.by_seat import BySeat
+from draftwing.engine.grammar import Grammar, forbid
 from draftwing.engine.penalties import Penalties
 from draftwing.engine.stepwise import Place, choose_in_steps
 from draftwing.engine.stopping import StopRule
@@ -207,7 +208,7 @@ class Sampler(BySeat):
     `work` is what some of its seats ask for.
     """
 
-    by_seat = (*(f"_{name}" for name in COLUMNS), "_penalties", "_bias", "_noise", "_params")
+    by_seat = (*(f"_{name}" for name in COLUMNS), "_penalties", "_bias", "_noise", "_params", "_grammars")
     _temperature: torch.Tensor  # [S, 1, 1], as the other columns
     _top_k: torch.Tensor
     _top_p: torch.Tensor
@@ -221,6 +222,7 @@ class Sampler(BySeat):
         self._bias: torch.Tensor | None = None  # made when a row asks for it, as the noise is
         self._noise: Noise | None = None
         self._params = np.full(num_seats, SamplingParams(), dtype=object)
+        self._grammars = np.full(num_seats, None, dtype=object)
         self._vocab_size, self._device, self._depth = vocab_size, device, depth
         self.work = SamplingWork.of(self._params)
         self._places: list[Place] = []
@@ -245,10 +247,17 @@ class Sampler(BySeat):
         if self._noise is not None:
             self._noise.clear(seat, num_tokens)
 
-    def admit(self, seat: int, params: SamplingParams, prompt: Sequence[int], stop: StopRule | None = None) -> None:
+    def admit(
+        self,
+        seat: int,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        stop: StopRule | None = None,
+        grammar: Grammar | None = None,
+    ) -> None:
         """Begin a row with these parameters in a seat; `stop` says which ends are held back."""
         num_seats = len(self._params)
-        self._params[seat] = params
+        self._params[seat], self._grammars[seat] = params, grammar
         for name in COLUMNS:
             getattr(self, f"_{name}")[seat] = getattr(params, name)
         self._penalties.admit(seat, params, prompt, stop)
@@ -263,6 +272,11 @@ class Sampler(BySeat):
             if self._noise is None:
                 self._noise = Noise(num_seats, self._vocab_size, self._device, self._depth + 2)
             self._noise.admit(seat, params.seed)
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether some row's tokens are asked about on the host."""
+        return any(grammar is not None for grammar in self._grammars)
 
     def reserve(self, lengths: Sequence[int], depth: int) -> None:
         """Prepare the noise for a tree of `depth` whose roots have positions `lengths`."""
@@ -293,6 +307,8 @@ class Sampler(BySeat):
             assert self._bias is not None
             scores = scores + self._bias
         scores = self._penalties.apply(scores, tree, lengths, self.work)
+        if self.has_grammar:
+            scores = forbid(scores, tree, list(self._grammars))
         greedy = scores.argmax(-1)
         if not self.work.draws:
             return greedy
