@@ -239,7 +239,7 @@ class SpeculativeModel:
     def engine(self, num_seats: int, capacity: int, settings: GenerateOptions | None = None) -> Engine:
         """An engine for requests that come and go: so many seats of `capacity` tokens; `settings` say the drafting.
 
-        By default trees size themselves. Where trees size themselves, cycles of 1, 2, 4, ... seats are measured now, greedy and sampled ones.
+        By default trees size themselves: then cycles of 1, 2, 4, ... seats are measured now, greedy and sampled ones.
 
         Raises:
             ValueError: more tokens than the models have positions, or more seats than memory has room for.
