@@ -42,7 +42,8 @@ def test_examples_in_help_parse() -> None:
         for line in module.EXAMPLES.replace("\\\n", "").splitlines()[1:]:
             if line.split()[0] == "curl":  # what asks a server
                 continue
-            words = shlex.split(line.split(">")[0], comments=True)
+            command = line.rpartition(" | ")[2]  # behind what writes into its pipe
+            words = shlex.split(command.split(">")[0], comments=True)
             assert words[0] == "draftwing"
             build_parser().parse_args(words[1:])
 

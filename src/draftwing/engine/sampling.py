@@ -4,7 +4,6 @@ At temperature > 0 the choice is `argmax(log p + g)` (the Gumbel-max trick), wit
 token id) alone. It draws exactly from p, and plain and speculative decoding draw the very same tokens.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,18 +68,22 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         penalty = self.repetition_penalty
-        _require("temperature", self.temperature, lambda t: 0 <= t < math.inf, "at least 0")
+        _require("temperature", self.temperature, lambda t: 0 <= t <= LARGEST, "at least 0, and a float32")
         _require("top_k", self.top_k, lambda k: isinstance(k, int) and k >= 0, "an integer of at least 0")
         _require("top_p", self.top_p, lambda p: 0 < p <= 1, "above 0 and at most 1")
         _require("min_p", self.min_p, lambda p: 0 <= p <= 1, "from 0 to 1")
-        _require("repetition_penalty", penalty, lambda r: 0 < r < math.inf, "above 0")
+        _require("repetition_penalty", penalty, lambda r: 0 < r <= LARGEST, "above 0, and a float32")
         for name in ("presence_penalty", "frequency_penalty"):
-            _require(name, getattr(self, name), math.isfinite, "a finite number")
+            _require(name, getattr(self, name), lambda p: abs(p) <= LARGEST, "a finite float32")
         _require("seed", self.seed, lambda s: isinstance(s, int) and 0 <= s < 2**63, "an integer from 0 to 2^63-1")
         for token, bias in self.logit_bias.items():
             if not isinstance(token, Integral):
                 raise ValueError(f"logit_bias: expected token ids as keys, got {token!r}")
-            _require(f"logit_bias[{token}]", bias, lambda b: b < math.inf, "a number below infinity")
+            _require(f"logit_bias[{token}]", bias, lambda b: b <= LARGEST, "a number below infinity, and a float32")
+
+
+LARGEST = torch.finfo(torch.float32).max
+"""Of what is kept in float32 by seat."""
 
 
 def _require(name: str, value: object, ok: Callable[[Any], bool], expected: str) -> None:

@@ -38,9 +38,9 @@ def test_they_are_measured_greedily_or_sampled(
 
     admit = Seats.admit
 
-    def note(self: Seats, seat: int, prompt: Sequence[int], params: SamplingParams) -> None:
+    def note(self: Seats, seat: int, prompt: Sequence[int], params: SamplingParams, *more: Any) -> None:
         temperatures.add(params.temperature)
-        admit(self, seat, prompt, params)
+        admit(self, seat, prompt, params, *more)
 
     monkeypatch.setattr(Seats, "admit", note)
     measure_costs(target, ngram, 1, TreePlan(1, 2, 3), num_rounds=1, sampled=sampled)

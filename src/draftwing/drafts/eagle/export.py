@@ -67,6 +67,8 @@ def _obstacles(head: HeadFile, request: Request) -> Iterator[str]:
         yield f"aux_layers: it fuses three layers, and the head reads {len(config.aux_layers)}"
     if config.aux_layers == (NORMED,) and engine not in ("vllm", "sglang"):
         yield "aux_layers: it fuses three layers, and the head reads the last state alone"
+    if head.is_eagle3 and config.fc_bias:
+        yield "fc.bias: no engine reads a bias behind an EAGLE-3 head's fc"
     if head.is_eagle3 and not config.own_lm_head and engine != "vllm":
         yield "lm_head.weight: it wants an output head, and this one uses the target's"
     if engine == "llama.cpp":
@@ -74,6 +76,11 @@ def _obstacles(head: HeadFile, request: Request) -> Iterator[str]:
 
 
 def _gguf_obstacles(config: DraftConfig, request: Request) -> Iterator[str]:
+    for name, readers in OPTION_READERS.items():
+        if getattr(config, name) and "llama.cpp" not in readers:
+            yield f"{name}: its files have no place for this option; {', '.join(readers)} read it"
+    if config.sliding_window is not None:
+        yield "sliding_window: its files have no place for this option"
     if config.num_hidden_layers > 1:
         yield f"num_hidden_layers: it runs one layer, and the head has {config.num_hidden_layers}"
     if config.rope_parameters.get("rope_type", "default") != "default":
@@ -94,7 +101,7 @@ def _faults(head: HeadFile, request: Request) -> Iterator[str]:
         usual = default_or_none(request.target.num_layers)
         yield f"aux_layers: it always reads the layers {usual}, and the head was trained on {config.aux_layers}"
     if engine == "vllm" and config.fc_bias:
-        yield "fc.bias: it drops this tensor" if not head.is_eagle3 else "fc.bias: it reads none"
+        yield "fc.bias: it drops this tensor"
     own = head.tensors.get("embed_tokens.weight")
     if own is not None and engine in TAKES_TARGETS_EMBEDDING and not _is_same(own, request.target_embedding()):
         yield "embed_tokens.weight: it puts the target's embedding in this one's place, and they differ"
