@@ -56,10 +56,7 @@ def test_rows_are_what_the_target_says(made: Path) -> None:
         assert row["truncated"] == (row["input_ids"][-1] not in model.target.eos_token_ids)
 
 
-SEATS_AND_DRAFTS = [["--batch-size", "1"], ["--batch-size", "3"], ["--draft", "tiny", "--batch-size", "2"]]
-
-
-@pytest.mark.parametrize("more", SEATS_AND_DRAFTS)
+@pytest.mark.parametrize(
     "more", [["--batch-size", "1"], ["--batch-size", "3"], ["--draft", "tiny", "--batch-size", "2"]]
 )
 def test_seats_and_drafts_change_nothing(made: Path, tmp_path: Path, more: Sequence[str]) -> None:
