@@ -135,7 +135,10 @@ def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts], sinc
             return CycleCosts.from_dict(record["costs"])
     except (OSError, ValueError, KeyError, TypeError):  # not measured yet, or a file that something else wrote
         pass
-    logger.info("measuring this machine once, which takes a few seconds; kept for %d days", DAYS_KEPT)
+    rows, kind = key.get("batch_size", 1), "sampled" if key.get("sampled") else "greedy"
+    logger.info(
+        "measuring this machine once: cycles of %d rows, %s, some seconds each; kept for %d days", rows, kind, DAYS_KEPT
+    )
     costs = measure()
     record = json.dumps({"key": key, "measured_at": time.time(), "costs": costs.as_dict()}, indent=2, default=str)
     partial = file.with_suffix(f".{os.getpid()}")

@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 
 from draftwing.engine.logprobs import TokenLogprobs
 from draftwing.engine.statistics import Counts
+from draftwing.engine.stopping import NO_CHARACTER
 from draftwing.serving.intake import Order
 from draftwing.serving.scheduler import Delivery, Ticket
 from draftwing.serving.text import AnswerText, Piece
@@ -166,13 +167,16 @@ class Answer:
     text: str = ""
     logprobs: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
     num_tokens: int = 0
+    num_accepted: int = 0
+    has_begun: bool = False
     finish_reason: Literal["stop", "length"] | None = None
     offset: int = 0
     """Characters of the tokens whose log-probabilities were written."""
 
     def take(self, delivery: Delivery) -> Step:
         """Read what a cycle brought."""
-        is_first = not self.num_tokens
+        is_first = not self.has_begun
+        self.has_begun = True
         pieces, logprobs = list[Piece](), list[tuple[int, TokenLogprobs | None]]()
         if is_first and (said := self.order.echo(self.index)):
             pieces.append(Piece(said, False))
@@ -181,8 +185,11 @@ class Answer:
         if not self.order.only_echoes:
             pieces += self.decoder.push(delivery.tokens, delivery.num_accepted, delivery.finish_reason)
             logprobs += zip(delivery.tokens, delivery.logprobs, strict=False)
-        self.num_tokens += len(delivery.tokens)
+            self.num_tokens += len(delivery.tokens)
+            self.num_accepted += delivery.num_accepted
         self.finish_reason = FINISH_REASONS.get(delivery.finish_reason or "")
+        if self.finish_reason and self.order.only_echoes:
+            self.finish_reason = "length"  # of no token at all
         drafted = Drafted(pieces=list(pieces), num_tokens=len(delivery.tokens), num_accepted=delivery.num_accepted)
         step = Step(pieces, logprobs, self.finish_reason, is_first, drafted)
         self.text += step.text
@@ -192,7 +199,8 @@ class Answer:
     @property
     def counts(self) -> Counts:
         """What its cycles brought, and drafted for it."""
-        return Counts() if self.ticket.seat is None else self.ticket.seat.counts
+        seat = self.ticket.seat
+        return Counts() if seat is None or self.order.only_echoes else seat.counts  # an echo decodes a hidden token
 
     def _of_prompt(self) -> list[tuple[int, TokenLogprobs | None]]:
         seat = self.ticket.seat
@@ -221,21 +229,31 @@ class CompletionShape:
     def _logprobs(self, answer: Answer, logprobs: Sequence[tuple[int, TokenLogprobs | None]]) -> CompletionLogprobs:
         written = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         for token, chances in logprobs:
-            text = self._texts.text(token)
-            written["tokens"].append(text)
+            by_id = bool(answer.order.body.return_tokens_as_token_ids)
+            written["tokens"].append(self._name(token, by_id))
             written["token_logprobs"].append(None if chances is None else finite(chances.logprob))
-            written["top_logprobs"].append(None if chances is None else self._top(text, chances))
+            written["top_logprobs"].append(None if chances is None else self._top(token, chances, by_id))
             written["text_offset"].append(answer.offset)
-            answer.offset += len(text)
+            answer.offset += len(self._texts.text(token))
         return written
 
-    def _top(self, text: str, chances: TokenLogprobs) -> dict[str, float]:
-        """The most probable tokens and the chosen one by their texts; of those with one text the most probable."""
-        top: dict[str, float] = {}
-        for token, logprob in chances.top:
-            top.setdefault(self._texts.text(token), finite(logprob))
-        top.setdefault(text, finite(chances.logprob))
-        return top
+    def _name(self, token: int, by_id: bool) -> str:
+        """A token's text; OpenAI's `bytes:` where it is no whole character; vLLM's `token_id:` where that is asked."""
+        if by_id:
+            return f"token_id:{token}"
+        text = self._texts.text(token)
+        data = self._texts.bytes(token) if NO_CHARACTER in text else None
+        return text if data is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def _top(self, chosen: int, chances: TokenLogprobs, by_id: bool) -> dict[str, float]:
+        """The most probable tokens and the chosen one by name; another that has its name too is named by its id."""
+        likeliest = dict(chances.top)
+        likeliest.setdefault(chosen, chances.logprob)
+        names = {chosen: self._name(chosen, by_id)}
+        for token in likeliest:
+            name = self._name(token, by_id)
+            names.setdefault(token, f"token_id:{token}" if name in names.values() else name)
+        return {names[token]: finite(logprob) for token, logprob in likeliest.items()}
 
 
 class ChatShape:
@@ -261,14 +279,16 @@ class ChatShape:
     def _logprobs(self, answer: Answer, logprobs: Sequence[tuple[int, TokenLogprobs | None]]) -> ChatLogprobs | None:
         if answer.order.num_top is None:
             return None
-        return {"content": [self._chosen(token, chances) for token, chances in logprobs if chances is not None]}
+        by_id = bool(answer.order.body.return_tokens_as_token_ids)
+        return {"content": [self._chosen(token, chances, by_id) for token, chances in logprobs if chances is not None]}
 
-    def _chosen(self, token: int, chances: TokenLogprobs) -> ChosenToken:
-        top = [self._chance(*chance) for chance in chances.top]
-        return ChosenToken(**self._chance(token, chances.logprob), top_logprobs=top)
+    def _chosen(self, token: int, chances: TokenLogprobs, by_id: bool) -> ChosenToken:
+        top = [self._chance(*chance, by_id) for chance in chances.top]
+        return ChosenToken(**self._chance(token, chances.logprob, by_id), top_logprobs=top)
 
-    def _chance(self, token: int, logprob: float) -> TokenChance:
-        return {"token": self._texts.text(token), "logprob": finite(logprob), "bytes": self._texts.bytes(token)}
+    def _chance(self, token: int, logprob: float, by_id: bool) -> TokenChance:
+        text = f"token_id:{token}" if by_id else self._texts.text(token)
+        return {"token": text, "logprob": finite(logprob), "bytes": self._texts.bytes(token)}
 
 
 def finite(logprob: float) -> float:
@@ -290,9 +310,9 @@ def envelope(name: str, kind: str, model: str, fingerprint: str, seed: int) -> E
 
 def usage(order: Order, answers: Sequence[Answer]) -> Usage:
     """Tokens of all answers so far; a prompt of several answers counts once."""
-    made = 0 if order.only_echoes else sum(answer.num_tokens for answer in answers)
+    made = sum(answer.num_tokens for answer in answers)
     firsts = [answer.ticket.seat for answer in answers[:: order.num_choices]]
-    accepted = sum(answer.counts.num_accepted for answer in answers)
+    accepted = sum(answer.num_accepted for answer in answers)  # of what was delivered; the engine may be ahead
     return {
         "prompt_tokens": order.num_prompt_tokens,
         "completion_tokens": made,
@@ -300,7 +320,7 @@ def usage(order: Order, answers: Sequence[Answer]) -> Usage:
         "prompt_tokens_details": {"cached_tokens": sum(seat.num_shared for seat in firsts if seat is not None)},
         "completion_tokens_details": {
             "accepted_prediction_tokens": accepted,
-            "rejected_prediction_tokens": sum(answer.counts.num_drafted for answer in answers) - accepted,
+            "rejected_prediction_tokens": max(0, sum(answer.counts.num_drafted for answer in answers) - accepted),
         },
     }
 

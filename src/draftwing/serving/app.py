@@ -145,10 +145,8 @@ def _about(server: Server) -> APIRouter:
     page = files("draftwing.serving").joinpath("page/index.html").read_text(encoding="utf-8")
     policy = POLICY.format(script=_hash_of(page, "script"), style=_hash_of(page, "style"))
 
-    @router.get("/v1/models", responses=documented(401))
-    async def models() -> Models:
-        """The model that is served."""
-        model: Model = {
+    def the_model() -> Model:
+        return {
             "id": identity.name,
             "object": "model",
             "created": started,
@@ -157,7 +155,17 @@ def _about(server: Server) -> APIRouter:
             "parent": None,
             "max_model_len": server.intake.limits.max_model_len,
         }
-        return {"object": "list", "data": [model]}
+
+    @router.get("/v1/models", responses=documented(401))
+    async def models() -> Models:
+        """The model that is served."""
+        return {"object": "list", "data": [the_model()]}
+
+    @router.get("/v1/models/{name:path}", responses=documented(401, 404))
+    async def model(name: str) -> Model:
+        """The model that is served, by its name."""
+        server.check_model(name)
+        return the_model()
 
     @router.get("/health", responses=documented(503))
     async def health() -> Status:

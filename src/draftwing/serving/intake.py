@@ -157,7 +157,11 @@ class Intake:
     ) -> Order:
         num_choices, seed = body.num_choices, self._seed(body)
         if len(prompts) * num_choices > self.limits.max_answers:
-            raise FieldError("n", f"at most {self.limits.max_answers} answers at once, over all prompts")
+            raise FieldError(
+                "n" if num_choices > 1 else field,
+                f"{len(prompts)} prompts with {num_choices} answers each are more than the {self.limits.max_answers} "
+                "that this server has seats and places in its queue for (--seats, --max-queue)",
+            )
         requests = list[Request]()
         for prompt in prompts:
             num_new = self._room(prompt, asked, field)

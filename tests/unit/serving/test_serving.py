@@ -14,11 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from draftwing.engine.engine import Request
+from draftwing.engine.logprobs import TokenLogprobs
 from draftwing.engine.options import row_seed
+from draftwing.serving.answers import CompletionShape
 from draftwing.serving.app import create_app
 from draftwing.serving.intake import Intake, Limits
 from draftwing.serving.schema import MAX_BODY_BYTES
 from draftwing.serving.server import Identity
+from draftwing.serving.token_texts import TokenTexts
 from draftwing.target.load import load_tokenizer
 
 TOKENIZER = load_tokenizer("tiny")
@@ -227,7 +230,29 @@ def test_an_echo_alone_shows_no_new_token(client: TestClient) -> None:
     answer = client.post("/v1/completions", json=body).json()
     assert answer["choices"][0]["text"] == TEXT["prompt"]
     assert len(answer["choices"][0]["logprobs"]["tokens"]) == len(ids(TEXT["prompt"]))
-    assert answer["usage"]["completion_tokens"] == 0
+    assert answer["choices"][0]["finish_reason"] == "length"
+    details = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
+    assert (answer["usage"]["completion_tokens"], answer["usage"]["completion_tokens_details"]) == (0, details)
+
+
+def test_tokens_of_one_text_are_told_apart() -> None:
+    """lm-eval takes the likeliest name for the chosen one: two tokens must not share one."""
+    shape = CompletionShape(TokenTexts(TOKENIZER))
+    half, other = ids("字")[:2]
+    names = shape._top(half, TokenLogprobs(-2.0, [(other, -1.0), (SAID[0], -1.5)]), by_id=False)
+    assert len(names) == 3
+    assert list(names.values()) == [-1.0, -1.5, -2.0]
+    assert shape._name(half, by_id=False).startswith("bytes:\\x")
+    ambiguous = CompletionShape(SameTexts(TOKENIZER))
+    assert ambiguous._top(7, TokenLogprobs(-2.0, [(8, -1.0)]), by_id=False) == {"token_id:8": -1.0, "same": -2.0}
+    assert ambiguous._top(7, TokenLogprobs(-2.0, [(8, -1.0)]), by_id=True) == {"token_id:8": -1.0, "token_id:7": -2.0}
+
+
+class SameTexts(TokenTexts):
+    """A vocabulary whose tokens all read alike."""
+
+    def text(self, token: int) -> str:
+        return "same"
 
 
 def test_bytes_of_half_a_character(client: TestClient) -> None:
@@ -457,6 +482,9 @@ def test_models(client: TestClient) -> None:
         "max_model_len": 512,
         "object": "model",
     }
+    assert client.get("/v1/models/tiny").json() == model
+    assert client.get("/v1/models/org/tiny").json() == model
+    assert problem(client.get("/v1/models/other"), 404)["code"] == "model_not_found"
 
 
 def test_tokenizing(client: TestClient) -> None:
