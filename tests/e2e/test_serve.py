@@ -171,6 +171,33 @@ def test_the_sdk_lists_and_is_refused(client: openai.OpenAI) -> None:
         client.completions.create(model="tiny", prompt=PROMPT, max_tokens=LENGTH)
 
 
+def test_the_sdk_asks_for_a_form(client: openai.OpenAI) -> None:
+    """Whole and streamed, beside a request that asks for none."""
+    properties = {"name": {"enum": ["clamp", "sort"]}, "steps": {"type": "integer", "minimum": 0, "maximum": 99}}
+    schema = {"type": "object", "properties": properties, "required": ["name", "steps"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "function", "schema": schema, "strict": True}}
+    options: dict[str, Any] = {"model": "tiny", "messages": CHAT, "max_tokens": 120, "seed": 3}
+
+    def chat(form: dict[str, Any]) -> Any:
+        return client.chat.completions.create(**options, response_format=form).choices[0]
+
+    with ThreadPoolExecutor(3) as pool:
+        forms = [form, {"type": "text"}, {"type": "regex", "regex": "[a-f]{3}( [0-9]{1,3}){2}!"}]
+        whole, free, regex = pool.map(chat, forms)
+    value = json.loads(whole.message.content)
+    assert set(value) == {"name", "steps"}
+    assert value["name"] in ("clamp", "sort")
+    assert 0 <= value["steps"] <= 99
+    assert re.fullmatch("[a-f]{3}( [0-9]{1,3}){2}!", regex.message.content)
+    assert whole.finish_reason == regex.finish_reason == "stop"
+    assert free.message.content == client.chat.completions.create(**options).choices[0].message.content
+    chunks = list(client.chat.completions.create(**options, response_format=form, stream=True))  # type: ignore[call-overload]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.message.content
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    with pytest.raises(openai.BadRequestError, match="response_format: Unimplemented keys"):
+        chat({"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}})
+
+
 def test_the_readmes_program_runs(served: Served) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"<<'EOF'\n(.*?)\nEOF", readme, re.DOTALL)

@@ -95,7 +95,8 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     of_field = [problem for problem in problems if field in problem["loc"]]
     if len(of_field) > 1:  # one for each form that the field may have
         said = "expected one of its forms: " + "; ".join(str(problem["msg"]) for problem in of_field[:4])
-    return ApiError(400, f"{field}: {said[:1].lower()}{said[1:]}", field)
+    place = ".".join(path) if first["type"] in ("missing", "extra_forbidden") else field
+    return ApiError(400, f"{place}: {said[:1].lower()}{said[1:]}", field)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

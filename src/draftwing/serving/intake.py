@@ -12,7 +12,16 @@ from draftwing.engine.engine import Request
 from draftwing.engine.options import row_seed
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule, exact_decode
-from draftwing.serving.schema import ChatRequest, CompletionRequest, FieldError, Generation, TokenizeRequest
+from draftwing.serving.schema import (
+    ChatRequest,
+    CompletionRequest,
+    FieldError,
+    Generation,
+    NamedSchema,
+    ResponseFormat,
+    TokenizeRequest,
+)
+from draftwing.serving.structured import AllowedTokens, Forms
 from draftwing.serving.text import AnswerText
 
 COMPLETION_TOKENS = 16
@@ -74,6 +83,7 @@ class Intake:
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int], limits: Limits) -> None:
         self.tokenizer, self.limits = tokenizer, limits
         self._vocab_size, self._eos = vocab_size, tuple(eos_token_ids)
+        self._forms = Forms(tokenizer, vocab_size, self._eos)
 
     @cached_property
     def _decode(self) -> Any:
@@ -155,7 +165,7 @@ class Intake:
         field: str,
         echoes: bool = False,
     ) -> Order:
-        num_choices, seed = body.num_choices, self._seed(body)
+        num_choices, seed, allowed = body.num_choices, self._seed(body), self._allowed(body)
         if len(prompts) * num_choices > self.limits.max_answers:
             raise FieldError(
                 "n" if num_choices > 1 else field,
@@ -171,7 +181,8 @@ class Intake:
             for _ in range(num_choices):
                 sampling = self._sampling(body, row_seed(seed, len(requests)))
                 scores = echoes and num_top is not None
-                requests.append(Request(prompt, sampling, stop, num_top, scores_prompt=scores))
+                own = None if allowed is None else allowed.copy()
+                requests.append(Request(prompt, sampling, stop, num_top, scores_prompt=scores, allowed=own))
         return Order(body, requests, seed, num_choices, num_top)
 
     def _room(self, prompt: list[int], asked: int | None, field: str) -> int:
@@ -192,6 +203,20 @@ class Intake:
         if asked is not None and asked > most:
             raise FieldError("max_tokens", f"this server makes at most {most} new tokens, not {asked}")
         return asked or most
+
+    def _allowed(self, body: Generation) -> AllowedTokens | None:
+        """What the form that is asked for lets follow; None: no form is."""
+        try:
+            match body.form:
+                case None:
+                    return None
+                case ResponseFormat(regex=str(pattern)):
+                    return self._forms.regex(pattern)
+                case ResponseFormat(json_schema=NamedSchema(content=schema)):
+                    return self._forms.json(schema)
+            return self._forms.json({"type": "object"})
+        except ValueError as error:
+            raise FieldError("response_format", str(error)) from None
 
     def _seed(self, body: Generation) -> int:
         """The seed of the first answer; drawn from so few that no two requests share one of their answers' seeds."""

@@ -6,7 +6,7 @@ A field that would change the text and is not honoured is refused by name; other
 import difflib
 import json
 import logging
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -16,6 +16,7 @@ MAX_BODY_BYTES = 4 * 2**20
 MAX_PROMPTS = 64
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_BIASES = 1024
+MAX_REGEX_LENGTH = 4096
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_UNKNOWN = 32
@@ -33,7 +34,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("tfs", "typical_p", "typical", "length_penalty"), (1,)),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "add_generation_prompt": (True,),
 }
@@ -119,6 +119,34 @@ class StreamOptions(BaseModel):
     draftwing: bool | None = Field(None, description="every chunk says which of its text was drafted")
 
 
+class NamedSchema(BaseModel):
+    """A JSON schema as OpenAI's clients send it; it is always kept strictly."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str | None = None
+    description: str | None = None
+    content: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """The form that answers must have: `type`, and beside it the one field that is called like it, if there is one."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema", "regex"]
+    json_schema: NamedSchema | None = None
+    regex: Annotated[str, Field(max_length=MAX_REGEX_LENGTH)] | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "ResponseFormat":
+        for name in ("json_schema", "regex"):
+            if (getattr(self, name) is not None) != (self.type == name):
+                raise FieldError("response_format", f"{name} goes with the type {name}, and that with it")
+        return self
+
+
 class Generation(Body):
     """What completions and chats have in common."""
 
@@ -151,12 +179,20 @@ class Generation(Body):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    response_format: ResponseFormat | None = Field(
+        None, description="text, json_object, json_schema or regex; other texts than these are not generated"
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def form(self) -> ResponseFormat | None:
+        """What form the answers must have, if any."""
+        return None if self.response_format is None or self.response_format.type == "text" else self.response_format
 
     @property
     def num_choices(self) -> int:
@@ -169,6 +205,10 @@ class Generation(Body):
             raise FieldError("best_of", f"only the value of n, {self.num_choices}, is supported")
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options", "only with stream")
+        if self.form is not None:
+            for name in ("ignore_eos", "min_tokens"):
+                if getattr(self, name):
+                    raise FieldError(name, "not with a response_format, whose text ends where it is complete")
         return self
 
 

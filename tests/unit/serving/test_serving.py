@@ -288,7 +288,6 @@ def test_the_end_of_sequence_is_no_text() -> None:
     ("field", "value"),
     [
         ("tools", [{"type": "function"}]),
-        ("response_format", {"type": "json_object"}),
         ("chat_template", "{{ 1 }}"),
         ("tempratur", 1),
         ("max_token", 5),
@@ -343,6 +342,61 @@ def test_a_wrong_field_is_named(client: TestClient, scheduler: FakeScheduler, fi
             assert error["param"] == field
             assert field in error["message"]
     assert not scheduler.submitted
+
+
+WRONG_FORMS = [
+    "json_object",
+    {},
+    {"type": "xml"},
+    {"type": "json_object", "schema": {"type": "object"}},
+    {"type": "text", "regex": "a"},
+    {"type": "json_schema"},
+    {"type": "json_schema", "json_schema": {"name": "x"}},
+    {"type": "json_schema", "json_schema": {"name": "x", "schema": 5}},
+    {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objct"}}},
+    {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}},
+    {"type": "json_schema", "json_schema": {"schema": {"x-guidance": {"lenient": True}, "uniqueItems": True}}},
+    {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://host/x"}}},
+    {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": []}}},
+    {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["\ud800"]}}},
+    {"type": "regex"},
+    {"type": "regex", "regex": "(a"},
+    {"type": "regex", "regex": r"(a)\1"},
+    {"type": "regex", "regex": r"a[^\s\S]"},
+    {"type": "regex", "regex": "\ud800"},
+    {"type": "regex", "regex": "a" * 5000},
+]
+
+
+@pytest.mark.parametrize("form", WRONG_FORMS)
+def test_a_wrong_form_is_named(client: TestClient, scheduler: FakeScheduler, form: Any) -> None:
+    headers = {"content-type": "application/json"}
+    content = json.dumps(TEXT | {"response_format": form})
+    error = problem(client.post("/v1/completions", content=content, headers=headers))
+    assert error["param"] == "response_format"
+    assert error["message"].startswith("response_format")
+    assert "<state>" not in error["message"]
+    assert not scheduler.submitted
+
+
+def test_each_answer_is_asked_about_alone(client: TestClient, scheduler: FakeScheduler) -> None:
+    body = {"response_format": {"type": "regex", "regex": "[a-c]{2}"}, "n": 2}
+    assert client.post("/v1/completions", json=TEXT | body).status_code == 200
+    first, second = (ticket.request.allowed for ticket in scheduler.submitted)
+    assert first is not None
+    assert second is not None
+    assert first is not second
+    assert not first(ids("ab"))[ids("a")].any()
+    assert second([])[ids("a")].all()
+    assert client.post("/v1/completions", json=TEXT).status_code == 200
+    assert asked(scheduler).allowed is None
+
+
+@pytest.mark.parametrize("field", [{"ignore_eos": True}, {"min_tokens": 2}])
+def test_a_form_ends_where_it_is_complete(client: TestClient, field: dict[str, Any]) -> None:
+    body = TEXT | field | {"response_format": {"type": "json_object"}}
+    assert problem(client.post("/v1/completions", json=body))["param"] in field
+    assert client.post("/v1/completions", json=body | {"response_format": {"type": "text"}}).status_code == 200
 
 
 @pytest.mark.parametrize(

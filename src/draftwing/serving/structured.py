@@ -1,0 +1,129 @@
+"""Answers in a form that is asked for: which tokens a JSON schema or a regular expression lets follow."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+
+WHITESPACE = r"\x20|\r?\n[\x20\x09]{0,40}"
+"""What may stand between the parts of a JSON text: a space, or a line's end and an indentation.
+
+With any whitespace, small models write blanks until they are cut off.
+"""
+
+
+MOST_KEPT = 64
+"""Matchers that a request keeps, each behind another beginning of its text: about a tree's nodes."""
+
+
+class AllowedTokens:
+    """The tokens that may follow those generated so far, as `Request.allowed` says them; for one request.
+
+    The next node of a tree costs a copy of its parent's matcher and a token. The matchers' own `rollback` and `reset`
+    are not used: behind them llguidance 1.9.1 may give the masks of what was taken back.
+    """
+
+    def __init__(self, matcher: Any, vocab_size: int, ends: Sequence[int]) -> None:
+        self._start, self._vocab_size, self._ends = matcher, vocab_size, list(ends)
+        self._kept: dict[tuple[int, ...], Any] = {}
+
+    def copy(self) -> "AllowedTokens":
+        """The same form for another request."""
+        return AllowedTokens(self._start.deep_copy(), self._vocab_size, self._ends)
+
+    def __call__(self, said: list[int]) -> torch.Tensor:
+        """The mask `[V]`; the ends are in it exactly where the text may end.
+
+        Raises:
+            ValueError: tokens that do not have the form, or a form that has become too complex.
+        """
+        matcher = self._behind(tuple(said))
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        known = np.unpackbits(bits, bitorder="little")[: self._vocab_size]  # the model's ids, or the tokenizer's
+        _check(matcher)
+        mask = torch.zeros(self._vocab_size, dtype=torch.bool)
+        mask[: len(known)] = torch.from_numpy(known).bool()
+        mask[self._ends] = matcher.is_accepting()
+        return mask
+
+    def _behind(self, said: tuple[int, ...]) -> Any:
+        """The matcher behind these tokens: a copy of one that is kept, moved on."""
+        if said in self._kept:
+            return self._kept[said]
+        num_known = len(said)
+        while num_known and said[:num_known] not in self._kept:
+            num_known -= 1
+        matcher = self._kept.get(said[:num_known], self._start).deep_copy()
+        matcher.consume_tokens(list(said[num_known:]))
+        _check(matcher)
+        self._kept[said] = matcher
+        if len(self._kept) > MOST_KEPT:
+            del self._kept[next(iter(self._kept))]
+        return matcher
+
+
+def _check(matcher: Any) -> None:
+    if matcher.is_error():
+        raise ValueError(f"response_format: {_in_a_line(matcher.get_error())}")
+
+
+class Forms:
+    """Reads forms for one model: its tokenizer, how many ids its logits have, and the ids that end a text."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, ends: Sequence[int]) -> None:
+        self._given, self._vocab_size, self._ends = tokenizer, vocab_size, tuple(ends)
+
+    def json(self, schema: dict[str, Any]) -> AllowedTokens:
+        """JSON texts that match a schema.
+
+        Raises:
+            ValueError: a schema that is none or has keywords that cannot be kept, or a tokenizer that cannot be read.
+        """
+        tokenizer = self._tokenizer
+        from llguidance import LLMatcher
+
+        exactly: Any = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=exactly)
+        except RecursionError:
+            raise ValueError("the schema is nested too deeply") from None
+        return self._allowed(tokenizer, grammar)
+
+    def regex(self, pattern: str) -> AllowedTokens:
+        """Texts that match a regular expression from their beginning to their end; raises as `json` does."""
+        tokenizer = self._tokenizer
+        from llguidance import LLMatcher
+
+        return self._allowed(tokenizer, LLMatcher.grammar_from_regex(pattern))
+
+    def _allowed(self, tokenizer: Any, grammar: str) -> AllowedTokens:
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # tells a form that no text has
+        if matcher.is_error():
+            raise ValueError(_in_a_line(matcher.get_error()))
+        return AllowedTokens(matcher, self._vocab_size, self._ends)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """The tokenizer as llguidance has it."""
+        if find_spec("llguidance") is None:
+            raise ValueError('needs llguidance: pip install "draftwing[serve]"')
+        if not self._ends:
+            raise ValueError("this model has no end-of-sequence token, so that no text could end")
+        from llguidance.hf import from_tokenizer
+
+        try:
+            return from_tokenizer(self._given, eos_token=list(self._ends))
+        except Exception as error:  # of each kind of tokenizer its own
+            raise ValueError(f"this model's tokenizer cannot be read for it: {_in_a_line(str(error))}") from None
+
+
+def _in_a_line(message: str) -> str:
+    """What an error says first, without the parser's state and the grammar behind it."""
+    return " ".join(message.partition("\n<state>")[0].split())[:400]
