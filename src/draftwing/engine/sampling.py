@@ -79,7 +79,7 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             if not isinstance(token, Integral):
                 raise ValueError(f"logit_bias: expected token ids as keys, got {token!r}")
-            _require(f"logit_bias[{token}]", bias, lambda b: b <= LARGEST, "a number below infinity, and a float32")
+            _require(f"logit_bias[{token}]", bias, lambda b: b <= LARGEST, "a number below infinity")
 
 
 LARGEST = torch.finfo(torch.float32).max
