@@ -8,7 +8,7 @@ import json
 import logging
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +18,8 @@ MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
+MAX_FIELDS = 64
+"""Of a body, known and unknown."""
 
 REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("tools", "functions", "documents", "audio", "web_search_options"), ()),
@@ -35,6 +37,11 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
 }
 """Fields that would change the text and are not honoured, with the values that change nothing, beside empty ones."""
+SILENT = (
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("parallel_tool_calls", "prediction", "request_id", "priority", "spaces_between_special_tokens"),
+)
+"""Fields that many clients send and that change no text; they are not logged."""
 SIMILAR = 0.8
 """How much an unknown field must look like a known one to be taken for a slip of the pen."""
 
@@ -65,6 +72,10 @@ class Body(BaseModel):
     def _drop_nulls(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
+        if len(body) > MAX_FIELDS:
+            raise FieldError("the body", f"expected at most {MAX_FIELDS} fields, got {len(body)}")
+        if isinstance(bias := body.get("logit_bias"), dict) and len(bias) > MAX_BIASES:
+            raise FieldError("logit_bias", f"expected at most {MAX_BIASES} tokens, got {len(bias)}")
         return {name: value for name, value in body.items() if value is not None}
 
     @model_validator(mode="after")
@@ -77,6 +88,8 @@ class Body(BaseModel):
         if name in REFUSED:
             if value and value not in REFUSED[name]:
                 raise FieldError(name, "is not supported here, and would change the text; leave it out")
+            return
+        if name in SILENT:
             return
         similar = difflib.get_close_matches(name[:100], type(self).model_fields, 1, SIMILAR)
         if similar:
@@ -121,7 +134,7 @@ class Generation(Body):
     logit_bias: (
         Annotated[
             dict[str, Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=MAX_BIASES, description="token ids with what is added to their logits"),
+            Field(description="token ids with what is added to their logits"),
         ]
         | None
     ) = None
@@ -194,6 +207,27 @@ def _check_unicode(messages: Any) -> Any:
     return messages
 
 
+MESSAGE_SCHEMA = {
+    "type": "object",
+    "required": ["role"],
+    "properties": {
+        "role": {"type": "string", "enum": ["system", "developer", "user", "assistant", "tool"]},
+        "content": {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "required": ["type", "text"],
+                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                    },
+                },
+            ]
+        },
+    },
+}
+"""A turn, as the documentation shows it; data/messages.py reads some more forms."""
 Messages = Annotated[
     list[dict[str, Any]],
     Field(
@@ -203,6 +237,7 @@ Messages = Annotated[
         description="turns: role, and content as a text or a list of text parts",
     ),
     AfterValidator(_check_unicode),
+    WithJsonSchema({"type": "array", "minItems": 1, "items": MESSAGE_SCHEMA}),
 ]
 
 
