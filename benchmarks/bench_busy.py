@@ -40,11 +40,11 @@ WAYS: dict[str, dict[str, str]] = {
 }
 """The variables of each; `torch's own` is libgomp's default count of spins, on all cores."""
 FAIR = {ALONE: 1.0, BUSY: (CORES - 1) / CORES, DEMO: 0.5}
-WARM_UP_TOKENS = 16
+WARM_UP_TOKENS, NUM_PROMPTS = 16, 4
 
 
 class Timing(NamedTuple):
-    """One prompt decoded; `others` is what other processes used meanwhile, in cores."""
+    """A few prompts decoded; `others` is what other processes used meanwhile, in cores."""
 
     tokens_per_second: float
     others: float
@@ -64,7 +64,7 @@ class Bench:
 
     def round(self) -> None:
         """Time everything once."""
-        for condition in CONDITIONS:
+        for condition in [ALONE] if self._options.alone else CONDITIONS:
             for way in self._options.ways:
                 for method in METHODS:
                     self.timings[way, condition, method].append(self._quiet_timing(way, condition, method))
@@ -146,12 +146,12 @@ def work(mode: str, max_new_tokens: int) -> None:
 
     eagle3 = load("tiny", draft="tiny")
     starts = {"plain": eagle3.with_method("plain").start, "eagle3": eagle3.start}
-    prompt = read_prompts(EMBEDDED_PROMPTS)[0].token_ids(eagle3.tokenizer)
+    prompts = [prompt.token_ids(eagle3.tokenizer) for prompt in read_prompts(EMBEDDED_PROMPTS)][:NUM_PROMPTS]
 
     def speed(method: str) -> float:
-        timed(starts[method], [prompt], max_new_tokens=WARM_UP_TOKENS)
-        generation, seconds = timed(starts[method], [prompt], max_new_tokens=max_new_tokens)
-        return generation.statistics.num_tokens / seconds
+        timed(starts[method], prompts[:1], max_new_tokens=WARM_UP_TOKENS)
+        runs = [timed(starts[method], [prompt], max_new_tokens=max_new_tokens) for prompt in prompts]
+        return sum(run.statistics.num_tokens for run, _ in runs) / sum(seconds for _, seconds in runs)
 
     for method in METHODS:
         speed(method)
@@ -211,6 +211,7 @@ def main() -> int:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["as shipped", "torch's own"])
+    parser.add_argument("--alone", action="store_true", help="beside nothing else")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument(

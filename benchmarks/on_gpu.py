@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-CHECKS = ("tests/lossless/test_cuda.py", "tests/unit/test_split_attention.py", "tests/unit/test_ttt.py")
+CHECKS = ("tests/lossless/test_cuda.py", "tests/unit/target/test_split_attention.py", "tests/unit/losses/test_ttt.py")
 TREE = "tree:10x8x60"
 LONGEST = 600
 """Seconds that a part may take."""

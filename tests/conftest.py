@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from draftwing.data.chat import Example
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.drafts.head_training import HeadTraining
+from draftwing.drafts.kinds import objective_named
 from draftwing.drafts.language_model import DraftModelDrafter
 from draftwing.drafts.lookahead import LookaheadDrafter
 from draftwing.drafts.medusa.drafter import MedusaDrafter
@@ -32,10 +34,9 @@ from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree import DraftTree, Verdict
 from draftwing.plans.auto import AutoPlan, SizedPlan
-from draftwing.plans.costs import CycleCosts
+from draftwing.plans.costs import CycleCosts, measure_costs
 from draftwing.plans.experience import Experience
 from draftwing.target.model import ATTENTION, TargetModel
-from draftwing.training.objectives import HEADS
 
 VOCAB_SIZE = 64
 EOS = 11
@@ -64,9 +65,12 @@ def tiny_llama(seed: int = 0, **overrides: int) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session", autouse=True)
 def _measurements_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests neither read nor write the user's cache folder."""
+    """Tests neither read nor write the user's cache folder; costs are measured roughly, and once for all processes."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DRAFTWING_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("DRAFTWING_CACHE", str(shared / "cache"))
+        patch.setattr("draftwing.api.measure_costs", partial(measure_costs, num_rounds=2))
         yield
 
 
@@ -141,12 +145,12 @@ def self_generated(target: TargetModel, num_rows: int, length: int) -> list[Exam
 
 def new_head(config: TrainConfig, target: TargetModel, data: Sequence[Example]) -> Any:
     """The head that a recipe's stage begins with."""
-    return HEADS[config.objective].make(config, target, data)
+    return objective_named(config.objective).make(config, target, data)
 
 
 def head_training(head: Any, target: TargetModel, config: TrainConfig) -> HeadTraining:
     """What teaches it."""
-    return HEADS[config.objective].training(head, target, config)
+    return objective_named(config.objective).training(head, target, config)
 
 
 def train_briefly(

@@ -34,6 +34,7 @@ from draftwing.engine.plan import Plan, TreePlan
 from draftwing.engine.statistics import Statistics
 from draftwing.engine.stopping import exact_decode
 from draftwing.plans.auto import AutoPlan
+from draftwing.plans.clocked import ClockedPlan
 from draftwing.plans.costs import CycleCosts, cached_costs, measure_costs
 from draftwing.plans.experience import Experience
 from draftwing.plans.lessons import Lessons
@@ -209,13 +210,14 @@ class SpeculativeModel:
         self._check(requests, settings)  # before anything is measured
         num_seats = min(num_seats or len(requests), len(requests))
         key, plan = self._drafting(settings, max(request.stop.max_new_tokens for request in requests))
+        is_sampled = any(request.sampling.temperature > 0 for request in requests)
         if isinstance(plan, AutoPlan):  # measured now, if they are not known
-            self.costs(num_seats, any(request.sampling.temperature > 0 for request in requests))
+            self.costs(num_seats, is_sampled)
         longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
         engine = self._engine(key, num_seats, longest, plan)
         generation = Generation(engine, requests, partial(self._keep, key), num_seats)
         if isinstance(plan, AutoPlan) and len(requests) == 1:
-            self._lessons.watched[1, requests[0].sampling.temperature > 0] = plan, generation.statistics
+            self._lessons.watched[1, is_sampled] = plan, generation.statistics
         return generation
 
     def _engine(self, key: "_EngineKey", num_seats: int, capacity: int, plan: Plan) -> Engine:
@@ -237,12 +239,12 @@ class SpeculativeModel:
     def engine(self, num_seats: int, capacity: int, settings: GenerateOptions | None = None) -> Engine:
         """An engine for requests that come and go: so many seats of `capacity` tokens; `settings` say the drafting.
 
-        Where trees size themselves, cycles of 1, 2, 4, ... seats are measured now, greedy and sampled ones.
+        By default trees size themselves: then cycles of 1, 2, 4, ... seats are measured now, greedy and sampled ones.
 
         Raises:
             ValueError: more tokens than the models have positions, or more seats than memory has room for.
         """
-        settings = settings or GenerateOptions()
+        settings = settings or GenerateOptions(plan="auto")
         if num_seats < 1:
             raise ValueError(f"seats: expected at least 1, got {num_seats}")
         check_memory(num_seats, capacity, self.seat_bytes(capacity, settings), self.device)
@@ -324,6 +326,8 @@ class SpeculativeModel:
             if not plan.depth:
                 return TreePlan.off()
             plan = plan.cut_to(max_new_tokens)
+            if settings.plan == "auto" and family_of(self.method).plans == "chains":
+                return self._lessons.clocked.setdefault(plan, ClockedPlan(plan)).begin()
             # A fixed plan's trees depend on its requests alone, not on the generations before: its trial is its own.
             return LookupPlan(plan, LookupTrial()) if with_lookup else plan
         assert self.draft is not None
@@ -381,9 +385,10 @@ def load(
     """Load a target and a draft, ready to generate.
 
     Args:
-        target: `tiny` (the embedded model), a folder or a hub id.
-        draft: `tiny` (the embedded draft that suits `method`), another one of EMBEDDED_DRAFTS, a folder or a hub id, of
-            any family in drafts/kinds.py (a smaller language model needs the same tokenizer); None: no draft.
+        target: one of EMBEDDED_TARGETS (`tiny` is part of this package), a folder, a GGUF file (dequantised once,
+            into the cache) or a hub id.
+        draft: an embedded target's name (its draft that suits `method`), one of EMBEDDED_DRAFTS, a folder or a hub
+            id, of any family in drafts/kinds.py (a smaller language model needs the same tokenizer); None: no draft.
         dtype: of both models, `torch.float32` or "float32"; default: the target file's, but float32 on a CPU that has
             no bf16 products.
         device: of both models.

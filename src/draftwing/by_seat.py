@@ -3,8 +3,6 @@
 import copy
 from typing import Any, ClassVar, Self
 
-import numpy as np
-
 
 class BySeat:
     """Keeps state for an engine's seats in the attributes that `by_seat` names, written in place.
@@ -38,9 +36,7 @@ class BySeat:
             if isinstance(value, BySeat):
                 value.exchange(first, second, num_tokens)
             else:
-                kept = copy.deepcopy(value[first]) if isinstance(value, np.ndarray) else value[first].clone()
-                value[first] = value[second]
-                value[second] = kept
+                value[[first, second]] = value[[second, first]]
 
     def clear(self, seat: int, num_tokens: int) -> None:
         """Forget what a seat holds: at most so many tokens, tree nodes included."""

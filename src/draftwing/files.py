@@ -1,8 +1,11 @@
-"""Text files that a cut leaves as they were or has written whole, and JSON that every reader takes."""
+"""Files and folders that a cut leaves as they were or has written whole, the user's cache, and JSON that all read."""
 
 import json
 import math
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,31 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its place once it is complete; a failure leaves neither of the two.
+
+    Only one process at a time may write it.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    for leftover in (partial, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def cache_folder() -> Path:
+    """What is kept for later runs lies here: $DRAFTWING_CACHE, or draftwing in the user's cache folder."""
+    if folder := os.environ.get("DRAFTWING_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "draftwing"
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -40,7 +40,10 @@ def test_examples_in_help_parse() -> None:
     """A help text that shows a command which does not parse would be worse than none."""
     for module in COMMANDS.values():
         for line in module.EXAMPLES.replace("\\\n", "").splitlines()[1:]:
-            words = shlex.split(line.split(">")[0], comments=True)
+            if line.split()[0] == "curl":  # what asks a server
+                continue
+            command = line.rpartition(" | ")[2]  # behind what writes into its pipe
+            words = shlex.split(command.split(">")[0], comments=True)
             assert words[0] == "draftwing"
             build_parser().parse_args(words[1:])
 

@@ -34,7 +34,7 @@ def models() -> dict[str, SpeculativeModel]:
 
 def decode(model: SpeculativeModel, prompt: Prompt, **options: object) -> GenerateOutput:
     ids = torch.tensor([prompt.token_ids(model.tokenizer)])
-    output = model.generate(ids, max_new_tokens=48, return_dict_in_generate=True, **options)
+    output = model.generate(ids, max_new_tokens=32, return_dict_in_generate=True, **options)
     assert isinstance(output, GenerateOutput)
     return output
 

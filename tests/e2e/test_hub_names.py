@@ -1,5 +1,6 @@
 """Names of the Hugging Face hub, all the way through: a cache as the hub's client leaves it, and no network."""
 
+import argparse
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from draftwing.cli.arguments import add_execution, execution
 from draftwing.embedded import EMBEDDED, EMBEDDED_DRAFTS
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -165,3 +167,10 @@ def test_a_revision_and_trust_are_those_of_all_files(cache: Path, tmp_path: Path
     assert untrusted.startswith("target: no tokenizer in 'org/two': ")
     assert "trust_remote_code=True" in untrusted
     assert elsewhere.startswith("target: no folder and no reachable hub id: 'org/two'")
+
+
+def test_the_command_line_passes_them_on() -> None:
+    parser = argparse.ArgumentParser()
+    add_execution(parser)
+    given = execution(parser.parse_args(["--revision", "v2", "--trust-remote-code"]))
+    assert given == execution(parser.parse_args([])) | {"revision": "v2", "trust_remote_code": True}

@@ -1,6 +1,7 @@
 """The page in a real browser: it answers, colours what was drafted, and needs nothing from elsewhere."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def test_what_is_said_is_no_markup(served: Served, page: Any) -> None:
     playwright.expect(page.locator("article.user pre")).to_have_text("<img src=x onerror=alert(1)><b>bold</b>")
     assert page.locator("article img, article pre b").count() == 0
     page.keyboard.press("Escape")
-    playwright.expect(page.locator("#status")).to_have_text("stopped")
+    playwright.expect(page.locator("#status")).to_have_text(re.compile("stopped|done"))  # a short answer may be there
     playwright.expect(page.locator("#send")).to_be_enabled()
 
 

@@ -234,7 +234,7 @@ def test_ctrl_c_leaves_a_folder_that_is_finished_later(folder: Path, tmp_path: P
     ("options", "message"),
     [
         (["--data", "nowhere.jsonl", "--output", "out"], "data: no such file: nowhere.jsonl"),
-        (["--data", "x", "--output", "out", "--regenerate", "--features"], "one of --regenerate and --features"),
+        (["--data", "x", "--output", "out", "--regenerate", "--features"], "one of --regenerate, --features and"),
         (["--data", "x", "--output", "out", "--regenerate"], "--regenerate writes a .jsonl file, got 'out'"),
         (["--data", "x", "y", "--output", "out", "--features"], "--features takes one prepared folder, got 2"),
         (

@@ -9,7 +9,7 @@ import pytest
 
 from draftwing.cli import build_parser, train
 from draftwing.config import Eagle1Stage, Eagle3Stage, MedusaStage, Objective, TrainConfig, from_mapping, read_recipe
-from draftwing.training.objectives import HEADS
+from draftwing.drafts.kinds import head_objectives
 
 VALID = {"objective": "eagle3", "output": "out", "target": "tiny"}
 
@@ -137,7 +137,7 @@ def test_an_objective_has_its_own_keys_and_the_common_ones_alone() -> None:
 
 
 def test_every_objective_that_trains_a_head_is_listed() -> None:
-    assert {*get_args(Objective)} - {"language_model", "self_generated"} == HEADS.keys()
+    assert {*get_args(Objective)} - {"language_model", "self_generated"} == {*head_objectives()}
 
 
 class TestRecipe:

@@ -8,17 +8,19 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NoReturn
 
-from draftwing.cli import demo, doctor, eval, generate, inspect, plan, prepare, serve, train
+from draftwing.cli import chat, demo, doctor, eval, export, generate, inspect, plan, prepare, serve, train
 from draftwing.cli.output import note
 
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
+    "chat": chat,
     "generate": generate,
     "serve": serve,
     "eval": eval,
     "plan": plan,
     "inspect": inspect,
     "doctor": doctor,
+    "export": export,
     "prepare": prepare,
     "train": train,
 }

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from draftwing.config import DTYPES, QUANTIZATIONS
 from draftwing.drafts.kinds import methods
-from draftwing.embedded import EMBEDDED_DRAFTS
+from draftwing.embedded import EMBEDDED_DRAFTS, EMBEDDED_TARGETS
 from draftwing.engine.plan import STATIC_TREES, TreePlan
 from draftwing.threads import choose_threads
 
@@ -18,6 +18,7 @@ PLANS = (
     f"auto, off, chain:DEPTH, tree:WIDTHxDEPTHxNODES, {' or '.join(STATIC_TREES)} (their papers' trees), "
     "lookahead:WxNxG (default: the method's)"
 )
+TARGETS = f"{', '.join(EMBEDDED_TARGETS)}, a folder, a .gguf file or a hub id"
 DRAFTS = f"{', '.join(sorted(EMBEDDED_DRAFTS))}, a folder or a hub id"
 
 
@@ -119,7 +120,11 @@ def add_remeasure(parser: argparse.ArgumentParser) -> None:
 
 
 def add_execution(parser: argparse.ArgumentParser) -> None:
-    """How the target's weights are kept and cycles are run."""
+    """Which files of the target are loaded, how its weights are kept and how cycles are run."""
+    parser.add_argument("--revision", help="of a target on the hub: a branch, a tag or a commit")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that comes with a target's or tokenizer's files"
+    )
     parser.add_argument(
         "--quantize",
         choices=QUANTIZATIONS,
@@ -136,7 +141,9 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
 
 def execution(options: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_execution`, for `load`."""
-    return {"quantize": options.quantize, "capture": options.capture}
+    files = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    given = {name: value for name, value in files.items() if value}
+    return {"quantize": options.quantize, "capture": options.capture, **given}
 
 
 def add_head_options(parser: argparse.ArgumentParser) -> None:

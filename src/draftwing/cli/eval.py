@@ -7,7 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftwing.cli.arguments import add_device, add_execution, add_remeasure, positive, read_by, seed, temperatures
+from draftwing.cli.arguments import (
+    TARGETS,
+    add_device,
+    add_execution,
+    add_remeasure,
+    positive,
+    read_by,
+    seed,
+    temperatures,
+)
 from draftwing.cli.output import new_console, note, say_saved
 from draftwing.data.benchmarks import BENCHMARKS
 from draftwing.drafts.kinds import family_of
@@ -29,7 +38,7 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
-    parser.add_argument("--target", default="tiny", help="tiny (embedded, the default), a folder or a hub id")
+    parser.add_argument("--target", default="tiny", help=f"{TARGETS} (default: tiny)")
     parser.add_argument(
         "--draft",
         action="append",

@@ -19,7 +19,7 @@ from draftwing.data.prompts import read_prompts, spread
 from draftwing.drafts.drafting import default_plan
 from draftwing.drafts.kinds import family_of, resolve_method, serves
 from draftwing.drafts.load import resolve_draft
-from draftwing.embedded import EMBEDDED_DRAFTS, EMBEDDED_PROMPTS
+from draftwing.embedded import EMBEDDED_PROMPTS, EMBEDDED_TARGETS, drafts_of
 from draftwing.evaluation.compare import Decode, decoder
 from draftwing.evaluation.evaluate import Evaluation, PromptSet
 from draftwing.evaluation.memory import with_peak
@@ -32,16 +32,16 @@ EMBEDDED_SAMPLE, LARGEST_SAMPLE = 8, 80
 
 
 def read_drafts(options: argparse.Namespace) -> dict[str, str]:
-    """The drafts by name; `tiny` stands for all that are embedded."""
-    embedded = {name: name for name, folder in EMBEDDED_DRAFTS.items() if folder.is_dir()}
-    given = options.draft or (["tiny"] if options.target == "tiny" else [])
+    """The drafts by name; an embedded target's name stands for all of its drafts that are there."""
+    given = options.draft or ([options.target] if drafts_of(options.target) else [])
     drafts: dict[str, str] = {}
     for text in given:
         match = re.fullmatch(r"(?:([\w.-]+)=)?(.+)", text)
         if match is None:
             raise ValueError(f"draft: expected [NAME=]DRAFT, got {text!r}")
         name = match[1] or Path(match[2]).name
-        more = embedded if text == "tiny" else {name: match[2]}
+        embedded = drafts_of(text) if text in EMBEDDED_TARGETS else {}
+        more = {draft: draft for draft in embedded} or {name: match[2]}
         if twice := drafts.keys() & more.keys():
             raise ValueError(f"draft: two drafts are called {min(twice)}; name them: NAME={match[2]}")
         drafts |= more

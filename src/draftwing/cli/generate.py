@@ -7,6 +7,7 @@ from typing import Any
 
 from draftwing.cli.arguments import (
     PLANS,
+    TARGETS,
     above_zero,
     add_device,
     add_execution,
@@ -44,7 +45,7 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
-    parser.add_argument("--target", required=True, help="tiny (embedded), a folder or a hub id")
+    parser.add_argument("--target", required=True, help=TARGETS)
     parser.add_argument("--draft", help=f"tiny, a folder or a hub id, of {drafts_in_words()}; without it, {PLAIN}")
     parser.add_argument(
         "--prompt",
@@ -89,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    text = _read_prompt(options.prompt)  # mistakes are found before the models are loaded
+    text = read_prompt(options.prompt)  # mistakes are found before the models are loaded
     settings = {
         name: getattr(options, name)
         for name in (
@@ -112,16 +113,16 @@ def run(options: argparse.Namespace) -> None:
         prompt = Prompt("prompt", messages=({"role": "user", "content": text},))
     ids = prompt.token_ids(model.tokenizer)
     if options.compare:
-        _print_comparison(model, ids, settings, options.json)
+        print_comparison(model, ids, settings, options.json)
     elif options.json:
-        generation, run = _timed_run(model, ids, settings)
+        generation, run = timed_run(model, ids, settings)
         reason = generation.outputs[0].finish_reason
         print(json.dumps(run | {"finish_reason": reason, "statistics": generation.statistics.as_dict()}))
     else:
         _print_stream(model, ids, settings)
 
 
-def _read_prompt(given: str | None) -> str:
+def read_prompt(given: str | None) -> str:
     if given not in (None, "-"):
         return str(given)
     if given is None and (sys.stdin is None or sys.stdin.isatty()):
@@ -149,7 +150,8 @@ def _print_stream(model: Any, ids: list[int], settings: dict[str, Any]) -> None:
     )
 
 
-def _print_comparison(model: Any, ids: list[int], settings: dict[str, Any], as_json: bool) -> None:
+def print_comparison(model: Any, ids: list[int], settings: dict[str, Any], as_json: bool) -> None:
+    """Decode plainly too, and say how long both took and whether they are the same."""
     from draftwing.evaluation.compare import warm_up
     from draftwing.evaluation.demo import print_text
 
@@ -157,8 +159,8 @@ def _print_comparison(model: Any, ids: list[int], settings: dict[str, Any], as_j
     plain_settings = settings | {"plan": None, "ngram": None, "draft_window": None}
     warm_up(plain_model.start, ids, **plain_settings)
     warm_up(model.start, ids, **settings)
-    _, plain = _timed_run(plain_model, ids, plain_settings)
-    generation, speculative = _timed_run(model, ids, settings)
+    _, plain = timed_run(plain_model, ids, plain_settings)
+    generation, speculative = timed_run(model, ids, settings)
     result = {
         "plain": plain,
         "speculative": speculative,
@@ -180,7 +182,8 @@ def _print_comparison(model: Any, ids: list[int], settings: dict[str, Any], as_j
     )
 
 
-def _timed_run(model: Any, ids: list[int], settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def timed_run(model: Any, ids: list[int], settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A generation, run to its end, with its text, tokens and seconds."""
     from draftwing.engine.stopping import cut_at_stop
     from draftwing.evaluation.compare import timed
 

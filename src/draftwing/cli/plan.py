@@ -5,6 +5,7 @@ import json
 
 from draftwing.cli.arguments import (
     DRAFTS,
+    TARGETS,
     add_device,
     add_execution,
     add_head_options,
@@ -27,7 +28,7 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
-    parser.add_argument("--target", required=True, help="tiny, a folder or a hub id")
+    parser.add_argument("--target", required=True, help=TARGETS)
     parser.add_argument("--draft", required=True, help=DRAFTS)
     add_device(parser)
     add_execution(parser)

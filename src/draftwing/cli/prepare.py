@@ -3,11 +3,13 @@
 import argparse
 import json
 import os
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftwing.cli.arguments import add_device, not_negative, positive, read_by, seed, temperature
+from draftwing.cli.arguments import TARGETS, add_device, not_negative, positive, read_by, seed, temperature
 from draftwing.cli.output import headline, new_console, note, say_saved
+from draftwing.drafts.kinds import head_objectives
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,13 +18,14 @@ if TYPE_CHECKING:
     from draftwing.data.prepared import Prepared
     from draftwing.prepare.self_generated import Shard
 
-SUMMARY = "Prepare training data: tokenise it once, let the target answer it, or store the target's features."
+SUMMARY = "Prepare training data: tokenise it once, let the target answer or write it, or store the target's features."
 EXAMPLES = """examples:
   draftwing prepare --data chats.jsonl --target path/to/model --output build/data --preview 1
   draftwing prepare --data hub:HuggingFaceH4/ultrachat_200k:train_sft more.jsonl --target org/model --output build/data
   draftwing prepare --regenerate --data chats.jsonl --target tiny --draft tiny --output build/answers.jsonl
   draftwing prepare --regenerate --data chats.jsonl --target org/model --endpoint http://localhost:8000/v1 \\
       --model org/model --concurrency 64 --shard 1/8 --output build/answers-1.jsonl
+  draftwing prepare --from-target 1000 --target smollm2 --max-new-tokens 256 --output build/rows.jsonl --preview 3
   draftwing prepare --features --data build/data --target path/to/model --output build/features --storage fp8"""
 
 
@@ -30,12 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
     parser.add_argument(
         "--data",
-        required=True,
         nargs="+",
         help="stdlib, files (.jsonl, .json, .txt), hub:org/name[/config][:split]; with --features a prepared folder",
     )
-    parser.add_argument("--target", required=True, help="tiny, a folder or a hub id; its tokenizer and template count")
-    parser.add_argument("--output", required=True, help="a folder; with --regenerate a .jsonl file")
+    parser.add_argument("--target", required=True, help=f"{TARGETS}; its tokenizer and template count")
+    parser.add_argument("--output", required=True, help="a folder; with --regenerate and --from-target a .jsonl file")
     parser.add_argument("--sequence-length", type=positive, default=2048, help="longest document (default: 2048)")
     parser.add_argument(
         "--max-rows",
@@ -66,10 +68,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="per answer (default: what the sequence leaves, half of it at an endpoint)",
     )
     answers.add_argument("--batch-size", type=positive, default=16, help="rows answered together (default: 16)")
+    answers.add_argument(
+        "--from-target", type=positive, metavar="N", help="write N rows without any data: the target asks, and answers"
+    )
+    answers.add_argument("--request-temperature", type=temperature, default=1.0, help="of what it asks (default: 1)")
+    answers.add_argument(
+        "--max-request-tokens", type=positive, default=256, help="longer requests are dropped (default: 256)"
+    )
     answers.add_argument("--prompt-length", type=positive, default=64, help="tokens of a text to go on (default: 64)")
     features = parser.add_argument_group("features of the target")
     features.add_argument("--features", action="store_true", help="store the target's hidden states for every token")
-    features.add_argument("--method", choices=("eagle1", "eagle3", "medusa"), default="eagle3", help="default: eagle3")
+    features.add_argument("--method", choices=head_objectives(), default="eagle3", help="default: eagle3")
     features.add_argument(
         "--aux-layers", type=int, nargs="+", help="eagle3: i is the output of layer i (default: 2 n/2 n-3)"
     )
@@ -79,9 +88,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    if options.regenerate and options.features:
-        raise ValueError("features: one of --regenerate and --features at a time")
-    if options.regenerate:
+    if sum(map(bool, (options.regenerate, options.features, options.from_target))) > 1:
+        raise ValueError("features: one of --regenerate, --features and --from-target at a time")
+    if bool(options.data) == bool(options.from_target):
+        raise ValueError("data: expected --data, or --from-target N, which needs none")
+    if options.from_target:
+        _write_from_target(options)
+    elif options.regenerate:
         _regenerate(options)
     elif options.features:
         _store_features(options)
@@ -127,19 +140,64 @@ def _show_documents(console: "Console", prepared: "Prepared", tokenizer: Any, co
         console.print(as_coloured_text(documents[index], tokenizer), soft_wrap=True)
 
 
-def _regenerate(options: argparse.Namespace) -> None:
+def _write_from_target(options: argparse.Namespace) -> None:
+    _check_output(options, "--from-target")
+    if options.endpoint or options.max_rows:
+        raise ValueError(
+            "from_target: says how many rows our own engine writes; --endpoint and --max-rows are not for it"
+        )
+    from draftwing.api import load
+    from draftwing.prepare.from_target import Author, user_turn, write_from_target
+    from draftwing.prepare.self_generated import EngineAnswers, Shard
+    from draftwing.target.load import load_tokenizer
+
+    user_turn(load_tokenizer(options.target))  # before the model
+    model = load(options.target, options.draft, options.dtype, options.device, None if options.draft else "ngram")
+    config = _as_stage(options, model.target.max_positions)
+    tokenizer, ends = model.tokenizer, model.target.eos_token_ids
+    answers = EngineAnswers(config, tokenizer, model.start_requests, ends, model.target.vocab_size)
+    author = Author(config, tokenizer, answers, ends, options.request_temperature, options.max_request_tokens)
+    answers.say_what_is_never_chosen()
+    engine = model.engine(options.batch_size, config.sequence_length)
+    figures = write_from_target(config, author, engine, options.from_target, Shard(*options.shard))
+    _print_figures(options, figures)
+    if not options.json:
+        _show_rows(options, tokenizer)
+    say_saved(options.output)
+
+
+def _show_rows(options: argparse.Namespace, tokenizer: Any) -> None:
+    from draftwing.data.chat import encode_row
+    from draftwing.prepare.data_statistics import as_coloured_text
+
+    console = new_console()
+    with open(options.output, encoding="utf-8") as file:
+        for index, line in enumerate(islice(file, options.preview)):
+            headline(console, f"row {index}: green is supervised")
+            for example in encode_row(json.loads(line), tokenizer):
+                console.print(as_coloured_text(example, tokenizer), soft_wrap=True)
+
+
+def _check_output(options: argparse.Namespace, what: str) -> None:
     if not options.output.endswith(".jsonl"):
-        raise ValueError(f"output: --regenerate writes a .jsonl file, got {options.output!r}")
+        raise ValueError(f"output: {what} writes a .jsonl file, got {options.output!r}")
+
+
+def _print_figures(options: argparse.Namespace, figures: dict[str, float]) -> None:
+    if options.json:
+        print(json.dumps({"output": options.output, **figures}))
+    else:
+        new_console().print(", ".join(f"{name} {value:,}" for name, value in figures.items()), markup=False)
+
+
+def _regenerate(options: argparse.Namespace) -> None:
+    _check_output(options, "--regenerate")
     if options.endpoint and (not options.model or options.draft):
         raise ValueError("endpoint: needs --model, the server's name of the target, and takes no --draft")
     from draftwing.prepare.self_generated import Shard
 
     answer = _answer_by_endpoint if options.endpoint else _answer_by_engine
-    metrics = answer(options, Shard(*options.shard))
-    if options.json:
-        print(json.dumps({"output": options.output, **metrics}))
-    else:
-        new_console().print(", ".join(f"{name} {value:,}" for name, value in metrics.items()), markup=False)
+    _print_figures(options, answer(options, Shard(*options.shard)))
     say_saved(options.output)
 
 
@@ -172,7 +230,7 @@ def _as_stage(options: argparse.Namespace, max_positions: int | None = None) -> 
     names = ("target", "output", "seed", "temperatures", "max_new_tokens", "batch_size", "prompt_length")
     values = {name: getattr(options, name) for name in names} | _split(options.max_rows)
     length = min(options.sequence_length, max_positions or options.sequence_length)
-    return TrainConfig("self_generated", data=tuple(options.data), sequence_length=length, **values)
+    return TrainConfig("self_generated", data=tuple(options.data or ("stdlib",)), sequence_length=length, **values)
 
 
 def _split(max_rows: int | None) -> dict[str, int]:

@@ -39,6 +39,8 @@ PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 port = number(int, lambda value: 0 <= value < 2**16, "a whole number from 0 (any that is free) to 65535")
 
+drain_seconds = number(int, lambda value: 0 <= value <= 86400, "a whole number from 0 to 86400")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     add_execution(parser)
     add_method(parser)
-    parser.add_argument("--plan", type=plan_name, help=PLANS)
+    parser.add_argument("--plan", type=plan_name, default="auto", help=PLANS.replace("the method's", "auto"))
     parser.add_argument("--draft-window", type=positive, help="an EAGLE head reads this many last tokens")
     add_remeasure(parser)
     add_head_options(parser)
@@ -75,7 +77,7 @@ def _add_limits(group: Any) -> None:
     group.add_argument("--max-new-tokens", type=positive, help="of a request (default: what its prompt leaves)")
     group.add_argument(
         "--drain-seconds",
-        type=not_negative,
+        type=drain_seconds,
         default=30,
         help="that running requests have at SIGTERM or Ctrl-C; a second one ends at once (default: 30)",
     )

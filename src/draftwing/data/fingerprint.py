@@ -8,7 +8,7 @@ import torch
 
 from draftwing.config import Stage
 
-WEIGHTS = (".safetensors", ".bin", ".pt")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 BLOCK = 1 << 16
 MAX_BLOCKS = 256
 """Blocks read of a file; one that has more is read in so many places."""

@@ -17,7 +17,7 @@ def plan_for(method: str, plan: str | TreePlan | None) -> TreePlan | None:
     """
     family = family_of(method)
     plan = plan or default_plan(method)
-    if plan == "auto" and not family.needs_draft:  # nothing to size: lookups cost next to nothing
+    if plan == "auto" and not family.needs_draft:  # nothing to size; the clock tells when it pays
         plan = default_plan(method)
     if plan == "auto":
         return None

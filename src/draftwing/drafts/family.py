@@ -18,21 +18,32 @@ if TYPE_CHECKING:
     from torch import nn
 
     from draftwing.drafts.eagle.formats import HeadOptions
+    from draftwing.drafts.export import Export, Request
     from draftwing.drafts.fit import TargetSizes, Tensors
+    from draftwing.drafts.objective import Objective
     from draftwing.engine.engine import NewDrafter
     from draftwing.target.model import TargetModel
 
 Draft: TypeAlias = Any
 """What drafts for a target, as its family's `build` makes it."""
 D = TypeVar("D")
+ENGINES = {
+    "eagle": "the EAGLE authors' code",
+    "vllm": "vLLM 0.32.0",
+    "sglang": "SGLang 0.5.23",
+    "speculators": "speculators 0.9.0",
+    "llama.cpp": "llama.cpp 0c1e57098 (ggml 0.25.3)",
+}
+"""The engines that drafts are exported to, with the versions whose loaders were read."""
 
 
 class Method(NamedTuple):
-    """A way to decode: its name, its plan unless one is named, and the embedded draft that `tiny` stands for."""
+    """A way to decode: its name, its plan unless one is named, and which embedded draft of a target it is for."""
 
     name: str
     plan: str = "auto"
-    embedded: str = "tiny"
+    embedded: str = ""
+    """Behind the target's name: `eagle1` for tiny-eagle1; empty: the draft that is called like the target."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,7 @@ class Family:
         has_doctor: whether the doctor knows what can be wrong with it.
         plans: the shapes that it drafts.
         files: names of weight files that only this kind has.
+        objectives: a recipe's objectives that train such a head, by name, and where each is: `module.Class`.
     """
 
     name: str
@@ -60,15 +72,18 @@ class Family:
     has_doctor: bool = False
     plans: Literal["trees", "chains", "windows", "none"] = "trees"
     files: tuple[str, ...] = ()
+    objectives: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def kind(self) -> "Kind[Any]":
         """What answers for the family; its code is imported now."""
-        if not isinstance(self.code, str):
-            return self.code()
-        module, _, name = self.code.rpartition(".")
-        kind: Kind[Any] = getattr(import_module(module), name)()
+        kind: Kind[Any] = self.code() if callable(self.code) else _found(self.code)()
         return kind
+
+    def objective(self, name: str) -> "Objective":
+        """What trains a head of this kind, by one of its `objectives`' names."""
+        objective: Objective = _found(self.objectives[name])()
+        return objective
 
     def method(self, name: str) -> Method:
         """The method of this name, which the family has."""
@@ -85,6 +100,12 @@ class Family:
             )
         if self.plans == "chains" and not plan.is_chain:
             raise ValueError(f"plan: {self.name} has one continuation, so it takes chain:DEPTH, got {plan}")
+
+
+def _found(code: str) -> Any:
+    """What is named as `module.Class`."""
+    module, _, name = code.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 @dataclass(frozen=True)
@@ -167,6 +188,18 @@ class Kind(Generic[D]):
 
     def inspect(self, files: DraftFiles, target: "TargetSizes | None", target_name: str | None) -> Report:
         """Report on what files hold, and with a target on whether it fits."""
+        raise NotImplementedError
+
+    def export(self, request: "Request") -> "Export":
+        """How a draft's files are written for another engine, and what is wrong with the draft there.
+
+        Raises:
+            ValueError: no engine has a format of its own for such drafts.
+        """
+        raise ValueError("draft: it is not exported; engines load this folder as it is")
+
+    def meaning(self, files: DraftFiles, target: "TargetSizes") -> "tuple[Mapping[str, Any], Tensors]":
+        """What files say in our terms, whatever their format: the options and the tensors that a draft is made of."""
         raise NotImplementedError
 
     def pack(self, draft: D, compiles: bool | None = None) -> D:

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from draftwing.drafts.family import NOTHING_ELSE, Draft, Family, Method, Wanted
+from draftwing.embedded import EMBEDDED_DRAFTS, EMBEDDED_TARGETS
 from draftwing.engine.plan import TreePlan
 
 if TYPE_CHECKING:
     from draftwing.drafts.fit import Tensors
+    from draftwing.drafts.objective import Objective
     from draftwing.engine.engine import NewDrafter
     from draftwing.target.model import TargetModel
 
@@ -28,20 +30,28 @@ FAMILIES = [
     Family(
         "an EAGLE-1/2 head",
         f"{_HERE}.eagle.kind.Eagle1",
-        (Method("eagle1", "eagle1", "tiny-eagle1"), Method("eagle2", embedded="tiny-eagle1")),
+        (Method("eagle1", "eagle1", "eagle1"), Method("eagle2", embedded="eagle1")),
+        objectives={"eagle1": f"{_HERE}.eagle.objective.Eagle1Objective"},
         **_EAGLE,
     ),
-    Family("an EAGLE-3 head", f"{_HERE}.eagle.kind.Eagle3", (Method("eagle3"),), **_EAGLE),
+    Family(
+        "an EAGLE-3 head",
+        f"{_HERE}.eagle.kind.Eagle3",
+        (Method("eagle3"),),
+        objectives={"eagle3": f"{_HERE}.eagle.objective.Eagle3Objective"},
+        **_EAGLE,
+    ),
     Family(
         "Medusa heads",
         f"{_HERE}.medusa.kind.Medusa",
-        (Method("medusa", "medusa", "tiny-medusa"),),
+        (Method("medusa", "medusa", "medusa"),),
         files=("medusa_lm_head.pt",),
+        objectives={"medusa": f"{_HERE}.medusa.objective.MedusaObjective"},
     ),
     Family(
         "a language model",
         f"{_HERE}.language_model.LanguageModel",
-        (Method("draft_model", embedded="tiny-draft"),),
+        (Method("draft_model", embedded="draft"),),
         has_doctor=True,
     ),
 ]
@@ -74,6 +84,16 @@ def family_of(method: str) -> Family:
         if method in (one.name for one in family.methods):
             return family
     raise ValueError(f"method: expected one of {', '.join(methods())}, got {method!r}")
+
+
+def head_objectives() -> tuple[str, ...]:
+    """The names of a recipe's objectives that train a head."""
+    return tuple(name for family in FAMILIES for name in family.objectives)
+
+
+def objective_named(name: str) -> "Objective":
+    """What trains a head by a recipe's objective of this name."""
+    return next(family.objective(name) for family in FAMILIES if name in family.objectives)
 
 
 def family_of_draft(draft: Draft) -> Family:
@@ -120,8 +140,18 @@ def serves(method: str, draft: Draft | None) -> bool:
 
 
 def suitable_draft(draft: str, method: str | None) -> str:
-    """The embedded draft that suits the method, if `draft` is `tiny`; other names are left as they are."""
-    return draft if draft != "tiny" or method is None else family_of(method).method(method).embedded
+    """The embedded draft that suits the method, if `draft` is a target's name; other names are left as they are.
+
+    Raises:
+        ValueError: that target has no draft for this method.
+    """
+    if draft not in EMBEDDED_TARGETS or method is None:
+        return draft
+    part = family_of(method).method(method).embedded
+    name = f"{draft}-{part}" if part else draft
+    if name not in EMBEDDED_DRAFTS:
+        raise ValueError(f"draft: {draft} has no draft for the method {method}")
+    return name
 
 
 def tree_shapes(draft: Draft, target: "TargetModel") -> tuple[TreePlan, ...]:

@@ -10,10 +10,12 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 
 from draftwing.drafts.eagle.formats import FROM_FILE, HeadOptions
+from draftwing.drafts.eagle.gguf import is_head, read_gguf
 from draftwing.drafts.family import Draft, DraftFiles, Family
 from draftwing.drafts.fit import Tensors, check_finite
 from draftwing.drafts.kinds import FAMILIES, family_of_files
-from draftwing.embedded import EMBEDDED_DRAFTS
+from draftwing.embedded import EMBEDDED_DRAFTS, RECIPES
+from draftwing.target.gguf import dequantised, find_gguf
 from draftwing.target.model import TargetModel
 
 TOKENIZER_FILES = ("*.model", "*.txt", "*.tiktoken")
@@ -24,15 +26,18 @@ TRAINING_STATE = re.compile(r"(training_args|optimizer\w*|scheduler\w*|sampler\w
 
 
 def resolve_draft(name: str) -> Path:
-    """The folder of the draft `name`: one of EMBEDDED_DRAFTS, a folder, or a hub id that is fetched.
+    """The folder of the draft `name`: one of EMBEDDED_DRAFTS, a folder, a GGUF file, or a hub id that is fetched.
 
     Raises:
-        ValueError: no such folder, and the hub has no such draft or cannot be reached.
+        ValueError: no such folder, and the hub has no such draft or cannot be reached; a GGUF file that cannot be read.
     """
     if name in EMBEDDED_DRAFTS:
         if not EMBEDDED_DRAFTS[name].is_dir():
-            raise ValueError(f"draft: {name} is not part of this installation; recipes/tiny_rivals.yaml trains it")
+            recipe = RECIPES[name.partition("-")[0]]
+            raise ValueError(f"draft: {name} is not part of this installation; {recipe} trains it")
         return EMBEDDED_DRAFTS[name]
+    if (file := find_gguf(name, "draft")) is not None:
+        return file if is_head(file) else dequantised(file, "draft")
     folder = Path(name)
     if folder.is_dir():
         return folder
@@ -46,11 +51,13 @@ def resolve_draft(name: str) -> Path:
 
 
 def read_draft_files(folder: Path) -> tuple[dict[str, Any], Tensors]:
-    """A draft's config.json and tensors (safetensors, which are mapped and not yet read, or .bin).
+    """A draft's config.json and tensors (safetensors, which are mapped and not yet read, .bin or GGUF).
 
     Raises:
         ValueError: a file is missing or unreadable.
     """
+    if folder.is_file():
+        return read_gguf(folder)
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise ValueError(f"draft: {folder} has no config.json")

@@ -55,6 +55,7 @@ class NgramDrafter(Drafter):
     def share(self, source: int, goal: int, num_tokens: int) -> None:
         self._history[goal] = self._history[source]
         self._lengths[goal] = num_tokens
+        self._rates.clear(goal, num_tokens)  # learnt from another text
 
     def observe(
         self,

@@ -8,6 +8,7 @@ import torch
 
 from draftwing.engine.captured import CapturedCycle, CapturedSeats, Recorder, can_record
 from draftwing.engine.drafter import Drafter
+from draftwing.engine.grammar import Grammar
 from draftwing.engine.logprobs import TokenLogprobs
 from draftwing.engine.order import Order
 from draftwing.engine.plan import Plan
@@ -122,7 +123,9 @@ class Engine:
             return None
         lender, num_shared = (None, 0) if request.scores_prompt else self._order.lender(request.prompt)
         seat = Seat(request, self._order.place_for(lender, num_shared), num_shared=num_shared)
-        row = request.prompt, request.sampling, request.stop
+        if request.allowed is not None:
+            seat.grammar = Grammar(request.allowed, seat.tokens, request.stop.eos_token_ids)
+        row = request.prompt, request.sampling, request.stop, seat.grammar
         try:
             if lender is not None:
                 self._seats.admit_behind(lender.index, num_shared, seat.index, *row)
@@ -241,8 +244,8 @@ class Engine:
         """Let cycles run over the running seats; captured ones over the next power of two, the rest of them idle."""
         num_running = len(self._running)
         self._samples = any(seat.request.sampling.temperature > 0 for seat in self._running)
-        chooses_in_steps = any(seat.request.sampling.place is not None for seat in self._running)
-        if self._recorder is None or chooses_in_steps:  # the latter turns to the host
+        asks_host = any(seat.request.sampling.place or seat.request.allowed for seat in self._running)
+        if self._recorder is None or asks_host:
             self._cycling = self._seats.part(0, num_running)
         else:
             num_seats = min(bucket(num_running), self.num_seats)
@@ -253,8 +256,10 @@ class Engine:
 def _end(seat: Seat, new: list[int]) -> int:
     """How many of the new tokens a seat emits, and why it ends there if it does; its rule's error ends it alone."""
     try:
+        if seat.grammar is not None and seat.grammar.error is not None:
+            raise seat.grammar.error
         num_emitted, seat.finish_reason = seat.request.stop.check(seat.tokens, new)
-    except Exception as error:  # a decoder or a test of the user's
+    except Exception as error:  # a decoder, a test or a grammar of the user's
         seat.error, seat.finish_reason = error, "error"
         return 0
     return num_emitted

@@ -38,12 +38,8 @@ class GenerateOptions:
         plan: `auto`, a text that `TreePlan.parse` reads (`off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, a paper's
             tree, or for that method alone `lookahead:WxNxG`) or a TreePlan; None is the method's default. `auto` sizes
             each tree by what it is expected to bring; the first time on a machine it measures what a cycle costs, for a
-            second or two (it logs so). Levels beyond `max_new_tokens` are left out, and with `off` the options below
-            say nothing.
-        ngram: with an EAGLE method, let a continuation looked up in the text compete for the nodes of each tree; None:
-            where trees size themselves. Lookups that bring nothing are paused.
-        draft_window: the last tokens that an EAGLE head reads; None: as many as it was trained on, for past these
-            lengths it gets worse.
+            second or two (it logs so). With the method `ngram` it drafts in the cycles in which that is faster by the
+            clock. Levels beyond `max_new_tokens` are left out, and with `off` the options below say nothing.
         coupled: unless False, rank draft candidates with the target's own noise; the same output, more of
             it drafted when sampling.
         is_done: a further end, called with a row and its new tokens after each (slow).

@@ -49,13 +49,14 @@ class Penalties(BySeat):
             self._counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
         if self._counts is not None:
             self._counts[seat] = 0
-        self.holds[seat] = stop is not None and stop.min_new_tokens > 0 and len(stop.eos_token_ids) > 0
+        ends = [token for token in stop.eos_token_ids if 0 <= token < self._shape[1]] if stop is not None else []
+        self.holds[seat] = stop is not None and stop.min_new_tokens > 0 and len(ends) > 0
         if self.holds[seat]:
             assert stop is not None
             if self._ends is None:
                 self._ends = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
             self._ends[seat] = False
-            self._ends[seat, self._ids(stop.eos_token_ids)] = True
+            self._ends[seat, self._ids(ends)] = True
             self._held_until[seat] = len(prompt) + stop.min_new_tokens
         else:
             self._held_until[seat] = 0

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from draftwing.engine.grammar import Allowed, Grammar
 from draftwing.engine.logprobs import MOST_TOP, TokenLogprobs
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.statistics import Counts
@@ -17,6 +18,7 @@ class Request:
     Attributes:
         num_logprobs: how many of the most probable tokens, 0 to 20, are scored beside each new one; None: nothing is.
         scores_prompt: whether the prompt's tokens are scored as well.
+        allowed: which tokens may follow those generated so far; asked for each node of a tree (see grammar.py).
     """
 
     prompt: Sequence[int]
@@ -24,6 +26,7 @@ class Request:
     stop: StopRule
     num_logprobs: int | None = None
     scores_prompt: bool = False
+    allowed: Allowed | None = None
 
 
 @dataclass(eq=False)
@@ -45,6 +48,7 @@ class Seat:
     finish_reason: str | None = None
     num_shared: int = 0
     error: Exception | None = None
+    grammar: Grammar | None = None
     counts: Counts = field(default_factory=Counts)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])

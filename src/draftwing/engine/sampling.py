@@ -4,7 +4,6 @@ At temperature > 0 the choice is `argmax(log p + g)` (the Gumbel-max trick), wit
 token id) alone. It draws exactly from p, and plain and speculative decoding draw the very same tokens.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from draftwing.by_seat import BySeat
+from draftwing.engine.grammar import Grammar, forbid
 from draftwing.engine.penalties import Penalties
 from draftwing.engine.stepwise import Place, choose_in_steps
 from draftwing.engine.stopping import StopRule
@@ -68,18 +68,22 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         penalty = self.repetition_penalty
-        _require("temperature", self.temperature, lambda t: 0 <= t < math.inf, "at least 0")
+        _require("temperature", self.temperature, lambda t: 0 <= t <= LARGEST, "at least 0, and a float32")
         _require("top_k", self.top_k, lambda k: isinstance(k, int) and k >= 0, "an integer of at least 0")
         _require("top_p", self.top_p, lambda p: 0 < p <= 1, "above 0 and at most 1")
         _require("min_p", self.min_p, lambda p: 0 <= p <= 1, "from 0 to 1")
-        _require("repetition_penalty", penalty, lambda r: 0 < r < math.inf, "above 0")
+        _require("repetition_penalty", penalty, lambda r: 0 < r <= LARGEST, "above 0, and a float32")
         for name in ("presence_penalty", "frequency_penalty"):
-            _require(name, getattr(self, name), math.isfinite, "a finite number")
+            _require(name, getattr(self, name), lambda p: abs(p) <= LARGEST, "a finite float32")
         _require("seed", self.seed, lambda s: isinstance(s, int) and 0 <= s < 2**63, "an integer from 0 to 2^63-1")
         for token, bias in self.logit_bias.items():
             if not isinstance(token, Integral):
                 raise ValueError(f"logit_bias: expected token ids as keys, got {token!r}")
-            _require(f"logit_bias[{token}]", bias, lambda b: b < math.inf, "a number below infinity")
+            _require(f"logit_bias[{token}]", bias, lambda b: b <= LARGEST, "a number below infinity, and a float32")
+
+
+LARGEST = torch.finfo(torch.float32).max
+"""Of what is kept in float32 by seat."""
 
 
 def _require(name: str, value: object, ok: Callable[[Any], bool], expected: str) -> None:
@@ -207,7 +211,7 @@ class Sampler(BySeat):
     `work` is what some of its seats ask for.
     """
 
-    by_seat = (*(f"_{name}" for name in COLUMNS), "_penalties", "_bias", "_noise", "_params")
+    by_seat = (*(f"_{name}" for name in COLUMNS), "_penalties", "_bias", "_noise", "_params", "_grammars")
     _temperature: torch.Tensor  # [S, 1, 1], as the other columns
     _top_k: torch.Tensor
     _top_p: torch.Tensor
@@ -221,6 +225,7 @@ class Sampler(BySeat):
         self._bias: torch.Tensor | None = None  # made when a row asks for it, as the noise is
         self._noise: Noise | None = None
         self._params = np.full(num_seats, SamplingParams(), dtype=object)
+        self._grammars = np.full(num_seats, None, dtype=object)
         self._vocab_size, self._device, self._depth = vocab_size, device, depth
         self.work = SamplingWork.of(self._params)
         self._places: list[Place] = []
@@ -245,10 +250,17 @@ class Sampler(BySeat):
         if self._noise is not None:
             self._noise.clear(seat, num_tokens)
 
-    def admit(self, seat: int, params: SamplingParams, prompt: Sequence[int], stop: StopRule | None = None) -> None:
+    def admit(
+        self,
+        seat: int,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        stop: StopRule | None = None,
+        grammar: Grammar | None = None,
+    ) -> None:
         """Begin a row with these parameters in a seat; `stop` says which ends are held back."""
         num_seats = len(self._params)
-        self._params[seat] = params
+        self._params[seat], self._grammars[seat] = params, grammar
         for name in COLUMNS:
             getattr(self, f"_{name}")[seat] = getattr(params, name)
         self._penalties.admit(seat, params, prompt, stop)
@@ -263,6 +275,11 @@ class Sampler(BySeat):
             if self._noise is None:
                 self._noise = Noise(num_seats, self._vocab_size, self._device, self._depth + 2)
             self._noise.admit(seat, params.seed)
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether some row's tokens are asked about on the host."""
+        return any(grammar is not None for grammar in self._grammars)
 
     def reserve(self, lengths: Sequence[int], depth: int) -> None:
         """Prepare the noise for a tree of `depth` whose roots have positions `lengths`."""
@@ -293,6 +310,8 @@ class Sampler(BySeat):
             assert self._bias is not None
             scores = scores + self._bias
         scores = self._penalties.apply(scores, tree, lengths, self.work)
+        if self.has_grammar:
+            scores = forbid(scores, tree, list(self._grammars))
         greedy = scores.argmax(-1)
         if not self.work.draws:
             return greedy

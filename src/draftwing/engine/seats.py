@@ -12,6 +12,7 @@ import torch
 
 from draftwing.by_seat import BySeat
 from draftwing.engine.drafter import Drafter
+from draftwing.engine.grammar import Grammar
 from draftwing.engine.logprobs import Scores, ScoresOnHost
 from draftwing.engine.plan import TreePlan
 from draftwing.engine.readback import Array
@@ -74,13 +75,27 @@ class Seats(BySeat):
     def bound(self, num_tokens: int) -> None:
         self.cache.bound = self.drafter.bound = num_tokens
 
-    def admit(self, seat: int, prompt: Sequence[int], params: SamplingParams, stop: StopRule) -> None:
+    def admit(
+        self,
+        seat: int,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        stop: StopRule,
+        grammar: Grammar | None = None,
+    ) -> None:
         """Begin a row in a seat that is clear; its prompt is still unread."""
-        self.sampler.admit(seat, params, prompt, stop)
+        self.sampler.admit(seat, params, prompt, stop, grammar)
         self.drafter.begin(seat, prompt[0])
 
     def admit_behind(
-        self, source: int, num_tokens: int, seat: int, prompt: Sequence[int], params: SamplingParams, stop: StopRule
+        self,
+        source: int,
+        num_tokens: int,
+        seat: int,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        stop: StopRule,
+        grammar: Grammar | None = None,
     ) -> None:
         """Begin a row whose first `num_tokens` seat `source` has read; the token behind them is the same too.
 
@@ -89,7 +104,7 @@ class Seats(BySeat):
         lender = self.part(source, source + 1)
         lender.bound = int(lender.lengths[0])
         lender.catch_up()
-        self.sampler.admit(seat, params, prompt, stop)
+        self.sampler.admit(seat, params, prompt, stop, grammar)
         self.cache.copy_seat(source, seat, num_tokens)
         self.cache.lengths[seat] = num_tokens
         self.drafter.share(source, seat, num_tokens)

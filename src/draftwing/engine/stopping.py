@@ -67,8 +67,9 @@ class StopRule:
         reach = longest + 4
         while reach < len(tokens) and not self._reads(tokens[-reach:-1], longest):
             reach *= 2
-        tail = text_behind(tokens[-reach:], self.decode)
-        return any(text in tail for text in self.stop_strings)
+        tail, before = text_behind(tokens[-reach:], self.decode), text_behind(tokens[-reach:-1], self.decode)
+        num_known = len(before.rstrip(NO_CHARACTER))  # a character whose bytes were not all there is new
+        return any((start := tail.rfind(text)) >= 0 and start + len(text) > num_known for text in self.stop_strings)
 
     def _reads(self, tokens: list[int], longest: int) -> bool:
         """Whether tokens before the last one are enough for a stop string that ends in that.

@@ -11,7 +11,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from draftwing.engine.readback import CycleReport
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.statistics import STAGES
 from draftwing.engine.stopping import StopRule
+from draftwing.files import cache_folder
 from draftwing.target.model import TargetModel
 
 logger = logging.getLogger(__name__)
@@ -120,13 +120,6 @@ class CycleCosts:
             if np.shape(getattr(costs, name)) != shape:
                 raise ValueError(f"costs: {name}: expected the shape {shape}, got {np.shape(getattr(costs, name))}")
         return costs
-
-
-def cache_folder() -> Path:
-    """Where measurements are kept: $DRAFTWING_CACHE, or draftwing in the user's cache folder."""
-    if folder := os.environ.get("DRAFTWING_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "draftwing"
 
 
 def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts], since: float = 0.0) -> CycleCosts:

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from draftwing.engine.engine import bucket
+from draftwing.engine.plan import TreePlan
 from draftwing.engine.statistics import Statistics
 from draftwing.plans.acceptance import AcceptanceTable
 from draftwing.plans.auto import AutoPlan
+from draftwing.plans.clocked import ClockedPlan
 from draftwing.plans.costs import CycleCosts
 from draftwing.plans.experience import Experience
 from draftwing.threads import free_cores
@@ -27,6 +29,8 @@ class Lessons:
 
     stored: Mapping[str, Any] = field(default_factory=dict)
     costs: dict[Key, CycleCosts] = field(default_factory=dict)
+    clocked: dict[TreePlan, ClockedPlan] = field(default_factory=dict)
+    """Plans of n-grams with what the clock has said of them."""
     costs_since: float = 0.0
     watched: dict[Key, tuple[AutoPlan, Statistics]] = field(default_factory=dict)
     """The last generation of one row by these costs: what it expected, and what it took."""

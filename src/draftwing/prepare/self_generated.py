@@ -97,7 +97,7 @@ def regenerate(
     names = ("data", "max_rows", "seed", "sequence_length", "prompt_length", "max_new_tokens", "temperatures")
     settings = {name: getattr(config, name) for name in names} | {"source": source or config.target}
     settings |= {"prompts": len(prompts), "shard": f"{shard.number}/{shard.count}"}
-    num_done = _resume(output, settings, contents_of(config) | data_content_of(config))
+    num_done = resume(output, settings, contents_of(config) | data_content_of(config))
     mine = prompts[shard.number - 1 :: shard.count]
     if num_done:
         logger.info("resuming from %s: %d of %d rows are there", output, num_done, len(mine))
@@ -155,7 +155,7 @@ def _candidates(
             raise ValueError("messages: tool calls cannot be regenerated: nobody runs the tools")
         if roles[0] == "assistant":
             raise ValueError("messages: turn 0 is an answer; expected what it answers before it")
-        first = _encode(render(said.messages[: roles.index("assistant")], tokenizer, True, said.tools), tokenizer)
+        first = encode_text(render(said.messages[: roles.index("assistant")], tokenizer, True, said.tools), tokenizer)
         return [(Prompt(0, held_out, tuple(said.messages), tools=tuple(said.tools or ())), len(first))]
 
     shown = track(refs, "reading prompts", console=Console(stderr=True), disable=len(refs) < 1000)
@@ -172,7 +172,8 @@ def _pieces(text: str, config: SelfGeneratedStage, tokenizer: Any) -> list[tuple
     return [ids[start : start + config.prompt_length] for start in starts]
 
 
-def _encode(text: str, tokenizer: Any) -> list[int]:
+def encode_text(text: str, tokenizer: Any) -> list[int]:
+    """The ids of a template's text, which has its special tokens in it."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
@@ -195,38 +196,44 @@ class EngineAnswers:
         self._config, self._tokenizer, self._start, self._eos = config, tokenizer, start, eos_token_ids
         self._vocab_size = vocab_size
         known = {*tokenizer.get_vocab().values(), *eos_token_ids}
-        self._bias = {token: -math.inf for token in range(len(tokenizer), vocab_size) if token not in known}
+        self.bias = {token: -math.inf for token in range(len(tokenizer), vocab_size) if token not in known}
 
     def __call__(self, prompts: Sequence[Prompt]) -> Iterator[Row]:
-        if self._bias:
-            note = f"{len(self._bias)} of the target's {self._vocab_size} ids are no tokens of its tokenizer"
-            Console(stderr=True).print(f"{note}: they are never chosen", highlight=False, soft_wrap=True)
+        self.say_what_is_never_chosen()
         for first in range(0, len(prompts), self._config.batch_size):
-            batch = [_Dialogue(prompt, self._tokenizer) for prompt in prompts[first : first + self._config.batch_size]]
-            while waiting := [dialogue for dialogue in batch if self._room(dialogue)]:
-                generation = self._start([self._request(dialogue) for dialogue in waiting]).run()
+            batch = [Dialogue(prompt, self._tokenizer) for prompt in prompts[first : first + self._config.batch_size]]
+            while waiting := [dialogue for dialogue in batch if self.room(dialogue)]:
+                seeds = [self._config.seed + dialogue.number for dialogue in waiting]
+                generation = self._start(list(map(self.request, waiting, seeds))).run()
                 for dialogue, output in zip(waiting, generation.outputs, strict=True):
                     dialogue.take(output)
             yield from (dialogue.row() for dialogue in batch)
 
-    def _room(self, dialogue: "_Dialogue") -> int:
+    def say_what_is_never_chosen(self) -> None:
+        """A line on stderr, if there are such ids."""
+        if self.bias:
+            note = f"{len(self.bias)} of the target's {self._vocab_size} ids are no tokens of its tokenizer"
+            Console(stderr=True).print(f"{note}: they are never chosen", highlight=False, soft_wrap=True)
+
+    def room(self, dialogue: "Dialogue") -> int:
         """Tokens that the dialogue's next answer may have; 0 if it has no next one, or one that cannot be had."""
         if not dialogue.is_open or max(dialogue.ids) >= self._vocab_size:
             return 0
         room = self._config.sequence_length - len(dialogue.ids)
         return max(0, min(room, self._config.max_new_tokens or room))
 
-    def _request(self, dialogue: "_Dialogue") -> Request:
-        config, number = self._config, dialogue.number
-        temperature = config.temperatures[number % len(config.temperatures)]
+    def request(self, dialogue: "Dialogue", seed: int) -> Request:
+        """What the dialogue's next answer is asked for by; the temperatures take turns by its number."""
+        config = self._config
+        temperature = config.temperatures[dialogue.number % len(config.temperatures)]
         return Request(
             list(dialogue.ids),
-            SamplingParams(temperature, logit_bias=self._bias, seed=config.seed + number),
-            StopRule(self._room(dialogue), self._eos),
+            SamplingParams(temperature, logit_bias=self.bias, seed=seed),
+            StopRule(self.room(dialogue), self._eos),
         )
 
 
-class _Dialogue:
+class Dialogue:
     """A conversation, or a text, being answered: the tokens so far, and whether another answer is to come.
 
     Tokens that were chosen stay as they are. A template's text is only asked what stands between two answers.
@@ -241,7 +248,7 @@ class _Dialogue:
         if prompt.messages:
             self._hear()
             self._text = self._render(add_generation_prompt=True)
-            self.ids = _encode(self._text, tokenizer)
+            self.ids = encode_text(self._text, tokenizer)
         else:
             self.ids = list(prompt.ids)
         self._mask = [0] * len(self.ids)
@@ -291,8 +298,8 @@ class _Dialogue:
         if not rest.startswith(end_text):
             return None
         self._text = whole
-        ids = _encode(rest, self._tokenizer)  # begins with the end, so that what follows is no text's beginning
-        return ids[1:] if ids[:1] == [end] else _encode(rest[len(end_text) :], self._tokenizer)
+        ids = encode_text(rest, self._tokenizer)  # begins with the end, so that what follows is no text's beginning
+        return ids[1:] if ids[:1] == [end] else encode_text(rest[len(end_text) :], self._tokenizer)
 
     def _render(self, add_generation_prompt: bool) -> str:
         return render(self._said, self._tokenizer, add_generation_prompt, list(self._prompt.tools) or None)
@@ -310,14 +317,14 @@ class _Dialogue:
         return self._row or {"error": reason, "held_out": self._prompt.held_out}
 
 
-def _resume(output: Path, settings: dict[str, Any], contents: dict[str, str]) -> int:
+def resume(output: Path, settings: dict[str, Any], contents: dict[str, str]) -> int:
     """How many rows an earlier run has written with the same settings, which are kept beside its output.
 
     The `contents` of its inputs count where that run has kept them.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     beside = output.with_suffix(".run.json")
-    num_done = _complete_lines(output)
+    num_done = complete_lines(output)
     if num_done and beside.exists():
         earlier = json.loads(beside.read_text(encoding="utf-8"))
         check_same_run(output, earlier, settings)
@@ -326,7 +333,7 @@ def _resume(output: Path, settings: dict[str, Any], contents: dict[str, str]) ->
     return num_done
 
 
-def _complete_lines(path: Path) -> int:
+def complete_lines(path: Path) -> int:
     """Count a file's complete lines and cut off a partial last one, which a stopped run may have left."""
     if not path.exists():
         return 0

@@ -18,6 +18,9 @@ from draftwing.serving.text import AnswerText
 COMPLETION_TOKENS = 16
 """New tokens of a completion whose body does not say how many, as OpenAI's."""
 
+MOST_CHARACTERS = 64
+"""Characters of a text for each token of the context; longer ones are not even tokenised."""
+
 
 class ContextError(FieldError):
     """Prompt and new tokens are more than a seat holds."""
@@ -120,11 +123,23 @@ class Intake:
         """A prompt as the model reads it."""
         if isinstance(prompt, list):
             return prompt
+        self._check_characters(len(prompt), "prompt")
         ids: list[int] = self.tokenizer(prompt, add_special_tokens=adds_special_tokens)["input_ids"]
         return ids
 
+    def _check_characters(self, count: int, field: str) -> None:
+        """Refuse a text that is far too long before it is tokenised."""
+        most = MOST_CHARACTERS * self.limits.max_model_len
+        if count > most:
+            raise ContextError(
+                field,
+                f"{count} characters do not fit into the context of {self.limits.max_model_len} tokens; "
+                f"at most {most} are read",
+            )
+
     def chat_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """A conversation as the model reads it, up to where the assistant answers."""
+        self._check_characters(sum(len(str(turn.get("content"))) for turn in messages), "messages")
         try:
             turns = [read_message(turn, f"turn {index}") for index, turn in enumerate(messages)]
             return Prompt("", messages=tuple(turns)).token_ids(self.tokenizer)
@@ -180,6 +195,8 @@ class Intake:
 
     def _stop(self, body: Generation, num_tokens: int) -> StopRule:
         eos = () if body.ignore_eos else self._eos
+        if max(body.stop_token_ids or [0]) >= self._vocab_size:
+            raise FieldError("stop_token_ids", f"expected token ids below {self._vocab_size}")
         return StopRule(
             max_new_tokens=num_tokens,
             eos_token_ids=(*eos, *(body.stop_token_ids or ())),

@@ -57,8 +57,10 @@ class _DrainingServer(uvicorn.Server):
         threading.Thread(target=self._drain, daemon=True).start()
 
     def _drain(self) -> None:
-        self._scheduler.drain(self._drain_seconds)
-        self.should_exit = True
+        try:
+            self._scheduler.drain(self._drain_seconds)
+        finally:
+            self.should_exit = True
 
 
 def serve(app: ASGIApp, scheduler: Scheduler, listener: socket.socket, drain_seconds: float) -> None:

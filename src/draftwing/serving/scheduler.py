@@ -243,13 +243,15 @@ class Scheduler:
             self._end([ticket], None)
 
     def _end(self, tickets: Iterable[Ticket], reason: str | None) -> None:
-        """Take tickets out of their seats; they are told the reason, if there is one."""
+        """Take tickets out of their seats; they are told the reason, if there is one, even where the engine fails."""
+        seats = []
         for ticket in tickets:
             if ticket.seat is not None and self._seated.pop(ticket.seat, None) is not None:
-                self._engine.retire(ticket.seat)
+                seats.append(ticket.seat)
             if ticket.ended is None and reason is not None:
                 self._deliver_last(ticket, reason)
             ticket.ended = ticket.ended or time.perf_counter()
+        self._engine.retire(*seats)
 
     def _deliver_last(self, ticket: Ticket, reason: str, error: str | None = None) -> None:
         ticket.ended = time.perf_counter()

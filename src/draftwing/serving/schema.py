@@ -18,8 +18,7 @@ MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
-MAX_FIELDS = 64
-"""Of a body, known and unknown."""
+MAX_UNKNOWN = 32
 
 REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("tools", "functions", "documents", "audio", "web_search_options"), ()),
@@ -29,6 +28,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("use_beam_search", "early_stopping", "prompt_embeds", "logits_processors"), ()),
     **dict.fromkeys(("reasoning_effort", "verbosity", "thinking", "prompt_logprobs"), ()),
     **dict.fromkeys(("mirostat", "top_a", "xtc_probability", "dry_multiplier", "dynatemp_range"), ()),
+    **dict.fromkeys(("echo", "min_length", "no_repeat_ngram_size", "regex", "beam_width", "num_beams"), ()),
+    **dict.fromkeys(("n_predict", "num_predict", "thinking_token_budget", "stop_sequences"), ()),
     **dict.fromkeys(("tfs", "typical_p", "typical", "length_penalty"), (1,)),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
@@ -50,7 +51,6 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
@@ -72,29 +72,40 @@ class Body(BaseModel):
     def _drop_nulls(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        if len(body) > MAX_FIELDS:
-            raise FieldError("the body", f"expected at most {MAX_FIELDS} fields, got {len(body)}")
         if isinstance(bias := body.get("logit_bias"), dict) and len(bias) > MAX_BIASES:
             raise FieldError("logit_bias", f"expected at most {MAX_BIASES} tokens, got {len(bias)}")
         return {name: value for name, value in body.items() if value is not None}
 
     @model_validator(mode="after")
     def _look_at_unknown_fields(self) -> "Body":
-        for name, value in (self.model_extra or {}).items():
+        extra = self.model_extra or {}
+        if len(extra) > MAX_UNKNOWN:
+            raise FieldError(
+                list(extra)[MAX_UNKNOWN], f"one of {len(extra)} unknown fields; at most {MAX_UNKNOWN} are read"
+            )
+        for name, value in extra.items():
             self._look_at(name, value)
         return self
 
     def _look_at(self, name: str, value: Any) -> None:
-        if name in REFUSED:
-            if value and value not in REFUSED[name]:
+        if name in REFUSED or name.startswith("guided_"):
+            if value and value not in REFUSED.get(name, ()):
                 raise FieldError(name, "is not supported here, and would change the text; leave it out")
             return
+        if name == "spaces_between_special_tokens" and value is False:
+            raise FieldError(name, "only true is supported")
         if name in SILENT:
             return
-        similar = difflib.get_close_matches(name[:100], type(self).model_fields, 1, SIMILAR)
+        similar = self._similar(name[:100].lower())
         if similar:
             raise FieldError(name, f"is unknown; did you mean {similar[0]}?")
         logger.info("field %.60r of a request is not read", name)
+
+    def _similar(self, name: str) -> list[str]:
+        """Known fields that a lower-case name must mean: misspelt, or with three letters or more abbreviated."""
+        fields = type(self).model_fields
+        longer = [field for field in fields if len(name) >= 3 and field.startswith(name)]
+        return difflib.get_close_matches(name, fields, 1, SIMILAR) or longer
 
 
 class FieldError(ValueError):
@@ -124,7 +135,7 @@ class Generation(Body):
     best_of: int | None = Field(None, description="only the value of n")
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="no end-of-sequence token before")
-    temperature: NotNegative | None = Field(None, description="default: 1; 0 is greedy")
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(None, description="default: 1; 0 is greedy")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(None, description="0 or -1: all")
     min_p: Share | None = None

@@ -47,13 +47,15 @@ class AnswerText:
 
         With a reason (eos, stop, length, ...) the answer ends here and nothing is held back any more.
         """
+        num_before = 0  # characters held before the last token
         for index, token in enumerate(tokens):
+            num_before = self._num_held()
             is_end = finish_reason == "eos" and index == len(tokens) - 1
             self._take(token, index < num_drafted, is_end)
         if finish_reason is None:
             return self._release(self._num_certain())
         self._hold(self._stream.flush() if self._stream else "", False)
-        return self._release(self._end() if finish_reason == "stop" else self._num_held())
+        return self._release(self._end(num_before) if finish_reason == "stop" else self._num_held())
 
     def _take(self, token: int, is_drafted: bool, is_end: bool) -> None:
         if self._stream is None:  # a first token in front of itself shows a space that a beginning would eat
@@ -77,10 +79,14 @@ class AnswerText:
         text = "".join(held.text for held in self._held)
         return len(text) - max(_overlap(text, stop) for stop in self._stops)
 
-    def _end(self) -> int:
-        """Where the answer is cut: at the stop string that begins first."""
+    def _end(self, num_before: int) -> int:
+        """Where the answer is cut: at the first stop string that ends behind so many characters.
+
+        Earlier ones came before there were `min_tokens`, and did not end the answer.
+        """
         text = "".join(held.text for held in self._held)
-        found = [(start, -len(stop)) for stop in self._stops if (start := text.find(stop)) >= 0]
+        firsts = [(text.find(stop, max(0, num_before - len(stop) + 1)), -len(stop)) for stop in self._stops]
+        found = [first for first in firsts if first[0] >= 0]
         if not found:
             return len(text)
         start, length = min(found)

@@ -1,20 +1,29 @@
 """Single tokens as text and as bytes, for log-probabilities and for what a tokenizer says of itself."""
 
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 from draftwing.engine.stopping import NO_CHARACTER, exact_decode
+
+NUM_KEPT = 65536
+"""Tokens whose texts are kept."""
 
 
 class TokenTexts:
     """Looks tokens of one tokenizer up."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self._decode = tokenizer, exact_decode(tokenizer)
+        self._tokenizer, decode = tokenizer, exact_decode(tokenizer)
+        self._text = lru_cache(NUM_KEPT)(lambda token: decode([token]))
+
+    def each(self, tokens: Sequence[int]) -> list[str]:
+        """Each token alone."""
+        return [self.text(token) for token in tokens]
 
     def text(self, token: int) -> str:
         """A token alone; bytes that are no whole character are replacement characters."""
-        return self._decode([token])
+        return self._text(token)
 
     def bytes(self, token: int) -> list[int] | None:
         """A token's UTF-8 bytes, also where these are no whole character; None if the tokenizer does not tell."""

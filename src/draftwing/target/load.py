@@ -1,6 +1,7 @@
-"""Load targets, and the tokenizers that belong to them, from a folder, a hub id or the embedded assets."""
+"""Load targets, and the tokenizers that belong to them, from a folder, a GGUF file, a hub id or the embedded assets."""
 
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from draftwing.config import DTYPES
-from draftwing.embedded import EMBEDDED
+from draftwing.embedded import EMBEDDED_TARGETS, embedded_target
+from draftwing.target.gguf import dequantised, find_gguf
 from draftwing.target.model import ATTENTION, Role, TargetModel, one_line
 from draftwing.target.packed import multiplies_bfloat16
 from draftwing.target.quantize import is_quantized_file, quantization_config
@@ -22,9 +24,15 @@ HUB_OPTIONS = ("cache_dir", "code_revision", "force_download", "local_files_only
 """What of `from_pretrained`'s options says where files come from and whether their code is run."""
 
 
-def resolve_target(name: str) -> str:
-    """A folder or hub id for the target `name`; `tiny` is the embedded one."""
-    return str(EMBEDDED / "target") if name == "tiny" else name
+def resolve_target(name: str | PathLike[str], role: Role = "target") -> str:
+    """A folder or hub id for the target `name`: one of EMBEDDED_TARGETS, a GGUF file, a folder (of one), a hub id.
+
+    Raises:
+        ValueError: a GGUF file that cannot be read, an embedded target that is not installed.
+    """
+    path = str(embedded_target(str(name)) if name in EMBEDDED_TARGETS else name)
+    file = find_gguf(path, role)
+    return path if file is None else str(dequantised(file, role))
 
 
 def load_target(

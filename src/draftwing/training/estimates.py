@@ -16,9 +16,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from draftwing.config import LanguageModelStage, SelfGeneratedStage, Stage, TrainConfig
+from draftwing.drafts.kinds import objective_named
 from draftwing.drafts.objective import HeadSizes
 from draftwing.target.load import resolve_target
-from draftwing.training.objectives import HEADS
 
 REACHED = 0.4
 """The assumed share of the rate of large products that a training step reaches."""
@@ -75,7 +75,7 @@ def plan_stages(stages: Sequence[TrainConfig], num_processes: int, flops_per_sec
         if stage.objective == "self_generated":
             plans.append(_plan_rows(stage, target, text_config, num_processes))
             continue
-        heads[stage.output] = head = HEADS[stage.objective].sizes(stage, text_config, heads)
+        heads[stage.output] = head = objective_named(stage.objective).sizes(stage, text_config, heads)
         plans.append(_plan_head(stage, (target, text_config), head, num_processes, flops_per_second))
     return plans
 
@@ -170,7 +170,7 @@ def _plan_head(
     stage: TrainConfig, of_target: tuple[Shapes, Any], sizes: HeadSizes, num_processes: int, rate: float
 ) -> StagePlan:
     params, target = of_target
-    costs = HEADS[stage.objective].costs(stage, target, sizes)
+    costs = objective_named(stage.objective).costs(stage, target, sizes)
     trained, active, tokens = sizes.num_elements - costs.frozen, active_params(params, target), _tokens(stage)
     size, logits = _bytes(stage), min(LOGIT_CHUNK, 5 * tokens * costs.logits)
     memory = _frozen_target_memory(stage, params, target, num_processes, sizes.config.feature_layers)

@@ -23,7 +23,7 @@ from draftwing.data.examples import (
 )
 from draftwing.drafts.fit import load_strictly
 from draftwing.drafts.head_training import HeadTraining
-from draftwing.drafts.kinds import new_drafter, resolve_method
+from draftwing.drafts.kinds import new_drafter, objective_named, resolve_method
 from draftwing.drafts.objective import Objective
 from draftwing.engine.engine import Request
 from draftwing.engine.generation import start_generation
@@ -34,7 +34,6 @@ from draftwing.target.load import load_tokenizer
 from draftwing.target.model import TargetModel
 from draftwing.training.estimates import read_target_config
 from draftwing.training.frozen_target import frozen_target
-from draftwing.training.objectives import HEADS
 from draftwing.training.processes import (
     is_main_process,
     num_processes,
@@ -54,7 +53,7 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     """Train the recipe's head into `config.output`, in its published format; returns the held-out metrics."""
     torch.manual_seed(config.seed)
     plan = decode_plan(config)
-    objective = HEADS[config.objective]
+    objective = objective_named(config.objective)
     # Mistakes are found before anything large is read.
     objective.check(config, read_target_config(config.target).get_text_config())
     target = frozen_target(config, config.target)
@@ -176,7 +175,7 @@ class HeadTrainer(ResumableTrainer):
 
     @property
     def _objective(self) -> Objective:
-        return HEADS[self.config.objective]
+        return objective_named(self.config.objective)
 
     def _decoded_tau(self) -> float:
         """tau over `prompts`, of which each process decodes its share."""

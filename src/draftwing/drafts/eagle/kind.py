@@ -1,6 +1,7 @@
 """EAGLE heads as kinds of draft: EAGLE-1/2 heads and EAGLE-3 heads differ in their network alone."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,10 +9,12 @@ import torch
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.eagle1 import EagleModel
 from draftwing.drafts.eagle.eagle3 import Eagle3Model
-from draftwing.drafts.eagle.formats import HeadOptions, is_eagle1_file, is_eagle3_file
+from draftwing.drafts.eagle.export import export_head
+from draftwing.drafts.eagle.formats import HeadOptions, is_eagle1_file, is_eagle3_file, read_head
 from draftwing.drafts.eagle.fused_layers import pack_head
 from draftwing.drafts.eagle.inspect import HeadReport, inspect_head
 from draftwing.drafts.eagle.load import DraftNetwork, build_head
+from draftwing.drafts.export import Export, Request
 from draftwing.drafts.family import Draft, DraftFiles, Kind, Wanted
 from draftwing.drafts.fit import TargetSizes, Tensors
 from draftwing.drafts.ngram import NgramDrafter
@@ -41,6 +44,15 @@ class _Head(Kind[DraftNetwork]):
 
     def inspect(self, files: DraftFiles, target: TargetSizes | None, target_name: str | None) -> HeadReport:
         return inspect_head(files, target)
+
+    def export(self, request: Request) -> Export:
+        return export_head(request)
+
+    def meaning(self, files: DraftFiles, target: TargetSizes) -> tuple[Mapping[str, Any], Tensors]:
+        head = read_head(files.values, files.tensors, target)
+        ids = {} if head.target_ids is None else {"target_ids": head.target_ids}
+        bias = {"fc.bias": torch.zeros(head.config.hidden_size)} if not head.is_eagle3 else {}  # zeros are none
+        return vars(replace(head.config, fc_bias=False)), bias | head.tensors | ids
 
 
 class Eagle1(_Head):

@@ -1,6 +1,7 @@
 """The published format of Medusa heads, translated to ours and back in this file only.
 
-Head i holds residual blocks i.j.linear, then the output matrix i.L.weight; config.json is three lines.
+Head i holds residual blocks i.j.linear, then the output matrix i.L.weight; config.json is three lines. vLLM has names
+of its own for the same tensors, and leaves out without a word what it does not know: `to_vllm`.
 """
 
 import re
@@ -26,9 +27,49 @@ class MedusaHeads:
     tensors: Tensors
 
 
+VLLM_TENSOR = re.compile(r"(?:blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)|lm_heads\.(\d+)\.weight)$")
+
+
+def to_vllm(heads: MedusaHeads) -> tuple[dict[str, Any], Tensors]:
+    """The config.json and tensors of Medusa heads as vLLM names them."""
+    config = heads.config
+    values = {
+        "model_type": "medusa",
+        "architectures": ["MedusaModel"],
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "num_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "medusa_fc_bias": True,
+    }
+    tensors: Tensors = {}
+    for name, tensor in heads.tensors.items():
+        head, block, kind = name.split(".", 2)
+        is_output = kind == "weight"
+        renamed = f"lm_heads.{head}.weight" if is_output else f"blocks.{head}.layers.{block}.{kind.split('.')[1]}"
+        tensors[renamed] = tensor
+    return values, tensors
+
+
+def _from_vllm(tensors: Tensors) -> Tensors:
+    """Tensors under the published names; those of others are left as they are."""
+    blocks = [int(match[2]) for name in tensors if (match := VLLM_TENSOR.match(name)) and match[2]]
+    renamed: Tensors = {}
+    for name, tensor in tensors.items():
+        match = VLLM_TENSOR.match(name)
+        if match is None:
+            renamed[name] = tensor
+        elif match[4]:
+            renamed[f"{match[4]}.{max(blocks, default=-1) + 1}.weight"] = tensor
+        else:
+            renamed[f"{match[1]}.{match[2]}.linear.{match[3]}"] = tensor
+    return renamed
+
+
 def is_medusa(values: Mapping[str, Any], tensors: Tensors) -> bool:
     """Whether files hold Medusa heads."""
-    return "medusa_num_heads" in values or (bool(tensors) and all(map(MEDUSA_TENSOR.match, tensors)))
+    names = _from_vllm(tensors)
+    return "medusa_num_heads" in values or (bool(names) and all(map(MEDUSA_TENSOR.match, names)))
 
 
 def read_medusa(values: Mapping[str, Any], tensors: Tensors) -> MedusaHeads:
@@ -38,7 +79,7 @@ def read_medusa(values: Mapping[str, Any], tensors: Tensors) -> MedusaHeads:
         ValueError: a tensor that the format does not have, or lacks.
     """
     renamed, heads, blocks = {}, set(), set()
-    for name, tensor in tensors.items():
+    for name, tensor in _from_vllm(tensors).items():
         match = MEDUSA_TENSOR.match(name)
         if match is None:
             raise ValueError(f"{name}: unknown tensor of shape {tuple(tensor.shape)}; Medusa heads have none")

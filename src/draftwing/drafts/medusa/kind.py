@@ -1,12 +1,16 @@
 """Medusa's heads as a kind of draft."""
 
+import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from draftwing.drafts.eagle.formats import HeadOptions
+from draftwing.drafts.export import Export, Request
 from draftwing.drafts.family import Draft, DraftFiles, Kind, Report, Wanted
 from draftwing.drafts.fit import (
     TargetSizes,
@@ -18,8 +22,9 @@ from draftwing.drafts.fit import (
     tensor_problems,
 )
 from draftwing.drafts.medusa.drafter import MedusaDrafter
-from draftwing.drafts.medusa.files import expected_medusa_shapes, is_medusa, medusa_problems, read_medusa
+from draftwing.drafts.medusa.files import expected_medusa_shapes, is_medusa, medusa_problems, read_medusa, to_vllm
 from draftwing.drafts.medusa.network import MedusaModel
+from draftwing.drafts.save import write_draft
 from draftwing.engine.engine import NewDrafter
 from draftwing.target.model import TargetModel
 from draftwing.target.packed import pack_linears
@@ -65,6 +70,25 @@ class Medusa(Kind[MedusaModel]):
     def pack(self, draft: MedusaModel, compiles: bool | None = None) -> MedusaModel:
         pack_linears(draft)
         return draft
+
+    def export(self, request: Request) -> Export:
+        heads = read_medusa(request.files.values, request.files.tensors)
+        other = [] if request.engine == "vllm" else ["it runs no Medusa heads"]
+        target = shlex.quote(request.target_name)
+
+        def command(folder: Path) -> str:
+            config = {"method": "medusa", "model": str(folder), "num_speculative_tokens": heads.config.num_heads}
+            return f"vllm serve {target} --speculative-config {shlex.quote(json.dumps(config))}"
+
+        return Export(
+            write=lambda folder: write_draft(*to_vllm(heads), folder, "model.safetensors", request.dtype),
+            command=command,
+            obstacles=other,
+        )
+
+    def meaning(self, files: DraftFiles, target: TargetSizes) -> tuple[Mapping[str, Any], Tensors]:
+        heads = read_medusa(files.values, files.tensors)
+        return vars(heads.config), heads.tensors
 
     def max_depth(self, draft: MedusaModel) -> int:
         return len(draft)

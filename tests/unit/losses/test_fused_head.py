@@ -4,7 +4,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from test_losses import ETA, naive_losses
+from test_slot_losses import ETA, naive_losses
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

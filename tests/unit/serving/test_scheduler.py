@@ -181,6 +181,21 @@ def test_who_cannot_take_its_tokens_is_cancelled(target: TargetModel, start: Cal
     assert scheduler.is_alive and scheduler.num_running == 0
 
 
+def test_a_seat_that_cannot_be_left_hides_no_last_delivery(
+    start: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    scheduler = start(num_seats=2)
+    client = Client(scheduler, *endless(4))
+    assert client.first.wait(SECONDS)
+    monkeypatch.setattr(scheduler._engine, "retire", fail)
+    scheduler.cancel(*client.tickets)
+    assert set(client.wait().reasons) <= {"cancelled", "error"}
+    assert [sum(one.finish_reason is not None for one in got) for got in client.deliveries] == [1] * 4
+
+
 def test_a_dead_engine_tells_everybody(start: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = start(num_seats=1, starts=False)
     client = Client(scheduler, *endless(2))

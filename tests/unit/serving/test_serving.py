@@ -268,6 +268,14 @@ def test_the_end_of_sequence_is_no_text() -> None:
         ("tempratur", 1),
         ("max_token", 5),
         ("temperature", -1),
+        ("temperature", 1e39),
+        ("stop_token_ids", [99999]),
+        ("min_length", 3),
+        ("guided_whatever", "x"),
+        ("spaces_between_special_tokens", False),
+        ("n_predict", 5),
+        ("temp", 1),
+        ("Seed", 5),
         ("temperature", "hot"),
         ("temperature", True),
         ("top_p", 0),
@@ -371,7 +379,7 @@ def test_too_large_bodies(client: TestClient) -> None:
 
 def test_too_many_fields_are_refused_before_they_are_looked_at(client: TestClient) -> None:
     fields = {f"temperatur{number}": 1 for number in range(100_000)}
-    assert problem(client.post("/v1/completions", json=TEXT | fields))["param"] == "the body"
+    assert "unknown fields" in problem(client.post("/v1/completions", json=TEXT | fields))["message"]
     bias = {"logit_bias": {str(number): "x" for number in range(100_000)}}
     assert problem(client.post("/v1/completions", json=TEXT | bias))["param"] == "logit_bias"
 
@@ -561,3 +569,20 @@ def test_no_body_is_a_server_error(client: TestClient, route: str, body: dict[st
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
         problem(response, response.status_code)
+
+
+def test_a_chat_does_not_echo(client: TestClient) -> None:
+    assert problem(client.post("/v1/chat/completions", json=CHAT | {"echo": True}))["param"] == "echo"
+
+
+def test_few_unknown_fields_are_looked_at(client: TestClient) -> None:
+    unknown = {f"x_{number}_of_mine": 1 for number in range(33)}
+    assert problem(client.post("/v1/completions", json=TEXT | unknown))["param"] == "x_32_of_mine"
+    unknown.popitem()
+    assert client.post("/v1/completions", json=TEXT | unknown).status_code == 200
+
+
+def test_a_text_that_is_far_too_long_is_not_tokenised(client: TestClient) -> None:
+    error = problem(client.post("/v1/completions", json={"prompt": "x" * (64 * 512 + 1)}))
+    assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+    assert "32769 characters" in error["message"]

@@ -186,6 +186,13 @@ def test_a_stop_string_counts_behind_so_many_tokens() -> None:
     assert rule.check([0], [1, 0]) == (2, "stop")
 
 
+def test_a_stop_string_that_came_too_early_does_not_count_later() -> None:
+    """However cycles are split: it counts where it ends, and there it was too early."""
+    rule = StopRule(9, stop_strings=("ab",), decode=lambda tokens: "".join("abc"[t] for t in tokens), min_new_tokens=2)
+    assert rule.check([], [0, 1, 2, 2]) == (4, None)
+    assert rule.check([0, 1], [2, 0, 1, 2]) == (3, "stop")
+
+
 class TestErrors:
     @pytest.mark.parametrize("least", [-1, 4, True, 0.5])
     def test_a_minimum_that_is_none(self, least: int) -> None:

@@ -17,7 +17,7 @@ from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.target.model import TargetModel
 from draftwing.training.estimates import StagePlan, active_params, count_params, plan_stages, read_target_config
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 LLAMA_8B = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -82,7 +82,7 @@ def test_a_mixture_of_experts_multiplies_what_it_chooses(tmp_path: Path) -> None
 
 
 def test_every_recipe_is_covered() -> None:
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*PUBLISHED, "tiny", "tiny_rivals", "chat_rig"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*PUBLISHED, "tiny", "tiny_rivals", "chat_rig", "smollm2"}
 
 
 EMBEDDED = ["target=tiny", "teacher=tiny", "tokenizer=tiny"]

@@ -15,7 +15,8 @@ from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.seats import Seats
 from draftwing.engine.statistics import STAGES, Statistics
-from draftwing.plans.costs import DAYS_KEPT, CycleCosts, _Cycles, cache_folder, cached_costs, measure_costs
+from draftwing.files import cache_folder
+from draftwing.plans.costs import DAYS_KEPT, CycleCosts, _Cycles, cached_costs, measure_costs
 from draftwing.target.model import TargetModel
 
 
@@ -37,9 +38,9 @@ def test_they_are_measured_greedily_or_sampled(
 
     admit = Seats.admit
 
-    def note(self: Seats, seat: int, prompt: Sequence[int], params: SamplingParams) -> None:
+    def note(self: Seats, seat: int, prompt: Sequence[int], params: SamplingParams, *more: Any) -> None:
         temperatures.add(params.temperature)
-        admit(self, seat, prompt, params)
+        admit(self, seat, prompt, params, *more)
 
     monkeypatch.setattr(Seats, "admit", note)
     measure_costs(target, ngram, 1, TreePlan(1, 2, 3), num_rounds=1, sampled=sampled)

@@ -78,3 +78,10 @@ def test_a_stream_is_what_cutting_all_of_it_gives(
     assert "".join(shown) == cut_at_stop(ids[:count], stops, tokenizer)
     for end in range(1, len(shown)):  # nothing that was shown is a stop string's beginning in the end
         assert not any(stop in "".join(shown[:end]) for stop in stops)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_a_stop_string_before_the_least_tokens_does_not_count(tokenizer: PreTrainedTokenizerFast, size: int) -> None:
+    """However its tokens came, the answer ends at the second one."""
+    ids = tokenizer("a#b#").input_ids
+    assert "".join(say(AnswerText(tokenizer, ["#"]), ids, "stop", size)) == "a#b"

@@ -1,0 +1,171 @@
+"""EAGLE heads for other engines: what each one reads, what it takes in silence and gets wrong, and its files.
+
+Read in the engines' loaders (drafts/export.py has the versions). docs/export.md has the table.
+"""
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from draftwing.drafts.eagle.formats import HeadFile, HeadFormat, default_or_none, read_head
+from draftwing.drafts.eagle.gguf import HEAD_GGUF, write_gguf
+from draftwing.drafts.eagle.save import write_head
+from draftwing.drafts.export import Export, Request
+from draftwing.drafts.fit import Tensors
+from draftwing.drafts.save import write_draft
+from draftwing.layers import DraftConfig
+from draftwing.target.hidden_states import NORMED
+
+WEIGHTS = "model.safetensors"
+OPTION_READERS = {
+    "norm_before_residual": ("vllm", "speculators", "llama.cpp"),
+    "norm_before_fc": ("vllm", "sglang", "speculators", "llama.cpp"),
+    "fc_norm": ("vllm", "sglang", "speculators"),
+    "norm_output": ("vllm", "sglang", "speculators"),
+}
+"""Who reads an option of EAGLE-3 heads; the others ignore it."""
+TAKES_TARGETS_EMBEDDING = ("eagle", "sglang")
+"""Who puts the target's embedding in the place of a head's own."""
+FORMATS: dict[str, HeadFormat] = {"speculators": "speculators"}
+
+
+def export_head(request: Request) -> Export:
+    """How a head is written for an engine, and what is wrong with it there."""
+    head = read_head(request.files.values, request.files.tensors, request.target)
+    if head.is_eagle3:
+        head = replace(head, format=FORMATS.get(request.engine, "eagle3"))
+    obstacles = [*_obstacles(head, request)]
+    faults = [] if obstacles else [*_faults(head, request)]
+    writer = _write_gguf if request.engine == "llama.cpp" else _write_folder
+    return Export(
+        write=lambda folder: writer(head, request, folder),
+        command=lambda folder: command(head, request, folder),
+        obstacles=obstacles,
+        faults=faults,
+        notes=[*_notes(head.config, request.engine)],
+    )
+
+
+def _obstacles(head: HeadFile, request: Request) -> Iterator[str]:
+    """Why an engine cannot load a head, or would fill a part of it with random numbers."""
+    config, engine = head.config, request.engine
+    if not head.is_eagle3 and engine in ("speculators", "llama.cpp"):
+        yield "it reads EAGLE-3 heads alone, and this is an EAGLE-1 head"
+    if config.qk_norm:
+        yield "no engine reads norms of a head's queries and keys"
+    if config.hidden_act not in ("silu", "swish"):
+        yield f"hidden_act: it computes silu alone, and the head has {config.hidden_act}"
+    biases = {"attention_bias": config.attention_bias, "output_bias": config.output_bias, "mlp_bias": config.mlp_bias}
+    given = [name for name, has_bias in biases.items() if has_bias]
+    if given and (engine != "vllm" or config.attention_bias != config.output_bias):
+        yield f"{', '.join(given)}: biases of a head's layer are not read there"
+    if head.is_eagle3 and len(config.aux_layers) != 3 and config.aux_layers != (NORMED,):
+        yield f"aux_layers: it fuses three layers, and the head reads {len(config.aux_layers)}"
+    if config.aux_layers == (NORMED,) and engine not in ("vllm", "sglang"):
+        yield "aux_layers: it fuses three layers, and the head reads the last state alone"
+    if head.is_eagle3 and config.fc_bias:
+        yield "fc.bias: no engine reads a bias behind an EAGLE-3 head's fc"
+    if head.is_eagle3 and not config.own_lm_head and engine != "vllm":
+        yield "lm_head.weight: it wants an output head, and this one uses the target's"
+    if engine == "llama.cpp":
+        yield from _gguf_obstacles(config, request)
+
+
+def _gguf_obstacles(config: DraftConfig, request: Request) -> Iterator[str]:
+    for name, readers in OPTION_READERS.items():
+        if getattr(config, name) and "llama.cpp" not in readers:
+            yield f"{name}: its files have no place for this option; {', '.join(readers)} read it"
+    if config.sliding_window is not None:
+        yield "sliding_window: its files have no place for this option"
+    if config.num_hidden_layers > 1:
+        yield f"num_hidden_layers: it runs one layer, and the head has {config.num_hidden_layers}"
+    if config.rope_parameters.get("rope_type", "default") != "default":
+        yield f"rope_parameters: {config.rope_parameters['rope_type']} was not tried there"
+    if request.target_gguf is None:
+        yield "a head carries its target's tokenizer; pass the target's GGUF file (--target-gguf)"
+
+
+def _faults(head: HeadFile, request: Request) -> Iterator[str]:
+    """What an engine takes without a word and then drafts worse with."""
+    config, engine = head.config, request.engine
+    for name, readers in OPTION_READERS.items():
+        if getattr(config, name) and engine not in readers:
+            yield f"{name}: it does not read this option; {', '.join(readers)} do"
+    if config.sliding_window is not None:
+        yield f"sliding_window: it does not read this option, and the head reads {config.sliding_window} tokens"
+    if engine == "eagle" and head.is_eagle3 and config.aux_layers != default_or_none(request.target.num_layers):
+        usual = default_or_none(request.target.num_layers)
+        yield f"aux_layers: it always reads the layers {usual}, and the head was trained on {config.aux_layers}"
+    if engine == "vllm" and config.fc_bias:
+        yield "fc.bias: it drops this tensor"
+    own = head.tensors.get("embed_tokens.weight")
+    if own is not None and engine in TAKES_TARGETS_EMBEDDING and not _is_same(own, request.target_embedding()):
+        yield "embed_tokens.weight: it puts the target's embedding in this one's place, and they differ"
+
+
+def _is_same(own: torch.Tensor, embedding: torch.Tensor) -> bool:
+    """Whether a head's embedding is a copy of the target's, in the coarser of the two dtypes."""
+    dtype = min((own.dtype, embedding.dtype), key=lambda dtype: dtype.itemsize)
+    return own.shape == embedding.shape and torch.equal(own.to(dtype), embedding.to(dtype))
+
+
+def _notes(config: DraftConfig, engine: str) -> Iterator[str]:
+    if config.trained_length is not None:
+        option = " (SGLang: --speculative-draft-window-size)" if engine == "sglang" else ""
+        yield (
+            f"the head was trained on {config.trained_length} tokens, and draftwing lets it read no more; there it "
+            f"reads the whole text and gets worse in long ones{option}"
+        )
+
+
+def _write_folder(head: HeadFile, request: Request, folder: Path) -> None:
+    values, tensors = write_head(head, request.target, request.target_name)
+    adapted = _for_engine(request.engine, head, values)
+    write_draft(adapted, tensors | _added_tensors(request.engine, head), folder, WEIGHTS, request.dtype)
+
+
+def _for_engine(engine: str, head: HeadFile, values: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with what one engine alone wants."""
+    if not head.is_eagle3:
+        if engine == "vllm":  # it takes the key for the attention's biases, which no file has
+            values.pop("bias", None)
+        if engine == "sglang":
+            values |= {"architectures": ["LlamaForCausalLMEagle"]}
+    if engine == "eagle":
+        values |= {"pretraining_tp": 1, "bias": head.config.fc_bias}
+    return values
+
+
+def _added_tensors(engine: str, head: HeadFile) -> Tensors:
+    """SGLang's EAGLE-1 always has a bias, which stays random where the file has none."""
+    if engine != "sglang" or head.is_eagle3 or head.config.fc_bias:
+        return {}
+    return {"fc.bias": torch.zeros(head.config.hidden_size, dtype=head.tensors["fc.weight"].dtype)}
+
+
+def _write_gguf(head: HeadFile, request: Request, folder: Path) -> None:
+    assert request.target_gguf is not None
+    write_gguf(head, request.target, request.target_gguf, folder / HEAD_GGUF, request.dtype)
+
+
+def command(head: HeadFile, request: Request, folder: Path, depth: int = 3) -> str:
+    """The command line that serves a target with the head, in chains of `depth`."""
+    target, draft = shlex.quote(request.target_name), shlex.quote(str(folder))
+    method = "eagle3" if head.is_eagle3 else "eagle"
+    if request.engine in ("vllm", "speculators"):
+        config = f'{{"method": "{method}", "model": "{folder}", "num_speculative_tokens": {depth}}}'
+        return f"vllm serve {target} --speculative-config {shlex.quote(config)}"
+    if request.engine == "sglang":
+        return (
+            f"python -m sglang.launch_server --model-path {target} --speculative-algorithm {method.upper()} "
+            f"--speculative-draft-model-path {draft} --speculative-num-steps {depth} --speculative-eagle-topk 1 "
+            f"--speculative-num-draft-tokens {depth + 1}"
+        )
+    if request.engine == "llama.cpp":
+        target, draft = shlex.quote(str(request.target_gguf)), shlex.quote(str(folder / HEAD_GGUF))
+        return f"llama-server -m {target} -md {draft} --spec-type draft-eagle3 --spec-draft-n-max {depth}"
+    return f"python -m eagle.evaluation.gen_ea_answer_llama3chat --base-model-path {target} --ea-model-path {draft}"

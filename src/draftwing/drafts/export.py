@@ -1,0 +1,173 @@
+"""Write a draft as another engine reads it right, or say why that engine would not.
+
+Engines take many a file without a word and then draft worse: an option that is not read, feature layers in the other
+convention, a bias that is dropped. The tokens stay right, only acceptance falls, so nobody notices. Such heads are
+refused here with the reason. What is written is read back and compared, tensor by tensor, before it gets its name.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from draftwing.config import suggestion
+from draftwing.drafts.family import ENGINES, DraftFiles
+from draftwing.drafts.fit import TargetSizes, Tensors
+from draftwing.drafts.inspect import target_sizes
+from draftwing.drafts.kinds import family_of_files
+from draftwing.drafts.load import open_draft
+from draftwing.files import whole_folder, write_text
+
+RECORD = "export.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be written: for which engine, of which draft, for which target.
+
+    Attributes:
+        target_name: as the engine will load it.
+        target_embedding: the target's own embedding `[V, D]`, called where an engine puts it in a head's place.
+        target_gguf: the target's GGUF file, whose tokenizer a GGUF head carries.
+    """
+
+    engine: str
+    files: DraftFiles
+    target: TargetSizes
+    target_name: str
+    target_embedding: Callable[[], torch.Tensor]
+    dtype: torch.dtype | None = None
+    target_gguf: Path | None = None
+
+
+@dataclass(frozen=True)
+class Export:
+    """What a family answers: how to write the files, and what is to be said of them.
+
+    Attributes:
+        write: writes them into an empty folder.
+        command: starts the engine with the folder that it is given.
+        obstacles: reasons why the engine cannot load the draft; nothing is written.
+        faults: reasons why it would draft worse there than here; written on demand only.
+        notes: things worth knowing.
+    """
+
+    write: Callable[[Path], None]
+    command: Callable[[Path], str]
+    obstacles: Sequence[str] = ()
+    faults: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A folder that was written: the engine's command line, and the faults and notes that go with it."""
+
+    folder: Path
+    engine: str
+    command: str
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def export_draft(
+    name: str,
+    target: str,
+    engine: str,
+    output: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    verifier: str = "",
+    target_gguf: Path | None = None,
+    force: bool = False,
+) -> Exported:
+    """Write the draft `name` for an engine into the folder `output`, which must not exist or be empty.
+
+    Args:
+        target: its target; the config and at most the embedding are read.
+        dtype: of the weights; default: the file's.
+        verifier: the target's name where the engine runs; default: `target`.
+        force: write also what would draft worse there.
+
+    Raises:
+        ValueError: an engine that is not known, a draft that does not fit the target or that the engine does not read
+            or reads wrong, or a folder that holds something.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"to: no such engine: {engine!r}; {suggestion(engine, ENGINES)}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output: {output} exists and is not empty")
+    files, sizes = open_draft(name), target_sizes(target)
+    kind = family_of_files(files.values, files.tensors).kind
+    for problem in kind.inspect(files, sizes, target).problems:
+        raise ValueError(f"draft: {problem}")
+    request = Request(engine, files, sizes, verifier or target, lambda: target_embedding(target), dtype, target_gguf)
+    export = kind.export(request)
+    if export.obstacles:
+        raise ValueError(f"draft: {ENGINES[engine]} cannot load it: {'; '.join(export.obstacles)}")
+    if export.faults and not force:
+        raise ValueError(
+            f"draft: {ENGINES[engine]} would load it and draft worse: {'; '.join(export.faults)}. "
+            "Pass force (--force) to write it all the same"
+        )
+    with whole_folder(output) as partial:
+        export.write(partial)
+        written = open_draft(str(partial))
+        check_same(kind.meaning(files, sizes), kind.meaning(written, sizes), dtype)
+        exported = Exported(output, engine, export.command(output), list(export.faults), list(export.notes))
+        write_text(partial / RECORD, json.dumps(_record(exported, name, verifier or target), indent=2) + "\n")
+        write_text(partial / "README.md", _card(exported, name, verifier or target))
+    return exported
+
+
+def check_same(
+    one: tuple[Mapping[str, Any], Tensors], other: tuple[Mapping[str, Any], Tensors], dtype: torch.dtype | None
+) -> None:
+    """Raise a ValueError where two drafts, as options and tensors, are not the same but for the weights' dtype."""
+    for name in one[0].keys() | other[0].keys():
+        if one[0].get(name) != other[0].get(name):
+            raise ValueError(f"{name}: {one[0].get(name)!r} became {other[0].get(name)!r} in the written files")
+    for name in sorted(one[1].keys() | other[1].keys()):
+        before, after = one[1].get(name), other[1].get(name)
+        if before is None or after is None:
+            raise ValueError(f"{name}: is in one of the files alone")
+        if dtype is not None and before.is_floating_point() and after.dtype == dtype:  # GGUF keeps norms in float32
+            before = before.to(dtype)
+        if before.shape != after.shape or not torch.equal(before.to(torch.float64), after.to(torch.float64)):
+            raise ValueError(f"{name}: other numbers in the written files")
+
+
+def target_embedding(name: str) -> torch.Tensor:
+    """A target's embedding `[V, D]`; nothing else of it is kept."""
+    from draftwing.target.load import load_model
+
+    weight: torch.Tensor = load_model(name).get_input_embeddings().weight.detach()
+    return weight
+
+
+def _card(exported: Exported, name: str, verifier: str) -> str:
+    """A model card: what the folder is for, how it is served, and what to know."""
+    remarks = "".join(f"- {text}\n" for text in [*exported.faults, *exported.notes])
+    paragraphs = [
+        f"---\nbase_model: {verifier}\ntags: [speculative-decoding]\n---",
+        f"# A draft of {verifier} for {exported.engine}",
+        f"Exported by draftwing from `{Path(name).name}`, as {ENGINES[exported.engine]} reads it. The target's tokens "
+        "stay what they are; the draft makes them come faster.",
+        f"```bash\n{exported.command}\n```",
+        remarks,
+    ]
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
+
+
+def _record(exported: Exported, name: str, verifier: str) -> dict[str, Any]:
+    return {
+        "engine": ENGINES[exported.engine],
+        "draft": Path(name).name,
+        "target": verifier,
+        "command": exported.command,
+        "faults": exported.faults,
+        "notes": exported.notes,
+    }
