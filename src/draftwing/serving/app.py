@@ -61,20 +61,28 @@ class Status(TypedDict):
     status: str
 
 
+class _App(FastAPI):
+    """Documents what is answered; the framework's own 422 never is."""
+
+    def openapi(self) -> dict[str, Any]:
+        schema = super().openapi()
+        for route in schema["paths"].values():
+            for operation in route.values():
+                operation["responses"].pop("422", None)
+        return schema
+
+
 def create_app(
     scheduler: Scheduler, intake: Intake, identity: Identity, keys: Sequence[str] = (), logs_json: bool = False
 ) -> FastAPI:
     """The application for a scheduler that has been started; with keys, requests need one of them."""
-    app = FastAPI(title="draftwing", version=version("draftwing"), docs_url=None, redoc_url=None)
+    app = _App(title="draftwing", version=version("draftwing"), docs_url=None, redoc_url=None)
     server = Server(scheduler, intake, identity)
     for routes in (_answers(server), _tokens(server), _about(server)):
         app.include_router(routes)
     app.add_middleware(Front, keys=keys, as_json=logs_json)
     for kind in (ApiError, FieldError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _refuse)
-    for route in app.openapi()["paths"].values():
-        for operation in route.values():
-            operation["responses"].pop("422", None)  # the framework's own, which is never answered
     return app
 
 

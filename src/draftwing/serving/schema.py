@@ -8,7 +8,7 @@ import json
 import logging
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,11 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
 }
 """Fields that would change the text and are not honoured, with the values that change nothing, beside empty ones."""
+SILENT = (
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("parallel_tool_calls", "prediction", "request_id", "priority", "spaces_between_special_tokens"),
+)
+"""Fields that many clients send and that change no text; they are not logged."""
 SIMILAR = 0.8
 """How much an unknown field must look like a known one to be taken for a slip of the pen."""
 
@@ -67,6 +72,8 @@ class Body(BaseModel):
     def _drop_nulls(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
+        if isinstance(bias := body.get("logit_bias"), dict) and len(bias) > MAX_BIASES:
+            raise FieldError("logit_bias", f"expected at most {MAX_BIASES} tokens, got {len(bias)}")
         return {name: value for name, value in body.items() if value is not None}
 
     @model_validator(mode="after")
@@ -87,6 +94,8 @@ class Body(BaseModel):
             return
         if name == "spaces_between_special_tokens" and value is False:
             raise FieldError(name, "only true is supported")
+        if name in SILENT:
+            return
         similar = self._similar(name[:100].lower())
         if similar:
             raise FieldError(name, f"is unknown; did you mean {similar[0]}?")
@@ -164,7 +173,7 @@ class Generation(Body):
     logit_bias: (
         Annotated[
             dict[str, Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=MAX_BIASES, description="token ids with what is added to their logits"),
+            Field(description="token ids with what is added to their logits"),
         ]
         | None
     ) = None
@@ -250,6 +259,27 @@ def _check_unicode(messages: Any) -> Any:
     return messages
 
 
+MESSAGE_SCHEMA = {
+    "type": "object",
+    "required": ["role"],
+    "properties": {
+        "role": {"type": "string", "enum": ["system", "developer", "user", "assistant", "tool"]},
+        "content": {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "required": ["type", "text"],
+                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                    },
+                },
+            ]
+        },
+    },
+}
+"""A turn, as the documentation shows it; data/messages.py reads some more forms."""
 Messages = Annotated[
     list[dict[str, Any]],
     Field(
@@ -259,6 +289,7 @@ Messages = Annotated[
         description="turns: role, and content as a text or a list of text parts",
     ),
     AfterValidator(_check_unicode),
+    WithJsonSchema({"type": "array", "minItems": 1, "items": MESSAGE_SCHEMA}),
 ]
 
 

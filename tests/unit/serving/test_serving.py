@@ -456,6 +456,20 @@ def test_too_large_bodies(client: TestClient) -> None:
     problem(client.post("/v1/completions", content=in_pieces(), headers=headers), 413)
 
 
+def test_too_many_fields_are_refused_before_they_are_looked_at(client: TestClient) -> None:
+    fields = {f"temperatur{number}": 1 for number in range(100_000)}
+    assert "unknown fields" in problem(client.post("/v1/completions", json=TEXT | fields))["message"]
+    bias = {"logit_bias": {str(number): "x" for number in range(100_000)}}
+    assert problem(client.post("/v1/completions", json=TEXT | bias))["param"] == "logit_bias"
+
+
+def test_unknown_fields_are_logged_by_name(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "draftwing")
+    client.post("/v1/completions", json=TEXT | {"user": "me", "x_of_mine": "secret"})
+    assert [message for message in caplog.messages if "x_of_mine" in message]
+    assert not any("secret" in message or "user" in message for message in caplog.messages)
+
+
 def test_unknown_models_paths_and_methods(client: TestClient) -> None:
     error = problem(client.post("/v1/completions", json=TEXT | {"model": "gpt-9"}), 404)
     assert (error["param"], error["code"]) == ("model", "model_not_found")
