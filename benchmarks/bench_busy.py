@@ -180,13 +180,14 @@ def as_rows(timings: Mapping[tuple[str, str, str], Sequence[Timing]]) -> list[di
     return rows
 
 
-def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    table = Table(title=f"embedded models, {CORES} cores")
-    for column in rows[0]:
-        table.add_column(column, justify="right" if isinstance(rows[0][column], float) else "left")
+def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Rows that have the same columns, numbers to the right."""
+    table = Table(title=title)
+    for column, value in rows[0].items():
+        table.add_column(column, justify="left" if isinstance(value, str) else "right")
     for row in rows:
-        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else value for value in row.values()))
-    Console(width=150).print(table)
+        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=180).print(table)
 
 
 def main() -> int:
@@ -201,7 +202,7 @@ def main() -> int:
             bench.round()
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
     rows = as_rows(bench.timings)
-    print_table(rows)
+    print_table(rows, f"embedded models, {CORES} cores")
     if options.output:
         more = {"timings": [[*key, *map(list, values)] for key, values in bench.timings.items()]}
         write_record(options.output, rows, vars(options), **more)

@@ -22,8 +22,7 @@ from threading import Thread
 from typing import Any
 
 import httpx
-from rich.console import Console
-from rich.table import Table
+from bench_busy import print_table
 
 import draftwing
 from draftwing.data.prompts import read_prompts
@@ -60,7 +59,7 @@ def main() -> int:
         urls = {name: stack.enter_context(server(more, max(options.clients))) for name, more in SERVERS.items()}
         rows = [measure(urls, bodies, clients, options) for clients in options.clients]
         overhead = measure_http(model, urls["drafts"], bodies, options)
-    print_table(rows)
+    print_table(rows, "milliseconds to the first token and for each further one")
     print(f"one client over HTTP has {overhead:.3f} of generate's tokens/s")
     if options.output:
         write_record(options.output, rows, vars(options), http_over_generate=overhead)
@@ -157,15 +156,6 @@ def measure_http(model: Any, url: str, bodies: Sequence[dict[str, Any]], options
 def quantile(values: Sequence[float], percent: int) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
-
-
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(title="milliseconds to the first token and for each further one")
-    for column in rows[0]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=180).print(table)
 
 
 def parse_options() -> argparse.Namespace:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from os import PathLike
 from typing import Any, NamedTuple
@@ -35,15 +35,14 @@ from draftwing.engine.statistics import Statistics
 from draftwing.engine.stopping import exact_decode
 from draftwing.plans.auto import AutoPlan
 from draftwing.plans.clocked import ClockedPlan
-from draftwing.plans.costs import CycleCosts, cached_costs, measure_costs
+from draftwing.plans.costs import CycleCosts, cached_costs, measure_costs, what_costs_depend_on
 from draftwing.plans.experience import Experience
 from draftwing.plans.lessons import Lessons
 from draftwing.plans.lookups import LookupPlan, LookupTrial
-from draftwing.provenance import provenance
 from draftwing.target.fused import pack_target
 from draftwing.target.load import check_device, load_target, load_tokenizer, parse_dtype
 from draftwing.target.model import TargetModel
-from draftwing.threads import free_cores, num_threads
+from draftwing.threads import free_cores
 
 HEAD_OPTIONS = tuple(HeadOptions.__dataclass_fields__)
 LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "remeasure", "quantize", *HEAD_OPTIONS) + (
@@ -213,7 +212,7 @@ class SpeculativeModel:
         is_sampled = any(request.sampling.temperature > 0 for request in requests)
         if isinstance(plan, AutoPlan):  # measured now, if they are not known
             self.costs(num_seats, is_sampled)
-        longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
+        longest = max(request.most_tokens for request in requests)
         engine = self._engine(key, num_seats, longest, plan)
         generation = Generation(engine, requests, partial(self._keep, key), num_seats)
         if isinstance(plan, AutoPlan) and len(requests) == 1:
@@ -280,7 +279,7 @@ class SpeculativeModel:
 
     def _check(self, requests: Sequence[Request], settings: GenerateOptions) -> None:
         check_requests(self.target, requests)
-        longest = max(len(request.prompt) + request.stop.max_new_tokens for request in requests)
+        longest = max(request.most_tokens for request in requests)
         self._check_options(settings, longest)
 
     def _check_options(self, settings: GenerateOptions, longest: int) -> None:
@@ -301,7 +300,11 @@ class SpeculativeModel:
             assert self.draft is not None
             largest = tree_shapes(self.draft, self.target)[-1]
             drafter = new_drafter(self.method, self.draft, self.target)
-            key = self._identity() | {"batch_size": size, "largest": repr(largest), "sampled": sampled}
+            key = what_costs_depend_on(self.target, self.draft, self._captures) | {
+                "batch_size": size,
+                "largest": repr(largest),
+                "sampled": sampled,
+            }
             costs[size, sampled] = cached_costs(
                 key,
                 lambda: measure_costs(self.target, drafter, size, largest, recorder=self._recorder(), sampled=sampled),
@@ -336,18 +339,6 @@ class SpeculativeModel:
             shapes = tuple(shape.with_lookup() for shape in shapes)
         lessons, fixed_shapes = self._lessons, () if device.type == "cpu" else shapes
         return AutoPlan(lessons.known_costs, lessons.experience, shapes[-1], device, fixed_shapes)
-
-    def _identity(self) -> dict[str, Any]:
-        """What a cycle's seconds depend on."""
-        assert self.draft is not None
-        kind = family_of_draft(self.draft).kind
-        where = {"on": str(self.target.device), "dtype": str(self.target.dtype), "pass": type(self.target).__name__}
-        parts = self.draft, *kind.network(self.draft).modules()
-        where["draft_pass"] = ", ".join(sorted({type(part).__name__ for part in parts}))  # packed and fused ones differ
-        where["captured"] = str(self._captures)
-        where["attention"] = self.target.model.config._attn_implementation  # a user's own model has another
-        where["threads"] = str(num_threads())
-        return _machine() | where | {"target": self.target.config.to_dict(), "draft": kind.config(self.draft)}
 
     def _check_draft_positions(self, num_tokens: int) -> None:
         """Raise a ValueError where a draft would have to read more tokens than it has positions."""
@@ -413,15 +404,7 @@ def load(
     check_device(device)
     free_cores()  # looks while the models are loaded
     head_options = take_head_options(options)
-    if draft is not None:
-        needs_draft = method is None or family_of(method).needs_draft
-        draft = suitable_draft(draft, method) if needs_draft else None
-    if draft is not None:
-        resolve_draft(draft)  # a wrong name is known before the target is loaded
-    elif head_options.given:
-        raise ValueError(f"{', '.join(head_options.given)}: for an EAGLE head, and no draft is loaded")
-    else:
-        resolve_method(method, None)
+    draft = _draft_to_load(draft, method, head_options)  # a wrong name is known before the target is loaded
     try:
         loaded = pack_target(load_target(target, parse_dtype(dtype), device, **options))
     except ValueError as error:
@@ -435,12 +418,22 @@ def load(
     return model.with_draft(draft, method, head_options)
 
 
+def _draft_to_load(draft: str | None, method: str | None, head_options: HeadOptions) -> str | None:
+    """The draft that a method needs; None: it needs none, or none is given.
+
+    Raises:
+        ValueError: a draft that is not there, a method that needs one, options of a head that is not loaded.
+    """
+    if draft is not None and (method is None or family_of(method).needs_draft):
+        draft = suitable_draft(draft, method)
+        resolve_draft(draft)
+        return draft
+    if head_options.given:
+        raise ValueError(f"{', '.join(head_options.given)}: for an EAGLE head, and no draft is loaded")
+    resolve_method(method, None)
+    return None
+
+
 def take_head_options(options: dict[str, Any]) -> HeadOptions:
     """The fields of HeadOptions among the options, which are taken out of them."""
     return HeadOptions(**{name: options.pop(name) for name in tuple(options) if name in HEAD_OPTIONS})
-
-
-@cache
-def _machine() -> dict[str, Any]:
-    made_by = provenance()
-    return {name: made_by[name] for name in ("device", "cores", "torch", "transformers")}

@@ -34,7 +34,7 @@ from draftwing.engine.penalties import Penalties
 from draftwing.engine.plan import Plan, TreePlan
 from draftwing.engine.sampling import Noise, SamplingParams
 from draftwing.engine.seats import Seats
-from draftwing.engine.statistics import Counts
+from draftwing.engine.statistics import CycleCounts
 from draftwing.engine.stepwise import Place
 from draftwing.engine.stopping import StopRule
 from draftwing.target.kv_cache import KVCache
@@ -315,7 +315,7 @@ def test_a_larger_engine_serves_fewer_requests_at_once(target: TargetModel) -> N
 def test_each_seat_counts_its_own_cycles(target: TargetModel, drafters: dict[str, NewDrafter]) -> None:
     requests = requests_for([[1, 2, 3], [4], [5, 6], [9, 9, 9]], temperature=0.6)
     generation = generate(target, requests, drafters["draft_model"], "tree:4x4x16", num_seats=2)
-    total = Counts()
+    total = CycleCounts()
     for seat in generation.outputs:
         assert seat.counts.num_tokens == len(seat.tokens)
         assert sum(seat.counts.histogram) == seat.counts.num_cycles

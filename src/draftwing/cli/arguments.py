@@ -14,10 +14,6 @@ from draftwing.engine.plan import STATIC_TREES, TreePlan
 from draftwing.threads import choose_threads
 
 Value = TypeVar("Value")
-PLANS = (
-    f"auto, off, chain:DEPTH, tree:WIDTHxDEPTHxNODES, {' or '.join(STATIC_TREES)} (their papers' trees), "
-    "lookahead:WxNxG (default: the method's)"
-)
 TARGETS = f"{', '.join(EMBEDDED_TARGETS)}, a folder, a .gguf file or a hub id"
 DRAFTS = f"{', '.join(sorted(EMBEDDED_DRAFTS))}, a folder or a hub id"
 
@@ -109,6 +105,18 @@ def add_method(parser: argparse.ArgumentParser, choices: Sequence[str] | None = 
     parser.add_argument("--method", choices=choices or methods(), help="default: what the draft is made for")
 
 
+def add_plan(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Which trees are drafted."""
+    said = default or "the method's"
+    parser.add_argument(
+        "--plan",
+        type=plan_name,
+        default=default,
+        help=f"auto, off, chain:DEPTH, tree:WIDTHxDEPTHxNODES, {' or '.join(STATIC_TREES)} (their papers' trees), "
+        f"lookahead:WxNxG (default: {said})",
+    )
+
+
 def add_remeasure(parser: argparse.ArgumentParser) -> None:
     """Whether costs that were measured before are believed."""
     parser.add_argument(
@@ -144,6 +152,21 @@ def execution(options: argparse.Namespace) -> dict[str, Any]:
     files = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     given = {name: value for name, value in files.items() if value}
     return {"quantize": options.quantize, "capture": options.capture, **given}
+
+
+def add_loading(parser: argparse.ArgumentParser, methods: Sequence[str] | None = None) -> None:
+    """How a target and its draft are loaded, and by which of the `methods` (default: all) they decode."""
+    add_device(parser)
+    add_execution(parser)
+    add_method(parser, methods)
+    add_remeasure(parser)
+    add_head_options(parser)
+
+
+def loading(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_loading`, for `load`."""
+    names = ("dtype", "device", "method", "remeasure")
+    return {name: getattr(options, name) for name in names} | head_options(options) | execution(options)
 
 
 def add_head_options(parser: argparse.ArgumentParser) -> None:

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from draftwing.cli.arguments import (
     DRAFTS,
-    PLANS,
     TARGETS,
     add_device,
     add_execution,
     add_method,
+    add_plan,
     add_remeasure,
     execution,
     plain_text,
-    plan_name,
     positive,
     positive_share,
     seed,
@@ -56,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     add_execution(parser)
     add_method(parser)
-    parser.add_argument("--plan", type=plan_name, default="auto", help=PLANS.replace("the method's", "auto"))
+    add_plan(parser, "auto")
     add_remeasure(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=512, help="per answer (default: 512)")
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default)")
@@ -204,11 +203,8 @@ class Chat:
         """
         from draftwing.data.prompts import Prompt
 
-        ids, most = (
-            Prompt("chat", messages=tuple(messages)).token_ids(model.tokenizer),
-            self._settings["max_new_tokens"],
-        )
-        limit = model.target.max_positions
+        ids = Prompt("chat", messages=tuple(messages)).token_ids(model.tokenizer)
+        most, limit = self._settings["max_new_tokens"], model.target.max_positions
         room = most if limit is None else min(most, limit - len(ids))
         if room < 1:
             raise ValueError(f"the conversation fills the model's {limit} positions; /clear begins another")

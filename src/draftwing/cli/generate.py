@@ -6,20 +6,14 @@ import sys
 from typing import Any
 
 from draftwing.cli.arguments import (
-    PLANS,
     TARGETS,
     above_zero,
-    add_device,
-    add_execution,
-    add_head_options,
-    add_method,
-    add_remeasure,
-    execution,
+    add_loading,
+    add_plan,
     finite,
-    head_options,
+    loading,
     not_negative,
     plain_text,
-    plan_name,
     positive,
     positive_share,
     seed,
@@ -54,9 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "standard input, without the newline at its end",
     )
     parser.add_argument("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
-    add_device(parser)
-    add_execution(parser)
-    add_method(parser)
+    add_loading(parser)
     parser.add_argument(
         "--ngram",
         action=argparse.BooleanOptionalAction,
@@ -65,8 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-window", type=positive, help="an EAGLE head reads this many last tokens (default: as it was trained)"
     )
-    parser.add_argument("--plan", type=plan_name, help=PLANS)
-    add_remeasure(parser)
+    add_plan(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="default: 128")
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=positive_share, default=1.0, help="default: 1 (off)")
@@ -84,7 +75,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="end at this text, which --json and --compare cut off; may be given several times",
     )
-    add_head_options(parser)
     parser.add_argument("--compare", action="store_true", help="decode plainly too, and compare tokens and speed")
 
 
@@ -104,8 +94,7 @@ def run(options: argparse.Namespace) -> None:
     from draftwing.api import load
     from draftwing.data.prompts import Prompt, has_chat_template
 
-    more = head_options(options) | execution(options) | {"remeasure": options.remeasure}
-    model = load(options.target, options.draft, options.dtype, options.device, options.method, **more)
+    model = load(options.target, options.draft, **loading(options))
     prompt = Prompt("prompt", text=text)
     if options.chat:
         if not has_chat_template(model.tokenizer):

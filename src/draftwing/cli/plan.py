@@ -6,13 +6,8 @@ import json
 from draftwing.cli.arguments import (
     DRAFTS,
     TARGETS,
-    add_device,
-    add_execution,
-    add_head_options,
-    add_method,
-    add_remeasure,
-    execution,
-    head_options,
+    add_loading,
+    loading,
     positive,
     temperature,
 )
@@ -30,15 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
     parser.add_argument("--target", required=True, help=TARGETS)
     parser.add_argument("--draft", required=True, help=DRAFTS)
-    add_device(parser)
-    add_execution(parser)
-    add_method(parser, sized_methods())
+    add_loading(parser, sized_methods())
     parser.add_argument("--batch-size", type=positive, default=1, help="rows that are decoded together (default: 1)")
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--prompts", help="a JSONL file with prompt, messages or turns (default: the embedded ones)")
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="per prompt (default: 64)")
-    add_head_options(parser)
-    add_remeasure(parser)
     parser.add_argument("--save", action="store_true", help="write the acceptance beside the draft, to start from")
 
 
@@ -51,8 +42,7 @@ def run(options: argparse.Namespace) -> None:
     from draftwing.evaluation.planning import as_tables, implied_plan, measure_plan, save_acceptance
 
     prompts = read_prompts(options.prompts or EMBEDDED_PROMPTS)
-    more = head_options(options) | execution(options) | {"remeasure": options.remeasure}
-    model = load(options.target, options.draft, options.dtype, options.device, options.method, **more)
+    model = load(options.target, options.draft, **loading(options))
     ids = [prompt.token_ids(model.tokenizer) for prompt in prompts]
     settings = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens}
     model.check(ids, **settings)

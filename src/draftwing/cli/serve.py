@@ -8,17 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from draftwing.cli.arguments import (
-    PLANS,
-    add_device,
-    add_execution,
-    add_head_options,
-    add_method,
-    add_remeasure,
-    execution,
-    head_options,
+    add_loading,
+    add_plan,
+    loading,
     not_negative,
     number,
-    plan_name,
     positive,
 )
 from draftwing.cli.output import note
@@ -46,13 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
     parser.add_argument("--target", help="tiny, a folder or a hub id (default: tiny, the embedded model)")
     parser.add_argument("--draft", help=f"tiny, a folder or a hub id, of {drafts_in_words()} (default: tiny, for tiny)")
-    add_device(parser)
-    add_execution(parser)
-    add_method(parser)
-    parser.add_argument("--plan", type=plan_name, default="auto", help=PLANS.replace("the method's", "auto"))
+    add_loading(parser)
+    add_plan(parser, "auto")
     parser.add_argument("--draft-window", type=positive, help="an EAGLE head reads this many last tokens")
-    add_remeasure(parser)
-    add_head_options(parser)
     _add_network(parser.add_argument_group("network"))
     _add_limits(parser.add_argument_group("limits"))
 
@@ -99,8 +89,7 @@ def run(options: argparse.Namespace) -> None:
     with bind(options.host, options.port) as listener:  # a taken port is known before the models are loaded
         from draftwing.api import load
 
-        more = head_options(options) | execution(options) | {"remeasure": options.remeasure}
-        model = load(target, draft, options.dtype, options.device, options.method, **more)
+        model = load(target, draft, **loading(options))
         _serve(options, model, target, keys, listener)
 
 

@@ -25,7 +25,7 @@ RECORD = "export.json"
 
 
 @dataclass(frozen=True)
-class Request:
+class ExportRequest:
     """What is to be written: for which engine, of which draft, for which target.
 
     Attributes:
@@ -104,7 +104,8 @@ def export_draft(
     kind = family_of_files(files.values, files.tensors).kind
     for problem in kind.inspect(files, sizes, target).problems:
         raise ValueError(f"draft: {problem}")
-    request = Request(engine, files, sizes, verifier or target, lambda: target_embedding(target), dtype, target_gguf)
+    named = verifier or target
+    request = ExportRequest(engine, files, sizes, named, lambda: target_embedding(target), dtype, target_gguf)
     export = kind.export(request)
     if export.obstacles:
         raise ValueError(f"draft: {ENGINES[engine]} cannot load it: {'; '.join(export.obstacles)}")
@@ -118,8 +119,8 @@ def export_draft(
         written = open_draft(str(partial))
         check_same(kind.meaning(files, sizes), kind.meaning(written, sizes), dtype)
         exported = Exported(output, engine, export.command(output), list(export.faults), list(export.notes))
-        write_text(partial / RECORD, json.dumps(_record(exported, name, verifier or target), indent=2) + "\n")
-        write_text(partial / "README.md", _card(exported, name, verifier or target))
+        write_text(partial / RECORD, json.dumps(_record(exported, name, named), indent=2) + "\n")
+        write_text(partial / "README.md", _card(exported, name, named))
     return exported
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from draftwing.drafts.eagle.formats import HeadOptions
-    from draftwing.drafts.export import Export, Request
+    from draftwing.drafts.export import Export, ExportRequest
     from draftwing.drafts.fit import TargetSizes, Tensors
     from draftwing.drafts.objective import Objective
     from draftwing.engine.engine import NewDrafter
@@ -190,7 +190,7 @@ class Kind(Generic[D]):
         """Report on what files hold, and with a target on whether it fits."""
         raise NotImplementedError
 
-    def export(self, request: "Request") -> "Export":
+    def export(self, request: "ExportRequest") -> "Export":
         """How a draft's files are written for another engine, and what is wrong with the draft there.
 
         Raises:

@@ -125,12 +125,11 @@ class Engine:
         seat = Seat(request, self._order.place_for(lender, num_shared), num_shared=num_shared)
         if request.allowed is not None:
             seat.grammar = Grammar(request.allowed, seat.tokens, request.stop.eos_token_ids)
-        row = request.prompt, request.sampling, request.stop, seat.grammar
         try:
             if lender is not None:
-                self._seats.admit_behind(lender.index, num_shared, seat.index, *row)
+                self._seats.admit_behind(lender.index, num_shared, seat)
             else:
-                self._seats.admit(seat.index, *row)
+                self._seats.admit(seat)
         except BaseException:  # out of memory, say: nothing may be left in a seat that nobody holds
             self._seats.vacate(seat.index)
             raise
@@ -178,6 +177,7 @@ class Engine:
         with self._clock.stage("host"):
             events, num_committed = [], []
             result, scores = reading.result().tolist(), reading.scores()
+            num_drafted = tree.num_nodes - 1 if tree.max_depth else 0
             for row, (seat, (num_accepted, *tokens)) in enumerate(zip(self._running, result, strict=False)):
                 new = tokens[: num_accepted + 1]
                 num_committed.append(len(new))
@@ -188,7 +188,6 @@ class Engine:
                     logprobs += islice(scores.of_row(row, num_top), num_emitted)
                     seat.logprobs += logprobs
                 events.append(Event(seat, new[:num_emitted], min(num_accepted, num_emitted), logprobs))
-                num_drafted = tree.num_nodes - 1 if tree.max_depth else 0
                 for counts in (self.statistics, seat.counts):
                     counts.count_cycle(num_accepted, tree.max_depth, num_emitted, num_drafted)
             self._cycling.count(np.array(num_committed))

@@ -116,6 +116,6 @@ def start_generation(
     num_seats: int | None = None,
 ) -> Generation:
     """A generation with an engine of its own; by default a seat for each request."""
-    capacity = max((len(request.prompt) + request.stop.max_new_tokens for request in requests), default=0)
+    capacity = max((request.most_tokens for request in requests), default=0)
     engine = Engine(target, new_drafter, num_seats or len(requests), capacity, plan, recorder, coupled)
     return Generation(engine, requests)

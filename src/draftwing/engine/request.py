@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from draftwing.engine.grammar import Allowed, Grammar
 from draftwing.engine.logprobs import MOST_TOP, TokenLogprobs
 from draftwing.engine.sampling import SamplingParams
-from draftwing.engine.statistics import Counts
+from draftwing.engine.statistics import CycleCounts
 from draftwing.engine.stopping import StopRule
 from draftwing.target.model import TargetModel
 
@@ -27,6 +27,11 @@ class Request:
     num_logprobs: int | None = None
     scores_prompt: bool = False
     allowed: Allowed | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of its text at most, prompt and new ones."""
+        return len(self.prompt) + self.stop.max_new_tokens
 
 
 @dataclass(eq=False)
@@ -49,7 +54,7 @@ class Seat:
     num_shared: int = 0
     error: Exception | None = None
     grammar: Grammar | None = None
-    counts: Counts = field(default_factory=Counts)
+    counts: CycleCounts = field(default_factory=CycleCounts)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
 
@@ -90,8 +95,8 @@ def check_request(target: TargetModel, request: Request, name: str) -> None:
 
 
 def check_room(request: Request, name: str, limit: int, whose: str) -> None:
-    num_prompt, num_new = len(request.prompt), request.stop.max_new_tokens
-    if num_prompt + num_new > limit:
+    if request.most_tokens > limit:
+        num_prompt, num_new = len(request.prompt), request.stop.max_new_tokens
         raise ValueError(
             f"max_new_tokens: {name} has {num_prompt} tokens, and {num_new} new ones would pass {whose.format(limit)}"
         )

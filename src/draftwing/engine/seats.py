@@ -12,12 +12,11 @@ import torch
 
 from draftwing.by_seat import BySeat
 from draftwing.engine.drafter import Drafter
-from draftwing.engine.grammar import Grammar
 from draftwing.engine.logprobs import Scores, ScoresOnHost
 from draftwing.engine.plan import TreePlan
 from draftwing.engine.readback import Array
-from draftwing.engine.sampling import Sampler, SamplingParams, uncoupled_rank
-from draftwing.engine.stopping import StopRule
+from draftwing.engine.request import Seat
+from draftwing.engine.sampling import Sampler, uncoupled_rank
 from draftwing.engine.tree import DraftTree, Verdict, root_tree, walk
 from draftwing.engine.unread import MOST_UNREAD
 from draftwing.target.model import TargetModel
@@ -75,28 +74,12 @@ class Seats(BySeat):
     def bound(self, num_tokens: int) -> None:
         self.cache.bound = self.drafter.bound = num_tokens
 
-    def admit(
-        self,
-        seat: int,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        stop: StopRule,
-        grammar: Grammar | None = None,
-    ) -> None:
+    def admit(self, row: Seat) -> None:
         """Begin a row in a seat that is clear; its prompt is still unread."""
-        self.sampler.admit(seat, params, prompt, stop, grammar)
-        self.drafter.begin(seat, prompt[0])
+        self._admit_to_sampler(row)
+        self.drafter.begin(row.index, row.request.prompt[0])
 
-    def admit_behind(
-        self,
-        source: int,
-        num_tokens: int,
-        seat: int,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        stop: StopRule,
-        grammar: Grammar | None = None,
-    ) -> None:
+    def admit_behind(self, source: int, num_tokens: int, row: Seat) -> None:
         """Begin a row whose first `num_tokens` seat `source` has read; the token behind them is the same too.
 
         It may be the source's own seat, whose row has ended.
@@ -104,12 +87,17 @@ class Seats(BySeat):
         lender = self.part(source, source + 1)
         lender.bound = int(lender.lengths[0])
         lender.catch_up()
-        self.sampler.admit(seat, params, prompt, stop, grammar)
+        self._admit_to_sampler(row)
+        seat = row.index
         self.cache.copy_seat(source, seat, num_tokens)
         self.cache.lengths[seat] = num_tokens
         self.drafter.share(source, seat, num_tokens)
         self.lengths[seat] = self._num_read[seat] = num_tokens
         self._num_written[seat] = max(self._num_written[seat], num_tokens + 1)
+
+    def _admit_to_sampler(self, row: Seat) -> None:
+        request = row.request
+        self.sampler.admit(row.index, request.sampling, request.prompt, request.stop, row.grammar)
 
     def vacate(self, seat: int) -> None:
         """Clear a seat of all that it holds."""

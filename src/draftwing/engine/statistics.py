@@ -13,7 +13,7 @@ STAGES = ("prefill", "draft", "verify", "commit", "host")
 
 
 @dataclass
-class Counts:
+class CycleCounts:
     """What cycles brought, to one row or to several.
 
     Attributes:
@@ -67,7 +67,7 @@ class Counts:
 
 
 @dataclass
-class Statistics(Counts):
+class Statistics(CycleCounts):
     """Counts over all rows of one generation, and its `seconds` by stage.
 
     The stages are prefill, draft, verify, commit, host (reading tokens back, stop checks).

@@ -11,11 +11,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
+from draftwing.drafts.family import Draft
+from draftwing.drafts.kinds import family_of_draft
 from draftwing.engine.captured import Recorder
 from draftwing.engine.engine import Engine, NewDrafter, Request
 from draftwing.engine.generation import Generation
@@ -25,7 +28,9 @@ from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.statistics import STAGES
 from draftwing.engine.stopping import StopRule
 from draftwing.files import cache_folder
+from draftwing.provenance import provenance
 from draftwing.target.model import TargetModel
+from draftwing.threads import num_threads
 
 logger = logging.getLogger(__name__)
 DAYS_KEPT = 30
@@ -122,6 +127,24 @@ class CycleCosts:
         return costs
 
 
+def what_costs_depend_on(target: TargetModel, draft: Draft, captured: bool) -> dict[str, Any]:
+    """The machine, the two models and how they run, by name."""
+    kind = family_of_draft(draft).kind
+    where = {"on": str(target.device), "dtype": str(target.dtype), "pass": type(target).__name__}
+    parts = draft, *kind.network(draft).modules()
+    where["draft_pass"] = ", ".join(sorted({type(part).__name__ for part in parts}))  # packed and fused ones differ
+    where["captured"] = str(captured)
+    where["attention"] = target.model.config._attn_implementation  # a user's own model has another
+    where["threads"] = str(num_threads())
+    return _machine() | where | {"target": target.config.to_dict(), "draft": kind.config(draft)}
+
+
+@cache
+def _machine() -> dict[str, Any]:
+    made_by = provenance()
+    return {name: made_by[name] for name in ("device", "cores", "torch", "transformers")}
+
+
 def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts], since: float = 0.0) -> CycleCosts:
     """The costs measured earlier under the same key, or measured now and kept on disk if that can be written.
 
@@ -177,7 +200,7 @@ def measure_costs(
     plans += [TreePlan(width, 1 + num_steps, 2) for width in widths]
     sampling = SamplingParams(temperature=1.0 if sampled else 0.0)
     texts = [_requests(target, batch_size, n, plans, -(-num_rounds // PARTS), sampling) for n in contexts]
-    capacity = max(len(request.prompt) + request.stop.max_new_tokens for requests, _ in texts for request in requests)
+    capacity = max(request.most_tokens for requests, _ in texts for request in requests)
     engine = Engine(target, new_drafter, batch_size, capacity, _Schedule(plans, ()), recorder)
     engine.waits = True  # the next cycle is another plan's
     measured: dict[str, list[Any]] = defaultdict(list)

@@ -18,9 +18,9 @@ from typing import (
 from typing_extensions import TypedDict
 
 from draftwing.engine.logprobs import TokenLogprobs
-from draftwing.engine.statistics import Counts
+from draftwing.engine.statistics import CycleCounts
 from draftwing.engine.stopping import NO_CHARACTER
-from draftwing.serving.intake import Order
+from draftwing.serving.intake import Call
 from draftwing.serving.scheduler import Delivery, Ticket
 from draftwing.serving.text import AnswerText, Piece
 from draftwing.serving.token_texts import TokenTexts
@@ -160,7 +160,7 @@ class Step:
 class Answer:
     """One answer while it comes, and what it has so far."""
 
-    order: Order
+    call: Call
     index: int
     ticket: Ticket
     decoder: AnswerText
@@ -178,17 +178,17 @@ class Answer:
         is_first = not self.has_begun
         self.has_begun = True
         pieces, logprobs = list[Piece](), list[tuple[int, TokenLogprobs | None]]()
-        if is_first and (said := self.order.echo(self.index)):
+        if is_first and (said := self.call.echo(self.index)):
             pieces.append(Piece(said, False))
-        if is_first and self.order.scores_prompt:
+        if is_first and self.call.scores_prompt:
             logprobs += self._of_prompt()
-        if not self.order.only_echoes:
+        if not self.call.only_echoes:
             pieces += self.decoder.push(delivery.tokens, delivery.num_accepted, delivery.finish_reason)
             logprobs += zip(delivery.tokens, delivery.logprobs, strict=False)
             self.num_tokens += len(delivery.tokens)
             self.num_accepted += delivery.num_accepted
         self.finish_reason = FINISH_REASONS.get(delivery.finish_reason or "")
-        if self.finish_reason and self.order.only_echoes:
+        if self.finish_reason and self.call.only_echoes:
             self.finish_reason = "length"  # of no token at all
         drafted = Drafted(pieces=list(pieces), num_tokens=len(delivery.tokens), num_accepted=delivery.num_accepted)
         step = Step(pieces, logprobs, self.finish_reason, is_first, drafted)
@@ -197,10 +197,10 @@ class Answer:
         return step
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> CycleCounts:
         """What its cycles brought, and drafted for it."""
         seat = self.ticket.seat
-        return Counts() if seat is None or self.order.only_echoes else seat.counts  # an echo decodes a hidden token
+        return CycleCounts() if seat is None or self.call.only_echoes else seat.counts  # an echo decodes a hidden token
 
     def _of_prompt(self) -> list[tuple[int, TokenLogprobs | None]]:
         seat = self.ticket.seat
@@ -223,13 +223,13 @@ class CompletionShape:
     def _choice(
         self, answer: Answer, text: str, logprobs: Sequence[tuple[int, TokenLogprobs | None]]
     ) -> CompletionChoice:
-        written = None if answer.order.num_top is None else self._logprobs(answer, logprobs)
+        written = None if answer.call.num_top is None else self._logprobs(answer, logprobs)
         return {"index": answer.index, "text": text, "logprobs": written, "finish_reason": answer.finish_reason}
 
     def _logprobs(self, answer: Answer, logprobs: Sequence[tuple[int, TokenLogprobs | None]]) -> CompletionLogprobs:
         written = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         for token, chances in logprobs:
-            by_id = bool(answer.order.body.return_tokens_as_token_ids)
+            by_id = bool(answer.call.body.return_tokens_as_token_ids)
             written["tokens"].append(self._name(token, by_id))
             written["token_logprobs"].append(None if chances is None else finite(chances.logprob))
             written["top_logprobs"].append(None if chances is None else self._top(token, chances, by_id))
@@ -277,9 +277,9 @@ class ChatShape:
         return {"index": answer.index, "delta": said, "logprobs": logprobs, "finish_reason": step.finish_reason}
 
     def _logprobs(self, answer: Answer, logprobs: Sequence[tuple[int, TokenLogprobs | None]]) -> ChatLogprobs | None:
-        if answer.order.num_top is None:
+        if answer.call.num_top is None:
             return None
-        by_id = bool(answer.order.body.return_tokens_as_token_ids)
+        by_id = bool(answer.call.body.return_tokens_as_token_ids)
         return {"content": [self._chosen(token, chances, by_id) for token, chances in logprobs if chances is not None]}
 
     def _chosen(self, token: int, chances: TokenLogprobs, by_id: bool) -> ChosenToken:
@@ -308,15 +308,15 @@ def envelope(name: str, kind: str, model: str, fingerprint: str, seed: int) -> E
     }
 
 
-def usage(order: Order, answers: Sequence[Answer]) -> Usage:
+def usage(call: Call, answers: Sequence[Answer]) -> Usage:
     """Tokens of all answers so far; a prompt of several answers counts once."""
     made = sum(answer.num_tokens for answer in answers)
-    firsts = [answer.ticket.seat for answer in answers[:: order.num_choices]]
+    firsts = [answer.ticket.seat for answer in answers[:: call.num_choices]]
     accepted = sum(answer.num_accepted for answer in answers)  # of what was delivered; the engine may be ahead
     return {
-        "prompt_tokens": order.num_prompt_tokens,
+        "prompt_tokens": call.num_prompt_tokens,
         "completion_tokens": made,
-        "total_tokens": order.num_prompt_tokens + made,
+        "total_tokens": call.num_prompt_tokens + made,
         "prompt_tokens_details": {"cached_tokens": sum(seat.num_shared for seat in firsts if seat is not None)},
         "completion_tokens_details": {
             "accepted_prediction_tokens": accepted,

@@ -16,7 +16,7 @@ from draftwing.serving.schema import (
     ChatRequest,
     CompletionRequest,
     FieldError,
-    Generation,
+    GenerationRequest,
     NamedSchema,
     ResponseFormat,
     TokenizeRequest,
@@ -48,10 +48,10 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Order:
+class Call:
     """What a body asks for: a request for each answer, `num_choices` for each prompt, in the order of their indices."""
 
-    body: Generation
+    body: GenerationRequest
     requests: list[Request]
     seed: int
     num_choices: int
@@ -89,7 +89,7 @@ class Intake:
     def _decode(self) -> Any:
         return exact_decode(self.tokenizer)
 
-    def completion(self, body: CompletionRequest) -> Order:
+    def completion(self, body: CompletionRequest) -> Call:
         """What a completion asks for.
 
         Raises:
@@ -97,17 +97,17 @@ class Intake:
         """
         prompts = [self.prompt_ids(prompt, body.add_special_tokens is not False) for prompt in body.prompts]
         asked = COMPLETION_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
-        order = self._order(body, prompts, asked, body.logprobs, "prompt", bool(body.echo))
+        call = self._call(body, prompts, asked, body.logprobs, "prompt", bool(body.echo))
         if not body.echo:
-            return order
+            return call
         texts = [prompt if isinstance(prompt, str) else self._decode(prompt) for prompt in body.prompts]
-        return replace(order, prompt_texts=texts, only_echoes=body.max_tokens == 0)
+        return replace(call, prompt_texts=texts, only_echoes=body.max_tokens == 0)
 
-    def chat(self, body: ChatRequest) -> Order:
+    def chat(self, body: ChatRequest) -> Call:
         """What a chat asks for; raises as `completion` does."""
         num_top = (body.top_logprobs or 0) if body.logprobs else None
         asked = body.max_completion_tokens or body.max_tokens
-        return self._order(body, [self.chat_ids(body.messages)], asked, num_top, "messages")
+        return self._call(body, [self.chat_ids(body.messages)], asked, num_top, "messages")
 
     def tokenize(self, body: TokenizeRequest) -> list[int]:
         """The ids of a prompt or of a conversation."""
@@ -123,9 +123,9 @@ class Intake:
         text: str = self._decode(tokens)
         return text
 
-    def answer_text(self, order: Order) -> AnswerText:
+    def answer_text(self, call: Call) -> AnswerText:
         """Turns the tokens of one answer into its text."""
-        body = order.body
+        body = call.body
         keeps_special, keeps_stop = body.skip_special_tokens is False, bool(body.include_stop_str_in_output)
         return AnswerText(self.tokenizer, body.stop_strings, keeps_special, keeps_stop)
 
@@ -156,15 +156,15 @@ class Intake:
         except ValueError as error:
             raise FieldError("messages", str(error)) from None
 
-    def _order(
+    def _call(
         self,
-        body: Generation,
+        body: GenerationRequest,
         prompts: list[list[int]],
         asked: int | None,
         num_top: int | None,
         field: str,
         echoes: bool = False,
-    ) -> Order:
+    ) -> Call:
         num_choices, seed, allowed = body.num_choices, self._seed(body), self._allowed(body)
         if len(prompts) * num_choices > self.limits.max_answers:
             raise FieldError(
@@ -183,7 +183,7 @@ class Intake:
                 scores = echoes and num_top is not None
                 own = None if allowed is None else allowed.copy()
                 requests.append(Request(prompt, sampling, stop, num_top, scores_prompt=scores, allowed=own))
-        return Order(body, requests, seed, num_choices, num_top)
+        return Call(body, requests, seed, num_choices, num_top)
 
     def _room(self, prompt: list[int], asked: int | None, field: str) -> int:
         """New tokens of a prompt: as many as were asked for, or as there is room for."""
@@ -204,7 +204,7 @@ class Intake:
             raise FieldError("max_tokens", f"this server makes at most {most} new tokens, not {asked}")
         return asked or most
 
-    def _allowed(self, body: Generation) -> AllowedTokens | None:
+    def _allowed(self, body: GenerationRequest) -> AllowedTokens | None:
         """What the form that is asked for lets follow; None: no form is."""
         try:
             match body.form:
@@ -218,11 +218,11 @@ class Intake:
         except ValueError as error:
             raise FieldError("response_format", str(error)) from None
 
-    def _seed(self, body: Generation) -> int:
+    def _seed(self, body: GenerationRequest) -> int:
         """The seed of the first answer; drawn from so few that no two requests share one of their answers' seeds."""
         return secrets.randbelow(2**32) if body.seed is None else body.seed % 2**63
 
-    def _stop(self, body: Generation, num_tokens: int) -> StopRule:
+    def _stop(self, body: GenerationRequest, num_tokens: int) -> StopRule:
         eos = () if body.ignore_eos else self._eos
         if max(body.stop_token_ids or [0]) >= self._vocab_size:
             raise FieldError("stop_token_ids", f"expected token ids below {self._vocab_size}")
@@ -234,7 +234,7 @@ class Intake:
             min_new_tokens=body.min_tokens or 0,
         )
 
-    def _sampling(self, body: Generation, seed: int) -> SamplingParams:
+    def _sampling(self, body: GenerationRequest, seed: int) -> SamplingParams:
         given = {
             "top_p": body.top_p,
             "min_p": body.min_p,

@@ -40,7 +40,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 """Fields that would change the text and are not honoured, with the values that change nothing, beside empty ones."""
 SILENT = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-    *("parallel_tool_calls", "prediction", "request_id", "priority", "spaces_between_special_tokens"),
+    *("parallel_tool_calls", "prediction", "request_id", "priority"),
 )
 """Fields that many clients send and that change no text; they are not logged."""
 SIMILAR = 0.8
@@ -92,8 +92,6 @@ class Body(BaseModel):
             if value and value not in REFUSED.get(name, ()):
                 raise FieldError(name, "is not supported here, and would change the text; leave it out")
             return
-        if name == "spaces_between_special_tokens" and value is False:
-            raise FieldError(name, "only true is supported")
         if name in SILENT:
             return
         similar = self._similar(name[:100].lower())
@@ -156,7 +154,7 @@ class ResponseFormat(BaseModel):
         return self
 
 
-class Generation(Body):
+class GenerationRequest(Body):
     """What completions and chats have in common."""
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -187,6 +185,7 @@ class Generation(Body):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: Literal[True] | None = None
     return_tokens_as_token_ids: bool | None = None
     response_format: ResponseFormat | None = Field(
         None, description="text, json_object, json_schema or regex; other texts than these are not generated"
@@ -209,7 +208,7 @@ class Generation(Body):
         return self.n or 1
 
     @model_validator(mode="after")
-    def _check_together(self) -> "Generation":
+    def _check_together(self) -> "GenerationRequest":
         if self.best_of is not None and self.best_of != self.num_choices:
             raise FieldError("best_of", f"only the value of n, {self.num_choices}, is supported")
         if self.stream_options is not None and not self.stream:
@@ -221,7 +220,7 @@ class Generation(Body):
         return self
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
     prompt: (
@@ -293,7 +292,7 @@ Messages = Annotated[
 ]
 
 
-class ChatRequest(Generation):
+class ChatRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
     messages: Messages

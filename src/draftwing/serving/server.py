@@ -1,4 +1,4 @@
-"""From a body to an answer: an order for the scheduler, and what its cycles bring, whole or in chunks.
+"""From a body to an answer: a call for the scheduler, and what its cycles bring, whole or in chunks.
 
 This side knows no tensors; the scheduler knows no HTTP.
 """
@@ -26,14 +26,14 @@ from draftwing.serving.answers import (
     usage,
 )
 from draftwing.serving.errors import ApiError
-from draftwing.serving.intake import Intake, Order
-from draftwing.serving.job import Gone, Job
+from draftwing.serving.intake import Call, Intake
 from draftwing.serving.metrics import ServerMetrics
 from draftwing.serving.scheduler import Busy, Delivery, Draining, Scheduler
-from draftwing.serving.schema import ChatRequest, CompletionRequest, FieldError, Generation
+from draftwing.serving.schema import ChatRequest, CompletionRequest, FieldError, GenerationRequest
+from draftwing.serving.submission import Gone, Submission
 from draftwing.serving.token_texts import TokenTexts
 
-Given = TypeVar("Given", bound=Generation)
+Given = TypeVar("Given", bound=GenerationRequest)
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 FIELDS = {"max_new_tokens": "max_tokens", "input_ids": "prompt"}
 """The API's names of fields that the engine calls otherwise."""
@@ -78,28 +78,28 @@ class Server:
         """Answer a chat."""
         return await self._answer(body, self.intake.chat, "chat.completion", request)
 
-    async def _answer(self, body: Given, read: Callable[[Given], Order], kind: str, request: Request) -> Response:
+    async def _answer(self, body: Given, read: Callable[[Given], Call], kind: str, request: Request) -> Response:
         self.check_model(body.model)
-        order: Order = await self.read(self._order, body, read)
+        call: Call = await self.read(self._call, body, read)
         try:
-            job = Job(self.scheduler, order, request.receive)
+            submission = Submission(self.scheduler, call, request.receive)
         except Busy as error:
             self.metrics.count([], "refused")
             raise ApiError(429, str(error)) from None
         except Draining as error:
             raise ApiError(503, str(error)) from None
-        work = _Work(self, order, job, kind, request)
+        work = _Work(self, call, submission, kind, request)
         if body.stream:
             return StreamingResponse(work.stream(), media_type="text/event-stream", headers=UNBUFFERED)
         return await work.whole()
 
-    def _order(self, body: Given, read: Callable[[Given], Order]) -> Order:
+    def _call(self, body: Given, read: Callable[[Given], Call]) -> Call:
         """What a body asks for, checked by all who have to do with it."""
         try:
-            order = read(body)
-            for checked in order.requests[:: order.num_choices]:
+            call = read(body)
+            for checked in call.requests[:: call.num_choices]:
                 self.scheduler.check(checked)
-            return order
+            return call
         except FieldError:
             raise
         except ValueError as error:  # the engine's: it begins with the field's name
@@ -109,22 +109,23 @@ class Server:
 
 
 class _Work:
-    """One order being worked at."""
+    """One call being worked at."""
 
-    def __init__(self, server: Server, order: Order, job: Job, kind: str, request: Request) -> None:
-        self._server, self._order, self._job = server, order, job
+    def __init__(self, server: Server, call: Call, submission: Submission, kind: str, request: Request) -> None:
+        self._server, self._call, self._submission = server, call, submission
         self._kind, self._shape = kind, server.shapes[kind]
         self._facts: dict[str, Any] = request.state.facts
         self._name = f"{'chatcmpl' if kind.startswith('chat') else 'cmpl'}-{secrets.token_hex(12)}"
         self._answers = [
-            Answer(order, index, ticket, server.intake.answer_text(order)) for index, ticket in enumerate(job.tickets)
+            Answer(call, index, ticket, server.intake.answer_text(call))
+            for index, ticket in enumerate(submission.tickets)
         ]
         self._end = "cancelled"  # unless it comes to another one
 
     async def whole(self) -> Response:
         """The answer as one body."""
         try:
-            async for index, delivery in self._job.deliveries():
+            async for index, delivery in self._submission.deliveries():
                 self._check(delivery)
                 self._answers[index].take(delivery)
         except Gone:
@@ -132,20 +133,20 @@ class _Work:
         finally:
             self._settle()
         choices = [self._shape.whole(answer) for answer in self._answers]
-        figures = {"usage": usage(self._order, self._answers), "metrics": metrics(self._answers)}
+        figures = {"usage": usage(self._call, self._answers), "metrics": metrics(self._answers)}
         return JSONResponse(self._head(self._kind) | {"choices": choices} | figures)
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The answer as events: a chunk for each cycle."""
         head = self._head(self._kind + ".chunk" * self._kind.startswith("chat"))
-        options = self._order.body.stream_options
+        options = self._call.body.stream_options
         has_usage = options is not None and bool(options.include_usage)
         try:
-            async for index, delivery in self._job.deliveries():
+            async for index, delivery in self._submission.deliveries():
                 self._check(delivery)
                 yield event(self._chunk(head, index, delivery))
             if has_usage:
-                figures = {"usage": usage(self._order, self._answers), "metrics": metrics(self._answers)}
+                figures = {"usage": usage(self._call, self._answers), "metrics": metrics(self._answers)}
                 yield event(head | {"choices": []} | figures)
         except ApiError as error:
             yield event(error.body())
@@ -156,11 +157,11 @@ class _Work:
         yield DONE
 
     def _chunk(self, head: Envelope, index: int, delivery: Delivery) -> dict[str, Any]:
-        answer, options = self._answers[index], self._order.body.stream_options
+        answer, options = self._answers[index], self._call.body.stream_options
         step = answer.take(delivery)
         chunk: dict[str, Any] = head | {"choices": [self._shape.chunk(answer, step)]}
         if options is not None and options.continuous_usage_stats:
-            chunk["usage"] = usage(self._order, self._answers)
+            chunk["usage"] = usage(self._call, self._answers)
         elif options is not None and options.include_usage:
             chunk["usage"] = None
         if options is not None and options.draftwing:
@@ -180,8 +181,8 @@ class _Work:
         if all(answer.finish_reason for answer in self._answers):
             ends = {answer.finish_reason for answer in self._answers}
             self._end = "length" if "length" in ends else "stop"
-        self._job.close()
-        figures = usage(self._order, self._answers)
+        self._submission.close()
+        figures = usage(self._call, self._answers)
         self._server.metrics.count(self._answers, self._end)
         self._facts |= {
             "id": self._name,
@@ -193,4 +194,4 @@ class _Work:
 
     def _head(self, kind: str) -> Envelope:
         identity = self._server.identity
-        return envelope(self._name, kind, identity.name, identity.fingerprint, self._order.seed)
+        return envelope(self._name, kind, identity.name, identity.fingerprint, self._call.seed)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from draftwing.engine.statistics import STAGES, Counts, StageClock, Statistics
+from draftwing.engine.statistics import STAGES, CycleCounts, StageClock, Statistics
 
 
 def counted(*num_accepted: int, depth: int = 3) -> Statistics:
@@ -61,14 +61,14 @@ def test_depths_add_up_to_tau() -> None:
 
 def test_the_histogram_counts_cycles_by_what_they_accepted() -> None:
     """Two cycles with nothing accepted, one with 1, and one with 3 of which the end has cut one."""
-    counts = Counts()
+    counts = CycleCounts()
     for num_accepted, num_emitted in ((0, 1), (1, 2), (0, 1), (3, 2)):
         counts.count_cycle(num_accepted, 3, num_emitted, num_drafted=7)
     assert counts.histogram == [2, 1, 1, 0]
     assert sum(counts.histogram) == counts.num_cycles == 4
     assert sum(j * cycles for j, cycles in enumerate(counts.histogram)) == counts.num_accepted == 3
     assert counts.num_drafted == 28
-    assert Counts().histogram == [0]
+    assert CycleCounts().histogram == [0]
 
 
 def test_nothing_generated_yet() -> None:

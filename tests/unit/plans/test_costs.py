@@ -12,7 +12,7 @@ from conftest import costs, eagle, ngram
 from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.engine.drafter import NoDrafter
 from draftwing.engine.plan import TreePlan
-from draftwing.engine.sampling import SamplingParams
+from draftwing.engine.request import Seat
 from draftwing.engine.seats import Seats
 from draftwing.engine.statistics import STAGES, Statistics
 from draftwing.files import cache_folder
@@ -38,9 +38,9 @@ def test_they_are_measured_greedily_or_sampled(
 
     admit = Seats.admit
 
-    def note(self: Seats, seat: int, prompt: Sequence[int], params: SamplingParams, *more: Any) -> None:
-        temperatures.add(params.temperature)
-        admit(self, seat, prompt, params, *more)
+    def note(self: Seats, row: Seat) -> None:
+        temperatures.add(row.request.sampling.temperature)
+        admit(self, row)
 
     monkeypatch.setattr(Seats, "admit", note)
     measure_costs(target, ngram, 1, TreePlan(1, 2, 3), num_rounds=1, sampled=sampled)

@@ -14,7 +14,7 @@ import torch
 from draftwing.drafts.eagle.formats import HeadFile, HeadFormat, default_or_none, read_head
 from draftwing.drafts.eagle.gguf import HEAD_GGUF, write_gguf
 from draftwing.drafts.eagle.save import write_head
-from draftwing.drafts.export import Export, Request
+from draftwing.drafts.export import Export, ExportRequest
 from draftwing.drafts.fit import Tensors
 from draftwing.drafts.save import write_draft
 from draftwing.layers import DraftConfig
@@ -33,7 +33,7 @@ TAKES_TARGETS_EMBEDDING = ("eagle", "sglang")
 FORMATS: dict[str, HeadFormat] = {"speculators": "speculators"}
 
 
-def export_head(request: Request) -> Export:
+def export_head(request: ExportRequest) -> Export:
     """How a head is written for an engine, and what is wrong with it there."""
     head = read_head(request.files.values, request.files.tensors, request.target)
     if head.is_eagle3:
@@ -50,7 +50,7 @@ def export_head(request: Request) -> Export:
     )
 
 
-def _obstacles(head: HeadFile, request: Request) -> Iterator[str]:
+def _obstacles(head: HeadFile, request: ExportRequest) -> Iterator[str]:
     """Why an engine cannot load a head, or would fill a part of it with random numbers."""
     config, engine = head.config, request.engine
     if not head.is_eagle3 and engine in ("speculators", "llama.cpp"):
@@ -75,7 +75,7 @@ def _obstacles(head: HeadFile, request: Request) -> Iterator[str]:
         yield from _gguf_obstacles(config, request)
 
 
-def _gguf_obstacles(config: DraftConfig, request: Request) -> Iterator[str]:
+def _gguf_obstacles(config: DraftConfig, request: ExportRequest) -> Iterator[str]:
     for name, readers in OPTION_READERS.items():
         if getattr(config, name) and "llama.cpp" not in readers:
             yield f"{name}: its files have no place for this option; {', '.join(readers)} read it"
@@ -89,7 +89,7 @@ def _gguf_obstacles(config: DraftConfig, request: Request) -> Iterator[str]:
         yield "a head carries its target's tokenizer; pass the target's GGUF file (--target-gguf)"
 
 
-def _faults(head: HeadFile, request: Request) -> Iterator[str]:
+def _faults(head: HeadFile, request: ExportRequest) -> Iterator[str]:
     """What an engine takes without a word and then drafts worse with."""
     config, engine = head.config, request.engine
     for name, readers in OPTION_READERS.items():
@@ -122,7 +122,7 @@ def _notes(config: DraftConfig, engine: str) -> Iterator[str]:
         )
 
 
-def _write_folder(head: HeadFile, request: Request, folder: Path) -> None:
+def _write_folder(head: HeadFile, request: ExportRequest, folder: Path) -> None:
     values, tensors = write_head(head, request.target, request.target_name)
     adapted = _for_engine(request.engine, head, values)
     write_draft(adapted, tensors | _added_tensors(request.engine, head), folder, WEIGHTS, request.dtype)
@@ -147,12 +147,12 @@ def _added_tensors(engine: str, head: HeadFile) -> Tensors:
     return {"fc.bias": torch.zeros(head.config.hidden_size, dtype=head.tensors["fc.weight"].dtype)}
 
 
-def _write_gguf(head: HeadFile, request: Request, folder: Path) -> None:
+def _write_gguf(head: HeadFile, request: ExportRequest, folder: Path) -> None:
     assert request.target_gguf is not None
     write_gguf(head, request.target, request.target_gguf, folder / HEAD_GGUF, request.dtype)
 
 
-def command(head: HeadFile, request: Request, folder: Path, depth: int = 3) -> str:
+def command(head: HeadFile, request: ExportRequest, folder: Path, depth: int = 3) -> str:
     """The command line that serves a target with the head, in chains of `depth`."""
     target, draft = shlex.quote(request.target_name), shlex.quote(str(folder))
     method = "eagle3" if head.is_eagle3 else "eagle"

@@ -4,6 +4,7 @@ Two conventions differ from the published files: d2t holds absolute ids, and the
 turns together lie side by side instead of half a head apart.
 """
 
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from draftwing.drafts.fit import TargetSizes, Tensors
 from draftwing.layers import DraftConfig
 from draftwing.target.hidden_states import NORMED
 
+FIELDS_BEGIN, STRING = 4096, 8
+"""Bytes in which a file names its architecture, as its first field; the format's number of a text."""
 HEAD_GGUF = "head.gguf"
 ARCHITECTURE = "eagle3"
 NAMES = {
@@ -135,12 +138,11 @@ def _copy_tokenizer(writer: Any, target_gguf: Path) -> None:
 
 
 def is_head(file: Path) -> bool:
-    """Whether a GGUF file holds an EAGLE-3 head; False if it cannot be read."""
-    try:
-        field = _reader(file).fields.get("general.architecture")
-    except ValueError:
-        return False
-    return field is not None and field.contents() == ARCHITECTURE
+    """Whether a GGUF file holds an EAGLE-3 head, by its beginning alone: reading all fields takes seconds."""
+    with file.open("rb") as opened:
+        _, key, behind = opened.read(FIELDS_BEGIN).partition(b"general.architecture")
+    value = struct.pack("<IQ", STRING, len(ARCHITECTURE)) + ARCHITECTURE.encode()
+    return bool(key) and behind.startswith(value)
 
 
 def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors]:

@@ -14,7 +14,7 @@ from draftwing.drafts.eagle.formats import HeadOptions, is_eagle1_file, is_eagle
 from draftwing.drafts.eagle.fused_layers import pack_head
 from draftwing.drafts.eagle.inspect import HeadReport, inspect_head
 from draftwing.drafts.eagle.load import DraftNetwork, build_head
-from draftwing.drafts.export import Export, Request
+from draftwing.drafts.export import Export, ExportRequest
 from draftwing.drafts.family import Draft, DraftFiles, Kind, Wanted
 from draftwing.drafts.fit import TargetSizes, Tensors
 from draftwing.drafts.ngram import NgramDrafter
@@ -45,7 +45,7 @@ class _Head(Kind[DraftNetwork]):
     def inspect(self, files: DraftFiles, target: TargetSizes | None, target_name: str | None) -> HeadReport:
         return inspect_head(files, target)
 
-    def export(self, request: Request) -> Export:
+    def export(self, request: ExportRequest) -> Export:
         return export_head(request)
 
     def meaning(self, files: DraftFiles, target: TargetSizes) -> tuple[Mapping[str, Any], Tensors]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from draftwing.drafts.eagle.formats import HeadOptions
-from draftwing.drafts.export import Export, Request
+from draftwing.drafts.export import Export, ExportRequest
 from draftwing.drafts.family import Draft, DraftFiles, Kind, Report, Wanted
 from draftwing.drafts.fit import (
     TargetSizes,
@@ -71,7 +71,7 @@ class Medusa(Kind[MedusaModel]):
         pack_linears(draft)
         return draft
 
-    def export(self, request: Request) -> Export:
+    def export(self, request: ExportRequest) -> Export:
         heads = read_medusa(request.files.values, request.files.tensors)
         other = [] if request.engine == "vllm" else ["it runs no Medusa heads"]
         target = shlex.quote(request.target_name)

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.types import Receive
 
-from draftwing.serving.intake import Order
+from draftwing.serving.intake import Call
 from draftwing.serving.scheduler import Delivery, Scheduler, Ticket
 
 
@@ -18,14 +18,14 @@ class Gone(Exception):
     """The client does not listen any more."""
 
 
-class Job:
-    """An order that was submitted. Raises as `Scheduler.submit` does; made in the event loop."""
+class Submission:
+    """A call that was submitted. Raises as `Scheduler.submit` does; made in the event loop."""
 
-    def __init__(self, scheduler: Scheduler, order: Order, receive: Receive) -> None:
+    def __init__(self, scheduler: Scheduler, call: Call, receive: Receive) -> None:
         self._scheduler, self._receive = scheduler, receive
         self._loop = asyncio.get_running_loop()
         self._arrivals: asyncio.Queue[tuple[int, Delivery] | None] = asyncio.Queue()
-        self.tickets: list[Ticket] = scheduler.submit(*order.requests, deliver=self._deliver)
+        self.tickets: list[Ticket] = scheduler.submit(*call.requests, deliver=self._deliver)
         self._watch = asyncio.create_task(self._watch_client())
 
     def _deliver(self, index: int, delivery: Delivery) -> None:
