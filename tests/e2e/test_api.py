@@ -631,7 +631,7 @@ def test_measured_costs_belong_to_one_kind_of_pass(
     assert keys[2] != keys[0]
     SpeculativeModel(target, heads["eagle3"]).costs(1, sampled=True)
     assert keys[3] != keys[2]
-    monkeypatch.setattr("draftwing.api.num_threads", lambda: 7)
+    monkeypatch.setattr("draftwing.plans.costs.num_threads", lambda: 7)
     SpeculativeModel(target, heads["eagle3"]).costs(1, sampled=True)
     assert keys[4] != keys[3], "and to a number of threads"
 
