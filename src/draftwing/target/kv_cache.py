@@ -125,7 +125,7 @@ class KVCache(BySeat):
             source = self._flat(self.lengths[:, None] + path[:, 1:]).flatten()
             goal = self.slots_behind(path.shape[1])[:, 1:].flatten()
             for slab in self._slabs.values():
-                slab.index_copy_(1, goal, slab.index_select(1, source))
+                slab.index_copy_(1, goal, slab[:, source])  # index_select would copy all of a slab that is a view
         self.lengths += num_kept
         self.bound = min(self.bound + max_kept, self.capacity)
 
