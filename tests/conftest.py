@@ -3,7 +3,10 @@
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import combinations as combinations_of
+from itertools import product
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -41,6 +44,7 @@ from draftwing.target.model import ATTENTION, TargetModel
 VOCAB_SIZE = 64
 EOS = 11
 CPU = torch.device("cpu")
+SLOW = pytest.mark.slow
 Path = tuple[int, ...]
 """The tokens from a tree's root, which is left out, to a node."""
 
@@ -264,6 +268,32 @@ def run(
 ) -> list[list[int]]:
     """The tokens of each request."""
     return [output.tokens for output in generate(target, requests, drafter, plan).outputs]
+
+
+_PLAIN: WeakKeyDictionary[TargetModel, dict[str, list[list[int]]]] = WeakKeyDictionary()
+
+
+def plain(target: TargetModel, requests: Sequence[Request]) -> list[list[int]]:
+    """What plain decoding says; decoded once for requests that say the same, so not for tests that break it."""
+    known, key = _PLAIN.setdefault(target, {}), str(requests)
+    if key not in known:
+        known[key] = run(target, requests)
+    return known[key]
+
+
+def pairwise(*axes: Sequence[Any]) -> list[Any]:
+    """All combinations, for `parametrize`: any two values meet in one that always runs; the others are slow."""
+    combinations = list(product(*(range(len(axis)) for axis in axes)))
+    pairs = {chosen: set(combinations_of(enumerate(chosen), 2)) for chosen in combinations}
+    missing, always = set().union(*pairs.values()), set()
+    while missing:
+        best = max(combinations, key=lambda chosen: len(pairs[chosen] & missing))
+        always.add(best)
+        missing -= pairs[best]
+    return [
+        pytest.param(*(axis[i] for axis, i in zip(axes, chosen, strict=True)), marks=() if chosen in always else SLOW)
+        for chosen in combinations
+    ]
 
 
 def requests_for(
