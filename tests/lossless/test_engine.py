@@ -16,6 +16,8 @@ from conftest import (
     lookahead,
     ngram,
     no_draft,
+    plain,
+    plain_outputs,
     requests_for,
     run,
 )
@@ -111,7 +113,7 @@ def assert_as_alone(
     engine = Engine(target, way[0], num_seats, CAPACITY, way[1], recorder, keeps=seed % 2 == 1)
     num_shared = 0
     for index, seat in serve(engine, requests, luck, leave=0.03):
-        (alone,) = generate(target, [requests[index]]).outputs
+        (alone,) = plain_outputs(target, [requests[index]])
         assert (seat.tokens, seat.finish_reason) == (alone.tokens, alone.finish_reason)
         num_shared += seat.num_shared
     assert engine.num_free == num_seats
@@ -173,7 +175,7 @@ def test_conversations_go_on_in_kept_seats(
         while any(seat.finish_reason is None for seat in turns):
             engine.step()
         for seat, number in turns.items():
-            assert [seat.tokens] == run(target, [seat.request])
+            assert [seat.tokens] == plain(target, [seat.request])
             texts[number] = [*seat.request.prompt, *seat.tokens]
             num_shared += seat.num_shared
     assert num_shared > 0 or num_seats == 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, eagle, eagle_with_ngram, generate, ngram, no_draft, pairwise, requests_for
+from conftest import EOS, eagle, eagle_with_ngram, generate, ngram, no_draft, pairwise, plain_outputs, requests_for
 from tape import TapeRecorder
 from test_bits import packed_target
 
@@ -30,7 +30,7 @@ def scored_requests(**sampling: float) -> list[Request]:
 
 
 def scores_alone(target: TargetModel, requests: list[Request]) -> list[Seat]:
-    return [generate(target, [request]).outputs[0] for request in requests]
+    return [plain_outputs(target, [request])[0] for request in requests]
 
 
 def assert_same(outputs: list[Seat], alone: list[Seat]) -> None:
