@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SLOW
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -175,6 +176,10 @@ FAULTS = {
 }
 
 
+SIBLINGS = ("aux-layers-high", "rope-scaling")
+"""Faults whose like is tried by another one, and which take long."""
+
+
 def write_head(folder: Path, name: str, damage: Damage) -> Path:
     """The embedded head `name` with damage done to it."""
     values, tensors = read_draft_files(resolve_draft(name))
@@ -185,7 +190,9 @@ def write_head(folder: Path, name: str, damage: Damage) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, id=name, marks=SLOW if name in SIBLINGS else ()) for name, fault in FAULTS.items()]
+)
 def test_a_planted_fault_is_named_and_the_advice_cures_it(
     fault: Fault, model: SpeculativeModel, recording: Recording, more: Recording, tmp_path: Path
 ) -> None:

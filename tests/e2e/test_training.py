@@ -204,6 +204,7 @@ class TestSeveralProcesses:
         assert_same(weights_of(folder, "accumulated"), weights_of(folder, "one"), rtol=1e-3, atol=1e-5)
         assert_same_figures(record, whole)
 
+    @pytest.mark.slow  # three interpreters; the tests below have processes that are forked
     def test_two_processes_equal_one(self, folder: Path, whole: dict[str, Any]) -> None:
         command = [
             sys.executable,

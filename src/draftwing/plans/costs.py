@@ -40,6 +40,8 @@ WIDTHS = (1, 4, 8)
 CONTEXTS = (64, 512)
 PARTS = 3
 """Generations that each measurement is spread over, so that none leads far beyond its context."""
+SECONDS = 3.0
+"""After which no further generation is begun at a context: long cycles differ less from each other than short ones."""
 STEPS = 3
 """Draft levels beyond the first that a draft step's seconds are taken from, if the largest plan has so many."""
 
@@ -187,8 +189,8 @@ def measure_costs(
     `sampled`: at temperature 1, where choosing and ranking draw noise for every node, instead of greedily.
 
     The plans take turns, each round in another order, so that a drift of the machine, the growing context and what a
-    cycle leaves to the next bear on all alike. The text is random (seeded, the same each time). Takes 300 to 400
-    cycles: seconds, or minutes where a cycle of a large target takes long.
+    cycle leaves to the next bear on all alike. The text is random (seeded, the same each time). Takes 400 cycles at
+    most, and 140 where they are long: SECONDS bound what comes behind these.
     """
     limit = target.max_positions or 4 * CONTEXTS[-1]
     contexts = sorted({max(1, min(context, limit // 4)) for context in contexts})
@@ -205,8 +207,10 @@ def measure_costs(
     engine.waits = True  # the next cycle is another plan's
     measured: dict[str, list[Any]] = defaultdict(list)
     for context, (requests, rounds) in zip(contexts, texts, strict=True):
-        cycles = _Cycles(plans)
-        for _ in range(PARTS):
+        cycles, start = _Cycles(plans), time.perf_counter()
+        for part in range(PARTS):
+            if part and time.perf_counter() - start > SECONDS:
+                break
             engine.plan = _Schedule(plans, rounds)
             generation = Generation(engine, requests)
             cycles.run(generation, rounds)
