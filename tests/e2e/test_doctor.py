@@ -281,6 +281,7 @@ def test_an_overflow_in_float16_is_named(model: SpeculativeModel, prompts: list[
     assert "the target's features overflow in float16" in verdict.sentence
 
 
+@pytest.mark.slow
 def test_a_draft_window_is_advised_past_the_lengths_of_training(model: SpeculativeModel, tmp_path: Path) -> None:
     """The embedded head was trained on 192 tokens, its target on 512; these prompts have 650."""
     untold = write_head(tmp_path, "tiny", set_values(trained_length=None))

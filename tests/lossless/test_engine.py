@@ -126,7 +126,7 @@ def test_each_request_has_the_tokens_that_it_has_alone(
 ) -> None:
     num_shared = 0
 
-    @settings(max_examples=4, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=3, deadline=None, derandomize=True, database=None)
     @given(st.integers(0, 2**32), st.integers(2, 5))
     def check(seed: int, num_seats: int) -> None:
         nonlocal num_shared
