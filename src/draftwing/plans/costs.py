@@ -30,6 +30,7 @@ from draftwing.engine.stopping import StopRule
 from draftwing.files import cache_folder
 from draftwing.provenance import provenance
 from draftwing.target.model import TargetModel
+from draftwing.target.packed import PackedLinear
 from draftwing.threads import num_threads
 
 logger = logging.getLogger(__name__)
@@ -133,8 +134,11 @@ def what_costs_depend_on(target: TargetModel, draft: Draft, captured: bool) -> d
     """The machine, the two models and how they run, by name."""
     kind = family_of_draft(draft).kind
     where = {"on": str(target.device), "dtype": str(target.dtype), "pass": type(target).__name__}
-    parts = draft, *kind.network(draft).modules()
-    where["draft_pass"] = ", ".join(sorted({type(part).__name__ for part in parts}))  # packed and fused ones differ
+    network = kind.network(draft)
+    where["draft_pass"] = ", ".join(sorted({type(part).__name__ for part in (draft, *network.modules())}))
+    modules = (*target.model.modules(), *network.modules())  # packed and fused ones differ
+    products = {type(module.product).__name__ for module in modules if isinstance(module, PackedLinear)}
+    where["products"] = ", ".join(sorted(products))
     where["captured"] = str(captured)
     where["attention"] = target.model.config._attn_implementation  # a user's own model has another
     where["threads"] = str(num_threads())

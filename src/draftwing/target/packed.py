@@ -10,7 +10,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import nn
@@ -122,9 +121,11 @@ class HalfProduct(Product):
 
     def __init__(self, layers: Sequence[nn.Linear], exponent: int) -> None:
         super().__init__(layers)
-        self.least_rows = same_rows()[1]
+        self._same_rows = same_rows()
+        self.least_rows = self._same_rows[1]
         self._scale = 2.0**-exponent
         weight, bias = (None if part is None else part * 2.0**exponent for part in _joined(layers))
+        self._multiply = torch.ops.quantized.linear_dynamic_fp16.default
         self._weight = torch.ops.quantized.linear_prepack_fp16(weight, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -134,22 +135,20 @@ class HalfProduct(Product):
         return torch.add(residual, self._scaled(x), alpha=self._scale, out=residual if overwrite else None)
 
     def _scaled(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.flatten(0, -2)
-        parts = [_same_bits_product(part, self._weight) for part in rows.split(MOST_ROWS)]
-        product = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return product.view(*x.shape[:-1], -1)
+        """The product by the weight as it is kept; rows are multiplied in company that leaves them their bits."""
+        if x.dim() > 2:
+            return self._scaled(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        num_rows = x.shape[0]
+        if num_rows > MOST_ROWS:
+            return torch.cat([self._scaled(part) for part in x.split(MOST_ROWS)])
+        missing = self._same_rows[num_rows] - num_rows
+        rows = functional.pad(x, (0, 0, 0, missing)) if missing else x
+        product: torch.Tensor = self._multiply(rows, self._weight)
+        return product[:num_rows] if missing else product
 
 
 MOST_ROWS = 120
 """Rows that a HalfProduct multiplies at once."""
-
-
-def _same_bits_product(rows: torch.Tensor, weight: Any) -> torch.Tensor:
-    """FBGEMM's product of up to MOST_ROWS rows, in company in which each of them has its usual bits."""
-    missing = same_rows()[len(rows)] - len(rows)
-    padded = functional.pad(rows, (0, 0, 0, missing)) if missing else rows
-    product: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(padded, weight)
-    return product[: len(rows)]
 
 
 @cache
