@@ -35,7 +35,7 @@ from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree import DraftTree, Verdict
 from draftwing.plans.auto import AutoPlan, SizedPlan
 from draftwing.plans.costs import CycleCosts, measure_costs
-from draftwing.plans.experience import Experience
+from draftwing.plans.lessons import Experience
 from draftwing.target.model import ATTENTION, TargetModel
 
 VOCAB_SIZE = 64
@@ -70,7 +70,7 @@ def _measurements_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterat
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DRAFTWING_CACHE", str(shared / "cache"))
-        patch.setattr("draftwing.api.measure_costs", partial(measure_costs, num_rounds=2))
+        patch.setattr("draftwing.plans.planner.measure_costs", partial(measure_costs, num_rounds=2))
         yield
 
 
@@ -237,12 +237,13 @@ def auto_plan(
     largest: TreePlan | None = None,
     fixed_shapes: Sequence[str] = (),
     device: torch.device = CPU,
+    with_lookup: bool = False,
     **seconds: float,
 ) -> AutoPlan:
     """A plan that sizes itself by invented costs, the same for any number of rows."""
     known, shapes = experience or Experience(), [TreePlan.parse(shape) for shape in fixed_shapes]
     largest = largest or TreePlan(4, 6, 24)
-    return AutoPlan(lambda *_: costs(**seconds), lambda *_: known, largest, device, shapes)
+    return AutoPlan(lambda *_: costs(**seconds), lambda *_: known, largest, device, shapes, with_lookup)
 
 
 def generate(

@@ -27,7 +27,7 @@ from draftwing.drafts.kinds import family_of_draft, suitable_draft
 from draftwing.drafts.load import load_draft, read_acceptance
 from draftwing.engine.generation import Generation
 from draftwing.engine.options import GenerateOptions
-from draftwing.engine.plan import TreePlan
+from draftwing.engine.plan import NamedTree
 from draftwing.engine.statistics import Statistics
 from draftwing.engine.stepwise import Place
 from draftwing.engine.stopping import StopRule
@@ -57,7 +57,7 @@ OPTIONS = ("ngram", "draft_window", "coupled", "stop")
 
 def custom_generate(
     draft: str | Path | Draft | None,
-    plan: str | TreePlan | None = None,
+    plan: str | NamedTree | None = None,
     seed: int | None = None,
     method: str | None = None,
     tokenizer: Any = None,

@@ -622,7 +622,9 @@ def test_measured_costs_belong_to_one_kind_of_pass(
 ) -> None:
     """A user's own model has another attention than what `load` makes, and other seconds."""
     keys: list[str] = []
-    monkeypatch.setattr("draftwing.api.cached_costs", lambda key, *_: keys.append(json.dumps(key, default=str)))
+    monkeypatch.setattr(
+        "draftwing.plans.planner.cached_costs", lambda key, *_: keys.append(json.dumps(key, default=str))
+    )
     for _ in range(2):
         SpeculativeModel(target, heads["eagle3"]).costs(1)
     assert keys[0] == keys[1]
@@ -652,7 +654,9 @@ def test_costs_of_another_machine_are_measured_anew(
     asked: list[bool] = []
     model = SpeculativeModel(target, heads["eagle3"])
     monkeypatch.setattr("draftwing.plans.lessons.WATCHED_CYCLES", 10)
-    monkeypatch.setattr("draftwing.api.cached_costs", lambda key, measure, since: asked.append(since > 0) or invented)
+    monkeypatch.setattr(
+        "draftwing.plans.planner.cached_costs", lambda key, measure, since: asked.append(since > 0) or invented
+    )
     monkeypatch.setattr("draftwing.plans.lessons.free_cores", lambda: SimpleNamespace(are_shared=are_shared))
     invented = costs()
     for _ in range(3):

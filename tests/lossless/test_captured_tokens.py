@@ -24,9 +24,8 @@ from draftwing.engine.engine import Engine, NewDrafter
 from draftwing.engine.generation import Generation
 from draftwing.engine.plan import TreePlan
 from draftwing.plans import lookups
-from draftwing.plans.experience import Experience
-from draftwing.plans.lookups import LookupPlan, LookupTrial
-from draftwing.plans.pause import Pause
+from draftwing.plans.lessons import Experience
+from draftwing.plans.trials import LookupPlan, LookupTrial, Pause
 from draftwing.target.kv_cache import KVCache
 from draftwing.target.model import TargetModel
 

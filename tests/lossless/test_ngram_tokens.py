@@ -56,7 +56,7 @@ def test_lookups_in_trees_that_size_themselves(
     step: float,
 ) -> None:
     requests = requests_for(repetitive, temperature=temperature)
-    plan = auto_plan(largest=TreePlan(4, 3, 24).with_lookup(), step=step)
+    plan = auto_plan(largest=TreePlan(4, 3, 24), with_lookup=True, step=step)
     assert run(target, requests, eagle_with_ngram(heads["eagle3"]), plan) == run(target, requests)
 
 

@@ -22,8 +22,8 @@ from conftest import (
 from draftwing.drafts.eagle.load import DraftNetwork
 from draftwing.engine.engine import NewDrafter
 from draftwing.engine.sampling import Noise, SamplingParams
-from draftwing.plans.experience import Experience
-from draftwing.plans.pause import Pause
+from draftwing.plans.lessons import Experience
+from draftwing.plans.trials import Pause
 from draftwing.target import model as target_module
 from draftwing.target.kv_cache import KVCache
 from draftwing.target.model import TargetModel

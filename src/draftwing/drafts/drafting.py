@@ -1,7 +1,7 @@
 """What a method drafts by: its plan unless one is named, and the options that it has a use for. Needs no torch."""
 
 from draftwing.drafts.kinds import family_of
-from draftwing.engine.plan import TreePlan
+from draftwing.engine.plan import NamedTree, TreePlan
 
 
 def default_plan(method: str) -> str:
@@ -9,7 +9,7 @@ def default_plan(method: str) -> str:
     return family_of(method).method(method).plan
 
 
-def plan_for(method: str, plan: str | TreePlan | None) -> TreePlan | None:
+def plan_for(method: str, plan: str | NamedTree | None) -> NamedTree | None:
     """The plan that was asked for, or the method's; None for trees that size themselves.
 
     Raises:
@@ -29,7 +29,7 @@ def plan_for(method: str, plan: str | TreePlan | None) -> TreePlan | None:
 
 def check_drafting(
     method: str,
-    plan: str | TreePlan | None = None,
+    plan: str | NamedTree | None = None,
     ngram: bool | None = None,
     draft_window: int | None = None,
     coupled: bool | None = None,

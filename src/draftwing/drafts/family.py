@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
-from draftwing.engine.plan import TreePlan
+from draftwing.engine.plan import LookaheadTree, NamedTree, TreeShape
 
 if TYPE_CHECKING:
     import torch
@@ -89,11 +89,11 @@ class Family:
         """The method of this name, which the family has."""
         return next(method for method in self.methods if method.name == name)
 
-    def check_plan(self, plan: TreePlan, method: str) -> None:
+    def check_plan(self, plan: NamedTree, method: str) -> None:
         """Raise a ValueError for a plan of another shape than the family drafts."""
         if self.plans == "none":
             raise ValueError(f"plan: {method} drafts nothing, so it takes no plan but off, got {plan}")
-        if bool(plan.window) != (self.plans == "windows"):
+        if isinstance(plan, LookaheadTree) != (self.plans == "windows"):
             raise ValueError(
                 f"plan: plans lookahead:WxNxG are for the method lookahead, and it takes no other; "
                 f"got {plan} for {method}"
@@ -119,11 +119,11 @@ class DraftFiles:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a drafter is made for: merging lookups, reading a `window` of tokens, a plan that never changes."""
+    """What a drafter is made for: merging lookups, reading a `window` of tokens, the largest tree."""
 
     with_lookup: bool = False
     window: int | None = None
-    plan: TreePlan | None = None
+    plan: TreeShape | None = None
 
 
 NOTHING_ELSE = Wanted()

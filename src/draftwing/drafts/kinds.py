@@ -58,8 +58,9 @@ FAMILIES = [
 """Every family; another one is another entry (docs/add_a_draft.md). Files are offered to them in this order."""
 
 LARGEST_ON_CPU = TreePlan(width=4, depth=8, num_nodes=32)
-FIXED_SHAPES = tuple(
-    map(TreePlan.parse, ("chain:2", "chain:4", "tree:4x4x16", "tree:6x5x30", "tree:8x6x48", "tree:10x8x60"))
+FIXED_SHAPES = (
+    *(TreePlan.chain(2), TreePlan.chain(4)),
+    *(TreePlan(4, 4, 16), TreePlan(6, 5, 30), TreePlan(8, 6, 48), TreePlan(10, 8, 60)),
 )
 """Where every shape is worth capturing: what `auto` chooses among, the largest last."""
 
@@ -157,7 +158,7 @@ def suitable_draft(draft: str, method: str | None) -> str:
 def tree_shapes(draft: Draft, target: "TargetModel") -> tuple[TreePlan, ...]:
     """The shapes that trees which size themselves have, or on a CPU their bound; the largest last."""
     kind = family_of_draft(draft).kind
-    shapes = (LARGEST_ON_CPU,) if target.device.type == "cpu" else FIXED_SHAPES
+    shapes: tuple[TreePlan, ...] = (LARGEST_ON_CPU,) if target.device.type == "cpu" else FIXED_SHAPES
     if (max_depth := kind.max_depth(draft)) is not None:
         shapes = tuple(shape.cut_to(max_depth) for shape in shapes)
     return tuple(dict.fromkeys(shape.at_most(kind.num_tokens(draft, target)) for shape in shapes))

@@ -19,7 +19,7 @@ from draftwing.drafts.fit import TargetSizes, Tensors, dtype_name
 from draftwing.drafts.growth import RootedDraft, grow_tree
 from draftwing.engine.drafter import Drafter, Ranking
 from draftwing.engine.engine import NewDrafter
-from draftwing.engine.plan import TreePlan
+from draftwing.engine.plan import TreeShape
 from draftwing.engine.tree import DraftTree
 from draftwing.engine.unread import Unread
 from draftwing.target.fused import pack_target
@@ -205,7 +205,7 @@ class DraftModelDrafter(Drafter):
         self._root_logits.copy_(torch.where((num_new > 0)[:, None, None], logits, self._root_logits))
         self._cache.commit(None, num_new, max_kept=num_unread)
 
-    def grow(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
+    def grow(self, root: torch.Tensor, plan: TreeShape, rank: Ranking) -> DraftTree:
         self._cache.bound = self.bound + 1
         levels = _Levels(root)
 

@@ -13,7 +13,7 @@ from draftwing.by_seat import BySeat
 from draftwing.drafts.family import Kind, Wanted
 from draftwing.engine.drafter import Drafter, Ranking
 from draftwing.engine.engine import NewDrafter
-from draftwing.engine.plan import TreePlan
+from draftwing.engine.plan import TreeShape
 from draftwing.engine.tree import Candidates, DraftTree, Overlap, best_subtree, follow, no_candidates
 from draftwing.target.model import TargetModel
 
@@ -73,12 +73,12 @@ class NgramDrafter(Drafter):
         self._history.scatter_(1, slots + LONGEST_MATCH - 1, tokens)
         self._lengths += num_new
 
-    def grow(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
+    def grow(self, root: torch.Tensor, plan: TreeShape, rank: Ranking) -> DraftTree:
         if not plan.is_chain:
             raise ValueError(f"plan: n-gram drafting has one continuation, so it takes chain:DEPTH, got {plan}")
         return best_subtree(root, self.extend(no_candidates(root), plan, self.bound), plan.num_nodes, plan.depth)
 
-    def extend(self, candidates: Candidates, plan: TreePlan, longest: int) -> Candidates:
+    def extend(self, candidates: Candidates, plan: TreeShape, longest: int) -> Candidates:
         """Merge a continuation of `plan.max_depth` tokens into the candidates of another drafter.
 
         For as long as its tokens are among them these score the better of both estimates; what is left of it is

@@ -1,12 +1,14 @@
-"""Tree plans: the shape of a cycle's draft, or its bounds where trees size themselves.
+"""What shapes draft trees: the tree of one cycle, and the plan that gives each cycle its tree.
 
+A text names one of three shapes: a dynamic tree (TreePlan; a chain is one of width 1, `off` one of depth 0), a
+StaticTree, a LookaheadTree. Around a shape there may be a sizing (SizedTree) and a lookup (LookupTree).
 N counts the root. The reference code's `depth=d` makes d + 1 levels; here the depth is the number of levels.
 """
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self, TypeAlias
 
 if TYPE_CHECKING:  # so that the command line can read a plan's name without them
     import torch
@@ -53,7 +55,7 @@ class Sizing(Protocol):
 
 
 class FixedSize:
-    """The papers' sizing: drafters are believed, and trees always have the plan's shape."""
+    """The papers' sizing: drafters are believed, and trees always have their full shape."""
 
     def worth(self, log_probs: "torch.Tensor", depth: int) -> "torch.Tensor":
         return log_probs
@@ -65,19 +67,58 @@ class FixedSize:
         return limit
 
 
+class TreeShape(Protocol):
+    """What the cycle asks of the shape of its tree."""
+
+    @property
+    def width(self) -> int:
+        """Nodes of a level, or n-grams side by side."""
+
+    @property
+    def depth(self) -> int:
+        """Levels that are drafted; 0: no draft."""
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes at most, the root included."""
+
+    @property
+    def num_inner(self) -> int:
+        """Drafted nodes whose children are drafted too: what a draft network reads below the root."""
+
+    @property
+    def max_depth(self) -> int:
+        """Bound of the nodes' depths, of those too that no level has."""
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether the accepted nodes are always the first ones, so that a commit moves nothing (true of `off` too)."""
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether what is looked up in the text competes for the nodes."""
+
+    @property
+    def sizing(self) -> Sizing:
+        """What judges the nodes while the tree grows."""
+
+    def cut_to(self, depth: int) -> "TreeShape":
+        """The first `depth` levels, for a drafter or a limit that has no more."""
+
+
 class Plan(Protocol):
-    """What the cycle asks: a TreePlan, which always gives itself, or an AutoPlan."""
+    """What gives each cycle its tree: a shape chosen by hand, which gives itself, or one of those in plans/."""
 
     @property
     def learns(self) -> bool:
         """Whether `learn` is to be called after each cycle."""
 
     @property
-    def largest(self) -> "TreePlan":
-        """The largest plan that `next` gives."""
+    def largest(self) -> TreeShape:
+        """The largest tree that `next` gives."""
 
-    def next(self, num_rows: int, longest: int, sampled: bool = False) -> "TreePlan":
-        """The next cycle's plan for so many rows, given the committed tokens of the longest one.
+    def next(self, num_rows: int, longest: int, sampled: bool = False) -> TreeShape:
+        """The next cycle's tree for so many rows, given the committed tokens of the longest one.
 
         `sampled`: whether one of them draws its tokens at a temperature.
         """
@@ -86,110 +127,84 @@ class Plan(Protocol):
         """Take in what became of the cycle's tree."""
 
 
-@dataclass(frozen=True)
-class TreePlan:
-    """How a draft tree is shaped.
+class _ByHand:
+    """What the shapes share that a text names: each is a plan that always gives itself, and is drafted in full."""
 
-    A dynamic plan (EAGLE-2, arXiv 2406.16858, section 4) expands the `width` best nodes of each of `depth` levels and
-    keeps the best `num_nodes - 1` of all candidates. A static plan has fixed rank `paths` instead. Depth 0 is no draft.
-    With a `sizing` of its own, width, depth and nodes are upper bounds (dynamic plans only).
-    With a `lookup_depth`, a continuation looked up in the text, as deep as that, competes for the same nodes.
-    With a `window` of so many columns, it is Lookahead decoding's: beside it are `width` n-grams of `depth` tokens.
+    learns = False
+    looks_up = False
+    sizing: Sizing = FixedSize()
+
+    @property
+    def largest(self) -> Self:
+        return self
+
+    def next(self, num_rows: int, longest: int, sampled: bool = False) -> Self:
+        return self
+
+    def learn(self, report: "CycleReport") -> None:
+        pass
+
+    def with_lookup(self: "NamedTree") -> "LookupTree":  # type: ignore[misc]
+        """The same nodes, for which a looked-up continuation competes."""
+        return LookupTree(self, min(self.num_nodes - 1, LOOKUP_DEPTH))
+
+
+@dataclass(frozen=True)
+class TreePlan(_ByHand):
+    """EAGLE-2's dynamic tree (arXiv 2406.16858, section 4).
+
+    The `width` best nodes of each of `depth` levels are expanded, and the best `num_nodes - 1` of all candidates kept.
     """
 
     width: int
     depth: int
     num_nodes: int
-    paths: tuple[RankPath, ...] = ()
-    sizing: Sizing = field(default=FixedSize(), compare=False, repr=False)
-    lookup_depth: int = 0
-    window: int = 0
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth) < (1 if self.depth else 0) or self.num_nodes < 1:
             raise ValueError(f"plan: width, depth and nodes must be positive, got {self!r}")
-        if self.depth and not (self.paths or self.window) and self.num_nodes - 1 > self.num_candidates:
+        if self.depth and self.num_nodes - 1 > self.num_candidates:
             raise ValueError(
                 f"plan: {self.num_nodes} nodes asked for, but width {self.width} and depth {self.depth} "
                 f"draft only {self.num_candidates} candidates and the root"
             )
 
     def __str__(self) -> str:
-        """As `parse` reads it, but for static trees of no paper."""
-        if self.window:
-            return f"lookahead:{self.window}x{self.depth + 1}x{self.width}"
-        if self.paths:
-            named = (name for name, paths in STATIC_TREES.items() if set(paths) == set(self.paths))
-            return next(named, f"static tree of {self.num_nodes} nodes")
-        if self.width == 1 and self.num_nodes > self.depth:
-            return f"chain:{self.depth}"
+        """As `parse` reads it."""
         if not self.depth:
             return "off"
+        if self.width == 1 and self.num_nodes > self.depth:
+            return f"chain:{self.depth}"
         return f"tree:{self.width}x{self.depth}x{self.num_nodes}"
 
     @property
     def num_candidates(self) -> int:
-        """Draft nodes that a dynamic plan scores: `width` at the first level, `width**2` at each further."""
+        """Draft nodes that are scored: `width` at the first level, `width**2` at each further."""
         return self.width + (self.depth - 1) * self.width**2 if self.depth else 0
-
-    @cached_property
-    def inner_paths(self) -> frozenset[RankPath]:
-        """A static plan's nodes that have children, the root `()` among them."""
-        return frozenset(path[:-1] for path in self.paths)
 
     @property
     def num_inner(self) -> int:
-        """Drafted nodes whose children are drafted too: what a draft network reads below the root."""
-        return len(self.inner_paths) - 1 if self.paths else self.width * (self.depth - 1)
-
-    @property
-    def learns(self) -> bool:
-        return False
-
-    @property
-    def largest(self) -> "TreePlan":
-        return self
-
-    def next(self, num_rows: int, longest: int, sampled: bool = False) -> "TreePlan":
-        return self
-
-    def learn(self, report: "CycleReport") -> None:
-        pass
-
-    @property
-    def is_chain(self) -> bool:
-        """Whether the accepted nodes are always the first ones, so that a commit moves nothing (true of `off` too).
-
-        A lookup may branch off anywhere.
-        """
-        return not self.paths and self.width <= 1 and not self.lookup_depth and not self.window
+        return self.width * (self.depth - 1)
 
     @property
     def max_depth(self) -> int:
-        """Bound of the nodes' depths, those of a window included."""
-        return max(self.depth, self.lookup_depth, self.window and self.window + self.depth - 2)
+        return self.depth
+
+    @property
+    def is_chain(self) -> bool:
+        return self.width <= 1
 
     def at_most(self, width: int) -> "TreePlan":
-        """This dynamic plan, or a narrower one for a draft that has fewer tokens."""
-        if width >= self.width:
-            return self
-        narrow = TreePlan(width, self.depth, 1)
-        return replace(narrow, num_nodes=min(self.num_nodes, 1 + narrow.num_candidates))
-
-    def with_lookup(self) -> "TreePlan":
-        """The same nodes, for which a looked-up continuation competes; it may be deeper than the draft."""
-        return replace(self, lookup_depth=min(self.num_nodes - 1, LOOKUP_DEPTH))
+        """This plan, or a narrower one for a draft that has fewer tokens."""
+        return self if width >= self.width else self._within(width, self.depth)
 
     def cut_to(self, depth: int) -> "TreePlan":
-        """The plan's first `depth` levels, for a drafter or a limit that has no more."""
-        if self.depth <= depth:
-            return self
-        if self.window:
-            return TreePlan.lookahead(self.window, depth + 1, self.width)
-        if self.paths:
-            return TreePlan.static(tuple(path for path in self.paths if len(path) <= depth))
-        num_candidates = TreePlan(self.width, depth, 1).num_candidates
-        return replace(self, depth=depth, num_nodes=min(self.num_nodes, 1 + num_candidates))
+        return self if self.depth <= depth else self._within(self.width, depth)
+
+    def _within(self, width: int, depth: int) -> "TreePlan":
+        """A tree of another width and depth, with as many of the nodes as that drafts."""
+        num_candidates = TreePlan(width, depth, 1).num_candidates
+        return TreePlan(width, depth, min(self.num_nodes, 1 + num_candidates))
 
     @staticmethod
     def off() -> "TreePlan":
@@ -202,34 +217,17 @@ class TreePlan:
         return TreePlan(1, depth, depth + 1)
 
     @staticmethod
-    def static(paths: tuple[RankPath, ...]) -> "TreePlan":
-        """A tree of fixed rank paths (each path's prefix must be in the list too)."""
-        known = {(), *paths}
-        if not paths or len(known) != len(paths) + 1 or min(min(path, default=-1) for path in paths) < 0:
-            raise ValueError("plan: expected one or more different paths of ranks from 0 on")
-        for path in paths:
-            if path[:-1] not in known:
-                raise ValueError(f"plan: path {path} has no parent in the tree")
-        ordered = tuple(sorted(paths, key=lambda path: (len(path), path)))
-        width = max(max(path) for path in ordered) + 1
-        return TreePlan(width, max(map(len, ordered)), len(ordered) + 1, ordered)
+    def static(paths: tuple[RankPath, ...]) -> "StaticTree":
+        """A tree of fixed rank paths."""
+        return StaticTree(paths)
 
     @staticmethod
-    def lookahead(window: int, ngram: int, num_ngrams: int) -> "TreePlan":
-        """Lookahead decoding's W columns, n-grams of N tokens and G of them verified (arXiv 2402.02057, section 3).
-
-        Raises:
-            ValueError: no column, no n-gram, or n-grams of fewer than 2 tokens.
-        """
-        if window < 1 or num_ngrams < 1 or ngram < 2:
-            raise ValueError(
-                f"plan: expected lookahead:WxNxG with W and G from 1 on and N from 2 on, got "
-                f"lookahead:{window}x{ngram}x{num_ngrams}"
-            )
-        return TreePlan(num_ngrams, ngram - 1, (window + num_ngrams) * (ngram - 1), window=window)
+    def lookahead(num_columns: int, ngram_length: int, num_ngrams: int) -> "LookaheadTree":
+        """Lookahead decoding's tree."""
+        return LookaheadTree(num_columns, ngram_length, num_ngrams)
 
     @staticmethod
-    def parse(text: str) -> "TreePlan":
+    def parse(text: str) -> "NamedTree":
         """Read `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `lookahead:WxNxG`, or the static tree of a paper.
 
         Those are `eagle1` and `medusa`.
@@ -240,20 +238,196 @@ class TreePlan:
         if text == "off":
             return TreePlan.off()
         if text in STATIC_TREES:
-            return TreePlan.static(STATIC_TREES[text])
+            return StaticTree(STATIC_TREES[text])
         if match := re.fullmatch(r"chain:(\d+)", text):
             return TreePlan.chain(int(match[1]))
         if match := re.fullmatch(r"tree:(\d+)x(\d+)x(\d+)", text):
-            width, depth, num_nodes = map(int, match.groups())
-            return TreePlan(width, depth, num_nodes)
+            return TreePlan(*map(int, match.groups()))
         if match := re.fullmatch(r"lookahead:(\d+)x(\d+)x(\d+)", text):
-            return TreePlan.lookahead(*map(int, match.groups()))
+            return LookaheadTree(*map(int, match.groups()))
         raise ValueError(
             f"plan: expected off, chain:DEPTH, tree:WIDTHxDEPTHxNODES (such as tree:10x7x60), "
             f"lookahead:WxNxG (such as lookahead:15x5x15), {' or '.join(STATIC_TREES)}, got {text!r}"
         )
 
+
+@dataclass(frozen=True)
+class StaticTree(_ByHand):
+    """EAGLE-1's and Medusa's tree of fixed rank `paths`, kept by depth, then by rank.
+
+    Raises:
+        ValueError: no paths, the same one twice, negative ranks, or a path whose prefix is not among them.
+    """
+
+    paths: tuple[RankPath, ...]
+
+    def __post_init__(self) -> None:
+        known = {(), *self.paths}
+        is_distinct = len(known) == len(self.paths) + 1
+        if not self.paths or not is_distinct or min(min(path, default=-1) for path in self.paths) < 0:
+            raise ValueError("plan: expected one or more different paths of ranks from 0 on")
+        for path in self.paths:
+            if path[:-1] not in known:
+                raise ValueError(f"plan: path {path} has no parent in the tree")
+        object.__setattr__(self, "paths", tuple(sorted(self.paths, key=lambda path: (len(path), path))))
+
+    def __str__(self) -> str:
+        """As TreePlan.parse reads it, but for trees of no paper."""
+        named = (name for name, paths in STATIC_TREES.items() if set(paths) == set(self.paths))
+        return next(named, f"static tree of {self.num_nodes} nodes")
+
+    @cached_property
+    def width(self) -> int:
+        return max(max(path) for path in self.paths) + 1
+
+    @property
+    def depth(self) -> int:
+        return len(self.paths[-1])
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.paths) + 1
+
+    @property
+    def num_inner(self) -> int:
+        return len(self.inner_paths) - 1
+
+    @property
+    def max_depth(self) -> int:
+        return self.depth
+
+    is_chain = False
+
+    @cached_property
+    def inner_paths(self) -> frozenset[RankPath]:
+        """The nodes that have children, the root `()` among them."""
+        return frozenset(path[:-1] for path in self.paths)
+
     @cached_property
     def levels(self) -> tuple[tuple[RankPath, ...], ...]:
-        """A static plan's paths by depth, from depth 1 on."""
+        """The paths by depth, from depth 1 on."""
         return tuple(tuple(path for path in self.paths if len(path) == d) for d in range(1, self.depth + 1))
+
+    def cut_to(self, depth: int) -> "StaticTree":
+        return StaticTree(tuple(path for path in self.paths if len(path) <= depth))
+
+
+@dataclass(frozen=True)
+class LookaheadTree(_ByHand):
+    """Lookahead decoding's tree: W columns of guesses, and G n-grams of N tokens (arXiv 2402.02057, section 3).
+
+    Raises:
+        ValueError: no column, no n-gram, or n-grams of fewer than 2 tokens.
+    """
+
+    num_columns: int
+    ngram_length: int
+    num_ngrams: int
+
+    is_chain = False
+
+    def __post_init__(self) -> None:
+        if self.num_columns < 1 or self.num_ngrams < 1 or self.ngram_length < 2:
+            raise ValueError(f"plan: expected lookahead:WxNxG with W and G from 1 on and N from 2 on, got {self}")
+
+    def __str__(self) -> str:
+        return f"lookahead:{self.num_columns}x{self.ngram_length}x{self.num_ngrams}"
+
+    @property
+    def width(self) -> int:
+        return self.num_ngrams
+
+    @property
+    def depth(self) -> int:
+        return self.ngram_length - 1
+
+    @property
+    def num_nodes(self) -> int:
+        return (self.num_columns + self.num_ngrams) * self.depth
+
+    @property
+    def num_inner(self) -> int:
+        return self.width * (self.depth - 1)
+
+    @property
+    def max_depth(self) -> int:
+        """The last guess of the window stands W - 1 + N - 2 tokens behind the root."""
+        return max(self.depth, self.num_columns + self.depth - 2)
+
+    def cut_to(self, depth: int) -> "LookaheadTree":
+        return self if self.depth <= depth else replace(self, ngram_length=depth + 1)
+
+
+NamedTree: TypeAlias = TreePlan | StaticTree | LookaheadTree
+"""The shapes that a text names."""
+
+
+class _Around:
+    """A shape with something beside it; its sizes are those of its `tree`."""
+
+    tree: TreeShape
+
+    def __str__(self) -> str:
+        return str(self.tree)
+
+    @property
+    def width(self) -> int:
+        return self.tree.width
+
+    @property
+    def depth(self) -> int:
+        return self.tree.depth
+
+    @property
+    def num_nodes(self) -> int:
+        return self.tree.num_nodes
+
+    @property
+    def num_inner(self) -> int:
+        return self.tree.num_inner
+
+
+@dataclass(frozen=True)
+class SizedTree(_Around):
+    """A dynamic tree whose width, depth and nodes are bounds: `sizing` says in each tree how much of it pays.
+
+    Two are equal only with the same sizing, whose tensors captured cycles read.
+    """
+
+    tree: TreePlan
+    sizing: Sizing
+
+    looks_up = False
+
+    @property
+    def max_depth(self) -> int:
+        return self.tree.max_depth
+
+    @property
+    def is_chain(self) -> bool:
+        return self.tree.is_chain
+
+    def cut_to(self, depth: int) -> "SizedTree":
+        return replace(self, tree=self.tree.cut_to(depth))
+
+
+@dataclass(frozen=True)
+class LookupTree(_Around):
+    """A tree for whose nodes a continuation of `lookup_depth` tokens from the text competes; it may be the deeper."""
+
+    tree: TreeShape
+    lookup_depth: int
+
+    looks_up = True
+    is_chain = False  # a lookup may branch off anywhere
+
+    @property
+    def sizing(self) -> Sizing:
+        return self.tree.sizing
+
+    @property
+    def max_depth(self) -> int:
+        return max(self.tree.max_depth, self.lookup_depth)
+
+    def cut_to(self, depth: int) -> "LookupTree":
+        return replace(self, tree=self.tree.cut_to(depth))

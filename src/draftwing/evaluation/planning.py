@@ -14,7 +14,7 @@ from draftwing.drafts.load import ACCEPTANCE_FILE
 from draftwing.evaluation.compare import MethodResult, PromptResult, Start, timed
 from draftwing.plans.acceptance import EDGES, NUM_DEPTHS, AcceptanceTable
 from draftwing.plans.costs import CycleCosts
-from draftwing.plans.experience import Experience
+from draftwing.plans.lessons import Experience
 
 BAR = 40
 

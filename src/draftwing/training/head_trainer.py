@@ -27,7 +27,7 @@ from draftwing.drafts.kinds import new_drafter, objective_named, resolve_method
 from draftwing.drafts.objective import Objective
 from draftwing.engine.engine import Request
 from draftwing.engine.generation import start_generation
-from draftwing.engine.plan import TreePlan
+from draftwing.engine.plan import NamedTree, TreePlan
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule
 from draftwing.target.load import load_tokenizer
@@ -98,7 +98,7 @@ def coverage(head: Any, train: Sequence[Example]) -> float | None:
     return float(counts[target_ids.cpu()].sum() / counts.sum().clamp(min=1))
 
 
-def decode_plan(config: HeadStage) -> TreePlan:
+def decode_plan(config: HeadStage) -> NamedTree:
     """The tree plan with which evaluations decode."""
     try:
         return TreePlan.parse(config.decode_plan) if config.decode_plan else TreePlan.chain(config.ttt_steps)
@@ -123,7 +123,7 @@ class HeadTrainer(ResumableTrainer):
     """Batches rows of like length, logs each step's loss and accuracy, keeps the best head, decodes `prompts`."""
 
     prompts: Sequence[Sequence[int]] = ()
-    plan: TreePlan
+    plan: NamedTree
 
     def order(self) -> LengthGroupedOrder:
         return LengthGroupedOrder(
@@ -202,7 +202,7 @@ def copy_of(head: nn.Module, target: TargetModel, objective: Objective) -> Any:
     return network.eval()
 
 
-def decode(head: Any, target: TargetModel, prompts: Sequence[Sequence[int]], plan: TreePlan) -> tuple[int, int]:
+def decode(head: Any, target: TargetModel, prompts: Sequence[Sequence[int]], plan: NamedTree) -> tuple[int, int]:
     """Decode the prompts greedily, one by one; returns how many tokens came in how many cycles."""
     drafter = new_drafter(resolve_method(None, head), head, target)
     num_tokens = num_cycles = 0

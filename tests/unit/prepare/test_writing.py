@@ -16,7 +16,7 @@ from draftwing.engine.readback import CycleReport
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule
 from draftwing.plans import clocked
-from draftwing.plans.clocked import BELIEVED, TRIED, ClockedPlan
+from draftwing.plans.trials import BELIEVED, TRIED, ClockedPlan
 from draftwing.prepare.from_target import AHEAD, MARK, Author, Dropped, in_order, loops, user_turn
 from draftwing.prepare.self_generated import EngineAnswers
 from draftwing.target.model import TargetModel

@@ -13,7 +13,7 @@ from draftwing.drafts.eagle.eagle3 import Eagle3Model
 from draftwing.drafts.growth import RootedDraft, grow_tree
 from draftwing.drafts.ngram import NgramDrafter
 from draftwing.engine.drafter import Drafter, Ranking
-from draftwing.engine.plan import TreePlan
+from draftwing.engine.plan import TreeShape
 from draftwing.engine.tree import DraftTree
 from draftwing.engine.unread import Unread
 from draftwing.target.attention import grouped_attention
@@ -89,7 +89,7 @@ class EagleDrafter(Drafter):
         self._last_output.copy_(torch.where((num_new > 0)[:, None], last, self._last_output))
         self._cache.commit(None, num_new, max_kept=num_unread)
 
-    def grow(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
+    def grow(self, root: torch.Tensor, plan: TreeShape, rank: Ranking) -> DraftTree:
         self._cache.bound = self.bound
         levels, output = _Levels(self._cache, plan.num_inner, self._window), self._last_output[:, None]
 
