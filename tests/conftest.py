@@ -15,9 +15,9 @@ if not torch.cuda.is_available():
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftwing.config import TrainConfig
-from draftwing.data.chat import Example
+from draftwing.data.chat_template import Example
 from draftwing.drafts.eagle.drafter import EagleDrafter
-from draftwing.drafts.eagle.load import DraftNetwork
+from draftwing.drafts.eagle.load_head import DraftNetwork
 from draftwing.drafts.head_training import HeadTraining
 from draftwing.drafts.kinds import objective_named
 from draftwing.drafts.language_model import DraftModelDrafter
@@ -29,10 +29,10 @@ from draftwing.engine.captured import Recorder
 from draftwing.engine.drafter import NoDrafter
 from draftwing.engine.engine import NewDrafter, Request
 from draftwing.engine.generation import Generation, start_generation
-from draftwing.engine.plan import Plan, TreePlan
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree import DraftTree, Verdict
+from draftwing.engine.tree_plan import Plan, TreePlan
 from draftwing.plans.auto import AutoPlan, SizedPlan
 from draftwing.plans.costs import CycleCosts, measure_costs
 from draftwing.plans.lessons import Experience

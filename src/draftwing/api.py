@@ -12,26 +12,26 @@ import torch
 
 from draftwing.batches import Prompts, append_padded, read_prompts, unpad
 from draftwing.config import check_keys
-from draftwing.drafts.drafting import check_drafting
 from draftwing.drafts.eagle.formats import FROM_FILE, HeadOptions
-from draftwing.drafts.family import Draft, Wanted
+from draftwing.drafts.family import Draft, DrafterOptions
 from draftwing.drafts.kinds import (
     PLAIN,
+    check_drafting,
     family_of,
     family_of_draft,
     new_drafter,
     resolve_method,
     suitable_draft,
 )
-from draftwing.drafts.load import load_draft, read_acceptance, resolve_draft
+from draftwing.drafts.load_draft import load_draft, read_acceptance, resolve_draft
 from draftwing.engine.captured import CudaRecorder, Recorder
 from draftwing.engine.engine import Engine, NewDrafter, Request, bucket, check_requests
 from draftwing.engine.generation import Committed, Generation
 from draftwing.engine.memory import check_memory, seat_bytes
 from draftwing.engine.options import GenerateOptions
-from draftwing.engine.plan import Plan
 from draftwing.engine.statistics import Statistics
 from draftwing.engine.stopping import exact_decode
+from draftwing.engine.tree_plan import Plan
 from draftwing.plans.costs import CycleCosts
 from draftwing.plans.lessons import Experience, Lessons
 from draftwing.plans.planner import Planner
@@ -228,7 +228,7 @@ class SpeculativeModel:
         return Engine(self.target, drafter, num_seats, capacity, plan, self._recorder(), key.coupled)
 
     def _new_drafter(self, key: "_EngineKey", plan: Plan) -> NewDrafter:
-        wanted = Wanted(key.with_lookup, key.draft_window, plan.largest)
+        wanted = DrafterOptions(key.with_lookup, key.draft_window, plan.largest)
         return new_drafter(self.method if key.drafts else PLAIN, self.draft, self.target, wanted)
 
     def engine(self, num_seats: int, capacity: int, settings: GenerateOptions | None = None) -> Engine:

@@ -24,13 +24,13 @@ from draftwing.config import check_keys
 from draftwing.drafts.eagle.formats import HeadOptions
 from draftwing.drafts.family import Draft
 from draftwing.drafts.kinds import family_of_draft, suitable_draft
-from draftwing.drafts.load import load_draft, read_acceptance
+from draftwing.drafts.load_draft import load_draft, read_acceptance
 from draftwing.engine.generation import Generation
 from draftwing.engine.options import GenerateOptions
-from draftwing.engine.plan import NamedTree
 from draftwing.engine.statistics import Statistics
 from draftwing.engine.stepwise import Place
 from draftwing.engine.stopping import StopRule
+from draftwing.engine.tree_plan import NamedTree
 from draftwing.honoured import (
     PREFIX_PROCESSORS,
     ROW_CRITERIA,

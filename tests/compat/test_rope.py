@@ -18,10 +18,9 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
-from draftwing.drafts.draft_vocab import DraftVocab
 from draftwing.drafts.eagle.eagle1 import EagleModel
 from draftwing.drafts.eagle.eagle3 import Eagle3Model
-from draftwing.layers import ACTIVATIONS, DecoderLayer, DraftConfig
+from draftwing.layers import ACTIVATIONS, DecoderLayer, DraftConfig, DraftVocab
 from draftwing.rotary import Rotary, rope_frequencies, rope_scale
 from draftwing.target.attention import grouped_attention
 

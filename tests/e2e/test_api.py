@@ -24,11 +24,11 @@ from transformers.generation import StopStringCriteria
 import draftwing
 from draftwing.api import GenerateOutput, SpeculativeModel
 from draftwing.config import TrainConfig
-from draftwing.drafts.eagle.load import DraftNetwork
+from draftwing.drafts.eagle.load_head import DraftNetwork
 from draftwing.drafts.medusa.network import MedusaModel
 from draftwing.embedded import EMBEDDED
 from draftwing.engine.options import GenerateOptions, row_seed
-from draftwing.engine.plan import TreePlan
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.target.model import TargetModel
 
 
@@ -564,10 +564,10 @@ def test_lookahead_needs_no_draft(model: SpeculativeModel, target: TargetModel) 
 
 
 def test_drafts_that_are_not_embedded_yet_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from draftwing.drafts import load
+    from draftwing.drafts import load_draft
 
-    missing = {name: tmp_path / name for name in load.EMBEDDED_DRAFTS}
-    monkeypatch.setattr(load, "EMBEDDED_DRAFTS", missing)
+    missing = {name: tmp_path / name for name in load_draft.EMBEDDED_DRAFTS}
+    monkeypatch.setattr(load_draft, "EMBEDDED_DRAFTS", missing)
     for name, method in (("tiny-medusa", "medusa"), ("tiny-draft", "draft_model")):
         with pytest.raises(ValueError, match=f"draft: {name} is not part of this installation"):
             draftwing.load("tiny", draft="tiny", method=method)

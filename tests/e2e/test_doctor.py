@@ -21,7 +21,7 @@ from draftwing.api import SpeculativeModel
 from draftwing.cli import build_parser, main
 from draftwing.cli.arguments import head_options
 from draftwing.data.prompts import Prompt, read_prompts
-from draftwing.doctor.doctor import (
+from draftwing.doctor.diagnosis import (
     Diagnosis,
     Text,
     as_chat,
@@ -34,10 +34,10 @@ from draftwing.doctor.doctor import (
 from draftwing.doctor.patient import Patient
 from draftwing.doctor.replay import Recording, record
 from draftwing.doctor.suspects import head_suspects
-from draftwing.doctor.trials import Finding, Steps, compare
+from draftwing.doctor.trials import Finding, StepCount, compare
 from draftwing.drafts.eagle.formats import HeadOptions
 from draftwing.drafts.fit import Tensors
-from draftwing.drafts.load import read_draft_files, resolve_draft
+from draftwing.drafts.load_draft import read_draft_files, resolve_draft
 from draftwing.embedded import EMBEDDED, EMBEDDED_PROMPTS
 from draftwing.engine.engine import Request
 from draftwing.engine.sampling import SamplingParams
@@ -79,7 +79,7 @@ def record_rows(model: SpeculativeModel, rows: list[list[int]], num_new: int = N
 
 
 def diagnose(folder: Path | str, target: TargetModel, recording: Recording, **options: Any) -> Diagnosis:
-    return examine(Patient(str(folder), target, HeadOptions(**options)), Text([recording]), [], Steps())
+    return examine(Patient(str(folder), target, HeadOptions(**options)), Text([recording]), [], StepCount())
 
 
 def tau_of(name: Path | str, target: TargetModel, recording: Recording, cure: Any = None) -> float:
@@ -305,9 +305,9 @@ def test_the_replay_is_what_decoding_does(model: SpeculativeModel, prompts: list
 
 def test_sampled_text_is_harder_and_no_fault(model: SpeculativeModel, prompts: list[Prompt]) -> None:
     patient = Patient("tiny", model.target)
-    text = decode_prompts(patient, prompts[:4], model.tokenizer, 1.5, NUM_NEW, Steps())
+    text = decode_prompts(patient, prompts[:4], model.tokenizer, 1.5, NUM_NEW, StepCount())
     assert set(text.otherwise) == {"temperature 0", "without the chat template"}
-    verdict = examine(patient, text, [], Steps()).verdict
+    verdict = examine(patient, text, [], StepCount()).verdict
     assert not verdict.is_fault
     assert "at temperature 0: sampled text is harder" in verdict.sentence
 
@@ -374,7 +374,7 @@ def test_what_the_figures_suggest_without_proof_asks_for_more_prompts() -> None:
 def test_raw_prompts_are_tried_through_the_template(model: SpeculativeModel, prompts: list[Prompt]) -> None:
     raw = [prompt for prompt in prompts if prompt.text][:2]
     patient = Patient("tiny", model.target)
-    text = decode_prompts(patient, raw, model.tokenizer, 0.0, 4, Steps())
+    text = decode_prompts(patient, raw, model.tokenizer, 0.0, 4, StepCount())
     assert set(text.otherwise) == {"temperature 1", "through the chat template"}
     (recording,) = text.otherwise["through the chat template"]
     assert recording.tokens[0][: recording.num_prompt[0]] == as_chat(raw[0]).token_ids(model.tokenizer)

@@ -23,13 +23,13 @@ from torch.distributed.tensor import DTensor
 
 from draftwing.cli import main
 from draftwing.config import TrainConfig
-from draftwing.data.tokenizer import train_tokenizer
 from draftwing.drafts.head_training import HeadTraining
 from draftwing.files import to_json
 from draftwing.training import checkpoints, trainer
 from draftwing.training.frozen_target import frozen_target
+from draftwing.training.interruption import StopOnSignal
 from draftwing.training.processes import end_processes, start_processes
-from draftwing.training.stopping import StopOnSignal
+from draftwing.training.target_trainer import train_tokenizer
 
 STEPS = 10
 TAU = "decode_prompts=2"
@@ -91,7 +91,7 @@ def train_and_die(command: list[str]) -> None:
 
 def statuses(target: Callable[..., None], *arguments: tuple[Any, ...]) -> list[int | None]:
     """The exit statuses of processes that run a function, one for each tuple of arguments."""
-    CHILDREN.set_forkserver_preload(["draftwing.training.train", "draftwing.cli", __name__])
+    CHILDREN.set_forkserver_preload(["draftwing.training.stage", "draftwing.cli", __name__])
     processes = [CHILDREN.Process(target=target, args=part) for part in arguments]
     for process in processes:
         process.start()

@@ -24,19 +24,19 @@ from hypothesis import strategies as st
 from tape import TapeRecorder
 from test_bits import packed_target
 
-from draftwing.drafts.eagle.load import DraftNetwork
+from draftwing.drafts.eagle.load_head import DraftNetwork
 from draftwing.engine import engine as engine_module
 from draftwing.engine import order as order_module
 from draftwing.engine.engine import Engine, NewDrafter, Request, Seat
 from draftwing.engine.generation import Generation
 from draftwing.engine.order import Order
 from draftwing.engine.penalties import Penalties
-from draftwing.engine.plan import Plan, TreePlan
 from draftwing.engine.sampling import Noise, SamplingParams
 from draftwing.engine.seats import Seats
 from draftwing.engine.statistics import CycleCounts
 from draftwing.engine.stepwise import Place
 from draftwing.engine.stopping import StopRule
+from draftwing.engine.tree_plan import Plan, TreePlan
 from draftwing.target.kv_cache import KVCache
 from draftwing.target.model import TargetModel
 

@@ -7,10 +7,10 @@ import torch
 from conftest import auto_plan, eagle, eagle_with_ngram, generate, ngram, requests_for, run
 
 from draftwing.drafts import ngram as ngram_module
-from draftwing.drafts.eagle.load import DraftNetwork
+from draftwing.drafts.eagle.load_head import DraftNetwork
 from draftwing.engine.engine import NewDrafter
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.tree import Candidates, Overlap
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.target.model import TargetModel
 
 CHAINS = ("chain:1", "chain:6")

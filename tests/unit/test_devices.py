@@ -20,16 +20,16 @@ from torch.utils._pytree import tree_leaves
 
 from draftwing.config import Loss, Objective, TrainConfig
 from draftwing.drafts.eagle.eagle1 import EagleModel
-from draftwing.drafts.eagle.load import build_network
-from draftwing.drafts.family import Draft, Wanted
+from draftwing.drafts.eagle.load_head import build_network
+from draftwing.drafts.family import Draft, DrafterOptions
 from draftwing.drafts.head_training import HeadTraining
 from draftwing.drafts.kinds import new_drafter
 from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel
 from draftwing.engine.drafter import NoDrafter
 from draftwing.engine.engine import Engine, NewDrafter
-from draftwing.engine.plan import Plan, TreePlan
 from draftwing.engine.readback import CycleReading, pack, unpack
 from draftwing.engine.tree import Candidates, best_subtree, walk
+from draftwing.engine.tree_plan import Plan, TreePlan
 from draftwing.layers import DraftConfig
 from draftwing.losses import fused_head, ttt
 from draftwing.target.model import TargetModel
@@ -211,7 +211,7 @@ class TestCycle:
         method, plan = CYCLES[cycle]
         with_lookup, shape = plan.endswith("+ngram"), plan_of(plan)
         fixed = shape if isinstance(shape, TreePlan) else None
-        drafter = new_drafter(method, draft_for(method, target), target, Wanted(with_lookup, plan=fixed))
+        drafter = new_drafter(method, draft_for(method, target), target, DrafterOptions(with_lookup, plan=fixed))
         with Transfers() as prefill:
             engine = start(target, drafter, shape, sampling, batch_size)
         first, second = run_cycle(engine), run_cycle(engine)

@@ -54,9 +54,9 @@ def run(options: argparse.Namespace) -> None:
         _show_plan(chosen, stages, options)
         return
     from draftwing.files import to_json
+    from draftwing.training.interruption import TrainingStopped
     from draftwing.training.processes import end_processes, is_main_process, start_processes
-    from draftwing.training.stopping import TrainingStopped
-    from draftwing.training.train import train_stage
+    from draftwing.training.stage import train_stage
 
     console = new_console(stderr=True)
     start_processes()

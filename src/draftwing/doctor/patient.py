@@ -10,10 +10,10 @@ from torch.nn import functional
 from draftwing.doctor.replay import Recording, Trace, replay
 from draftwing.doctor.suspects import Suspect, head_suspects, precision_suspects
 from draftwing.drafts.eagle.formats import FROM_FILE, HeadOptions, verifier_name
-from draftwing.drafts.family import Draft, Wanted
+from draftwing.drafts.family import Draft, DrafterOptions
 from draftwing.drafts.fit import broken_tensors
 from draftwing.drafts.kinds import FAMILIES, family_of_files, new_drafter
-from draftwing.drafts.load import check_head_options, open_draft
+from draftwing.drafts.load_draft import check_head_options, open_draft
 from draftwing.target.model import TargetModel
 
 DEPTH = 5
@@ -72,7 +72,9 @@ class Patient:
     def traces(self, recordings: Sequence[Recording], options: Mapping[str, Any]) -> list[Trace]:
         """What the draft does with some options of `load` and `generate` changed."""
         draft, target = self.load(options), self.target
-        drafter = new_drafter(self._family.methods[-1].name, draft, target, Wanted(window=options.get("draft_window")))
+        drafter = new_drafter(
+            self._family.methods[-1].name, draft, target, DrafterOptions(window=options.get("draft_window"))
+        )
         replays = (replay(recording, drafter, DEPTH, draft.dtype, target.device) for recording in recordings)
         return [trace for traces in replays for trace in traces]
 

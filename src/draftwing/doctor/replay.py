@@ -14,9 +14,9 @@ import torch
 from draftwing.engine.drafter import Drafter, NoDrafter, Ranking
 from draftwing.engine.engine import NewDrafter, Request
 from draftwing.engine.generation import start_generation
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.readback import Array
 from draftwing.engine.sampling import Sampler, SamplingParams, log_probabilities
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.engine.unread import PREFILL_CHUNK
 from draftwing.target.model import TargetModel
 

@@ -59,7 +59,7 @@ class Finding:
         return {"name": self.name, "means": self.means, "options": dict(self.options), **figures}
 
 
-class Steps:
+class StepCount:
     """Counts measurements, for a progress bar: `show` is told what comes, how many steps are done, and of how many."""
 
     def __init__(self, show: Callable[[str, int, int], None] = lambda what, done, total: None) -> None:
@@ -77,7 +77,7 @@ class Steps:
 class Trials:
     """A draft as loaded, and the trials of every suspect, on what its target said."""
 
-    def __init__(self, patient: Patient, recordings: Sequence[Recording], steps: Steps) -> None:
+    def __init__(self, patient: Patient, recordings: Sequence[Recording], steps: StepCount) -> None:
         self._patient, self._recordings, self._steps = patient, recordings, steps
         self._suspects = patient.suspects(max(recording.longest for recording in recordings))
         steps.expect(1 + len(self._suspects))

@@ -11,14 +11,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
-from draftwing.engine.plan import LookaheadTree, NamedTree, TreeShape
+from draftwing.engine.tree_plan import LookaheadTree, NamedTree, TreeShape
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from draftwing.drafts.eagle.formats import HeadOptions
-    from draftwing.drafts.export import Export, ExportRequest
+    from draftwing.drafts.export_draft import Export, ExportRequest
     from draftwing.drafts.fit import TargetSizes, Tensors
     from draftwing.drafts.objective import Objective
     from draftwing.engine.engine import NewDrafter
@@ -118,7 +118,7 @@ class DraftFiles:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class DrafterOptions:
     """What a drafter is made for: merging lookups, reading a `window` of tokens, the largest tree."""
 
     with_lookup: bool = False
@@ -126,11 +126,11 @@ class Wanted:
     plan: TreeShape | None = None
 
 
-NOTHING_ELSE = Wanted()
+NOTHING_ELSE = DrafterOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class DraftReport:
     """A draft's facts. `problems` are errors on loading, or make it useless; `notes` are things worth knowing."""
 
     folder: str
@@ -159,7 +159,7 @@ class Kind(Generic[D]):
 
     reads_tensors = True
 
-    def drafter(self, draft: D, target: "TargetModel", wanted: Wanted) -> "NewDrafter":
+    def drafter(self, draft: D, target: "TargetModel", wanted: DrafterOptions) -> "NewDrafter":
         """What makes the drafters that guess for `target`; `draft` is None in a family that needs none."""
         raise NotImplementedError
 
@@ -186,7 +186,7 @@ class Kind(Generic[D]):
         """
         raise NotImplementedError
 
-    def inspect(self, files: DraftFiles, target: "TargetSizes | None", target_name: str | None) -> Report:
+    def inspect(self, files: DraftFiles, target: "TargetSizes | None", target_name: str | None) -> DraftReport:
         """Report on what files hold, and with a target on whether it fits."""
         raise NotImplementedError
 

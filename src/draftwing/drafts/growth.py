@@ -6,10 +6,10 @@ from functools import cache, singledispatch
 
 import torch
 
-from draftwing.drafts.draft_vocab import DraftVocab
 from draftwing.engine.drafter import Ranking
-from draftwing.engine.plan import LookupTree, RankPath, SizedTree, StaticTree, TreePlan, TreeShape
 from draftwing.engine.tree import Candidates, DraftTree, best_subtree, join
+from draftwing.engine.tree_plan import LookupTree, RankPath, SizedTree, StaticTree, TreePlan, TreeShape
+from draftwing.layers import DraftVocab
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Runs the nodes of the next level: their parents' indices `[B, K]` in the level before and their `tokens [B, K]`.

@@ -15,12 +15,12 @@ Guesses are never accepted themselves.
 import torch
 
 from draftwing.by_seat import BySeat
-from draftwing.drafts.drafting import default_plan
-from draftwing.drafts.family import Kind, Wanted
+from draftwing.drafts.family import DrafterOptions, Kind
+from draftwing.drafts.kinds import default_plan
 from draftwing.engine.drafter import Drafter, Ranking
 from draftwing.engine.engine import NewDrafter
-from draftwing.engine.plan import LookaheadTree, TreePlan, TreeShape
 from draftwing.engine.tree import DraftTree
+from draftwing.engine.tree_plan import LookaheadTree, TreePlan, TreeShape
 from draftwing.target.model import TargetModel
 
 POOL_SIZE = 8192
@@ -32,7 +32,7 @@ CODE_FACTOR = 0x5851F42D4C957F2D
 class Lookahead(Kind[None]):
     """Drafts from the target's own passes."""
 
-    def drafter(self, draft: None, target: TargetModel, wanted: Wanted) -> NewDrafter:
+    def drafter(self, draft: None, target: TargetModel, wanted: DrafterOptions) -> NewDrafter:
         plan: TreeShape = wanted.plan or TreePlan.parse(default_plan("lookahead"))
         return lambda num_seats, num_slots: LookaheadDrafter(plan, num_seats, num_slots, target.device)
 

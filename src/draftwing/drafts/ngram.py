@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from draftwing.by_seat import BySeat
-from draftwing.drafts.family import Kind, Wanted
+from draftwing.drafts.family import DrafterOptions, Kind
 from draftwing.engine.drafter import Drafter, Ranking
 from draftwing.engine.engine import NewDrafter
-from draftwing.engine.plan import TreeShape
 from draftwing.engine.tree import Candidates, DraftTree, Overlap, best_subtree, follow, no_candidates
+from draftwing.engine.tree_plan import TreeShape
 from draftwing.target.model import TargetModel
 
 LONGEST_MATCH = 8
@@ -25,7 +25,7 @@ NO_TOKEN = -1
 class Ngram(Kind[None]):
     """Drafts from the text itself."""
 
-    def drafter(self, draft: None, target: TargetModel, wanted: Wanted) -> NewDrafter:
+    def drafter(self, draft: None, target: TargetModel, wanted: DrafterOptions) -> NewDrafter:
         return lambda num_seats, num_slots: NgramDrafter(num_seats, num_slots, target.device)
 
 

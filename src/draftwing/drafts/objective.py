@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from draftwing.config import TrainConfig
-from draftwing.data.chat import Example
+from draftwing.data.chat_template import Example
 from draftwing.drafts.fit import Tensors
 from draftwing.drafts.head_training import HeadTraining
 from draftwing.target.model import TargetModel

@@ -13,10 +13,10 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from draftwing.engine.plan import TreeShape
 from draftwing.engine.readback import Array
 from draftwing.engine.seats import Seats, Verification
 from draftwing.engine.tree import DraftTree
+from draftwing.engine.tree_plan import TreeShape
 
 T = TypeVar("T")
 SMALLEST_BOUND = 256

@@ -5,8 +5,8 @@ from typing import Protocol
 import torch
 
 from draftwing.by_seat import BySeat
-from draftwing.engine.plan import TreeShape
 from draftwing.engine.tree import DraftTree
+from draftwing.engine.tree_plan import TreeShape
 
 
 class Ranking(Protocol):

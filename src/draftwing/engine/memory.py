@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from draftwing.engine.engine import NewDrafter
-from draftwing.engine.plan import TreeShape
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.seats import Seats, room_for
 from draftwing.engine.stopping import StopRule
+from draftwing.engine.tree_plan import TreeShape
 from draftwing.target.model import TargetModel
 
 MOST_SHARE = 0.9

@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 from draftwing.engine.engine import Request
-from draftwing.engine.plan import NamedTree
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import Decode, StopRule
+from draftwing.engine.tree_plan import NamedTree
 
 KINDS: dict[str, tuple[Any, str]] = {
     "seed": (int | Sequence, "an integer or one per row"),

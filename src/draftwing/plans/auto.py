@@ -6,12 +6,12 @@ from dataclasses import replace
 import torch
 
 from draftwing.engine.engine import bucket
-from draftwing.engine.plan import SizedTree, TreePlan, TreeShape
 from draftwing.engine.readback import CycleReport, join_outcomes
+from draftwing.engine.tree_plan import SizedTree, TreePlan, TreeShape
 from draftwing.plans.costs import CycleCosts
 from draftwing.plans.lessons import Experience
+from draftwing.plans.pauses import INHERITED_PAUSE, STUDIED
 from draftwing.plans.sizing import RATE_MEMORY, FixedShapes, PaidSize, Prices, Rate
-from draftwing.plans.trials import INHERITED_PAUSE, STUDIED
 
 REQUEST_MEMORY = 30.0
 """Expected acceptances per bin that a request takes over from those before it."""

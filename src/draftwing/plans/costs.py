@@ -22,11 +22,11 @@ from draftwing.drafts.kinds import family_of_draft
 from draftwing.engine.captured import Recorder
 from draftwing.engine.engine import Engine, NewDrafter, Request
 from draftwing.engine.generation import Generation
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.readback import CycleReport
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.statistics import STAGES
 from draftwing.engine.stopping import StopRule
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.files import cache_folder
 from draftwing.provenance import provenance
 from draftwing.target.model import TargetModel

@@ -7,12 +7,12 @@ from typing import Any, Protocol
 import torch
 
 from draftwing.engine.engine import bucket
-from draftwing.engine.plan import NamedTree
 from draftwing.engine.readback import Outcomes
 from draftwing.engine.statistics import Statistics
+from draftwing.engine.tree_plan import NamedTree
 from draftwing.plans.acceptance import AcceptanceTable, CalibratedSize
 from draftwing.plans.costs import CycleCosts
-from draftwing.plans.trials import ClockedPlan, LookupTrial, Pause
+from draftwing.plans.pauses import ClockedPlan, LookupTrial, Pause
 from draftwing.threads import free_cores
 
 MOST_DRIFT, WATCHED_CYCLES = 2.0, 32

@@ -3,18 +3,17 @@
 import time
 from collections.abc import Callable, Iterable
 
-from draftwing.drafts.drafting import plan_for
 from draftwing.drafts.family import Draft
-from draftwing.drafts.kinds import family_of, new_drafter, tree_shapes
+from draftwing.drafts.kinds import family_of, new_drafter, plan_for, tree_shapes
 from draftwing.engine.captured import Recorder
 from draftwing.engine.engine import bucket
 from draftwing.engine.options import GenerateOptions
-from draftwing.engine.plan import Plan, TreePlan
 from draftwing.engine.statistics import Statistics
+from draftwing.engine.tree_plan import Plan, TreePlan
 from draftwing.plans.auto import AutoPlan
 from draftwing.plans.costs import CycleCosts, cached_costs, measure_costs, what_costs_depend_on
 from draftwing.plans.lessons import Key, Lessons
-from draftwing.plans.trials import ClockedPlan, LookupPlan, LookupTrial
+from draftwing.plans.pauses import ClockedPlan, LookupPlan, LookupTrial
 from draftwing.target.model import TargetModel
 
 

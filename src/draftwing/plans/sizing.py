@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.readback import Array, CycleFacts
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.plans.acceptance import NUM_DEPTHS, CalibratedSize
 from draftwing.plans.costs import CycleCosts
 

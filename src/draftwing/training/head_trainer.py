@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from draftwing.config import HeadStage, Stage, TrainConfig
-from draftwing.data.chat import Example
+from draftwing.data.chat_template import Example
 from draftwing.data.examples import (
     Collator,
     LengthGroupedOrder,
@@ -27,9 +27,9 @@ from draftwing.drafts.kinds import new_drafter, objective_named, resolve_method
 from draftwing.drafts.objective import Objective
 from draftwing.engine.engine import Request
 from draftwing.engine.generation import start_generation
-from draftwing.engine.plan import NamedTree, TreePlan
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule
+from draftwing.engine.tree_plan import NamedTree, TreePlan
 from draftwing.target.load import load_tokenizer
 from draftwing.target.model import TargetModel
 from draftwing.training.estimates import read_target_config

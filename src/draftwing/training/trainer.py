@@ -25,8 +25,8 @@ from draftwing.training.checkpoints import (
     settings_of,
 )
 from draftwing.training.display import ProgressDisplay, RecordKeeper
+from draftwing.training.interruption import StopOnSignal, TrainingDiverged, TrainingStopped
 from draftwing.training.processes import is_main_process, num_processes, sum_over_processes, wait_for_others
-from draftwing.training.stopping import StopOnSignal, TrainingDiverged, TrainingStopped
 
 logger = logging.getLogger(__name__)
 

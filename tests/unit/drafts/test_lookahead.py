@@ -8,9 +8,9 @@ import torch
 from conftest import VOCAB_SIZE, generate, lookahead, no_draft, requests_for
 
 from draftwing.drafts.lookahead import POOL_SIZE, LookaheadDrafter, NgramPool
-from draftwing.engine.plan import LookaheadTree, TreePlan
 from draftwing.engine.sampling import uncoupled_rank
 from draftwing.engine.tree import DraftTree
+from draftwing.engine.tree_plan import LookaheadTree, TreePlan
 from draftwing.target.model import TargetModel
 
 Ngram = tuple[int, ...]

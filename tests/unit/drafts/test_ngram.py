@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from draftwing.drafts.ngram import LONGEST_MATCH, NgramDrafter
-from draftwing.engine.plan import LookupTree, TreePlan, TreeShape
 from draftwing.engine.sampling import uncoupled_rank
 from draftwing.engine.tree import Candidates, DraftTree, best_subtree, follow
+from draftwing.engine.tree_plan import LookupTree, TreePlan, TreeShape
 
 Path = tuple[int, ...]
 STAGED = TreePlan.parse("tree:2x2x6").with_lookup()  # a draft of two levels, a lookup of five tokens

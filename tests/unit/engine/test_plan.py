@@ -2,7 +2,7 @@
 
 import pytest
 
-from draftwing.engine.plan import LookaheadTree, NamedTree, TreePlan
+from draftwing.engine.tree_plan import LookaheadTree, NamedTree, TreePlan
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from draftwing.config import Loss, TrainConfig
 from draftwing.drafts.eagle import objective
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.eagle3 import Eagle3Model
-from draftwing.drafts.eagle.load import DraftNetwork
+from draftwing.drafts.eagle.load_head import DraftNetwork
 from draftwing.drafts.head_training import HeadTraining
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import uncoupled_rank
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.losses.slot_losses import feature_regression
 from draftwing.losses.slots import SupervisedSlots, document_positions
 from draftwing.losses.ttt import TttAttention, block_mask, flex_merged_attention, shift_left

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import auto_plan, costs, sized_plan
 
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.readback import CycleFacts, CycleReport
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.plans.acceptance import EDGES
 from draftwing.plans.auto import LESSON, STUDIED_LATER, TRIAL, YOUTH, SizedPlan
 from draftwing.plans.lessons import Experience
-from draftwing.plans.trials import (
+from draftwing.plans.pauses import (
     INHERITED_LOOKUP_PAUSE,
     INHERITED_PAUSE,
     LONGEST_PAUSE,
@@ -22,7 +22,7 @@ from draftwing.plans.trials import (
     LookupPlan,
     LookupTrial,
 )
-from draftwing.plans.trials import TRIAL as LOOKUP_TRIAL
+from draftwing.plans.pauses import TRIAL as LOOKUP_TRIAL
 
 
 def chain_facts(num_accepted: int, depth: int = 4, probability: float = 0.75) -> CycleFacts:

@@ -9,8 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from draftwing.drafts.draft_vocab import DraftVocab
-from draftwing.layers import Attend, DecoderLayer, DraftConfig
+from draftwing.layers import Attend, DecoderLayer, DraftConfig, DraftVocab
 from draftwing.rotary import Rotary
 
 

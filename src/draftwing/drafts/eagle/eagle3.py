@@ -9,8 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from draftwing.drafts.draft_vocab import DraftVocab
-from draftwing.layers import MLP, Attend, Attention, DecoderLayer, DraftConfig, RMSNorm
+from draftwing.layers import MLP, Attend, Attention, DecoderLayer, DraftConfig, DraftVocab, RMSNorm
 from draftwing.rotary import Rotary, Rotation
 
 

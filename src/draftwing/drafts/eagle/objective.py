@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from draftwing.config import Eagle1Stage, Eagle3Stage, EagleStage, TrainConfig
-from draftwing.data.chat import Example
+from draftwing.data.chat_template import Example
 from draftwing.drafts.eagle.eagle1 import EagleModel
 from draftwing.drafts.eagle.eagle3 import Eagle3Layer, Eagle3Model
 from draftwing.drafts.eagle.formats import HeadFormat
-from draftwing.drafts.eagle.load import DraftNetwork, build_network, network_shapes
+from draftwing.drafts.eagle.load_head import DraftNetwork, build_network, network_shapes
 from draftwing.drafts.eagle.new_head import (
     continued_eagle1,
     continued_eagle3,
@@ -28,7 +28,7 @@ from draftwing.drafts.eagle.new_head import (
     new_eagle3,
     read_sizes,
 )
-from draftwing.drafts.eagle.save import save_head, to_head
+from draftwing.drafts.eagle.save_head import save_head, to_head
 from draftwing.drafts.fit import Tensors, sizes_of
 from draftwing.drafts.head_training import HeadTraining
 from draftwing.drafts.objective import SAVED_DTYPE, HeadCosts, HeadSizes, Objective

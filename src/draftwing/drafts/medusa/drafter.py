@@ -9,8 +9,8 @@ import torch
 from draftwing.drafts.growth import RootedDraft, grow_tree
 from draftwing.drafts.medusa.network import MedusaModel
 from draftwing.engine.drafter import Drafter, Ranking
-from draftwing.engine.plan import TreeShape
 from draftwing.engine.tree import DraftTree
+from draftwing.engine.tree_plan import TreeShape
 
 
 class MedusaDrafter(Drafter):

@@ -16,9 +16,9 @@ import torch
 from draftwing.config import suggestion
 from draftwing.drafts.family import ENGINES, DraftFiles
 from draftwing.drafts.fit import TargetSizes, Tensors
-from draftwing.drafts.inspect import target_sizes
+from draftwing.drafts.inspect_draft import target_sizes
 from draftwing.drafts.kinds import family_of_files
-from draftwing.drafts.load import open_draft
+from draftwing.drafts.load_draft import open_draft
 from draftwing.files import whole_folder, write_text
 
 RECORD = "export.json"

@@ -13,8 +13,8 @@ from draftwing.provenance import provenance
 from draftwing.training.checkpoints import check_same, settings_of
 from draftwing.training.display import RECORD, read_record
 from draftwing.training.head_trainer import train_head
-from draftwing.training.language_model import train_language_model
 from draftwing.training.processes import is_main_process, wait_for_others
+from draftwing.training.target_trainer import train_language_model
 
 
 def train_stage(config: TrainConfig) -> dict[str, float]:

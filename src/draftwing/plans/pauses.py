@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from draftwing.engine.plan import NamedTree, TreePlan, TreeShape
 from draftwing.engine.readback import CycleFacts, CycleReport
+from draftwing.engine.tree_plan import NamedTree, TreePlan, TreeShape
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 16, 1024
 """Cycles of a pause."""
