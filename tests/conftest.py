@@ -18,7 +18,7 @@ from draftwing.config import TrainConfig
 from draftwing.data.chat_template import Example
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.load_head import DraftNetwork
-from draftwing.drafts.head_training import HeadTraining
+from draftwing.drafts.head_loss import HeadLoss
 from draftwing.drafts.kinds import objective_named
 from draftwing.drafts.language_model import DraftModelDrafter
 from draftwing.drafts.lookahead import LookaheadDrafter
@@ -148,7 +148,7 @@ def new_head(config: TrainConfig, target: TargetModel, data: Sequence[Example]) 
     return objective_named(config.objective).make(config, target, data)
 
 
-def head_training(head: Any, target: TargetModel, config: TrainConfig) -> HeadTraining:
+def head_training(head: Any, target: TargetModel, config: TrainConfig) -> HeadLoss:
     """What teaches it."""
     return objective_named(config.objective).training(head, target, config)
 
@@ -160,7 +160,7 @@ def train_briefly(
     return head.eval()
 
 
-def optimise(module: HeadTraining, data: Sequence[Example], steps: int) -> None:
+def optimise(module: HeadLoss, data: Sequence[Example], steps: int) -> None:
     """Train on all of the data at once."""
     optimizer = torch.optim.AdamW([p for p in module.head.parameters() if p.requires_grad], lr=1e-2)
     ids = torch.stack([example.input_ids for example in data])

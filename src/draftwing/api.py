@@ -108,7 +108,7 @@ class SpeculativeModel:
         """The same target with a draft that is loaded for it; arguments and errors are those of `load`."""
         drafting = load_draft(draft, self.target, options=head_options, tokenizer=self.tokenizer)
         lessons = self._lessons.of_another(read_acceptance(draft))
-        packed = family_of_draft(drafting).kind.pack(drafting)
+        packed = family_of_draft(drafting).kind.prepack(drafting)
         return SpeculativeModel(self.target, packed, self.tokenizer, method, lessons, self._captures)
 
     @property

@@ -181,7 +181,7 @@ class _DropIn:
             return _Known(fits, self.draft, Lessons())
         name = suitable_draft(str(self.draft), self.method)
         draft = load_draft(name, target, options=self.head_options, tokenizer=self.tokenizer)
-        return _Known(fits, family_of_draft(draft).kind.pack(draft, compiles=False), Lessons(read_acceptance(name)))
+        return _Known(fits, family_of_draft(draft).kind.prepack(draft, compiles=False), Lessons(read_acceptance(name)))
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def logits_of(head: DraftNetwork) -> torch.Tensor:
         return grouped_attention(queries, keys, values, mask).transpose(1, 2)
 
     with torch.inference_mode():
-        return head.logits(head(head.fuse(features), numbers, 3 * numbers, attend))
+        return head.logits(head(head.project(features), numbers, 3 * numbers, attend))
 
 
 def report_of(folder: str) -> HeadReport:

@@ -551,7 +551,7 @@ def logits_of(network: DraftNetwork, features: torch.Tensor) -> torch.Tensor:
     def attend(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return grouped_attention(queries, keys, values, mask).transpose(1, 2)
 
-    return network.logits(network(network.fuse(features), numbers, numbers, attend))
+    return network.logits(network(network.project(features), numbers, numbers, attend))
 
 
 def whole_head() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -22,12 +22,12 @@ from draftwing.config import Loss, Objective, TrainConfig
 from draftwing.drafts.eagle.eagle1 import EagleModel
 from draftwing.drafts.eagle.load_head import build_network
 from draftwing.drafts.family import Draft, DrafterOptions
-from draftwing.drafts.head_training import HeadTraining
+from draftwing.drafts.head_loss import HeadLoss
 from draftwing.drafts.kinds import new_drafter
 from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel
 from draftwing.engine.drafter import NoDrafter
 from draftwing.engine.engine import Engine, NewDrafter
-from draftwing.engine.readback import CycleReading, pack, unpack
+from draftwing.engine.readback import CycleReading, join_parts, split_parts
 from draftwing.engine.tree import Candidates, best_subtree, walk
 from draftwing.engine.tree_plan import Plan, TreePlan
 from draftwing.layers import DraftConfig
@@ -290,7 +290,7 @@ class TestTraining:
             training(**batch("eagle3", is_packed=False))
 
 
-def new_training(target: TargetModel, objective: Objective, loss: Loss) -> HeadTraining:
+def new_training(target: TargetModel, objective: Objective, loss: Loss) -> HeadLoss:
     config = TrainConfig(
         objective=objective, loss=loss, output="", target="unused", ttt_steps=3, medusa_heads=3, draft_vocab_size=48
     )
@@ -329,7 +329,7 @@ def test_what_is_read_together_keeps_its_values() -> None:
     scores = torch.tensor([[0.0, -1.5, -torch.inf], [-0.1, torch.nan, 3e-39]])
     ids = torch.tensor([[2**31 - 1], [-1]])
     parts = (ids, flags, scores[:, 1:], scores[:, :1].double())
-    for part, array in zip(parts, unpack(pack(parts).numpy(), parts), strict=True):
+    for part, array in zip(parts, split_parts(join_parts(parts).numpy(), parts), strict=True):
         np.testing.assert_array_equal(
             array.astype(part.numpy().dtype), part.float().numpy() if part.is_floating_point() else part.numpy()
         )

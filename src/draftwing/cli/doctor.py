@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
             lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
         )
         text = decode_prompts(patient, prompts, model.tokenizer, options.temperature, options.max_new_tokens, steps)
-        clues = patient.clues(options.target, max(recording.longest for recording in text.recordings))
+        clues = patient.clues(options.target, max(transcript.longest for transcript in text.transcripts))
         if any(prompt.messages for prompt in prompts) and not has_chat_template(model.tokenizer):
             clues.append("the target's tokenizer has no chat template, so chat prompts were given raw")
         diagnosis = examine(patient, text, clues, steps)

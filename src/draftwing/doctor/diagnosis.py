@@ -13,7 +13,7 @@ from rich.table import Table
 
 from draftwing.data.prompts import Prompt, has_chat_template
 from draftwing.doctor.patient import Patient
-from draftwing.doctor.replay import Recording, Trace, record
+from draftwing.doctor.replay import Trace, Transcript, transcribe
 from draftwing.doctor.suspects import Suspect
 from draftwing.doctor.trials import Finding, StepCount, Trials, compare
 from draftwing.engine.engine import Request, check_requests
@@ -36,17 +36,17 @@ TEMPLATED, RAW = "through the chat template", "without the chat template"
 class Text:
     """What a target said to some prompts, and what it said to them `otherwise`: sampled, or another way of asking."""
 
-    recordings: Sequence[Recording]
-    otherwise: Mapping[str, Sequence[Recording]] = field(default_factory=dict)
+    transcripts: Sequence[Transcript]
+    otherwise: Mapping[str, Sequence[Transcript]] = field(default_factory=dict)
 
     @property
     def num_prompts(self) -> int:
-        return sum(len(recording.tokens) for recording in self.recordings)
+        return sum(len(transcript.tokens) for transcript in self.transcripts)
 
     @property
     def overflows(self) -> bool:
         """Whether the target's features hold infinities or NaNs."""
-        features = (rows for recording in self.recordings for rows in recording.features.values())
+        features = (rows for transcript in self.transcripts for rows in transcript.features.values())
         return any(not row.isfinite().all() for rows in features for row in rows)
 
 
@@ -123,11 +123,11 @@ def decode_prompts(
     for rows in requests.values():
         check_requests(patient.target, rows)  # all, before the first is decoded
     steps.expect(len(ways))
-    texts: dict[str, list[Recording]] = {}
+    texts: dict[str, list[Transcript]] = {}
     for name, (_, _, layers) in ways.items():
         steps.begin(f"the target alone, {name or 'as asked'}")
         batches = (requests[name][first : first + BATCH] for first in range(0, len(requests[name]), BATCH))
-        texts[name] = [record(patient.target, batch, layers) for batch in batches]
+        texts[name] = [transcribe(patient.target, batch, layers) for batch in batches]
     return Text(texts.pop(""), texts)
 
 
@@ -144,10 +144,10 @@ def as_chat(prompt: Prompt) -> Prompt:
 def examine(patient: Patient, text: Text, clues: Sequence[str], steps: StepCount) -> Diagnosis:
     """Try every suspect on what the target said, then the best one with each other, and conclude.
 
-    The recordings hold `Patient.layers_of_suspects`. Nothing is tried on features that overflow, nor of a draft
+    The transcripts hold `Patient.layers_of_suspects`. Nothing is tried on features that overflow, nor of a draft
     whose file is broken.
     """
-    trials = Trials(patient, text.recordings, steps)
+    trials = Trials(patient, text.transcripts, steps)
     loaded = compare("as loaded", "", trials.loaded, trials.loaded)
     positions = tau_by_position(trials.loaded)
     if text.overflows:
@@ -157,9 +157,9 @@ def examine(patient: Patient, text: Text, clues: Sequence[str], steps: StepCount
         return Diagnosis(verdict, loaded, [], [], positions, list(clues))
     steps.expect(len(text.otherwise))
     otherwise = []
-    for name, recordings in text.otherwise.items():
+    for name, transcripts in text.otherwise.items():
         steps.begin(name)
-        traces = patient.traces(recordings, {})
+        traces = patient.traces(transcripts, {})
         otherwise.append(compare(name, "other text, no fault in itself", traces, trials.loaded, same_text=False))
     cure, traces = trials.find_cure()
     is_useful = trials.reads_features(cure, traces) if patient.is_head else loaded.tau.high >= HOPELESS

@@ -70,7 +70,7 @@ class Family:
     takes: tuple[str, ...] = ()
     has_head_options: bool = False
     has_doctor: bool = False
-    plans: Literal["trees", "chains", "windows", "none"] = "trees"
+    plans: Literal["trees", "chains", "lookahead", "none"] = "trees"
     files: tuple[str, ...] = ()
     objectives: Mapping[str, str] = field(default_factory=dict)
 
@@ -93,7 +93,7 @@ class Family:
         """Raise a ValueError for a plan of another shape than the family drafts."""
         if self.plans == "none":
             raise ValueError(f"plan: {method} drafts nothing, so it takes no plan but off, got {plan}")
-        if isinstance(plan, LookaheadTree) != (self.plans == "windows"):
+        if isinstance(plan, LookaheadTree) != (self.plans == "lookahead"):
             raise ValueError(
                 f"plan: plans lookahead:WxNxG are for the method lookahead, and it takes no other; "
                 f"got {plan} for {method}"
@@ -202,7 +202,7 @@ class Kind(Generic[D]):
         """What files say in our terms, whatever their format: the options and the tensors that a draft is made of."""
         raise NotImplementedError
 
-    def pack(self, draft: D, compiles: bool | None = None) -> D:
+    def prepack(self, draft: D, compiles: bool | None = None) -> D:
         """The draft with its weights laid out for decoding; `compiles` as for targets."""
         return draft
 

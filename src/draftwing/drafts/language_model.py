@@ -78,7 +78,7 @@ class LanguageModel(Kind[TargetModel]):
             raise ValueError(problem)
         return model
 
-    def pack(self, draft: TargetModel, compiles: bool | None = None) -> TargetModel:
+    def prepack(self, draft: TargetModel, compiles: bool | None = None) -> TargetModel:
         return pack_target(draft, compiles)
 
     def network(self, draft: TargetModel) -> nn.Module:

@@ -41,7 +41,7 @@ class NgramDrafter(Drafter):
         self.bound = capacity
         self._capacity = capacity
         self._lengths = torch.zeros(num_seats, dtype=torch.int64, device=device)
-        # Padding before the first token, so that every position ends a window; one slot behind for writes of padding.
+        # Padding before the first token, so that every position ends a match; one slot behind for writes of padding.
         shape = (num_seats, LONGEST_MATCH - 1 + capacity + 1)
         self._history = torch.full(shape, NO_TOKEN, dtype=torch.int64, device=device)
         self._rates = MatchRates(num_seats, device)
@@ -93,10 +93,10 @@ class NgramDrafter(Drafter):
     def _look_up(self, depth: int, longest: int) -> "Lookup":
         """The continuation of the longest match, the most recent of equals; at the text's end it starts again."""
         length = max(longest, 1)
-        windows = self._history.unfold(1, LONGEST_MATCH, 1)[:, :length]  # [B, S, G]: the tokens up to each position
+        endings = self._history.unfold(1, LONGEST_MATCH, 1)[:, :length]  # [B, S, G]: the tokens up to each position
         last = (self._lengths - 1).clamp(min=0)[:, None]
         ending = self._history.gather(1, last + torch.arange(LONGEST_MATCH, device=last.device))
-        is_same = (windows == ending[:, None]).flip(-1)
+        is_same = (endings == ending[:, None]).flip(-1)
         match_lengths = is_same.cumprod(-1, dtype=torch.uint8).sum(-1)  # [B, S]
         positions = torch.arange(length, device=last.device)
         # One number holds both orders: by length, then by position.

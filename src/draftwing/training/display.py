@@ -17,10 +17,10 @@ from draftwing.config import Stage
 from draftwing.files import to_json, write_text
 from draftwing.provenance import provenance
 
-RECORD = "training.json"
+RUN_LOG = "training.json"
 REPORT = "training.html"
 DULL = ("runtime", "per_second", "total_flos", "epoch")
-"""Endings of the Trainer's log entries that the display and the record leave out."""
+"""Endings of the Trainer's log entries that the display and the run log leave out."""
 
 
 class ProgressDisplay(TrainerCallback):
@@ -47,7 +47,7 @@ class ProgressDisplay(TrainerCallback):
         self._progress.stop()
 
 
-class RecordKeeper(TrainerCallback):
+class RunLogKeeper(TrainerCallback):
     """Keeps training.json and training.html up to date with the log, so that an interrupted run has them too.
 
     `inputs` are hashes of what the run reads.
@@ -59,7 +59,7 @@ class RecordKeeper(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step:  # continued: the seconds of the run before count too
-            self._start -= read_record(Path(self._config.output)).get("seconds", 0)
+            self._start -= read_run_log(Path(self._config.output)).get("seconds", 0)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.write(state.log_history)
@@ -68,9 +68,9 @@ class RecordKeeper(TrainerCallback):
         self.write(state.log_history)
 
     def write(self, history: list[dict[str, float]], metrics: dict[str, float] | None = None) -> None:
-        """Write the record of a run so far, or with its final `metrics` of a finished one."""
+        """Write the log of a run so far, or with its final `metrics` of a finished one."""
         folder = Path(self._config.output)
-        record = {
+        run_log = {
             "finished": metrics is not None,
             "metrics": metrics or {},
             "seconds": round(time.perf_counter() - self._start),
@@ -80,16 +80,16 @@ class RecordKeeper(TrainerCallback):
             "history": [_figures(entry) for entry in history],
         }
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / RECORD, to_json(record, indent=1) + "\n")
-        write_text(folder / REPORT, as_html(record))
+        write_text(folder / RUN_LOG, to_json(run_log, indent=1) + "\n")
+        write_text(folder / REPORT, as_html(run_log))
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_run_log(folder: Path) -> dict[str, Any]:
     """A run's training.json; empty if it has none yet."""
-    if not (folder / RECORD).is_file():
+    if not (folder / RUN_LOG).is_file():
         return {}
-    record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    return record
+    run_log: dict[str, Any] = json.loads((folder / RUN_LOG).read_text(encoding="utf-8"))
+    return run_log
 
 
 def _figures(entry: dict[str, float]) -> dict[str, float]:
@@ -113,17 +113,17 @@ svg{{width:100%;height:auto}}table{{border-collapse:collapse}}td{{padding:.1em 1
 """
 
 
-def as_html(record: Mapping[str, Any]) -> str:
-    """The page of a run's record, finished or not."""
-    recipe, history = record["recipe"], record["history"]
+def as_html(run_log: Mapping[str, Any]) -> str:
+    """The page of a run's log, finished or not."""
+    recipe, history = run_log["recipe"], run_log["history"]
     last = history[-1]["step"] if history else 0
-    state = "finished" if record["finished"] else "not finished"
+    state = "finished" if run_log["finished"] else "not finished"
     return PAGE.format(
         title=escape(f"{recipe['objective']}: {recipe['output']}"),
-        status=f"{state}, logged up to step {last} of {recipe['max_steps']}, {record['seconds']} s",
+        status=f"{state}, logged up to step {last} of {recipe['max_steps']}, {run_log['seconds']} s",
         charts="".join(_chart(title, _curves(history, pattern)) for title, pattern in CHARTS),
         recipe=_table(recipe),
-        provenance=_table(record["provenance"]),
+        provenance=_table(run_log["provenance"]),
     )
 
 

@@ -42,7 +42,7 @@ class SlowDraft:
 
     def log_probs(self, path: Path) -> torch.Tensor:
         """log P(next token) below the drafted `path`, over draft ids: one whole pass for each of its tokens."""
-        hidden = self.head.fuse(self.features)
+        hidden = self.head.project(self.features)
         tokens = self.tokens[1:]
         for token in (*path, None):
             positions = torch.arange(len(tokens))[None]

@@ -13,7 +13,7 @@ from draftwing.data.prompts import Prompt
 from draftwing.engine.generation import Committed
 from draftwing.engine.stopping import TextStream
 from draftwing.evaluation.side_by_side import LEGEND, print_text, show_completions
-from draftwing.training.target_trainer import train_tokenizer
+from draftwing.training.train_language_model import train_tokenizer
 
 
 @pytest.fixture(scope="module")

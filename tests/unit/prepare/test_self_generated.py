@@ -19,7 +19,7 @@ from draftwing.engine.generation import Generation, start_generation
 from draftwing.engine.tree_plan import TreePlan
 from draftwing.prepare.self_generated import EngineAnswers, RunPart, StartGeneration, read_prompts, regenerate
 from draftwing.target.model import TargetModel
-from draftwing.training.target_trainer import CHAT_TEMPLATE, train_tokenizer
+from draftwing.training.train_language_model import CHAT_TEMPLATE, train_tokenizer
 
 
 @pytest.fixture(scope="module")

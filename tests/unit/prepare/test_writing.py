@@ -19,7 +19,7 @@ from draftwing.plans.pauses import BELIEVED, TRIED, ClockedPlan
 from draftwing.prepare.from_target import AHEAD, MARK, Author, Dropped, in_order, loops, user_turn
 from draftwing.prepare.self_generated import EngineAnswers
 from draftwing.target.model import TargetModel
-from draftwing.training.target_trainer import train_tokenizer
+from draftwing.training.train_language_model import train_tokenizer
 
 SYSTEM = "{% if messages[0]['role'] != 'system' %}<|system|>\nBe good.<|end|>\n{% endif %}"
 TURNS = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}<|end|>\n{% endfor %}"

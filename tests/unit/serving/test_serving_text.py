@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from draftwing.engine.stopping import StopRule, cut_at_stop, exact_decode
 from draftwing.serving.text import AnswerText
-from draftwing.training.target_trainer import train_tokenizer
+from draftwing.training.train_language_model import train_tokenizer
 
 
 @pytest.fixture(scope="module")

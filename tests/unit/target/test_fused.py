@@ -110,7 +110,7 @@ def head_pass(head: DraftNetwork) -> tuple[torch.Tensor, ...]:
         return grouped_attention(queries, keys, values, causal).transpose(1, 2)
 
     features = torch.randn(2, 3, 32 * len(head.config.feature_layers)).to(head.dtype)
-    output = head(head.fuse(features), torch.arange(6).view(2, 3), torch.arange(6).view(2, 3), attend)
+    output = head(head.project(features), torch.arange(6).view(2, 3), torch.arange(6).view(2, 3), attend)
     return output, head.feed_back(output), head.logits(output)
 
 

@@ -12,7 +12,7 @@ from draftwing.config import TrainConfig
 from draftwing.drafts.eagle.load_head import DraftNetwork
 from draftwing.drafts.medusa.network import MedusaModel
 from draftwing.target.model import TargetModel
-from draftwing.training.trainer import training_arguments, wants_compile
+from draftwing.training.loop import training_arguments, wants_compile
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])

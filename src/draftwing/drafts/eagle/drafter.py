@@ -84,7 +84,7 @@ class EagleDrafter(Drafter):
         if self._window < self._cache.capacity:
             visible &= torch.arange(visible.shape[-1], device=tokens.device) > positions[..., None] - self._window
         slots = self._cache.slots_behind(num_unread)
-        output = self._forward(self._model.fuse(features), tokens, positions, visible, slots)
+        output = self._forward(self._model.project(features), tokens, positions, visible, slots)
         last = output.gather(1, (num_new - 1).clamp(min=0)[:, None, None].expand(-1, 1, output.shape[-1])).squeeze(1)
         self._last_output.copy_(torch.where((num_new > 0)[:, None], last, self._last_output))
         self._cache.commit(None, num_new, max_kept=num_unread)

@@ -37,7 +37,7 @@ class EagleModel(nn.Module):
         """The weights' dtype, packed ones' too."""
         return self.rotary.cos.dtype
 
-    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+    def project(self, features: torch.Tensor) -> torch.Tensor:
         """The draft's state from target features: here the features themselves, `[..., D]`."""
         return features
 

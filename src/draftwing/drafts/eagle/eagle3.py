@@ -85,7 +85,7 @@ class Eagle3Model(nn.Module):
         """The weights' dtype, packed ones' too."""
         return self.rotary.cos.dtype
 
-    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+    def project(self, features: torch.Tensor) -> torch.Tensor:
         """Target features `[..., F]` (low; mid; high) to the draft's state `[..., D]`."""
         if self.config.fc_norm:
             parts = features.split(self.config.target_hidden_size, dim=-1)

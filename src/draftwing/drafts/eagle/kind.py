@@ -38,7 +38,7 @@ class _Head(Kind[DraftNetwork]):
     ) -> DraftNetwork:
         return build_head(files.values, files.tensors, target, dtype, options)
 
-    def pack(self, draft: DraftNetwork, compiles: bool | None = None) -> DraftNetwork:
+    def prepack(self, draft: DraftNetwork, compiles: bool | None = None) -> DraftNetwork:
         pack_head(draft, compiles)
         return draft
 

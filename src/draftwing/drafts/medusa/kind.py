@@ -67,7 +67,7 @@ class Medusa(Kind[MedusaModel]):
         load_strictly(network, heads.tensors)
         return network.eval()
 
-    def pack(self, draft: MedusaModel, compiles: bool | None = None) -> MedusaModel:
+    def prepack(self, draft: MedusaModel, compiles: bool | None = None) -> MedusaModel:
         pack_linears(draft)
         return draft
 

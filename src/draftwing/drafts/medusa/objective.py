@@ -14,7 +14,7 @@ from torch import nn
 from draftwing.config import MedusaStage, TrainConfig
 from draftwing.data.chat_template import Example
 from draftwing.drafts.fit import Tensors
-from draftwing.drafts.head_training import HeadTraining
+from draftwing.drafts.head_loss import HeadLoss
 from draftwing.drafts.load_draft import load_draft
 from draftwing.drafts.medusa.files import MedusaHeads, expected_medusa_shapes, save_medusa
 from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel, ResBlock
@@ -24,8 +24,8 @@ from draftwing.losses.slots import SupervisedSlots
 from draftwing.target.model import TargetModel
 
 
-class MedusaTraining(HeadTraining):
-    """HeadTraining for heads that read the target's feature alone and have an output matrix each."""
+class MedusaTraining(HeadLoss):
+    """HeadLoss for heads that read the target's feature alone and have an output matrix each."""
 
     head: MedusaModel
     compiled_layers = (ResBlock,)

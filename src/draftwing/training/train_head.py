@@ -22,7 +22,7 @@ from draftwing.data.examples import (
     read_documents,
 )
 from draftwing.drafts.fit import load_strictly
-from draftwing.drafts.head_training import HeadTraining
+from draftwing.drafts.head_loss import HeadLoss
 from draftwing.drafts.kinds import new_drafter, objective_named, resolve_method
 from draftwing.drafts.objective import Objective
 from draftwing.engine.engine import Request
@@ -34,6 +34,7 @@ from draftwing.target.load import load_tokenizer
 from draftwing.target.model import TargetModel
 from draftwing.training.estimates import read_target_config
 from draftwing.training.frozen_target import frozen_target
+from draftwing.training.loop import ResumableTrainer, new_trainer, wants_compile
 from draftwing.training.processes import (
     is_main_process,
     num_processes,
@@ -41,7 +42,6 @@ from draftwing.training.processes import (
     sum_over_processes,
     wait_for_others,
 )
-from draftwing.training.trainer import ResumableTrainer, new_trainer, wants_compile
 
 LEAST_COVERAGE = 0.8
 """Of the supervised tokens by a draft vocabulary; with less, many drafts end at a token that it lacks."""
@@ -169,8 +169,8 @@ class HeadTrainer(ResumableTrainer):
         wait_for_others()
 
     @property
-    def _module(self) -> HeadTraining:
-        assert isinstance(self.model, HeadTraining)
+    def _module(self) -> HeadLoss:
+        assert isinstance(self.model, HeadLoss)
         return self.model
 
     @property

@@ -20,8 +20,8 @@ from draftwing.data.rows import Rejects, read_rows
 from draftwing.target.load import load_tokenizer
 from draftwing.target.model import TargetModel
 from draftwing.training.frozen_target import frozen_target
+from draftwing.training.loop import ResumableTrainer, new_trainer
 from draftwing.training.processes import is_main_process, num_processes, sum_over_processes, wait_for_others
-from draftwing.training.trainer import ResumableTrainer, new_trainer
 
 Block = dict[str, torch.Tensor]
 IGNORED = -100
