@@ -10,7 +10,7 @@ from draftwing.drafts import ngram as ngram_module
 from draftwing.drafts.eagle.load_head import DraftNetwork
 from draftwing.engine.engine import NewDrafter
 from draftwing.engine.tree import Candidates, Overlap
-from draftwing.engine.tree_plan import TreePlan
+from draftwing.engine.tree_plan import LookupTree, TreePlan
 from draftwing.target.model import TargetModel
 
 CHAINS = ("chain:1", "chain:6")
@@ -116,7 +116,7 @@ def break_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def break_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the tree for a chain whose accepted nodes already lie together."""
-    monkeypatch.setattr(TreePlan, "is_chain", True)
+    monkeypatch.setattr(LookupTree, "is_chain", True)
 
 
 @pytest.mark.parametrize("sabotage", [break_siblings, break_commit])

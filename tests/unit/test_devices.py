@@ -342,7 +342,7 @@ def test_facts_are_the_same_however_they_are_read() -> None:
     tree = best_subtree(root, Candidates(tokens, scores, scores, parents, depths), 4, 2)
     verdict = walk(tree, torch.tensor([[3, 5, 7, 8], [4, 1, 1, 1]]))
     in_place, copied = CycleReading(verdict, tree), CycleReading(verdict, tree)
-    copied._packed = pack(copied._parts)  # as on a device
+    copied._joined = join_parts(copied._parts)  # as on a device
     np.testing.assert_array_equal(in_place.result(), copied.result())
     for mine, expected in zip(vars(copied.facts(1)).values(), vars(in_place.facts(1)).values(), strict=True):
         np.testing.assert_array_equal(mine, expected)

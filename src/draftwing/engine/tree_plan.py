@@ -127,12 +127,10 @@ class Plan(Protocol):
         """Take in what became of the cycle's tree."""
 
 
-class _ByHand:
-    """What the shapes share that a text names: each is a plan that always gives itself, and is drafted in full."""
+class _Constant:
+    """A shape is a plan, too: one that gives itself to every cycle."""
 
     learns = False
-    looks_up = False
-    sizing: Sizing = FixedSize()
 
     @property
     def largest(self) -> Self:
@@ -144,13 +142,20 @@ class _ByHand:
     def learn(self, report: "CycleReport") -> None:
         pass
 
+
+class _Named(_Constant):
+    """What the shapes share that a text names: they are drafted in full, by the draft alone."""
+
+    looks_up = False
+    sizing: Sizing = FixedSize()
+
     def with_lookup(self: "NamedTree") -> "LookupTree":  # type: ignore[misc]
         """The same nodes, for which a looked-up continuation competes."""
         return LookupTree(self, min(self.num_nodes - 1, LOOKUP_DEPTH))
 
 
 @dataclass(frozen=True)
-class TreePlan(_ByHand):
+class TreePlan(_Named):
     """EAGLE-2's dynamic tree (arXiv 2406.16858, section 4).
 
     The `width` best nodes of each of `depth` levels are expanded, and the best `num_nodes - 1` of all candidates kept.
@@ -252,7 +257,7 @@ class TreePlan(_ByHand):
 
 
 @dataclass(frozen=True)
-class StaticTree(_ByHand):
+class StaticTree(_Named):
     """EAGLE-1's and Medusa's tree of fixed rank `paths`, kept by depth, then by rank.
 
     Raises:
@@ -313,7 +318,7 @@ class StaticTree(_ByHand):
 
 
 @dataclass(frozen=True)
-class LookaheadTree(_ByHand):
+class LookaheadTree(_Named):
     """Lookahead decoding's tree: W columns of guesses, and G n-grams of N tokens (arXiv 2402.02057, section 3).
 
     Raises:
@@ -362,7 +367,7 @@ NamedTree: TypeAlias = TreePlan | StaticTree | LookaheadTree
 """The shapes that a text names."""
 
 
-class _Around:
+class _Around(_Constant):
     """A shape with something beside it; its sizes are those of its `tree`."""
 
     tree: TreeShape
