@@ -30,9 +30,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.formats import default_aux_layers
 from draftwing.drafts.eagle.fused_layers import pack_head
-from draftwing.drafts.eagle.load import build_network
+from draftwing.drafts.eagle.load_head import build_network
 from draftwing.engine.captured import CudaRecorder
-from draftwing.engine.plan import TreePlan
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.layers import DraftConfig
 from draftwing.plans.costs import CycleCosts, measure_costs
 from draftwing.provenance import write_record

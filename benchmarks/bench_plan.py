@@ -25,7 +25,7 @@ from torch import nn
 from draftwing.api import Lessons, SpeculativeModel
 from draftwing.data.prompts import read_prompts
 from draftwing.drafts.eagle.fused_layers import pack_head
-from draftwing.drafts.load import load_draft, read_acceptance
+from draftwing.drafts.load_draft import load_draft, read_acceptance
 from draftwing.embedded import EMBEDDED_PROMPTS
 from draftwing.evaluation.compare import Start, timed
 from draftwing.provenance import write_record

@@ -25,11 +25,10 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftwing.config import TrainConfig
-from draftwing.drafts.draft_vocab import DraftVocab
 from draftwing.drafts.eagle import objective
 from draftwing.drafts.eagle.eagle3 import Eagle3Model
 from draftwing.drafts.eagle.objective import Eagle3Training
-from draftwing.layers import DraftConfig
+from draftwing.layers import DraftConfig, DraftVocab
 from draftwing.losses.ttt import additive_mask
 from draftwing.provenance import write_record
 from draftwing.target.model import ATTENTION, TargetModel

@@ -25,8 +25,8 @@ from rich.table import Table
 
 from draftwing.cli import main as draftwing
 from draftwing.config import TrainConfig, read_recipe
-from draftwing.training.stopping import TrainingStopped
-from draftwing.training.train import train_stage
+from draftwing.training.interruption import TrainingStopped
+from draftwing.training.stage import train_stage
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "chat_rig.yaml"
 FOLDER = "build/chat_rig"

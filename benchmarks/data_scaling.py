@@ -25,7 +25,7 @@ from draftwing.config import TrainConfig
 from draftwing.data.prompts import read_prompts
 from draftwing.embedded import EMBEDDED_PROMPTS
 from draftwing.provenance import write_record
-from draftwing.training.train import train_stage
+from draftwing.training.stage import train_stage
 
 BATCH_SIZE = 16
 PLANS = ("chain:5", "tree:4x5x26")

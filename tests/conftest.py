@@ -18,10 +18,10 @@ if not torch.cuda.is_available():
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftwing.config import TrainConfig
-from draftwing.data.chat import Example
+from draftwing.data.chat_template import Example
 from draftwing.drafts.eagle.drafter import EagleDrafter
-from draftwing.drafts.eagle.load import DraftNetwork
-from draftwing.drafts.head_training import HeadTraining
+from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.head_loss import HeadLoss
 from draftwing.drafts.kinds import objective_named
 from draftwing.drafts.language_model import DraftModelDrafter
 from draftwing.drafts.lookahead import LookaheadDrafter
@@ -32,13 +32,13 @@ from draftwing.engine.captured import Recorder
 from draftwing.engine.drafter import NoDrafter
 from draftwing.engine.engine import NewDrafter, Request, Seat
 from draftwing.engine.generation import Generation, start_generation
-from draftwing.engine.plan import Plan, TreePlan
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree import DraftTree, Verdict
+from draftwing.engine.tree_plan import Plan, TreePlan
 from draftwing.plans.auto import AutoPlan, SizedPlan
 from draftwing.plans.costs import CycleCosts, measure_costs
-from draftwing.plans.experience import Experience
+from draftwing.plans.lessons import Experience
 from draftwing.target.model import ATTENTION, TargetModel
 
 VOCAB_SIZE = 64
@@ -75,7 +75,7 @@ def _measurements_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DRAFTWING_CACHE", str(shared / "cache"))
         patch.setattr("draftwing.plans.costs.SECONDS", 0.0)
-        patch.setattr("draftwing.api.measure_costs", partial(measure_costs, num_rounds=1))
+        patch.setattr("draftwing.plans.planner.measure_costs", partial(measure_costs, num_rounds=1))
         yield
 
 
@@ -153,7 +153,7 @@ def new_head(config: TrainConfig, target: TargetModel, data: Sequence[Example]) 
     return objective_named(config.objective).make(config, target, data)
 
 
-def head_training(head: Any, target: TargetModel, config: TrainConfig) -> HeadTraining:
+def head_training(head: Any, target: TargetModel, config: TrainConfig) -> HeadLoss:
     """What teaches it."""
     return objective_named(config.objective).training(head, target, config)
 
@@ -165,7 +165,7 @@ def train_briefly(
     return head.eval()
 
 
-def optimise(module: HeadTraining, data: Sequence[Example], steps: int) -> None:
+def optimise(module: HeadLoss, data: Sequence[Example], steps: int) -> None:
     """Train on all of the data at once."""
     optimizer = torch.optim.AdamW([p for p in module.head.parameters() if p.requires_grad], lr=2e-2)
     ids = torch.stack([example.input_ids for example in data])
@@ -242,12 +242,13 @@ def auto_plan(
     largest: TreePlan | None = None,
     fixed_shapes: Sequence[str] = (),
     device: torch.device = CPU,
+    with_lookup: bool = False,
     **seconds: float,
 ) -> AutoPlan:
     """A plan that sizes itself by invented costs, the same for any number of rows."""
     known, shapes = experience or Experience(), [TreePlan.parse(shape) for shape in fixed_shapes]
     largest = largest or TreePlan(4, 6, 24)
-    return AutoPlan(lambda *_: costs(**seconds), lambda *_: known, largest, device, shapes)
+    return AutoPlan(lambda *_: costs(**seconds), lambda *_: known, largest, device, shapes, with_lookup)
 
 
 def generate(

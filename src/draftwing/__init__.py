@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from draftwing.drop_in import custom_generate
     from draftwing.engine.generation import Committed
     from draftwing.engine.options import GenerateOptions
-    from draftwing.engine.plan import TreePlan
     from draftwing.engine.sampling import SamplingParams
     from draftwing.engine.statistics import Statistics
+    from draftwing.engine.tree_plan import TreePlan
 
 wait_briefly()  # which torch's threads learn while it is loaded
 
@@ -36,7 +36,7 @@ _HOMES = {
     "api": ("GenerateOutput", "SpeculativeModel", "load"),
     "engine.generation": ("Committed",),
     "engine.options": ("GenerateOptions",),
-    "engine.plan": ("TreePlan",),
+    "engine.tree_plan": ("TreePlan",),
     "engine.sampling": ("SamplingParams",),
     "engine.statistics": ("Statistics",),
     "drop_in": ("custom_generate",),

@@ -1,7 +1,7 @@
 """The Python API: `load` a target with a draft, then `generate` or `stream`."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -12,33 +12,29 @@ import torch
 
 from draftwing.batches import Prompts, append_padded, read_prompts, unpad
 from draftwing.config import check_keys
-from draftwing.drafts.drafting import check_drafting, plan_for
 from draftwing.drafts.eagle.formats import FROM_FILE, HeadOptions
-from draftwing.drafts.family import Draft, Wanted
+from draftwing.drafts.family import Draft, DrafterOptions
 from draftwing.drafts.kinds import (
     PLAIN,
+    check_drafting,
     family_of,
     family_of_draft,
     new_drafter,
     resolve_method,
     suitable_draft,
-    tree_shapes,
 )
-from draftwing.drafts.load import load_draft, read_acceptance, resolve_draft
+from draftwing.drafts.load_draft import load_draft, read_acceptance, resolve_draft
 from draftwing.engine.captured import CudaRecorder, Recorder
 from draftwing.engine.engine import Engine, NewDrafter, Request, bucket, check_requests
 from draftwing.engine.generation import Committed, Generation
 from draftwing.engine.memory import check_memory, seat_bytes
 from draftwing.engine.options import GenerateOptions
-from draftwing.engine.plan import Plan, TreePlan
 from draftwing.engine.statistics import Statistics
 from draftwing.engine.stopping import exact_decode
-from draftwing.plans.auto import AutoPlan
-from draftwing.plans.clocked import ClockedPlan
-from draftwing.plans.costs import CycleCosts, cached_costs, measure_costs, what_costs_depend_on
-from draftwing.plans.experience import Experience
-from draftwing.plans.lessons import Lessons
-from draftwing.plans.lookups import LookupPlan, LookupTrial
+from draftwing.engine.tree_plan import Plan
+from draftwing.plans.costs import CycleCosts
+from draftwing.plans.lessons import Experience, Lessons
+from draftwing.plans.planner import Planner
 from draftwing.target.fused import pack_target
 from draftwing.target.load import check_device, load_target, load_tokenizer, parse_dtype
 from draftwing.target.model import TargetModel
@@ -95,6 +91,7 @@ class SpeculativeModel:
         self.method = resolve_method(method, draft)
         self._lessons = lessons or Lessons()
         self._captures = capture and target.device.type == "cuda" and not target.is_split
+        self._planner = Planner(target, draft, self.method, self._lessons, self._recorder)
         self._engines: dict[_EngineKey, Engine] = {}  # idle ones, kept for their recordings
 
     def with_method(self, method: str) -> "SpeculativeModel":
@@ -111,7 +108,7 @@ class SpeculativeModel:
         """The same target with a draft that is loaded for it; arguments and errors are those of `load`."""
         drafting = load_draft(draft, self.target, options=head_options, tokenizer=self.tokenizer)
         lessons = self._lessons.of_another(read_acceptance(draft))
-        packed = family_of_draft(drafting).kind.pack(drafting)
+        packed = family_of_draft(drafting).kind.prepack(drafting)
         return SpeculativeModel(self.target, packed, self.tokenizer, method, lessons, self._captures)
 
     @property
@@ -208,15 +205,14 @@ class SpeculativeModel:
         settings = settings or GenerateOptions()
         self._check(requests, settings)  # before anything is measured
         num_seats = min(num_seats or len(requests), len(requests))
-        key, plan = self._drafting(settings, max(request.stop.max_new_tokens for request in requests))
         is_sampled = any(request.sampling.temperature > 0 for request in requests)
-        if isinstance(plan, AutoPlan):  # measured now, if they are not known
-            self.costs(num_seats, is_sampled)
+        most_new = max(request.stop.max_new_tokens for request in requests)
+        key, plan = self._drafting(settings, most_new, [(num_seats, is_sampled)])
         longest = max(request.most_tokens for request in requests)
         engine = self._engine(key, num_seats, longest, plan)
         generation = Generation(engine, requests, partial(self._keep, key), num_seats)
-        if isinstance(plan, AutoPlan) and len(requests) == 1:
-            self._lessons.watched[1, is_sampled] = plan, generation.statistics
+        if len(requests) == 1:
+            self._planner.watch(plan, (1, is_sampled), generation.statistics)
         return generation
 
     def _engine(self, key: "_EngineKey", num_seats: int, capacity: int, plan: Plan) -> Engine:
@@ -232,7 +228,7 @@ class SpeculativeModel:
         return Engine(self.target, drafter, num_seats, capacity, plan, self._recorder(), key.coupled)
 
     def _new_drafter(self, key: "_EngineKey", plan: Plan) -> NewDrafter:
-        wanted = Wanted(key.with_lookup, key.draft_window, plan if isinstance(plan, TreePlan) else None)
+        wanted = DrafterOptions(key.with_lookup, key.draft_window, plan.largest)
         return new_drafter(self.method if key.drafts else PLAIN, self.draft, self.target, wanted)
 
     def engine(self, num_seats: int, capacity: int, settings: GenerateOptions | None = None) -> Engine:
@@ -247,10 +243,9 @@ class SpeculativeModel:
         if num_seats < 1:
             raise ValueError(f"seats: expected at least 1, got {num_seats}")
         check_memory(num_seats, capacity, self.seat_bytes(capacity, settings), self.device)
-        key, plan = self._drafting(settings, capacity)
-        if isinstance(plan, AutoPlan):
-            for power, sampled in product(range(bucket(num_seats).bit_length()), (False, True)):
-                self.costs(2**power, sampled)
+        powers = range(bucket(num_seats).bit_length())
+        batches = [(2**power, sampled) for power, sampled in product(powers, (False, True))]
+        key, plan = self._drafting(settings, capacity, batches)
         drafter = self._new_drafter(key, plan)
         return Engine(self.target, drafter, num_seats, capacity, plan, self._recorder(), key.coupled, keeps=True)
 
@@ -263,12 +258,13 @@ class SpeculativeModel:
         key, plan = self._drafting(settings, capacity)
         return seat_bytes(self.target, self._new_drafter(key, plan), capacity, plan.largest)
 
-    def _drafting(self, settings: GenerateOptions, max_new_tokens: int) -> tuple["_EngineKey", Plan]:
-        """What settings ask of an engine's drafter, and its plan; trees are no deeper than there are new tokens."""
-        with_lookup = self._looks_up(settings)
-        plan = self._plan(settings, max_new_tokens, with_lookup)
+    def _drafting(
+        self, settings: GenerateOptions, max_new_tokens: int, measured: Iterable[tuple[int, bool]] = ()
+    ) -> tuple["_EngineKey", Plan]:
+        """What settings ask of an engine's drafter, and its plan; the arguments are those of Planner.plan."""
+        plan = self._planner.plan(settings, max_new_tokens, measured)
         drafts, coupled = plan.largest.depth > 0, settings.coupled is not False
-        return _EngineKey(drafts, with_lookup, settings.draft_window, coupled), plan
+        return _EngineKey(drafts, self._planner.looks_up(settings), settings.draft_window, coupled), plan
 
     def _keep(self, key: "_EngineKey", engine: Engine) -> None:
         if engine.is_recorded:
@@ -291,54 +287,11 @@ class SpeculativeModel:
 
     def costs(self, batch_size: int, sampled: bool = False) -> CycleCosts:
         """What a cycle of so many rows costs with this draft, from this process, the disk's cache or a measurement."""
-        size, costs, since = bucket(batch_size), self._lessons.costs, self._lessons.costs_since
-        is_outdated = self._lessons.are_outdated((size, sampled))
-        if is_outdated:
-            self._lessons.renewed.add((size, sampled))
-            since = time.time()
-        if (size, sampled) not in costs or is_outdated:
-            assert self.draft is not None
-            largest = tree_shapes(self.draft, self.target)[-1]
-            drafter = new_drafter(self.method, self.draft, self.target)
-            key = what_costs_depend_on(self.target, self.draft, self._captures) | {
-                "batch_size": size,
-                "largest": repr(largest),
-                "sampled": sampled,
-            }
-            costs[size, sampled] = cached_costs(
-                key,
-                lambda: measure_costs(self.target, drafter, size, largest, recorder=self._recorder(), sampled=sampled),
-                since,
-            )
-        return costs[size, sampled]
+        return self._planner.costs(batch_size, sampled)
 
     def experience(self, batch_size: int, sampled: bool) -> Experience:
         """What has been learnt of a draft by generations with as many rows."""
         return self._lessons.experience(batch_size, sampled)
-
-    def _looks_up(self, settings: GenerateOptions) -> bool:
-        """Whether n-grams are merged into the trees."""
-        if settings.ngram is not None:
-            return settings.ngram
-        return "ngram" in family_of(self.method).takes and plan_for(self.method, settings.plan) is None
-
-    def _plan(self, settings: GenerateOptions, max_new_tokens: int, with_lookup: bool) -> Plan:
-        device = self.target.device
-        plan = plan_for(self.method, settings.plan)
-        if plan is not None:
-            if not plan.depth:
-                return TreePlan.off()
-            plan = plan.cut_to(max_new_tokens)
-            if settings.plan == "auto" and family_of(self.method).plans == "chains":
-                return self._lessons.clocked.setdefault(plan, ClockedPlan(plan)).begin()
-            # A fixed plan's trees depend on its requests alone, not on the generations before: its trial is its own.
-            return LookupPlan(plan, LookupTrial()) if with_lookup else plan
-        assert self.draft is not None
-        shapes = tree_shapes(self.draft, self.target)
-        if with_lookup:
-            shapes = tuple(shape.with_lookup() for shape in shapes)
-        lessons, fixed_shapes = self._lessons, () if device.type == "cpu" else shapes
-        return AutoPlan(lessons.known_costs, lessons.experience, shapes[-1], device, fixed_shapes)
 
     def _check_draft_positions(self, num_tokens: int) -> None:
         """Raise a ValueError where a draft would have to read more tokens than it has positions."""

@@ -24,13 +24,13 @@ from draftwing.config import check_keys
 from draftwing.drafts.eagle.formats import HeadOptions
 from draftwing.drafts.family import Draft
 from draftwing.drafts.kinds import family_of_draft, suitable_draft
-from draftwing.drafts.load import load_draft, read_acceptance
+from draftwing.drafts.load_draft import load_draft, read_acceptance
 from draftwing.engine.generation import Generation
 from draftwing.engine.options import GenerateOptions
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.statistics import Statistics
 from draftwing.engine.stepwise import Place
 from draftwing.engine.stopping import StopRule
+from draftwing.engine.tree_plan import NamedTree
 from draftwing.honoured import (
     PREFIX_PROCESSORS,
     ROW_CRITERIA,
@@ -57,7 +57,7 @@ OPTIONS = ("ngram", "draft_window", "coupled", "stop")
 
 def custom_generate(
     draft: str | Path | Draft | None,
-    plan: str | TreePlan | None = None,
+    plan: str | NamedTree | None = None,
     seed: int | None = None,
     method: str | None = None,
     tokenizer: Any = None,
@@ -181,7 +181,7 @@ class _DropIn:
             return _Known(fits, self.draft, Lessons())
         name = suitable_draft(str(self.draft), self.method)
         draft = load_draft(name, target, options=self.head_options, tokenizer=self.tokenizer)
-        return _Known(fits, family_of_draft(draft).kind.pack(draft, compiles=False), Lessons(read_acceptance(name)))
+        return _Known(fits, family_of_draft(draft).kind.prepack(draft, compiles=False), Lessons(read_acceptance(name)))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The shape of the package: its public names, its commands, its recipes, its files."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from draftwing.cli import COMMANDS, build_parser, main
 from draftwing.config import read_recipe
 
 ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "draftwing"
 
 
 def test_public_names_exist_and_are_documented() -> None:
@@ -19,7 +21,7 @@ def test_public_names_exist_and_are_documented() -> None:
 
 
 def test_nothing_inside_the_package_imports_its_front() -> None:
-    for path in (ROOT / "src" / "draftwing").rglob("*.py"):
+    for path in SOURCE.rglob("*.py"):
         assert "from draftwing import" not in path.read_text(encoding="utf-8"), path
 
 
@@ -94,6 +96,28 @@ def test_mistakes_are_one_line_and_status_2(command: str, says: str, capsys: pyt
 
 
 def test_modules_say_what_they_are() -> None:
-    for path in (ROOT / "src" / "draftwing").rglob("*.py"):
+    for path in SOURCE.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert not text or text.startswith('"""'), f"{path} has no docstring"
+
+
+def test_every_file_that_the_table_of_changes_names_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:\w+/)*\w+\.py|\w+/)`", text[text.index("## Where does a change go") :]))
+    assert len(named) > 15
+    assert [name for name in sorted(named) if not (SOURCE / name).exists()] == []
+
+
+def test_every_place_of_a_word_exists() -> None:
+    text = (ROOT / "docs" / "notation.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\b(?:\w+/)*\w+\.py\b", text[text.index("One word for one thing") :]))
+    named -= {"tests/architecture/test_names.py"}
+    assert len(named) > 20
+    assert [name for name in sorted(named) if not (SOURCE / name).exists()] == []
+
+
+def test_what_the_table_names_in_a_file_is_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]+ \| `([\w/]+\.py)` \| `(\w+)`", text, flags=re.MULTILINE)
+    assert len(rows) >= 7
+    assert [row for row in rows if row[1] not in (SOURCE / row[0]).read_text(encoding="utf-8")] == []

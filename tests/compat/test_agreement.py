@@ -38,8 +38,8 @@ from transformers import PreTrainedTokenizerFast
 
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.formats import HeadOptions
-from draftwing.drafts.eagle.load import DraftNetwork, load_head
-from draftwing.drafts.eagle.save import save_head, to_head
+from draftwing.drafts.eagle.load_head import DraftNetwork, load_head
+from draftwing.drafts.eagle.save_head import save_head, to_head
 from draftwing.drafts.fit import sizes_of
 from draftwing.engine.drafter import Drafter
 from draftwing.engine.tree import DraftTree

@@ -13,10 +13,10 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from draftwing.drafts.eagle.formats import HeadOptions
 from draftwing.drafts.fit import Tensors
-from draftwing.drafts.inspect import inspect_draft
+from draftwing.drafts.inspect_draft import inspect_draft
 from draftwing.drafts.kinds import family_of_files
 from draftwing.drafts.language_model import LanguageModel, ModelReport, vocabulary_problems
-from draftwing.drafts.load import load_draft
+from draftwing.drafts.load_draft import load_draft
 from draftwing.target.model import TargetModel
 
 

@@ -15,9 +15,9 @@ from test_formats import norm_shapes, speculators_values
 from test_medusa_files import tensors_of
 
 from draftwing.cli import main
-from draftwing.drafts import load
-from draftwing.drafts.eagle import gguf as gguf_heads
-from draftwing.drafts.export import export_draft
+from draftwing.drafts import load_draft
+from draftwing.drafts.eagle import gguf_head as gguf_heads
+from draftwing.drafts.export_draft import export_draft
 from draftwing.drafts.family import ENGINES
 
 gguf = pytest.importorskip("gguf")
@@ -126,7 +126,7 @@ def test_wrong_conventions_are_noticed(
     if sabotage == "pairs":
         monkeypatch.setattr(gguf_heads, "_halves_to_pairs", lambda weight, num_heads: weight)
     else:
-        monkeypatch.setattr(load, "read_gguf", with_offsets(load.read_gguf))
+        monkeypatch.setattr(load_draft, "read_gguf", with_offsets(load_draft.read_gguf))
     with pytest.raises(ValueError, match="other numbers" if sabotage == "pairs" else "d2t|t2d|target_ids"):
         export_draft(eagle3(tmp_path / "draft"), target, "llama.cpp", tmp_path / "out", target_gguf=target_gguf)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["draft"]

@@ -10,7 +10,7 @@ import transformers
 from conftest import requests_for, run
 from transformers import PreTrainedModel
 
-from draftwing.drafts.inspect import target_sizes
+from draftwing.drafts.inspect_draft import target_sizes
 from draftwing.target.fused import FusedTarget, pack_target
 from draftwing.target.load import load_target
 from draftwing.target.model import ATTENTION, TargetModel

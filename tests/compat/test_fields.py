@@ -11,11 +11,11 @@ from published import TINY, Shapes, eagle1_shapes, eagle3_shapes, random_tensors
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Qwen3Config
 
-from draftwing.drafts.eagle.inspect import HeadReport
-from draftwing.drafts.eagle.load import DraftNetwork, load_head
-from draftwing.drafts.eagle.save import save_head, to_head
+from draftwing.drafts.eagle.inspect_head import HeadReport
+from draftwing.drafts.eagle.load_head import DraftNetwork, load_head
+from draftwing.drafts.eagle.save_head import save_head, to_head
 from draftwing.drafts.fit import sizes_of
-from draftwing.drafts.inspect import inspect_draft, report_table
+from draftwing.drafts.inspect_draft import inspect_draft, report_table
 from draftwing.target.attention import grouped_attention
 from draftwing.target.model import TargetModel
 
@@ -48,7 +48,7 @@ def logits_of(head: DraftNetwork) -> torch.Tensor:
         return grouped_attention(queries, keys, values, mask).transpose(1, 2)
 
     with torch.inference_mode():
-        return head.logits(head(head.fuse(features), numbers, 3 * numbers, attend))
+        return head.logits(head(head.project(features), numbers, 3 * numbers, attend))
 
 
 def report_of(folder: str) -> HeadReport:

@@ -29,10 +29,10 @@ from safetensors.torch import load_file, save_file
 
 from draftwing.drafts.eagle.fields import sort_fields
 from draftwing.drafts.eagle.formats import HeadFile, HeadOptions, default_aux_layers, read_head
-from draftwing.drafts.eagle.load import DraftNetwork, expected_shapes, fit_problems, load_head
-from draftwing.drafts.eagle.save import save_head, to_head
+from draftwing.drafts.eagle.load_head import DraftNetwork, expected_shapes, fit_problems, load_head
+from draftwing.drafts.eagle.save_head import save_head, to_head
 from draftwing.drafts.fit import TargetSizes, sizes_of, tensor_problems
-from draftwing.drafts.load import read_draft_files
+from draftwing.drafts.load_draft import read_draft_files
 from draftwing.target.attention import grouped_attention
 from draftwing.target.model import TargetModel
 
@@ -551,7 +551,7 @@ def logits_of(network: DraftNetwork, features: torch.Tensor) -> torch.Tensor:
     def attend(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return grouped_attention(queries, keys, values, mask).transpose(1, 2)
 
-    return network.logits(network(network.fuse(features), numbers, numbers, attend))
+    return network.logits(network(network.project(features), numbers, numbers, attend))
 
 
 def whole_head() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -10,7 +10,7 @@ from conftest import tiny_llama
 from published import TINY, Shapes, eagle1_shapes, eagle3_shapes, random_tensors, speculators_values
 from safetensors.torch import load_file, save_file
 
-from draftwing.drafts.inspect import inspect_draft, report_table
+from draftwing.drafts.inspect_draft import inspect_draft, report_table
 
 TARGET_IDS = torch.arange(16, 64)
 VALUES = {**TINY.values(), "draft_vocab_size": 48}

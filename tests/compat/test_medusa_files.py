@@ -9,8 +9,8 @@ import torch
 from conftest import tiny_llama
 
 from draftwing.drafts.eagle.formats import HeadOptions
-from draftwing.drafts.inspect import inspect_draft, report_table
-from draftwing.drafts.load import load_draft
+from draftwing.drafts.inspect_draft import inspect_draft, report_table
+from draftwing.drafts.load_draft import load_draft
 from draftwing.drafts.medusa.files import MedusaHeads, expected_medusa_shapes, is_medusa, read_medusa, save_medusa
 from draftwing.drafts.medusa.kind import MedusaReport
 from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel

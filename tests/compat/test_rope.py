@@ -18,10 +18,9 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
-from draftwing.drafts.draft_vocab import DraftVocab
 from draftwing.drafts.eagle.eagle1 import EagleModel
 from draftwing.drafts.eagle.eagle3 import Eagle3Model
-from draftwing.layers import ACTIVATIONS, DecoderLayer, DraftConfig
+from draftwing.layers import ACTIVATIONS, DecoderLayer, DraftConfig, DraftVocab
 from draftwing.rotary import Rotary, rope_frequencies, rope_scale
 from draftwing.target.attention import grouped_attention
 
@@ -264,7 +263,7 @@ def test_eagle1_is_fc_and_llama_layers_of_which_the_first_has_no_input_norm() ->
         theirs = as_llama_layer(layer, has_input_norm=index > 0)
         x = theirs(x, position_embeddings=cos_sin(positions), attention_mask=None)
 
-    output = model(model.fuse(features), tokens, positions, attend)
+    output = model(model.project(features), tokens, positions, attend)
     torch.testing.assert_close(output, x, rtol=0, atol=1e-11)
     torch.testing.assert_close(model.feed_back(output), x, rtol=0, atol=1e-11)
     torch.testing.assert_close(model.logits(output), head(x), rtol=0, atol=1e-10)
@@ -306,7 +305,7 @@ def test_eagle3_is_a_llama_layer_over_embedding_and_state(options: dict[str, boo
     if config.norm_before_fc:
         fused_input = Norm(model.input_norm.weight.detach())(features)
     state = functional.linear(fused_input, model.fc.weight, model.fc.bias)
-    torch.testing.assert_close(model.fuse(features), state, rtol=0, atol=1e-11)
+    torch.testing.assert_close(model.project(features), state, rtol=0, atol=1e-11)
 
     layer = model.midlayer
     normed = Norm(layer.hidden_norm.weight.detach())(state)

@@ -24,11 +24,11 @@ from transformers.generation import StopStringCriteria
 import draftwing
 from draftwing.api import GenerateOutput, SpeculativeModel
 from draftwing.config import TrainConfig
-from draftwing.drafts.eagle.load import DraftNetwork
+from draftwing.drafts.eagle.load_head import DraftNetwork
 from draftwing.drafts.medusa.network import MedusaModel
 from draftwing.embedded import EMBEDDED
 from draftwing.engine.options import GenerateOptions, row_seed
-from draftwing.engine.plan import TreePlan
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.target.model import TargetModel
 
 
@@ -564,10 +564,10 @@ def test_lookahead_needs_no_draft(model: SpeculativeModel, target: TargetModel) 
 
 
 def test_drafts_that_are_not_embedded_yet_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from draftwing.drafts import load
+    from draftwing.drafts import load_draft
 
-    missing = {name: tmp_path / name for name in load.EMBEDDED_DRAFTS}
-    monkeypatch.setattr(load, "EMBEDDED_DRAFTS", missing)
+    missing = {name: tmp_path / name for name in load_draft.EMBEDDED_DRAFTS}
+    monkeypatch.setattr(load_draft, "EMBEDDED_DRAFTS", missing)
     for name, method in (("tiny-medusa", "medusa"), ("tiny-draft", "draft_model")):
         with pytest.raises(ValueError, match=f"draft: {name} is not part of this installation"):
             draftwing.load("tiny", draft="tiny", method=method)
@@ -622,7 +622,9 @@ def test_measured_costs_belong_to_one_kind_of_pass(
 ) -> None:
     """A user's own model has another attention than what `load` makes, and other seconds."""
     keys: list[str] = []
-    monkeypatch.setattr("draftwing.api.cached_costs", lambda key, *_: keys.append(json.dumps(key, default=str)))
+    monkeypatch.setattr(
+        "draftwing.plans.planner.cached_costs", lambda key, *_: keys.append(json.dumps(key, default=str))
+    )
     for _ in range(2):
         SpeculativeModel(target, heads["eagle3"]).costs(1)
     assert keys[0] == keys[1]
@@ -652,7 +654,9 @@ def test_costs_of_another_machine_are_measured_anew(
     asked: list[bool] = []
     model = SpeculativeModel(target, heads["eagle3"])
     monkeypatch.setattr("draftwing.plans.lessons.WATCHED_CYCLES", 10)
-    monkeypatch.setattr("draftwing.api.cached_costs", lambda key, measure, since: asked.append(since > 0) or invented)
+    monkeypatch.setattr(
+        "draftwing.plans.planner.cached_costs", lambda key, measure, since: asked.append(since > 0) or invented
+    )
     monkeypatch.setattr("draftwing.plans.lessons.free_cores", lambda: SimpleNamespace(are_shared=are_shared))
     invented = costs()
     for _ in range(3):

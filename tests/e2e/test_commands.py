@@ -209,8 +209,8 @@ def test_what_is_no_terminal_gets_the_text_as_it_is(
     """Nothing is wrapped at 80 columns, no tab or :name: is replaced, whatever COLUMNS and FORCE_COLOR say."""
     monkeypatch.setenv("COLUMNS", "30")
     said = LONG + "\n\tx = d[1:sum:2]  # [bold]"
-    monkeypatch.setattr("draftwing.evaluation.text.TextStream.push", lambda self, token: "")
-    monkeypatch.setattr("draftwing.evaluation.text.TextStream.flush", lambda self: said)
+    monkeypatch.setattr("draftwing.engine.stopping.TextStream.push", lambda self, token: "")
+    monkeypatch.setattr("draftwing.engine.stopping.TextStream.flush", lambda self: said)
     monkeypatch.setattr("draftwing.engine.stopping.cut_at_stop", lambda text, stops, tokenizer: said)
     common = ["generate", "--target", str(folder / "target"), "--prompt", "x", "--max-new-tokens", "2"]
     assert main([*common, *(["--compare"] if compare else [])]) == 0

@@ -22,7 +22,7 @@ from draftwing.api import SpeculativeModel
 from draftwing.cli import build_parser, main
 from draftwing.cli.arguments import head_options
 from draftwing.data.prompts import Prompt, read_prompts
-from draftwing.doctor.doctor import (
+from draftwing.doctor.diagnosis import (
     Diagnosis,
     Text,
     as_chat,
@@ -33,12 +33,12 @@ from draftwing.doctor.doctor import (
     examine,
 )
 from draftwing.doctor.patient import Patient
-from draftwing.doctor.replay import Recording, record
+from draftwing.doctor.replay import Transcript, transcribe
 from draftwing.doctor.suspects import head_suspects
-from draftwing.doctor.trials import Finding, Steps, compare
+from draftwing.doctor.trials import Finding, StepCount, compare
 from draftwing.drafts.eagle.formats import HeadOptions
 from draftwing.drafts.fit import Tensors
-from draftwing.drafts.load import read_draft_files, resolve_draft
+from draftwing.drafts.load_draft import read_draft_files, resolve_draft
 from draftwing.embedded import EMBEDDED, EMBEDDED_PROMPTS
 from draftwing.engine.engine import Request
 from draftwing.engine.sampling import SamplingParams
@@ -62,32 +62,34 @@ def prompts() -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def recording(model: SpeculativeModel, prompts: list[Prompt]) -> Recording:
+def transcript(model: SpeculativeModel, prompts: list[Prompt]) -> Transcript:
     """What the target says, decoded once for all cases, with the features of every layer."""
-    return record_rows(model, [prompt.token_ids(model.tokenizer) for prompt in prompts])
+    return transcribe_rows(model, [prompt.token_ids(model.tokenizer) for prompt in prompts])
 
 
 @pytest.fixture(scope="module")
-def more(model: SpeculativeModel, prompts: list[Prompt]) -> Recording:
+def more(model: SpeculativeModel, prompts: list[Prompt]) -> Transcript:
     """Longer answers, for the mildest faults."""
-    return record_rows(model, [prompt.token_ids(model.tokenizer) for prompt in prompts], num_new=48)
+    return transcribe_rows(model, [prompt.token_ids(model.tokenizer) for prompt in prompts], num_new=48)
 
 
-def record_rows(model: SpeculativeModel, rows: list[list[int]], num_new: int = NUM_NEW, **sampling: Any) -> Recording:
+def transcribe_rows(
+    model: SpeculativeModel, rows: list[list[int]], num_new: int = NUM_NEW, **sampling: Any
+) -> Transcript:
     stop = StopRule(num_new, model.target.eos_token_ids)
     requests = [Request(row, SamplingParams(seed=seed, **sampling), stop) for seed, row in enumerate(rows)]
-    return record(model.target, requests, (*range(model.target.num_layers + 1), -1))
+    return transcribe(model.target, requests, (*range(model.target.num_layers + 1), -1))
 
 
-def diagnose(folder: Path | str, target: TargetModel, recording: Recording, **options: Any) -> Diagnosis:
-    return examine(Patient(str(folder), target, HeadOptions(**options)), Text([recording]), [], Steps())
+def diagnose(folder: Path | str, target: TargetModel, transcript: Transcript, **options: Any) -> Diagnosis:
+    return examine(Patient(str(folder), target, HeadOptions(**options)), Text([transcript]), [], StepCount())
 
 
-def tau_of(name: Path | str, target: TargetModel, recording: Recording, cure: Any = None) -> float:
+def tau_of(name: Path | str, target: TargetModel, transcript: Transcript, cure: Any = None) -> float:
     """tau with what the doctor advises, given as a user gives it: the head's options on loading, others later."""
     cure = dict(cure or {})
     loading = {name: cure.pop(name) for name in tuple(cure) if name in HeadOptions.__dataclass_fields__}
-    traces = Patient(str(name), target, HeadOptions(**loading)).traces([recording], cure)
+    traces = Patient(str(name), target, HeadOptions(**loading)).traces([transcript], cure)
     return compare("", "", traces, traces).tau.value
 
 
@@ -194,30 +196,30 @@ def write_head(folder: Path, name: str, damage: Damage) -> Path:
     "fault", [pytest.param(fault, id=name, marks=SLOW if name in SIBLINGS else ()) for name, fault in FAULTS.items()]
 )
 def test_a_planted_fault_is_named_and_the_advice_cures_it(
-    fault: Fault, model: SpeculativeModel, recording: Recording, more: Recording, tmp_path: Path
+    fault: Fault, model: SpeculativeModel, transcript: Transcript, more: Transcript, tmp_path: Path
 ) -> None:
-    recording = more if fault.is_mild else recording
+    transcript = more if fault.is_mild else transcript
     folder = write_head(tmp_path, fault.head, fault.damage)
-    diagnosis = diagnose(folder, model.target, recording)
+    diagnosis = diagnose(folder, model.target, transcript)
     verdict = diagnosis.verdict
     assert verdict.is_fault
     assert fault.says in verdict.sentence
     assert verdict.cure == fault.cure
     assert verdict.sentence.count(".\n") == 0
-    cured = tau_of(folder, model.target, recording, verdict.cure)
+    cured = tau_of(folder, model.target, transcript, verdict.cure)
     assert cured > diagnosis.loaded.tau.value
     if "d2t" not in fault.cure:  # that file has lost half of its vocabulary for good
-        assert cured == pytest.approx(tau_of(fault.head, model.target, recording), rel=1e-6)
+        assert cured == pytest.approx(tau_of(fault.head, model.target, transcript), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-eagle1"])
-def test_nothing_is_wrong_with_a_good_head(name: str, model: SpeculativeModel, recording: Recording) -> None:
-    diagnosis = diagnose(name, model.target, recording)
+def test_nothing_is_wrong_with_a_good_head(name: str, model: SpeculativeModel, transcript: Transcript) -> None:
+    diagnosis = diagnose(name, model.target, transcript)
     assert not diagnosis.verdict.is_fault
     assert diagnosis.verdict.sentence.startswith("Nothing is wrong")
     assert diagnosis.verdict.cure == {}
     assert diagnosis.loaded.tau.value > 1.5
-    assert Patient(name, model.target).clues("tiny", recording.longest) == []
+    assert Patient(name, model.target).clues("tiny", transcript.longest) == []
 
 
 def forget(values: dict[str, Any], tensors: Tensors) -> None:
@@ -240,14 +242,14 @@ def change_basis(values: dict[str, Any], tensors: Tensors) -> None:
 @pytest.mark.parametrize("damage", [forget, change_basis])
 @pytest.mark.parametrize("name", ["tiny", "tiny-eagle1"])
 def test_a_head_that_no_option_cures(
-    name: str, damage: Damage, model: SpeculativeModel, recording: Recording, tmp_path: Path
+    name: str, damage: Damage, model: SpeculativeModel, transcript: Transcript, tmp_path: Path
 ) -> None:
     folder = write_head(tmp_path, name, damage)
-    verdict = diagnose(folder, model.target, recording).verdict
+    verdict = diagnose(folder, model.target, transcript).verdict
     assert verdict.is_fault
     assert "untrained, or was made for another target" in verdict.sentence
     assert verdict.cure == {}
-    clues = Patient(str(folder), model.target).clues("tiny", recording.longest)
+    clues = Patient(str(folder), model.target).clues("tiny", transcript.longest)
     assert [clue.startswith("the file's embedding is not the target's") for clue in clues] == [True] * (name != "tiny")
 
 
@@ -255,9 +257,9 @@ def spoil(values: dict[str, Any], tensors: Tensors) -> None:
     tensors["norm.weight"][3] = torch.nan
 
 
-def test_a_broken_file_is_named(model: SpeculativeModel, recording: Recording, tmp_path: Path) -> None:
+def test_a_broken_file_is_named(model: SpeculativeModel, transcript: Transcript, tmp_path: Path) -> None:
     folder = write_head(tmp_path, "tiny", spoil)
-    verdict = diagnose(folder, model.target, recording).verdict
+    verdict = diagnose(folder, model.target, transcript).verdict
     assert verdict.is_fault
     assert verdict.sentence == "Fault: the draft's norm.weight: holds NaN or infinity; fetch or train it anew."
 
@@ -270,14 +272,14 @@ def overflow(values: dict[str, Any], tensors: Tensors) -> None:
 
 def test_an_overflow_in_float16_is_named(model: SpeculativeModel, prompts: list[Prompt], tmp_path: Path) -> None:
     half = draftwing.load("tiny", dtype="float16")
-    recording = record_rows(half, [prompt.token_ids(half.tokenizer) for prompt in prompts[:4]], num_new=6)
-    assert not Text([recording]).overflows
-    verdict = diagnose(write_head(tmp_path, "tiny", overflow), half.target, recording).verdict
+    transcript = transcribe_rows(half, [prompt.token_ids(half.tokenizer) for prompt in prompts[:4]], num_new=6)
+    assert not Text([transcript]).overflows
+    verdict = diagnose(write_head(tmp_path, "tiny", overflow), half.target, transcript).verdict
     assert verdict.cure == {"dtype": "float32"}
     assert "overflow in float16" in verdict.sentence
-    for features in recording.features.values():
+    for features in transcript.features.values():
         features[0][0, 0] = torch.inf
-    verdict = diagnose("tiny", half.target, recording).verdict
+    verdict = diagnose("tiny", half.target, transcript).verdict
     assert "the target's features overflow in float16" in verdict.sentence
 
 
@@ -287,8 +289,8 @@ def test_a_draft_window_is_advised_past_the_lengths_of_training(model: Speculati
     untold = write_head(tmp_path, "tiny", set_values(trained_length=None))
     rows = [prompt.token_ids(model.tokenizer) for prompt in read_prompts(EMBEDDED_PROMPTS)]
     before = (list(itertools.chain(*rows)) * 2)[:600]
-    recording = record_rows(model, [before + row for row in rows[2:7]], num_new=12)
-    diagnosis = diagnose(untold, model.target, recording)
+    transcript = transcribe_rows(model, [before + row for row in rows[2:7]], num_new=12)
+    diagnosis = diagnose(untold, model.target, transcript)
     assert diagnosis.verdict.cure == {"draft_window": 128}
     assert "worse past the lengths that it was trained on" in diagnosis.verdict.sentence
     assert set(diagnosis.positions) == {"512-1023"}
@@ -299,12 +301,12 @@ def test_the_replay_is_what_decoding_does(model: SpeculativeModel, prompts: list
     exact = draftwing.load("tiny", "tiny", dtype="float64")
     rows = [prompt.token_ids(exact.tokenizer) for prompt in prompts[:3]]
     for temperature in (0.0, 1.0):
-        recording = record_rows(exact, rows, temperature=temperature)
-        traces = Patient("tiny", exact.target).traces([recording], {})
+        transcript = transcribe_rows(exact, rows, temperature=temperature)
+        traces = Patient("tiny", exact.target).traces([transcript], {})
         generation = exact.start(
             rows, plan="chain:5", temperature=temperature, max_new_tokens=NUM_NEW, seed=[0, 1, 2]
         ).run()
-        assert [tokens[n:] for tokens, n in zip(recording.tokens, recording.num_prompt, strict=True)] == [
+        assert [tokens[n:] for tokens, n in zip(transcript.tokens, transcript.num_prompt, strict=True)] == [
             output.tokens for output in generation.outputs
         ]
         assert sum(len(trace.cycles()[1]) for trace in traces) == generation.statistics.num_cycles
@@ -313,16 +315,16 @@ def test_the_replay_is_what_decoding_does(model: SpeculativeModel, prompts: list
 
 def test_sampled_text_is_harder_and_no_fault(model: SpeculativeModel, prompts: list[Prompt]) -> None:
     patient = Patient("tiny", model.target)
-    text = decode_prompts(patient, prompts[:4], model.tokenizer, 1.5, NUM_NEW, Steps())
+    text = decode_prompts(patient, prompts[:4], model.tokenizer, 1.5, NUM_NEW, StepCount())
     assert set(text.otherwise) == {"temperature 0", "without the chat template"}
-    verdict = examine(patient, text, [], Steps()).verdict
+    verdict = examine(patient, text, [], StepCount()).verdict
     assert not verdict.is_fault
     assert "at temperature 0: sampled text is harder" in verdict.sentence
 
 
 def test_few_prompts_do_not_tell(model: SpeculativeModel, prompts: list[Prompt]) -> None:
-    recording = record_rows(model, [prompt.token_ids(model.tokenizer) for prompt in prompts[:2]], num_new=8)
-    verdict = diagnose("tiny", model.target, recording).verdict
+    transcript = transcribe_rows(model, [prompt.token_ids(model.tokenizer) for prompt in prompts[:2]], num_new=8)
+    verdict = diagnose("tiny", model.target, transcript).verdict
     assert not verdict.is_fault
     assert verdict.sentence.startswith("Too few prompts to tell: 2,")
 
@@ -382,10 +384,10 @@ def test_what_the_figures_suggest_without_proof_asks_for_more_prompts() -> None:
 def test_raw_prompts_are_tried_through_the_template(model: SpeculativeModel, prompts: list[Prompt]) -> None:
     raw = [prompt for prompt in prompts if prompt.text][:2]
     patient = Patient("tiny", model.target)
-    text = decode_prompts(patient, raw, model.tokenizer, 0.0, 4, Steps())
+    text = decode_prompts(patient, raw, model.tokenizer, 0.0, 4, StepCount())
     assert set(text.otherwise) == {"temperature 1", "through the chat template"}
-    (recording,) = text.otherwise["through the chat template"]
-    assert recording.tokens[0][: recording.num_prompt[0]] == as_chat(raw[0]).token_ids(model.tokenizer)
+    (transcript,) = text.otherwise["through the chat template"]
+    assert transcript.tokens[0][: transcript.num_prompt[0]] == as_chat(raw[0]).token_ids(model.tokenizer)
     assert as_raw(as_chat(raw[0])) == raw[0]
 
 
@@ -393,7 +395,7 @@ def test_raw_prompts_are_tried_through_the_template(model: SpeculativeModel, pro
     ("scale", "sentence"), [(0.0, "Nothing is wrong"), (10.0, "untrained, or was made for another target")]
 )
 def test_draft_models(
-    scale: float, sentence: str, model: SpeculativeModel, recording: Recording, tmp_path: Path
+    scale: float, sentence: str, model: SpeculativeModel, transcript: Transcript, tmp_path: Path
 ) -> None:
     """The target drafts for itself, and then with noise on its weights."""
     twin = AutoModelForCausalLM.from_pretrained(EMBEDDED / "target")
@@ -402,7 +404,7 @@ def test_draft_models(
         for parameter in twin.parameters():
             parameter += scale * torch.randn_like(parameter) * parameter.std()
     twin.save_pretrained(tmp_path)
-    assert sentence in diagnose(tmp_path, model.target, recording).verdict.sentence
+    assert sentence in diagnose(tmp_path, model.target, transcript).verdict.sentence
 
 
 def test_suspects_follow_from_the_target_and_the_head(model: SpeculativeModel) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 import draftwing
 from draftwing.cli import main
 from draftwing.cli.chat import Chat
-from draftwing.evaluation.demo import DRAFTED
+from draftwing.evaluation.side_by_side import DRAFTED
 
 QUESTION = "Write the Python function clamp."
 SETTINGS = {"max_new_tokens": 24, "temperature": 0.0, "top_p": 1.0, "seed": 0, "plan": "chain:3"}

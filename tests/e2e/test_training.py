@@ -23,13 +23,13 @@ from torch.distributed.tensor import DTensor
 
 from draftwing.cli import main
 from draftwing.config import TrainConfig
-from draftwing.data.tokenizer import train_tokenizer
-from draftwing.drafts.head_training import HeadTraining
+from draftwing.drafts.head_loss import HeadLoss
 from draftwing.files import to_json
 from draftwing.training import checkpoints, trainer
 from draftwing.training.frozen_target import frozen_target
+from draftwing.training.interruption import StopOnSignal
 from draftwing.training.processes import end_processes, start_processes
-from draftwing.training.stopping import StopOnSignal
+from draftwing.training.train_language_model import train_tokenizer
 
 STEPS = 10
 TAU = "decode_prompts=2"
@@ -91,7 +91,7 @@ def train_and_die(command: list[str]) -> None:
 
 def statuses(target: Callable[..., None], *arguments: tuple[Any, ...]) -> list[int | None]:
     """The exit statuses of processes that run a function, one for each tuple of arguments."""
-    CHILDREN.set_forkserver_preload(["draftwing.training.train", "draftwing.cli", __name__])
+    CHILDREN.set_forkserver_preload(["draftwing.training.stage", "draftwing.cli", __name__])
     processes = [CHILDREN.Process(target=target, args=part) for part in arguments]
     for process in processes:
         process.start()
@@ -599,12 +599,12 @@ def test_the_last_good_checkpoint_is_kept(
 def test_an_evaluation_that_is_not_finite_is_not_written(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    figures = HeadTraining.pop_metrics
+    figures = HeadLoss.pop_metrics
 
     def broken_figures(self: Any, training: bool, *args: Any) -> dict[str, float]:
         return figures(self, training, *args) | ({} if training else {"loss": float("inf")})
 
-    monkeypatch.setattr(HeadTraining, "pop_metrics", broken_figures)
+    monkeypatch.setattr(HeadLoss, "pop_metrics", broken_figures)
     assert main(command_of(folder, "broken_evaluation")) == 2
     assert "error: training: eval_loss at step 4 is not finite" in capsys.readouterr().err
     assert not list((folder / "broken_evaluation").rglob("*.safetensors"))

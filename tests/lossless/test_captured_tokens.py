@@ -20,15 +20,14 @@ from conftest import (
 )
 from tape import TapeRecorder
 
-from draftwing.drafts.eagle.load import DraftNetwork
+from draftwing.drafts.eagle.load_head import DraftNetwork
 from draftwing.engine.captured import CudaRecorder, context_bound
 from draftwing.engine.engine import Engine, NewDrafter
 from draftwing.engine.generation import Generation
-from draftwing.engine.plan import TreePlan
-from draftwing.plans import lookups
-from draftwing.plans.experience import Experience
-from draftwing.plans.lookups import LookupPlan, LookupTrial
-from draftwing.plans.pause import Pause
+from draftwing.engine.tree_plan import TreePlan
+from draftwing.plans import pauses
+from draftwing.plans.lessons import Experience
+from draftwing.plans.pauses import LookupPlan, LookupTrial, Pause
 from draftwing.target.kv_cache import KVCache
 from draftwing.target.model import TargetModel
 
@@ -73,8 +72,8 @@ def test_lookups_come_and_go_between_recordings(
     target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]], plan: str, monkeypatch: Any
 ) -> None:
     """A plan has one recording with its lookup and one without; what was looked up is learnt from in both."""
-    monkeypatch.setattr(lookups, "TRIAL", 1)
-    monkeypatch.setattr(lookups, "SHARE", 2.0)  # never enough: a pause after each trial
+    monkeypatch.setattr(pauses, "TRIAL", 1)
+    monkeypatch.setattr(pauses, "SHARE", 2.0)  # never enough: a pause after each trial
     requests = requests_for(prompts, max_new_tokens=40, eos=(), temperature=1.0)
     expected, trials = plain(target, requests), (LookupTrial(), LookupTrial())
     for trial in trials:

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,19 +27,19 @@ from hypothesis import strategies as st
 from tape import TapeRecorder
 from test_bits import packed_target
 
-from draftwing.drafts.eagle.load import DraftNetwork
+from draftwing.drafts.eagle.load_head import DraftNetwork
 from draftwing.engine import engine as engine_module
 from draftwing.engine import order as order_module
 from draftwing.engine.engine import Engine, NewDrafter, Request, Seat
 from draftwing.engine.generation import Generation
 from draftwing.engine.order import Order
 from draftwing.engine.penalties import Penalties
-from draftwing.engine.plan import Plan, TreePlan
 from draftwing.engine.sampling import Noise, SamplingParams
 from draftwing.engine.seats import Seats
 from draftwing.engine.statistics import CycleCounts
 from draftwing.engine.stepwise import Place
 from draftwing.engine.stopping import StopRule
+from draftwing.engine.tree_plan import Plan, TreePlan
 from draftwing.target.kv_cache import KVCache
 from draftwing.target.model import TargetModel
 
@@ -101,23 +102,36 @@ def serve(
 
 
 def assert_as_alone(
-    target: TargetModel, way: tuple[NewDrafter, Plan], seed: int, num_seats: int = 3, recorded: bool = False
-) -> int:
-    """Random requests over some seats: each has its tokens, end and texts' prefix alone. Returns what was copied.
+    target: TargetModel,
+    way: tuple[NewDrafter, Plan],
+    seed: int,
+    num_seats: int = 3,
+    recorded: bool = False,
+    num_requests: int = 12,
+) -> tuple[int, int]:
+    """Random requests over some seats: each has its tokens, end and texts' prefix alone.
 
-    Texts of odd seeds are kept when their seats are left.
+    Texts of odd seeds are kept when their seats are left. Returns what was copied, and the cycles of the engine.
     """
     luck = random.Random(seed)
-    requests = [random_request(luck) for _ in range(12)]
+    requests = [random_request(luck) for _ in range(num_requests)]
     recorder = TapeRecorder() if recorded else None
     engine = Engine(target, way[0], num_seats, CAPACITY, way[1], recorder, keeps=seed % 2 == 1)
-    num_shared = 0
+    num_shared = num_cycles = 0
+    cycle = engine._cycle
+
+    def counted() -> Any:
+        nonlocal num_cycles
+        num_cycles += 1
+        return cycle()
+
+    engine._cycle = counted  # type: ignore[method-assign]
     for index, seat in serve(engine, requests, luck, leave=0.03):
         (alone,) = plain_outputs(target, [requests[index]])
         assert (seat.tokens, seat.finish_reason) == (alone.tokens, alone.finish_reason)
         num_shared += seat.num_shared
     assert engine.num_free == num_seats
-    return num_shared
+    return num_shared, num_cycles
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -130,10 +144,30 @@ def test_each_request_has_the_tokens_that_it_has_alone(
     @given(st.integers(0, 2**32), st.integers(2, 5))
     def check(seed: int, num_seats: int) -> None:
         nonlocal num_shared
-        num_shared += assert_as_alone(target, ways[method], seed, num_seats)
+        num_shared += assert_as_alone(target, ways[method], seed, num_seats)[0]
 
     check()
     assert num_shared > 0, "some prompts were copied from another seat"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_thousands_of_cycles(
+    target: TargetModel, ways: dict[str, tuple[NewDrafter, TreePlan]], dtype: torch.dtype
+) -> None:
+    """As above, for long: any method in float64, and in bfloat16 with the bits of a CPU those that need no draft."""
+    methods = METHODS if dtype == torch.float64 else ("plain", "ngram", "lookahead")
+    tried = target if dtype == torch.float64 else packed_target(dtype, "fused")
+    num_cycles = 0
+
+    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
+    @given(st.integers(0, 2**32), st.integers(1, 6), st.sampled_from(methods))
+    def check(seed: int, num_seats: int, method: str) -> None:
+        nonlocal num_cycles
+        num_cycles += assert_as_alone(tried, ways[method], seed, num_seats, num_requests=40)[1]
+
+    check()
+    assert num_cycles > 2000
 
 
 @pytest.mark.parametrize("recorded", [False, True])

@@ -11,8 +11,8 @@ from tape import TapeRecorder
 
 from draftwing.engine import grammar as grammar_module
 from draftwing.engine.engine import Engine, NewDrafter, Request
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import gumbel
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.target.model import TargetModel
 
 PROMPTS = [[1, 2, 3, 4, 5], [7], [9, 8, 7, 6]]

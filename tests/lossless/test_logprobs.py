@@ -10,13 +10,13 @@ from conftest import EOS, eagle, eagle_with_ngram, generate, ngram, no_draft, pa
 from tape import TapeRecorder
 from test_bits import packed_target
 
-from draftwing.drafts.eagle.load import DraftNetwork
+from draftwing.drafts.eagle.load_head import DraftNetwork
 from draftwing.engine import engine as engine_module
 from draftwing.engine.engine import Engine, NewDrafter, Request, Seat
 from draftwing.engine.generation import Generation
 from draftwing.engine.logprobs import Scores, ScoresOnHost, TokenLogprobs
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.tree import Verdict
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.target.model import TargetModel
 
 PROMPTS = [[1, 2, 3, 4, 5], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 5, 6, 7], [3, 3, 3], [2, 4, 6, 8, 10, 12]]

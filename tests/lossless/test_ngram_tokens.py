@@ -7,10 +7,10 @@ import torch
 from conftest import auto_plan, eagle, eagle_with_ngram, generate, ngram, pairwise, plain, requests_for, run
 
 from draftwing.drafts import ngram as ngram_module
-from draftwing.drafts.eagle.load import DraftNetwork
+from draftwing.drafts.eagle.load_head import DraftNetwork
 from draftwing.engine.engine import NewDrafter
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.tree import Candidates, Overlap
+from draftwing.engine.tree_plan import LookupTree, TreePlan
 from draftwing.target.model import TargetModel
 
 CHAINS = ("chain:1", "chain:6")
@@ -56,7 +56,7 @@ def test_lookups_in_trees_that_size_themselves(
     step: float,
 ) -> None:
     requests = requests_for(repetitive, temperature=temperature)
-    plan = auto_plan(largest=TreePlan(4, 3, 24).with_lookup(), step=step)
+    plan = auto_plan(largest=TreePlan(4, 3, 24), with_lookup=True, step=step)
     assert run(target, requests, eagle_with_ngram(heads["eagle3"]), plan) == plain(target, requests)
 
 
@@ -116,7 +116,7 @@ def break_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def break_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the tree for a chain whose accepted nodes already lie together."""
-    monkeypatch.setattr(TreePlan, "is_chain", True)
+    monkeypatch.setattr(LookupTree, "is_chain", True)
 
 
 @pytest.mark.parametrize("sabotage", [break_siblings, break_commit])

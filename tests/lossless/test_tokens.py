@@ -21,11 +21,11 @@ from conftest import (
     tiny_llama,
 )
 
-from draftwing.drafts.eagle.load import DraftNetwork
+from draftwing.drafts.eagle.load_head import DraftNetwork
 from draftwing.engine.engine import NewDrafter
 from draftwing.engine.sampling import Noise, SamplingParams
-from draftwing.plans.experience import Experience
-from draftwing.plans.pause import Pause
+from draftwing.plans.lessons import Experience
+from draftwing.plans.pauses import Pause
 from draftwing.target import model as target_module
 from draftwing.target.kv_cache import KVCache
 from draftwing.target.model import TargetModel

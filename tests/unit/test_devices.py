@@ -20,16 +20,16 @@ from torch.utils._pytree import tree_leaves
 
 from draftwing.config import Loss, Objective, TrainConfig
 from draftwing.drafts.eagle.eagle1 import EagleModel
-from draftwing.drafts.eagle.load import build_network
-from draftwing.drafts.family import Draft, Wanted
-from draftwing.drafts.head_training import HeadTraining
+from draftwing.drafts.eagle.load_head import build_network
+from draftwing.drafts.family import Draft, DrafterOptions
+from draftwing.drafts.head_loss import HeadLoss
 from draftwing.drafts.kinds import new_drafter
 from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel
 from draftwing.engine.drafter import NoDrafter
 from draftwing.engine.engine import Engine, NewDrafter
-from draftwing.engine.plan import Plan, TreePlan
-from draftwing.engine.readback import CycleReading, pack, unpack
+from draftwing.engine.readback import CycleReading, join_parts, split_parts
 from draftwing.engine.tree import Candidates, best_subtree, walk
+from draftwing.engine.tree_plan import Plan, TreePlan
 from draftwing.layers import DraftConfig
 from draftwing.losses import fused_head, ttt
 from draftwing.target.model import TargetModel
@@ -211,7 +211,7 @@ class TestCycle:
         method, plan = CYCLES[cycle]
         with_lookup, shape = plan.endswith("+ngram"), plan_of(plan)
         fixed = shape if isinstance(shape, TreePlan) else None
-        drafter = new_drafter(method, draft_for(method, target), target, Wanted(with_lookup, plan=fixed))
+        drafter = new_drafter(method, draft_for(method, target), target, DrafterOptions(with_lookup, plan=fixed))
         with Transfers() as prefill:
             engine = start(target, drafter, shape, sampling, batch_size)
         first, second = run_cycle(engine), run_cycle(engine)
@@ -290,7 +290,7 @@ class TestTraining:
             training(**batch("eagle3", is_packed=False))
 
 
-def new_training(target: TargetModel, objective: Objective, loss: Loss) -> HeadTraining:
+def new_training(target: TargetModel, objective: Objective, loss: Loss) -> HeadLoss:
     config = TrainConfig(
         objective=objective, loss=loss, output="", target="unused", ttt_steps=3, medusa_heads=3, draft_vocab_size=48
     )
@@ -329,7 +329,7 @@ def test_what_is_read_together_keeps_its_values() -> None:
     scores = torch.tensor([[0.0, -1.5, -torch.inf], [-0.1, torch.nan, 3e-39]])
     ids = torch.tensor([[2**31 - 1], [-1]])
     parts = (ids, flags, scores[:, 1:], scores[:, :1].double())
-    for part, array in zip(parts, unpack(pack(parts).numpy(), parts), strict=True):
+    for part, array in zip(parts, split_parts(join_parts(parts).numpy(), parts), strict=True):
         np.testing.assert_array_equal(
             array.astype(part.numpy().dtype), part.float().numpy() if part.is_floating_point() else part.numpy()
         )
@@ -342,7 +342,7 @@ def test_facts_are_the_same_however_they_are_read() -> None:
     tree = best_subtree(root, Candidates(tokens, scores, scores, parents, depths), 4, 2)
     verdict = walk(tree, torch.tensor([[3, 5, 7, 8], [4, 1, 1, 1]]))
     in_place, copied = CycleReading(verdict, tree), CycleReading(verdict, tree)
-    copied._packed = pack(copied._parts)  # as on a device
+    copied._joined = join_parts(copied._parts)  # as on a device
     np.testing.assert_array_equal(in_place.result(), copied.result())
     for mine, expected in zip(vars(copied.facts(1)).values(), vars(in_place.facts(1)).values(), strict=True):
         np.testing.assert_array_equal(mine, expected)

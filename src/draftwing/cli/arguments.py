@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from draftwing.config import DTYPES, QUANTIZATIONS
 from draftwing.drafts.kinds import methods
 from draftwing.embedded import EMBEDDED_DRAFTS, EMBEDDED_TARGETS
-from draftwing.engine.plan import STATIC_TREES, TreePlan
+from draftwing.engine.tree_plan import STATIC_TREES, TreePlan
 from draftwing.threads import choose_threads
 
 Value = TypeVar("Value")

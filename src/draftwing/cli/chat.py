@@ -24,8 +24,7 @@ from draftwing.cli.arguments import (
 )
 from draftwing.cli.generate import print_comparison
 from draftwing.cli.output import new_console, note
-from draftwing.drafts.drafting import check_drafting
-from draftwing.drafts.kinds import PLAIN
+from draftwing.drafts.kinds import PLAIN, check_drafting
 from draftwing.embedded import drafts_of
 
 if TYPE_CHECKING:
@@ -165,7 +164,7 @@ class Chat:
         return True
 
     def _answer(self, text: str) -> None:
-        from draftwing.evaluation.demo import print_stream
+        from draftwing.evaluation.side_by_side import print_stream
 
         self._messages.append({"role": "user", "content": text})
         ids, settings = self._prompt(self._model, self._messages)

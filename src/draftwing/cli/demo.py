@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
     from draftwing.data.prompts import read_prompts
     from draftwing.embedded import EMBEDDED_PROMPTS
     from draftwing.evaluation.compare import Start
-    from draftwing.evaluation.demo import as_table, measure, show_completions
+    from draftwing.evaluation.side_by_side import as_table, measure, show_completions
 
     console, temperatures = new_console(stderr=options.json), (0.0, 1.0)
     prompts = read_prompts(EMBEDDED_PROMPTS)[: options.prompts]

@@ -39,9 +39,9 @@ def run(options: argparse.Namespace) -> int:
 
     from draftwing.api import load
     from draftwing.data.prompts import has_chat_template, read_prompts
-    from draftwing.doctor.doctor import as_report, decode_prompts, examine
+    from draftwing.doctor.diagnosis import as_report, decode_prompts, examine
     from draftwing.doctor.patient import Patient
-    from draftwing.doctor.trials import Steps
+    from draftwing.doctor.trials import StepCount
     from draftwing.drafts.eagle.formats import HeadOptions
     from draftwing.embedded import EMBEDDED_PROMPTS
 
@@ -57,9 +57,11 @@ def run(options: argparse.Namespace) -> int:
         raise
     with Progress(console=new_console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
-        steps = Steps(lambda what, done, total: progress.update(task, description=what, completed=done, total=total))
+        steps = StepCount(
+            lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
+        )
         text = decode_prompts(patient, prompts, model.tokenizer, options.temperature, options.max_new_tokens, steps)
-        clues = patient.clues(options.target, max(recording.longest for recording in text.recordings))
+        clues = patient.clues(options.target, max(transcript.longest for transcript in text.transcripts))
         if any(prompt.messages for prompt in prompts) and not has_chat_template(model.tokenizer):
             clues.append("the target's tokenizer has no chat template, so chat prompts were given raw")
         diagnosis = examine(patient, text, clues, steps)
@@ -74,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
 
 def show_misfit(draft: str, target: str) -> None:
     """What `draftwing inspect` says of a draft that does not fit its target, if it can read it."""
-    from draftwing.drafts.inspect import inspect_draft, report_table
+    from draftwing.drafts.inspect_draft import inspect_draft, report_table
 
     report = inspect_draft(draft, target)
     if report.problems:

@@ -16,15 +16,13 @@ from draftwing.cli.arguments import execution
 from draftwing.cli.output import new_console
 from draftwing.data.benchmarks import load_benchmark
 from draftwing.data.prompts import read_prompts, spread
-from draftwing.drafts.drafting import default_plan
-from draftwing.drafts.kinds import family_of, resolve_method, serves
-from draftwing.drafts.load import resolve_draft
+from draftwing.drafts.kinds import default_plan, family_of, resolve_method, serves
+from draftwing.drafts.load_draft import resolve_draft
 from draftwing.embedded import EMBEDDED_PROMPTS, EMBEDDED_TARGETS, drafts_of
-from draftwing.evaluation.compare import Decode, decoder
+from draftwing.evaluation.compare import Decode, decoder, with_peak
 from draftwing.evaluation.evaluate import Evaluation, PromptSet
-from draftwing.evaluation.memory import with_peak
 from draftwing.evaluation.rivals import endpoint_rival, transformers_rivals
-from draftwing.evaluation.specs import MethodSpec, Wanted
+from draftwing.evaluation.specs import MethodSpec, WantedMethod
 from draftwing.target.load import load_stock, resolve_target
 
 EMBEDDED_SAMPLE, LARGEST_SAMPLE = 8, 80
@@ -48,7 +46,7 @@ def read_drafts(options: argparse.Namespace) -> dict[str, str]:
     return drafts
 
 
-def check_drafts(wanted: Sequence[Wanted], drafts: dict[str, str]) -> None:
+def check_drafts(wanted: Sequence[WantedMethod], drafts: dict[str, str]) -> None:
     """Raise a ValueError for a method of a draft that is not there, or that lacks one."""
     for spec in (item.spec for item in wanted if item.is_required):
         if spec.draft not in (None, *drafts):
@@ -79,7 +77,7 @@ def read_data(options: argparse.Namespace, sources: dict[str, str]) -> list[Prom
 
 
 def settings_of(
-    options: argparse.Namespace, drafts: dict[str, str], wanted: Sequence[Wanted], data: Sequence[PromptSet]
+    options: argparse.Namespace, drafts: dict[str, str], wanted: Sequence[WantedMethod], data: Sequence[PromptSet]
 ) -> dict[str, Any]:
     """What decides the figures: runs with other settings are not mixed."""
     return {
@@ -110,7 +108,7 @@ def _stamped(name: str, folder: Path) -> str:
 
 
 def prepare(
-    options: argparse.Namespace, drafts: dict[str, str], wanted: Sequence[Wanted], data: Sequence[PromptSet]
+    options: argparse.Namespace, drafts: dict[str, str], wanted: Sequence[WantedMethod], data: Sequence[PromptSet]
 ) -> tuple[dict[str, MethodSpec], Evaluation]:
     """Load the models; the methods by row name, with their plans filled in, and what is to be measured."""
     rivals = _endpoints(options)  # before the models: a server that is not there is found out at once
@@ -144,7 +142,7 @@ def prepare(
 
 
 def _resolve(
-    item: Wanted, models: dict[str, SpeculativeModel], bare: SpeculativeModel
+    item: WantedMethod, models: dict[str, SpeculativeModel], bare: SpeculativeModel
 ) -> list[tuple[MethodSpec, SpeculativeModel]]:
     """The drafts that serve a method, one row each; a row names its draft where there are several."""
     spec = item.spec

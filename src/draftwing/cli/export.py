@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    from draftwing.drafts.export import export_draft
+    from draftwing.drafts.export_draft import export_draft
     from draftwing.target.load import parse_dtype
 
     exported = export_draft(

@@ -21,8 +21,7 @@ from draftwing.cli.arguments import (
     temperature,
 )
 from draftwing.cli.output import new_console, note
-from draftwing.drafts.drafting import check_drafting
-from draftwing.drafts.kinds import PLAIN, drafts_in_words
+from draftwing.drafts.kinds import PLAIN, check_drafting, drafts_in_words
 
 SUMMARY = "Generate text with a target, and a draft or none."
 EXAMPLES = """examples:
@@ -126,7 +125,7 @@ def read_prompt(given: str | None) -> str:
 
 
 def _print_stream(model: Any, ids: list[int], settings: dict[str, Any]) -> None:
-    from draftwing.evaluation.demo import LEGEND, print_stream
+    from draftwing.evaluation.side_by_side import LEGEND, print_stream
 
     console = new_console()
     generation = model.start([ids], **settings)
@@ -142,7 +141,7 @@ def _print_stream(model: Any, ids: list[int], settings: dict[str, Any]) -> None:
 def print_comparison(model: Any, ids: list[int], settings: dict[str, Any], as_json: bool) -> None:
     """Decode plainly too, and say how long both took and whether they are the same."""
     from draftwing.evaluation.compare import warm_up
-    from draftwing.evaluation.demo import print_text
+    from draftwing.evaluation.side_by_side import print_text
 
     plain_model = model.with_method(PLAIN)
     plain_settings = settings | {"plan": None, "ngram": None, "draft_window": None}

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; 1 if something is wrong with the draft."""
-    from draftwing.drafts.inspect import inspect_draft, report_table
+    from draftwing.drafts.inspect_draft import inspect_draft, report_table
 
     report = inspect_draft(options.draft, options.target)
     if options.json:

@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from draftwing.api import load
     from draftwing.data.prompts import read_prompts
-    from draftwing.drafts.load import resolve_draft
+    from draftwing.drafts.load_draft import resolve_draft
     from draftwing.embedded import EMBEDDED_PROMPTS
     from draftwing.evaluation.planning import as_tables, implied_plan, measure_plan, save_acceptance
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from draftwing.config import TrainConfig
     from draftwing.data.prepared import Prepared
-    from draftwing.prepare.self_generated import Shard
+    from draftwing.prepare.self_generated import RunPart
 
 SUMMARY = "Prepare training data: tokenise it once, let the target answer or write it, or store the target's features."
 EXAMPLES = """examples:
@@ -148,7 +148,7 @@ def _write_from_target(options: argparse.Namespace) -> None:
         )
     from draftwing.api import load
     from draftwing.prepare.from_target import Author, user_turn, write_from_target
-    from draftwing.prepare.self_generated import EngineAnswers, Shard
+    from draftwing.prepare.self_generated import EngineAnswers, RunPart
     from draftwing.target.load import load_tokenizer
 
     user_turn(load_tokenizer(options.target))  # before the model
@@ -159,7 +159,7 @@ def _write_from_target(options: argparse.Namespace) -> None:
     author = Author(config, tokenizer, answers, ends, options.request_temperature, options.max_request_tokens)
     answers.say_what_is_never_chosen()
     engine = model.engine(options.batch_size, config.sequence_length)
-    figures = write_from_target(config, author, engine, options.from_target, Shard(*options.shard))
+    figures = write_from_target(config, author, engine, options.from_target, RunPart(*options.shard))
     _print_figures(options, figures)
     if not options.json:
         _show_rows(options, tokenizer)
@@ -167,7 +167,7 @@ def _write_from_target(options: argparse.Namespace) -> None:
 
 
 def _show_rows(options: argparse.Namespace, tokenizer: Any) -> None:
-    from draftwing.data.chat import encode_row
+    from draftwing.data.chat_template import encode_row
     from draftwing.prepare.data_statistics import as_coloured_text
 
     console = new_console()
@@ -194,14 +194,14 @@ def _regenerate(options: argparse.Namespace) -> None:
     _check_output(options, "--regenerate")
     if options.endpoint and (not options.model or options.draft):
         raise ValueError("endpoint: needs --model, the server's name of the target, and takes no --draft")
-    from draftwing.prepare.self_generated import Shard
+    from draftwing.prepare.self_generated import RunPart
 
     answer = _answer_by_endpoint if options.endpoint else _answer_by_engine
-    _print_figures(options, answer(options, Shard(*options.shard)))
+    _print_figures(options, answer(options, RunPart(*options.shard)))
     say_saved(options.output)
 
 
-def _answer_by_engine(options: argparse.Namespace, shard: "Shard") -> dict[str, float]:
+def _answer_by_engine(options: argparse.Namespace, shard: "RunPart") -> dict[str, float]:
     from draftwing.api import load
     from draftwing.prepare.self_generated import EngineAnswers, regenerate
 
@@ -213,7 +213,7 @@ def _answer_by_engine(options: argparse.Namespace, shard: "Shard") -> dict[str, 
     return regenerate(config, model.tokenizer, answers, shard)
 
 
-def _answer_by_endpoint(options: argparse.Namespace, shard: "Shard") -> dict[str, float]:
+def _answer_by_endpoint(options: argparse.Namespace, shard: "RunPart") -> dict[str, float]:
     from draftwing.prepare.endpoint import Endpoint, EndpointAnswers
     from draftwing.prepare.self_generated import regenerate
     from draftwing.target.load import load_tokenizer

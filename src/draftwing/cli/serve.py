@@ -16,8 +16,7 @@ from draftwing.cli.arguments import (
     positive,
 )
 from draftwing.cli.output import note
-from draftwing.drafts.drafting import check_drafting
-from draftwing.drafts.kinds import PLAIN, drafts_in_words
+from draftwing.drafts.kinds import PLAIN, check_drafting, drafts_in_words
 
 SUMMARY = "Serve a target over an OpenAI-compatible API: the same request gets the same tokens, whatever else runs."
 EXAMPLES = """examples:

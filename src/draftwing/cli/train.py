@@ -51,12 +51,12 @@ def run(options: argparse.Namespace) -> None:
         if outputs.count(output) > 1:
             raise ValueError(f"output: two stages write to {output}; choose one with --stage")
     if options.plan:
-        _show_plan(chosen, stages, options)
+        _show_estimate(chosen, stages, options)
         return
     from draftwing.files import to_json
+    from draftwing.training.interruption import TrainingStopped
     from draftwing.training.processes import end_processes, is_main_process, start_processes
-    from draftwing.training.stopping import TrainingStopped
-    from draftwing.training.train import train_stage
+    from draftwing.training.stage import train_stage
 
     console = new_console(stderr=True)
     start_processes()
@@ -81,11 +81,11 @@ def run(options: argparse.Namespace) -> None:
     end_processes(0)
 
 
-def _show_plan(chosen: Sequence[TrainConfig], stages: Sequence[TrainConfig], options: argparse.Namespace) -> None:
-    from draftwing.training.estimates import REACHED, measure_rate, plan_stages
+def _show_estimate(chosen: Sequence[TrainConfig], stages: Sequence[TrainConfig], options: argparse.Namespace) -> None:
+    from draftwing.training.estimates import REACHED, estimate_stages, measure_rate
 
     rate = options.tflops * 1e12 if options.tflops else REACHED * measure_rate()
-    plans = plan_stages(stages, options.processes, rate)  # of all, for a stage may use what an earlier one makes
+    plans = estimate_stages(stages, options.processes, rate)  # of all, for a stage may use what an earlier one makes
     plans = [plan for stage, plan in zip(stages, plans, strict=True) if stage in chosen]
     if options.json:
         settings = [stage.as_dict() for stage in chosen]

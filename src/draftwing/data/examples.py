@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from draftwing.config import HeadStage
 from draftwing.data import fingerprint
-from draftwing.data.chat import Example, cut, encode_row
+from draftwing.data.chat_template import Example, cut, encode_row
 from draftwing.data.features import FeatureExamples, check_positions
 from draftwing.data.packing import PackedExamples
 from draftwing.data.prepared import StoredExamples, is_prepared, open_prepared

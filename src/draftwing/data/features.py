@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from draftwing.data.chat import Example
+from draftwing.data.chat_template import Example
 from draftwing.data.prepared import StoredExamples
 from draftwing.data.shards import (
     Shard,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from draftwing.data.chat import Example
+from draftwing.data.chat_template import Example
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

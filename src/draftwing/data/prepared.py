@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from draftwing.data.chat import Example
+from draftwing.data.chat_template import Example
 from draftwing.data.rows import describe, read_rejects
 from draftwing.data.shards import (
     INDEX,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from draftwing.data.chat import render
+from draftwing.data.chat_template import render
 from draftwing.data.corpus import Row
 from draftwing.data.messages import Message, present, read_conversation
 from draftwing.data.sources import open_file

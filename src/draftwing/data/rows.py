@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from draftwing.data.chat import normalise
+from draftwing.data.chat_template import normalise
 from draftwing.data.corpus import Corpus, Row
 from draftwing.data.sources import SHOWN, RowRef, open_source
 from draftwing.files import write_text

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from draftwing.doctor.replay import Recording, Trace, replay
+from draftwing.doctor.replay import Trace, Transcript, replay
 from draftwing.doctor.suspects import Suspect, head_suspects, precision_suspects
 from draftwing.drafts.eagle.formats import FROM_FILE, HeadOptions, verifier_name
-from draftwing.drafts.family import Draft, Wanted
+from draftwing.drafts.family import Draft, DrafterOptions
 from draftwing.drafts.fit import broken_tensors
 from draftwing.drafts.kinds import FAMILIES, family_of_files, new_drafter
-from draftwing.drafts.load import check_head_options, open_draft
+from draftwing.drafts.load_draft import check_head_options, open_draft
 from draftwing.target.model import TargetModel
 
 DEPTH = 5
@@ -49,7 +49,7 @@ class Patient:
         fields = {name: value for name, value in options.items() if name in HeadOptions.__dataclass_fields__}
         chosen = HeadOptions(**self.options.given | fields)
         kind = self._family.kind
-        return kind.pack(kind.build(self._files, self.target, dtype, chosen, self._tokenizer), compiles=False)
+        return kind.prepack(kind.build(self._files, self.target, dtype, chosen, self._tokenizer), compiles=False)
 
     def suspects(self, longest: int) -> list[Suspect]:
         """What to try, on rows of at most so many tokens."""
@@ -69,11 +69,13 @@ class Patient:
         layers.update(*(suspect.options.get("aux_layers", ()) for suspect in self.suspects(longest=0)))
         return tuple(sorted(layers))
 
-    def traces(self, recordings: Sequence[Recording], options: Mapping[str, Any]) -> list[Trace]:
+    def traces(self, transcripts: Sequence[Transcript], options: Mapping[str, Any]) -> list[Trace]:
         """What the draft does with some options of `load` and `generate` changed."""
         draft, target = self.load(options), self.target
-        drafter = new_drafter(self._family.methods[-1].name, draft, target, Wanted(window=options.get("draft_window")))
-        replays = (replay(recording, drafter, DEPTH, draft.dtype, target.device) for recording in recordings)
+        drafter = new_drafter(
+            self._family.methods[-1].name, draft, target, DrafterOptions(window=options.get("draft_window"))
+        )
+        replays = (replay(transcript, drafter, DEPTH, draft.dtype, target.device) for transcript in transcripts)
         return [trace for traces in replays for trace in traces]
 
     def clues(self, target_name: str, longest: int) -> list[str]:

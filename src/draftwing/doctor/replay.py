@@ -14,9 +14,9 @@ import torch
 from draftwing.engine.drafter import Drafter, NoDrafter, Ranking
 from draftwing.engine.engine import NewDrafter, Request
 from draftwing.engine.generation import start_generation
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.readback import Array
 from draftwing.engine.sampling import Sampler, SamplingParams, log_probabilities
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.engine.unread import PREFILL_CHUNK
 from draftwing.target.model import TargetModel
 
@@ -29,7 +29,7 @@ LEAST_LOG_PROB = -10.0
 
 
 @dataclass(frozen=True)
-class Recording:
+class Transcript:
     """What a target said to B prompts.
 
     Attributes:
@@ -49,7 +49,7 @@ class Recording:
     def longest(self) -> int:
         return max(map(len, self.tokens))
 
-    def misplaced(self) -> "Recording":
+    def misplaced(self) -> "Transcript":
         """The same tokens with each row's features in reverse order: a draft that reads them is misled."""
         features = {layer: [rows.flip(0) for rows in values] for layer, values in self.features.items()}
         return replace(self, features=features)
@@ -80,7 +80,7 @@ class Trace:
         return np.array(indices), np.array(emitted)
 
 
-class _Recorder(NoDrafter):
+class _Listener(NoDrafter):
     """A drafter that drafts nothing and keeps the features that it is shown."""
 
     by_seat = ("_rows",)
@@ -106,19 +106,19 @@ class _Recorder(NoDrafter):
                 pieces.append(piece[:count])
 
 
-def record(target: TargetModel, requests: Sequence[Request], feature_layers: Sequence[int]) -> Recording:
+def transcribe(target: TargetModel, requests: Sequence[Request], feature_layers: Sequence[int]) -> Transcript:
     """Decode requests plainly, keeping the target's features at these hidden_states indices."""
-    recorder = _Recorder(tuple(feature_layers), len(requests))
-    generation = start_generation(target, requests, lambda *_: recorder, TreePlan.off()).run()
+    listener = _Listener(tuple(feature_layers), len(requests))
+    generation = start_generation(target, requests, lambda *_: listener, TreePlan.off()).run()
     tokens = [[*request.prompt, *row.tokens] for request, row in zip(requests, generation.outputs, strict=True)]
     features: dict[int, list[torch.Tensor]] = {layer: [] for layer in feature_layers}
-    for pieces, ids in zip(recorder.rows, tokens, strict=True):
+    for pieces, ids in zip(listener.rows, tokens, strict=True):
         if feature_layers:
             parts = torch.cat(pieces)[: len(ids) - 1].split(target.hidden_size, dim=-1)
             for layer, part in zip(feature_layers, parts, strict=True):
                 features[layer].append(part)
     lengths = [len(request.prompt) for request in requests]
-    return Recording(tokens, lengths, features, [request.sampling for request in requests], target.vocab_size)
+    return Transcript(tokens, lengths, features, [request.sampling for request in requests], target.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,13 @@ class _Part:
     stop: int
 
 
-def _parts(recording: Recording) -> list[_Part]:
+def _parts(transcript: Transcript) -> list[_Part]:
     """All rows in parts: as few steps as rows of MOST_TOKENS allow, since a step costs hardly more for more rows."""
-    num_tokens = len(recording.tokens) * recording.longest
-    is_sampled = any(params.temperature > 0 for params in recording.sampling)
+    num_tokens = len(transcript.tokens) * transcript.longest
+    is_sampled = any(params.temperature > 0 for params in transcript.sampling)
     num_parts = 1 if is_sampled else max(1, MOST_TOKENS // num_tokens)  # noise takes memory for each row
     parts = []
-    for row, (tokens, num_prompt) in enumerate(zip(recording.tokens, recording.num_prompt, strict=True)):
+    for row, (tokens, num_prompt) in enumerate(zip(transcript.tokens, transcript.num_prompt, strict=True)):
         length = max(SHORTEST_PART, math.ceil((len(tokens) - num_prompt) / num_parts))
         end = len(tokens) - 1
         parts += [_Part(row, start, min(start + length, end)) for start in range(num_prompt - 1, end, length)]
@@ -147,16 +147,16 @@ class _Script:
     """Parts as padded batches on a device: `tokens [B, S]` (-1 behind the end), `features [B, S, F]`."""
 
     def __init__(
-        self, recording: Recording, parts: Sequence[_Part], drafter: Drafter, dtype: torch.dtype, device: torch.device
+        self, transcript: Transcript, parts: Sequence[_Part], drafter: Drafter, dtype: torch.dtype, device: torch.device
     ) -> None:
         def padded(rows: Sequence[torch.Tensor], value: float) -> torch.Tensor:
             chosen = [rows[part.row] for part in parts]
             return torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=value)
 
-        self.tokens = padded([torch.tensor(row) for row in recording.tokens], -1).to(device)
+        self.tokens = padded([torch.tensor(row) for row in transcript.tokens], -1).to(device)
         self.features = None
         if drafter.feature_layers:
-            values = [padded(recording.features[layer], 0.0) for layer in drafter.feature_layers]
+            values = [padded(transcript.features[layer], 0.0) for layer in drafter.feature_layers]
             self.features = torch.cat(values, dim=-1).to(device, dtype)
 
     def tokens_at(self, positions: torch.Tensor) -> torch.Tensor:
@@ -200,13 +200,13 @@ class _Prompter:
 
 @torch.inference_mode()
 def replay(
-    recording: Recording, new_drafter: NewDrafter, depth: int, dtype: torch.dtype, device: torch.device
+    transcript: Transcript, new_drafter: NewDrafter, depth: int, dtype: torch.dtype, device: torch.device
 ) -> list[Trace]:
-    """What chains of this depth, drafted at every position of a recording by a drafter of this dtype, come to."""
-    parts, plan = _parts(recording), TreePlan.chain(depth)
-    drafter = new_drafter(len(parts), recording.longest + plan.num_nodes + 1)
-    script = _Script(recording, parts, drafter, dtype, device)
-    sampler = Sampler.of([recording.sampling[part.row] for part in parts], recording.vocab_size, device, depth)
+    """What chains of this depth, drafted at every position of a transcript by a drafter of this dtype, come to."""
+    parts, plan = _parts(transcript), TreePlan.chain(depth)
+    drafter = new_drafter(len(parts), transcript.longest + plan.num_nodes + 1)
+    script = _Script(transcript, parts, drafter, dtype, device)
+    sampler = Sampler.of([transcript.sampling[part.row] for part in parts], transcript.vocab_size, device, depth)
     roots, ends = (torch.tensor([getattr(part, name) for part in parts], device=device) for name in ("start", "stop"))
     for seat, token in enumerate(script.tokens[:, 0].tolist()):
         drafter.begin(seat, token)
@@ -230,5 +230,5 @@ def replay(
         roots = (roots + 1).minimum(ends)
     is_real, *columns = (torch.stack(column, 1).numpy(force=True) for column in zip(*notes, strict=True))
     pieces = [(part.row, [column[index][is_real[index]] for column in columns]) for index, part in enumerate(parts)]
-    rows = ([piece for its_row, piece in pieces if its_row == row] for row in range(len(recording.tokens)))
+    rows = ([piece for its_row, piece in pieces if its_row == row] for row in range(len(transcript.tokens)))
     return [Trace(*map(np.concatenate, zip(*row, strict=True))) for row in rows]

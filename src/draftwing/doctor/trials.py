@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from draftwing.doctor.patient import Patient
-from draftwing.doctor.replay import Recording, Trace
+from draftwing.doctor.replay import Trace, Transcript
 from draftwing.doctor.suspects import NOTHING, Suspect
 from draftwing.intervals import Interval, gain_interval, ratio_interval
 
@@ -59,7 +59,7 @@ class Finding:
         return {"name": self.name, "means": self.means, "options": dict(self.options), **figures}
 
 
-class Steps:
+class StepCount:
     """Counts measurements, for a progress bar: `show` is told what comes, how many steps are done, and of how many."""
 
     def __init__(self, show: Callable[[str, int, int], None] = lambda what, done, total: None) -> None:
@@ -77,19 +77,19 @@ class Steps:
 class Trials:
     """A draft as loaded, and the trials of every suspect, on what its target said."""
 
-    def __init__(self, patient: Patient, recordings: Sequence[Recording], steps: Steps) -> None:
-        self._patient, self._recordings, self._steps = patient, recordings, steps
-        self._suspects = patient.suspects(max(recording.longest for recording in recordings))
+    def __init__(self, patient: Patient, transcripts: Sequence[Transcript], steps: StepCount) -> None:
+        self._patient, self._transcripts, self._steps = patient, transcripts, steps
+        self._suspects = patient.suspects(max(transcript.longest for transcript in transcripts))
         steps.expect(1 + len(self._suspects))
         steps.begin("as loaded")
-        self.loaded = patient.traces(recordings, {})
+        self.loaded = patient.traces(transcripts, {})
         self.findings: list[Finding] = []
 
     def reads_features(self, suspect: Suspect, traces: Sequence[Trace]) -> bool | None:
         """Whether a variant makes use of the target's features: it is tried with misplaced ones. None: not sure."""
         self._steps.expect(1)
         self._steps.begin("misplaced features (a control)")
-        misplaced = [recording.misplaced() for recording in self._recordings]
+        misplaced = [transcript.misplaced() for transcript in self._transcripts]
         control = compare(
             ", ".join(filter(None, (suspect.name, "misplaced features"))),
             "a control: much worse if the draft reads the features",
@@ -126,7 +126,7 @@ class Trials:
             joined = best.joined(suspect)
             self._steps.begin(joined.name)
             try:
-                traces = self._patient.traces(self._recordings, joined.options)
+                traces = self._patient.traces(self._transcripts, joined.options)
             except ValueError:  # the file contradicts it: ids outside the vocabulary, a RoPE type that we lack
                 continue
             yield _Trial(suspect, compare(joined.name, suspect.fault, traces, base, joined.options), traces)

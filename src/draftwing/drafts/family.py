@@ -11,14 +11,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
-from draftwing.engine.plan import TreePlan
+from draftwing.engine.tree_plan import LookaheadTree, NamedTree, TreeShape
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from draftwing.drafts.eagle.formats import HeadOptions
-    from draftwing.drafts.export import Export, ExportRequest
+    from draftwing.drafts.export_draft import Export, ExportRequest
     from draftwing.drafts.fit import TargetSizes, Tensors
     from draftwing.drafts.objective import Objective
     from draftwing.engine.engine import NewDrafter
@@ -70,7 +70,7 @@ class Family:
     takes: tuple[str, ...] = ()
     has_head_options: bool = False
     has_doctor: bool = False
-    plans: Literal["trees", "chains", "windows", "none"] = "trees"
+    plans: Literal["trees", "chains", "lookahead", "none"] = "trees"
     files: tuple[str, ...] = ()
     objectives: Mapping[str, str] = field(default_factory=dict)
 
@@ -89,11 +89,11 @@ class Family:
         """The method of this name, which the family has."""
         return next(method for method in self.methods if method.name == name)
 
-    def check_plan(self, plan: TreePlan, method: str) -> None:
+    def check_plan(self, plan: NamedTree, method: str) -> None:
         """Raise a ValueError for a plan of another shape than the family drafts."""
         if self.plans == "none":
             raise ValueError(f"plan: {method} drafts nothing, so it takes no plan but off, got {plan}")
-        if bool(plan.window) != (self.plans == "windows"):
+        if isinstance(plan, LookaheadTree) != (self.plans == "lookahead"):
             raise ValueError(
                 f"plan: plans lookahead:WxNxG are for the method lookahead, and it takes no other; "
                 f"got {plan} for {method}"
@@ -118,19 +118,19 @@ class DraftFiles:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a drafter is made for: merging lookups, reading a `window` of tokens, a plan that never changes."""
+class DrafterOptions:
+    """What a drafter is made for: merging lookups, reading a `window` of tokens, the largest tree."""
 
     with_lookup: bool = False
     window: int | None = None
-    plan: TreePlan | None = None
+    plan: TreeShape | None = None
 
 
-NOTHING_ELSE = Wanted()
+NOTHING_ELSE = DrafterOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class DraftReport:
     """A draft's facts. `problems` are errors on loading, or make it useless; `notes` are things worth knowing."""
 
     folder: str
@@ -159,7 +159,7 @@ class Kind(Generic[D]):
 
     reads_tensors = True
 
-    def drafter(self, draft: D, target: "TargetModel", wanted: Wanted) -> "NewDrafter":
+    def drafter(self, draft: D, target: "TargetModel", wanted: DrafterOptions) -> "NewDrafter":
         """What makes the drafters that guess for `target`; `draft` is None in a family that needs none."""
         raise NotImplementedError
 
@@ -186,7 +186,7 @@ class Kind(Generic[D]):
         """
         raise NotImplementedError
 
-    def inspect(self, files: DraftFiles, target: "TargetSizes | None", target_name: str | None) -> Report:
+    def inspect(self, files: DraftFiles, target: "TargetSizes | None", target_name: str | None) -> DraftReport:
         """Report on what files hold, and with a target on whether it fits."""
         raise NotImplementedError
 
@@ -202,7 +202,7 @@ class Kind(Generic[D]):
         """What files say in our terms, whatever their format: the options and the tensors that a draft is made of."""
         raise NotImplementedError
 
-    def pack(self, draft: D, compiles: bool | None = None) -> D:
+    def prepack(self, draft: D, compiles: bool | None = None) -> D:
         """The draft with its weights laid out for decoding; `compiles` as for targets."""
         return draft
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, singledispatch
 
 import torch
 
-from draftwing.drafts.draft_vocab import DraftVocab
 from draftwing.engine.drafter import Ranking
-from draftwing.engine.plan import RankPath, TreePlan
 from draftwing.engine.tree import Candidates, DraftTree, best_subtree, join
+from draftwing.engine.tree_plan import LookupTree, RankPath, SizedTree, StaticTree, TreePlan, TreeShape
+from draftwing.layers import DraftVocab
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Runs the nodes of the next level: their parents' indices `[B, K]` in the level before and their `tokens [B, K]`.
@@ -18,7 +18,7 @@ Returns the logits `[B, K, Vd]` of their children. The first level's parent is t
 """
 
 
-Merge = Callable[[Candidates, TreePlan], Candidates]
+Merge = Callable[[Candidates, TreeShape], Candidates]
 """Adds candidates from elsewhere to those drafted for a plan."""
 
 
@@ -47,25 +47,36 @@ class RootedDraft:
         return log_probs, self.vocab.to_target(draft_ids)
 
 
-def grow_tree(root: torch.Tensor, plan: TreePlan, draft: RootedDraft, merge: Merge | None = None) -> DraftTree:
+def grow_tree(root: torch.Tensor, plan: TreeShape, draft: RootedDraft, merge: Merge | None = None) -> DraftTree:
     """The tree that a plan of depth 1 or more asks for, below `root [B]`. `merge` adds candidates from elsewhere.
 
     Raises:
         ValueError: a plan that is wider than the draft's vocabulary, or Lookahead decoding's.
     """
-    if plan.window:
-        raise ValueError("plan: lookahead:WxNxG is for the method lookahead; drafts take chain:DEPTH or a tree")
     if plan.width > len(draft.vocab):
         raise ValueError(f"plan: width {plan.width} exceeds the draft vocabulary of {len(draft.vocab)} tokens")
-    levels = draft_static(plan, draft) if plan.paths else draft_dynamic(plan, draft)
+    levels = draft_levels(plan, draft)
     candidates, max_depth = join(levels), len(levels)
-    if merge is not None and plan.lookup_depth:
+    if merge is not None and plan.looks_up:
         candidates, max_depth = merge(candidates, plan), plan.max_depth
     num_nodes = plan.sizing.num_nodes(candidates.scores, plan.num_nodes)
     return best_subtree(root, candidates, num_nodes, max_depth)
 
 
-def draft_dynamic(plan: TreePlan, draft: RootedDraft) -> list[Candidates]:
+@singledispatch
+def draft_levels(plan: TreeShape, draft: RootedDraft) -> list[Candidates]:
+    """The candidates that a network drafts for a tree, level by level."""
+    raise ValueError("plan: lookahead:WxNxG is for the method lookahead; drafts take chain:DEPTH or a tree")
+
+
+@draft_levels.register
+def _(plan: LookupTree, draft: RootedDraft) -> list[Candidates]:
+    return draft_levels(plan.tree, draft)
+
+
+@draft_levels.register(TreePlan)
+@draft_levels.register(SizedTree)
+def draft_dynamic(plan: TreePlan | SizedTree, draft: RootedDraft) -> list[Candidates]:
     """EAGLE-2's expand and rerank (arXiv 2406.16858, 4.1-4.2): scores are sums of what the plan holds nodes worth."""
     width, sizing = plan.width, plan.sizing
     log_probs, tokens = (t.squeeze(1) for t in draft.best_children(draft.root_logits, width, 0))  # [B, K]
@@ -94,7 +105,8 @@ def draft_dynamic(plan: TreePlan, draft: RootedDraft) -> list[Candidates]:
     return drafted
 
 
-def draft_static(plan: TreePlan, draft: RootedDraft) -> list[Candidates]:
+@draft_levels.register(StaticTree)
+def draft_static(plan: StaticTree, draft: RootedDraft) -> list[Candidates]:
     """EAGLE-1's fixed tree: node (.., r) is the r-th best child of its parent."""
     logits, scores = draft.root_logits, draft.root_logits.new_zeros(len(draft.root_logits), 1, dtype=torch.float32)
     drafted = []
@@ -129,8 +141,8 @@ class _StaticLevel:
 
 
 @cache
-def _static_levels(plan: TreePlan, device: torch.device) -> list[_StaticLevel]:
-    """A static plan's levels, sent to the device once and kept, for captured cycles go on reading them."""
+def _static_levels(plan: StaticTree, device: torch.device) -> list[_StaticLevel]:
+    """A static tree's levels, sent to the device once and kept, for captured cycles go on reading them."""
     number_of = {(): -1} | {path: number for number, path in enumerate(plan.paths)}
     expanded: list[RankPath] = [()]
     levels = []

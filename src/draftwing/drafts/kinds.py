@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from draftwing.drafts.family import NOTHING_ELSE, Draft, Family, Method, Wanted
+from draftwing.drafts.family import NOTHING_ELSE, Draft, DrafterOptions, Family, Method
 from draftwing.embedded import EMBEDDED_DRAFTS, EMBEDDED_TARGETS
-from draftwing.engine.plan import TreePlan
+from draftwing.engine.tree_plan import NamedTree, TreePlan
 
 if TYPE_CHECKING:
     from draftwing.drafts.fit import Tensors
@@ -25,7 +25,7 @@ FAMILIES = [
         f"{_HERE}.lookahead.Lookahead",
         (Method("lookahead", "lookahead:15x5x15"),),
         needs_draft=False,
-        plans="windows",
+        plans="lookahead",
     ),
     Family(
         "an EAGLE-1/2 head",
@@ -58,8 +58,9 @@ FAMILIES = [
 """Every family; another one is another entry (docs/add_a_draft.md). Files are offered to them in this order."""
 
 LARGEST_ON_CPU = TreePlan(width=4, depth=8, num_nodes=32)
-FIXED_SHAPES = tuple(
-    map(TreePlan.parse, ("chain:2", "chain:4", "tree:4x4x16", "tree:6x5x30", "tree:8x6x48", "tree:10x8x60"))
+FIXED_SHAPES = (
+    *(TreePlan.chain(2), TreePlan.chain(4)),
+    *(TreePlan(4, 4, 16), TreePlan(6, 5, 30), TreePlan(8, 6, 48), TreePlan(10, 8, 60)),
 )
 """Where every shape is worth capturing: what `auto` chooses among, the largest last."""
 
@@ -157,12 +158,55 @@ def suitable_draft(draft: str, method: str | None) -> str:
 def tree_shapes(draft: Draft, target: "TargetModel") -> tuple[TreePlan, ...]:
     """The shapes that trees which size themselves have, or on a CPU their bound; the largest last."""
     kind = family_of_draft(draft).kind
-    shapes = (LARGEST_ON_CPU,) if target.device.type == "cpu" else FIXED_SHAPES
+    shapes: tuple[TreePlan, ...] = (LARGEST_ON_CPU,) if target.device.type == "cpu" else FIXED_SHAPES
     if (max_depth := kind.max_depth(draft)) is not None:
         shapes = tuple(shape.cut_to(max_depth) for shape in shapes)
     return tuple(dict.fromkeys(shape.at_most(kind.num_tokens(draft, target)) for shape in shapes))
 
 
-def new_drafter(method: str, draft: Draft | None, target: "TargetModel", wanted: Wanted = NOTHING_ELSE) -> "NewDrafter":
+def new_drafter(
+    method: str, draft: Draft | None, target: "TargetModel", wanted: DrafterOptions = NOTHING_ELSE
+) -> "NewDrafter":
     """What makes a method's drafters."""
     return family_of(method).kind.drafter(draft, target, wanted)
+
+
+def default_plan(method: str) -> str:
+    """A method's plan unless one is named: the papers' shapes, and trees that size themselves for the others."""
+    return family_of(method).method(method).plan
+
+
+def plan_for(method: str, plan: str | NamedTree | None) -> NamedTree | None:
+    """The plan that was asked for, or the method's; None for trees that size themselves.
+
+    Raises:
+        ValueError: no such plan, or one of another method.
+    """
+    family = family_of(method)
+    plan = plan or default_plan(method)
+    if plan == "auto" and not family.needs_draft:  # nothing to size; the clock tells when it pays
+        plan = default_plan(method)
+    if plan == "auto":
+        return None
+    tree_plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
+    if tree_plan.depth:
+        family.check_plan(tree_plan, method)
+    return tree_plan
+
+
+def check_drafting(
+    method: str,
+    plan: str | NamedTree | None = None,
+    ngram: bool | None = None,
+    draft_window: int | None = None,
+    coupled: bool | None = None,
+) -> None:
+    """Raise a ValueError for an option of `generate` that a method has no use for, or a plan that is not one."""
+    family = family_of(method)
+    if ngram and "ngram" not in family.takes:
+        raise ValueError(f"ngram: merges into EAGLE trees; the method is {method}")
+    if draft_window is not None and "draft_window" not in family.takes:
+        raise ValueError(f"draft_window: limits what an EAGLE head reads; the method is {method}")
+    if coupled is False and not family.needs_draft:
+        raise ValueError(f"coupled: says how a draft's candidates are ranked; the method is {method}")
+    plan_for(method, plan)

@@ -12,23 +12,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from draftwing.drafts.draft_vocab import DraftVocab
 from draftwing.drafts.eagle.formats import HeadOptions
-from draftwing.drafts.family import Draft, DraftFiles, Kind, Report, Wanted
+from draftwing.drafts.family import Draft, DrafterOptions, DraftFiles, DraftReport, Kind
 from draftwing.drafts.fit import TargetSizes, Tensors, dtype_name
 from draftwing.drafts.growth import RootedDraft, grow_tree
 from draftwing.engine.drafter import Drafter, Ranking
 from draftwing.engine.engine import NewDrafter
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.tree import DraftTree
+from draftwing.engine.tree_plan import TreeShape
 from draftwing.engine.unread import Unread
+from draftwing.layers import DraftVocab
 from draftwing.target.fused import pack_target
 from draftwing.target.load import empty_model, find_tokenizer, load_target
 from draftwing.target.model import TargetModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelReport(Report):
+class ModelReport(DraftReport):
     """The facts of a causal language model as a draft.
 
     `num_parameters` counts tied weights once; `max_positions` is None where the configuration sets no limit,
@@ -60,7 +60,7 @@ class LanguageModel(Kind[TargetModel]):
 
     reads_tensors = False
 
-    def drafter(self, draft: TargetModel, target: TargetModel, wanted: Wanted) -> NewDrafter:
+    def drafter(self, draft: TargetModel, target: TargetModel, wanted: DrafterOptions) -> NewDrafter:
         return lambda num_seats, num_slots: DraftModelDrafter(draft, target.vocab_size, num_seats, num_slots)
 
     def owns_files(self, values: Mapping[str, Any], tensors: Tensors) -> bool:
@@ -78,7 +78,7 @@ class LanguageModel(Kind[TargetModel]):
             raise ValueError(problem)
         return model
 
-    def pack(self, draft: TargetModel, compiles: bool | None = None) -> TargetModel:
+    def prepack(self, draft: TargetModel, compiles: bool | None = None) -> TargetModel:
         return pack_target(draft, compiles)
 
     def network(self, draft: TargetModel) -> nn.Module:
@@ -205,9 +205,9 @@ class DraftModelDrafter(Drafter):
         self._root_logits.copy_(torch.where((num_new > 0)[:, None, None], logits, self._root_logits))
         self._cache.commit(None, num_new, max_kept=num_unread)
 
-    def grow(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
+    def grow(self, root: torch.Tensor, plan: TreeShape, rank: Ranking) -> DraftTree:
         self._cache.bound = self.bound + 1
-        levels = _Levels(root)
+        levels = _DraftedNodes(root)
 
         def step(parent: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
             levels.enter(parent)
@@ -225,7 +225,7 @@ class DraftModelDrafter(Drafter):
         return output.logits[..., : len(self._vocab)]
 
 
-class _Levels:
+class _DraftedNodes:
     """The drafted nodes so far, level by level: `depths [B, M]`, and `ancestors [B, K, M]` of the last level's."""
 
     def __init__(self, root: torch.Tensor) -> None:

@@ -15,12 +15,12 @@ Guesses are never accepted themselves.
 import torch
 
 from draftwing.by_seat import BySeat
-from draftwing.drafts.drafting import default_plan
-from draftwing.drafts.family import Kind, Wanted
+from draftwing.drafts.family import DrafterOptions, Kind
+from draftwing.drafts.kinds import default_plan
 from draftwing.engine.drafter import Drafter, Ranking
 from draftwing.engine.engine import NewDrafter
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.tree import DraftTree
+from draftwing.engine.tree_plan import LookaheadTree, TreePlan, TreeShape
 from draftwing.target.model import TargetModel
 
 POOL_SIZE = 8192
@@ -32,8 +32,8 @@ CODE_FACTOR = 0x5851F42D4C957F2D
 class Lookahead(Kind[None]):
     """Drafts from the target's own passes."""
 
-    def drafter(self, draft: None, target: TargetModel, wanted: Wanted) -> NewDrafter:
-        plan = wanted.plan or TreePlan.parse(default_plan("lookahead"))
+    def drafter(self, draft: None, target: TargetModel, wanted: DrafterOptions) -> NewDrafter:
+        plan: TreeShape = wanted.plan or TreePlan.parse(default_plan("lookahead"))
         return lambda num_seats, num_slots: LookaheadDrafter(plan, num_seats, num_slots, target.device)
 
 
@@ -49,25 +49,25 @@ class LookaheadDrafter(Drafter):
     is_capturable = False
     by_seat = ("_history", "_lengths", "_window", "_num_chosen", "_pool")
 
-    def __init__(self, plan: TreePlan, num_seats: int, capacity: int, device: torch.device) -> None:
-        if not plan.window:
+    def __init__(self, plan: TreeShape, num_seats: int, capacity: int, device: torch.device) -> None:
+        if not isinstance(plan, LookaheadTree):
             raise ValueError(f"plan: lookahead takes lookahead:WxNxG, got {plan}")
-        if max(plan.width, plan.window) > POOL_SIZE:
+        if max(plan.width, plan.num_columns) > POOL_SIZE:
             raise ValueError(f"plan: lookahead's W and G are at most {POOL_SIZE}, got {plan}")
         self._plan = plan
         self._history = torch.zeros(num_seats, capacity + 1, dtype=torch.int64, device=device)
         self._lengths = torch.zeros(num_seats, dtype=torch.int64, device=device)
-        self._window = torch.zeros(num_seats, plan.depth, plan.window, dtype=torch.int64, device=device)
+        self._window = torch.zeros(num_seats, plan.depth, plan.num_columns, dtype=torch.int64, device=device)
         # Levels of the window that hold the target's tokens, not the first guesses; -1 before there is a window.
         self._num_chosen = torch.full((num_seats,), -1, dtype=torch.int64, device=device)
         self._pool = NgramPool(num_seats, plan.depth + 1, device)
         level, column = (
             numbers.flatten()[1:]  # node (0, 0) is the root
             for numbers in torch.meshgrid(
-                torch.arange(plan.depth, device=device), torch.arange(plan.window, device=device), indexing="ij"
+                torch.arange(plan.depth, device=device), torch.arange(plan.num_columns, device=device), indexing="ij"
             )
         )
-        parent = torch.where(level > 0, (level - 1) * plan.window + column, column - 1)
+        parent = torch.where(level > 0, (level - 1) * plan.num_columns + column, column - 1)
         self._window_parents = torch.where(parent > 0, plan.width * plan.depth + parent, 0)
         self._window_depths = level + column
 
@@ -98,7 +98,7 @@ class LookaheadDrafter(Drafter):
         self._history.scatter_(1, slots, tokens)
         self._lengths += num_new
 
-    def grow(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
+    def grow(self, root: torch.Tensor, plan: TreeShape, rank: Ranking) -> DraftTree:
         """The n-grams that begin with `root [B]`, and the window's guesses."""
         num_seats = len(root)
         is_first = (self._num_chosen < 0)[:, None, None]
@@ -135,7 +135,7 @@ class LookaheadDrafter(Drafter):
         """Take in the target's token at each node of the last tree, `[B, N]`: new n-grams, and the next window."""
         plan = self._plan
         in_window = torch.cat((chosen[:, :1], chosen[:, 1 + plan.width * plan.depth :]), 1)
-        newest = in_window[:, -plan.window :]
+        newest = in_window[:, -plan.num_columns :]
         ngrams = torch.cat((self._window.transpose(1, 2), newest[..., None]), 2)
         self._pool.add(ngrams, is_running & (self._num_chosen >= plan.depth - 1))
         self._num_chosen += 1

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from draftwing.by_seat import BySeat
-from draftwing.drafts.family import Kind, Wanted
+from draftwing.drafts.family import DrafterOptions, Kind
 from draftwing.engine.drafter import Drafter, Ranking
 from draftwing.engine.engine import NewDrafter
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.tree import Candidates, DraftTree, Overlap, best_subtree, follow, no_candidates
+from draftwing.engine.tree_plan import TreeShape
 from draftwing.target.model import TargetModel
 
 LONGEST_MATCH = 8
@@ -25,7 +25,7 @@ NO_TOKEN = -1
 class Ngram(Kind[None]):
     """Drafts from the text itself."""
 
-    def drafter(self, draft: None, target: TargetModel, wanted: Wanted) -> NewDrafter:
+    def drafter(self, draft: None, target: TargetModel, wanted: DrafterOptions) -> NewDrafter:
         return lambda num_seats, num_slots: NgramDrafter(num_seats, num_slots, target.device)
 
 
@@ -41,7 +41,7 @@ class NgramDrafter(Drafter):
         self.bound = capacity
         self._capacity = capacity
         self._lengths = torch.zeros(num_seats, dtype=torch.int64, device=device)
-        # Padding before the first token, so that every position ends a window; one slot behind for writes of padding.
+        # Padding before the first token, so that every position ends a match; one slot behind for writes of padding.
         shape = (num_seats, LONGEST_MATCH - 1 + capacity + 1)
         self._history = torch.full(shape, NO_TOKEN, dtype=torch.int64, device=device)
         self._rates = MatchRates(num_seats, device)
@@ -73,12 +73,12 @@ class NgramDrafter(Drafter):
         self._history.scatter_(1, slots + LONGEST_MATCH - 1, tokens)
         self._lengths += num_new
 
-    def grow(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
+    def grow(self, root: torch.Tensor, plan: TreeShape, rank: Ranking) -> DraftTree:
         if not plan.is_chain:
             raise ValueError(f"plan: n-gram drafting has one continuation, so it takes chain:DEPTH, got {plan}")
         return best_subtree(root, self.extend(no_candidates(root), plan, self.bound), plan.num_nodes, plan.depth)
 
-    def extend(self, candidates: Candidates, plan: TreePlan, longest: int) -> Candidates:
+    def extend(self, candidates: Candidates, plan: TreeShape, longest: int) -> Candidates:
         """Merge a continuation of `plan.max_depth` tokens into the candidates of another drafter.
 
         For as long as its tokens are among them these score the better of both estimates; what is left of it is
@@ -93,10 +93,10 @@ class NgramDrafter(Drafter):
     def _look_up(self, depth: int, longest: int) -> "Lookup":
         """The continuation of the longest match, the most recent of equals; at the text's end it starts again."""
         length = max(longest, 1)
-        windows = self._history.unfold(1, LONGEST_MATCH, 1)[:, :length]  # [B, S, G]: the tokens up to each position
+        endings = self._history.unfold(1, LONGEST_MATCH, 1)[:, :length]  # [B, S, G]: the tokens up to each position
         last = (self._lengths - 1).clamp(min=0)[:, None]
         ending = self._history.gather(1, last + torch.arange(LONGEST_MATCH, device=last.device))
-        is_same = (windows == ending[:, None]).flip(-1)
+        is_same = (endings == ending[:, None]).flip(-1)
         match_lengths = is_same.cumprod(-1, dtype=torch.uint8).sum(-1)  # [B, S]
         positions = torch.arange(length, device=last.device)
         # One number holds both orders: by length, then by position.

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from draftwing.config import TrainConfig
-from draftwing.data.chat import Example
+from draftwing.data.chat_template import Example
 from draftwing.drafts.fit import Tensors
-from draftwing.drafts.head_training import HeadTraining
+from draftwing.drafts.head_loss import HeadLoss
 from draftwing.target.model import TargetModel
 
 SAVED_DTYPE = torch.bfloat16
@@ -79,7 +79,7 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def training(self, head: Any, target: TargetModel, stage: TrainConfig) -> HeadTraining:
+    def training(self, head: Any, target: TargetModel, stage: TrainConfig) -> HeadLoss:
         """The module that learns."""
 
     @abstractmethod

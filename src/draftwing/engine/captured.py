@@ -13,10 +13,10 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.readback import Array
 from draftwing.engine.seats import Seats, Verification
 from draftwing.engine.tree import DraftTree
+from draftwing.engine.tree_plan import TreeShape
 
 T = TypeVar("T")
 SMALLEST_BOUND = 256
@@ -110,12 +110,11 @@ class CapturedSeats:
     def scores_tokens(self, wanted: bool) -> None:
         self._seats.scores_tokens = wanted
 
-    def draft(self, plan: TreePlan) -> DraftTree:
+    def draft(self, plan: TreeShape) -> DraftTree:
         seats = self._seats
         seats.prepare(plan)
         context = context_bound(seats.bound, seats.cache.capacity)
-        # A plan's sizing holds tensors that the recording reads.
-        key = (len(seats.lengths), plan, plan.sizing, context, seats.sampler.work, seats.scores_tokens)
+        key = (len(seats.lengths), plan, context, seats.sampler.work, seats.scores_tokens)
         if key not in self._recordings:
             self._recordings[key] = self.record(plan, context)
         self._current = self._recordings[key]
@@ -126,7 +125,7 @@ class CapturedSeats:
         self._current.verify.replay()
         return self._current.verify.result
 
-    def commit(self, plan: TreePlan, tree: DraftTree, verification: Verification) -> None:
+    def commit(self, plan: TreeShape, tree: DraftTree, verification: Verification) -> None:
         self._current.commit.replay()
         self._has_read = plan.depth > 0
 
@@ -135,7 +134,7 @@ class CapturedSeats:
         if self._has_read:
             self._seats.mark_read()
 
-    def record(self, plan: TreePlan, context: int) -> CapturedCycle:
+    def record(self, plan: TreeShape, context: int) -> CapturedCycle:
         """Record the steps of a plan for contexts up to a bound, while no seat commits anything."""
         seats = self._seats
 
@@ -167,7 +166,7 @@ def context_bound(num_tokens: int, capacity: int) -> int:
 
 
 @torch.inference_mode()
-def can_record(seats: Seats, plan: TreePlan, recorder: Recorder) -> bool:
+def can_record(seats: Seats, plan: TreeShape, recorder: Recorder) -> bool:
     """Whether a plan's cycles can be recorded; some targets ask the host where to go on (mixtures of experts, say)."""
     if not seats.drafter.is_capturable:
         return False

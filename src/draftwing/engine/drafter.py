@@ -5,8 +5,8 @@ from typing import Protocol
 import torch
 
 from draftwing.by_seat import BySeat
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.tree import DraftTree
+from draftwing.engine.tree_plan import TreeShape
 
 
 class Ranking(Protocol):
@@ -64,7 +64,7 @@ class Drafter(BySeat):
         """Read what `observe` has brought and nobody has read yet: at most so many positions of a seat."""
         return
 
-    def grow(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
+    def grow(self, root: torch.Tensor, plan: TreeShape, rank: Ranking) -> DraftTree:
         """Grow a tree below `root [B]`, the last committed token, of the shape that the plan, which drafts, asks for.
 
         All that was observed has been read; `rank` scores candidates with what is known of the target's sampling.

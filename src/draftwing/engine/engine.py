@@ -11,7 +11,6 @@ from draftwing.engine.drafter import Drafter
 from draftwing.engine.grammar import Grammar
 from draftwing.engine.logprobs import TokenLogprobs
 from draftwing.engine.order import Order
-from draftwing.engine.plan import Plan
 from draftwing.engine.readback import CycleReading, CycleReport
 from draftwing.engine.request import Event as Event
 from draftwing.engine.request import Request as Request
@@ -22,6 +21,7 @@ from draftwing.engine.request import check_room
 from draftwing.engine.seats import Seats, room_for
 from draftwing.engine.statistics import StageClock, Statistics
 from draftwing.engine.tree import DraftTree
+from draftwing.engine.tree_plan import Plan
 from draftwing.engine.unread import MOST_UNREAD, PREFILL_CHUNK
 from draftwing.target.model import TargetModel
 from draftwing.threads import fitting_threads, num_threads

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from draftwing.engine.captured import Recorder
 from draftwing.engine.engine import Engine, Event, NewDrafter, Request, Seat
-from draftwing.engine.plan import Plan
 from draftwing.engine.statistics import Statistics
+from draftwing.engine.tree_plan import Plan
 from draftwing.target.model import TargetModel
 
 

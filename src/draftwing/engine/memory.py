@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from draftwing.engine.engine import NewDrafter
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.seats import Seats, room_for
 from draftwing.engine.stopping import StopRule
+from draftwing.engine.tree_plan import TreeShape
 from draftwing.target.model import TargetModel
 
 MOST_SHARE = 0.9
@@ -17,7 +17,7 @@ MOST_SHARE = 0.9
 
 
 @torch.inference_mode()
-def seat_bytes(target: TargetModel, new_drafter: NewDrafter, capacity: int, largest: TreePlan) -> int:
+def seat_bytes(target: TargetModel, new_drafter: NewDrafter, capacity: int, largest: TreeShape) -> int:
     """Memory of one seat of so many tokens: keys and values of target and draft, noise, and all else that it keeps."""
     num_slots = capacity + room_for(largest)
     seat = Seats(target, new_drafter(1, num_slots), 1, num_slots, largest.max_depth, coupled=True)

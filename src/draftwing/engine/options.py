@@ -6,15 +6,15 @@ from functools import partial
 from typing import Any
 
 from draftwing.engine.engine import Request
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import Decode, StopRule
+from draftwing.engine.tree_plan import NamedTree
 
 KINDS: dict[str, tuple[Any, str]] = {
     "seed": (int | Sequence, "an integer or one per row"),
     "eos_token_id": (int | Sequence | None, "a token id or several"),
     "stop": (str | Sequence | None, "a string or several"),
-    "plan": (str | TreePlan | None, "a plan's name or a TreePlan"),
+    "plan": (str | NamedTree | None, "a plan's name or a TreePlan"),
     "logit_bias": (Mapping | None, "token ids with what is added to their logits"),
     "do_sample": (bool | None, "True or False"),
     "ngram": (bool | None, "True or False"),
@@ -59,7 +59,7 @@ class GenerateOptions:
     eos_token_id: int | Sequence[int] | None = None
     stop: Sequence[str] | str | None = None
     min_new_tokens: int | None = None
-    plan: str | TreePlan | None = None
+    plan: str | NamedTree | None = None
     coupled: bool | None = None
     ngram: bool | None = None
     draft_window: int | None = None

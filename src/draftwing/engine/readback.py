@@ -95,9 +95,9 @@ class CycleReading:
         if scores is not None:
             self._parts += scores.parts
         device = self._parts[0].device
-        self._packed = None if device.type == "cpu" else pack(self._parts)
-        if self._packed is not None and device.type == "cuda":
-            self._packed = self._packed.to("cpu", non_blocking=True)
+        self._joined = None if device.type == "cpu" else join_parts(self._parts)
+        if self._joined is not None and device.type == "cuda":
+            self._joined = self._joined.to("cpu", non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(device))
 
@@ -110,10 +110,10 @@ class CycleReading:
         """`[B, 1 + L]`: accepted draft tokens, and tokens to emit."""
         if self._event is not None:
             self._event.synchronize()
-        if self._packed is None:
+        if self._joined is None:
             self._arrays: list[Array] = [part.numpy() for part in self._parts]
         else:
-            self._arrays = unpack(self._packed.numpy(force=True), self._parts)
+            self._arrays = split_parts(self._joined.numpy(force=True), self._parts)
         return self._arrays[0]
 
     def facts(self, num_rows: int) -> CycleFacts:
@@ -130,7 +130,7 @@ class CycleReading:
         return ScoresOnHost(*self._arrays[1 + self._num_facts :]) if self._has_scores else None
 
 
-def pack(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def join_parts(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Tensors `[B, ...]` of ids, flags and scores side by side, as int32: one copy takes all.
 
     Scores travel as the bits of float32, for not every device has a number type that holds both.
@@ -139,8 +139,8 @@ def pack(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(as_integers, dim=1)
 
 
-def unpack(packed: Array, parts: Sequence[torch.Tensor]) -> list[Array]:
-    """What was packed from tensors of these shapes and kinds, as int32 and float32."""
-    arrays = np.split(packed, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
+def split_parts(joined: Array, parts: Sequence[torch.Tensor]) -> list[Array]:
+    """What was joined from tensors of these shapes and kinds, as int32 and float32."""
+    arrays = np.split(joined, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
     pairs = zip(parts, arrays, strict=True)
     return [array.view(np.float32) if part.is_floating_point() else array for part, array in pairs]

@@ -102,15 +102,15 @@ def uncoupled_rank(logits: torch.Tensor, positions: torch.Tensor, target_ids: to
 
 
 class Noise(BySeat):
-    """Gumbel noise rows by seat, kept for a window of positions around each row's end."""
+    """Gumbel noise rows by seat, kept for some positions around each row's end."""
 
-    by_seat = ("_seeds", "_window", "_filled_to")
+    by_seat = ("_seeds", "_kept", "_filled_to")
 
     def __init__(self, num_seats: int, vocab_size: int, device: torch.device, most_positions: int = 1) -> None:
         self._tokens = torch.arange(vocab_size, device=device)
         self._seeds = torch.zeros(num_seats, dtype=torch.int64, device=device)
         self._num_ahead = max(NOISE_WINDOW, most_positions)
-        self._window = torch.empty(num_seats, 2 * self._num_ahead, vocab_size, device=device)
+        self._kept = torch.empty(num_seats, 2 * self._num_ahead, vocab_size, device=device)
         self._filled_to = np.zeros(num_seats, dtype=np.int64)
 
     def admit(self, seat: int, seed: int) -> None:
@@ -134,13 +134,13 @@ class Noise(BySeat):
         if start + num_positions > filled_to:
             positions = torch.arange(max(start, filled_to), start + self._num_ahead, device=self._tokens.device)
             rows = gumbel(self._seeds[seat], positions, self._tokens)
-            self._window[seat, positions % self._window.shape[1]] = rows
+            self._kept[seat, positions % self._kept.shape[1]] = rows
             self._filled_to[seat] = start + self._num_ahead
 
     def at(self, positions: torch.Tensor) -> torch.Tensor:
         """Noise rows `[B, P, V]` of `positions [B, P]`, which must have been reserved."""
         rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-        return self._window[rows, positions % self._window.shape[1]]
+        return self._kept[rows, positions % self._kept.shape[1]]
 
 
 def gumbel(seed: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -13,11 +13,11 @@ import torch
 from draftwing.by_seat import BySeat
 from draftwing.engine.drafter import Drafter
 from draftwing.engine.logprobs import Scores, ScoresOnHost
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.readback import Array
 from draftwing.engine.request import Seat
 from draftwing.engine.sampling import Sampler, uncoupled_rank
 from draftwing.engine.tree import DraftTree, Verdict, root_tree, walk
+from draftwing.engine.tree_plan import TreeShape
 from draftwing.engine.unread import MOST_UNREAD
 from draftwing.target.model import TargetModel
 
@@ -155,12 +155,12 @@ class Seats(BySeat):
         self._root[seat] = root
         self._is_running[seat] = True
 
-    def draft(self, plan: TreePlan) -> DraftTree:
+    def draft(self, plan: TreeShape) -> DraftTree:
         """Grow a tree below each root, or for a plan without drafts the root alone."""
         self.prepare(plan)
         return self.grow(plan)
 
-    def prepare(self, plan: TreePlan) -> None:
+    def prepare(self, plan: TreeShape) -> None:
         """What the host does before a tree is grown: make noise, and let the drafter read what it has not."""
         self.sampler.reserve(self.lengths.tolist(), plan.max_depth)
         self._num_written[:] = np.maximum(self._num_written, self.lengths + room_for(plan))
@@ -174,7 +174,7 @@ class Seats(BySeat):
         self.drafter.catch_up(num_unread)
         self.mark_read()
 
-    def grow(self, plan: TreePlan) -> DraftTree:
+    def grow(self, plan: TreeShape) -> DraftTree:
         if plan.depth == 0:
             num_seats = len(self.lengths)
             return root_tree(self._root, self.target.best_single_row if num_seats == 1 else 1)
@@ -190,7 +190,7 @@ class Seats(BySeat):
         scores = Scores.of(verdict.along_path(output.logits), verdict.tokens) if self.scores_tokens else None
         return Verification(chosen, verdict, output.features, scores)
 
-    def commit(self, plan: TreePlan, tree: DraftTree, verification: Verification) -> None:
+    def commit(self, plan: TreeShape, tree: DraftTree, verification: Verification) -> None:
         """Keep what was accepted, and tell the drafter."""
         verdict = verification.verdict
         num_kept = torch.where(self._is_running, verdict.num_accepted + 1, 0)
@@ -219,6 +219,6 @@ class Seats(BySeat):
         self.lengths[: len(num_committed)] += num_committed
 
 
-def room_for(plan: TreePlan) -> int:
+def room_for(plan: TreeShape) -> int:
     """Slots behind the committed tokens that a cycle may write: the tree or the draft's levels."""
     return max(plan.num_nodes, plan.width * plan.max_depth) + plan.max_depth + 1

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from draftwing.drafts.kinds import family_of
-from draftwing.engine.plan import STATIC_TREES, TreePlan
-from draftwing.evaluation.metrics import ResultRow, rate_ratio
+from draftwing.engine.tree_plan import STATIC_TREES, TreePlan
+from draftwing.evaluation.figures import ResultRow, rate_ratio
 from draftwing.evaluation.specs import MethodSpec
 from draftwing.intervals import Interval
 

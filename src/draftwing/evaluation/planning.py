@@ -10,11 +10,11 @@ import numpy as np
 from rich.console import Group
 from rich.table import Table
 
-from draftwing.drafts.load import ACCEPTANCE_FILE
+from draftwing.drafts.load_draft import ACCEPTANCE_FILE
 from draftwing.evaluation.compare import MethodResult, PromptResult, Start, timed
 from draftwing.plans.acceptance import EDGES, NUM_DEPTHS, AcceptanceTable
 from draftwing.plans.costs import CycleCosts
-from draftwing.plans.experience import Experience
+from draftwing.plans.lessons import Experience
 
 BAR = 40
 

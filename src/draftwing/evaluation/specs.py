@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from draftwing.config import suggestion
-from draftwing.drafts.drafting import check_drafting
-from draftwing.drafts.kinds import PLAIN, methods
+from draftwing.drafts.kinds import PLAIN, check_drafting, methods
 
 OPTIONS: dict[str, dict[str, Any]] = {"ngram": {"ngram": True}, "uncoupled": {"coupled": False}}
 """What may follow a method after a `+`, and the option of `generate` that it sets."""
@@ -69,25 +68,25 @@ class MethodSpec:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedMethod:
     """A method asked for; one that came with `all` is left out where no draft serves it."""
 
     spec: MethodSpec
     is_required: bool
 
 
-def read_specs(text: str) -> list[Wanted]:
+def read_specs(text: str) -> list[WantedMethod]:
     """The methods asked for, `plain` first, which is the reference of all others.
 
     Raises:
         ValueError: as `MethodSpec.parse`.
     """
-    wanted = [Wanted(MethodSpec(PLAIN), True)]
+    wanted = [WantedMethod(MethodSpec(PLAIN), True)]
     for part in text.split(","):
         if part == "all":
-            wanted += [Wanted(MethodSpec(method), False) for method in methods()]
+            wanted += [WantedMethod(MethodSpec(method), False) for method in methods()]
         else:
-            wanted.append(Wanted(MethodSpec.parse(part, methods()), True))
+            wanted.append(WantedMethod(MethodSpec.parse(part, methods()), True))
     return wanted
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from draftwing.engine.plan import FixedSize
 from draftwing.engine.readback import Array, Outcomes
+from draftwing.engine.tree_plan import FixedSize
 
 EDGES = np.log([0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97])
 """Between the bins of a node's log-probability given its parent."""

@@ -22,11 +22,11 @@ from draftwing.drafts.kinds import family_of_draft
 from draftwing.engine.captured import Recorder
 from draftwing.engine.engine import Engine, NewDrafter, Request
 from draftwing.engine.generation import Generation
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.readback import CycleReport
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.statistics import STAGES
 from draftwing.engine.stopping import StopRule
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.files import cache_folder
 from draftwing.provenance import provenance
 from draftwing.target.model import TargetModel
@@ -159,9 +159,9 @@ def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts], sinc
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     file = cache_folder() / "costs" / f"{digest}.json"
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if max(since, time.time() - DAYS_KEPT * 86400) <= record["measured_at"] <= time.time():
-            return CycleCosts.from_dict(record["costs"])
+        entry = json.loads(file.read_text(encoding="utf-8"))
+        if max(since, time.time() - DAYS_KEPT * 86400) <= entry["measured_at"] <= time.time():
+            return CycleCosts.from_dict(entry["costs"])
     except (OSError, ValueError, KeyError, TypeError):  # not measured yet, or a file that something else wrote
         pass
     rows, kind = key.get("batch_size", 1), "sampled" if key.get("sampled") else "greedy"
@@ -169,11 +169,11 @@ def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts], sinc
         "measuring this machine once: cycles of %d rows, %s, some seconds each; kept for %d days", rows, kind, DAYS_KEPT
     )
     costs = measure()
-    record = json.dumps({"key": key, "measured_at": time.time(), "costs": costs.as_dict()}, indent=2, default=str)
+    entry = json.dumps({"key": key, "measured_at": time.time(), "costs": costs.as_dict()}, indent=2, default=str)
     partial = file.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(record, encoding="utf-8")
+        partial.write_text(entry, encoding="utf-8")
         partial.replace(file)
     return costs
 

@@ -1,23 +1,60 @@
-"""What a process knows about a draft: measured costs, acceptance and experience, by batch size and kind of sampling."""
+"""What a process has learnt of a draft: costs, acceptance, gain, pauses, by batch size and kind of sampling."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from draftwing.engine.engine import bucket
-from draftwing.engine.plan import TreePlan
+from draftwing.engine.readback import Outcomes
 from draftwing.engine.statistics import Statistics
-from draftwing.plans.acceptance import AcceptanceTable
-from draftwing.plans.auto import AutoPlan
-from draftwing.plans.clocked import ClockedPlan
+from draftwing.engine.tree_plan import NamedTree
+from draftwing.plans.acceptance import AcceptanceTable, CalibratedSize
 from draftwing.plans.costs import CycleCosts
-from draftwing.plans.experience import Experience
+from draftwing.plans.pauses import ClockedPlan, LookupTrial, Pause
 from draftwing.threads import free_cores
 
 MOST_DRIFT, WATCHED_CYCLES = 2.0, 32
 """Of a generation's seconds over what measured costs say, in so many cycles at least, before they are measured anew."""
 Key = tuple[int, bool]
 """A batch size, a power of two, and whether one of the rows samples."""
+
+
+@dataclass
+class Experience:
+    """What generations have taught those that follow: one for each (head, sampled or greedy, batch size)."""
+
+    acceptance: AcceptanceTable = field(default_factory=AcceptanceTable)
+    gain: float = 1.1
+    """Speculation's tokens per second over plain decoding's; at first a hope that makes it worth a trial."""
+    outcomes: list[Outcomes] = field(default_factory=list)
+    """Cycles that no lesson was drawn from yet; a short generation leaves them to the next."""
+    num_lessons: int = 0
+    """How often outcomes were turned into acceptance."""
+    pause: Pause = field(default_factory=Pause)
+    lookups: LookupTrial = field(default_factory=LookupTrial)
+    _calibrated: CalibratedSize | None = None
+
+    def take_in(self, outcomes: Outcomes) -> None:
+        """Draw a lesson from the cycles that wait for it, whose outcomes these are."""
+        self.acceptance.update(outcomes)
+        self.outcomes.clear()
+        self.num_lessons += 1
+
+    def calibrated_on(self, device: torch.device) -> CalibratedSize:
+        """What corrects the worth of nodes: always the same tensors, for captured cycles read from them."""
+        if self._calibrated is None:
+            self._calibrated = CalibratedSize(device)
+        return self._calibrated
+
+
+class Expectation(Protocol):
+    """A generation's plan, as far as its costs are compared with the clock."""
+
+    @property
+    def expected_seconds(self) -> float:
+        """Of all its cycles, by the costs."""
 
 
 @dataclass
@@ -29,10 +66,10 @@ class Lessons:
 
     stored: Mapping[str, Any] = field(default_factory=dict)
     costs: dict[Key, CycleCosts] = field(default_factory=dict)
-    clocked: dict[TreePlan, ClockedPlan] = field(default_factory=dict)
+    clocked: dict[NamedTree, ClockedPlan] = field(default_factory=dict)
     """Plans of n-grams with what the clock has said of them."""
     costs_since: float = 0.0
-    watched: dict[Key, tuple[AutoPlan, Statistics]] = field(default_factory=dict)
+    watched: dict[Key, tuple[Expectation, Statistics]] = field(default_factory=dict)
     """The last generation of one row by these costs: what it expected, and what it took."""
     renewed: set[Key] = field(default_factory=set)
     """Costs that were measured anew; once a process is enough."""
@@ -47,8 +84,10 @@ class Lessons:
 
         It is not another one where other processes make cycles slow: that passes.
         """
-        plan, taken = self.watched.pop(key, (None, Statistics()))
-        if plan is None or taken.num_cycles < WATCHED_CYCLES or key in self.renewed:
+        if key not in self.watched:
+            return False
+        plan, taken = self.watched.pop(key)
+        if taken.num_cycles < WATCHED_CYCLES or key in self.renewed:
             return False
         ratio = (taken.total_seconds - taken.seconds["prefill"]) / plan.expected_seconds
         return ratio < 1 / MOST_DRIFT or (ratio > MOST_DRIFT and not free_cores().are_shared)

@@ -8,7 +8,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from draftwing.data.chat import Example
+from draftwing.data.chat_template import Example
 from draftwing.data.prepared import SPLITS, Prepared
 
 DRAFT_VOCAB_SIZES = (8192, 16384, 32768, 65536)

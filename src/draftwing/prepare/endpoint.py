@@ -14,7 +14,7 @@ from draftwing.config import SelfGeneratedStage
 from draftwing.data.corpus import Row
 from draftwing.data.in_order import map_in_order
 from draftwing.data.messages import Message, read_message
-from draftwing.prepare.self_generated import Prompt
+from draftwing.prepare.self_generated import Question
 
 REFUSED = (400, 413, 422)
 """The server will never answer this request; another one it may."""
@@ -98,7 +98,7 @@ class EndpointAnswers:
     def __init__(self, config: SelfGeneratedStage, endpoint: Endpoint, concurrency: int) -> None:
         self._config, self._endpoint, self._concurrency = config, endpoint, concurrency
 
-    def __call__(self, prompts: Sequence[Prompt]) -> Iterator[Row]:
+    def __call__(self, prompts: Sequence[Question]) -> Iterator[Row]:
         executor = ThreadPoolExecutor(self._concurrency)
         try:
             yield from map_in_order(executor, self._answer, prompts, ahead=4 * self._concurrency)
@@ -106,7 +106,7 @@ class EndpointAnswers:
             self._endpoint.stop()
             executor.shutdown(wait=False, cancel_futures=True)
 
-    def _answer(self, prompt: Prompt) -> Row:
+    def _answer(self, prompt: Question) -> Row:
         """Answer a conversation's turns one after another."""
         if not prompt.messages:
             return {"error": "a chat endpoint cannot continue a text", "held_out": prompt.held_out}
@@ -128,7 +128,7 @@ class EndpointAnswers:
                 break
         return answered
 
-    def _options(self, prompt: Prompt) -> dict[str, Any]:
+    def _options(self, prompt: Question) -> dict[str, Any]:
         """How the answers to a prompt are sampled."""
         config = self._config
         return {

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from draftwing.config import SelfGeneratedStage
-from draftwing.data.chat import render
+from draftwing.data.chat_template import render
 from draftwing.data.corpus import Row
 from draftwing.data.fingerprint import contents_of
 from draftwing.data.prompts import has_chat_template
@@ -35,8 +35,8 @@ from draftwing.engine.stopping import StopRule, cut_at_stop, exact_decode
 from draftwing.prepare.self_generated import (
     Dialogue,
     EngineAnswers,
-    Prompt,
-    Shard,
+    Question,
+    RunPart,
     complete_lines,
     encode_text,
     resume,
@@ -132,7 +132,7 @@ class Author:
         if isinstance(request, Dropped):
             return request
         messages = {"role": "user", "content": request}, {"role": "assistant", "content": ""}
-        dialogue = Dialogue(Prompt(number, number % HELD_OUT_EVERY == 0, messages), self._tokenizer)
+        dialogue = Dialogue(Question(number, number % HELD_OUT_EVERY == 0, messages), self._tokenizer)
         if not self._answers.room(dialogue):
             return Dropped("too long requests", request)
         answer = yield self._answers.request(dialogue, row_seed(seed, 2 * number + 1))
@@ -255,7 +255,7 @@ def _checked(row: Row, output: Path) -> Row:
 
 
 def write_from_target(
-    config: SelfGeneratedStage, author: Author, engine: Engine, num_rows: int, shard: Shard | None = None
+    config: SelfGeneratedStage, author: Author, engine: Engine, num_rows: int, shard: RunPart | None = None
 ) -> dict[str, float]:
     """Write `config.output` until it has the shard's part of so many rows; a stopped run goes on where it was.
 
@@ -264,7 +264,7 @@ def write_from_target(
     Raises:
         ValueError: the file was begun with other settings; too many numbers give nothing.
     """
-    shard = shard or Shard()
+    shard = shard or RunPart()
     output, wanted = Path(config.output), len(range(shard.number - 1, num_rows, shard.count))
     num_done = resume(output, _settings(config, author, shard, engine), contents_of(config))
     rejects_file = output.with_suffix(".rejects.jsonl")
@@ -302,7 +302,7 @@ def write_from_target(
     return figures | {"tokens_per_second": round(statistics.num_tokens / seconds, 1)}
 
 
-def _settings(config: SelfGeneratedStage, author: Author, shard: Shard, engine: Engine) -> dict[str, Any]:
+def _settings(config: SelfGeneratedStage, author: Author, shard: RunPart, engine: Engine) -> dict[str, Any]:
     """What decides the rows; how many there are to be may change."""
     names = ("target", "seed", "sequence_length", "max_new_tokens", "temperatures")
     settings = {name: getattr(config, name) for name in names} | {"shard": f"{shard.number}/{shard.count}"}

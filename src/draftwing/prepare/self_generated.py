@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from draftwing.config import SelfGeneratedStage
-from draftwing.data.chat import encode_row, normalise, render
+from draftwing.data.chat_template import encode_row, normalise, render
 from draftwing.data.corpus import Row
 from draftwing.data.features import check_positions
 from draftwing.data.fingerprint import contents_of, data_content_of
@@ -30,9 +30,9 @@ from draftwing.data.sources import RowRef
 from draftwing.engine.drafter import NoDrafter
 from draftwing.engine.engine import Request, Seat
 from draftwing.engine.generation import Generation, start_generation
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule, exact_decode
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.files import write_text
 from draftwing.target.load import load_target, load_tokenizer
 
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Question:
     """What is to be answered: a conversation, all of its answers, or the beginning of a text, as token ids.
 
     The `number` counts over all shards of a run; it gives seed and temperature. The target is told of the `tools`.
@@ -54,7 +54,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Shard:
+class RunPart:
     """Part `number` of `count`, counted from 1."""
 
     number: int = 1
@@ -62,7 +62,7 @@ class Shard:
 
 
 StartGeneration = Callable[[Sequence[Request]], Generation]
-Answer = Callable[[Sequence[Prompt]], Iterator[Row]]
+Answer = Callable[[Sequence[Question]], Iterator[Row]]
 """Answers prompts, one row for each and in their order; a row that cannot be answered has an `error`."""
 
 
@@ -81,7 +81,7 @@ def write_self_generated(config: SelfGeneratedStage) -> dict[str, float]:
 
 
 def regenerate(
-    config: SelfGeneratedStage, tokenizer: Any, answer: Answer, shard: Shard | None = None, source: str = ""
+    config: SelfGeneratedStage, tokenizer: Any, answer: Answer, shard: RunPart | None = None, source: str = ""
 ) -> dict[str, float]:
     """Write a row for each prompt of the data (of a shard's prompts) to `config.output`.
 
@@ -91,7 +91,7 @@ def regenerate(
     Raises:
         ValueError: no row can be used, or the file was begun with other settings.
     """
-    shard = shard or Shard()
+    shard = shard or RunPart()
     output = Path(config.output)
     prompts, counts = read_prompts(config, tokenizer)
     names = ("data", "max_rows", "seed", "sequence_length", "prompt_length", "max_new_tokens", "temperatures")
@@ -112,7 +112,7 @@ def regenerate(
     return {"rows": len(mine), "new_tokens": num_tokens, "failed": num_failed, **counts}
 
 
-def read_prompts(config: SelfGeneratedStage, tokenizer: Any) -> tuple[list[Prompt], dict[str, float]]:
+def read_prompts(config: SelfGeneratedStage, tokenizer: Any) -> tuple[list[Question], dict[str, float]]:
     """The prompts of a recipe's data, `evaluate_rows` held-out ones first, and counts of rows that give none.
 
     A conversation's first question, or the first tokens of each piece of a text, must leave room for an answer: at
@@ -120,7 +120,7 @@ def read_prompts(config: SelfGeneratedStage, tokenizer: Any) -> tuple[list[Promp
     """
     selection = select_rows(config.data, None, config.seed)
     rejects = Rejects(Path(config.output).with_suffix(".rejects.jsonl"))
-    found: dict[bool, list[Prompt]] = {}
+    found: dict[bool, list[Question]] = {}
     num_long = 0
     for held_out, refs in ((True, selection.held_out), (False, selection.train)):
         candidates = list(_candidates(refs, held_out, config, tokenizer, rejects))
@@ -138,15 +138,15 @@ def read_prompts(config: SelfGeneratedStage, tokenizer: Any) -> tuple[list[Promp
 
 def _candidates(
     refs: Sequence[RowRef], held_out: bool, config: SelfGeneratedStage, tokenizer: Any, rejects: Rejects
-) -> Iterator[tuple[Prompt, int]]:
+) -> Iterator[tuple[Question, int]]:
     """Prompts of rows with their lengths in tokens."""
 
-    def make(row: Row) -> list[tuple[Prompt, int]]:
+    def make(row: Row) -> list[tuple[Question, int]]:
         if "input_ids" in row and row.keys().isdisjoint(("text", "messages", "conversations")):
             raise ValueError("input_ids: token ids cannot be regenerated; expected messages, conversations or text")
         row = normalise(row)
         if "text" in row:
-            return [(Prompt(0, held_out, ids=piece), len(piece)) for piece in _pieces(row["text"], config, tokenizer)]
+            return [(Question(0, held_out, ids=piece), len(piece)) for piece in _pieces(row["text"], config, tokenizer)]
         said = read_conversation(row)
         roles = [message["role"] for message in said.messages]
         if "assistant" not in roles:
@@ -156,7 +156,7 @@ def _candidates(
         if roles[0] == "assistant":
             raise ValueError("messages: turn 0 is an answer; expected what it answers before it")
         first = encode_text(render(said.messages[: roles.index("assistant")], tokenizer, True, said.tools), tokenizer)
-        return [(Prompt(0, held_out, tuple(said.messages), tools=tuple(said.tools or ())), len(first))]
+        return [(Question(0, held_out, tuple(said.messages), tools=tuple(said.tools or ())), len(first))]
 
     shown = track(refs, "reading prompts", console=Console(stderr=True), disable=len(refs) < 1000)
     for prompts in made_from(shown, make, rejects):
@@ -198,7 +198,7 @@ class EngineAnswers:
         known = {*tokenizer.get_vocab().values(), *eos_token_ids}
         self.bias = {token: -math.inf for token in range(len(tokenizer), vocab_size) if token not in known}
 
-    def __call__(self, prompts: Sequence[Prompt]) -> Iterator[Row]:
+    def __call__(self, prompts: Sequence[Question]) -> Iterator[Row]:
         self.say_what_is_never_chosen()
         for first in range(0, len(prompts), self._config.batch_size):
             batch = [Dialogue(prompt, self._tokenizer) for prompt in prompts[first : first + self._config.batch_size]]
@@ -239,7 +239,7 @@ class Dialogue:
     Tokens that were chosen stay as they are. A template's text is only asked what stands between two answers.
     """
 
-    def __init__(self, prompt: Prompt, tokenizer: Any) -> None:
+    def __init__(self, prompt: Question, tokenizer: Any) -> None:
         self.number, self._prompt, self._tokenizer = prompt.number, prompt, tokenizer
         self._said: list[Message] = []
         self._rest = deque(prompt.messages)

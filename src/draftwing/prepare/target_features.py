@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from draftwing.data.chat import Example
+from draftwing.data.chat_template import Example
 from draftwing.data.features import FORMAT, Storage, check_positions, target_fingerprint, to_fp8
 from draftwing.data.prepared import SPLITS, Prepared
 from draftwing.data.shards import (

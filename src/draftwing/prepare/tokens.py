@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoTokenizer
 
 from draftwing.data import fingerprint
-from draftwing.data.chat import Example, cut, encode_row
+from draftwing.data.chat_template import Example, cut, encode_row
 from draftwing.data.in_order import map_in_order
 from draftwing.data.prepared import (
     FORMAT,

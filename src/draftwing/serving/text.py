@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from draftwing.evaluation.text import TextStream
+from draftwing.engine.stopping import TextStream
 
 
 class Piece(NamedTuple):

@@ -1,8 +1,10 @@
 """What a run shows while it goes: a progress bar and log lines on stderr, training.json and training.html in files."""
 
 import json
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from draftwing.charts import as_words, line_chart
 from draftwing.config import Stage
 from draftwing.files import to_json, write_text
 from draftwing.provenance import provenance
-from draftwing.training.report import as_html
 
-RECORD = "training.json"
+RUN_LOG = "training.json"
 REPORT = "training.html"
 DULL = ("runtime", "per_second", "total_flos", "epoch")
-"""Endings of the Trainer's log entries that the display and the record leave out."""
+"""Endings of the Trainer's log entries that the display and the run log leave out."""
 
 
 class ProgressDisplay(TrainerCallback):
@@ -45,7 +47,7 @@ class ProgressDisplay(TrainerCallback):
         self._progress.stop()
 
 
-class RecordKeeper(TrainerCallback):
+class RunLogKeeper(TrainerCallback):
     """Keeps training.json and training.html up to date with the log, so that an interrupted run has them too.
 
     `inputs` are hashes of what the run reads.
@@ -57,7 +59,7 @@ class RecordKeeper(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step:  # continued: the seconds of the run before count too
-            self._start -= read_record(Path(self._config.output)).get("seconds", 0)
+            self._start -= read_run_log(Path(self._config.output)).get("seconds", 0)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.write(state.log_history)
@@ -66,9 +68,9 @@ class RecordKeeper(TrainerCallback):
         self.write(state.log_history)
 
     def write(self, history: list[dict[str, float]], metrics: dict[str, float] | None = None) -> None:
-        """Write the record of a run so far, or with its final `metrics` of a finished one."""
+        """Write the log of a run so far, or with its final `metrics` of a finished one."""
         folder = Path(self._config.output)
-        record = {
+        run_log = {
             "finished": metrics is not None,
             "metrics": metrics or {},
             "seconds": round(time.perf_counter() - self._start),
@@ -78,17 +80,66 @@ class RecordKeeper(TrainerCallback):
             "history": [_figures(entry) for entry in history],
         }
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / RECORD, to_json(record, indent=1) + "\n")
-        write_text(folder / REPORT, as_html(record))
+        write_text(folder / RUN_LOG, to_json(run_log, indent=1) + "\n")
+        write_text(folder / REPORT, as_html(run_log))
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_run_log(folder: Path) -> dict[str, Any]:
     """A run's training.json; empty if it has none yet."""
-    if not (folder / RECORD).is_file():
+    if not (folder / RUN_LOG).is_file():
         return {}
-    record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    return record
+    run_log: dict[str, Any] = json.loads((folder / RUN_LOG).read_text(encoding="utf-8"))
+    return run_log
 
 
 def _figures(entry: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in entry.items() if not name.endswith(DULL)}
+
+
+Curve = list[tuple[float, float]]
+"""(Step, value) pairs."""
+CHARTS = (
+    ("Loss", r"(eval_)?loss"),
+    ("Acceptance length: simulated (tau_sim) and decoded (tau)", r"(eval_)?tau(_sim)?"),
+    ("Held-out top-1 accuracy per training-time-test step", r"eval_accuracy_\d+"),
+    ("Learning rate", r"learning_rate"),
+    ("Gradient norm", r"grad_norm"),
+)
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:720px;margin:2em auto;padding:0 1em}}
+svg{{width:100%;height:auto}}table{{border-collapse:collapse}}td{{padding:.1em 1em .1em 0;vertical-align:top}}</style>
+</head><body><h1>{title}</h1><p>{status}</p>{charts}<h2>Recipe</h2>{recipe}<h2>Made with</h2>{provenance}</body></html>
+"""
+
+
+def as_html(run_log: Mapping[str, Any]) -> str:
+    """The page of a run's log, finished or not."""
+    recipe, history = run_log["recipe"], run_log["history"]
+    last = history[-1]["step"] if history else 0
+    state = "finished" if run_log["finished"] else "not finished"
+    return PAGE.format(
+        title=escape(f"{recipe['objective']}: {recipe['output']}"),
+        status=f"{state}, logged up to step {last} of {recipe['max_steps']}, {run_log['seconds']} s",
+        charts="".join(_chart(title, _curves(history, pattern)) for title, pattern in CHARTS),
+        recipe=_table(recipe),
+        provenance=_table(run_log["provenance"]),
+    )
+
+
+def _curves(history: Sequence[Mapping[str, float]], pattern: str) -> dict[str, Curve]:
+    curves: dict[str, Curve] = {}
+    for entry in history:
+        for name, value in entry.items():
+            if re.fullmatch(pattern, name):
+                curves.setdefault(name, []).append((entry["step"], value))
+    return curves
+
+
+def _chart(title: str, curves: Mapping[str, Curve]) -> str:
+    return f"<h2>{escape(title)}</h2>{line_chart(curves, 'step', '')}" if curves else ""
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = (f"<tr><td>{escape(name)}</td><td>{escape(as_words(value))}</td></tr>" for name, value in values.items())
+    return f"<table>{''.join(rows)}</table>"

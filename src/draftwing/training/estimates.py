@@ -29,7 +29,7 @@ Shapes = dict[str, int]
 
 
 @dataclass(frozen=True)
-class StagePlan:
+class StageEstimate:
     """What one stage would take. Sizes in bytes and for one process, but `disk`; times in seconds, None if unknown."""
 
     objective: str
@@ -50,7 +50,7 @@ class StagePlan:
         return dataclasses.asdict(self) | {"memory_total": sum(self.memory.values())}
 
 
-def plan_stages(stages: Sequence[TrainConfig], num_processes: int, flops_per_second: float) -> list[StagePlan]:
+def estimate_stages(stages: Sequence[TrainConfig], num_processes: int, flops_per_second: float) -> list[StageEstimate]:
     """Plan each stage; a target or head that an earlier stage makes need not exist yet.
 
     Raises:
@@ -68,15 +68,15 @@ def plan_stages(stages: Sequence[TrainConfig], num_processes: int, flops_per_sec
             teacher = read(stage.teacher) if stage.teacher else None
             vocab_size = stage.vocab_size if teacher is None else teacher.get_text_config().vocab_size
             targets[stage.output] = LlamaConfig(vocab_size=vocab_size, **stage.architecture)
-            plans.append(_plan_target(stage, targets[stage.output], teacher, num_processes, flops_per_second))
+            plans.append(_estimate_target(stage, targets[stage.output], teacher, num_processes, flops_per_second))
             continue
         full_config = read(stage.target)
         target, text_config = count_params(full_config), full_config.get_text_config()
         if stage.objective == "self_generated":
-            plans.append(_plan_rows(stage, target, text_config, num_processes))
+            plans.append(_estimate_rows(stage, target, text_config, num_processes))
             continue
         heads[stage.output] = head = objective_named(stage.objective).sizes(stage, text_config, heads)
-        plans.append(_plan_head(stage, (target, text_config), head, num_processes, flops_per_second))
+        plans.append(_estimate_head(stage, (target, text_config), head, num_processes, flops_per_second))
     return plans
 
 
@@ -119,7 +119,9 @@ def measure_rate() -> float:
     return count * 2 * size**3 / (time.perf_counter() - start)
 
 
-def _plan_target(stage: LanguageModelStage, config: Any, teacher: Any, num_processes: int, rate: float) -> StagePlan:
+def _estimate_target(
+    stage: LanguageModelStage, config: Any, teacher: Any, num_processes: int, rate: float
+) -> StageEstimate:
     """A language model's stage; its `teacher`, if it has one, is the target."""
     params = count_params(config)
     total, active, tokens = sum(params.values()), active_params(params, config), _tokens(stage)
@@ -140,7 +142,7 @@ def _plan_target(stage: LanguageModelStage, config: Any, teacher: Any, num_proce
         flops += _forward_flops(stage, target_active, text_config)
     flops *= tokens * stage.accumulation_steps
     disk = {"checkpoints": 12 * total * (stage.keep_checkpoints + 1), "result": 2 * total}
-    return StagePlan(
+    return StageEstimate(
         **_common(stage, target, target_active, num_processes),
         trained_params=total,
         frozen_params=0,
@@ -151,7 +153,7 @@ def _plan_target(stage: LanguageModelStage, config: Any, teacher: Any, num_proce
     )
 
 
-def _plan_rows(stage: SelfGeneratedStage, params: Shapes, config: Any, num_processes: int) -> StagePlan:
+def _estimate_rows(stage: SelfGeneratedStage, params: Shapes, config: Any, num_processes: int) -> StageEstimate:
     """A stage in which the target answers rows: it decodes, and nothing is trained."""
     cached = 2 * config.num_hidden_layers * _key_size(config)
     memory = {
@@ -161,14 +163,14 @@ def _plan_rows(stage: SelfGeneratedStage, params: Shapes, config: Any, num_proce
     disk = {"rows, if max_rows is set": (stage.max_rows or 0) * stage.sequence_length * 10}  # digits, mask, commas
     common = _common(stage, params, active_params(params, config), num_processes)
     common |= {"rows_per_step": stage.batch_size, "most_tokens": (stage.max_rows or 0) * stage.sequence_length}
-    return StagePlan(
+    return StageEstimate(
         **common, trained_params=0, frozen_params=0, memory=memory, disk=disk, flops_per_step=0.0, seconds=None
     )
 
 
-def _plan_head(
+def _estimate_head(
     stage: TrainConfig, of_target: tuple[Shapes, Any], sizes: HeadSizes, num_processes: int, rate: float
-) -> StagePlan:
+) -> StageEstimate:
     params, target = of_target
     costs = objective_named(stage.objective).costs(stage, target, sizes)
     trained, active, tokens = sizes.num_elements - costs.frozen, active_params(params, target), _tokens(stage)
@@ -181,7 +183,7 @@ def _plan_head(
         "logits": 4 * (logits + costs.output_gradient) + size * costs.teacher_rows,
     }
     flops = (_forward_flops(stage, active, target) + costs.flops) * tokens * stage.accumulation_steps
-    return StagePlan(
+    return StageEstimate(
         **_common(stage, params, active, num_processes),
         trained_params=trained,
         frozen_params=costs.frozen,

@@ -8,10 +8,10 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from draftwing.data.chat import Example, encode_row, normalise, render
+from draftwing.data.chat_template import Example, encode_row, normalise, render
 from draftwing.data.corpus import Row
 from draftwing.data.messages import read_conversation
-from draftwing.data.tokenizer import END_OF_TEXT, END_OF_TURN, train_tokenizer
+from draftwing.training.train_language_model import END_OF_TEXT, END_OF_TURN, train_tokenizer
 
 THINKING = (
     "{% set of = namespace(question=-1) %}"

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from draftwing.data.chat import Example
+from draftwing.data.chat_template import Example
 from draftwing.data.examples import Collator, lengths_of
 from draftwing.data.packing import PackedExamples, join, pack
 

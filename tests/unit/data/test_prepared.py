@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from draftwing.data.chat import Example, cut, encode_row
+from draftwing.data.chat_template import Example, cut, encode_row
 from draftwing.data.corpus import Row
 from draftwing.data.prepared import Prepared, PrepareSettings, is_prepared, open_prepared
 from draftwing.data.rows import select_rows

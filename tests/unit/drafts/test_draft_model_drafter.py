@@ -10,9 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 
 from draftwing.drafts.language_model import DraftModelDrafter
 from draftwing.engine.generation import start_generation
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import uncoupled_rank
 from draftwing.engine.tree import DraftTree
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.target.model import ATTENTION, TargetModel
 
 UNREAD = 16

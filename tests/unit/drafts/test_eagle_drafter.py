@@ -10,11 +10,11 @@ import torch
 from conftest import VOCAB_SIZE, Path, eagle, nodes_of, requests_for, run
 
 from draftwing.drafts.eagle.drafter import EagleDrafter
-from draftwing.drafts.eagle.load import DraftNetwork
+from draftwing.drafts.eagle.load_head import DraftNetwork
 from draftwing.engine.generation import start_generation
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import uncoupled_rank
 from draftwing.engine.tree import DraftTree
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.target.model import TargetModel
 
 METHODS = ("eagle1", "eagle3")
@@ -42,7 +42,7 @@ class SlowDraft:
 
     def log_probs(self, path: Path) -> torch.Tensor:
         """log P(next token) below the drafted `path`, over draft ids: one whole pass for each of its tokens."""
-        hidden = self.head.fuse(self.features)
+        hidden = self.head.project(self.features)
         tokens = self.tokens[1:]
         for token in (*path, None):
             positions = torch.arange(len(tokens))[None]

@@ -11,7 +11,7 @@ from draftwing.drafts.family import Family, Kind
 from draftwing.drafts.kinds import FAMILIES, family_of, family_of_draft, methods, resolve_method, suitable_draft
 from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel
 from draftwing.embedded import EMBEDDED_DRAFTS
-from draftwing.engine.plan import TreePlan
+from draftwing.engine.tree_plan import TreePlan
 
 SOURCES = Path(draftwing.__file__).parent
 

@@ -8,9 +8,9 @@ import torch
 from conftest import VOCAB_SIZE, generate, lookahead, no_draft, requests_for
 
 from draftwing.drafts.lookahead import POOL_SIZE, LookaheadDrafter, NgramPool
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import uncoupled_rank
 from draftwing.engine.tree import DraftTree
+from draftwing.engine.tree_plan import LookaheadTree, TreePlan
 from draftwing.target.model import TargetModel
 
 Ngram = tuple[int, ...]
@@ -36,15 +36,15 @@ class SlowPool:
 class SlowLookahead:
     """Greedy decoding of one prompt, one forward pass of the stock model for every single token that is wanted."""
 
-    def __init__(self, target: TargetModel, prompt: list[int], plan: TreePlan) -> None:
+    def __init__(self, target: TargetModel, prompt: list[int], plan: LookaheadTree) -> None:
         self._target, self._num_ngrams = target, plan.width
-        self._num_columns, self._num_levels = plan.window, plan.depth
+        self._num_columns, self._num_levels = plan.num_columns, plan.depth
         self.text, self.num_accepted = list(prompt), []
         self._pool = SlowPool()
-        num_guesses = plan.window * plan.depth
+        num_guesses = plan.num_columns * plan.depth
         used = prompt[-num_guesses:]
         guesses = [used[i % len(used)] for i in range(num_guesses)]
-        self._window = [guesses[start : start + plan.window] for start in range(0, num_guesses, plan.window)]
+        self._window = [guesses[start : start + plan.num_columns] for start in range(0, num_guesses, plan.num_columns)]
 
     def cycle(self, is_pool_open: bool) -> None:
         """One target pass: verify the n-grams that begin with the last token, and move the window on."""

@@ -13,9 +13,9 @@ from draftwing.config import Loss, TrainConfig
 from draftwing.drafts.medusa.drafter import MedusaDrafter
 from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel
 from draftwing.drafts.medusa.objective import MedusaTraining, new_medusa
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import uncoupled_rank
 from draftwing.engine.tree import DraftTree
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.target.model import TargetModel
 from draftwing.target.packed import pack_linears
 

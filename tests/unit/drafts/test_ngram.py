@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from draftwing.drafts.ngram import LONGEST_MATCH, NgramDrafter
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import uncoupled_rank
 from draftwing.engine.tree import Candidates, DraftTree, best_subtree, follow
+from draftwing.engine.tree_plan import LookupTree, TreePlan, TreeShape
 
 Path = tuple[int, ...]
 STAGED = TreePlan.parse("tree:2x2x6").with_lookup()  # a draft of two levels, a lookup of five tokens
@@ -158,7 +158,7 @@ def nodes_of(tree: DraftTree, row: int = 0) -> dict[Path, float]:
     return {path: pytest.approx(math.exp(tree.scores[row, node]), abs=1e-6) for path, node in nodes.items()}
 
 
-def merged(candidates: Candidates, *texts: list[int], plan: TreePlan = STAGED) -> DraftTree:
+def merged(candidates: Candidates, *texts: list[int], plan: TreeShape = STAGED) -> DraftTree:
     """The tree of an EAGLE-like draft and of what is looked up in the texts."""
     extended = drafter_that_has_read(*texts).extend(candidates, plan, max(map(len, texts)))
     root = torch.tensor([text[-1] for text in texts])
@@ -209,8 +209,7 @@ class TestMerging:
         assert nodes[(10, 31)] == 0.9 * 2 / 4
 
     def test_a_continuation_that_the_draft_has_whole_adds_nothing(self) -> None:
-        plan = TreePlan.parse("tree:2x2x7").with_lookup()
-        shallow = TreePlan(plan.width, plan.depth, plan.num_nodes, lookup_depth=2)
+        shallow = LookupTree(TreePlan.parse("tree:2x2x7"), lookup_depth=2)
         nodes = nodes_of(merged(candidates_of(DRAFT), [1, 2, 20, 22, 9, 1, 2], plan=shallow))
         assert set(nodes) == set(DRAFT)
         assert (nodes[(20,)], nodes[(20, 22)]) == (2 / 4, 2 / 4 * 3 / 5)

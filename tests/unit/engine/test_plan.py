@@ -2,7 +2,7 @@
 
 import pytest
 
-from draftwing.engine.plan import TreePlan
+from draftwing.engine.tree_plan import LookaheadTree, NamedTree, TreePlan
 
 
 @pytest.mark.parametrize(
@@ -11,10 +11,10 @@ from draftwing.engine.plan import TreePlan
         ("off", TreePlan(width=0, depth=0, num_nodes=1)),
         ("chain:5", TreePlan(width=1, depth=5, num_nodes=6)),
         ("tree:10x7x60", TreePlan(width=10, depth=7, num_nodes=60)),
-        ("lookahead:15x5x7", TreePlan(width=7, depth=4, num_nodes=88, window=15)),
+        ("lookahead:15x5x7", LookaheadTree(num_columns=15, ngram_length=5, num_ngrams=7)),
     ],
 )
-def test_parse(text: str, plan: TreePlan) -> None:
+def test_parse(text: str, plan: NamedTree) -> None:
     assert TreePlan.parse(text) == plan
 
 
@@ -36,6 +36,7 @@ def test_lookahead_plans_of_nothing_are_refused(text: str) -> None:
 def test_a_lookahead_plan_bounds_the_depth_of_its_guesses() -> None:
     """The last guess of a window of W columns and N - 1 levels stands W - 1 + N - 2 tokens behind the root."""
     plan = TreePlan.parse("lookahead:15x5x7")
+    assert (plan.width, plan.depth, plan.num_nodes) == (7, 4, 88)
     assert (plan.max_depth, plan.is_chain) == (14 + 3, False)
     assert TreePlan.parse("lookahead:1x5x7").max_depth == 4  # its n-grams are deeper
 

@@ -15,10 +15,9 @@ from draftwing.engine.statistics import Statistics
 from draftwing.evaluation.ablations import ablations
 from draftwing.evaluation.compare import Decoded
 from draftwing.evaluation.evaluate import Evaluation, PromptSet, Remarks, evaluate
+from draftwing.evaluation.figures import ResultRow, acceptance_rates, figures_of, n_alpha, result_rows
 from draftwing.evaluation.journal import Journal, Run
-from draftwing.evaluation.metrics import ResultRow, acceptance_rates, figures_of, n_alpha, result_rows
-from draftwing.evaluation.published import published_figures
-from draftwing.evaluation.report import Report, as_html, as_tables, remarks
+from draftwing.evaluation.report import Report, as_html, as_tables, published_figures, remarks
 from draftwing.evaluation.specs import MethodSpec
 from draftwing.intervals import Interval
 

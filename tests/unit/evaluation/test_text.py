@@ -10,10 +10,10 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from draftwing.data.prompts import Prompt
-from draftwing.data.tokenizer import train_tokenizer
 from draftwing.engine.generation import Committed
-from draftwing.evaluation.demo import LEGEND, print_text, show_completions
-from draftwing.evaluation.text import TextStream
+from draftwing.engine.stopping import TextStream
+from draftwing.evaluation.side_by_side import LEGEND, print_text, show_completions
+from draftwing.training.train_language_model import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from draftwing.config import Loss, TrainConfig
 from draftwing.drafts.eagle import objective
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.eagle3 import Eagle3Model
-from draftwing.drafts.eagle.load import DraftNetwork
-from draftwing.drafts.head_training import HeadTraining
-from draftwing.engine.plan import TreePlan
+from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.head_loss import HeadLoss
 from draftwing.engine.sampling import uncoupled_rank
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.losses.slot_losses import feature_regression
 from draftwing.losses.slots import SupervisedSlots, document_positions
 from draftwing.losses.ttt import TttAttention, block_mask, flex_merged_attention, shift_left
@@ -189,7 +189,7 @@ class SlowSlot:
 
     def __init__(self, head: DraftNetwork, features: torch.Tensor, tokens: torch.Tensor, slot: int) -> None:
         self._head, self._tokens, self._slot = head, tokens, slot
-        self.hidden = head.fuse(features[: slot + 1])
+        self.hidden = head.project(features[: slot + 1])
 
     def logits(self, step: int) -> torch.Tensor:
         """Draft logits of x_{slot + 2 + step}; steps are to be asked for in order."""
@@ -408,7 +408,7 @@ def as_packed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tuple(parts)  # type: ignore[return-value]
 
 
-def loss_and_gradients(training: HeadTraining, *batch: torch.Tensor, **more: torch.Tensor) -> list[torch.Tensor]:
+def loss_and_gradients(training: HeadLoss, *batch: torch.Tensor, **more: torch.Tensor) -> list[torch.Tensor]:
     training.head.zero_grad()
     loss = training(*batch, **more)["loss"]
     loss.backward()
@@ -577,7 +577,9 @@ class TestOptions:
         loss = training(ids, mask)["loss"].item()
         features = model.read_rows(ids, (0, 1, 2)).features
         positions = torch.arange(ids.shape[1]).expand_as(ids)
-        log_q = head.logits(head(head.fuse(features), shift_left(ids, 1), positions, causal_attention)).log_softmax(-1)
+        log_q = head.logits(head(head.project(features), shift_left(ids, 1), positions, causal_attention)).log_softmax(
+            -1
+        )
         losses = -(shift_left(expected, 1).softmax(-1) * log_q).sum(-1)
         assert loss == pytest.approx(losses[shift_left(mask, 2)].mean().item(), rel=1e-5)
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from conftest import costs, eagle, ngram
 
-from draftwing.drafts.eagle.load import DraftNetwork
+from draftwing.drafts.eagle.load_head import DraftNetwork
 from draftwing.engine.drafter import NoDrafter
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.request import Seat
 from draftwing.engine.seats import Seats
 from draftwing.engine.statistics import STAGES, Statistics
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.files import cache_folder
 from draftwing.plans.costs import DAYS_KEPT, CycleCosts, _Cycles, cached_costs, measure_costs
 from draftwing.target.model import TargetModel

@@ -11,9 +11,9 @@ import pytest
 
 from draftwing.cli import main
 from draftwing.config import TrainConfig
-from draftwing.data.chat import encode_row
+from draftwing.data.chat_template import encode_row
 from draftwing.prepare.endpoint import Endpoint, EndpointAnswers, RefusedRequest
-from draftwing.prepare.self_generated import Shard, regenerate
+from draftwing.prepare.self_generated import RunPart, regenerate
 from draftwing.target.load import load_tokenizer
 
 Reply = tuple[int, dict[str, str], Any]
@@ -86,7 +86,7 @@ def config(tmp_path: Path) -> TrainConfig:
     return TrainConfig("self_generated", str(tmp_path / "answers.jsonl"), target="tiny", data=str(path))
 
 
-def answer(config: TrainConfig, server: Server, shard: Shard | None = None) -> list[dict[str, Any]]:
+def answer(config: TrainConfig, server: Server, shard: RunPart | None = None) -> list[dict[str, Any]]:
     endpoint = Endpoint(server.url, "big", first_wait_s=0.01)
     regenerate(config, load_tokenizer("tiny"), EndpointAnswers(config, endpoint, concurrency=3), shard)
     return read(config)
@@ -131,7 +131,7 @@ def test_shards_share_the_rows(config: TrainConfig, server: Server, tmp_path: Pa
     parts = []
     for number in (1, 2, 3):
         part = TrainConfig(**config.as_dict() | {"output": str(tmp_path / f"part-{number}.jsonl")})
-        parts.append(answer(part, server, Shard(number, 3)))
+        parts.append(answer(part, server, RunPart(number, 3)))
     assert [len(part) for part in parts] == [4, 3, 3]
     assert [parts[n % 3][n // 3] for n in range(10)] == whole
 

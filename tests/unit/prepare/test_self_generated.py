@@ -13,13 +13,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from draftwing.config import TrainConfig
-from draftwing.data.chat import encode_conversation, encode_row
-from draftwing.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from draftwing.data.chat_template import encode_conversation, encode_row
 from draftwing.engine.engine import NewDrafter, Request
 from draftwing.engine.generation import Generation, start_generation
-from draftwing.engine.plan import TreePlan
-from draftwing.prepare.self_generated import EngineAnswers, Shard, StartGeneration, read_prompts, regenerate
+from draftwing.engine.tree_plan import TreePlan
+from draftwing.prepare.self_generated import EngineAnswers, RunPart, StartGeneration, read_prompts, regenerate
 from draftwing.target.model import TargetModel
+from draftwing.training.train_language_model import CHAT_TEMPLATE, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def answer(
     tokenizer: Any,
     start: StartGeneration,
     eos: tuple[int, ...],
-    shard: Shard | None = None,
+    shard: RunPart | None = None,
     vocab_size: int | None = None,
 ) -> list[dict[str, Any]]:
     regenerate(config, tokenizer, EngineAnswers(config, tokenizer, start, eos, vocab_size or len(tokenizer)), shard)
@@ -278,7 +278,7 @@ def test_drafting_changes_no_row(
 def test_shards_are_the_whole(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, talker: TargetModel) -> None:
     eos = common_end(tokenizer)
     whole = answer(config, tokenizer, engine(talker), eos)
-    parts = [answer(config, tokenizer, engine(talker), eos, Shard(number, 2)) for number in (1, 2)]
+    parts = [answer(config, tokenizer, engine(talker), eos, RunPart(number, 2)) for number in (1, 2)]
     assert [parts[n % 2][n // 2] for n in range(len(whole))] == whole
 
 

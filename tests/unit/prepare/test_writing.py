@@ -9,17 +9,17 @@ import pytest
 from conftest import tiny_llama
 
 from draftwing.config import TrainConfig
-from draftwing.data.tokenizer import train_tokenizer
 from draftwing.engine.engine import Event, Request, Seat
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.readback import CycleReport
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule
-from draftwing.plans import clocked
-from draftwing.plans.clocked import BELIEVED, TRIED, ClockedPlan
+from draftwing.engine.tree_plan import TreePlan
+from draftwing.plans import pauses
+from draftwing.plans.pauses import BELIEVED, TRIED, ClockedPlan
 from draftwing.prepare.from_target import AHEAD, MARK, Author, Dropped, in_order, loops, user_turn
 from draftwing.prepare.self_generated import EngineAnswers
 from draftwing.target.model import TargetModel
+from draftwing.training.train_language_model import train_tokenizer
 
 SYSTEM = "{% if messages[0]['role'] != 'system' %}<|system|>\nBe good.<|end|>\n{% endif %}"
 TURNS = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}<|end|>\n{% endfor %}"
@@ -233,7 +233,7 @@ def test_there_must_be_room_for_an_answer(author: Author, tokenizer: Any) -> Non
 def test_a_plan_by_the_clock(monkeypatch: pytest.MonkeyPatch, seconds: float, tokens: int, pays: bool) -> None:
     """Plain cycles take 10 ms for ten rows' tokens; prompts that are read in some of them do not mislead it."""
     now = 0.0
-    monkeypatch.setattr(clocked.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(pauses.time, "perf_counter", lambda: now)
     plan, drafted = ClockedPlan(TreePlan.parse("chain:4")), []
     for cycle in range(4 * BELIEVED):
         drafts = plan.next(10, 100).depth > 0

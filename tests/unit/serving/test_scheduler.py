@@ -9,7 +9,7 @@ import pytest
 from conftest import costs, requests_for, run
 
 from draftwing.api import SpeculativeModel
-from draftwing.drafts.eagle.load import DraftNetwork
+from draftwing.drafts.eagle.load_head import DraftNetwork
 from draftwing.engine import memory
 from draftwing.engine.engine import Engine, Request
 from draftwing.engine.options import GenerateOptions
@@ -218,7 +218,7 @@ def test_trees_that_size_themselves_know_every_number_of_seats(
 ) -> None:
     """Costs are measured for 1, 2 and 4 seats at start, greedy and sampled, and greedy rows learn apart from others."""
 
-    monkeypatch.setattr("draftwing.api.cached_costs", lambda *_: costs(step=0.05))
+    monkeypatch.setattr("draftwing.plans.planner.cached_costs", lambda *_: costs(step=0.05))
     auto = model.with_method("eagle3")
     scheduler = Scheduler(auto, 3, 64, GenerateOptions(), 9)
     assert set(auto._lessons.costs) == {(size, sampled) for size in (1, 2, 4) for sampled in (False, True)}

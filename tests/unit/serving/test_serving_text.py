@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from draftwing.data.tokenizer import train_tokenizer
 from draftwing.engine.stopping import StopRule, cut_at_stop, exact_decode
 from draftwing.serving.text import AnswerText
+from draftwing.training.train_language_model import train_tokenizer
 
 
 @pytest.fixture(scope="module")

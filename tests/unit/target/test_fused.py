@@ -13,13 +13,12 @@ from torch import nn
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from draftwing.drafts.draft_vocab import DraftVocab
 from draftwing.drafts.eagle.eagle1 import EagleModel
 from draftwing.drafts.eagle.eagle3 import Eagle3Model
 from draftwing.drafts.eagle.fused_layers import pack_head
-from draftwing.drafts.eagle.load import DraftNetwork
+from draftwing.drafts.eagle.load_head import DraftNetwork
 from draftwing.engine.tree import root_tree
-from draftwing.layers import DraftConfig
+from draftwing.layers import DraftConfig, DraftVocab
 from draftwing.target import attention, packed
 from draftwing.target.attention import grouped_attention
 from draftwing.target.fused import Elementwise, FusedTarget, pack_target
@@ -111,7 +110,7 @@ def head_pass(head: DraftNetwork) -> tuple[torch.Tensor, ...]:
         return grouped_attention(queries, keys, values, causal).transpose(1, 2)
 
     features = torch.randn(2, 3, 32 * len(head.config.feature_layers)).to(head.dtype)
-    output = head(head.fuse(features), torch.arange(6).view(2, 3), torch.arange(6).view(2, 3), attend)
+    output = head(head.project(features), torch.arange(6).view(2, 3), torch.arange(6).view(2, 3), attend)
     return output, head.feed_back(output), head.logits(output)
 
 

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import draftwing
 from draftwing.cli import main
 from draftwing.config import TrainConfig, read_recipe
-from draftwing.drafts.eagle.load import DraftNetwork
+from draftwing.drafts.eagle.load_head import DraftNetwork
 from draftwing.target.model import TargetModel
-from draftwing.training.estimates import StagePlan, active_params, count_params, plan_stages, read_target_config
+from draftwing.training.estimates import StageEstimate, active_params, count_params, estimate_stages, read_target_config
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 LLAMA_8B = {
@@ -65,7 +65,7 @@ def config_folder(folder: Path, values: dict[str, Any]) -> str:
 def test_recipes_plan_without_weights_or_network(tmp_path: Path, name: str) -> None:
     values, num_params = PUBLISHED[name]
     stages = read_recipe(RECIPES / f"{name}.yaml", [f"target={config_folder(tmp_path, values)}"])
-    rows, head = plan_stages(stages, num_processes=8, flops_per_second=4e14)
+    rows, head = estimate_stages(stages, num_processes=8, flops_per_second=4e14)
     assert (rows.objective, head.objective) == ("self_generated", "eagle3")
     assert head.target_params == pytest.approx(num_params, rel=2e-3)
     assert head.rows_per_step == 16
@@ -89,23 +89,23 @@ EMBEDDED = ["target=tiny", "teacher=tiny", "tokenizer=tiny"]
 
 
 def test_medusa_heads_are_planned_and_the_model_that_learns_from_the_same_target() -> None:
-    medusa, draft = plan_stages(read_recipe(RECIPES / "tiny_rivals.yaml", EMBEDDED), 1, 1e11)
+    medusa, draft = estimate_stages(read_recipe(RECIPES / "tiny_rivals.yaml", EMBEDDED), 1, 1e11)
     assert medusa.trained_params == 4 * (4096 * 256 + 256 * 256 + 256)
     assert medusa.target_params > 8 * draft.trained_params > 0
 
 
 def test_the_embedded_recipe_plans_before_anything_exists() -> None:
     """Its heads continue heads, for a target, that its earlier stages make."""
-    plans = plan_stages(read_recipe(RECIPES / "tiny.yaml"), num_processes=1, flops_per_second=1e11)
+    plans = estimate_stages(read_recipe(RECIPES / "tiny.yaml"), num_processes=1, flops_per_second=1e11)
     assert plans[0].trained_params == plans[2].target_params
     *first, last = [plan.trained_params for plan in plans if plan.objective == "eagle3"]
     assert set(first) == {last - (3840 - 3072) * 256}, "the last one has a larger draft vocabulary"
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> StagePlan:
+def plan(tmp_path: Path) -> StageEstimate:
     tiny_llama().config.save_pretrained(tmp_path)
-    return plan_stages([stage_for(tmp_path)], 1, 1e12)[0]
+    return estimate_stages([stage_for(tmp_path)], 1, 1e12)[0]
 
 
 def stage_for(folder: Path, **changes: Any) -> TrainConfig:
@@ -118,21 +118,21 @@ def test_parameters_are_the_networks(
     tmp_path: Path, target: TargetModel, heads: dict[str, DraftNetwork], objective: str, trains: bool
 ) -> None:
     target.model.config.save_pretrained(tmp_path)
-    plan = plan_stages([stage_for(tmp_path, objective=objective, train_embedding=trains)], 1, 1e12)[0]
+    plan = estimate_stages([stage_for(tmp_path, objective=objective, train_embedding=trains)], 1, 1e12)[0]
     sizes = {name: parameter.numel() for name, parameter in heads[objective].named_parameters()}
     frozen = 0 if trains else sizes.get("embed_tokens.weight", 0)
     assert (plan.trained_params, plan.frozen_params) == (sum(sizes.values()) - frozen, frozen)
     assert plan.target_params == sum(parameter.numel() for parameter in target.model.parameters())
 
 
-def test_a_continued_head_keeps_its_shape(tmp_path: Path, plan: StagePlan) -> None:
+def test_a_continued_head_keeps_its_shape(tmp_path: Path, plan: StageEstimate) -> None:
     more = {"init_from": "out", "aux_layers": ()}
     stages = [
         stage_for(tmp_path),
         stage_for(tmp_path, draft_vocab_size=None, **more),
         stage_for(tmp_path, draft_vocab_size=24, **more),
     ]
-    _, same, smaller = plan_stages(stages, 1, 1e12)
+    _, same, smaller = estimate_stages(stages, 1, 1e12)
     assert (same.trained_params, same.memory, same.flops_per_step) == (
         plan.trained_params,
         plan.memory,
@@ -145,16 +145,16 @@ def test_a_continued_head_keeps_its_shape(tmp_path: Path, plan: StagePlan) -> No
 
 def test_so_does_one_in_a_file() -> None:
     stages = [TrainConfig("eagle3", "o", target="tiny", init_from="tiny", draft_vocab_size=n) for n in (None, 4096)]
-    kept, whole = plan_stages(stages, 1, 1e12)
+    kept, whole = estimate_stages(stages, 1, 1e12)
     rows = json.loads((Path(draftwing.__file__).parent / "assets/tiny/eagle3/config.json").read_text(encoding="utf-8"))
     assert kept.trained_params == whole.trained_params - (4096 - rows["draft_vocab_size"]) * 256
 
 
-def test_shards_divide_the_optimizer_and_steps_multiply_the_work(tmp_path: Path, plan: StagePlan) -> None:
-    sharded = plan_stages([stage_for(tmp_path, parallel="fsdp2")], 4, 1e12)[0]
+def test_shards_divide_the_optimizer_and_steps_multiply_the_work(tmp_path: Path, plan: StageEstimate) -> None:
+    sharded = estimate_stages([stage_for(tmp_path, parallel="fsdp2")], 4, 1e12)[0]
     assert sharded.memory["head: optimizer"] == plan.memory["head: optimizer"] // 4
     assert sharded.rows_per_step == 4 * plan.rows_per_step
-    longer = plan_stages([stage_for(tmp_path, accumulation_steps=3)], 1, 1e12)[0]
+    longer = estimate_stages([stage_for(tmp_path, accumulation_steps=3)], 1, 1e12)[0]
     assert longer.flops_per_step == 3 * plan.flops_per_step
     assert longer.memory == plan.memory
 
@@ -179,14 +179,14 @@ def test_activations_are_what_autograd_keeps(tmp_path: Path, objective: str) -> 
     ):
         training(ids, torch.ones_like(ids, dtype=torch.bool))
     measured = sum(x.untyped_storage().nbytes() for x in kept.values() if x.numel() not in weights)
-    planned = plan_stages([stage], 1, 1e12)[0].memory["activations"]
+    planned = estimate_stages([stage], 1, 1e12)[0].memory["activations"]
     assert 0.8 * planned < measured < planned
 
 
-def test_targets_in_shards_and_buckets_of_gradients(tmp_path: Path, plan: StagePlan) -> None:
+def test_targets_in_shards_and_buckets_of_gradients(tmp_path: Path, plan: StageEstimate) -> None:
     """DDP sums gradients in buckets as large as they are; of a target in shards two layers are whole at a time."""
     alone, *four = (
-        plan_stages([stage_for(tmp_path, **changes)], num_processes, 1e12)[0].memory
+        estimate_stages([stage_for(tmp_path, **changes)], num_processes, 1e12)[0].memory
         for num_processes, changes in ((1, {}), (4, {}), (4, {"shard_target": True}))
     )
     assert alone == plan.memory
@@ -196,7 +196,7 @@ def test_targets_in_shards_and_buckets_of_gradients(tmp_path: Path, plan: StageP
     assert four[0]["target"] - four[1]["target"] == 2 * (size - size // 4 - 2 * one)
 
 
-def test_products_are_those_that_torch_counts(tmp_path: Path, target: TargetModel, plan: StagePlan) -> None:
+def test_products_are_those_that_torch_counts(tmp_path: Path, target: TargetModel, plan: StageEstimate) -> None:
     """Of the target's pass over one token; attention scores are a small part of it."""
     with FlopCounterMode(display=False) as counter:
         target.model(torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
@@ -232,7 +232,7 @@ def test_a_taught_model_needs_its_teacher_too() -> None:
     }
     alone = TrainConfig("language_model", "out", **values)
     taught = dataclasses.replace(alone, vocab_size=7, tokenizer="tiny", teacher="tiny")
-    plain, plan = (plan_stages([stage], 1, 1e12)[0] for stage in (alone, taught))
+    plain, plan = (estimate_stages([stage], 1, 1e12)[0] for stage in (alone, taught))
     assert plan.trained_params == plain.trained_params == plain.target_params
     assert plan.target_params == sum(count_params(read_target_config("tiny")).values())
     assert plan.memory["target"] == 2 * plan.target_params

@@ -11,7 +11,7 @@ from conftest import head_training, new_head, tiny_llama
 from draftwing.config import TrainConfig, from_mapping
 from draftwing.target.model import TargetModel
 from draftwing.training.frozen_target import frozen_target
-from draftwing.training.train import train_stage
+from draftwing.training.stage import train_stage
 
 AWAY = [*(f"model.layers.{layer}" for layer in range(1, 6)), "lm_head"]
 HERE = ["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm"]

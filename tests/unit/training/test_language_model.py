@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from draftwing.config import TrainConfig, from_mapping
-from draftwing.training.language_model import IGNORED, blocks, distillation_loss
+from draftwing.training.train_language_model import IGNORED, blocks, distillation_loss
 
 
 class Vocabulary(dict[str, int]):

@@ -13,8 +13,8 @@ from draftwing.drafts.eagle.eagle3 import Eagle3Model
 from draftwing.drafts.growth import RootedDraft, grow_tree
 from draftwing.drafts.ngram import NgramDrafter
 from draftwing.engine.drafter import Drafter, Ranking
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.tree import DraftTree
+from draftwing.engine.tree_plan import TreeShape
 from draftwing.engine.unread import Unread
 from draftwing.target.attention import grouped_attention
 from draftwing.target.kv_cache import KVCache, LayerShape, visible_slots
@@ -84,14 +84,14 @@ class EagleDrafter(Drafter):
         if self._window < self._cache.capacity:
             visible &= torch.arange(visible.shape[-1], device=tokens.device) > positions[..., None] - self._window
         slots = self._cache.slots_behind(num_unread)
-        output = self._forward(self._model.fuse(features), tokens, positions, visible, slots)
+        output = self._forward(self._model.project(features), tokens, positions, visible, slots)
         last = output.gather(1, (num_new - 1).clamp(min=0)[:, None, None].expand(-1, 1, output.shape[-1])).squeeze(1)
         self._last_output.copy_(torch.where((num_new > 0)[:, None], last, self._last_output))
         self._cache.commit(None, num_new, max_kept=num_unread)
 
-    def grow(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
+    def grow(self, root: torch.Tensor, plan: TreeShape, rank: Ranking) -> DraftTree:
         self._cache.bound = self.bound
-        levels, output = _Levels(self._cache, plan.num_inner, self._window), self._last_output[:, None]
+        levels, output = _DraftedSlots(self._cache, plan.num_inner, self._window), self._last_output[:, None]
 
         def step(parent: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
             nonlocal output
@@ -104,7 +104,7 @@ class EagleDrafter(Drafter):
         return grow_tree(root, plan, draft, merge).only_in(self._cache.lengths > 0)
 
     def _draft_step(
-        self, output: torch.Tensor, parent: torch.Tensor, tokens: torch.Tensor, levels: "_Levels"
+        self, output: torch.Tensor, parent: torch.Tensor, tokens: torch.Tensor, levels: "_DraftedSlots"
     ) -> torch.Tensor:
         """Run one level's nodes: `tokens [B, K]`, their parents' indices into the last level's `output`."""
         hidden = self._model.feed_back(output)
@@ -131,7 +131,7 @@ class EagleDrafter(Drafter):
         return output
 
 
-class _Levels:
+class _DraftedSlots:
     """Positions, slots and visibility of the drafted nodes, level by level, behind the committed slots."""
 
     def __init__(self, cache: KVCache, num_nodes: int, window: int) -> None:

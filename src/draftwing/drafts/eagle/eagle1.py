@@ -9,8 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from draftwing.drafts.draft_vocab import DraftVocab
-from draftwing.layers import Attend, DecoderLayer, DraftConfig
+from draftwing.layers import Attend, DecoderLayer, DraftConfig, DraftVocab
 from draftwing.rotary import Rotary
 
 
@@ -38,7 +37,7 @@ class EagleModel(nn.Module):
         """The weights' dtype, packed ones' too."""
         return self.rotary.cos.dtype
 
-    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+    def project(self, features: torch.Tensor) -> torch.Tensor:
         """The draft's state from target features: here the features themselves, `[..., D]`."""
         return features
 

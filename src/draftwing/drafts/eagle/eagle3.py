@@ -9,8 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from draftwing.drafts.draft_vocab import DraftVocab
-from draftwing.layers import MLP, Attend, Attention, DecoderLayer, DraftConfig, RMSNorm
+from draftwing.layers import MLP, Attend, Attention, DecoderLayer, DraftConfig, DraftVocab, RMSNorm
 from draftwing.rotary import Rotary, Rotation
 
 
@@ -86,7 +85,7 @@ class Eagle3Model(nn.Module):
         """The weights' dtype, packed ones' too."""
         return self.rotary.cos.dtype
 
-    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+    def project(self, features: torch.Tensor) -> torch.Tensor:
         """Target features `[..., F]` (low; mid; high) to the draft's state `[..., D]`."""
         if self.config.fc_norm:
             parts = features.split(self.config.target_hidden_size, dim=-1)

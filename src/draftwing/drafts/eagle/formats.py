@@ -1,4 +1,4 @@
-"""The published formats of EAGLE heads: names, options and conventions, translated to ours (save.py writes them).
+"""The published formats of EAGLE heads: names, options and conventions, translated to ours (save_head.py writes them).
 
 eagle1        EAGLE-1/2 files: fc [D, 2D], layers.0 without input norm, own embedding, no output head
 eagle3        EAGLE-3 files: fc [D, 3D], midlayer.* (or layers.0.*), norm, lm_head [Vd, D], d2t offsets, t2d mask;

@@ -9,13 +9,13 @@ import torch
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.eagle1 import EagleModel
 from draftwing.drafts.eagle.eagle3 import Eagle3Model
-from draftwing.drafts.eagle.export import export_head
+from draftwing.drafts.eagle.export_head import export_head
 from draftwing.drafts.eagle.formats import HeadOptions, is_eagle1_file, is_eagle3_file, read_head
 from draftwing.drafts.eagle.fused_layers import pack_head
-from draftwing.drafts.eagle.inspect import HeadReport, inspect_head
-from draftwing.drafts.eagle.load import DraftNetwork, build_head
-from draftwing.drafts.export import Export, ExportRequest
-from draftwing.drafts.family import Draft, DraftFiles, Kind, Wanted
+from draftwing.drafts.eagle.inspect_head import HeadReport, inspect_head
+from draftwing.drafts.eagle.load_head import DraftNetwork, build_head
+from draftwing.drafts.export_draft import Export, ExportRequest
+from draftwing.drafts.family import Draft, DrafterOptions, DraftFiles, Kind
 from draftwing.drafts.fit import TargetSizes, Tensors
 from draftwing.drafts.ngram import NgramDrafter
 from draftwing.engine.drafter import Drafter
@@ -26,7 +26,7 @@ from draftwing.target.model import TargetModel
 class _Head(Kind[DraftNetwork]):
     """What both kinds of EAGLE heads do alike."""
 
-    def drafter(self, draft: DraftNetwork, target: TargetModel, wanted: Wanted) -> NewDrafter:
+    def drafter(self, draft: DraftNetwork, target: TargetModel, wanted: DrafterOptions) -> NewDrafter:
         def new(num_seats: int, num_slots: int) -> Drafter:
             ngram = NgramDrafter(num_seats, num_slots, target.device) if wanted.with_lookup else None
             return EagleDrafter(draft, num_seats, num_slots, ngram, wanted.window)
@@ -38,7 +38,7 @@ class _Head(Kind[DraftNetwork]):
     ) -> DraftNetwork:
         return build_head(files.values, files.tensors, target, dtype, options)
 
-    def pack(self, draft: DraftNetwork, compiles: bool | None = None) -> DraftNetwork:
+    def prepack(self, draft: DraftNetwork, compiles: bool | None = None) -> DraftNetwork:
         pack_head(draft, compiles)
         return draft
 

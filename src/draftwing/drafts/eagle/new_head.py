@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from draftwing.config import Eagle3Stage, EagleStage, check_keys
-from draftwing.data.chat import Example
+from draftwing.data.chat_template import Example
 from draftwing.data.examples import count_supervised
 from draftwing.drafts.eagle.eagle1 import EagleModel
 from draftwing.drafts.eagle.eagle3 import Eagle3Model
 from draftwing.drafts.eagle.formats import HeadOptions, default_aux_layers, read_head
-from draftwing.drafts.eagle.load import DraftNetwork, build_network, counted_layers, expected_shapes, load_head
+from draftwing.drafts.eagle.load_head import DraftNetwork, build_network, counted_layers, expected_shapes, load_head
 from draftwing.drafts.fit import load_strictly
-from draftwing.drafts.load import read_draft_files, resolve_draft
+from draftwing.drafts.load_draft import read_draft_files, resolve_draft
 from draftwing.drafts.objective import HeadSizes
 from draftwing.layers import DraftConfig
 from draftwing.target.model import TargetModel

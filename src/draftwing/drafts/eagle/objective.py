@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from draftwing.config import Eagle1Stage, Eagle3Stage, EagleStage, TrainConfig
-from draftwing.data.chat import Example
+from draftwing.data.chat_template import Example
 from draftwing.drafts.eagle.eagle1 import EagleModel
 from draftwing.drafts.eagle.eagle3 import Eagle3Layer, Eagle3Model
 from draftwing.drafts.eagle.formats import HeadFormat
-from draftwing.drafts.eagle.load import DraftNetwork, build_network, network_shapes
+from draftwing.drafts.eagle.load_head import DraftNetwork, build_network, network_shapes
 from draftwing.drafts.eagle.new_head import (
     continued_eagle1,
     continued_eagle3,
@@ -28,9 +28,9 @@ from draftwing.drafts.eagle.new_head import (
     new_eagle3,
     read_sizes,
 )
-from draftwing.drafts.eagle.save import save_head, to_head
+from draftwing.drafts.eagle.save_head import save_head, to_head
 from draftwing.drafts.fit import Tensors, sizes_of
-from draftwing.drafts.head_training import HeadTraining
+from draftwing.drafts.head_loss import HeadLoss
 from draftwing.drafts.objective import SAVED_DTYPE, HeadCosts, HeadSizes, Objective
 from draftwing.layers import DecoderLayer, DraftConfig
 from draftwing.losses.fused_head import OutputHead, StepSums, Teacher, fused_loss
@@ -40,8 +40,8 @@ from draftwing.losses.ttt import TttAttention, shift_left
 from draftwing.target.model import TargetModel
 
 
-class EagleTraining(HeadTraining):
-    """HeadTraining for heads that read a feature and the next token, and later their own outputs."""
+class EagleTraining(HeadLoss):
+    """HeadLoss for heads that read a feature and the next token, and later their own outputs."""
 
     head: DraftNetwork
     compiled_layers = (Eagle3Layer, DecoderLayer)
@@ -56,7 +56,7 @@ class EagleTraining(HeadTraining):
     ) -> torch.Tensor:
         head = self.head
         head.rotary.reserve(input_ids.shape[1] + self.num_steps)
-        hidden, attend, outputs = head.fuse(features), TttAttention(document_ids), []
+        hidden, attend, outputs = head.project(features), TttAttention(document_ids), []
         for step in range(self.num_steps):
             output = head(hidden, shift_left(input_ids, 1 + step), positions + step, attend)
             outputs.append(head.readout(output.flatten(0, 1).index_select(0, slots.student(step))))

@@ -9,8 +9,8 @@ import torch
 from draftwing.drafts.growth import RootedDraft, grow_tree
 from draftwing.drafts.medusa.network import MedusaModel
 from draftwing.engine.drafter import Drafter, Ranking
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.tree import DraftTree
+from draftwing.engine.tree_plan import TreeShape
 
 
 class MedusaDrafter(Drafter):
@@ -40,7 +40,7 @@ class MedusaDrafter(Drafter):
         self._hidden.copy_(torch.where((num_new > 0)[:, None], features.gather(1, last).squeeze(1), self._hidden))
         self._lengths += num_new
 
-    def grow(self, root: torch.Tensor, plan: TreePlan, rank: Ranking) -> DraftTree:
+    def grow(self, root: torch.Tensor, plan: TreeShape, rank: Ranking) -> DraftTree:
         plan = plan.cut_to(len(self._model))
         hidden, heads = self._hidden[:, None], iter(self._model)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from draftwing.drafts.eagle.formats import HeadOptions
-from draftwing.drafts.export import Export, ExportRequest
-from draftwing.drafts.family import Draft, DraftFiles, Kind, Report, Wanted
+from draftwing.drafts.export_draft import Export, ExportRequest
+from draftwing.drafts.family import Draft, DrafterOptions, DraftFiles, DraftReport, Kind
 from draftwing.drafts.fit import (
     TargetSizes,
     Tensors,
@@ -31,7 +31,7 @@ from draftwing.target.packed import pack_linears
 
 
 @dataclass(frozen=True, kw_only=True)
-class MedusaReport(Report):
+class MedusaReport(DraftReport):
     """The facts of Medusa heads."""
 
     num_heads: int
@@ -48,7 +48,7 @@ class MedusaReport(Report):
 class Medusa(Kind[MedusaModel]):
     """Several heads that read the target's last feature."""
 
-    def drafter(self, draft: MedusaModel, target: TargetModel, wanted: Wanted) -> NewDrafter:
+    def drafter(self, draft: MedusaModel, target: TargetModel, wanted: DrafterOptions) -> NewDrafter:
         return lambda num_seats, num_slots: MedusaDrafter(draft, num_seats, target.dtype, target.device)
 
     def owns_files(self, values: Mapping[str, Any], tensors: Tensors) -> bool:
@@ -67,7 +67,7 @@ class Medusa(Kind[MedusaModel]):
         load_strictly(network, heads.tensors)
         return network.eval()
 
-    def pack(self, draft: MedusaModel, compiles: bool | None = None) -> MedusaModel:
+    def prepack(self, draft: MedusaModel, compiles: bool | None = None) -> MedusaModel:
         pack_linears(draft)
         return draft
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from draftwing.drafts.draft_vocab import DraftVocab
+from draftwing.layers import DraftVocab
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from draftwing.config import MedusaStage, TrainConfig
-from draftwing.data.chat import Example
+from draftwing.data.chat_template import Example
 from draftwing.drafts.fit import Tensors
-from draftwing.drafts.head_training import HeadTraining
-from draftwing.drafts.load import load_draft
+from draftwing.drafts.head_loss import HeadLoss
+from draftwing.drafts.load_draft import load_draft
 from draftwing.drafts.medusa.files import MedusaHeads, expected_medusa_shapes, save_medusa
 from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel, ResBlock
 from draftwing.drafts.objective import SAVED_DTYPE, HeadCosts, HeadSizes, Objective
@@ -24,8 +24,8 @@ from draftwing.losses.slots import SupervisedSlots
 from draftwing.target.model import TargetModel
 
 
-class MedusaTraining(HeadTraining):
-    """HeadTraining for heads that read the target's feature alone and have an output matrix each."""
+class MedusaTraining(HeadLoss):
+    """HeadLoss for heads that read the target's feature alone and have an output matrix each."""
 
     head: MedusaModel
     compiled_layers = (ResBlock,)

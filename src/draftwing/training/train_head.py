@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from draftwing.config import HeadStage, Stage, TrainConfig
-from draftwing.data.chat import Example
+from draftwing.data.chat_template import Example
 from draftwing.data.examples import (
     Collator,
     LengthGroupedOrder,
@@ -22,18 +22,19 @@ from draftwing.data.examples import (
     read_documents,
 )
 from draftwing.drafts.fit import load_strictly
-from draftwing.drafts.head_training import HeadTraining
+from draftwing.drafts.head_loss import HeadLoss
 from draftwing.drafts.kinds import new_drafter, objective_named, resolve_method
 from draftwing.drafts.objective import Objective
 from draftwing.engine.engine import Request
 from draftwing.engine.generation import start_generation
-from draftwing.engine.plan import TreePlan
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule
+from draftwing.engine.tree_plan import NamedTree, TreePlan
 from draftwing.target.load import load_tokenizer
 from draftwing.target.model import TargetModel
 from draftwing.training.estimates import read_target_config
 from draftwing.training.frozen_target import frozen_target
+from draftwing.training.loop import ResumableTrainer, new_trainer, wants_compile
 from draftwing.training.processes import (
     is_main_process,
     num_processes,
@@ -41,7 +42,6 @@ from draftwing.training.processes import (
     sum_over_processes,
     wait_for_others,
 )
-from draftwing.training.trainer import ResumableTrainer, new_trainer, wants_compile
 
 LEAST_COVERAGE = 0.8
 """Of the supervised tokens by a draft vocabulary; with less, many drafts end at a token that it lacks."""
@@ -98,7 +98,7 @@ def coverage(head: Any, train: Sequence[Example]) -> float | None:
     return float(counts[target_ids.cpu()].sum() / counts.sum().clamp(min=1))
 
 
-def decode_plan(config: HeadStage) -> TreePlan:
+def decode_plan(config: HeadStage) -> NamedTree:
     """The tree plan with which evaluations decode."""
     try:
         return TreePlan.parse(config.decode_plan) if config.decode_plan else TreePlan.chain(config.ttt_steps)
@@ -123,7 +123,7 @@ class HeadTrainer(ResumableTrainer):
     """Batches rows of like length, logs each step's loss and accuracy, keeps the best head, decodes `prompts`."""
 
     prompts: Sequence[Sequence[int]] = ()
-    plan: TreePlan
+    plan: NamedTree
 
     def order(self) -> LengthGroupedOrder:
         return LengthGroupedOrder(
@@ -169,8 +169,8 @@ class HeadTrainer(ResumableTrainer):
         wait_for_others()
 
     @property
-    def _module(self) -> HeadTraining:
-        assert isinstance(self.model, HeadTraining)
+    def _module(self) -> HeadLoss:
+        assert isinstance(self.model, HeadLoss)
         return self.model
 
     @property
@@ -202,7 +202,7 @@ def copy_of(head: nn.Module, target: TargetModel, objective: Objective) -> Any:
     return network.eval()
 
 
-def decode(head: Any, target: TargetModel, prompts: Sequence[Sequence[int]], plan: TreePlan) -> tuple[int, int]:
+def decode(head: Any, target: TargetModel, prompts: Sequence[Sequence[int]], plan: NamedTree) -> tuple[int, int]:
     """Decode the prompts greedily, one by one; returns how many tokens came in how many cycles."""
     drafter = new_drafter(resolve_method(None, head), head, target)
     num_tokens = num_cycles = 0

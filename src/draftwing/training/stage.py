@@ -11,10 +11,10 @@ from draftwing.files import to_json, write_text
 from draftwing.prepare.self_generated import write_self_generated
 from draftwing.provenance import provenance
 from draftwing.training.checkpoints import check_same, settings_of
-from draftwing.training.display import RECORD, read_record
-from draftwing.training.head_trainer import train_head
-from draftwing.training.language_model import train_language_model
+from draftwing.training.display import RUN_LOG, read_run_log
 from draftwing.training.processes import is_main_process, wait_for_others
+from draftwing.training.train_head import train_head
+from draftwing.training.train_language_model import train_language_model
 
 
 def train_stage(config: TrainConfig) -> dict[str, float]:
@@ -29,18 +29,18 @@ def train_stage(config: TrainConfig) -> dict[str, float]:
     if config.objective == "self_generated":
         return _generate(config)
     output = Path(config.output)
-    record = read_record(output)
+    run_log = read_run_log(output)
     wait_for_others()  # nobody writes before everyone has looked
     # Records of before `finished` was kept were written at the end only.
-    if record and record.get("finished", True) and any(output.glob("*.safetensors")):
+    if run_log and run_log.get("finished", True) and any(output.glob("*.safetensors")):
         # On one process both: how many there were no longer matters.
-        made_with = settings_of(record["recipe"], num_processes=1) | record.get("inputs", {})
+        made_with = settings_of(run_log["recipe"], num_processes=1) | run_log.get("inputs", {})
         wanted = settings_of(config.as_dict(), num_processes=1) | contents_of(config) | data_content_of(config)
-        check_same(made_with, wanted, output / RECORD)
+        check_same(made_with, wanted, output / RUN_LOG)
         if is_main_process():
-            begun = record["provenance"]["time"]
+            begun = run_log["provenance"]["time"]
             Console(stderr=True).print(f"finished already (begun {begun}), skipped", highlight=False, soft_wrap=True)
-        metrics: dict[str, float] = record["metrics"]
+        metrics: dict[str, float] = run_log["metrics"]
         return metrics
     return (train_language_model if config.objective == "language_model" else train_head)(config)
 
@@ -61,7 +61,7 @@ def _generate(config: TrainConfig) -> dict[str, float]:
         start = time.perf_counter()
         metrics = write_self_generated(config)
         seconds = round(time.perf_counter() - start)
-        record = {"metrics": metrics, "seconds": seconds, "recipe": config.as_dict(), "provenance": provenance()}
-        write_text(Path(config.output).with_suffix(".json"), to_json(record, indent=2) + "\n")
+        run_log = {"metrics": metrics, "seconds": seconds, "recipe": config.as_dict(), "provenance": provenance()}
+        write_text(Path(config.output).with_suffix(".json"), to_json(run_log, indent=2) + "\n")
     wait_for_others()
     return metrics

@@ -16,12 +16,12 @@ import torch
 from draftwing.config import suggestion
 from draftwing.drafts.family import ENGINES, DraftFiles
 from draftwing.drafts.fit import TargetSizes, Tensors
-from draftwing.drafts.inspect import target_sizes
+from draftwing.drafts.inspect_draft import target_sizes
 from draftwing.drafts.kinds import family_of_files
-from draftwing.drafts.load import open_draft
+from draftwing.drafts.load_draft import open_draft
 from draftwing.files import whole_folder, write_text
 
-RECORD = "export.json"
+EXPORT_FILE = "export.json"
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def export_draft(
         written = open_draft(str(partial))
         check_same(kind.meaning(files, sizes), kind.meaning(written, sizes), dtype)
         exported = Exported(output, engine, export.command(output), list(export.faults), list(export.notes))
-        write_text(partial / RECORD, json.dumps(_record(exported, name, named), indent=2) + "\n")
+        write_text(partial / EXPORT_FILE, json.dumps(_facts(exported, name, named), indent=2) + "\n")
         write_text(partial / "README.md", _card(exported, name, named))
     return exported
 
@@ -163,7 +163,7 @@ def _card(exported: Exported, name: str, verifier: str) -> str:
     return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
-def _record(exported: Exported, name: str, verifier: str) -> dict[str, Any]:
+def _facts(exported: Exported, name: str, verifier: str) -> dict[str, Any]:
     return {
         "engine": ENGINES[exported.engine],
         "draft": Path(name).name,

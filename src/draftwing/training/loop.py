@@ -24,9 +24,9 @@ from draftwing.training.checkpoints import (
     newest_checkpoint,
     settings_of,
 )
-from draftwing.training.display import ProgressDisplay, RecordKeeper
+from draftwing.training.display import ProgressDisplay, RunLogKeeper
+from draftwing.training.interruption import StopOnSignal, TrainingDiverged, TrainingStopped
 from draftwing.training.processes import is_main_process, num_processes, sum_over_processes, wait_for_others
-from draftwing.training.stopping import StopOnSignal, TrainingDiverged, TrainingStopped
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +87,11 @@ class ResumableTrainer(Trainer):
         super().__init__(**arguments)
         self.remove_callback(PrinterCallback)
         self.add_callback(Housekeeping(self))
-        self.record = RecordKeeper(config, contents | data_content_of(config))
+        self.run_log = RunLogKeeper(config, contents | data_content_of(config))
         self.display = ProgressDisplay()
         if is_main_process():
             self.add_callback(self.display)
-            self.add_callback(self.record)
+            self.add_callback(self.run_log)
 
     def run(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; returns the held-out metrics.
@@ -121,7 +121,7 @@ class ResumableTrainer(Trainer):
     def finish(self, metrics: dict[str, float]) -> dict[str, float]:
         """Record that the run is over and what was made is written; gives the metrics back."""
         if is_main_process():
-            self.record.write(self.state.log_history, metrics)
+            self.run_log.write(self.state.log_history, metrics)
         wait_for_others()
         return metrics
 

@@ -1,6 +1,6 @@
 """EAGLE heads for other engines: what each one reads, what it takes in silence and gets wrong, and its files.
 
-Read in the engines' loaders (drafts/export.py has the versions). docs/export.md has the table.
+Read in the engines' loaders (drafts/export_draft.py has the versions). docs/export.md has the table.
 """
 
 import shlex
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from draftwing.drafts.eagle.formats import HeadFile, HeadFormat, default_or_none, read_head
-from draftwing.drafts.eagle.gguf import HEAD_GGUF, write_gguf
-from draftwing.drafts.eagle.save import write_head
-from draftwing.drafts.export import Export, ExportRequest
+from draftwing.drafts.eagle.gguf_head import HEAD_GGUF, write_gguf
+from draftwing.drafts.eagle.save_head import write_head
+from draftwing.drafts.export_draft import Export, ExportRequest
 from draftwing.drafts.fit import Tensors
 from draftwing.drafts.save import write_draft
 from draftwing.layers import DraftConfig

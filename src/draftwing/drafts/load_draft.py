@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 
 from draftwing.drafts.eagle.formats import FROM_FILE, HeadOptions
-from draftwing.drafts.eagle.gguf import is_head, read_gguf
+from draftwing.drafts.eagle.gguf_head import is_head, read_gguf
 from draftwing.drafts.family import Draft, DraftFiles, Family
 from draftwing.drafts.fit import Tensors, check_finite
 from draftwing.drafts.kinds import FAMILIES, family_of_files

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 
-from draftwing.drafts.draft_vocab import DraftVocab
 from draftwing.drafts.eagle.eagle1 import EagleModel
 from draftwing.drafts.eagle.eagle3 import Eagle3Model
 from draftwing.drafts.eagle.fields import sort_fields
 from draftwing.drafts.eagle.formats import FROM_FILE, HeadFile, HeadOptions, count_features, read_head
 from draftwing.drafts.fit import TargetSizes, Tensors, check_finite, load_strictly, sizes_of
-from draftwing.drafts.load import read_draft_files, resolve_draft
-from draftwing.layers import DraftConfig
+from draftwing.drafts.load_draft import read_draft_files, resolve_draft
+from draftwing.layers import DraftConfig, DraftVocab
 from draftwing.target.model import TargetModel
 
 DraftNetwork = EagleModel | Eagle3Model

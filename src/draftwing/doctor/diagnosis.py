@@ -13,9 +13,9 @@ from rich.table import Table
 
 from draftwing.data.prompts import Prompt, has_chat_template
 from draftwing.doctor.patient import Patient
-from draftwing.doctor.replay import Recording, Trace, record
+from draftwing.doctor.replay import Trace, Transcript, transcribe
 from draftwing.doctor.suspects import Suspect
-from draftwing.doctor.trials import Finding, Steps, Trials, compare
+from draftwing.doctor.trials import Finding, StepCount, Trials, compare
 from draftwing.engine.engine import Request, check_requests
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule
@@ -36,22 +36,22 @@ TEMPLATED, RAW = "through the chat template", "without the chat template"
 class Text:
     """What a target said to some prompts, and what it said to them `otherwise`: sampled, or another way of asking."""
 
-    recordings: Sequence[Recording]
-    otherwise: Mapping[str, Sequence[Recording]] = field(default_factory=dict)
+    transcripts: Sequence[Transcript]
+    otherwise: Mapping[str, Sequence[Transcript]] = field(default_factory=dict)
 
     @property
     def num_prompts(self) -> int:
-        return sum(len(recording.tokens) for recording in self.recordings)
+        return sum(len(transcript.tokens) for transcript in self.transcripts)
 
     @property
     def overflows(self) -> bool:
         """Whether the target's features hold infinities or NaNs."""
-        features = (rows for recording in self.recordings for rows in recording.features.values())
+        features = (rows for transcript in self.transcripts for rows in transcript.features.values())
         return any(not row.isfinite().all() for rows in features for row in rows)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Conclusion:
     """One sentence, whether it names a fault, and the options of `load` and `generate` that cure it."""
 
     sentence: str
@@ -71,7 +71,7 @@ class Diagnosis:
         clues: what the files give away.
     """
 
-    verdict: Verdict
+    verdict: Conclusion
     loaded: Finding
     findings: list[Finding]
     otherwise: list[Finding]
@@ -99,7 +99,7 @@ def decode_prompts(
     tokenizer: Any,
     temperature: float,
     max_new_tokens: int,
-    steps: Steps,
+    steps: StepCount,
 ) -> Text:
     """Decode the prompts plainly: as asked, at another temperature, and with or without the chat template."""
     has_template = has_chat_template(tokenizer)
@@ -123,11 +123,11 @@ def decode_prompts(
     for rows in requests.values():
         check_requests(patient.target, rows)  # all, before the first is decoded
     steps.expect(len(ways))
-    texts: dict[str, list[Recording]] = {}
+    texts: dict[str, list[Transcript]] = {}
     for name, (_, _, layers) in ways.items():
         steps.begin(f"the target alone, {name or 'as asked'}")
         batches = (requests[name][first : first + BATCH] for first in range(0, len(requests[name]), BATCH))
-        texts[name] = [record(patient.target, batch, layers) for batch in batches]
+        texts[name] = [transcribe(patient.target, batch, layers) for batch in batches]
     return Text(texts.pop(""), texts)
 
 
@@ -141,72 +141,72 @@ def as_chat(prompt: Prompt) -> Prompt:
     return Prompt(prompt.name, messages=prompt.messages or ({"role": "user", "content": prompt.text},))
 
 
-def examine(patient: Patient, text: Text, clues: Sequence[str], steps: Steps) -> Diagnosis:
+def examine(patient: Patient, text: Text, clues: Sequence[str], steps: StepCount) -> Diagnosis:
     """Try every suspect on what the target said, then the best one with each other, and conclude.
 
-    The recordings hold `Patient.layers_of_suspects`. Nothing is tried on features that overflow, nor of a draft
+    The transcripts hold `Patient.layers_of_suspects`. Nothing is tried on features that overflow, nor of a draft
     whose file is broken.
     """
-    trials = Trials(patient, text.recordings, steps)
+    trials = Trials(patient, text.transcripts, steps)
     loaded = compare("as loaded", "", trials.loaded, trials.loaded)
     positions = tau_by_position(trials.loaded)
     if text.overflows:
         return Diagnosis(_overflow(patient.target), loaded, [], [], positions, list(clues))
     if patient.broken:
-        verdict = Verdict(f"Fault: the draft's {'; '.join(patient.broken)}; fetch or train it anew.", True)
+        verdict = Conclusion(f"Fault: the draft's {'; '.join(patient.broken)}; fetch or train it anew.", True)
         return Diagnosis(verdict, loaded, [], [], positions, list(clues))
     steps.expect(len(text.otherwise))
     otherwise = []
-    for name, recordings in text.otherwise.items():
+    for name, transcripts in text.otherwise.items():
         steps.begin(name)
-        traces = patient.traces(recordings, {})
+        traces = patient.traces(transcripts, {})
         otherwise.append(compare(name, "other text, no fault in itself", traces, trials.loaded, same_text=False))
     cure, traces = trials.find_cure()
     is_useful = trials.reads_features(cure, traces) if patient.is_head else loaded.tau.high >= HOPELESS
     cured = compare(cure.name, cure.fault, traces, trials.loaded, cure.options)
     if text.num_prompts < FEWEST_PROMPTS:
         got = f"{text.num_prompts}, with a tau of {loaded.tau.value:.2f}"
-        verdict = Verdict(f"Too few prompts to tell: {got}; give at least {FEWEST_PROMPTS} with --prompts.")
+        verdict = Conclusion(f"Too few prompts to tell: {got}; give at least {FEWEST_PROMPTS} with --prompts.")
     else:
         verdict = conclude(loaded, cured, is_useful, otherwise, trials.findings)
     return Diagnosis(verdict, loaded, trials.findings, otherwise, positions, list(clues))
 
 
-def _overflow(target: TargetModel) -> Verdict:
+def _overflow(target: TargetModel) -> Conclusion:
     dtype = str(target.dtype).removeprefix("torch.")
     cure = {"dtype": "float32" if target.device.type == "cpu" else "bfloat16"}
-    return Verdict(f"Fault: the target's features overflow in {dtype}; pass {advice(cure)}.", True, cure)
+    return Conclusion(f"Fault: the target's features overflow in {dtype}; pass {advice(cure)}.", True, cure)
 
 
 def conclude(
     loaded: Finding, cured: Finding, is_useful: bool | None, otherwise: Sequence[Finding], findings: Sequence[Finding]
-) -> Verdict:
+) -> Conclusion:
     """The sentence that follows from the figures; `is_useful` is None where they don't say."""
     tau = f"{loaded.tau.value:.2f}"
     if cured.options and is_useful:
         sentence = f"Fault: {cured.means}; pass {advice(cured.options)}: tau {tau} becomes {cured.tau.value:.2f}."
-        return Verdict(sentence, True, cured.options)
+        return Conclusion(sentence, True, cured.options)
     if is_useful is None and loaded.tau.low >= PROMISING:
         doubt = "whether the draft reads this target's features at all"
-        return Verdict(f"Too few prompts to tell {doubt} (tau {tau}); give more with --prompts or --max-new-tokens.")
+        return Conclusion(f"Too few prompts to tell {doubt} (tau {tau}); give more with --prompts or --max-new-tokens.")
     if not is_useful:
         sentence = f"Fault: the draft is untrained, or was made for another target (tau {tau}); pass another --draft."
-        return Verdict(sentence, True)
+        return Conclusion(sentence, True)
     for other in otherwise:
         if other.gain.low > 1 and other.gain.value >= TEXT_GAIN and other.name in (TEMPLATED, RAW):
             do = "give chat prompts (--chat, or rows with messages)" if other.name == TEMPLATED else "give raw prompts"
             sentence = f"Fault: the draft was not trained on prompts of this kind; {do}: tau {tau} becomes "
-            return Verdict(f"{sentence}{other.tau.value:.2f} {other.name}.", True)
+            return Conclusion(f"{sentence}{other.tau.value:.2f} {other.name}.", True)
     easier = [other for other in otherwise if other.name == "temperature 0" and other.gain.value > 1]
     reason = f", {easier[0].tau.value:.2f} at temperature 0: sampled text is harder" if easier else ""
     if doubtful := [finding for finding in findings if finding.may_be_cure]:
         best = max(doubtful, key=lambda finding: finding.gain.value)
-        return Verdict(
+        return Conclusion(
             f"Too few prompts to tell whether {best.means} ({advice(best.options)}: tau {tau} or "
             f"{best.tau.value:.2f}{reason}); give more with --prompts or --max-new-tokens."
         )
     tau += f" ({loaded.tau.low:.2f} to {loaded.tau.high:.2f})"
-    return Verdict(f"Nothing is wrong: a tau of {tau}{reason} is what this draft gives on these prompts.")
+    return Conclusion(f"Nothing is wrong: a tau of {tau}{reason} is what this draft gives on these prompts.")
 
 
 def advice(options: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from draftwing.losses.slots import SupervisedSlots, document_positions
 from draftwing.target.model import TargetModel
 
 
-class HeadTraining(nn.Module):
+class HeadLoss(nn.Module):
     """A head with its frozen target: `forward(batch)` gives the loss; metrics of each step are summed on the side.
 
     A step's loss is a mean over the slots that it supervises. Their number follows from the loss mask alone, so it can

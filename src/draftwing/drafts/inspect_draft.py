@@ -3,15 +3,15 @@
 from rich.table import Table
 from transformers import AutoConfig
 
-from draftwing.drafts.family import Report
+from draftwing.drafts.family import DraftReport
 from draftwing.drafts.fit import BROKEN, TargetSizes
 from draftwing.drafts.kinds import family_of_files
-from draftwing.drafts.load import open_draft
+from draftwing.drafts.load_draft import open_draft
 from draftwing.target.load import resolve_target
 from draftwing.target.model import one_line
 
 
-def inspect_draft(name: str, target: str | None = None) -> Report:
+def inspect_draft(name: str, target: str | None = None) -> DraftReport:
     """Report on a draft.
 
     With a target, check that they fit; only the target's config and tokenizer are read.
@@ -34,7 +34,7 @@ def target_sizes(name: str) -> TargetSizes:
     return TargetSizes(config.hidden_size, config.num_hidden_layers, config.vocab_size)
 
 
-def report_table(report: Report, target: str | None = None) -> Table:
+def report_table(report: DraftReport, target: str | None = None) -> Table:
     """The report as people read it; `target` is the one that the draft was checked against."""
     table = Table(show_header=False, title=report.folder)
     table.add_row("format", report.format.replace("_", " "))

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from draftwing.data.prompts import Prompt
 from draftwing.engine.generation import Committed
+from draftwing.engine.stopping import TextStream
 from draftwing.evaluation.compare import Comparison, Start, compare_methods, compare_to_plain
-from draftwing.evaluation.text import TextStream
 
 DRAFTED, CHOSEN = "green", "default"
 LEGEND = f"{DRAFTED}: drafted and accepted; the rest is the target's own"

@@ -8,8 +8,8 @@ import torch
 
 from draftwing.drafts.eagle.fields import Fields, sort_fields
 from draftwing.drafts.eagle.formats import HeadFile, default_or_none, read_head
-from draftwing.drafts.eagle.load import expected_shapes, fit_problems
-from draftwing.drafts.family import DraftFiles, Report
+from draftwing.drafts.eagle.load_head import expected_shapes, fit_problems
+from draftwing.drafts.family import DraftFiles, DraftReport
 from draftwing.drafts.fit import TargetSizes, broken_tensors, dtype_name, tensor_problems
 
 NETWORK_OPTIONS = (
@@ -26,7 +26,7 @@ NETWORK_OPTIONS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadReport(Report):
+class HeadReport(DraftReport):
     """A head's facts. The fields of its config.json are used, or change nothing, or are among the problems."""
 
     hidden_size: int

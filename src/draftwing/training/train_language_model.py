@@ -5,23 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from draftwing.config import LanguageModelStage, check_keys
 from draftwing.data import fingerprint
-from draftwing.data.chat import encode_row
+from draftwing.data.chat_template import encode_row
 from draftwing.data.corpus import Row
 from draftwing.data.features import check_positions
 from draftwing.data.prompts import write_held_out_prompts
 from draftwing.data.rows import Rejects, read_rows
-from draftwing.data.tokenizer import END_OF_TEXT, train_tokenizer
 from draftwing.target.load import load_tokenizer
 from draftwing.target.model import TargetModel
 from draftwing.training.frozen_target import frozen_target
+from draftwing.training.loop import ResumableTrainer, new_trainer
 from draftwing.training.processes import is_main_process, num_processes, sum_over_processes, wait_for_others
-from draftwing.training.trainer import ResumableTrainer, new_trainer
 
 Block = dict[str, torch.Tensor]
 IGNORED = -100
@@ -192,3 +192,34 @@ def _tokenizer(config: LanguageModelStage, rows: Iterable[Row]) -> Any:
 
 def _row_text(row: Row) -> str:
     return row["text"] if "text" in row else "\n".join(message["content"] for message in row["messages"])
+
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TURN = "<|end|>"
+ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Learn a byte-level BPE vocabulary of `vocab_size` entries, special tokens included."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, END_OF_TURN, *ROLE_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TURN,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[END_OF_TEXT, *ROLE_TOKENS],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
