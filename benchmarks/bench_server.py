@@ -3,7 +3,8 @@
     python benchmarks/bench_server.py --output docs/results/tiny_cpu_server.json
 
 Both servers run from the beginning and are asked in turn, so that rounds pair them; who is not asked waits. The same
-requests go to both, and their texts must be equal. Last, one client's tokens/s are compared with those of `generate`, with drafts and without.
+requests go to both, and their texts must be equal. Last, one client's tokens/s are compared with those of `generate`,
+with drafts and without.
 """
 
 import argparse
