@@ -417,7 +417,7 @@ def test_a_prompt_that_is_too_long_is_found_before_anything_is_measured(
 ) -> None:
     lines = ['{"prompt": "def add"}'] * 8 + [json.dumps({"prompt": "x = 1\n" * 100})]
     (folder / "long.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    for place in ("engine.generation.Generation.__init__", "api.measure_costs"):
+    for place in ("engine.generation.Generation.__init__", "plans.planner.measure_costs"):
         monkeypatch.setattr(f"draftwing.{place}", lambda *_, **__: pytest.fail("something was measured"))
     models = ("--target", str(folder / "target"), "--draft", str(folder / "eagle3"))
     more = ("--num-prompts", "9") if command == "doctor" else ()

@@ -1,6 +1,7 @@
 """The embedded models: they are what the README says, they load, and speculation keeps their tokens."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,20 @@ def test_the_demo_shows_completions(capsys: pytest.CaptureFixture[str]) -> None:
     assert "identical" in shown
     assert "target passes" in shown
     assert "NO" not in shown
+
+
+def test_the_demo_takes_any_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A chat model is asked questions; what needs no draft is shown beside a draft's own method."""
+    shutil.copytree(EMBEDDED / "target", tmp_path / "model")
+    options = ["--target", str(tmp_path / "model"), "--prompts", "1", "--max-new-tokens", "8", "--repeats", "1"]
+    assert main(["demo", *options]) == 0
+    shown = capsys.readouterr().out
+    assert "Why does the sky turn red in the evening?" in shown
+    assert "identical" in shown and "NO" not in shown
+    assert main(["demo", *options, "--draft", "tiny-draft", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["method"] for row in rows if row["temperature"] == 0] == ["plain", "lookahead", "ngram", "draft_model"]
+    assert all(row["identical"] for row in rows)
 
 
 def test_the_assets_are_small_bfloat16_and_licence_clean() -> None:

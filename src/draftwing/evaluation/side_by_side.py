@@ -37,11 +37,11 @@ def print_stream(console: Console, cycles: Iterator[Committed], tokenizer: Any) 
 def show_completions(
     console: Console, prompts: Sequence[Prompt], tokenizer: Any, methods: dict[str, Start], **options: Any
 ) -> None:
-    """Stream the completions of a few prompts, plain first and then with EAGLE-3."""
+    """Stream the completions of a few prompts, first with the first method and then with the last."""
     if console.is_terminal:
         console.print(LEGEND.capitalize() + ".", style="bold")
     for prompt in prompts:
-        for method in ("plain", "eagle3"):
+        for method in (next(iter(methods)), next(reversed(methods))):
             print_text(console, f"--- {prompt.name}: {method} ---\n", "dim")
             print_text(console, (prompt.text or prompt.messages[0]["content"]) + "\n", "dim")
             generation = methods[method]([prompt.token_ids(tokenizer)], **options)
