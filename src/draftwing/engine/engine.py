@@ -24,6 +24,7 @@ from draftwing.engine.statistics import StageClock, Statistics
 from draftwing.engine.tree import DraftTree
 from draftwing.engine.unread import MOST_UNREAD, PREFILL_CHUNK
 from draftwing.target.model import TargetModel
+from draftwing.target.row_pass import rounding_problem
 from draftwing.threads import fitting_threads, num_threads
 
 PREFILL_TOKENS = 2048
@@ -65,10 +66,14 @@ class Engine:
         self.target, self.num_seats, self.capacity, self.plan = target, num_seats, capacity, plan
         self._threads = num_threads() if target.bits_depend_on_threads else None  # None: anew in every cycle
         self.waits = False  # for the device at a cycle's end, so that each cycle counts its own time alone
+        self._rounding_problem = rounding_problem(target)
         self.count_into(Statistics())
         largest = plan.largest
         if largest.max_depth > MOST_LEVELS:
             raise ValueError(f"plan: expected at most {MOST_LEVELS} levels, got {largest}")
+        deepest = target.deepest_tree
+        if deepest is not None and largest.max_depth > deepest and not largest.is_chain:
+            raise ValueError(f"plan: expected a chain, or a tree of at most {deepest} levels here, got {largest}")
         num_slots = capacity + room_for(largest)
         drafter = new_drafter(num_seats, num_slots)
         self._seats = Seats(target, drafter, num_seats, num_slots, largest.max_depth, coupled)
@@ -105,6 +110,7 @@ class Engine:
     def count_into(self, statistics: Statistics) -> None:
         """Count cycles and seconds there from now on."""
         self.statistics = statistics
+        statistics.rounding_problem = self._rounding_problem
         self._clock = StageClock(statistics, self.target.device)
 
     def check(self, request: Request, name: str = "the prompt") -> None:

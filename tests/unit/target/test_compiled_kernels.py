@@ -1,0 +1,36 @@
+"""Each of the row pass's kernels is compiled for several GPUs by Triton's own tools, without a GPU.
+
+Triton's interpreter accepts what its compiler does not. A process of its own compiles, since this one interprets.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from draftwing.target.attention import has_triton
+
+pytestmark = pytest.mark.skipif(not has_triton(), reason="Triton cannot compile here")
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Of a program, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_all_kernels_compile(capability: int, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = str(Path(__file__).parents[2] / "compile_kernels.py")
+    command = [sys.executable, script, str(capability), str(SHARED_BYTES[capability])]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    compiled = json.loads(result.stdout.splitlines()[-1])
+    assert {kernel["name"] for kernel in compiled} == {"_multiply", "_join_splits", "_rotate", "_attend", "_join_parts"}
+    for kernel in compiled:
+        assert kernel["shared_bytes"] <= SHARED_BYTES[capability], kernel
+        assert not kernel["spills"], kernel
