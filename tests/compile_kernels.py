@@ -6,9 +6,13 @@ The pass's own functions run on tensors without storage, at the shapes of an 8B 
 """
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,12 +55,12 @@ class Compiled:
             {(index(name),): [["tt.divisibility", 16]] for name in aligned},
         )
         kernel = triton.compile(source, target=self._target, options=options)
-        metadata, ptx = kernel.metadata, kernel.asm["ptx"]
+        metadata, ptx = kernel.metadata, str(kernel.asm["ptx"])
         self.results[key] = {
             "name": self._kernel.__name__,
             "shared_bytes": metadata.shared,
-            "products": ptx.count("mma"),
-            "has_binary": bool(kernel.asm["cubin"]),
+            "registers": _registers(kernel.asm["cubin"]),
+            "products": sorted(set(re.findall(r"wgmma\.mma_async\S*|mma\.sync\S*|tcgen05\.mma\S*", ptx))),
             "options": options,
             "fixed": fixed,
         }
@@ -66,6 +70,16 @@ class Compiled:
             return True
         parameter = self._kernel.params[self._kernel.arg_names.index(name)]
         return isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
+
+
+def _registers(binary: bytes) -> dict[str, int]:
+    """What a thread takes, by Triton's cuobjdump: registers, and bytes of local memory where those do not suffice."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
 
 
 def _type(value: Any) -> str:
@@ -84,7 +98,7 @@ def main() -> None:
             if isinstance(part, triton.runtime.JITFunction):
                 compiled.append(Compiled(part, target))
                 setattr(module, name, compiled[-1])
-    for num_nodes in (1, 27, 60, 128):
+    for num_nodes in (1, 128):
         run_layer(num_nodes, has_options=False)
     run_layer(16, has_options=True)
     print(json.dumps([result for kernel in compiled for result in kernel.results.values()]))

@@ -360,14 +360,34 @@ class Sampler(BySeat):
                 scores = scores.masked_fill(scores < threshold, -torch.inf)
                 ordered = ordered.masked_fill(ordered < threshold, -torch.inf)
             if self.work.has_top_p:
-                probs = ordered.softmax(-1)
-                # A token stays while the tokens before it hold less than top_p; the first always stays.
-                stays = (probs.cumsum(-1) - probs) < self._top_p
-                num_kept = stays.sum(-1, keepdim=True).clamp(min=1)
+                num_kept = stays_in_nucleus(ordered, self._top_p).sum(-1, keepdim=True).clamp(min=1)
                 threshold = ordered.gather(-1, num_kept - 1)
                 scores = scores.masked_fill((scores < threshold) & (self._top_p < 1), -torch.inf)
         if self.work.has_min_p:
-            log_probs = scores.log_softmax(-1)
-            floor = log_probs.amax(-1, keepdim=True) + self._min_p.log()
-            scores = scores.masked_fill(log_probs < floor, -torch.inf)
+            # On a GPU without log_softmax, whose sum over a row may round by where the row lies: it cancels out.
+            log_probs = scores.log_softmax(-1) if scores.device.type == "cpu" else scores
+            scores = scores.masked_fill(below_min_p(log_probs, self._min_p), -torch.inf)
         return scores
+
+
+def below_min_p(scores: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """Which tokens are less than `min_p` times as likely as the likeliest, by log-probabilities up to a constant."""
+    return scores < scores.amax(-1, keepdim=True) + min_p.log()
+
+
+def stays_in_nucleus(ordered: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Which of a row's scores, the highest first, stay: as long as those before hold less than `top_p`.
+
+    A GPU sums a row in an order that depends on the number of rows. So there integers are summed: in any order.
+    """
+    if ordered.device.type == "cpu":
+        probs = ordered.softmax(-1)
+        return (probs.cumsum(-1) - probs) < top_p
+    return stays_by_integers(ordered, top_p)
+
+
+def stays_by_integers(ordered: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """The same by weights relative to the highest, in steps of 2^-40: up to 2^22 of them fit into 64 bits."""
+    weights = ((ordered - ordered[..., :1]).exp() * 2.0**40).long()
+    sums = weights.cumsum(-1)
+    return (sums - weights) < top_p.double() * sums[..., -1:]

@@ -128,8 +128,12 @@ class Places:
         tails = torch.where(is_read, starts_at[..., None] + slot, -1)
         own = lengths[:, None] + torch.arange(num_behind - num_new, num_behind, device=device)
         slots = starts_at + own.clamp(max=num_slots - 1)
-        limits = firsts.clamp(min=0)
-        num_parts = torch.searchsorted(starts, limits.to(starts.dtype))
-        positions = positions.clamp(max=num_positions - 1)
-        flat = (part.flatten(0, 1).int() for part in (positions, slots, limits, num_parts, tails))
-        return Places(num_new, *flat, starts)
+        limits = _flat(firsts.clamp(min=0))
+        num_parts = torch.searchsorted(starts, limits, out_int32=True)
+        positions = _flat(positions.clamp(max=num_positions - 1))
+        return Places(num_new, positions, _flat(slots), limits, num_parts, _flat(tails), starts)
+
+
+def _flat(by_node: torch.Tensor) -> torch.Tensor:
+    """`[B, N, ...]` as int32 `[R, ...]`."""
+    return by_node.flatten(0, 1).int()

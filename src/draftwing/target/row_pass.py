@@ -191,7 +191,8 @@ def row_problem(target: TargetModel) -> str | None:
 
 def read_product(product: Product, most_splits: int = 4) -> RowProduct:
     assert isinstance(product, JoinedProduct)
-    return RowProduct(product.weight, product.bias, Tiles.of(*product.weight.shape, most_splits))
+    num_outputs, num_inputs = product.weight.shape
+    return RowProduct(product.weight, product.bias, Tiles.of(num_outputs, num_inputs, most_splits))
 
 
 def read_norm(norm: Any) -> RowNorm:

@@ -5,6 +5,7 @@ that few rows waste nothing.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -69,7 +70,8 @@ def _launch(
         x, product.weight, bias, y, num_rows, num_outputs, num_inputs, split_length,
         HAS_BIAS=bias is not None, IS_GATED=is_gated, IS_EVEN=is_even,
         BLOCK_OUTPUTS=tiles.outputs, BLOCK_ROWS=block_rows, BLOCK_INPUTS=tiles.inputs,
-        num_warps=tiles.warps, num_stages=max(1, min(tiles.stages, shared_bytes(x.device) // stage_bytes)),
+        num_warps=max(tiles.warps, tiles.outputs * block_rows // 2048),
+        num_stages=max(1, min(tiles.stages, shared_bytes(x.device) // stage_bytes)),
         enable_fp_fusion=False,  # tiles of all heights, compiled apart, must round alike
     )  # fmt: skip
 
@@ -79,7 +81,8 @@ def shared_bytes(device: torch.device) -> int:
     """Shared memory that a program may use."""
     if device.type != "cuda":
         return LEAST_SHARED_BYTES
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
