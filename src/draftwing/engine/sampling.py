@@ -390,4 +390,6 @@ def stays_by_integers(ordered: torch.Tensor, top_p: torch.Tensor) -> torch.Tenso
     """The same by weights relative to the highest, in steps of 2^-40: up to 2^22 of them fit into 64 bits."""
     weights = ((ordered - ordered[..., :1]).exp() * 2.0**40).long()
     sums = weights.cumsum(-1)
-    return (sums - weights) < top_p.double() * sums[..., -1:]
+    share, (high, low) = (top_p * 2.0**24).long(), (sums[..., -1:] >> 24, sums[..., -1:] & (1 << 24) - 1)
+    held = high * share + (low * share >> 24)  # top_p of the total, in parts since the product would not fit
+    return (sums - weights) < held
