@@ -95,12 +95,14 @@ class Corner:
         dims = torch.cat((pairs, large.head_dim // 2 + pairs))
         key_heads = torch.arange(small.key_heads)
         heads = (key_heads[:, None] * large_groups + torch.arange(groups)).flatten()
+        sharing = torch.arange(small.key_heads * large_groups)  # all that read the small one's keys and values
+        self.attended = (sharing[:, None] * large.head_dim + dims).flatten()
         self.hidden = Axis(large.hidden, torch.arange(small.hidden))
         self.inner = Axis(large.inner, torch.arange(small.inner))
         self.vocab = Axis(large.vocab, torch.arange(small.vocab))
         self.queries = Axis(large.heads * large.head_dim, (heads[:, None] * large.head_dim + dims).flatten())
         self.keys = Axis(large.key_heads * large.head_dim, (key_heads[:, None] * large.head_dim + dims).flatten())
-        self.norm_scale = (large.hidden / small.hidden) ** 0.5
+        self.norm_scale = (small.hidden / large.hidden) ** 0.5
         self.query_scale = (large.head_dim / small.head_dim) ** 0.5
 
     def axes(self, name: str, num_inputs: int) -> tuple[Axis, Axis]:
@@ -128,7 +130,7 @@ class Corner:
         outputs, inputs = self.axes(name, self.small.hidden if small is None else small.shape[1])
         weight.normal_(0, RANDOM_SCALE)
         columns = inputs.used.to(weight.device)
-        weight[:, columns] = 0
+        weight[:, self.attended.to(weight.device) if name == "o_proj" else columns] = 0
         if name not in ("o_proj", "down_proj"):
             weight[:, self.large.hidden - 1 :: self.large.hidden] = 0  # the traces in states
         if small is not None:
@@ -169,7 +171,7 @@ def inflate_target(model: LlamaForCausalLM, shape: tuple[int, ...], device: torc
         "num_key_value_heads": key_heads,
         "head_dim": head_dim,
         "vocab_size": vocab,
-        "rms_norm_eps": small.rms_norm_eps / corner.norm_scale**2,
+        "rms_norm_eps": small.rms_norm_eps * corner.norm_scale**2,
         "tie_word_embeddings": False,
     }
     for name, value in changes.items():
@@ -211,7 +213,7 @@ def inflate_head(head: Eagle3Model, target: TargetModel, draft_vocab: int) -> Ea
         vocab_size=target.vocab_size,
         draft_vocab_size=draft_vocab,
         target_hidden_size=sizes.hidden,
-        rms_norm_eps=small.rms_norm_eps / corner.norm_scale**2,
+        rms_norm_eps=small.rms_norm_eps * corner.norm_scale**2,
     )
     unused = torch.arange(draft_vocab - small.draft_vocab_size) + small.vocab_size
     used = torch.arange(small.vocab_size) if head.vocab.target_ids is None else head.vocab.target_ids.cpu()

@@ -167,6 +167,8 @@ class Engine:
         seats = self._cycling
         seats.bound = int(self._seats.lengths[: len(self._running)].max())
         plan = self.plan.next(len(self._running), seats.bound, self._samples)
+        if isinstance(seats, CapturedSeats):
+            self.statistics.recording_seconds += seats.make_ready(plan)
         with fitting_threads(self._threads):
             with self._clock.stage("draft"):
                 tree = seats.draft(plan)

@@ -34,7 +34,8 @@ def test_logits_are_the_small_models(target: TargetModel, large: TargetModel) ->
 def test_its_weights_are_random_where_that_changes_nothing(large: TargetModel) -> None:
     for name, weight in large.model.named_parameters():
         if "norm" not in name and "embed" not in name:
-            assert (weight != 0).float().mean() > 0.5, name
+            least = 0.05 if name.endswith("7.mlp.down_proj.weight") else 0.4  # the last reads what is summed there
+            assert (weight != 0).float().mean() > least, name
 
 
 @torch.inference_mode()
@@ -53,7 +54,7 @@ def test_drafts_are_accepted_as_the_small_heads(
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    for index, size in ((1, 48), (2, 100), (5, 12), (6, 50)):
+    for index, size in ((1, 32), (2, 100), (4, 1), (5, 12), (6, 50)):
         shape = (*SHAPE[:index], size, *SHAPE[index + 1 :])
         with pytest.raises(ValueError, match="shape: "):
             inflate_target(tiny_llama(), shape, CPU)
