@@ -2,7 +2,7 @@
 
     python tests/compile_kernels.py CAPABILITY SHARED_BYTES
 
-The pass's own functions run on tensors without storage, at the shapes of an 8B model; launches are compiled instead.
+The pass itself runs on tensors without storage, at the shapes of an 8B model; its launches are compiled instead.
 """
 
 import json
@@ -11,21 +11,32 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from draftwing.target import row_attention, row_products
-from draftwing.target.row_layout import TAIL, Places, RowNorm, RowProduct, Tiles, part_starts
+from draftwing.target import packed, row_attention, row_products
+from draftwing.target.model import ATTENTION
+from draftwing.target.row_pass import RowTarget
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-HIDDEN, INNER, HEADS, KEY_HEADS, DIM, VOCAB = 4096, 14336, 32, 8, 128, 128256
+SIZES = {
+    "num_hidden_layers": 1,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}
 
 
 class Compiled:
@@ -99,35 +110,30 @@ def main() -> None:
                 compiled.append(Compiled(part, target))
                 setattr(module, name, compiled[-1])
     for num_nodes in (1, 128):
-        run_layer(num_nodes, has_options=False)
-    run_layer(16, has_options=True)
+        run_pass(meta_model(LlamaConfig(**SIZES)), num_nodes)
+    run_pass(meta_model(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)), 16)
+    run_pass(meta_model(Qwen3Config(**SIZES)), 16)
     print(json.dumps([result for kernel in compiled for result in kernel.results.values()]))
 
 
-def run_layer(num_nodes: int, has_options: bool) -> None:
-    """A layer and the output head; with a bias on each product and a norm on each head, if `has_options`."""
-    empty = partial(torch.empty, device="meta", dtype=torch.bfloat16)
-    ints = partial(torch.empty, device="meta", dtype=torch.int32)
+@torch.inference_mode()
+def run_pass(model: PreTrainedModel, num_nodes: int) -> None:
+    """One pass over a tree of so many nodes behind a thousand tokens."""
+    target = RowTarget(model)
+    cache = target.new_cache(1, 1024)
+    cache.bound = 1000
+    tokens = torch.zeros(1, num_nodes, dtype=torch.int64, device="meta")
+    ancestors = torch.ones(1, num_nodes, num_nodes, dtype=torch.bool, device="meta")
+    target.forward_tree(tokens, tokens, ancestors, cache)
 
-    def product(num_outputs: int, num_inputs: int, most_splits: int = 4) -> RowProduct:
-        bias = empty(num_outputs) if has_options else None
-        return RowProduct(empty(num_outputs, num_inputs), bias, Tiles.of(num_outputs, num_inputs, most_splits))
 
-    x, norm = empty(num_nodes, HIDDEN), RowNorm(empty(HIDDEN), 1e-5)
-    heads_norm = RowNorm(empty(HEADS + KEY_HEADS, DIM), 1e-5) if has_options else None
-    rows, starts = (ints(num_nodes) for _ in range(4)), ints(len(part_starts(1024)))
-    places = Places(num_nodes, *rows, ints(num_nodes, TAIL), starts)
-    keys, values = empty(2048, KEY_HEADS, DIM), empty(2048, KEY_HEADS, DIM)
-    tables = empty(2048, DIM // 2), empty(2048, DIM // 2)
-    qkv, output = product((HEADS + 2 * KEY_HEADS) * DIM, HIDDEN), product(HIDDEN, HIDDEN)
-    inputs = row_products.normalise(x, norm)
-    sums = row_products.multiply_split(inputs, qkv)
-    queries = row_attention.rotate_and_store(sums, qkv.bias, heads_norm, *tables, keys, values, places)
-    attended = row_attention.attend(queries, keys, values, places, 1.0)
-    x, inputs = row_products.add_splits(x, row_products.multiply_split(attended, output), output.bias, norm)
-    gated = row_products.multiply_gated(inputs, product(2 * INNER, HIDDEN, 1))
-    row_products.add_splits(x, row_products.multiply_split(gated, product(HIDDEN, INNER)), None, norm)
-    row_products.multiply(inputs, product(VOCAB, HIDDEN, 1))
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without storage, of packed products."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.bfloat16).eval()
+    with patch.object(packed, "_can_pack", lambda layer: True):
+        packed.pack_linears(model)
+    return model
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def test_lookups_come_and_go_between_recordings(
 
 
 def test_recordings_are_in_no_measured_time(target: TargetModel, prompts: list[list[int]]) -> None:
-    """They take longer than cycles; what they took is told apart, and only once."""
+    """They take longer than cycles; what they took, a trial with them, is told apart, and only once."""
     engine = Engine(target, no_draft, 4, CAPACITY, TreePlan.off(), TapeRecorder())
     requests = requests_for(prompts, max_new_tokens=6, eos=())
     first, second = (Generation(engine, requests).run().statistics for _ in range(2))

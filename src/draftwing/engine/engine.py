@@ -1,5 +1,6 @@
 """The engine: requests take seats, and each step decodes what is seated. One cycle is draft, verify, commit."""
 
+import time
 from collections.abc import Callable, Sequence
 from itertools import dropwhile, islice, takewhile
 
@@ -66,7 +67,7 @@ class Engine:
         self.target, self.num_seats, self.capacity, self.plan = target, num_seats, capacity, plan
         self._threads = num_threads() if target.bits_depend_on_threads else None  # None: anew in every cycle
         self.waits = False  # for the device at a cycle's end, so that each cycle counts its own time alone
-        self._rounding_problem = rounding_problem(target)
+        self._rounding_problem, self._trial_seconds = rounding_problem(target), 0.0
         self.count_into(Statistics())
         largest = plan.largest
         if largest.max_depth > MOST_LEVELS:
@@ -79,7 +80,9 @@ class Engine:
         self._seats = Seats(target, drafter, num_seats, num_slots, largest.max_depth, coupled)
         self._order = Order(self._seats, num_seats, keeps)
         self._recordings: dict[tuple[object, ...], CapturedCycle] = {}
+        start = time.perf_counter()
         is_recorded = recorder is not None and can_record(self._seats, largest.cut_to(1), recorder)
+        self._trial_seconds = time.perf_counter() - start if is_recorded else 0.0
         self._recorder = recorder if is_recorded else None
         self._cycling: Seats | CapturedSeats = self._seats
 
@@ -111,6 +114,8 @@ class Engine:
         """Count cycles and seconds there from now on."""
         self.statistics = statistics
         statistics.rounding_problem = self._rounding_problem
+        statistics.recording_seconds += self._trial_seconds
+        self._trial_seconds = 0.0
         self._clock = StageClock(statistics, self.target.device)
 
     def check(self, request: Request, name: str = "the prompt") -> None:

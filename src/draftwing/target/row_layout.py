@@ -128,7 +128,8 @@ class Places:
         tails = torch.where(is_read, starts_at[..., None] + slot, -1)
         own = lengths[:, None] + torch.arange(num_behind - num_new, num_behind, device=device)
         slots = starts_at + own.clamp(max=num_slots - 1)
-        limits = _flat(firsts.clamp(min=0))
+        # Padding, and a seat that does not run, may stand behind all that is read; nobody looks at what they give.
+        limits = torch.minimum(_flat(firsts.clamp(0, num_slots)), starts[-1])
         num_parts = torch.searchsorted(starts, limits, out_int32=True)
         positions = _flat(positions.clamp(max=num_positions - 1))
         return Places(num_new, positions, _flat(slots), limits, num_parts, _flat(tails), starts)

@@ -142,6 +142,17 @@ def test_nodes_beyond_the_last_slot_and_position_stay_within() -> None:
     assert places.slots.max() == places.tails.max() == 10
 
 
+@pytest.mark.parametrize(("length", "num_slots"), [(290, 1000), (290, 120), (900, 1000)])
+def test_nodes_that_nobody_looks_at_read_nothing_beyond(length: int, num_slots: int) -> None:
+    """Of a seat that does not run, behind a longer text than those for which the parts are, or of padding."""
+    starts = torch.tensor(part_starts(130), dtype=torch.int32)
+    places = Places.of(torch.tensor([length]), torch.tensor([DEPTHS]), ancestors_of(), num_slots, starts, 100)
+    assert (places.limits <= min(256, num_slots)).all()
+    assert (places.num_parts <= 2).all()
+    assert places.slots.max() < num_slots
+    assert places.tails.max() < num_slots
+
+
 def test_places_are_made_without_the_host() -> None:
     starts = torch.tensor([0, 128], dtype=torch.int32)
     tree = torch.tensor([62]), torch.tensor([DEPTHS]), ancestors_of()
