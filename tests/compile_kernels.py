@@ -1,8 +1,9 @@
-"""Compile the row pass's kernels for an NVIDIA GPU that need not be there; prints what each takes, as JSON.
+"""Compile our kernels for an NVIDIA GPU that need not be there; prints what each takes, as JSON.
 
     python tests/compile_kernels.py CAPABILITY SHARED_BYTES
 
-The pass itself runs on tensors without storage, at the shapes of an 8B model; its launches are compiled instead.
+The pass itself runs on tensors without storage, at the shapes of an 8B model; its launches are compiled instead, and
+those of a draft's level.
 """
 
 import json
@@ -21,11 +22,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from draftwing.engine import top_tokens
 from draftwing.target import packed, row_attention, row_products
 from draftwing.target.model import ATTENTION
 from draftwing.target.row_pass import RowTarget
 
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 SIZES = {
     "num_hidden_layers": 1,
@@ -103,8 +105,8 @@ def main() -> None:
     capability, shared_bytes = map(int, sys.argv[1:])
     target = GPUTarget("cuda", capability, 32)
     compiled = []
-    for module in (row_products, row_attention):
-        module.shared_bytes = lambda device: shared_bytes
+    row_products.shared_bytes = row_attention.shared_bytes = lambda device: shared_bytes
+    for module in (row_products, row_attention, top_tokens):
         for name, part in list(vars(module).items()):
             if isinstance(part, triton.runtime.JITFunction):
                 compiled.append(Compiled(part, target))
@@ -113,6 +115,9 @@ def main() -> None:
         run_pass(meta_model(LlamaConfig(**SIZES)), num_nodes)
     run_pass(meta_model(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)), 16)
     run_pass(meta_model(Qwen3Config(**SIZES)), 16)
+    logits, scale, shift = (torch.empty(1, *shape, device="meta") for shape in ((10, 32000), (1, 1), (1, 32000)))
+    top_tokens.top_tokens(logits.bfloat16(), None, None, 10)
+    top_tokens.top_tokens(logits.bfloat16(), scale, shift, 10)
     print(json.dumps([result for kernel in compiled for result in kernel.results.values()]))
 
 

@@ -194,9 +194,9 @@ def measure_costs(
     """
     limit = target.max_positions or 4 * CONTEXTS[-1]
     contexts = sorted({max(1, min(context, limit // 4)) for context in contexts})
-    widths, sizes = (WIDTHS, NUM_NODES) if recorder is None else (RECORDED_WIDTHS, RECORDED_NODES)
-    widths = [*(width for width in widths if width < largest.width), largest.width]
-    sizes = [*(num_nodes for num_nodes in sizes if num_nodes < largest.num_nodes), largest.num_nodes]
+    some_widths, some_sizes = (WIDTHS, NUM_NODES) if recorder is None else (RECORDED_WIDTHS, RECORDED_NODES)
+    widths = [width for width in some_widths if width < largest.width] + [largest.width]
+    sizes = [num_nodes for num_nodes in some_sizes if num_nodes < largest.num_nodes] + [largest.num_nodes]
     plans = [TreePlan.off()]
     plans += [_shallowest(num_nodes, widths[-1]) for num_nodes in sizes]
     num_steps = max(1, min(STEPS, largest.depth - 1))
