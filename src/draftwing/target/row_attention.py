@@ -139,92 +139,122 @@ def _attend(
 ):  # fmt: skip
     """A block of rows against one part, the last parts first, or behind those one node's rows against its tail."""
     program, head = tl.program_id(0), tl.program_id(1)
+    if program < num_parts * row_blocks:
+        _attend_part(
+            queries, keys, values, limits, starts, sums, parts, num_parts - 1 - program // row_blocks,
+            program % row_blocks, head, num_key_heads, num_nodes, first_node, nodes, num_parts, num_rows, num_slots,
+            scale, GROUPS, KEY_DIM, VALUE_DIM, KEY_WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_KEYS,
+        )  # fmt: skip
+    else:
+        _attend_tail(
+            queries, keys, values, tails, sums, parts, program - num_parts * row_blocks, head,
+            num_key_heads, num_nodes, first_node, num_parts, num_rows, scale,
+            GROUPS, KEY_DIM, VALUE_DIM, KEY_WIDTH, VALUE_WIDTH, TAIL_ROWS, TAIL,
+        )  # fmt: skip
+
+
+@triton.jit
+def _attend_part(
+    queries, keys, values, limits, starts, sums, parts, part, block, head,
+    num_key_heads, num_nodes, first_node, nodes, num_parts, num_rows, num_slots, scale,
+    GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """A block of rows against one part: highest scores, the sums of weights relative to them, and weighted values."""
     b, h = head // num_key_heads, head % num_key_heads
     d, e = tl.arange(0, KEY_WIDTH), tl.arange(0, VALUE_WIDTH)
-    if program < num_parts * row_blocks:
-        part, block = num_parts - 1 - program // row_blocks, program % row_blocks
-        row, step = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_KEYS)
-        is_row = row < nodes * GROUPS
-        node = b * num_nodes + first_node + row // GROUPS
-        limit = tl.load(limits + node, mask=is_row, other=0)
-        first = tl.load(starts + part)
-        last = tl.minimum(tl.load(starts + part + 1), tl.max(limit, 0))
-        if first < last:
-            query_head = node.to(tl.int64) * (num_key_heads * GROUPS) + h * GROUPS + row % GROUPS
-            query = tl.load(
-                queries + query_head[:, None] * KEY_DIM + d[None, :],
-                mask=is_row[:, None] & (d[None, :] < KEY_DIM),
-                other=0.0,
-            )
-            base = b.to(tl.int64) * num_slots
-            best = tl.full([BLOCK_ROWS], -float("inf"), tl.float32)
-            total = tl.zeros([BLOCK_ROWS], tl.float32)
-            attended = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], tl.float32)
-            for start in range(first, last, BLOCK_KEYS):
-                position = start + step
-                place = (base + position) * num_key_heads + h
-                is_read = position < last
-                key = tl.load(
-                    keys + place[None, :] * KEY_DIM + d[:, None],
-                    mask=is_read[None, :] & (d[:, None] < KEY_DIM),
-                    other=0.0,
-                )
-                score = tl.dot(query, key, input_precision="ieee") * scale
-                score = tl.where(position[None, :] < limit[:, None], score, -float("inf"))
-                new_best = tl.maximum(best, tl.max(score, 1))
-                finite = tl.where(new_best == -float("inf"), 0.0, new_best)  # a row that has seen nothing yet
-                weight = tl.exp2(score - finite[:, None])
-                shrink = tl.exp2(best - finite)
-                value = tl.load(
-                    values + place[:, None] * VALUE_DIM + e[None, :],
-                    mask=is_read[:, None] & (e[None, :] < VALUE_DIM),
-                    other=0.0,
-                )
-                attended = tl.dot(weight.to(value.dtype), value, attended * shrink[:, None], input_precision="ieee")
-                total = total * shrink + tl.sum(weight, 1)
-                best = new_best
-            goal = (head.to(tl.int64) * (num_parts + 1) + 1 + part) * num_rows + row
-            is_kept = is_row & (limit > first)
-            tl.store(sums + goal * 2, best, mask=is_kept)
-            tl.store(sums + goal * 2 + 1, total, mask=is_kept)
-            tl.store(
-                parts + goal[:, None] * VALUE_DIM + e[None, :],
-                attended,
-                mask=is_kept[:, None] & (e[None, :] < VALUE_DIM),
-            )
-    else:
-        n = program - num_parts * row_blocks
-        r, g = b * num_nodes + first_node + n, tl.arange(0, TAIL_ROWS)
-        slot = tl.load(tails + r * TAIL + tl.arange(0, TAIL))
-        is_seen, is_group = slot >= 0, g < GROUPS
-        place = tl.maximum(slot, 0).to(tl.int64) * num_key_heads + h
-        query_head = r.to(tl.int64) * (num_key_heads * GROUPS) + h * GROUPS + g
+    row, step = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_KEYS)
+    is_row = row < nodes * GROUPS
+    node = b * num_nodes + first_node + row // GROUPS
+    limit = tl.load(limits + node, mask=is_row, other=0)
+    first = tl.load(starts + part)
+    last = tl.minimum(tl.load(starts + part + 1), tl.max(limit, 0))
+    if first < last:
+        query_head = node.to(tl.int64) * (num_key_heads * GROUPS) + h * GROUPS + row % GROUPS
         query = tl.load(
             queries + query_head[:, None] * KEY_DIM + d[None, :],
-            mask=is_group[:, None] & (d[None, :] < KEY_DIM),
+            mask=is_row[:, None] & (d[None, :] < KEY_DIM),
             other=0.0,
         )
-        key = tl.load(
-            keys + place[None, :] * KEY_DIM + d[:, None], mask=is_seen[None, :] & (d[:, None] < KEY_DIM), other=0.0
-        )
-        score = tl.dot(query, key, input_precision="ieee") * scale
-        score = tl.where(is_seen[None, :], score, -float("inf"))
-        best = tl.max(score, 1)
-        weight = tl.exp2(score - best[:, None])
-        value = tl.load(
-            values + place[:, None] * VALUE_DIM + e[None, :],
-            mask=is_seen[:, None] & (e[None, :] < VALUE_DIM),
-            other=0.0,
-        )
-        attended = tl.dot(weight.to(value.dtype), value, input_precision="ieee")
-        goal = head.to(tl.int64) * (num_parts + 1) * num_rows + n * GROUPS + g
-        tl.store(sums + goal * 2, best, mask=is_group)
-        tl.store(sums + goal * 2 + 1, tl.sum(weight, 1), mask=is_group)
+        base = b.to(tl.int64) * num_slots
+        best = tl.full([BLOCK_ROWS], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_ROWS], tl.float32)
+        attended = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], tl.float32)
+        for start in range(first, last, BLOCK_KEYS):
+            position = start + step
+            place = (base + position) * num_key_heads + h
+            is_read = position < last
+            key = tl.load(
+                keys + place[None, :] * KEY_DIM + d[:, None],
+                mask=is_read[None, :] & (d[:, None] < KEY_DIM),
+                other=0.0,
+            )
+            score = tl.dot(query, key, input_precision="ieee") * scale
+            score = tl.where(position[None, :] < limit[:, None], score, -float("inf"))
+            new_best = tl.maximum(best, tl.max(score, 1))
+            finite = tl.where(new_best == -float("inf"), 0.0, new_best)  # a row that has seen nothing yet
+            weight = tl.exp2(score - finite[:, None])
+            shrink = tl.exp2(best - finite)
+            value = tl.load(
+                values + place[:, None] * VALUE_DIM + e[None, :],
+                mask=is_read[:, None] & (e[None, :] < VALUE_DIM),
+                other=0.0,
+            )
+            attended = tl.dot(weight.to(value.dtype), value, attended * shrink[:, None], input_precision="ieee")
+            total = total * shrink + tl.sum(weight, 1)
+            best = new_best
+        goal = (head.to(tl.int64) * (num_parts + 1) + 1 + part) * num_rows + row
+        is_kept = is_row & (limit > first)
+        tl.store(sums + goal * 2, best, mask=is_kept)
+        tl.store(sums + goal * 2 + 1, total, mask=is_kept)
         tl.store(
             parts + goal[:, None] * VALUE_DIM + e[None, :],
             attended,
-            mask=is_group[:, None] & (e[None, :] < VALUE_DIM),
+            mask=is_kept[:, None] & (e[None, :] < VALUE_DIM),
         )
+
+
+@triton.jit
+def _attend_tail(
+    queries, keys, values, tails, sums, parts, n, head,
+    num_key_heads, num_nodes, first_node, num_parts, num_rows, scale,
+    GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, TAIL_ROWS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """The same of node `n` against the slots of its tail; it stands before the parts."""
+    b, h = head // num_key_heads, head % num_key_heads
+    d, e = tl.arange(0, KEY_WIDTH), tl.arange(0, VALUE_WIDTH)
+    r, g = b * num_nodes + first_node + n, tl.arange(0, TAIL_ROWS)
+    slot = tl.load(tails + r * TAIL + tl.arange(0, TAIL))
+    is_seen, is_group = slot >= 0, g < GROUPS
+    place = tl.maximum(slot, 0).to(tl.int64) * num_key_heads + h
+    query_head = r.to(tl.int64) * (num_key_heads * GROUPS) + h * GROUPS + g
+    query = tl.load(
+        queries + query_head[:, None] * KEY_DIM + d[None, :],
+        mask=is_group[:, None] & (d[None, :] < KEY_DIM),
+        other=0.0,
+    )
+    key = tl.load(
+        keys + place[None, :] * KEY_DIM + d[:, None], mask=is_seen[None, :] & (d[:, None] < KEY_DIM), other=0.0
+    )
+    score = tl.dot(query, key, input_precision="ieee") * scale
+    score = tl.where(is_seen[None, :], score, -float("inf"))
+    best = tl.max(score, 1)
+    weight = tl.exp2(score - best[:, None])
+    value = tl.load(
+        values + place[:, None] * VALUE_DIM + e[None, :],
+        mask=is_seen[:, None] & (e[None, :] < VALUE_DIM),
+        other=0.0,
+    )
+    attended = tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+    goal = head.to(tl.int64) * (num_parts + 1) * num_rows + n * GROUPS + g
+    tl.store(sums + goal * 2, best, mask=is_group)
+    tl.store(sums + goal * 2 + 1, tl.sum(weight, 1), mask=is_group)
+    tl.store(
+        parts + goal[:, None] * VALUE_DIM + e[None, :],
+        attended,
+        mask=is_group[:, None] & (e[None, :] < VALUE_DIM),
+    )
 
 
 @triton.jit(do_not_specialize=VARYING)
