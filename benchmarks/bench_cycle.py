@@ -5,7 +5,7 @@
     python benchmarks/bench_cycle.py --shape 240m --save build/240m  # only writes the target, for other engines
     python benchmarks/bench_cycle.py --shape 240m --threads 4 --llama-bench path/to/llama-bench build/240m.gguf
 
-The least is reading every weight that a token needs once, at the copy bandwidth measured in the same run. Beside it
+The least is reading every weight that a token needs once, at the bandwidth measured in the same run. Beside it
 stand plain decoding by this engine, by transformers' `generate` (its own attention and cache), and by llama.cpp. On a
 CUDA device cycles are captured. A random head's drafts are never accepted, so tokens per second are worked out with a
 published tau, not measured here.
@@ -66,7 +66,7 @@ def main() -> int:
     target = TargetModel(model)
     head = random_head(target, options.draft_vocab_size, dtype)
     needed = weight_bytes(target.model)
-    bandwidth = copy_bandwidth(device)
+    bandwidth = memory_bandwidth(device)
     compiles = False if options.no_compile else None
     target = pack_target(target, compiles)
     pack_head(head, compiles)
@@ -78,13 +78,13 @@ def main() -> int:
     plans = [TreePlan.parse(plan) for plan in options.plans]
     largest = max(plans, key=lambda plan: (plan.num_nodes, plan.width))
     costs = measure_costs(
-        target, new_drafter, options.batch_size, largest, options.rounds, (options.context,), recorder
+        target, new_drafter, options.batch_size, largest, options.rounds, (options.context,), recorder, options.sampled
     )
     kv_bytes = kv_cache_bytes(target, options)
     result = {
         "weight_bytes": needed,
         "kv_bytes": kv_bytes,
-        "copy_bytes_per_second": bandwidth,
+        "bytes_per_second": bandwidth,
         "least_seconds": (needed + kv_bytes) / bandwidth,
         "transformers_seconds": transformers_seconds,
         "llama_cpp": llama_cpp,
@@ -161,18 +161,21 @@ def kv_cache_bytes(target: TargetModel, options: argparse.Namespace) -> int:
     return int(a_token * options.context * options.batch_size)
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read plus bytes written per second by a large copy, the best of a few."""
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes per second, the best of a few: that a sum reads on a GPU, else that a copy reads and writes."""
     source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 28) // 4, device=device)
     goal = torch.empty_like(source)
     seconds = []
     for _ in range(8):
         synchronize(device)
         start = time.perf_counter()
-        goal.copy_(source)
+        if device.type == "cuda":
+            source.sum()
+        else:
+            goal.copy_(source)
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * source.numel() * 4 / min(seconds)
+    return (1 if device.type == "cuda" else 2) * source.numel() * 4 / min(seconds)
 
 
 def stock_seconds(model: PreTrainedModel, options: argparse.Namespace) -> float:
@@ -241,8 +244,8 @@ def print_tables(result: dict[str, Any], options: argparse.Namespace) -> None:
     table = Table(title=title)
     for column in ("part", "ms", "over the least"):
         table.add_column(column, justify="left" if column == "part" else "right")
-    bandwidth = result["copy_bytes_per_second"] / 1e9
-    parts = [(f"least: {1e-9 * result['weight_bytes']:.2f} GB of weights, copies at {bandwidth:.0f} GB/s", least)]
+    bandwidth = result["bytes_per_second"] / 1e9
+    parts = [(f"least: {1e-9 * result['weight_bytes']:.2f} GB of weights at {bandwidth:.0f} GB/s", least)]
     if result["transformers_seconds"] is not None:
         parts.append(("transformers' generate, a token", result["transformers_seconds"]))
     if rival := result["llama_cpp"]:
@@ -279,6 +282,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--draft-vocab-size", type=int, default=32000)
     parser.add_argument("--plans", nargs="+", default=["chain:3", "tree:4x5x26", "tree:10x8x60"])
     parser.add_argument("--rounds", type=int, default=20, help="of one cycle of each kind; medians count (default: 20)")
+    parser.add_argument("--sampled", action="store_true", help="at temperature 1 instead of greedily")
     parser.add_argument("--no-capture", action="store_true", help="run cycles eagerly on a CUDA device")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the target's pass")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers' generate out")

@@ -1,11 +1,11 @@
-"""Everything that only a CUDA device can tell, in one command: the checks, then cycles beside the goals.
+"""Everything that only a CUDA device can tell, in one command and ten minutes: checks, cycles, text, and the goals.
 
     python benchmarks/on_gpu.py --output docs/results/gpu            # the goals are for one H100
     python benchmarks/on_gpu.py --output /tmp/gpu --device cpu --tiny  # see that everything runs, on a CPU
 
-Each part is a process of its own with a time limit; one that fails is reported and the others go on. Parts whose
-result is in the folder already, of the same shape on such a device, are not run again. chat_rig.py has the methods side
-by side on a trained model.
+Each part is a process of its own with a time limit, the most telling ones first; one that fails is reported and the
+others go on. Parts whose result is in the folder already, of the same shape on such a device, are not run again: the
+same command continues where it was cut. chat_rig.py has the methods side by side on a trained model.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,140 +22,199 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-CHECKS = ("tests/lossless/test_cuda.py", "tests/unit/target/test_split_attention.py", "tests/unit/losses/test_ttt.py")
-TREE = "tree:10x8x60"
-LONGEST = 600
-"""Seconds that a part may take."""
+CHECKS = (
+    *("tests/lossless/test_cuda.py", "tests/unit/target/test_row_pass.py"),
+    *("tests/unit/target/test_split_attention.py", "tests/unit/losses/test_ttt.py"),
+)
+TREE, FIXED = "tree:10x8x60", ("chain:3", "tree:4x5x26")
+LONGEST = 90
+"""Seconds that a part may take on a GPU."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure of a part, and what it should be at most, or at least."""
+
+    figure: str
+    bound: float
+    at_least: bool = False
+
+    def is_met(self, value: float) -> bool:
+        return value >= self.bound if self.at_least else value <= self.bound
 
 
 @dataclass(frozen=True)
 class Part:
-    """The arguments of bench_cycle.py for one result, and its goals: names of `figures`, and at most what."""
+    """A benchmark with its arguments, which write one result, and its goals."""
 
     name: str
+    script: str
     arguments: tuple[str, ...]
-    goals: tuple[tuple[str, float], ...] = ()
+    goals: tuple[Goal, ...] = ()
+
+
+SAME = Goal("outputs that are plain decoding's", 1, at_least=True)
+PAYS = Goal("auto / best fixed plan", 0.97, at_least=True)
 
 
 def parts(tiny: bool) -> list[Part]:
-    """What is measured. The goals are for an H100 at the shape of Llama 3.1 8B, bfloat16."""
-    large, small = ("tiny", "tiny") if tiny else ("llama-3.1-8b", "llama-3.2-1b")
-    goals = (("plain / least", 1 / 0.85), ("cycle / plain", 1.5), ("draft / cycle", 0.25))
-    cycle = ("--shape", large, "--context", "64" if tiny else "1024")
-    long = ("--shape", large, "--context", "128" if tiny else "8192", "--no-transformers")
-    batches = [Part(f"batch-{rows}", (*cycle, "--batch-size", str(rows), "--no-transformers")) for rows in (4, 16, 64)]
-    return [
-        Part("cycle", cycle, goals),
-        Part("cycle-eager", (*cycle, "--no-capture", "--no-compile", "--no-transformers")),
-        Part("cycle-not-compiled", (*cycle, "--no-compile", "--no-transformers")),
-        Part("long-context", long, (("cycle / plain", 1.7),)),
-        Part("small", ("--shape", small, *cycle[2:])),
-        *(batches[:1] if tiny else batches),
+    """What is measured, in this order. The goals are for an H100 at the shape of Llama 3.1 8B, bfloat16."""
+    shape, small = ("tiny", "tiny") if tiny else ("llama-3.1-8b", "llama-3.2-1b")
+    plans = ("--plans", *FIXED, TREE, "--rounds", "3" if tiny else "10")
+    short = ("--context", "64" if tiny else "1024", "--no-transformers", *plans)
+    long = ("--context", "128" if tiny else "8192", "--no-transformers", *plans)
+    text = ("--plans", "auto", *FIXED, "--repeats", "1" if tiny else "2")
+    few = ("--num-prompts", "2", "--max-new-tokens", "16") if tiny else ("--num-prompts", "2")
+    cycle = (
+        *(Goal("plain, ms", 5.75), Goal("verify 60, ms", 6.9), Goal("level of 10, ms", 0.2)),
+        *(Goal("cycle / plain", 1.45), Goal("draft / cycle", 0.18)),
+    )
+    listed = [
+        Part("cycle", "bench_cycle.py", ("--shape", shape, *short), cycle),
+        Part("inflated", "inflate.py", ("--shape", shape, *text, TREE, *few), (SAME, PAYS)),
+        Part("embedded", "bench_generate.py", (*text, *few), (SAME, PAYS)),
+        Part(
+            "long", "bench_cycle.py", ("--shape", shape, *long), (Goal("verify 60, ms", 8), Goal("cycle / plain", 1.6))
+        ),
+        Part(
+            "batch-16",
+            "bench_cycle.py",
+            ("--shape", shape, *short, "--batch-size", "16"),
+            (Goal("verify 16, ms", 8.5),),
+        ),
+        Part("sampled", "bench_cycle.py", ("--shape", shape, *short, "--sampled"), (Goal("cycle / plain", 1.5),)),
+        Part("batch-4", "bench_cycle.py", ("--shape", shape, *short, "--batch-size", "4")),
+        Part("batch-64", "bench_cycle.py", ("--shape", shape, *short, "--batch-size", "64")),
+        Part("small", "bench_cycle.py", ("--shape", small, *short)),
     ]
+    return [part for part in listed if not (tiny and part.name in ("inflated", "batch-16", "batch-64"))]
 
 
 def main() -> int:
     options = parse_options()
     folder, console = Path(options.output), Console(width=118)
     folder.mkdir(parents=True, exist_ok=True)
-    failed = []
-    if not options.skip_checks and not check(folder, options.device, console):
+    end, failed, left = time.monotonic() + 60 * options.minutes, [], []
+    if not options.skip_checks and not check(folder, options, console):
         failed.append("checks")
     for part in parts(options.tiny):
-        if not measure(part, folder, options, console):
+        if is_there(part, folder, options.device):
+            continue
+        if time.monotonic() > end:
+            left.append(part.name)
+        elif not measure(part, folder, options, console):
             failed.append(part.name)
     console.print(summary(folder, options.tiny))
-    for line in missed(folder, options.tiny):
-        console.print(f"missed: {line}")
-    if failed:
-        console.print(f"failed: {', '.join(failed)}; see the .log files in {folder}; the same command runs them again")
+    for names, what in ((failed, f"failed, see the .log files in {folder}"), (left, "no time was left")):
+        if names:
+            console.print(f"{', '.join(names)}: {what}; the same command goes on there")
     return int(bool(failed))
 
 
-def check(folder: Path, device: str, console: Console) -> bool:
+def check(folder: Path, options: argparse.Namespace, console: Console) -> bool:
     """Run the tests that need the device; on a CPU they are skipped, and pytest's status 5 says that none is left."""
-    marks = ("-m", "gpu or not slow") if device != "cpu" else ("-m", "gpu")
-    return run("checks", [sys.executable, "-m", "pytest", *CHECKS, *marks], folder, console) in (0, 5)
+    marks = ("-m", "gpu or not slow") if options.device != "cpu" else ("-m", "gpu")
+    command = [sys.executable, "-m", "pytest", *CHECKS, *marks, "--durations=10"]
+    return run("checks", command, folder, options, console) in (0, 5)
+
+
+def is_there(part: Part, folder: Path, device: str) -> bool:
+    """Whether a part's result is in the folder."""
+    result = folder / f"{part.name}.json"
+    if not result.exists():
+        return False
+    made_with = json.loads(result.read_text(encoding="utf-8"))["options"]
+    shape = dict(zip(part.arguments, part.arguments[1:], strict=False)).get("--shape")
+    return bool(made_with["device"] == device and made_with.get("shape") == shape)
 
 
 def measure(part: Part, folder: Path, options: argparse.Namespace, console: Console) -> bool:
-    """Run bench_cycle.py for a part, unless its result is there."""
-    result = folder / f"{part.name}.json"
-    if result.exists():
-        made_with = json.loads(result.read_text(encoding="utf-8"))["options"]
-        if (made_with["device"], made_with["shape"]) == (options.device, part.arguments[1]):
-            return True
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_cycle.py"), *part.arguments, "--output", str(result)]
-    command += ["--device", options.device, "--plans", "chain:3", "tree:4x5x26", TREE]
-    command += ["--rounds", "3"] if options.tiny else []
-    return run(part.name, command, folder, console) == 0
+    """Run a part's benchmark."""
+    command = [sys.executable, str(ROOT / "benchmarks" / part.script), *part.arguments, "--device", options.device]
+    return run(part.name, [*command, "--output", str(folder / f"{part.name}.json")], folder, options, console) == 0
 
 
-def run(name: str, command: list[str], folder: Path, console: Console) -> int:
+def run(name: str, command: list[str], folder: Path, options: argparse.Namespace, console: Console) -> int:
     """The exit status of a command, 124 if it took too long; its output goes to a log."""
     console.print(f"{name} ...", end=" ")
     start = time.monotonic()
+    limit = LONGEST if options.device != "cpu" else None
     with (folder / f"{name}.log").open("w") as log:
         try:
-            status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=LONGEST, check=False).returncode
+            status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=limit, check=False).returncode
         except subprocess.TimeoutExpired:
             status = 124
     console.print(f"{'done' if status == 0 else f'status {status}'} after {time.monotonic() - start:.0f} s")
     return status
 
 
-def figures(record: dict[str, Any]) -> dict[str, float]:
-    """The ratios that have goals, and milliseconds, of a result of bench_cycle.py.
+def cycle_figures(record: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds and ratios of a result of bench_cycle.py.
 
     Captured cycles read the committed tokens into the draft at their end, so that the commit has that share.
     """
+    costs, plain = record["costs"], record["costs"]["plain"][0]
     cycle = next(cycle for cycle in record["cycles"] if cycle["plan"] == TREE)
-    plain = record["costs"]["plain"][0]
+    verify = dict(zip(costs["num_nodes"], costs["verify"][0], strict=True))
+    levels = dict(zip(costs["widths"], costs["draft_step"][0], strict=True))
     return {
         "plain, ms": 1000 * plain,
         "plain / least": plain / record["least_seconds"],
+        **{f"verify {num_nodes}, ms": 1000 * seconds for num_nodes, seconds in verify.items()},
+        **{f"level of {width}, ms": 1000 * seconds for width, seconds in levels.items()},
         "cycle, ms": 1000 * cycle["seconds"],
         "cycle / plain": cycle["over_plain"],
         "draft / cycle": cycle["draft_seconds"] / cycle["seconds"],
-        "transformers, ms": 1000 * (record["transformers_seconds"] or float("nan")),
     }
+
+
+def text_figures(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Of a result of bench_generate.py or inflate.py: speeds over plain decoding's, auto's over the best fixed one."""
+    ours = [row for row in rows if row["method"].startswith("eagle3")]
+    figures = {f"{row['method']}, T={row['temperature']:g}": row["speedup"] for row in ours}
+    ratios = []
+    for temperature in {row["temperature"] for row in ours}:
+        speeds = {row["method"]: row["speedup"] for row in ours if row["temperature"] == temperature}
+        ratios.append(speeds.pop("eagle3 auto") / max(speeds.values()))
+    same = [bool(row["identical"]) for row in ours]
+    return figures | {PAYS.figure: min(ratios), SAME.figure: sum(same) / len(same)}
+
+
+def figures_of(part: Part, folder: Path) -> dict[str, float]:
+    """A part's figures; none where it has no result."""
+    result = folder / f"{part.name}.json"
+    if not result.exists():
+        return {}
+    rows = json.loads(result.read_text(encoding="utf-8"))["rows"]
+    return cycle_figures(rows) if part.script == "bench_cycle.py" else text_figures(rows)
+
+
+def lines(folder: Path, tiny: bool) -> Iterator[tuple[str, str, str, str]]:
+    """Part, figure, value and goal: all that have goals, and the others behind."""
+    for part in parts(tiny):
+        values, goals = figures_of(part, folder), {goal.figure: goal for goal in part.goals}
+        for name in sorted(values, key=lambda name: name not in goals):
+            goal = goals.get(name)
+            wanted = "" if goal is None else f"{'at least' if goal.at_least else 'at most'} {goal.bound:g}"
+            missed = goal is not None and not goal.is_met(values[name])
+            yield part.name, name, f"{values[name]:.3f}", wanted + (" (missed)" if missed else "")
 
 
 def summary(folder: Path, tiny: bool) -> Table:
     """All parts' figures, each with its goal."""
-    table = Table(title=f"cycles of {TREE}; in brackets the goals, at most")
-    names = ("plain, ms", "plain / least", "cycle, ms", "cycle / plain", "draft / cycle", "transformers, ms")
-    for column in ("part", *names):
-        table.add_column(column, justify="left" if column == "part" else "right")
-    for part in parts(tiny):
-        if values := figures_of(part, folder):
-            goals = dict(part.goals)
-            cells = [f"{values[name]:.2f}" + (f" ({goals[name]:.2f})" if name in goals else "") for name in names]
-            table.add_row(part.name, *cells)
+    table = Table(title=f"cycles of {TREE}, and speeds over plain decoding's")
+    for column in ("part", "figure", "value", "goal"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    for line in lines(folder, tiny):
+        table.add_row(*line)
     return table
-
-
-def missed(folder: Path, tiny: bool) -> list[str]:
-    """The goals that the parts' figures do not reach."""
-    return [
-        f"{part.name}: {name} is {values[name]:.2f}, the goal {goal:.2f}"
-        for part in parts(tiny)
-        if (values := figures_of(part, folder))
-        for name, goal in part.goals
-        if values[name] > goal
-    ]
-
-
-def figures_of(part: Part, folder: Path) -> dict[str, float]:
-    """A part's figures; none where it has failed."""
-    result = folder / f"{part.name}.json"
-    return figures(json.loads(result.read_text(encoding="utf-8"))["rows"]) if result.exists() else {}
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="a folder for the results and logs")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--minutes", type=float, default=8.5, help="no part begins later (default: 8.5)")
     parser.add_argument("--tiny", action="store_true", help="the embedded model's shape and few cycles")
     parser.add_argument("--skip-checks", action="store_true")
     return parser.parse_args()

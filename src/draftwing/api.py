@@ -1,5 +1,6 @@
 """The Python API: `load` a target with a draft, then `generate` or `stream`."""
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,8 +39,10 @@ from draftwing.plans.planner import Planner
 from draftwing.target.fused import pack_target
 from draftwing.target.load import check_device, load_target, load_tokenizer, parse_dtype
 from draftwing.target.model import TargetModel
+from draftwing.target.row_pass import rounding_problem
 from draftwing.threads import free_cores
 
+logger = logging.getLogger(__name__)
 HEAD_OPTIONS = tuple(HeadOptions.__dataclass_fields__)
 LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "remeasure", "quantize", *HEAD_OPTIONS) + (
     "attn_implementation",
@@ -364,6 +367,8 @@ def load(
         if isinstance(error.__cause__, TypeError):  # no such option; transformers says so when it makes the model
             check_keys([name for name in options if f"'{name}'" in str(error.__cause__)], LOAD_OPTIONS)
         raise
+    if problem := rounding_problem(loaded):
+        logger.warning("%s: a token may differ from plain decoding's where two logits nearly tie: %s", target, problem)
     lessons = Lessons(costs_since=time.time() if remeasure else 0.0)
     model = SpeculativeModel(loaded, None, load_tokenizer(target, **options), None, lessons, capture)
     if draft is None:

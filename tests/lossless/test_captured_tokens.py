@@ -94,6 +94,15 @@ def test_lookups_come_and_go_between_recordings(
         assert trials[0].pause == trials[1].pause != LookupTrial().pause
 
 
+def test_recordings_are_in_no_measured_time(target: TargetModel, prompts: list[list[int]]) -> None:
+    """They take longer than cycles; what they took, a trial with them, is told apart, and only once."""
+    engine = Engine(target, no_draft, 4, CAPACITY, TreePlan.off(), TapeRecorder())
+    requests = requests_for(prompts, max_new_tokens=6, eos=())
+    first, second = (Generation(engine, requests).run().statistics for _ in range(2))
+    assert first.recording_seconds > 0
+    assert second.recording_seconds == 0
+
+
 @pytest.mark.parametrize(
     "sampling", [{"top_k": 5}, {"top_p": 0.8, "min_p": 0.05}, {"repetition_penalty": 1.3}], ids=str
 )

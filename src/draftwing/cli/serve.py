@@ -119,7 +119,7 @@ def _serve(options: argparse.Namespace, model: Any, target: str, keys: list[str]
         "max_model_len": length,
         "seat_bytes": scheduler.seat_bytes,
     }
-    _print_start(options, facts, bool(keys), model.device.type)
+    _print_start(options, facts, bool(keys))
     serve(app, scheduler, listener, options.drain_seconds)
 
 
@@ -137,8 +137,8 @@ def _read_keys(options: argparse.Namespace) -> list[str]:
     return keys
 
 
-def _print_start(options: argparse.Namespace, facts: dict[str, Any], has_key: bool, device: str) -> None:
-    """Say where it is, what it holds, and what is promised."""
+def _print_start(options: argparse.Namespace, facts: dict[str, Any], has_key: bool) -> None:
+    """Say where it is, what it holds, and what is promised; where bits may differ, `load` has said so."""
     from draftwing.engine.memory import in_words
 
     if options.json:
@@ -148,7 +148,5 @@ def _print_start(options: argparse.Namespace, facts: dict[str, Any], has_key: bo
     note(f"{facts['model']} by {facts['method']}: a page at {facts['url']}, the API at {facts['url']}/v1", "bold")
     note(f"{seats} seats of {facts['max_model_len']} tokens: {in_words(seats * each)}, {in_words(each)} each")
     note("a request with its seed gets the same tokens whatever else is running, drafted or not (docs/serving.md)")
-    if device != "cpu":
-        note(f"on {device} two nearly equal logits may swap with the number of requests that run")
     if not has_key and options.host not in LOOPBACK:
         note("everybody who reaches this address is served: no --api-key-file was given", "yellow")

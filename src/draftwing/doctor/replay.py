@@ -188,7 +188,7 @@ class _Prompter:
         true = self._script.tokens_at(positions)  # [B, 1]
         ids = torch.arange(logits.shape[-1], device=logits.device) if target_ids is None else target_ids
         is_true = ids == true[..., None]
-        best = self._rank(logits, positions, target_ids).argmax(-1, keepdim=True)
+        _, best = self._rank(logits, positions, target_ids).topk(1)
         self.is_best.append(is_true.gather(-1, best).flatten())
         knows = is_true.any(-1)
         self._goes_on = knows if self._goes_on is None else self._goes_on & knows

@@ -5,6 +5,7 @@ and contexts up to a bound; it reads and writes the seats' own storage. All reco
 the steps of a cycle are replayed in the order in which they were recorded, and nothing there outlives a cycle.
 """
 
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,7 +50,10 @@ class CudaRecorder:
         self._stream = torch.cuda.Stream(device)
 
     def warm_up(self, steps: Callable[[], None]) -> None:
-        """Run the steps twice: kernels are chosen and compiled, then whatever turns to the host raises."""
+        """Run the steps twice: kernels are chosen and compiled, then whatever turns to the host raises.
+
+        All of it is done when this returns.
+        """
         with self._on_stream():
             steps()
             mode = torch.cuda.get_sync_debug_mode()
@@ -60,6 +64,7 @@ class CudaRecorder:
                 steps()
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
+        self._stream.synchronize()
 
     def record(self, step: Callable[[], T]) -> Recorded[T]:
         graph = torch.cuda.CUDAGraph()
@@ -88,7 +93,10 @@ class CapturedCycle:
 
 
 class CapturedSeats:
-    """The first seats. Their cycles are recorded when first needed, and kept in `recordings` for later ones."""
+    """The first seats. Their cycles are recorded when first needed, and kept in `recordings` for later ones.
+
+    A cycle begins with `make_ready`, whose time is no cycle's.
+    """
 
     def __init__(self, seats: Seats, recorder: Recorder, recordings: dict[tuple[object, ...], CapturedCycle]) -> None:
         self._seats, self._recorder, self._recordings = seats, recorder, recordings
@@ -110,14 +118,20 @@ class CapturedSeats:
     def scores_tokens(self, wanted: bool) -> None:
         self._seats.scores_tokens = wanted
 
-    def draft(self, plan: TreeShape) -> DraftTree:
+    def make_ready(self, plan: TreeShape) -> float:
+        """Record a plan's cycle, if none is there for contexts like these; returns the seconds that recording took."""
         seats = self._seats
-        seats.prepare(plan)
         context = context_bound(seats.bound, seats.cache.capacity)
         key = (len(seats.lengths), plan, context, seats.sampler.work, seats.scores_tokens)
-        if key not in self._recordings:
+        start = time.perf_counter()
+        if is_new := key not in self._recordings:
+            seats.prepare(plan)
             self._recordings[key] = self.record(plan, context)
         self._current = self._recordings[key]
+        return time.perf_counter() - start if is_new else 0.0
+
+    def draft(self, plan: TreeShape) -> DraftTree:
+        self._seats.prepare(plan)
         self._current.draft.replay()
         return self._current.draft.result
 

@@ -9,15 +9,19 @@ from draftwing.engine.tree import DraftTree
 from draftwing.engine.tree_plan import TreeShape
 
 
+class Scored(Protocol):
+    """Candidates' log-probabilities `[B, K, Vd]`: a tensor, or what finds the best of them as one does."""
+
+    def topk(self, k: int, /) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
 class Ranking(Protocol):
     """Scores a draft's candidates: log-probabilities `[B, K, Vd]` of being the target's token at `positions [B, 1]`.
 
     `logits [B, K, Vd]` are the draft's; `target_ids [Vd]` its tokens' target ids (None: the whole vocabulary).
     """
 
-    def __call__(
-        self, logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None
-    ) -> torch.Tensor: ...
+    def __call__(self, logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> Scored: ...
 
 
 class Drafter(BySeat):

@@ -1,5 +1,6 @@
 """The engine: requests take seats, and each step decodes what is seated. One cycle is draft, verify, commit."""
 
+import time
 from collections.abc import Callable, Sequence
 from itertools import dropwhile, islice, takewhile
 
@@ -24,6 +25,7 @@ from draftwing.engine.tree import DraftTree
 from draftwing.engine.tree_plan import Plan
 from draftwing.engine.unread import MOST_UNREAD, PREFILL_CHUNK
 from draftwing.target.model import TargetModel
+from draftwing.target.row_pass import rounding_problem
 from draftwing.threads import fitting_threads, num_threads
 
 PREFILL_TOKENS = 2048
@@ -65,16 +67,22 @@ class Engine:
         self.target, self.num_seats, self.capacity, self.plan = target, num_seats, capacity, plan
         self._threads = num_threads() if target.bits_depend_on_threads else None  # None: anew in every cycle
         self.waits = False  # for the device at a cycle's end, so that each cycle counts its own time alone
+        self._rounding_problem, self._trial_seconds = rounding_problem(target), 0.0
         self.count_into(Statistics())
         largest = plan.largest
         if largest.max_depth > MOST_LEVELS:
             raise ValueError(f"plan: expected at most {MOST_LEVELS} levels, got {largest}")
+        deepest = target.deepest_tree
+        if deepest is not None and largest.max_depth > deepest and not largest.is_chain:
+            raise ValueError(f"plan: expected a chain, or a tree of at most {deepest} levels here, got {largest}")
         num_slots = capacity + room_for(largest)
         drafter = new_drafter(num_seats, num_slots)
         self._seats = Seats(target, drafter, num_seats, num_slots, largest.max_depth, coupled)
         self._order = Order(self._seats, num_seats, keeps)
         self._recordings: dict[tuple[object, ...], CapturedCycle] = {}
+        start = time.perf_counter()
         is_recorded = recorder is not None and can_record(self._seats, largest.cut_to(1), recorder)
+        self._trial_seconds = time.perf_counter() - start if is_recorded else 0.0
         self._recorder = recorder if is_recorded else None
         self._cycling: Seats | CapturedSeats = self._seats
 
@@ -105,6 +113,9 @@ class Engine:
     def count_into(self, statistics: Statistics) -> None:
         """Count cycles and seconds there from now on."""
         self.statistics = statistics
+        statistics.rounding_problem = self._rounding_problem
+        statistics.recording_seconds += self._trial_seconds
+        self._trial_seconds = 0.0
         self._clock = StageClock(statistics, self.target.device)
 
     def check(self, request: Request, name: str = "the prompt") -> None:
@@ -161,6 +172,8 @@ class Engine:
         seats = self._cycling
         seats.bound = int(self._seats.lengths[: len(self._running)].max())
         plan = self.plan.next(len(self._running), seats.bound, self._samples)
+        if isinstance(seats, CapturedSeats):
+            self.statistics.recording_seconds += seats.make_ready(plan)
         with fitting_threads(self._threads):
             with self._clock.stage("draft"):
                 tree = seats.draft(plan)

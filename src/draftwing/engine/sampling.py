@@ -14,11 +14,13 @@ import numpy as np
 import torch
 
 from draftwing.by_seat import BySeat
+from draftwing.engine.drafter import Scored
 from draftwing.engine.grammar import Grammar, forbid
 from draftwing.engine.penalties import Penalties
 from draftwing.engine.stepwise import Place, choose_in_steps
 from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree import DraftTree
+from draftwing.target.attention import has_triton
 
 MASK32 = 0xFFFFFFFF
 NOISE_WINDOW = 32
@@ -96,9 +98,35 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     return logits.log_softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
 
-def uncoupled_rank(logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> torch.Tensor:
+@dataclass(frozen=True)
+class UnreadScores:
+    """`log_softmax(logits * scale + shift)`, of which a GPU computes no more than the best."""
+
+    logits: torch.Tensor
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+    @staticmethod
+    def serves(logits: torch.Tensor) -> bool:
+        """Whether kernels read these logits."""
+        return logits.device.type == "cuda" and logits.dtype != torch.float64 and has_triton()
+
+    def topk(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best, `[B, K, k]`, and their ids."""
+        from draftwing.engine.top_tokens import MOST_WIDTH, top_tokens  # which needs Triton
+
+        if k <= MOST_WIDTH:
+            return top_tokens(self.logits, self.scale, self.shift, k)
+        scaled = self.logits
+        if self.scale is not None and self.shift is not None:
+            scaled = self.logits.float() * self.scale + self.shift
+        best, ids = log_probabilities(scaled).topk(k)
+        return best, ids
+
+
+def uncoupled_rank(logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> Scored:
     """The papers' ranking: the draft's log-probabilities at temperature 1, whatever the target's sampling."""
-    return log_probabilities(logits)
+    return UnreadScores(logits) if UnreadScores.serves(logits) else log_probabilities(logits)
 
 
 class Noise(BySeat):
@@ -187,6 +215,11 @@ class SamplingWork:
     has_top_k: bool
     has_top_p: bool
     has_min_p: bool
+
+    @property
+    def cuts(self) -> bool:
+        """Whether tokens are ruled out by their probabilities."""
+        return self.has_top_k or self.has_top_p or self.has_min_p
 
     @staticmethod
     def of(params: Iterable[SamplingParams], holds_ends: bool = False) -> "SamplingWork":
@@ -320,7 +353,7 @@ class Sampler(BySeat):
         sampled = (self._warp(scores) + noise).argmax(-1)
         return torch.where(self._temperature[..., 0] == 0, greedy, sampled)
 
-    def rank(self, logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> torch.Tensor:
+    def rank(self, logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> Scored:
         """Log-probability that the target's draw is each candidate, given the noise `g` that the target will use.
 
         The target draws the argmax of `log p / T + g`, and a head knows `log p` up to errors: `log q + s e`. So the
@@ -333,15 +366,22 @@ class Sampler(BySeat):
             positions: `[B, 1]` of the token that these candidates are for.
             target_ids: `[Vd]` target ids of the draft's tokens, None if it has the whole vocabulary.
         """
-        log_probs = log_probabilities(logits)
         if not self.work.draws:
-            return log_probs
+            return uncoupled_rank(logits, positions, target_ids)
         assert self._noise is not None
         noise = self._noise.at(positions)
         noise = noise if target_ids is None else noise[..., target_ids]
+        if not self.work.cuts and UnreadScores.serves(logits):  # what is the same for all tokens falls out
+            return UnreadScores(logits, *self._line(noise))
+        log_probs = log_probabilities(logits)
         perturbed = self._warp(log_probs) + noise
         coupled = (perturbed * (self._temperature / LOGIT_ERROR)).log_softmax(-1)
         return torch.where(self._temperature == 0, log_probs, coupled)
+
+    def _line(self, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale `[B, 1, 1]` and shift, like `noise [B, 1, Vd]`, of logits whose log-softmax is the coupled ranking."""
+        greedy = self._temperature == 0
+        return torch.where(greedy, 1.0, 1 / LOGIT_ERROR), noise * (self._temperature / LOGIT_ERROR)
 
     def _noise_below(self, lengths: torch.Tensor, depth: int) -> torch.Tensor:
         """The noise `[B, V]` of nodes at `depth` below roots at positions `lengths [B]`."""
@@ -360,14 +400,36 @@ class Sampler(BySeat):
                 scores = scores.masked_fill(scores < threshold, -torch.inf)
                 ordered = ordered.masked_fill(ordered < threshold, -torch.inf)
             if self.work.has_top_p:
-                probs = ordered.softmax(-1)
-                # A token stays while the tokens before it hold less than top_p; the first always stays.
-                stays = (probs.cumsum(-1) - probs) < self._top_p
-                num_kept = stays.sum(-1, keepdim=True).clamp(min=1)
+                num_kept = stays_in_nucleus(ordered, self._top_p).sum(-1, keepdim=True).clamp(min=1)
                 threshold = ordered.gather(-1, num_kept - 1)
                 scores = scores.masked_fill((scores < threshold) & (self._top_p < 1), -torch.inf)
         if self.work.has_min_p:
-            log_probs = scores.log_softmax(-1)
-            floor = log_probs.amax(-1, keepdim=True) + self._min_p.log()
-            scores = scores.masked_fill(log_probs < floor, -torch.inf)
+            # On a GPU without log_softmax, whose sum over a row may round by where the row lies: it cancels out.
+            log_probs = scores.log_softmax(-1) if scores.device.type == "cpu" else scores
+            scores = scores.masked_fill(below_min_p(log_probs, self._min_p), -torch.inf)
         return scores
+
+
+def below_min_p(scores: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """Which tokens are less than `min_p` times as likely as the likeliest, by log-probabilities up to a constant."""
+    return scores < scores.amax(-1, keepdim=True) + min_p.log()
+
+
+def stays_in_nucleus(ordered: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Which of a row's scores, the highest first, stay: as long as those before hold less than `top_p`.
+
+    A GPU sums a row in an order that depends on the number of rows. So there integers are summed: in any order.
+    """
+    if ordered.device.type == "cpu":
+        probs = ordered.softmax(-1)
+        return (probs.cumsum(-1) - probs) < top_p
+    return stays_by_integers(ordered, top_p)
+
+
+def stays_by_integers(ordered: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """The same by weights relative to the highest, in steps of 2^-40: up to 2^22 of them fit into 64 bits."""
+    weights = ((ordered - ordered[..., :1]).exp() * 2.0**40).long()
+    sums = weights.cumsum(-1)
+    share, (high, low) = (top_p * 2.0**24).long(), (sums[..., -1:] >> 24, sums[..., -1:] & (1 << 24) - 1)
+    held = high * share + (low * share >> 24)  # top_p of the total, in parts since the product would not fit
+    return (sums - weights) < held

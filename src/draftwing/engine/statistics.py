@@ -71,9 +71,13 @@ class Statistics(CycleCounts):
     """Counts over all rows of one generation, and its `seconds` by stage.
 
     The stages are prefill, draft, verify, commit, host (reading tokens back, stop checks).
+    What recording cycles took (captured.py) is no stage's, but `recording_seconds`.
+    `rounding_problem` says why a token may differ from plain decoding's where logits nearly tie; None: it cannot.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    recording_seconds: float = 0.0
+    rounding_problem: str | None = None
 
     @property
     def total_seconds(self) -> float:
@@ -84,6 +88,8 @@ class Statistics(CycleCounts):
         self.num_cycles += other.num_cycles
         self.num_drafted += other.num_drafted
         self.num_tokens += other.num_tokens
+        self.recording_seconds += other.recording_seconds
+        self.rounding_problem = self.rounding_problem or other.rounding_problem
         missing = len(other.accepted_at) - len(self.accepted_at)
         self.accepted_at += [0] * missing
         self.reached_at += [0] * missing
@@ -101,6 +107,8 @@ class Statistics(CycleCounts):
             "acceptance_length": self.acceptance_length,
             "acceptance_rate": self.acceptance_rate,
             "seconds": dict(self.seconds),
+            "recording_seconds": self.recording_seconds,
+            "rounding_problem": self.rounding_problem,
         }
 
 

@@ -38,6 +38,8 @@ DAYS_KEPT = 30
 """After which a measurement is made anew: drivers, neighbours and cooling change."""
 NUM_NODES = (2, 4, 8, 12, 16, 24, 32, 48, 64)
 WIDTHS = (1, 4, 8)
+RECORDED_NODES, RECORDED_WIDTHS = (2, 16, 32), (1,)
+"""Where each plan has to be recorded, which takes as long as some hundred cycles, and few nodes cost what more do."""
 CONTEXTS = (64, 512)
 PARTS = 3
 """Generations that each measurement is spread over, so that none leads far beyond its context."""
@@ -198,8 +200,9 @@ def measure_costs(
     """
     limit = target.max_positions or 4 * CONTEXTS[-1]
     contexts = sorted({max(1, min(context, limit // 4)) for context in contexts})
-    widths = [width for width in WIDTHS if width < largest.width] + [largest.width]
-    sizes = [num_nodes for num_nodes in NUM_NODES if num_nodes < largest.num_nodes] + [largest.num_nodes]
+    some_widths, some_sizes = (WIDTHS, NUM_NODES) if recorder is None else (RECORDED_WIDTHS, RECORDED_NODES)
+    widths = [width for width in some_widths if width < largest.width] + [largest.width]
+    sizes = [num_nodes for num_nodes in some_sizes if num_nodes < largest.num_nodes] + [largest.num_nodes]
     plans = [TreePlan.off()]
     plans += [_shallowest(num_nodes, widths[-1]) for num_nodes in sizes]
     num_steps = max(1, min(STEPS, largest.depth - 1))

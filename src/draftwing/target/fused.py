@@ -176,7 +176,12 @@ def pack_target(target: TargetModel, compiles: bool | None = None) -> TargetMode
     pack_linears(target.model)
     if not can_fuse(target.model):
         return target
-    return FusedTarget(target.model, target.role, elementwise(target.device, compiles))
+    fused = FusedTarget(target.model, target.role, elementwise(target.device, compiles))
+    if target.role == "draft" or target.device.type != "cuda":
+        return fused
+    from draftwing.target.row_pass import RowTarget, row_problem  # which is made of a FusedTarget
+
+    return fused if row_problem(fused) else RowTarget(target.model, target.role)
 
 
 def elementwise(device: torch.device, compiles: bool | None) -> Elementwise:
@@ -196,6 +201,12 @@ class FusedTarget(TargetModel):
         self._input_norms = [read_norm(layer.input_layernorm) for layer in decoder.layers]
         self._decoder_layers = [read_layer(layer, index) for index, layer in enumerate(decoder.layers)]
         self._norm = read_norm(decoder.norm)
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Numbers of a key, and how many of them are rotated."""
+        one = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        return self._layers[0].key_dim, self._rotary(one.to(self.dtype), one)[0].shape[-1]
 
     def _check_tree(self) -> None:
         """Nothing: the model was checked as it came."""
@@ -232,7 +243,7 @@ def read_layer(layer: Any, index: int) -> Layer:
     heads_norm = None
     if hasattr(attention, "q_norm"):
         weights = [attention.q_norm.weight.expand(num_heads, -1), attention.k_norm.weight.expand(num_key_heads, -1)]
-        heads_norm = Norm(torch.cat(weights).detach(), _scalar_like(weights[0], _epsilon(attention.q_norm)))
+        heads_norm = Norm(torch.cat(weights).detach(), _scalar_like(weights[0], epsilon(attention.q_norm)))
     return Layer(
         index,
         num_heads,
@@ -249,10 +260,10 @@ def read_layer(layer: Any, index: int) -> Layer:
 def read_norm(norm: nn.Module) -> Norm:
     weight = norm.weight
     assert isinstance(weight, torch.Tensor)
-    return Norm(weight.detach(), _scalar_like(weight, _epsilon(norm)))
+    return Norm(weight.detach(), _scalar_like(weight, epsilon(norm)))
 
 
-def _epsilon(norm: Any) -> float:
+def epsilon(norm: Any) -> float:
     """An RMS norm's epsilon: transformers' name or ours."""
     epsilon: float = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
     return epsilon

@@ -90,6 +90,15 @@ class KVCache(BySeat):
         self.lengths[seat] = 0
 
     @property
+    def num_slots(self) -> int:
+        """Slots of a row; the last one is for padding."""
+        return self._num_slots
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys and values, `[B * slots, H, dim]`."""
+        return self._keys[layer], self._values[layer]
+
+    @property
     def num_bytes(self) -> int:
         """Memory of the slots."""
         return sum(slab.numel() * slab.element_size() for slab in self._slabs.values())

@@ -73,6 +73,9 @@ class TargetModel:
             message names the model and the reason in one line.
     """
 
+    deepest_tree: int | None = None
+    """Levels below the root of a tree that is no chain at most; None: any number."""
+
     def __init__(self, model: PreTrainedModel, role: Role = "target") -> None:
         self.model = model
         self.role = role

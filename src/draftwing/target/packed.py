@@ -207,17 +207,17 @@ class JoinedProduct(Product):
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__(layers)
-        self._weight, self._bias = _joined(layers)
+        self.weight, self.bias = _joined(layers)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self._weight, self._bias)
+        return functional.linear(x, self.weight, self.bias)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-        if self._bias is not None:
-            residual, overwrite = residual + self._bias, True
+        if self.bias is not None:
+            residual, overwrite = residual + self.bias, True
         if overwrite:  # the product is added where the residual lies; else addmm copies it first
-            return residual.addmm_(x, self._weight.T)
-        return torch.addmm(residual, x, self._weight.T)
+            return residual.addmm_(x, self.weight.T)
+        return torch.addmm(residual, x, self.weight.T)
 
 
 def _joined(layers: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:

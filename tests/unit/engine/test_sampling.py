@@ -23,7 +23,10 @@ from draftwing.engine.sampling import (
     Noise,
     Sampler,
     SamplingParams,
+    below_min_p,
     gumbel,
+    stays_by_integers,
+    stays_in_nucleus,
     uncoupled_rank,
 )
 from draftwing.engine.stepwise import Place, choose_in_steps
@@ -136,6 +139,39 @@ class TestWarping:
     def test_a_large_bias_decides(self) -> None:
         sampler = sampler_of(SamplingParams(logit_bias={7: 100.0}), SamplingParams(logit_bias={8: 100.0}))
         assert choose_at_root(sampler, random_logits(rows=2).transpose(0, 1)).tolist() == [7, 8]
+
+
+class TestSumsOfAGpu:
+    """Whose order depends on the number of rows; a row's choice must not."""
+
+    def test_integers_have_one_sum_in_any_order(self) -> None:
+        ordered = random_logits(rows=8, vocab_size=5000).float().sort(-1, descending=True).values
+        weights = (ordered - ordered[..., :1]).exp()
+        differs = [in_blocks(weights, size).ne(weights.cumsum(-1)).any() for size in (32, 512)]
+        assert all(differs), "the sabotaged twin: float32 sums by blocks are others"
+        integers = (weights * 2.0**40).long()
+        assert all(torch.equal(in_blocks(integers, size), integers.cumsum(-1)) for size in (32, 512))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_the_nucleus_is_that_of_probabilities(self, dtype: torch.dtype) -> None:
+        ordered = random_logits(rows=40, vocab_size=5000).to(dtype).sort(-1, descending=True).values
+        ordered[:, :, 4000:] = -torch.inf  # of top-k
+        for top_p in (1e-6, 0.3, 0.7, 0.9, 0.999):
+            held = torch.full((1, 1, 1), top_p)
+            expected = stays_in_nucleus(ordered.double(), held.double()).sum(-1)
+            assert ((stays_by_integers(ordered, held).sum(-1) - expected).abs() <= 1).all()
+
+    def test_min_p_needs_no_sum(self) -> None:
+        scores = random_logits() / 0.8
+        kept = sampler_of(SamplingParams(temperature=0.8, min_p=0.05))._warp(random_logits()).isfinite()
+        assert torch.equal(kept, ~below_min_p(scores, torch.tensor(0.05)))
+
+
+def in_blocks(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Running sums `[..., V]` by blocks, whose totals are summed first."""
+    blocks = torch.nn.functional.pad(values, (0, -values.shape[-1] % size)).unflatten(-1, (-1, size))
+    before = blocks.sum(-1).cumsum(-1) - blocks.sum(-1)
+    return (blocks.cumsum(-1) + before[..., None]).flatten(-2)[..., : values.shape[-1]]
 
 
 class TestRepetitionPenalty:

@@ -99,6 +99,8 @@ def test_as_dict_is_the_same_figures() -> None:
         "acceptance_length": 2.0,
         "acceptance_rate": [0.5, 1.0, 0.0],
         "seconds": dict.fromkeys(STAGES, 0.0),
+        "recording_seconds": 0.0,
+        "rounding_problem": None,
     }
 
 

@@ -145,7 +145,7 @@ def test_single_layers_share_their_weights() -> None:
     model = llama()
     weight = model.lm_head.weight
     packed.pack_linears(model)
-    assert model.lm_head.product._weight.data_ptr() == weight.data_ptr()
+    assert model.lm_head.product.weight.data_ptr() == weight.data_ptr()
 
 
 @needs_a_compiler

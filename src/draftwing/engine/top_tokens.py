@@ -1,0 +1,87 @@
+"""The best of a draft's tokens and their log-probabilities in one read of the logits, by two small Triton kernels.
+
+torch takes some ten for log-softmax and top-k, on a device that has little to do between them.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 1024
+"""Tokens of a program."""
+MOST_WIDTH = 16
+"""Tokens to find at most: they are found one after the other."""
+
+
+def top_tokens(
+    logits: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `width` highest of `log_softmax(logits * scale + shift)` and their ids, `[B, K, width]`, the best first.
+
+    logits `[B, K, V]`, scale `[B, 1, 1]` and shift `[B, 1, V]` in float32, or None; ties go to the lowest id.
+    """
+    (batch_size, num_nodes, vocab_size), logits = logits.shape, logits.contiguous()
+    num_rows, num_blocks = batch_size * num_nodes, triton.cdiv(vocab_size, BLOCK)
+    sums = logits.new_empty(num_rows, num_blocks, 2, dtype=torch.float32)
+    values = logits.new_empty(num_rows, num_blocks, width, dtype=torch.float32)
+    tokens = logits.new_empty(num_rows, num_blocks, width, dtype=torch.int32)
+    best = logits.new_empty(batch_size, num_nodes, width, dtype=torch.float32)
+    ids = logits.new_empty(batch_size, num_nodes, width, dtype=torch.int64)
+    shift = None if shift is None else shift.contiguous()
+    with torch.cuda.device(logits.device) if logits.device.type == "cuda" else nullcontext():
+        _search_block[(num_rows, num_blocks)](
+            logits, scale, shift, sums, values, tokens, num_nodes, vocab_size,
+            HAS_SHIFT=shift is not None, WIDTH=width, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+        _join_blocks[(num_rows,)](
+            sums, values, tokens, best, ids, num_blocks, WIDTH=width,
+            BLOCKS=triton.next_power_of_2(num_blocks), FOUND=triton.next_power_of_2(num_blocks * width), num_warps=4,
+        )  # fmt: skip
+    return best, ids
+
+
+@triton.jit(do_not_specialize=["num_nodes"])
+def _search_block(
+    logits, scale, shift, sums, values, tokens, num_nodes, vocab_size,
+    HAS_SHIFT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of one row: its highest value, the sum of exponentials relative to that, and its best tokens."""
+    row, block = tl.program_id(0), tl.program_id(1)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    is_token = token < vocab_size
+    value = tl.load(logits + row.to(tl.int64) * vocab_size + token, mask=is_token, other=0.0).to(tl.float32)
+    if HAS_SHIFT:
+        b = (row // num_nodes).to(tl.int64)
+        value = value * tl.load(scale + b) + tl.load(shift + b * vocab_size + token, mask=is_token, other=0.0)
+    value = tl.where(is_token, value, -float("inf"))
+    place = row.to(tl.int64) * tl.num_programs(1) + block
+    highest = tl.max(value, 0)
+    tl.store(sums + place * 2, highest)
+    tl.store(sums + place * 2 + 1, tl.sum(tl.exp(value - highest), 0))
+    for rank in tl.static_range(WIDTH):
+        found = tl.argmax(value, 0)
+        tl.store(values + place * WIDTH + rank, tl.max(value, 0))
+        tl.store(tokens + place * WIDTH + rank, block * BLOCK + found)
+        value = tl.where(token == block * BLOCK + found, -float("inf"), value)
+
+
+@triton.jit
+def _join_blocks(
+    sums, values, tokens, best, ids, num_blocks, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, FOUND: tl.constexpr
+):  # fmt: skip
+    """One row: the logarithm of its sum, and the best of its blocks' tokens."""
+    row = tl.program_id(0).to(tl.int64)
+    block, i = tl.arange(0, BLOCKS), tl.arange(0, FOUND)
+    place, is_block = (row * num_blocks + block) * 2, block < num_blocks
+    highest = tl.load(sums + place, mask=is_block, other=-float("inf"))
+    total = tl.load(sums + place + 1, mask=is_block, other=0.0)
+    top = tl.max(highest, 0)
+    log_sum = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
+    value = tl.load(values + row * num_blocks * WIDTH + i, mask=i < num_blocks * WIDTH, other=-float("inf"))
+    for rank in tl.static_range(WIDTH):
+        found = tl.argmax(value, 0)
+        tl.store(best + row * WIDTH + rank, tl.max(value, 0) - log_sum)
+        tl.store(ids + row * WIDTH + rank, tl.load(tokens + row * num_blocks * WIDTH + found).to(tl.int64))
+        value = tl.where(i == found, -float("inf"), value)

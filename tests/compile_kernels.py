@@ -1,0 +1,142 @@
+"""Compile our kernels for an NVIDIA GPU that need not be there; prints what each takes, as JSON.
+
+    python tests/compile_kernels.py CAPABILITY SHARED_BYTES
+
+The pass itself runs on tensors without storage, at the shapes of an 8B model; its launches are compiled instead, and
+those of a draft's level.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from draftwing.engine import top_tokens
+from draftwing.target import packed, row_attention, row_products
+from draftwing.target.model import ATTENTION
+from draftwing.target.row_pass import RowTarget
+
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+SIZES = {
+    "num_hidden_layers": 1,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}
+
+
+class Compiled:
+    """What stands for launches of a kernel: it is compiled for the arguments, each kind of arguments once."""
+
+    def __init__(self, kernel: Any, target: GPUTarget) -> None:
+        self._kernel, self._target = kernel, target
+        self.results: dict[str, dict[str, Any]] = {}
+
+    def launch(self, *arguments: Any, **named: Any) -> None:
+        options = {name: named.pop(name) for name in OPTIONS if name in named}
+        values = dict(zip(self._kernel.arg_names, arguments, strict=False)) | named
+        fixed = {name: value for name, value in values.items() if value is None or name in named}
+        types = {name: "constexpr" if name in fixed else _type(value) for name, value in values.items()}
+        aligned = [name for name in values if name not in fixed and self._is_aligned(name, values[name])]
+        key = repr((types, fixed, aligned, options))
+        if key in self.results:
+            return
+        index = self._kernel.arg_names.index
+        source = ASTSource(
+            self._kernel,
+            types,
+            {(index(name),): value for name, value in fixed.items()},
+            {(index(name),): [["tt.divisibility", 16]] for name in aligned},
+        )
+        kernel = triton.compile(source, target=self._target, options=options)
+        metadata, ptx = kernel.metadata, str(kernel.asm["ptx"])
+        self.results[key] = {
+            "name": self._kernel.__name__,
+            "shared_bytes": metadata.shared,
+            "registers": _registers(kernel.asm["cubin"]),
+            "products": sorted(set(re.findall(r"wgmma\.mma_async\S*|mma\.sync\S*|tcgen05\.mma\S*", ptx))),
+            "options": options,
+            "fixed": fixed,
+        }
+
+    def _is_aligned(self, name: str, value: Any) -> bool:
+        if isinstance(value, torch.Tensor):
+            return True
+        parameter = self._kernel.params[self._kernel.arg_names.index(name)]
+        return isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
+
+
+def _registers(binary: bytes) -> dict[str, int]:
+    """What a thread takes, by Triton's cuobjdump: registers, and bytes of local memory where those do not suffice."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    return "i32" if isinstance(value, int) else "fp32"
+
+
+def main() -> None:
+    capability, shared_bytes = map(int, sys.argv[1:])
+    target = GPUTarget("cuda", capability, 32)
+    compiled: dict[str, Compiled] = {}
+    row_products.shared_bytes = row_attention.shared_bytes = lambda device: shared_bytes
+
+    def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
+        return compiled.setdefault(kernel.__name__, Compiled(kernel, target)).launch
+
+    triton.runtime.JITFunction.__getitem__ = launcher
+    for num_nodes in (1, 128):
+        run_pass(meta_model(LlamaConfig(**SIZES)), num_nodes)
+    run_pass(meta_model(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)), 16)
+    run_pass(meta_model(Qwen3Config(**SIZES)), 16)
+    logits, scale, shift = (torch.empty(1, *shape, device="meta") for shape in ((10, 32000), (1, 1), (1, 32000)))
+    top_tokens.top_tokens(logits.bfloat16(), None, None, 10)
+    top_tokens.top_tokens(logits.bfloat16(), scale, shift, 10)
+    print(json.dumps([result for kernel in compiled.values() for result in kernel.results.values()]))
+
+
+@torch.inference_mode()
+def run_pass(model: PreTrainedModel, num_nodes: int) -> None:
+    """One pass over a tree of so many nodes behind a thousand tokens."""
+    target = RowTarget(model)
+    cache = target.new_cache(1, 1024)
+    cache.bound = 1000
+    tokens = torch.zeros(1, num_nodes, dtype=torch.int64, device="meta")
+    ancestors = torch.ones(1, num_nodes, num_nodes, dtype=torch.bool, device="meta")
+    target.forward_tree(tokens, tokens, ancestors, cache)
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without storage, of packed products."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.bfloat16).eval()
+    with patch.object(packed, "_can_pack", lambda layer: True):
+        packed.pack_linears(model)
+    return model
+
+
+if __name__ == "__main__":
+    main()
