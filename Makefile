@@ -5,7 +5,7 @@ BIN := .venv/bin
 TEST_PROCESSES ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo chat test check setup assets tables clean
+.PHONY: demo chat test slow check setup assets tables clean
 
 demo: setup
 	$(BIN)/draftwing demo
@@ -21,13 +21,17 @@ chat: setup .venv/smollm2
 test: check
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile tests/lossless tests/compat tests/e2e -m "not slow and not gpu"
 
+# What `make test` leaves out: all combinations, compiled training, minutes-long runs.
+slow: setup
+	$(BIN)/pytest -n $(TEST_PROCESSES) tests -m "slow and not gpu"
+
 # The one definition of "clean": format, lint, types, import directions, fast tests.
 check: setup
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile tests/unit tests/architecture
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile tests/unit tests/architecture -m "not slow"
 
 setup: .venv/ready
 

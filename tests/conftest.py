@@ -3,7 +3,10 @@
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import combinations as combinations_of
+from itertools import product
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -27,7 +30,7 @@ from draftwing.drafts.medusa.network import MedusaModel
 from draftwing.drafts.ngram import NgramDrafter
 from draftwing.engine.captured import Recorder
 from draftwing.engine.drafter import NoDrafter
-from draftwing.engine.engine import NewDrafter, Request
+from draftwing.engine.engine import NewDrafter, Request, Seat
 from draftwing.engine.generation import Generation, start_generation
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule
@@ -41,6 +44,7 @@ from draftwing.target.model import ATTENTION, TargetModel
 VOCAB_SIZE = 64
 EOS = 11
 CPU = torch.device("cpu")
+SLOW = pytest.mark.slow
 Path = tuple[int, ...]
 """The tokens from a tree's root, which is left out, to a node."""
 
@@ -70,7 +74,8 @@ def _measurements_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterat
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DRAFTWING_CACHE", str(shared / "cache"))
-        patch.setattr("draftwing.plans.planner.measure_costs", partial(measure_costs, num_rounds=2))
+        patch.setattr("draftwing.plans.costs.SECONDS", 0.0)
+        patch.setattr("draftwing.plans.planner.measure_costs", partial(measure_costs, num_rounds=1))
         yield
 
 
@@ -108,7 +113,7 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="session")
 def heads(target: TargetModel) -> dict[str, DraftNetwork]:
     """An EAGLE-1 and an EAGLE-3 head for `target`, trained on what it says; the draft vocabulary is a proper subset."""
-    data = self_generated(target, num_rows=32, length=40)
+    data = self_generated(target, num_rows=16, length=40)
     trained = {}
     for objective in ("eagle1", "eagle3"):
         config = TrainConfig(
@@ -116,7 +121,7 @@ def heads(target: TargetModel) -> dict[str, DraftNetwork]:
         )  # type: ignore[arg-type]
         torch.manual_seed(1)
         head = new_head(config, target, data).double()
-        trained[objective] = train_briefly(head, target, config, data, steps=60)
+        trained[objective] = train_briefly(head, target, config, data, steps=40)
     return trained
 
 
@@ -124,10 +129,10 @@ def heads(target: TargetModel) -> dict[str, DraftNetwork]:
 def medusa_heads(target: TargetModel) -> MedusaModel:
     """Three Medusa heads for `target`, trained on what it says."""
     config = TrainConfig(objective="medusa", output="", target="unused", medusa_heads=3)
-    data = self_generated(target, num_rows=32, length=40)
+    data = self_generated(target, num_rows=16, length=40)
     torch.manual_seed(1)
     model = new_head(config, target, data).double()
-    optimise(head_training(model, target, config), data, steps=60)
+    optimise(head_training(model, target, config), data, steps=40)
     return model.eval()
 
 
@@ -162,7 +167,7 @@ def train_briefly(
 
 def optimise(module: HeadLoss, data: Sequence[Example], steps: int) -> None:
     """Train on all of the data at once."""
-    optimizer = torch.optim.AdamW([p for p in module.head.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in module.head.parameters() if p.requires_grad], lr=2e-2)
     ids = torch.stack([example.input_ids for example in data])
     mask = torch.stack([example.loss_mask for example in data])
     for _ in range(steps):
@@ -265,6 +270,37 @@ def run(
 ) -> list[list[int]]:
     """The tokens of each request."""
     return [output.tokens for output in generate(target, requests, drafter, plan).outputs]
+
+
+_PLAIN: WeakKeyDictionary[TargetModel, dict[str, Sequence[Seat]]] = WeakKeyDictionary()
+
+
+def plain_outputs(target: TargetModel, requests: Sequence[Request]) -> Sequence[Seat]:
+    """What plain decoding gives; decoded once for requests that say the same, so not for tests that break it."""
+    known, key = _PLAIN.setdefault(target, {}), str(requests)
+    if key not in known:
+        known[key] = generate(target, requests).outputs
+    return known[key]
+
+
+def plain(target: TargetModel, requests: Sequence[Request]) -> list[list[int]]:
+    """The tokens of `plain_outputs`."""
+    return [output.tokens for output in plain_outputs(target, requests)]
+
+
+def pairwise(*axes: Sequence[Any]) -> list[Any]:
+    """All combinations, for `parametrize`: any two values meet in one that always runs; the others are slow."""
+    combinations = list(product(*(range(len(axis)) for axis in axes)))
+    pairs = {chosen: set(combinations_of(enumerate(chosen), 2)) for chosen in combinations}
+    missing, always = set().union(*pairs.values()), set()
+    while missing:
+        best = max(combinations, key=lambda chosen: len(pairs[chosen] & missing))
+        always.add(best)
+        missing -= pairs[best]
+    return [
+        pytest.param(*(axis[i] for axis, i in zip(axes, chosen, strict=True)), marks=() if chosen in always else SLOW)
+        for chosen in combinations
+    ]
 
 
 def requests_for(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SLOW
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -177,6 +178,10 @@ FAULTS = {
 }
 
 
+SIBLINGS = ("aux-layers-high", "rope-scaling")
+"""Faults whose like is tried by another one, and which take long."""
+
+
 def write_head(folder: Path, name: str, damage: Damage) -> Path:
     """The embedded head `name` with damage done to it."""
     values, tensors = read_draft_files(resolve_draft(name))
@@ -187,7 +192,9 @@ def write_head(folder: Path, name: str, damage: Damage) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, id=name, marks=SLOW if name in SIBLINGS else ()) for name, fault in FAULTS.items()]
+)
 def test_a_planted_fault_is_named_and_the_advice_cures_it(
     fault: Fault, model: SpeculativeModel, transcript: Transcript, more: Transcript, tmp_path: Path
 ) -> None:
@@ -276,6 +283,7 @@ def test_an_overflow_in_float16_is_named(model: SpeculativeModel, prompts: list[
     assert "the target's features overflow in float16" in verdict.sentence
 
 
+@pytest.mark.slow
 def test_a_draft_window_is_advised_past_the_lengths_of_training(model: SpeculativeModel, tmp_path: Path) -> None:
     """The embedded head was trained on 192 tokens, its target on 512; these prompts have 650."""
     untold = write_head(tmp_path, "tiny", set_values(trained_length=None))

@@ -57,16 +57,22 @@ def test_rows_are_what_the_target_says(made: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [["--batch-size", "1"], ["--batch-size", "3"], ["--draft", "tiny", "--batch-size", "2"]]
+    "more",
+    [["--batch-size", "1"], ["--batch-size", "3"], ["--draft", "tiny", "--batch-size", "2"]],
 )
 def test_seats_and_drafts_change_nothing(made: Path, tmp_path: Path, more: Sequence[str]) -> None:
-    assert write(tmp_path / "rows.jsonl", 8, *more) == 0
+    assert write(tmp_path / "rows.jsonl", 4, *more) == 0
+    assert_begins(made, tmp_path)
+
+
+def assert_begins(made: Path, folder: Path) -> None:
+    """What a folder holds is what `made` begins with."""
     for name in ("rows.jsonl", "rows.rejects.jsonl"):
-        assert (tmp_path / name).read_bytes() == (made.parent / name).read_bytes()
+        assert (made.parent / name).read_bytes().startswith((folder / name).read_bytes())
 
 
 def test_another_seed_has_other_rows(made: Path, tmp_path: Path) -> None:
-    assert write(tmp_path / "rows.jsonl", 4, "--seed", "1") == 0
+    assert write(tmp_path / "rows.jsonl", 2, "--seed", "1") == 0
     asked = [{row["messages"][0]["content"] for row in rows_of(file)} for file in (made, tmp_path / "rows.jsonl")]
     assert not asked[0] & asked[1]
 
@@ -79,32 +85,33 @@ def test_a_stopped_run_goes_on_where_it_was(
     def stop(self: Kept, result: Any) -> Any:
         nonlocal taken
         taken += 1
-        if taken == 6:
+        if taken == 4:
             raise KeyboardInterrupt
         return take(self, result)
 
     monkeypatch.setattr(Kept, "take", stop)
-    assert write(output, 8) == 130
+    assert write(output, 5) == 130
     monkeypatch.undo()
     num_done = len(rows_of(output))
-    assert 0 < num_done < 8
+    assert 0 < num_done < 5
     for name in ("rows.jsonl", "rows.rejects.jsonl"):
         with (tmp_path / name).open("a") as file:
             file.write('{"number": 77, "li')  # what a kill may leave
-    assert write(output, 8) == 0
-    assert f"resuming from {output}: {num_done} of 8 rows are there" in capsys.readouterr().err
-    for name in ("rows.jsonl", "rows.rejects.jsonl"):
-        assert (tmp_path / name).read_bytes() == (made.parent / name).read_bytes()
-    assert write(output, 8) == 0
+    assert write(output, 5) == 0
+    assert f"resuming from {output}: {num_done} of 5 rows are there" in capsys.readouterr().err
+    assert len(rows_of(output)) == 5
+    assert_begins(made, tmp_path)
+    assert write(output, 5) == 0
     assert json.loads(capsys.readouterr().out)["new_tokens"] == 0
-    assert write(output, 8, "--request-temperature", "0.7") == 2
+    assert write(output, 5, "--request-temperature", "0.7") == 2
     assert "request_temperature: " in capsys.readouterr().err
 
 
 def test_more_rows_are_written_behind_them(made: Path, tmp_path: Path) -> None:
-    for count in (3, 8):
+    for count in (2, 4):
         assert write(tmp_path / "rows.jsonl", count) == 0
-    assert (tmp_path / "rows.jsonl").read_bytes() == made.read_bytes()
+    assert len(rows_of(tmp_path / "rows.jsonl")) == 4
+    assert_begins(made, tmp_path)
 
 
 def test_shards_have_the_numbers_of_the_whole(made: Path, tmp_path: Path) -> None:

@@ -22,6 +22,9 @@ from draftwing.target.model import ATTENTION, TargetModel
 from draftwing.target.packed import PackedLinear, pack_linears
 
 DTYPES = [torch.float32, torch.bfloat16]
+SAVED = "float32, saved in bfloat16"
+"""Weights that 16 bits hold: they are multiplied by another library."""
+KINDS: list[torch.dtype | str] = [*DTYPES, SAVED]
 CONTEXT = [1, 2, 3, 4, 5, 6, 7]
 #          0 root
 #        1     2
@@ -52,7 +55,7 @@ FAMILIES = {
 PASSES = {"stock": TargetModel, "fused": FusedTarget}
 
 
-def packed_target(dtype: torch.dtype, passes: str = "stock", family: str = "llama") -> TargetModel:
+def packed_target(dtype: torch.dtype | str, passes: str = "stock", family: str = "llama") -> TargetModel:
     """A small random target with packed products, its biases and norms not at their initial zeros and ones."""
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
@@ -60,7 +63,7 @@ def packed_target(dtype: torch.dtype, passes: str = "stock", family: str = "llam
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter += 0.2 * torch.randn_like(parameter)
-    model = model.to(dtype)
+    model = model.bfloat16().float() if dtype == SAVED else model.to(dtype)
     pack_linears(model)
     if not any(isinstance(module, PackedLinear) for module in model.modules()):
         pytest.skip(f"no packed {dtype} products on this machine")
@@ -99,27 +102,31 @@ def prefilled(target: TargetModel):
     return cache
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_wide_products_keep_a_rows_bits_from_two_rows_on(dtype: torch.dtype) -> None:
+def test_wide_products_keep_a_rows_bits_from_some_rows_on(kind: torch.dtype | str) -> None:
     """A single row may round differently where there are many inputs, so plain decoding pads it."""
     torch.manual_seed(0)
-    layer = torch.nn.Sequential(torch.nn.Linear(4096, 1024, bias=False, dtype=dtype))
+    dtype = torch.float32 if kind == SAVED else kind
+    layer = torch.nn.Sequential(torch.nn.Linear(4096, 1024, bias=False))
+    layer = layer.bfloat16().float() if kind == SAVED else layer.to(dtype)
     pack_linears(layer)
     if not isinstance(layer[0], PackedLinear):
         pytest.skip(f"no packed {dtype} products on this machine")
-    x, residual = torch.randn(1, 40, 4096).to(dtype), torch.randn(1, 40, 1024).to(dtype)
+    x, residual = torch.randn(1, 133, 4096).to(dtype), torch.randn(1, 133, 1024).to(dtype)
     together, added = layer(x), layer[0].product.add_to(residual, x)
-    for first, last in ((0, 2), (3, 6), (5, 13), (20, 37)):
+    for first, last in ((0, 2), (3, 6), (5, 12), (5, 13), (20, 37), (70, 102), (0, 120), (1, 122)):
         assert torch.equal(layer(x[:, first:last]), together[:, first:last])
         assert torch.equal(layer[0].product.add_to(residual[:, first:last], x[:, first:last]), added[:, first:last])
-    assert packed_target(dtype).best_single_row == 2
+        copy = residual[:, first:last].clone()
+        assert layer[0].product.add_to(copy, x[:, first:last], overwrite=True).equal(added[:, first:last])
+    assert packed_target(kind).best_single_row == layer[0].product.least_rows
 
 
 @pytest.mark.parametrize("passes", PASSES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KINDS)
 @torch.inference_mode()
-def test_each_node_of_a_tree_has_the_bits_of_plain_decoding(dtype: torch.dtype, passes: str) -> None:
+def test_each_node_of_a_tree_has_the_bits_of_plain_decoding(dtype: torch.dtype | str, passes: str) -> None:
     target = packed_target(dtype, passes)
     in_tree = tree_logits(target)
     for node in range(len(TOKENS)):
@@ -134,11 +141,11 @@ def _as_many_threads_afterwards() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("passes", PASSES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.usefixtures("_as_many_threads_afterwards")
 @torch.inference_mode()
 def test_bits_are_the_same_on_any_number_of_threads(
-    dtype: torch.dtype, passes: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype | str, passes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The number may change within a generation, so a product must not round by it; all parts are large enough to
     be shared."""

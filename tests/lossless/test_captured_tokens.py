@@ -13,6 +13,8 @@ from conftest import (
     lookahead,
     ngram,
     no_draft,
+    pairwise,
+    plain,
     requests_for,
     run,
 )
@@ -33,9 +35,9 @@ CAPACITY = 80
 METHODS = ("eagle1", "eagle3", "medusa", "draft_model")
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("plan", ["chain:4", "tree:4x4x16", "eagle1"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "plan", "temperature"), pairwise(METHODS, ("chain:4", "tree:4x4x16", "eagle1"), (0.0, 1.0))
+)
 def test_tokens_equal_plain_decoding(
     target: TargetModel,
     drafters: dict[str, NewDrafter],
@@ -47,7 +49,7 @@ def test_tokens_equal_plain_decoding(
     requests = requests_for(prompts, temperature=temperature)
     eager = generate(target, requests, drafters[method], plan)
     replayed = generate(target, requests, drafters[method], plan, recorder=TapeRecorder())
-    assert [output.tokens for output in replayed.outputs] == run(target, requests)
+    assert [output.tokens for output in replayed.outputs] == plain(target, requests)
     assert replayed.statistics.accepted_at == eager.statistics.accepted_at  # and the same is drafted
 
 
@@ -56,12 +58,12 @@ def test_plain_decoding_and_ngrams_are_captured_too(
     target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]], temperature: float
 ) -> None:
     requests = requests_for(prompts, temperature=temperature)
-    plain = run(target, requests)
+    expected = plain(target, requests)
     merged = TreePlan.parse("tree:4x4x16").with_lookup()
     for drafter, plan in ((no_draft, "off"), (ngram, "chain:4"), (eagle_with_ngram(heads["eagle3"]), merged)):
         eager = generate(target, requests, drafter, plan)
         replayed = generate(target, requests, drafter, plan, recorder=TapeRecorder())
-        assert [output.tokens for output in replayed.outputs] == plain
+        assert [output.tokens for output in replayed.outputs] == expected
         assert replayed.statistics.accepted_at == eager.statistics.accepted_at
 
 
@@ -73,7 +75,7 @@ def test_lookups_come_and_go_between_recordings(
     monkeypatch.setattr(pauses, "TRIAL", 1)
     monkeypatch.setattr(pauses, "SHARE", 2.0)  # never enough: a pause after each trial
     requests = requests_for(prompts, max_new_tokens=40, eos=(), temperature=1.0)
-    plain, trials = run(target, requests), (LookupTrial(), LookupTrial())
+    expected, trials = plain(target, requests), (LookupTrial(), LookupTrial())
     for trial in trials:
         trial.pause.length = 3
     for _ in range(2):
@@ -87,7 +89,7 @@ def test_lookups_come_and_go_between_recordings(
             )
             for trial, recorder in zip(trials, (None, TapeRecorder()), strict=True)
         )
-        assert tokens_of(eager) == plain == tokens_of(replayed)
+        assert tokens_of(eager) == expected == tokens_of(replayed)
         assert eager.statistics.accepted_at == replayed.statistics.accepted_at
         assert trials[0].pause == trials[1].pause != LookupTrial().pause
 
@@ -110,12 +112,12 @@ def test_trees_that_size_themselves(
 ) -> None:
     """Between fixed shapes, each with its recording, and through pauses, whose tokens the draft reads later."""
     requests = requests_for(prompts, max_new_tokens=60, eos=())
-    plain, experience = run(target, requests), Experience(pause=Pause(3))
+    expected, experience = plain(target, requests), Experience(pause=Pause(3))
     plan = auto_plan(experience, fixed_shapes=("chain:2", "tree:4x6x24"), step=step)
     engine = Engine(target, drafters["eagle3"], len(prompts), CAPACITY, plan, TapeRecorder())
     for _ in range(2):
         engine.plan = auto_plan(experience, fixed_shapes=("chain:2", "tree:4x6x24"), step=step)
-        assert tokens_of(Generation(engine, requests).run()) == plain
+        assert tokens_of(Generation(engine, requests).run()) == expected
     assert step < 1 or experience.pause.length > 3
 
 
@@ -141,7 +143,7 @@ def test_recordings_serve_the_generations_that_follow(
         requests = requests_for(prompts[::order], eos=(), temperature=temperature)
         eager = generate(target, requests, drafters["eagle3"], plan)
         replayed = Generation(engine, requests).run()
-        assert tokens_of(replayed) == run(target, requests)
+        assert tokens_of(replayed) == plain(target, requests)
         assert replayed.statistics.accepted_at == eager.statistics.accepted_at
         assert recorder.num_recorded <= 3 * 4, "draft, verify, commit for 4, 2 and 1 rows; before that a trial"
 
@@ -157,7 +159,7 @@ def test_a_generation_that_is_closed_leaves_its_engine_free(
     for _ in range(2):
         generation.close()
     assert generation.is_done and given_back == [engine] and engine.num_free == len(prompts)
-    assert tokens_of(Generation(engine, requests).run()) == run(target, requests)
+    assert tokens_of(Generation(engine, requests).run()) == plain(target, requests)
 
 
 def test_an_engine_made_in_inference_mode_serves_outside_of_it(
@@ -168,7 +170,7 @@ def test_an_engine_made_in_inference_mode_serves_outside_of_it(
     with torch.inference_mode():
         engine = Engine(target, drafters["eagle3"], len(prompts), CAPACITY, plan, TapeRecorder())
         Generation(engine, requests).run()
-    assert tokens_of(Generation(engine, requests).run()) == run(target, requests)
+    assert tokens_of(Generation(engine, requests).run()) == plain(target, requests)
 
 
 def test_what_cannot_be_captured_is_decoded_without(
@@ -187,7 +189,7 @@ def test_what_cannot_be_captured_is_decoded_without(
     monkeypatch.setattr(TargetModel, "forward_tree", forward_and_ask)
     with pytest.warns(UserWarning, match="LlamaForCausalLM cannot be captured.*turns to the host"):
         generation = generate(target, requests, drafters["eagle3"], "chain:4", recorder=TapeRecorder())
-    assert tokens_of(generation) == run(target, requests)
+    assert tokens_of(generation) == plain(target, requests)
 
 
 def test_the_watch_for_what_turns_to_the_host_is_silent_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,10 +229,10 @@ def test_sabotage_is_noticed(
     target: TargetModel, drafters: dict[str, NewDrafter], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = requests_for(prompts[1:2])  # nothing is read and nobody leaves: eager cycles find the new storage again
-    plain = run(target, requests)
+    expected = plain(target, requests)
     monkeypatch.setattr(KVCache, "commit", lose_the_place)
-    assert tokens_of(generate(target, requests, drafters["eagle3"], "chain:4")) == plain
-    assert tokens_of(generate(target, requests, drafters["eagle3"], "chain:4", recorder=TapeRecorder())) != plain
+    assert tokens_of(generate(target, requests, drafters["eagle3"], "chain:4")) == expected
+    assert tokens_of(generate(target, requests, drafters["eagle3"], "chain:4", recorder=TapeRecorder())) != expected
 
 
 def tokens_of(generation: Generation) -> list[list[int]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, VOCAB_SIZE, tiny_llama
+from conftest import EOS, SLOW, VOCAB_SIZE, tiny_llama
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -212,7 +212,7 @@ def tokens(output: Any) -> list[list[int]]:
 
 
 @pytest.mark.filterwarnings("ignore:Passing `.*` requires")
-@pytest.mark.parametrize("num_rows", [1, 4])
+@pytest.mark.parametrize("num_rows", [pytest.param(1, marks=SLOW), 4])
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_gives_stock_tokens(stock: Any, fast: Any, plain: list[list[int]], name: str, num_rows: int) -> None:
     options = COMMON | batch(ROWS[:num_rows]) | CALLS[name]
@@ -222,7 +222,7 @@ def test_a_call_gives_stock_tokens(stock: Any, fast: Any, plain: list[list[int]]
         assert (expected == plain) == (name == "nothing")
 
 
-@pytest.mark.parametrize("num_rows", [1, 4])
+@pytest.mark.parametrize("num_rows", [pytest.param(1, marks=SLOW), 4])
 @pytest.mark.parametrize("name", WARPERS)
 def test_a_sampled_call_gives_stock_tokens(
     stock: Any, fast: Any, name: str, num_rows: int, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, eagle, eagle_with_ngram, generate, ngram, no_draft, requests_for
+from conftest import EOS, eagle, eagle_with_ngram, generate, ngram, no_draft, pairwise, plain_outputs, requests_for
 from tape import TapeRecorder
 from test_bits import packed_target
 
@@ -30,7 +30,7 @@ def scored_requests(**sampling: float) -> list[Request]:
 
 
 def scores_alone(target: TargetModel, requests: list[Request]) -> list[Seat]:
-    return [generate(target, [request]).outputs[0] for request in requests]
+    return [plain_outputs(target, [request])[0] for request in requests]
 
 
 def assert_same(outputs: list[Seat], alone: list[Seat]) -> None:
@@ -67,9 +67,10 @@ def test_they_are_the_models_own(target: TargetModel, temperature: float) -> Non
             assert [token for token, _ in one.top] == [token for token, _ in right.top]
 
 
-@pytest.mark.parametrize("recorded", [False, True])
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("method", ["eagle1", "eagle3", "medusa", "draft_model"])
+@pytest.mark.parametrize(
+    ("method", "temperature", "recorded"),
+    pairwise(("eagle1", "eagle3", "medusa", "draft_model"), (0.0, 0.9), (False, True)),
+)
 def test_any_draft_gives_plain_decodings(
     target: TargetModel, drafters: dict[str, NewDrafter], method: str, temperature: float, recorded: bool
 ) -> None:

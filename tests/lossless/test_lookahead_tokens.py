@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import generate, lookahead, requests_for, run
+from conftest import generate, lookahead, plain, requests_for, run
 from test_tokens import break_acceptance, break_cache, break_mask, break_noise
 
 from draftwing.drafts import lookahead as lookahead_module
@@ -23,7 +23,7 @@ def test_tokens_equal_plain_decoding(
     target: TargetModel, prompts: list[list[int]], plan: str, temperature: float
 ) -> None:
     requests = requests_for(prompts, max_new_tokens=40, temperature=temperature)
-    assert run(target, requests, lookahead(plan), plan) == run(target, requests)
+    assert run(target, requests, lookahead(plan), plan) == plain(target, requests)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_sampling_parameters_keep_equality(
     target: TargetModel, prompts: list[list[int]], sampling: dict[str, float]
 ) -> None:
     requests = requests_for(prompts, max_new_tokens=40, **sampling)
-    assert run(target, requests, lookahead(PLAN), PLAN) == run(target, requests)
+    assert run(target, requests, lookahead(PLAN), PLAN) == plain(target, requests)
 
 
 def test_its_ngrams_are_accepted(target: TargetModel, prompts: list[list[int]]) -> None:
@@ -55,7 +55,7 @@ def test_a_row_does_not_depend_on_its_batch(target: TargetModel, prompts: list[l
 @pytest.mark.parametrize("limit", range(1, 9))
 def test_the_token_limit_is_exact(target: TargetModel, prompts: list[list[int]], limit: int) -> None:
     requests = requests_for(prompts, max_new_tokens=limit, eos=())
-    assert run(target, requests, lookahead(PLAN), PLAN) == run(target, requests)
+    assert run(target, requests, lookahead(PLAN), PLAN) == plain(target, requests)
 
 
 def test_every_stop_position_is_exact(target: TargetModel, prompts: list[list[int]]) -> None:
@@ -70,7 +70,7 @@ def test_guesses_reach_past_the_models_last_position(target: TargetModel) -> Non
     limit = target.max_positions
     assert limit is not None
     requests = requests_for([[1 + i % 60 for i in range(limit - 12)]], max_new_tokens=12, eos=())
-    assert run(target, requests, lookahead(PLAN), PLAN) == run(target, requests)
+    assert run(target, requests, lookahead(PLAN), PLAN) == plain(target, requests)
 
 
 # Sabotaged twins: each breaks one thing that equality rests on, and the comparison above must notice.
@@ -107,9 +107,9 @@ def test_sabotage_is_noticed(
     sabotage: Callable[[pytest.MonkeyPatch], None],
 ) -> None:
     requests = requests_for(prompts, max_new_tokens=80, eos=(), temperature=0.7 if sabotage is break_noise else 0.0)
-    plain = run(target, requests)
+    expected = plain(target, requests)
     sabotage(monkeypatch)
-    assert run(target, requests, lookahead(PLAN), PLAN) != plain
+    assert run(target, requests, lookahead(PLAN), PLAN) != expected
 
 
 @pytest.mark.parametrize("sabotage", [break_prefixes, break_guesses])

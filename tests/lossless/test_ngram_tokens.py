@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import auto_plan, eagle, eagle_with_ngram, generate, ngram, requests_for, run
+from conftest import auto_plan, eagle, eagle_with_ngram, generate, ngram, pairwise, plain, requests_for, run
 
 from draftwing.drafts import ngram as ngram_module
 from draftwing.drafts.eagle.load_head import DraftNetwork
@@ -14,6 +14,7 @@ from draftwing.engine.tree_plan import LookupTree, TreePlan
 from draftwing.target.model import TargetModel
 
 CHAINS = ("chain:1", "chain:6")
+TEMPERATURES = (0.0, 0.7, 1.3)
 MERGED = ("chain:1", "chain:3", "tree:2x3x7", "tree:4x4x16", "tree:10x3x60", "eagle1")
 
 
@@ -23,17 +24,16 @@ def method_of(heads: dict[str, DraftNetwork], method: str, plan: str) -> tuple[N
     return eagle_with_ngram(heads[method]), TreePlan.parse(plan).with_lookup()
 
 
-PATHS = [("ngram", plan) for plan in CHAINS] + [(head, plan) for head in ("eagle1", "eagle3") for plan in MERGED]
-
-
 @pytest.fixture(scope="module")
 def repetitive() -> list[list[int]]:
     """Ragged prompts with something to find in each but the second."""
     return [[1, 2, 3, 4] * 4, [7], [9, 8, 7, 6, 5, 4, 9, 8, 7, 6], [3, 3, 3]]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
-@pytest.mark.parametrize(("method", "plan"), PATHS)
+@pytest.mark.parametrize(
+    ("method", "plan", "temperature"),
+    pairwise(["ngram"], CHAINS, TEMPERATURES) + pairwise(["eagle1", "eagle3"], MERGED, TEMPERATURES),
+)
 def test_tokens_equal_plain_decoding(
     target: TargetModel,
     heads: dict[str, DraftNetwork],
@@ -43,7 +43,7 @@ def test_tokens_equal_plain_decoding(
     temperature: float,
 ) -> None:
     requests = requests_for(repetitive, temperature=temperature)
-    assert run(target, requests, *method_of(heads, method, plan)) == run(target, requests)
+    assert run(target, requests, *method_of(heads, method, plan)) == plain(target, requests)
 
 
 @pytest.mark.parametrize("step", [0.05, 3.0])
@@ -57,7 +57,7 @@ def test_lookups_in_trees_that_size_themselves(
 ) -> None:
     requests = requests_for(repetitive, temperature=temperature)
     plan = auto_plan(largest=TreePlan(4, 3, 24), with_lookup=True, step=step)
-    assert run(target, requests, eagle_with_ngram(heads["eagle3"]), plan) == run(target, requests)
+    assert run(target, requests, eagle_with_ngram(heads["eagle3"]), plan) == plain(target, requests)
 
 
 @pytest.mark.parametrize(("method", "plan"), [("ngram", "chain:6"), ("eagle3", "tree:2x3x7")])
@@ -87,7 +87,7 @@ def test_the_token_limit_is_exact(
     target: TargetModel, heads: dict[str, DraftNetwork], repetitive: list[list[int]], method: str, plan: str, limit: int
 ) -> None:
     requests = requests_for(repetitive, max_new_tokens=limit, eos=())
-    assert run(target, requests, *method_of(heads, method, plan)) == run(target, requests)
+    assert run(target, requests, *method_of(heads, method, plan)) == plain(target, requests)
 
 
 @pytest.mark.parametrize(("method", "plan"), [("ngram", "chain:6"), ("eagle3", "tree:2x3x7")])
@@ -128,6 +128,6 @@ def test_sabotage_is_noticed(
     sabotage: Callable[[pytest.MonkeyPatch], None],
 ) -> None:
     requests = requests_for(repetitive, max_new_tokens=60, eos=())
-    plain = run(target, requests)
+    expected = plain(target, requests)
     sabotage(monkeypatch)
-    assert run(target, requests, *method_of(heads, "eagle3", "chain:3")) != plain
+    assert run(target, requests, *method_of(heads, "eagle3", "chain:3")) != expected

@@ -69,10 +69,10 @@ def test_plain_and_drafted_tokens_are_the_loops(
     requests = penalised_requests(temperature=temperature, **penalties)
     expected = [by_hand(target, request) for request in requests]
     assert run(target, requests) == expected
-    for method, plan in (("draft_model", "tree:4x4x16"), ("eagle3", "chain:4"), ("draft_model", "eagle1")):
-        for recorder in (None, TapeRecorder()):
-            outputs = generate(target, requests, drafters[method], plan, recorder=recorder, num_seats=2).outputs
-            assert [seat.tokens for seat in outputs] == expected
+    ways = ("draft_model", "tree:4x4x16", None), ("eagle3", "chain:4", TapeRecorder()), ("draft_model", "eagle1", None)
+    for method, plan, recorder in ways:
+        outputs = generate(target, requests, drafters[method], plan, recorder=recorder, num_seats=2).outputs
+        assert [seat.tokens for seat in outputs] == expected
 
 
 @pytest.mark.parametrize("least", [0, 1, 2, 5, 24])

@@ -14,6 +14,8 @@ from conftest import (
     eagle,
     generate,
     language_model,
+    pairwise,
+    plain,
     requests_for,
     run,
     tiny_llama,
@@ -33,16 +35,14 @@ METHODS = ("eagle1", "eagle3", "medusa", "draft_model")
 
 
 def test_plain_decoding_is_transformers_greedy(target: TargetModel, prompts: list[list[int]]) -> None:
-    for prompt, tokens in zip(prompts, run(target, requests_for(prompts)), strict=True):
+    for prompt, tokens in zip(prompts, plain(target, requests_for(prompts)), strict=True):
         stock = target.model.generate(
             torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=EOS, pad_token_id=0
         )
         assert tokens == stock[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "plan", "temperature"), pairwise(METHODS, PLANS, (0.0, 0.7, 1.3)))
 def test_tokens_equal_plain_decoding(
     target: TargetModel,
     drafters: dict[str, NewDrafter],
@@ -52,13 +52,13 @@ def test_tokens_equal_plain_decoding(
     temperature: float,
 ) -> None:
     requests = requests_for(prompts, temperature=temperature)
-    assert run(target, requests, drafters[method], plan) == run(target, requests)
+    assert run(target, requests, drafters[method], plan) == plain(target, requests)
 
 
-@pytest.mark.parametrize("step", [0.05, 3.0])
-@pytest.mark.parametrize("fixed_shapes", [(), ("chain:2", "tree:4x6x24")])
-@pytest.mark.parametrize("temperature", [0.0, 1.3])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "temperature", "fixed_shapes", "step"),
+    pairwise(METHODS, (0.0, 1.3), ((), ("chain:2", "tree:4x6x24")), (0.05, 3.0)),
+)
 def test_trees_that_size_themselves_change_no_token(
     target: TargetModel,
     drafters: dict[str, NewDrafter],
@@ -73,7 +73,7 @@ def test_trees_that_size_themselves_change_no_token(
     experience = Experience(pause=Pause(3))
     plan = auto_plan(experience, fixed_shapes=fixed_shapes, step=step)
     generation = generate(target, requests, drafters[method], plan)
-    assert [output.tokens for output in generation.outputs] == run(target, requests)
+    assert [output.tokens for output in generation.outputs] == plain(target, requests)
     assert generation.statistics.acceptance_length > 1
     assert (experience.pause.length > 3) == (step > 1)
 
@@ -103,12 +103,13 @@ def test_sampling_parameters_keep_equality(
     target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]], sampling: dict[str, float]
 ) -> None:
     requests = requests_for(prompts, **sampling)
-    assert run(target, requests, eagle(heads["eagle3"]), "tree:4x4x16") == run(target, requests)
+    assert run(target, requests, eagle(heads["eagle3"]), "tree:4x4x16") == plain(target, requests)
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0])
-@pytest.mark.parametrize("plan", ["chain:4", "tree:4x4x16", "eagle1"])
-@pytest.mark.parametrize("method", ["eagle3", "medusa", "draft_model"])
+@pytest.mark.parametrize(
+    ("method", "plan", "temperature"),
+    pairwise(("eagle3", "medusa", "draft_model"), ("chain:4", "tree:4x4x16", "eagle1"), (0.3, 1.0)),
+)
 def test_coupled_drafts_change_what_is_accepted_and_nothing_else(
     target: TargetModel,
     drafters: dict[str, NewDrafter],
@@ -121,7 +122,7 @@ def test_coupled_drafts_change_what_is_accepted_and_nothing_else(
     requests = requests_for(prompts, max_new_tokens=60, eos=(), temperature=temperature)
     coupled = generate(target, requests, drafters[method], plan)
     uncoupled = generate(target, requests, drafters[method], plan, coupled=False)
-    assert [o.tokens for o in coupled.outputs] == [o.tokens for o in uncoupled.outputs] == run(target, requests)
+    assert [o.tokens for o in coupled.outputs] == [o.tokens for o in uncoupled.outputs] == plain(target, requests)
     assert coupled.statistics.acceptance_length > uncoupled.statistics.acceptance_length
 
 
@@ -133,7 +134,7 @@ def test_a_draft_model_may_have_another_number_of_tokens(
     """The prompts hold the target's last ids, which the smaller vocabulary lacks."""
     draft_model = TargetModel(tiny_llama(seed=3, vocab_size=vocab_size), role="draft")
     requests = requests_for([[*prompt, VOCAB_SIZE - 1, 5] for prompt in prompts], temperature=temperature)
-    assert run(target, requests, language_model(draft_model), "tree:4x4x16") == run(target, requests)
+    assert run(target, requests, language_model(draft_model), "tree:4x4x16") == plain(target, requests)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
@@ -176,7 +177,7 @@ def test_the_token_limit_is_exact(
     requests = requests_for(prompts, max_new_tokens=limit, eos=())
     outputs = run(target, requests, eagle(heads["eagle3"]), "tree:4x4x16")
     assert [len(tokens) for tokens in outputs] == [limit] * len(prompts)
-    assert outputs == run(target, requests)
+    assert outputs == plain(target, requests)
 
 
 def test_every_stop_position_is_exact(
@@ -221,7 +222,7 @@ def test_prompts_longer_than_a_prefill_chunk(
     requests = requests_for(prompts)
     chunked = run(target, requests, eagle(heads["eagle3"]), "tree:4x4x16")
     monkeypatch.undo()
-    assert chunked == run(target, requests)
+    assert chunked == plain(target, requests)
 
 
 # Sabotaged twins: each breaks one thing that equality rests on, and the comparison above must notice.
@@ -286,6 +287,6 @@ def test_sabotage_is_noticed(
     sabotage: Callable[[pytest.MonkeyPatch], None],
 ) -> None:
     requests = requests_for(prompts, max_new_tokens=40, temperature=0.7 if sabotage is break_noise else 0.0)
-    plain = run(target, requests)
+    expected = plain(target, requests)
     sabotage(monkeypatch)
-    assert run(target, requests, drafters[method], "tree:4x4x16") != plain
+    assert run(target, requests, drafters[method], "tree:4x4x16") != expected

@@ -165,10 +165,12 @@ def test_how_long_threads_spin_is_said_before_torch_is_loaded(monkeypatch: pytes
 
 
 def test_threads_are_an_option() -> None:
-    code = "from draftwing.cli import build_parser; import os, torch; build_parser().parse_args({}); "
-    code += "print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'])"
-    for command in (["demo"], ["train", "recipe"], ["generate", "--target", "x", "--prompt", "y"]):
-        assert in_process(code.format([*command, "--threads", "3"])) == "3 3"
+    commands = (["demo"], ["train", "recipe"], ["generate", "--target", "x", "--prompt", "y"])
+    code = "from draftwing.cli import build_parser\nimport os, torch\n"
+    code += f"for number, command in enumerate({commands}, 2):\n"
+    code += "    build_parser().parse_args([*command, '--threads', str(number)])\n"
+    code += "    print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'])"
+    assert in_process(code).splitlines() == ["2 2", "3 3", "4 4"]
 
 
 def in_process(code: str, **variables: str | None) -> str:

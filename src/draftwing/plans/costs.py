@@ -30,6 +30,7 @@ from draftwing.engine.tree_plan import TreePlan
 from draftwing.files import cache_folder
 from draftwing.provenance import provenance
 from draftwing.target.model import TargetModel
+from draftwing.target.packed import PackedLinear
 from draftwing.threads import num_threads
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ WIDTHS = (1, 4, 8)
 CONTEXTS = (64, 512)
 PARTS = 3
 """Generations that each measurement is spread over, so that none leads far beyond its context."""
+SECONDS = 3.0
+"""After which no further generation is begun at a context: long cycles differ less from each other than short ones."""
 STEPS = 3
 """Draft levels beyond the first that a draft step's seconds are taken from, if the largest plan has so many."""
 
@@ -131,8 +134,11 @@ def what_costs_depend_on(target: TargetModel, draft: Draft, captured: bool) -> d
     """The machine, the two models and how they run, by name."""
     kind = family_of_draft(draft).kind
     where = {"on": str(target.device), "dtype": str(target.dtype), "pass": type(target).__name__}
-    parts = draft, *kind.network(draft).modules()
-    where["draft_pass"] = ", ".join(sorted({type(part).__name__ for part in parts}))  # packed and fused ones differ
+    network = kind.network(draft)
+    where["draft_pass"] = ", ".join(sorted({type(part).__name__ for part in (draft, *network.modules())}))
+    modules = (*target.model.modules(), *network.modules())  # packed and fused ones differ
+    products = {type(module.product).__name__ for module in modules if isinstance(module, PackedLinear)}
+    where["products"] = ", ".join(sorted(products))
     where["captured"] = str(captured)
     where["attention"] = target.model.config._attn_implementation  # a user's own model has another
     where["threads"] = str(num_threads())
@@ -187,8 +193,8 @@ def measure_costs(
     `sampled`: at temperature 1, where choosing and ranking draw noise for every node, instead of greedily.
 
     The plans take turns, each round in another order, so that a drift of the machine, the growing context and what a
-    cycle leaves to the next bear on all alike. The text is random (seeded, the same each time). Takes 300 to 400
-    cycles: seconds, or minutes where a cycle of a large target takes long.
+    cycle leaves to the next bear on all alike. The text is random (seeded, the same each time). Takes 400 cycles at
+    most, and 140 where they are long: SECONDS bound what comes behind these.
     """
     limit = target.max_positions or 4 * CONTEXTS[-1]
     contexts = sorted({max(1, min(context, limit // 4)) for context in contexts})
@@ -205,8 +211,10 @@ def measure_costs(
     engine.waits = True  # the next cycle is another plan's
     measured: dict[str, list[Any]] = defaultdict(list)
     for context, (requests, rounds) in zip(contexts, texts, strict=True):
-        cycles = _Cycles(plans)
-        for _ in range(PARTS):
+        cycles, start = _Cycles(plans), time.perf_counter()
+        for part in range(PARTS):
+            if part and time.perf_counter() - start > SECONDS:
+                break
             engine.plan = _Schedule(plans, rounds)
             generation = Generation(engine, requests)
             cycles.run(generation, rounds)

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -104,14 +105,16 @@ class TargetModel:
         """Whether the model's parts lie on several devices (`device_map`)."""
         return len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
 
-    @property
+    @cached_property
     def best_single_row(self) -> int:
         """How many nodes a pass over one node of one row should be padded to.
 
-        On a CPU the product of a single row rounds differently from that of several: in oneDNN, from some 2000 inputs
-        on. And torch's own in float32 does not use all threads: two rows take half the time of one.
+        On a CPU the product of a single row rounds differently from that of several (`Product.least_rows`). And
+        torch's own in float32 does not use all threads: two rows take half the time of one.
         """
-        return 2 if self.device.type == "cpu" and self.dtype in PACKED_DTYPES else 1
+        packed = [module.product for module in self.model.modules() if isinstance(module, PackedLinear)]
+        others = 2 if self.device.type == "cpu" and self.dtype in PACKED_DTYPES else 1
+        return max((product.least_rows for product in packed), default=others)
 
     @property
     def bits_depend_on_threads(self) -> bool:

@@ -640,7 +640,7 @@ VALUES = st.recursive(
 BODIES = st.dictionaries(FIELD_NAMES | st.text(), VALUES, max_size=5)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]), BODIES, st.booleans())
 def test_no_body_is_a_server_error(client: TestClient, route: str, body: dict[str, Any], is_whole: bool) -> None:
     """Anything in any field: an answer, or an error that is the client's."""
