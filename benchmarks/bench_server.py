@@ -3,7 +3,8 @@
     python benchmarks/bench_server.py --output docs/results/tiny_cpu_server.json
 
 Both servers run from the beginning and are asked in turn, so that rounds pair them; who is not asked waits. The same
-requests go to both, and their texts must be equal. Last, one client's tokens/s are compared with those of `generate`.
+requests go to both, and their texts must be equal. Last, one client's tokens/s are compared with those of `generate`,
+with drafts and without.
 """
 
 import argparse
@@ -58,9 +59,12 @@ def main() -> int:
     with ExitStack() as stack:
         urls = {name: stack.enter_context(server(more, max(options.clients))) for name, more in SERVERS.items()}
         rows = [measure(urls, bodies, clients, options) for clients in options.clients]
-        overhead = measure_http(model, urls["drafts"], bodies, options)
+        alone = {"plain": model.with_method("plain"), "drafts": model}
+        overhead = {name: measure_http(alone[name], url, bodies, options) for name, url in urls.items()}
     print_table(rows, "milliseconds to the first token and for each further one")
-    print(f"one client over HTTP has {overhead:.3f} of generate's tokens/s")
+    print(
+        "one client over HTTP has, of generate's tokens/s:", {name: round(ratio, 3) for name, ratio in overhead.items()}
+    )
     if options.output:
         write_record(options.output, rows, vars(options), http_over_generate=overhead)
     return 0
@@ -137,19 +141,16 @@ def ask(client: httpx.Client, url: str, body: dict[str, Any]) -> Answer:
 
 
 def measure_http(model: Any, url: str, bodies: Sequence[dict[str, Any]], options: argparse.Namespace) -> float:
-    """One client's tokens/s over those of `generate`, request by request in turn; the median of the rounds."""
+    """One client's tokens/s over those of `generate`: the median of pairs, request by request in turn."""
     ratios = []
     with httpx.Client(timeout=600) as client:
         for number in range(options.rounds + 1):
-            served, alone = [0.0, 0.0], [0.0, 0.0]
             for body in bodies[: options.http_requests]:
                 answer = ask(client, url, body)
-                served[0], served[1] = served[0] + answer.num_tokens, served[1] + answer.last_s
                 more = {"temperature": body["temperature"], "seed": body["seed"]}
                 run, seconds = timed(model.start, [body["prompt"]], max_new_tokens=body["max_tokens"], **more)
-                alone[0], alone[1] = alone[0] + run.statistics.num_tokens, alone[1] + seconds
-            if number:
-                ratios.append(served[0] / served[1] / (alone[0] / alone[1]))
+                if number:  # the first round warms up
+                    ratios.append(answer.num_tokens / answer.last_s / (run.statistics.num_tokens / seconds))
     return statistics.median(ratios)
 
 
