@@ -592,7 +592,7 @@ def test_lookups_compete_where_trees_size_themselves(model: SpeculativeModel, ta
     """Unless they are turned off, and elsewhere if they are asked for; methods without EAGLE trees have none."""
 
     def looks_up(model: SpeculativeModel, **options: Any) -> bool:
-        return model._looks_up(GenerateOptions(**options))
+        return model._planner.looks_up(GenerateOptions(**options))
 
     assert looks_up(model) and looks_up(model, plan="auto")
     assert not looks_up(model, ngram=False)

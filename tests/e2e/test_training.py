@@ -25,7 +25,7 @@ from draftwing.cli import main
 from draftwing.config import TrainConfig
 from draftwing.drafts.head_loss import HeadLoss
 from draftwing.files import to_json
-from draftwing.training import checkpoints, trainer
+from draftwing.training import checkpoints, loop
 from draftwing.training.frozen_target import frozen_target
 from draftwing.training.interruption import StopOnSignal
 from draftwing.training.processes import end_processes, start_processes
@@ -78,14 +78,14 @@ def compare_shards(rank: int, address: str, folder: Path) -> None:
 
 def train_and_die(command: list[str]) -> None:
     """Killed when the files of checkpoint 8 are written and its mark is not."""
-    complete = trainer.complete_checkpoint
+    complete = loop.complete_checkpoint
 
     def die_at_8(checkpoint: Path, *rest: Any) -> None:
         if checkpoint.name == "checkpoint-8":
             os.kill(os.getpid(), signal.SIGKILL)
         complete(checkpoint, *rest)
 
-    trainer.complete_checkpoint = die_at_8
+    loop.complete_checkpoint = die_at_8
     main(command)
 
 
@@ -575,7 +575,7 @@ def test_the_last_good_checkpoint_is_kept(
     step: int,
     where: str,
 ) -> None:
-    good_step = trainer.Trainer.training_step
+    good_step = loop.Trainer.training_step
 
     def broken_step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = good_step(self, *args, **kwargs)
@@ -585,7 +585,7 @@ def test_the_last_good_checkpoint_is_kept(
 
     output = f"broken_{step}_{where}"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "training_step", broken_step)
+        patch.setattr(loop.Trainer, "training_step", broken_step)
         assert main(command_of(folder, output, TAU)) == 2
     kept = 4 if (step, where) == (8, "loss") else step // 4 * 4
     said = capsys.readouterr().err

@@ -210,8 +210,8 @@ class TestCycle:
     ) -> None:
         method, plan = CYCLES[cycle]
         with_lookup, shape = plan.endswith("+ngram"), plan_of(plan)
-        fixed = shape if isinstance(shape, TreePlan) else None
-        drafter = new_drafter(method, draft_for(method, target), target, DrafterOptions(with_lookup, plan=fixed))
+        wanted = DrafterOptions(with_lookup, plan=shape.largest)
+        drafter = new_drafter(method, draft_for(method, target), target, wanted)
         with Transfers() as prefill:
             engine = start(target, drafter, shape, sampling, batch_size)
         first, second = run_cycle(engine), run_cycle(engine)

@@ -1,14 +1,12 @@
 """What a draft's folder holds, and what does not fit."""
 
 from rich.table import Table
-from transformers import AutoConfig
 
 from draftwing.drafts.family import DraftReport
 from draftwing.drafts.fit import BROKEN, TargetSizes
 from draftwing.drafts.kinds import family_of_files
 from draftwing.drafts.load_draft import open_draft
-from draftwing.target.load import resolve_target
-from draftwing.target.model import one_line
+from draftwing.target.load import read_target_config
 
 
 def inspect_draft(name: str, target: str | None = None) -> DraftReport:
@@ -27,10 +25,7 @@ def inspect_draft(name: str, target: str | None = None) -> DraftReport:
 
 def target_sizes(name: str) -> TargetSizes:
     """A target's sizes from its config alone."""
-    try:
-        config = AutoConfig.from_pretrained(resolve_target(name)).get_text_config()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"target: cannot read the config of {name!r}: {one_line(error)}") from error
+    config = read_target_config(name).get_text_config()
     return TargetSizes(config.hidden_size, config.num_hidden_layers, config.vocab_size)
 
 

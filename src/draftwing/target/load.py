@@ -144,6 +144,18 @@ def _architecture(name: str, options: Mapping[str, Any]) -> str:
     return ", ".join(config.architectures or ()) or str(config.model_type)
 
 
+def read_target_config(name: str) -> Any:
+    """A target's configuration, from a folder (of which only config.json is read), the hub or its cache.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(resolve_target(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"target: cannot read the config of {name!r}: {one_line(error)}") from error
+
+
 def load_tokenizer(name: str, **options: Any) -> Any:
     """The tokenizer that belongs to a target. Of the model's `options` it takes HUB_OPTIONS.
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from draftwing.config import LanguageModelStage, SelfGeneratedStage, Stage, TrainConfig
 from draftwing.drafts.kinds import objective_named
 from draftwing.drafts.objective import HeadSizes
-from draftwing.target.load import resolve_target
+from draftwing.target.load import read_target_config
 
 REACHED = 0.4
 """The assumed share of the rate of large products that a training step reaches."""
@@ -78,14 +78,6 @@ def estimate_stages(stages: Sequence[TrainConfig], num_processes: int, flops_per
         heads[stage.output] = head = objective_named(stage.objective).sizes(stage, text_config, heads)
         plans.append(_estimate_head(stage, (target, text_config), head, num_processes, flops_per_second))
     return plans
-
-
-def read_target_config(name: str) -> Any:
-    """A target's configuration, from a folder (of which only config.json is read), the hub or its cache."""
-    try:
-        return AutoConfig.from_pretrained(resolve_target(name))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"target: cannot read the configuration of {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def count_params(config: Any) -> Shapes:

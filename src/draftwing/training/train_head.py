@@ -30,9 +30,8 @@ from draftwing.engine.generation import start_generation
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree_plan import NamedTree, TreePlan
-from draftwing.target.load import load_tokenizer
+from draftwing.target.load import load_tokenizer, read_target_config
 from draftwing.target.model import TargetModel
-from draftwing.training.estimates import read_target_config
 from draftwing.training.frozen_target import frozen_target
 from draftwing.training.loop import ResumableTrainer, new_trainer, wants_compile
 from draftwing.training.processes import (

@@ -14,8 +14,9 @@ import draftwing
 from draftwing.cli import main
 from draftwing.config import TrainConfig, read_recipe
 from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.target.load import read_target_config
 from draftwing.target.model import TargetModel
-from draftwing.training.estimates import StageEstimate, active_params, count_params, estimate_stages, read_target_config
+from draftwing.training.estimates import StageEstimate, active_params, count_params, estimate_stages
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 LLAMA_8B = {
@@ -222,7 +223,7 @@ def test_a_target_without_configuration_is_named(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     command = ["train", str(RECIPES / "qwen3-8b-eagle3.yaml"), "--plan", "--set", f"target={tmp_path / 'none'}"]
     assert main(command) == 2
-    assert "target: cannot read the configuration of" in capsys.readouterr().err
+    assert "target: cannot read the config of" in capsys.readouterr().err
 
 
 def test_a_taught_model_needs_its_teacher_too() -> None:
