@@ -11,7 +11,7 @@ from draftwing.engine.drafter import Drafter
 from draftwing.engine.grammar import Grammar
 from draftwing.engine.logprobs import TokenLogprobs
 from draftwing.engine.order import Order
-from draftwing.engine.plan import Plan
+from draftwing.engine.plan import Plan, TreePlan
 from draftwing.engine.readback import CycleReading, CycleReport
 from draftwing.engine.request import Event as Event
 from draftwing.engine.request import Request as Request
@@ -32,6 +32,7 @@ SCORED_TOKENS = 128
 """Positions of a prompt that are read at once where it is scored: each has the logits of a whole vocabulary."""
 MOST_LEVELS = PREFILL_CHUNK - MOST_UNREAD - 1
 """Of a tree: what a cycle commits must fit behind what drafters have left unread."""
+PLAIN = TreePlan.off()
 NewDrafter = Callable[[int, int], Drafter]
 """Makes a drafter for so many seats of so many slots each."""
 
@@ -160,7 +161,9 @@ class Engine:
         """Draft, verify, commit."""
         seats = self._cycling
         seats.bound = int(self._seats.lengths[: len(self._running)].max())
-        plan = self.plan.next(len(self._running), seats.bound, self._samples)
+        plan = PLAIN  # which a plan that learns is not told of
+        if self._drafts:
+            plan = self.plan.next(len(self._running), seats.bound, self._samples)
         with fitting_threads(self._threads):
             with self._clock.stage("draft"):
                 tree = seats.draft(plan)
@@ -242,6 +245,7 @@ class Engine:
     def _look_at_running(self) -> None:
         """Let cycles run over the running seats; captured ones over the next power of two, the rest of them idle."""
         num_running = len(self._running)
+        self._drafts = any(seat.request.drafts for seat in self._running)
         self._samples = any(seat.request.sampling.temperature > 0 for seat in self._running)
         asks_host = any(seat.request.sampling.place or seat.request.allowed for seat in self._running)
         if self._recorder is None or asks_host:
