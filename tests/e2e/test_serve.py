@@ -157,6 +157,19 @@ def test_the_sdk_scores_a_prompt(client: openai.OpenAI, model: SpeculativeModel)
     assert all(value < 0 for value in logprobs.token_logprobs[1:])
 
 
+def test_the_sdk_scores_a_prompt_as_long_as_the_context(client: openai.OpenAI, model: SpeculativeModel) -> None:
+    """And each of its tokens, the last one too, as in a longer text."""
+    ids = (model.tokenizer(PROMPT * 100)["input_ids"] * 9)[:LENGTH]
+    asked: dict[str, Any] = {"model": "tiny", "echo": True, "max_tokens": 0, "logprobs": 1}
+    whole = client.completions.create(prompt=[ids], **asked).choices[0].logprobs
+    part = client.completions.create(prompt=[ids[:40]], **asked).choices[0].logprobs
+    assert whole is not None and part is not None
+    assert whole.token_logprobs is not None and part.token_logprobs is not None
+    assert len(whole.token_logprobs) == LENGTH
+    assert part.token_logprobs == whole.token_logprobs[:40]
+    assert part.top_logprobs == whole.top_logprobs[:40]  # type: ignore[index]
+
+
 def test_the_sdk_lists_and_is_refused(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     with pytest.raises(openai.NotFoundError, match="not served here"):
@@ -336,6 +349,13 @@ def test_mistakes_are_one_line(arguments: str, says: str, capsys: pytest.Capture
     assert says in last
 
 
+def test_mistakes_are_json_where_the_log_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--log-json", "--host", "203.0.113.1", "--port", "0"]) == 2
+    (line,) = map(json.loads, capsys.readouterr().err.splitlines())
+    assert line["level"] == "error"
+    assert "cannot listen at 203.0.113.1" in line["message"]
+
+
 def test_keys_that_are_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "keys.txt").write_text("\n\n", encoding="utf-8")
     for arguments in (["--api-key", " "], ["--api-key-file", str(tmp_path / "keys.txt")]):
@@ -370,7 +390,9 @@ def test_a_signal_lets_running_requests_end() -> None:
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
     assert "s3cret" not in errors
-    assert any(line.startswith("{") and json.loads(line)["status"] == 200 for line in errors.splitlines())
+    lines = [json.loads(line) for line in errors.splitlines()]  # every one of them, from the start on
+    assert any(line.get("status") == 200 for line in lines)
+    assert any("draining" in line.get("message", "") for line in lines)
 
 
 def test_what_runs_when_the_seconds_are_over_is_told_so() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from draftwing.cli.output import note
 from draftwing.drafts.drafting import check_drafting
 from draftwing.drafts.kinds import PLAIN, drafts_in_words
 
+logger = logging.getLogger(__name__)
 SUMMARY = "Serve a target over an OpenAI-compatible API: the same request gets the same tokens, whatever else runs."
 EXAMPLES = """examples:
   draftwing serve  # the embedded model at http://127.0.0.1:8000, with a page to try it
@@ -53,7 +55,7 @@ def _add_network(group: Any) -> None:
     group.add_argument("--api-key", help=f"clients must send it (default: ${KEY_VARIABLE}, or none)")
     group.add_argument("--api-key-file", help="a file of keys, one a line")
     group.add_argument("--served-name", help="what clients call the model (default: the target's name)")
-    group.add_argument("--log-json", action="store_true", help="a line of JSON for each request on stderr")
+    group.add_argument("--log-json", action="store_true", help="stderr has lines of JSON alone, one for each request")
 
 
 def _add_limits(group: Any) -> None:
@@ -73,11 +75,26 @@ def _add_limits(group: Any) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> None:
-    """Run the command."""
+def run(options: argparse.Namespace) -> int:
+    """Run the command; with --log-json a mistake is a line of JSON as well."""
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise ValueError(f'serve: needs {", ".join(missing)}: pip install "draftwing[serve]"')
+    if not options.log_json:
+        _run(options)
+        return 0
+    from draftwing.serving.json_lines import json_lines
+
+    with json_lines():
+        try:
+            _run(options)
+        except (ValueError, OSError) as error:
+            logger.error("%s", error)
+            return 2
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
     keys = _read_keys(options)
     target, draft = options.target or "tiny", options.draft
     if options.target is None and draft is None and options.method is None:
@@ -110,7 +127,7 @@ def _serve(options: argparse.Namespace, model: Any, target: str, keys: list[str]
     name = options.served_name or (Path(target).resolve().name if Path(target).exists() else target)
     root = name if Path(target).exists() else target  # no path of this machine
     fingerprint = f"draftwing-{model.method}-{str(model.dtype).removeprefix('torch.')}"
-    app = create_app(scheduler, intake, Identity(name, root, fingerprint), keys, options.log_json)
+    app = create_app(scheduler, intake, Identity(name, root, fingerprint), keys)
     scheduler.start()
     facts = {
         "url": address_of(listener),
@@ -145,11 +162,14 @@ def _print_start(options: argparse.Namespace, facts: dict[str, Any], has_key: bo
     if options.json:
         print(json.dumps(facts), flush=True)
         return
+    say = note
+    if options.log_json:
+        say = lambda text, style="": logger.info("%s", text)
     seats, each = facts["seats"], facts["seat_bytes"]
-    note(f"{facts['model']} by {facts['method']}: a page at {facts['url']}, the API at {facts['url']}/v1", "bold")
-    note(f"{seats} seats of {facts['max_model_len']} tokens: {in_words(seats * each)}, {in_words(each)} each")
-    note("a request with its seed gets the same tokens whatever else is running, drafted or not (docs/serving.md)")
+    say(f"{facts['model']} by {facts['method']}: a page at {facts['url']}, the API at {facts['url']}/v1", "bold")
+    say(f"{seats} seats of {facts['max_model_len']} tokens: {in_words(seats * each)}, {in_words(each)} each")
+    say("a request with its seed gets the same tokens whatever else is running, drafted or not (docs/serving.md)")
     if device != "cpu":
-        note(f"on {device} two nearly equal logits may swap with the number of requests that run")
+        say(f"on {device} two nearly equal logits may swap with the number of requests that run")
     if not has_key and options.host not in LOOPBACK:
-        note("everybody who reaches this address is served: no --api-key-file was given", "yellow")
+        say("everybody who reaches this address is served: no --api-key-file was given", "yellow")

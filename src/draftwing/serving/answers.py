@@ -23,7 +23,7 @@ from draftwing.engine.stopping import NO_CHARACTER
 from draftwing.serving.intake import Call
 from draftwing.serving.scheduler import Delivery, Ticket
 from draftwing.serving.text import AnswerText, Piece
-from draftwing.serving.token_texts import TokenTexts
+from draftwing.serving.token_texts import Offsets, TokenTexts
 
 FINISH_REASONS: dict[str, Literal["stop", "length"]] = {"eos": "stop", "stop": "stop", "length": "length"}
 """The API's word for why an answer ended; others are errors."""
@@ -164,14 +164,14 @@ class Answer:
     index: int
     ticket: Ticket
     decoder: AnswerText
+    offsets: Offsets
+    """Where the tokens whose log-probabilities are written stand."""
     text: str = ""
     logprobs: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
     num_tokens: int = 0
     num_accepted: int = 0
     has_begun: bool = False
     finish_reason: Literal["stop", "length"] | None = None
-    offset: int = 0
-    """Characters of the tokens whose log-probabilities were written."""
 
     def take(self, delivery: Delivery) -> Step:
         """Read what a cycle brought."""
@@ -182,9 +182,11 @@ class Answer:
             pieces.append(Piece(said, False))
         if is_first and self.call.scores_prompt:
             logprobs += self._of_prompt()
-        if not self.call.only_echoes:
+        logprobs += zip(delivery.tokens, delivery.logprobs, strict=False)
+        if self.call.only_echoes:
+            logprobs = logprobs[: len(self.call.prompt(self.index))]
+        else:
             pieces += self.decoder.push(delivery.tokens, delivery.num_accepted, delivery.finish_reason)
-            logprobs += zip(delivery.tokens, delivery.logprobs, strict=False)
             self.num_tokens += len(delivery.tokens)
             self.num_accepted += delivery.num_accepted
         self.finish_reason = FINISH_REASONS.get(delivery.finish_reason or "")
@@ -233,8 +235,7 @@ class CompletionShape:
             written["tokens"].append(self._name(token, by_id))
             written["token_logprobs"].append(None if chances is None else finite(chances.logprob))
             written["top_logprobs"].append(None if chances is None else self._top(token, chances, by_id))
-            written["text_offset"].append(answer.offset)
-            answer.offset += len(self._texts.text(token))
+            written["text_offset"].append(answer.offsets.next(token))
         return written
 
     def _name(self, token: int, by_id: bool) -> str:

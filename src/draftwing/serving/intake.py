@@ -21,8 +21,9 @@ from draftwing.serving.schema import (
     ResponseFormat,
     TokenizeRequest,
 )
-from draftwing.serving.structured import AllowedTokens, Forms
+from draftwing.serving.structured import AllowedTokens, Forms, only_token
 from draftwing.serving.text import AnswerText
+from draftwing.serving.token_texts import Offsets
 
 COMPLETION_TOKENS = 16
 """New tokens of a completion whose body does not say how many, as OpenAI's."""
@@ -57,20 +58,25 @@ class Call:
     num_choices: int
     num_top: int | None
     """Of each token's log-probabilities, how many; None: none are asked for."""
+    prompts: Sequence[Sequence[int]]
     prompt_texts: Sequence[str] | None = None
     """What each answer begins with, if that is asked for."""
     only_echoes: bool = False
-    """The one token that is made is not shown."""
+    """No new token is asked for; see `_scoring`."""
 
     @property
     def num_prompt_tokens(self) -> int:
         """Of the prompts, each counted once."""
-        return sum(len(request.prompt) for request in self.requests[:: self.num_choices])
+        return sum(map(len, self.prompts))
 
     @property
     def scores_prompt(self) -> bool:
         """Whether the log-probabilities of the prompts are asked for as well."""
         return self.requests[0].scores_prompt
+
+    def prompt(self, index: int) -> Sequence[int]:
+        """What an answer answers."""
+        return self.prompts[index // self.num_choices]
 
     def echo(self, index: int) -> str:
         """What an answer begins with: its prompt, if that is asked for."""
@@ -96,7 +102,7 @@ class Intake:
             FieldError: a field that is out of range for this model.
         """
         prompts = [self.prompt_ids(prompt, body.add_special_tokens is not False) for prompt in body.prompts]
-        asked = COMPLETION_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+        asked = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         call = self._call(body, prompts, asked, body.logprobs, "prompt", bool(body.echo))
         if not body.echo:
             return call
@@ -128,6 +134,12 @@ class Intake:
         body = call.body
         keeps_special, keeps_stop = body.skip_special_tokens is False, bool(body.include_stop_str_in_output)
         return AnswerText(self.tokenizer, body.stop_strings, keeps_special, keeps_stop)
+
+    def offsets(self, call: Call, index: int) -> Offsets:
+        """Tells where the tokens of one answer stand in its text."""
+        hidden = () if call.body.skip_special_tokens is False else frozenset(self.tokenizer.all_special_ids)
+        echoed = () if call.prompt_texts is None else call.prompt(index)
+        return Offsets(self.tokenizer, hidden, echoed, call.echo(index))
 
     def prompt_ids(self, prompt: str | list[int], adds_special_tokens: bool = True) -> list[int]:
         """A prompt as the model reads it."""
@@ -177,13 +189,25 @@ class Intake:
             num_new = self._room(prompt, asked, field)
             if (body.min_tokens or 0) > num_new:
                 raise FieldError("min_tokens", f"expected at most the {num_new} new tokens there may be")
+            if not num_new:
+                requests += num_choices * [self._scoring(prompt, num_top)]
+                continue
             stop = self._stop(body, num_new)
             for _ in range(num_choices):
                 sampling = self._sampling(body, row_seed(seed, len(requests)))
-                scores = echoes and num_top is not None
+                scores, drafts = echoes and num_top is not None, body.draft is not False
                 own = None if allowed is None else allowed.copy()
-                requests.append(Request(prompt, sampling, stop, num_top, scores_prompt=scores, allowed=own))
-        return Call(body, requests, seed, num_choices, num_top)
+                requests.append(Request(prompt, sampling, stop, num_top, scores, own, drafts))
+        return Call(body, requests, seed, num_choices, num_top, prompts)
+
+    def _scoring(self, prompt: list[int], num_top: int | None) -> Request:
+        """What scores a prompt and makes nothing: its last token is the only one that may follow those before it.
+
+        So it needs no room behind the prompt. Of a prompt of one token, whatever follows is not looked at.
+        """
+        known, last = (prompt[:-1], prompt[-1]) if len(prompt) > 1 else (prompt, 0)
+        forced, scores = only_token(last, self._vocab_size), num_top is not None
+        return Request(known, SamplingParams(0.0), StopRule(1), num_top, scores, forced, drafts=False)
 
     def _room(self, prompt: list[int], asked: int | None, field: str) -> int:
         """New tokens of a prompt: as many as were asked for, or as there is room for."""
@@ -193,16 +217,16 @@ class Intake:
         if max(prompt) >= self._vocab_size:
             raise FieldError(field, f"expected token ids below {self._vocab_size}, got {max(prompt)}")
         room = limits.max_model_len - len(prompt)
-        if room < (asked or 1):
+        if room < (1 if asked is None else asked):
             raise ContextError(
                 field,
                 f"the context has {limits.max_model_len} tokens; {len(prompt)} of the prompt and "
-                f"{asked or 'at least 1'} new ones do not fit into it",
+                f"{'at least 1' if asked is None else asked} new ones do not fit into it",
             )
         most = min(room, limits.max_new_tokens or room)
         if asked is not None and asked > most:
             raise FieldError("max_tokens", f"this server makes at most {most} new tokens, not {asked}")
-        return asked or most
+        return most if asked is None else asked
 
     def _allowed(self, body: GenerationRequest) -> AllowedTokens | None:
         """What the form that is asked for lets follow; None: no form is."""
@@ -219,7 +243,10 @@ class Intake:
             raise FieldError("response_format", str(error)) from None
 
     def _seed(self, body: GenerationRequest) -> int:
-        """The seed of the first answer; drawn from so few that no two requests share one of their answers' seeds."""
+        """The seed of the first answer; drawn from so few that no two requests share one of their answers' seeds.
+
+        The engine's seeds are those from 0 on; the negative ones of 64 bits are counted from 2^63 down.
+        """
         return secrets.randbelow(2**32) if body.seed is None else body.seed % 2**63
 
     def _stop(self, body: GenerationRequest, num_tokens: int) -> StopRule:

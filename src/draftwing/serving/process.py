@@ -1,8 +1,8 @@
 """The server's process: it listens, and at a signal finishes what it has begun."""
 
+import logging
 import os
 import socket
-import sys
 import threading
 from types import FrameType
 
@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 
 from draftwing.serving.scheduler import Scheduler
 
+logger = logging.getLogger(__name__)
 LAST_SECONDS = 5
 """For clients to read what they were sent, once nothing runs any more."""
 
@@ -53,7 +54,7 @@ class _DrainingServer(uvicorn.Server):
         if self._is_draining:
             os._exit(128 + sig)
         self._is_draining = True
-        print(f"draining for at most {self._drain_seconds:g} s; a second signal ends at once", file=sys.stderr)
+        logger.info("draining for at most %g s; a second signal ends at once", self._drain_seconds)
         threading.Thread(target=self._drain, daemon=True).start()
 
     def _drain(self) -> None:

@@ -8,7 +8,17 @@ import json
 import logging
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+    model_validator,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +56,8 @@ SILENT = (
 SIMILAR = 0.8
 """How much an unknown field must look like a known one to be taken for a slip of the pen."""
 
+PROMPT_FORMS = f"a text, a list of token ids, or a list of 1 to {MAX_PROMPTS} of either"
+STOP_FORMS = f"a text of 1 to {MAX_STOP_LENGTH} characters, or up to {MAX_STOPS} of them"
 Text = Annotated[str, Field(max_length=MAX_BODY_BYTES)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
@@ -54,6 +66,18 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+
+
+def one_of_forms(expected: str) -> Any:
+    """Of a field that may have several forms: the words for them, which are said where it has none."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"expected {expected}") from None
+
+    return WrapValidator(check)
 
 
 class Body(BaseModel):
@@ -175,12 +199,14 @@ class GenerationRequest(Body):
         ]
         | None
     ) = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = Field(
-        None, description="absent: drawn; the answer has it, and with it the same tokens come again"
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
+        None,
+        description="absent: drawn; the answer has it, and with it the same tokens come again. -1 means 2^63 - 1",
     )
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = Field(
-        None, description=f"a text of 1 to {MAX_STOP_LENGTH} characters, or up to {MAX_STOPS} of them"
-    )
+    stop: Annotated[
+        Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None,
+        one_of_forms(STOP_FORMS),
+    ] = Field(None, description=STOP_FORMS)
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_BIASES)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -190,6 +216,7 @@ class GenerationRequest(Body):
     response_format: ResponseFormat | None = Field(
         None, description="text, json_object, json_schema or regex; other texts than these are not generated"
     )
+    draft: bool | None = Field(None, description="false: plain decoding, unless others that run want drafts")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -223,12 +250,13 @@ class GenerationRequest(Body):
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
-    prompt: (
+    prompt: Annotated[
         Text
         | TokenIds
         | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
-    ) = Field(description=f"a text, token ids, or up to {MAX_PROMPTS} of either")
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)],
+        one_of_forms(PROMPT_FORMS),
+    ] = Field(description=PROMPT_FORMS)
     echo: bool | None = Field(None, description="the prompt is part of the answer, and of its logprobs")
     logprobs: Logprobs | None = Field(None, description="so many most probable tokens, and the one that was chosen")
     add_special_tokens: bool | None = None

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -34,6 +35,7 @@ from draftwing.serving.submission import Gone, Submission
 from draftwing.serving.token_texts import TokenTexts
 
 Given = TypeVar("Given", bound=GenerationRequest)
+Written = TypeVar("Written")
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 FIELDS = {"max_new_tokens": "max_tokens", "input_ids": "prompt"}
 """The API's names of fields that the engine calls otherwise."""
@@ -62,7 +64,7 @@ class Server:
         self._reader = ThreadPoolExecutor(1, "draftwing-tokenizer")  # long prompts must not keep others' streams
 
     async def read(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Tokenise beside the event loop, one at a time."""
+        """Tokenise, or name tokens, beside the event loop, one at a time."""
         return await asyncio.get_running_loop().run_in_executor(self._reader, call, *arguments)
 
     def check_model(self, name: str | None) -> None:
@@ -117,7 +119,7 @@ class _Work:
         self._facts: dict[str, Any] = request.state.facts
         self._name = f"{'chatcmpl' if kind.startswith('chat') else 'cmpl'}-{secrets.token_hex(12)}"
         self._answers = [
-            Answer(call, index, ticket, server.intake.answer_text(call))
+            Answer(call, index, ticket, server.intake.answer_text(call), server.intake.offsets(call, index))
             for index, ticket in enumerate(submission.tickets)
         ]
         self._end = "cancelled"  # unless it comes to another one
@@ -132,7 +134,7 @@ class _Work:
             return Response(status_code=499)
         finally:
             self._settle()
-        choices = [self._shape.whole(answer) for answer in self._answers]
+        choices = await self._write(lambda: [self._shape.whole(answer) for answer in self._answers])
         figures = {"usage": usage(self._call, self._answers), "metrics": metrics(self._answers)}
         return JSONResponse(self._head(self._kind) | {"choices": choices} | figures)
 
@@ -144,7 +146,7 @@ class _Work:
         try:
             async for index, delivery in self._submission.deliveries():
                 self._check(delivery)
-                yield event(self._chunk(head, index, delivery))
+                yield await self._write(partial(self._event, head, index, delivery))
             if has_usage:
                 figures = {"usage": usage(self._call, self._answers), "metrics": metrics(self._answers)}
                 yield event(head | {"choices": []} | figures)
@@ -156,7 +158,15 @@ class _Work:
             self._settle()
         yield DONE
 
-    def _chunk(self, head: Envelope, index: int, delivery: Delivery) -> dict[str, Any]:
+    async def _write(self, write: Callable[[], Written]) -> Written:
+        """Write something; beside the event loop where tokens must be named, which for a prompt's takes long."""
+        if self._call.num_top is None:
+            return write()
+        written: Written = await self._server.read(write)
+        return written
+
+    def _event(self, head: Envelope, index: int, delivery: Delivery) -> bytes:
+        """A chunk: what a cycle brought one answer."""
         answer, options = self._answers[index], self._call.body.stream_options
         step = answer.take(delivery)
         chunk: dict[str, Any] = head | {"choices": [self._shape.chunk(answer, step)]}
@@ -166,7 +176,7 @@ class _Work:
             chunk["usage"] = None
         if options is not None and options.draftwing:
             chunk["draftwing"] = step.drafted
-        return chunk
+        return event(chunk)
 
     def _check(self, delivery: Delivery) -> None:
         """Raise an ApiError for an answer that failed or was ended by the server."""

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from draftwing.engine.grammar import Allowed
+
 WHITESPACE = r"\x20|\r?\n[\x20\x09]{0,40}"
 """What may stand between the parts of a JSON text: a space, or a line's end and an indentation.
 
@@ -63,6 +65,13 @@ class AllowedTokens:
         if len(self._kept) > MOST_KEPT:
             del self._kept[next(iter(self._kept))]
         return matcher
+
+
+def only_token(token: int, vocab_size: int) -> Allowed:
+    """Lets one token follow and no other, as `Request.allowed` says it."""
+    mask = torch.zeros(vocab_size, dtype=torch.bool)
+    mask[token] = True
+    return lambda said: mask
 
 
 def _check(matcher: Any) -> None:
