@@ -22,6 +22,7 @@ import openai
 import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tools_template import CLAMP, SORT, TEMPLATE
 
 import draftwing
 from draftwing.api import SpeculativeModel
@@ -32,6 +33,7 @@ from draftwing.serving.intake import Intake, Limits
 from draftwing.serving.process import address_of, bind
 from draftwing.serving.scheduler import Scheduler
 from draftwing.serving.server import Identity
+from draftwing.target.load import load_tokenizer
 
 PROMPT = "def read_lines(path):\n"
 CHAT = [{"role": "user", "content": "Write the Python function clamp."}]
@@ -174,7 +176,7 @@ def test_the_sdk_lists_and_is_refused(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     with pytest.raises(openai.NotFoundError, match="not served here"):
         client.completions.create(model="other", prompt=PROMPT)
-    with pytest.raises(openai.BadRequestError, match="tools: is not supported"):
+    with pytest.raises(openai.BadRequestError, match="tools: this model's chat template knows none"):
         client.chat.completions.create(
             model="tiny",
             messages=CHAT,  # type: ignore[arg-type]
@@ -209,6 +211,40 @@ def test_the_sdk_asks_for_a_form(client: openai.OpenAI) -> None:
     assert chunks[-1].choices[0].finish_reason == "stop"
     with pytest.raises(openai.BadRequestError, match="response_format: Unimplemented keys"):
         chat({"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}})
+
+
+def test_the_sdk_calls_tools(model: SpeculativeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A required call, whole and streamed, its result given back, and the same tokens without drafts."""
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.chat_template = TEMPLATE
+    monkeypatch.setattr(model, "tokenizer", tokenizer)
+    served = Served(model)
+    options: dict[str, Any] = {"model": "tiny", "tools": [CLAMP, SORT], "max_tokens": 120, "seed": 3}
+    try:
+        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+            asked = client.chat.completions.create(messages=CHAT, **options, tool_choice="required").choices[0]
+            (call,) = asked.message.tool_calls
+            assert (asked.finish_reason, asked.message.content) == ("tool_calls", None)
+            arguments = json.loads(call.function.arguments)
+            assert set(arguments) == ({"value", "mode"} if call.function.name == "clamp" else {"by"})
+            named = {"type": "function", "function": {"name": "sort"}}
+            with client.chat.completions.stream(messages=CHAT, **options, tool_choice=named) as stream:
+                streamed = stream.get_final_completion().choices[0].message.tool_calls[0]
+            assert streamed.function.name == "sort"
+            assert json.loads(streamed.function.arguments)["by"] in ("size", "name")
+            plain = client.chat.completions.create(
+                messages=CHAT, **options, tool_choice=named, extra_body={"draft": False}
+            )
+            function = plain.choices[0].message.tool_calls[0].function
+            assert (function.name, function.arguments) == (streamed.function.name, streamed.function.arguments)
+            assert plain.usage.completion_tokens_details.accepted_prediction_tokens == 0
+            result = {"role": "tool", "tool_call_id": call.id, "content": "3"}
+            said = client.chat.completions.create(
+                messages=[*CHAT, asked.message.model_dump(), result], **options, tool_choice="none"
+            )
+            assert said.choices[0].message.tool_calls is None
+    finally:
+        served.close()
 
 
 def test_the_readmes_program_runs(served: Served) -> None:

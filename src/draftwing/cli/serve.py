@@ -30,6 +30,7 @@ EXAMPLES = """examples:
 KEY_VARIABLE = "DRAFTWING_API_KEY"
 MAX_MODEL_LEN = 4096
 """Tokens of a seat where nobody says how many, if the model has as many positions."""
+TOOL_FORMATS = ("hermes", "llama3_json", "mistral", "mistral_args")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -44,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft", help=f"tiny, a folder or a hub id, of {drafts_in_words()} (default: tiny, for tiny)")
     add_loading(parser)
     add_plan(parser, "auto")
+    parser.add_argument(
+        "--tool-call-parser", choices=TOOL_FORMATS, help="how the model calls tools (default: its chat template tells)"
+    )
     parser.add_argument("--draft-window", type=positive, help="an EAGLE head reads this many last tokens")
     _add_network(parser.add_argument_group("network"))
     _add_limits(parser.add_argument_group("limits"))
@@ -123,7 +127,8 @@ def _serve(options: argparse.Namespace, model: Any, target: str, keys: list[str]
     max_queue = 4 * options.seats if options.max_queue is None else options.max_queue
     scheduler = Scheduler(model, options.seats, length, settings, max_queue)
     limits = Limits(options.seats, length, options.max_new_tokens, max_answers=options.seats + max_queue)
-    intake = Intake(model.tokenizer, model.target.vocab_size, model.target.eos_token_ids, limits)
+    ends, parser = model.target.eos_token_ids, options.tool_call_parser
+    intake = Intake(model.tokenizer, model.target.vocab_size, ends, limits, parser)
     name = options.served_name or (Path(target).resolve().name if Path(target).exists() else target)
     root = name if Path(target).exists() else target  # no path of this machine
     fingerprint = f"draftwing-{model.method}-{str(model.dtype).removeprefix('torch.')}"

@@ -24,8 +24,10 @@ from draftwing.serving.intake import Call
 from draftwing.serving.scheduler import Delivery, Ticket
 from draftwing.serving.text import AnswerText, Piece
 from draftwing.serving.token_texts import Offsets, TokenTexts
+from draftwing.serving.tools import CallReader, ToolCall
 
-FINISH_REASONS: dict[str, Literal["stop", "length"]] = {"eos": "stop", "stop": "stop", "length": "length"}
+FinishReason = Literal["stop", "length", "tool_calls"]
+FINISH_REASONS: dict[str, FinishReason] = {"eos": "stop", "stop": "stop", "length": "length"}
 """The API's word for why an answer ended; others are errors."""
 
 
@@ -84,21 +86,22 @@ class CompletionLogprobs(TypedDict):
 
 class Said(TypedDict):
     role: NotRequired[str]
-    content: str
+    content: NotRequired[str | None]
+    tool_calls: NotRequired[list[ToolCall]]
 
 
 class CompletionChoice(TypedDict):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
 
 
 class ChatChoice(TypedDict):
     index: int
     message: Said
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
 
 
 class Drafted(TypedDict):
@@ -145,15 +148,12 @@ class Shape(Protocol):
 class Step:
     """What a cycle brought an answer: text, log-probabilities by token, the end."""
 
-    pieces: list[Piece]
+    text: str
+    calls: list[ToolCall]
     logprobs: list[tuple[int, TokenLogprobs | None]]
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
     is_first: bool
     drafted: Drafted
-
-    @property
-    def text(self) -> str:
-        return "".join(piece.text for piece in self.pieces)
 
 
 @dataclass
@@ -166,12 +166,15 @@ class Answer:
     decoder: AnswerText
     offsets: Offsets
     """Where the tokens whose log-probabilities are written stand."""
+    reader: CallReader | None = None
+    """Takes calls out of the text."""
+    calls: list[ToolCall] = field(default_factory=list)
     text: str = ""
     logprobs: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
     num_tokens: int = 0
     num_accepted: int = 0
     has_begun: bool = False
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: FinishReason | None = None
 
     def take(self, delivery: Delivery) -> Step:
         """Read what a cycle brought."""
@@ -193,10 +196,14 @@ class Answer:
         if self.finish_reason and self.call.only_echoes:
             self.finish_reason = "length"  # of no token at all
         drafted = Drafted(pieces=list(pieces), num_tokens=len(delivery.tokens), num_accepted=delivery.num_accepted)
-        step = Step(pieces, logprobs, self.finish_reason, is_first, drafted)
-        self.text += step.text
+        text = "".join(piece.text for piece in pieces)
+        if self.reader is not None:
+            text, self.calls = self.reader.push(text, self.finish_reason is not None)
+            if self.calls and self.finish_reason == "stop":
+                self.finish_reason = "tool_calls"
+        self.text += text
         self.logprobs += logprobs
-        return step
+        return Step(text, self.calls, logprobs, self.finish_reason, is_first, drafted)
 
     @property
     def counts(self) -> CycleCounts:
@@ -265,6 +272,8 @@ class ChatShape:
 
     def whole(self, answer: Answer) -> ChatChoice:
         said = Said(role="assistant", content=answer.text)
+        if answer.calls:
+            said |= Said(content=answer.text or None, tool_calls=answer.calls)
         return ChatChoice(
             index=answer.index,
             message=said,
@@ -273,7 +282,10 @@ class ChatShape:
         )
 
     def chunk(self, answer: Answer, step: Step) -> dict[str, Any]:
-        said = Said(role="assistant", content=step.text) if step.is_first else Said(content=step.text)
+        said: dict[str, Any] = {"role": "assistant"} if step.is_first else {}
+        said["content"] = step.text
+        if step.calls:
+            said["tool_calls"] = [{"index": index} | call for index, call in enumerate(step.calls)]
         logprobs = self._logprobs(answer, step.logprobs)
         return {"index": answer.index, "delta": said, "logprobs": logprobs, "finish_reason": step.finish_reason}
 

@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,7 @@ from draftwing.serving.schema import (
 from draftwing.serving.structured import AllowedTokens, Forms, only_token
 from draftwing.serving.text import AnswerText
 from draftwing.serving.token_texts import Offsets
+from draftwing.serving.tools import FORMATS, CallReader, ToolFormat, format_of, schemas
 
 COMPLETION_TOKENS = 16
 """New tokens of a completion whose body does not say how many, as OpenAI's."""
@@ -63,6 +65,8 @@ class Call:
     """What each answer begins with, if that is asked for."""
     only_echoes: bool = False
     """No new token is asked for; see `_scoring`."""
+    tools: "ToolUse | None" = None
+    """The answers may call some."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -83,11 +87,38 @@ class Call:
         return "" if self.prompt_texts is None else self.prompt_texts[index // self.num_choices]
 
 
-class Intake:
-    """Reads bodies for one model."""
+@dataclass(frozen=True)
+class ToolUse:
+    """How an answer may call tools: the format, the functions' names, at most so many calls (None: any number).
 
-    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int], limits: Limits) -> None:
+    The `marks` are special tokens of the format; `allowed` are tokens of a call, if there must be one.
+    """
+
+    format: ToolFormat
+    names: frozenset[str]
+    most: int | None
+    marks: frozenset[int]
+    allowed: AllowedTokens | None
+
+    def reader(self) -> CallReader:
+        """Takes the calls out of one answer."""
+        return CallReader(self.format, self.names, self.most)
+
+
+class Intake:
+    """Reads bodies for one model. `tool_format` is how it writes calls; None: the chat template tells."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        limits: Limits,
+        tool_format: str | None = None,
+    ) -> None:
         self.tokenizer, self.limits = tokenizer, limits
+        template = str(getattr(tokenizer, "chat_template", None))
+        self._tool_format = format_of(template) if tool_format is None else FORMATS[tool_format]
         self._vocab_size, self._eos = vocab_size, tuple(eos_token_ids)
         self._forms = Forms(tokenizer, vocab_size, self._eos)
 
@@ -113,7 +144,11 @@ class Intake:
         """What a chat asks for; raises as `completion` does."""
         num_top = (body.top_logprobs or 0) if body.logprobs else None
         asked = body.max_completion_tokens or body.max_tokens
-        return self._call(body, [self.chat_ids(body.messages)], asked, num_top, "messages")
+        use = self._tool_use(body) if body.offered else None
+        tools = tuple(tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in body.offered)
+        ids = self.chat_ids(body.messages, tools)
+        call = self._call(body, [ids], asked, num_top, "messages", allowed=None if use is None else use.allowed)
+        return replace(call, tools=use)
 
     def tokenize(self, body: TokenizeRequest) -> list[int]:
         """The ids of a prompt or of a conversation."""
@@ -131,8 +166,8 @@ class Intake:
 
     def answer_text(self, call: Call) -> AnswerText:
         """Turns the tokens of one answer into its text."""
-        body = call.body
-        keeps_special, keeps_stop = body.skip_special_tokens is False, bool(body.include_stop_str_in_output)
+        body, marks = call.body, frozenset[int]() if call.tools is None else call.tools.marks
+        keeps_special, keeps_stop = body.skip_special_tokens is False or marks, bool(body.include_stop_str_in_output)
         return AnswerText(self.tokenizer, body.stop_strings, keeps_special, keeps_stop)
 
     def offsets(self, call: Call, index: int) -> Offsets:
@@ -159,12 +194,12 @@ class Intake:
                 f"at most {most} are read",
             )
 
-    def chat_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+    def chat_ids(self, messages: Sequence[dict[str, Any]], tools: tuple[dict[str, Any], ...] = ()) -> list[int]:
         """A conversation as the model reads it, up to where the assistant answers."""
         self._check_characters(sum(len(str(turn.get("content"))) for turn in messages), "messages")
         try:
             turns = [read_message(turn, f"turn {index}") for index, turn in enumerate(messages)]
-            return Prompt("", messages=tuple(turns)).token_ids(self.tokenizer)
+            return Prompt("", messages=tuple(turns), tools=tools).token_ids(self.tokenizer)
         except ValueError as error:
             raise FieldError("messages", str(error)) from None
 
@@ -176,8 +211,9 @@ class Intake:
         num_top: int | None,
         field: str,
         echoes: bool = False,
+        allowed: AllowedTokens | None = None,
     ) -> Call:
-        num_choices, seed, allowed = body.num_choices, self._seed(body), self._allowed(body)
+        num_choices, seed, allowed = body.num_choices, self._seed(body), allowed or self._allowed(body)
         if len(prompts) * num_choices > self.limits.max_answers:
             raise FieldError(
                 "n" if num_choices > 1 else field,
@@ -241,6 +277,36 @@ class Intake:
             return self._forms.json({"type": "object"})
         except ValueError as error:
             raise FieldError("response_format", str(error)) from None
+
+    def _tool_use(self, body: ChatRequest) -> ToolUse:
+        """How the model calls the tools that it is told of, and what makes it call one, if it must."""
+        if not self._knows_tools:
+            raise FieldError("tools", "this model's chat template knows none")
+        known = self._tool_format
+        if known is None:
+            expected = "how this model writes calls is not known from its chat template (--tool-call-parser)"
+            raise FieldError("tools", expected)
+        ids = {mark: self.tokenizer.convert_tokens_to_ids(mark) for mark in (*known.marks, "[ARGS]")}
+        special = {mark: token for mark, token in ids.items() if token in self.tokenizer.all_special_ids}
+        allowed, functions = None, [function.model_dump(exclude_none=True) for function in body.callable]
+        if body.must_call:
+            try:
+                allowed = self._forms.calls(known.grammar(schemas(functions), special))
+            except ValueError as error:
+                raise FieldError("tools", str(error)) from None
+        names = frozenset(tool.function.name for tool in body.offered)
+        most = 1 if body.parallel_tool_calls is False else None
+        return ToolUse(known, names, most, frozenset(special.values()), allowed)
+
+    @cached_property
+    def _knows_tools(self) -> bool:
+        """Whether the chat template tells a model of its tools."""
+        messages = [{"role": "user", "content": "?"}]
+        function = {"name": "f", "description": "?", "parameters": {"type": "object", "properties": {}}}
+        with suppress(ValueError):
+            told = self.chat_ids(messages, ({"type": "function", "function": function},))
+            return told != self.chat_ids(messages)
+        return False
 
     def _seed(self, body: GenerationRequest) -> int:
         """The seed of the first answer; drawn from so few that no two requests share one of their answers' seeds.

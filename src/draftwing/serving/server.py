@@ -119,7 +119,14 @@ class _Work:
         self._facts: dict[str, Any] = request.state.facts
         self._name = f"{'chatcmpl' if kind.startswith('chat') else 'cmpl'}-{secrets.token_hex(12)}"
         self._answers = [
-            Answer(call, index, ticket, server.intake.answer_text(call), server.intake.offsets(call, index))
+            Answer(
+                call,
+                index,
+                ticket,
+                server.intake.answer_text(call),
+                server.intake.offsets(call, index),
+                None if call.tools is None else call.tools.reader(),
+            )
             for index, ticket in enumerate(submission.tickets)
         ]
         self._end = "cancelled"  # unless it comes to another one

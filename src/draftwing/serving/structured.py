@@ -101,6 +101,13 @@ class Forms:
             raise ValueError("the schema is nested too deeply") from None
         return self._allowed(tokenizer, grammar)
 
+    def calls(self, grammar: str) -> AllowedTokens:
+        """Texts of a grammar; raises as `json` does."""
+        tokenizer = self._tokenizer
+        from llguidance import LLMatcher
+
+        return self._allowed(tokenizer, LLMatcher.grammar_from_lark(grammar))
+
     def regex(self, pattern: str) -> AllowedTokens:
         """Texts that match a regular expression from their beginning to their end; raises as `json` does."""
         tokenizer = self._tokenizer
