@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 
@@ -19,6 +19,7 @@ pytest.importorskip("fastapi", reason='pip install "draftwing[serve]"')
 
 import httpx
 import openai
+import pydantic
 import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -32,7 +33,7 @@ from draftwing.serving.app import create_app
 from draftwing.serving.intake import Intake, Limits
 from draftwing.serving.process import address_of, bind
 from draftwing.serving.scheduler import Scheduler
-from draftwing.serving.server import Identity
+from draftwing.serving.streams import Identity
 from draftwing.target.load import load_tokenizer
 
 PROMPT = "def read_lines(path):\n"
@@ -245,6 +246,28 @@ def test_the_sdk_calls_tools(model: SpeculativeModel, monkeypatch: pytest.Monkey
             assert said.choices[0].message.tool_calls is None
     finally:
         served.close()
+
+
+def test_the_sdk_gets_responses(client: openai.OpenAI) -> None:
+    """Whole and streamed, the text of the same chat; in a form; refused where nothing is stored."""
+    options: dict[str, Any] = {"model": "tiny", "temperature": 0, "extra_body": {"seed": 3}}
+    chat = client.chat.completions.create(messages=CHAT, max_tokens=24, **options)  # type: ignore[arg-type]
+    whole = client.responses.create(input=CHAT[0]["content"], max_output_tokens=24, **options)
+    assert whole.output_text == chat.choices[0].message.content
+    assert (whole.status, whole.usage.output_tokens) == ("incomplete", 24)
+    with client.responses.stream(input=CHAT, max_output_tokens=24, **options) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == whole.output_text
+    assert len(deltas) < 24  # an event for each cycle, not for each token
+
+    class Step(pydantic.BaseModel):
+        number: Annotated[int, pydantic.Field(ge=0, le=99)]
+
+    parsed = client.responses.parse(input="Hello", max_output_tokens=60, text_format=Step, **options)
+    assert parsed.output_parsed is not None
+    assert 0 <= parsed.output_parsed.number <= 99
+    with pytest.raises(openai.BadRequestError, match="nothing is stored"):
+        client.responses.create(input="Hello", previous_response_id=whole.id, **options)
 
 
 def test_the_readmes_program_runs(served: Served) -> None:

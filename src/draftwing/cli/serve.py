@@ -120,7 +120,7 @@ def _serve(options: argparse.Namespace, model: Any, target: str, keys: list[str]
     from draftwing.serving.intake import Intake, Limits
     from draftwing.serving.process import address_of, serve
     from draftwing.serving.scheduler import Scheduler
-    from draftwing.serving.server import Identity
+    from draftwing.serving.streams import Identity
 
     settings = GenerateOptions(plan=options.plan, draft_window=options.draft_window)
     length = options.max_model_len or min(model.target.max_positions or MAX_MODEL_LEN, MAX_MODEL_LEN)

@@ -3,8 +3,6 @@
 Shapes are TypedDicts: a server's documentation is made of them, and nothing is validated while answers are sent.
 """
 
-import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -309,12 +307,12 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def envelope(name: str, kind: str, model: str, fingerprint: str, seed: int) -> Envelope:
+def envelope(name: str, kind: str, created: int, model: str, fingerprint: str, seed: int) -> Envelope:
     """The fields in front of the choices."""
     return {
         "id": name,
         "object": kind,
-        "created": int(time.time()),
+        "created": created,
         "model": model,
         "system_fingerprint": fingerprint,
         "seed": seed,
@@ -349,11 +347,3 @@ def metrics(answers: Sequence[Answer]) -> Metrics:
             "acceptance_histogram": histogram,
         }
     }
-
-
-def event(data: Any) -> bytes:
-    """A server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-DONE = b"data: [DONE]\n\n"

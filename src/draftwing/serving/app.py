@@ -20,9 +20,11 @@ from draftwing.serving.answers import ChatCompletion, Completion
 from draftwing.serving.errors import ApiError, as_api_error, documented
 from draftwing.serving.front import Front
 from draftwing.serving.intake import Intake
+from draftwing.serving.responses import ResponseBody, ResponseRequest
 from draftwing.serving.scheduler import Scheduler
 from draftwing.serving.schema import ChatRequest, CompletionRequest, DetokenizeRequest, FieldError, TokenizeRequest
-from draftwing.serving.server import Identity, Server
+from draftwing.serving.server import Server
+from draftwing.serving.streams import Identity
 
 POLICY = (
     "default-src 'none'; script-src {script}; style-src {style}; img-src data:; connect-src 'self'; "
@@ -117,6 +119,11 @@ def _answers(server: Server) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         return await server.chat(body, request)
+
+    @router.post("/v1/responses", responses=_stream_or(ResponseBody), response_model=None)
+    async def responses(body: ResponseRequest, request: Request) -> Response:
+        """Answer a conversation, in OpenAI's newer form."""
+        return await server.respond(body, request)
 
     return router
 

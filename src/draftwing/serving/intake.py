@@ -150,6 +150,10 @@ class Intake:
         call = self._call(body, [ids], asked, num_top, "messages", allowed=None if use is None else use.allowed)
         return replace(call, tools=use)
 
+    def conversation(self, body: GenerationRequest, messages: Sequence[dict[str, Any]], asked: int | None) -> Call:
+        """What a conversation asks for, with at most `asked` new tokens; errors name a chat's fields."""
+        return self._call(body, [self.chat_ids(messages)], asked, None, "messages")
+
     def tokenize(self, body: TokenizeRequest) -> list[int]:
         """The ids of a prompt or of a conversation."""
         if body.messages is not None:

@@ -111,10 +111,11 @@ class Body(BaseModel):
                 list(extra)[MAX_UNKNOWN], f"one of {len(extra)} unknown fields; at most {MAX_UNKNOWN} are read"
             )
         for name, value in extra.items():
-            self._look_at(name, value)
+            self.look_at(name, value)
         return self
 
-    def _look_at(self, name: str, value: Any) -> None:
+    def look_at(self, name: str, value: Any) -> None:
+        """Refuse an unknown field that would change the text, or that must be a slip of the pen."""
         if name in REFUSED or name.startswith("guided_"):
             if value and value not in REFUSED.get(name, ()):
                 raise FieldError(name, "is not supported here, and would change the text; leave it out")
@@ -140,7 +141,7 @@ class FieldError(ValueError):
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
-        self.field = field
+        self.field, self.problem = field, problem
 
 
 class StreamOptions(BaseModel):
@@ -283,7 +284,7 @@ class CompletionRequest(GenerationRequest):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-def _check_unicode(value: Any) -> Any:
+def check_unicode(value: Any) -> Any:
     """A value whose every string is Unicode: half a surrogate pair, which JSON can spell, is none."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -321,7 +322,7 @@ Messages = Annotated[
         max_length=4096,
         description="turns: role, and content as a text or a list of text parts",
     ),
-    AfterValidator(_check_unicode),
+    AfterValidator(check_unicode),
     WithJsonSchema({"type": "array", "minItems": 1, "items": MESSAGE_SCHEMA}),
 ]
 
@@ -366,9 +367,9 @@ class NamedTool(BaseModel):
 class ChatRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
-    tools: (
-        Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS), BeforeValidator(_check_unicode)] | None
-    ) = Field(None, description="functions that the model may call; the chat template tells it of them")
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS), BeforeValidator(check_unicode)] | None = (
+        Field(None, description="functions that the model may call; the chat template tells it of them")
+    )
     tool_choice: Annotated[Literal["none", "auto", "required"] | NamedTool | None, one_of_forms(TOOL_CHOICES)] = Field(
         None, description=TOOL_CHOICES
     )

@@ -31,7 +31,7 @@ from draftwing.serving.app import create_app
 from draftwing.serving.intake import Intake, Limits
 from draftwing.serving.json_lines import JsonLines, json_lines
 from draftwing.serving.schema import MAX_BODY_BYTES
-from draftwing.serving.server import Identity
+from draftwing.serving.streams import Identity
 from draftwing.serving.token_texts import Offsets, TokenTexts
 from draftwing.target.load import load_tokenizer
 
@@ -705,7 +705,7 @@ def test_the_page_brings_everything_with_it(client: TestClient) -> None:
 
 def test_every_status_is_documented(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
-    for route in ("/v1/completions", "/v1/chat/completions"):
+    for route in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
         answers = paths[route]["post"]["responses"]
         assert set(answers) == {"200", "400", "401", "404", "413", "429", "500", "503"}
         assert set(answers["200"]["content"]) == {"application/json", "text/event-stream"}
@@ -752,6 +752,7 @@ def test_every_line_of_the_log_is_json(capsys: pytest.CaptureFixture[str]) -> No
 FIELD_NAMES = st.sampled_from(
     ["prompt", "messages", "model", "n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "seed"]
     + ["logit_bias", "logprobs", "top_logprobs", "echo", "stream", "stream_options", "best_of", "suffix", "tools"]
+    + ["input", "instructions", "max_output_tokens", "text", "store", "tool_choice", "response_format", "draft"]
     + ["presence_penalty", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "user", "tokens"]
 )
 VALUES = st.recursive(
@@ -761,16 +762,18 @@ VALUES = st.recursive(
     | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "5", "include_usage"]) | st.text(), inner),
     max_leaves=8,
 )  # fmt: skip
+ROUTES = ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"]
 BODIES = st.dictionaries(FIELD_NAMES | st.text(), VALUES, max_size=5)
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]), BODIES, st.booleans())
+@given(st.sampled_from(ROUTES), BODIES, st.booleans())
 def test_no_body_is_a_server_error(client: TestClient, route: str, body: dict[str, Any], is_whole: bool) -> None:
     """Anything in any field: an answer, or an error that is the client's."""
     if is_whole:
-        body = TEXT | CHAT | {"tokens": [1]} | body
+        body = TEXT | CHAT | {"tokens": [1], "input": "Hello"} | body
         body.pop("messages" if route in ("/v1/completions", "/tokenize") else "prompt")
+        body.pop("prompt" if route == "/v1/responses" else "input", None)
     response = client.post(route, content=json.dumps(body), headers={"content-type": "application/json"})
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
