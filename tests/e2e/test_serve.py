@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import signal
 import subprocess
@@ -426,6 +427,77 @@ def test_what_is_not_installed_is_named(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr("draftwing.cli.serve.find_spec", lambda name: None if name == "uvicorn" else object())
     assert main(["serve"]) == 2
     assert 'serve: needs uvicorn: pip install "draftwing[serve]"' in capsys.readouterr().err
+
+
+def children_of(pid: int) -> list[int]:
+    """Its processes, the oldest first."""
+    return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+NEEDS_PROC = pytest.mark.skipif(
+    not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists(), reason="needs Linux' /proc"
+)
+
+
+@NEEDS_PROC
+def test_a_killed_replica_loses_its_running_requests_alone() -> None:
+    """Two behind one port: each is stopped for a moment, so that it is known who serves what."""
+    process, url = start("--replicas", "2")
+    try:
+        wait_for(lambda: len(children_of(process.pid)) == 2)
+        first, second = children_of(process.pid)
+        os.kill(first, signal.SIGSTOP)
+        wait_for(lambda: _is_up(url))  # the second one
+        with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as kept:
+            kept_lines = kept.iter_lines()
+            next(kept_lines)
+            os.kill(second, signal.SIGSTOP)
+            os.kill(first, signal.SIGCONT)
+            with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as lost:
+                lost_lines = lost.iter_lines()
+                next(lost_lines)
+                os.kill(second, signal.SIGCONT)
+                os.kill(first, signal.SIGKILL)
+                with pytest.raises(httpx.RemoteProtocolError):
+                    list(lost_lines)
+            assert httpx.post(f"{url}/v1/completions", json=LONG | {"max_tokens": 4}, timeout=60).status_code == 200
+            assert [line for line in kept_lines if line][-1] == "data: [DONE]"
+        wait_for(lambda: len(children_of(process.pid)) == 2)  # another one in its place
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode in (0, 143), errors  # the new one may be cut while it loads
+        assert f"replica 1 (process {first}) has ended (-9) and is started anew" in errors
+    finally:
+        process.kill()
+
+
+def test_a_replica_that_does_not_start_ends_all() -> None:
+    command = [sys.executable, "-m", "draftwing", "serve", "--port", "0", "--replicas", "3", "--target", "./nowhere"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert [line for line in ended.stderr.splitlines() if line.startswith("error: ")] == ended.stderr.splitlines()[-1:]
+    assert ended.stderr.count("nowhere") == 1
+
+
+@pytest.mark.slow
+@NEEDS_PROC
+def test_replicas_end_with_their_parent() -> None:
+    process, url = start("--replicas", "2")
+    wait_for(lambda: len(children_of(process.pid)) == 2)
+    children = children_of(process.pid)
+    process.kill()
+    process.communicate(timeout=30)
+    wait_for(lambda: not any(_runs(pid) for pid in children))
+    assert not _is_up(url)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 LONG = {"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True}

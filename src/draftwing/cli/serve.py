@@ -6,7 +6,7 @@ import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from draftwing.cli.arguments import (
     add_loading,
@@ -19,6 +19,9 @@ from draftwing.cli.arguments import (
 from draftwing.cli.output import note
 from draftwing.drafts.drafting import check_drafting
 from draftwing.drafts.kinds import PLAIN, drafts_in_words
+
+if TYPE_CHECKING:
+    from draftwing.serving.replicas import Replica
 
 logger = logging.getLogger(__name__)
 SUMMARY = "Serve a target over an OpenAI-compatible API: the same request gets the same tokens, whatever else runs."
@@ -56,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_network(group: Any) -> None:
     group.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
     group.add_argument("--port", type=port, default=8000, help="0 is any that is free (default: 8000)")
+    group.add_argument(
+        "--replicas", type=positive, default=1, help="processes behind the port, each with all seats (default: 1)"
+    )
     group.add_argument("--api-key", help=f"clients must send it (default: ${KEY_VARIABLE}, or none)")
     group.add_argument("--api-key-file", help="a file of keys, one a line")
     group.add_argument("--served-name", help="what clients call the model (default: the target's name)")
@@ -85,20 +91,18 @@ def run(options: argparse.Namespace) -> int:
     if missing:
         raise ValueError(f'serve: needs {", ".join(missing)}: pip install "draftwing[serve]"')
     if not options.log_json:
-        _run(options)
-        return 0
+        return _run(options)
     from draftwing.serving.json_lines import json_lines
 
     with json_lines():
         try:
-            _run(options)
+            return _run(options)
         except (ValueError, OSError) as error:
             logger.error("%s", error)
             return 2
-    return 0
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
     keys = _read_keys(options)
     target, draft = options.target or "tiny", options.draft
     if options.target is None and draft is None and options.method is None:
@@ -106,15 +110,22 @@ def _run(options: argparse.Namespace) -> None:
     if options.method or not draft:  # else the draft tells which
         check_drafting(options.method or PLAIN, options.plan, None, options.draft_window)
     from draftwing.serving.process import bind
+    from draftwing.serving.replicas import ALONE, Replicas
 
     with bind(options.host, options.port) as listener:  # a taken port is known before the models are loaded
+        replica = ALONE if options.replicas == 1 else Replicas(options.replicas).run()
+        if isinstance(replica, int):
+            return replica
         from draftwing.api import load
 
         model = load(target, draft, **loading(options))
-        _serve(options, model, target, keys, listener)
+        _serve(options, model, target, keys, listener, replica)
+        return 0
 
 
-def _serve(options: argparse.Namespace, model: Any, target: str, keys: list[str], listener: Any) -> None:
+def _serve(
+    options: argparse.Namespace, model: Any, target: str, keys: list[str], listener: Any, replica: "Replica"
+) -> None:
     from draftwing.engine.options import GenerateOptions
     from draftwing.serving.app import create_app
     from draftwing.serving.intake import Intake, Limits
@@ -142,7 +153,10 @@ def _serve(options: argparse.Namespace, model: Any, target: str, keys: list[str]
         "max_model_len": length,
         "seat_bytes": scheduler.seat_bytes,
     }
-    _print_start(options, facts, bool(keys), model.device.type)
+    if replica.says_start:
+        _print_start(options, facts | {"replicas": options.replicas}, bool(keys), model.device.type)
+    listener.listen()
+    replica.tell_ready()
     serve(app, scheduler, listener, options.drain_seconds)
 
 
@@ -172,6 +186,8 @@ def _print_start(options: argparse.Namespace, facts: dict[str, Any], has_key: bo
         say = lambda text, style="": logger.info("%s", text)
     seats, each = facts["seats"], facts["seat_bytes"]
     say(f"{facts['model']} by {facts['method']}: a page at {facts['url']}, the API at {facts['url']}/v1", "bold")
+    if facts["replicas"] > 1:
+        say(f"the first of {facts['replicas']} replicas; the others follow, and each holds as much")
     say(f"{seats} seats of {facts['max_model_len']} tokens: {in_words(seats * each)}, {in_words(each)} each")
     say("a request with its seed gets the same tokens whatever else is running, drafted or not (docs/serving.md)")
     if device != "cpu":

@@ -5,11 +5,13 @@ import os
 import socket
 import threading
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from draftwing.serving.scheduler import Scheduler
+if TYPE_CHECKING:  # so that a socket can be had, and replicas be forked, without torch
+    from draftwing.serving.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 LAST_SECONDS = 5
@@ -45,7 +47,7 @@ def address_of(listener: socket.socket) -> str:
 class _DrainingServer(uvicorn.Server):
     """At SIGTERM or SIGINT refuses new requests, finishes running ones and ends; at a second one ends at once."""
 
-    def __init__(self, config: uvicorn.Config, scheduler: Scheduler, drain_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, scheduler: "Scheduler", drain_seconds: float) -> None:
         super().__init__(config)
         self._scheduler, self._drain_seconds = scheduler, drain_seconds
         self._is_draining = False
@@ -64,7 +66,7 @@ class _DrainingServer(uvicorn.Server):
             self.should_exit = True
 
 
-def serve(app: ASGIApp, scheduler: Scheduler, listener: socket.socket, drain_seconds: float) -> None:
+def serve(app: ASGIApp, scheduler: "Scheduler", listener: socket.socket, drain_seconds: float) -> None:
     """Serve until a signal comes."""
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=LAST_SECONDS
