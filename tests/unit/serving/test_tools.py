@@ -11,6 +11,8 @@ pytest.importorskip("fastapi", reason='pip install "draftwing[serve]"')
 
 from fake_scheduler import FakeScheduler
 from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
 from test_serving import CHAT, EOS, asked, client_of, events, ids, problem
@@ -249,3 +251,24 @@ def test_models_that_know_no_tools() -> None:
             assert says in error["message"]
     with client_of(scripted("Hello"), load_tokenizer("tiny")) as client:
         assert chat(client, tool_choice="none").status_code == 200
+
+
+SCHEMA_WORDS = ["type", "function", "name", "parameters", "properties", "enum", "$ref", "$defs", "anyOf", "x-guidance"]
+PARTS = st.recursive(
+    st.none()
+    | st.integers(-3, 3)
+    | st.sampled_from(["function", "f", "object", "integer", "#/$defs/x", "\ud800", "auto"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(SCHEMA_WORDS), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(PARTS, st.sampled_from(["auto", "required", "none", None]) | PARTS, st.booleans())
+def test_no_tool_is_a_server_error(client: TestClient, part: Any, choice: Any, is_schema: bool) -> None:
+    """Whatever stands for tools, and for the schema of one's arguments."""
+    function = {"type": "function", "function": {"name": "f", "parameters": part}}
+    body = CHAT | {"tools": [function] if is_schema else part, "tool_choice": choice, "max_tokens": 4}
+    headers = {"content-type": "application/json"}
+    response = client.post("/v1/chat/completions", content=json.dumps(body), headers=headers)
+    assert response.status_code in (200, 400), response.text
