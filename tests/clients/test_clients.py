@@ -55,7 +55,7 @@ def test_schemathesis(server: tuple[subprocess.Popen[str], str], tmp_path: Path)
         *("schemathesis", "schemathesis.cli", "run", f"{server[1]}/openapi.json", "--max-examples", "10"),
         *("--phases", "examples,coverage,fuzzing", "--seed", "1", "--request-timeout", "60", "--checks", CHECKS),
     )
-    assert "No issues found" in said
+    assert re.search(r"(\d{3,}) generated, \1 passed", said)
 
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
@@ -88,9 +88,9 @@ def test_locust(server: tuple[subprocess.Popen[str], str]) -> None:
     """A short soak: no failure, no seat lost, and memory that does not grow with requests."""
     process, url = server
     soak = ("locust", "locust", "-f", str(HERE / "soak.py"), "--headless", "--host", url, "--users", "6")
-    run(*soak, "--run-time", "20s", "--only-summary")
+    run(*soak, "--run-time", "15s", "--only-summary")
     before = _resident(process.pid)
-    said = run(*soak, "--run-time", "40s", "--only-summary")
+    said = run(*soak, "--run-time", "30s", "--only-summary")
     assert re.search(r"Aggregated\s+\d+\s+0\(0.00%\)", said)
     for _ in range(100):
         if "draftwing_requests_running" in (page := httpx.get(f"{url}/metrics").text) and re.search(
