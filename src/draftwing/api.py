@@ -234,8 +234,12 @@ class SpeculativeModel:
         wanted = DrafterOptions(key.with_lookup, key.draft_window, plan.largest)
         return new_drafter(self.method if key.drafts else PLAIN, self.draft, self.target, wanted)
 
-    def engine(self, num_seats: int, capacity: int, settings: GenerateOptions | None = None) -> Engine:
+    def engine(
+        self, num_seats: int, capacity: int, settings: GenerateOptions | None = None, num_bytes: int | None = None
+    ) -> Engine:
         """An engine for requests that come and go: so many seats of `capacity` tokens; `settings` say the drafting.
+
+        `num_bytes` is what `seat_bytes` has told already, which takes as long as making a seat does.
 
         By default trees size themselves: then cycles of 1, 2, 4, ... seats are measured now, greedy and sampled ones.
 
@@ -245,7 +249,8 @@ class SpeculativeModel:
         settings = settings or GenerateOptions(plan="auto")
         if num_seats < 1:
             raise ValueError(f"seats: expected at least 1, got {num_seats}")
-        check_memory(num_seats, capacity, self.seat_bytes(capacity, settings), self.device)
+        num_bytes = self.seat_bytes(capacity, settings) if num_bytes is None else num_bytes
+        check_memory(num_seats, capacity, num_bytes, self.device)
         powers = range(bucket(num_seats).bit_length())
         batches = [(2**power, sampled) for power, sampled in product(powers, (False, True))]
         key, plan = self._drafting(settings, capacity, batches)

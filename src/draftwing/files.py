@@ -3,28 +3,42 @@
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a cut leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    partial = _beside(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+UNFINISHED = ".draftwing-partial"
+
+
+def _beside(goal: Path) -> Path:
+    """A new name beside a file or folder, until that is whole; nobody's neighbour has it."""
+    return goal.with_name(f".{goal.name}.{secrets.token_hex(4)}{UNFINISHED}")
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`, which takes its place once it is complete; a failure leaves neither of the two.
 
-    Only one process at a time may write it.
+    Only one process at a time may write it: it removes what a process that was killed has left of such a folder.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    for leftover in (partial, folder):
+    partial = _beside(folder)
+    for leftover in (folder, *folder.parent.glob(f".{escape(folder.name)}.{'[0-9a-f]' * 8}{UNFINISHED}")):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

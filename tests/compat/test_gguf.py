@@ -19,7 +19,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import draftwing
 from draftwing import embedded
 from draftwing.cli import main
-from draftwing.files import cache_folder, whole_folder
+from draftwing.files import UNFINISHED, cache_folder, whole_folder
 from draftwing.target import gguf as reading
 from draftwing.target.load import load_tokenizer, resolve_target
 
@@ -194,9 +194,9 @@ def test_a_kill_while_writing_leaves_nothing_that_is_read(file: Path, cache: Pat
         "resolve_target(sys.argv[1])\n"
     )
     assert subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True).returncode == 9
-    assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [".partial"]
+    assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [UNFINISHED]
     draftwing.load(str(file))
-    assert [path.suffix for path in cache.iterdir() if path.is_dir()] != [".partial"]
+    assert [path.suffix for path in cache.iterdir() if path.is_dir()] != [UNFINISHED]
 
 
 def test_a_failure_leaves_no_folder(tmp_path: Path) -> None:

@@ -57,6 +57,33 @@ def test_a_chat_by_keyboard(served: Served, page: Any, tmp_path: Path) -> None:
     assert problems == []
 
 
+def test_beside_plain_decoding(served: Served, page: Any) -> None:
+    """The same text twice, of which one side has no drafted token, and how much faster the other one was."""
+    page.goto(served.url)
+    page.locator("#compare").check()
+    page.locator("summary").click()
+    page.locator("#max_tokens").fill("48")
+    page.locator("#prompt").fill("Write the Python function clamp.")
+    page.locator("#prompt").press("Enter")
+    playwright.expect(page.locator("#status")).to_have_text("done", timeout=60_000)
+    drafted, plain = page.locator(".answer .sides > div").all()
+    assert drafted.locator("pre").text_content() == plain.locator("pre").text_content() != ""
+    assert drafted.locator(".drafted").count() > 0
+    assert plain.locator(".drafted").count() == 0
+    playwright.expect(plain.locator("footer")).to_contain_text("tokens per cycle 1.00")
+    verdict = re.compile(r"^the same text, \d+\.\d\d times as fast with drafts$")
+    playwright.expect(page.locator(".answer .verdict")).to_have_text(verdict)
+
+
+def test_plain_decoding_that_was_none_is_no_comparison(served: Served, page: Any) -> None:
+    """Where requests beside it were drafted for."""
+    page.goto(served.url)
+    usage = """{"completion_tokens_details": {"accepted_prediction_tokens": 1, "rejected_prediction_tokens": 2}}"""
+    page.evaluate(f"answer = async () => ({{ usage: {usage}, rate: 1, seed: 4 }})")
+    verdict = page.evaluate("compare(at('chat'), { rate: 2, seed: 4 }, '', {})")
+    assert verdict.startswith("no comparison")
+
+
 def test_what_is_said_is_no_markup(served: Served, page: Any) -> None:
     page.goto(served.url)
     page.locator("#prompt").fill("<img src=x onerror=alert(1)><b>bold</b>")

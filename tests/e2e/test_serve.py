@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 
@@ -19,9 +20,11 @@ pytest.importorskip("fastapi", reason='pip install "draftwing[serve]"')
 
 import httpx
 import openai
+import pydantic
 import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tools_template import CLAMP, SORT, TEMPLATE
 
 import draftwing
 from draftwing.api import SpeculativeModel
@@ -31,7 +34,8 @@ from draftwing.serving.app import create_app
 from draftwing.serving.intake import Intake, Limits
 from draftwing.serving.process import address_of, bind
 from draftwing.serving.scheduler import Scheduler
-from draftwing.serving.server import Identity
+from draftwing.serving.streams import Identity
+from draftwing.target.load import load_tokenizer
 
 PROMPT = "def read_lines(path):\n"
 CHAT = [{"role": "user", "content": "Write the Python function clamp."}]
@@ -157,11 +161,24 @@ def test_the_sdk_scores_a_prompt(client: openai.OpenAI, model: SpeculativeModel)
     assert all(value < 0 for value in logprobs.token_logprobs[1:])
 
 
+def test_the_sdk_scores_a_prompt_as_long_as_the_context(client: openai.OpenAI, model: SpeculativeModel) -> None:
+    """And each of its tokens, the last one too, as in a longer text."""
+    ids = (model.tokenizer(PROMPT * 100)["input_ids"] * 9)[:LENGTH]
+    asked: dict[str, Any] = {"model": "tiny", "echo": True, "max_tokens": 0, "logprobs": 1}
+    whole = client.completions.create(prompt=[ids], **asked).choices[0].logprobs
+    part = client.completions.create(prompt=[ids[:40]], **asked).choices[0].logprobs
+    assert whole is not None and part is not None
+    assert whole.token_logprobs is not None and part.token_logprobs is not None
+    assert len(whole.token_logprobs) == LENGTH
+    assert part.token_logprobs == whole.token_logprobs[:40]
+    assert part.top_logprobs == whole.top_logprobs[:40]  # type: ignore[index]
+
+
 def test_the_sdk_lists_and_is_refused(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     with pytest.raises(openai.NotFoundError, match="not served here"):
         client.completions.create(model="other", prompt=PROMPT)
-    with pytest.raises(openai.BadRequestError, match="tools: is not supported"):
+    with pytest.raises(openai.BadRequestError, match="tools: this model's chat template knows none"):
         client.chat.completions.create(
             model="tiny",
             messages=CHAT,  # type: ignore[arg-type]
@@ -196,6 +213,62 @@ def test_the_sdk_asks_for_a_form(client: openai.OpenAI) -> None:
     assert chunks[-1].choices[0].finish_reason == "stop"
     with pytest.raises(openai.BadRequestError, match="response_format: Unimplemented keys"):
         chat({"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}})
+
+
+def test_the_sdk_calls_tools(model: SpeculativeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A required call, whole and streamed, its result given back, and the same tokens without drafts."""
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.chat_template = TEMPLATE
+    monkeypatch.setattr(model, "tokenizer", tokenizer)
+    served = Served(model)
+    options: dict[str, Any] = {"model": "tiny", "tools": [CLAMP, SORT], "max_tokens": 120, "seed": 3}
+    try:
+        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+            asked = client.chat.completions.create(messages=CHAT, **options, tool_choice="required").choices[0]
+            (call,) = asked.message.tool_calls
+            assert (asked.finish_reason, asked.message.content) == ("tool_calls", None)
+            arguments = json.loads(call.function.arguments)
+            assert set(arguments) == ({"value", "mode"} if call.function.name == "clamp" else {"by"})
+            named = {"type": "function", "function": {"name": "sort"}}
+            with client.chat.completions.stream(messages=CHAT, **options, tool_choice=named) as stream:
+                streamed = stream.get_final_completion().choices[0].message.tool_calls[0]
+            assert streamed.function.name == "sort"
+            assert json.loads(streamed.function.arguments)["by"] in ("size", "name")
+            plain = client.chat.completions.create(
+                messages=CHAT, **options, tool_choice=named, extra_body={"draft": False}
+            )
+            function = plain.choices[0].message.tool_calls[0].function
+            assert (function.name, function.arguments) == (streamed.function.name, streamed.function.arguments)
+            assert plain.usage.completion_tokens_details.accepted_prediction_tokens == 0
+            result = {"role": "tool", "tool_call_id": call.id, "content": "3"}
+            said = client.chat.completions.create(
+                messages=[*CHAT, asked.message.model_dump(), result], **options, tool_choice="none"
+            )
+            assert said.choices[0].message.tool_calls is None
+    finally:
+        served.close()
+
+
+def test_the_sdk_gets_responses(client: openai.OpenAI) -> None:
+    """Whole and streamed, the text of the same chat; in a form; refused where nothing is stored."""
+    options: dict[str, Any] = {"model": "tiny", "temperature": 0, "extra_body": {"seed": 3}}
+    chat = client.chat.completions.create(messages=CHAT, max_tokens=24, **options)  # type: ignore[arg-type]
+    whole = client.responses.create(input=CHAT[0]["content"], max_output_tokens=24, **options)
+    assert whole.output_text == chat.choices[0].message.content
+    assert (whole.status, whole.usage.output_tokens) == ("incomplete", 24)
+    with client.responses.stream(input=CHAT, max_output_tokens=24, **options) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == whole.output_text
+    assert len(deltas) < 24  # an event for each cycle, not for each token
+
+    class Step(pydantic.BaseModel):
+        number: Annotated[int, pydantic.Field(ge=0, le=99)]
+
+    parsed = client.responses.parse(input="Hello", max_output_tokens=60, text_format=Step, **options)
+    assert parsed.output_parsed is not None
+    assert 0 <= parsed.output_parsed.number <= 99
+    with pytest.raises(openai.BadRequestError, match="nothing is stored"):
+        client.responses.create(input="Hello", previous_response_id=whole.id, **options)
 
 
 def test_the_readmes_program_runs(served: Served) -> None:
@@ -336,6 +409,13 @@ def test_mistakes_are_one_line(arguments: str, says: str, capsys: pytest.Capture
     assert says in last
 
 
+def test_mistakes_are_json_where_the_log_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--log-json", "--host", "203.0.113.1", "--port", "0"]) == 2
+    (line,) = map(json.loads, capsys.readouterr().err.splitlines())
+    assert line["level"] == "error"
+    assert "cannot listen at 203.0.113.1" in line["message"]
+
+
 def test_keys_that_are_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "keys.txt").write_text("\n\n", encoding="utf-8")
     for arguments in (["--api-key", " "], ["--api-key-file", str(tmp_path / "keys.txt")]):
@@ -347,6 +427,77 @@ def test_what_is_not_installed_is_named(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr("draftwing.cli.serve.find_spec", lambda name: None if name == "uvicorn" else object())
     assert main(["serve"]) == 2
     assert 'serve: needs uvicorn: pip install "draftwing[serve]"' in capsys.readouterr().err
+
+
+def children_of(pid: int) -> list[int]:
+    """Its processes, the oldest first."""
+    return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+NEEDS_PROC = pytest.mark.skipif(
+    not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists(), reason="needs Linux' /proc"
+)
+
+
+@NEEDS_PROC
+def test_a_killed_replica_loses_its_running_requests_alone() -> None:
+    """Two behind one port: each is stopped for a moment, so that it is known who serves what."""
+    process, url = start("--replicas", "2")
+    try:
+        wait_for(lambda: len(children_of(process.pid)) == 2)
+        first, second = children_of(process.pid)
+        os.kill(first, signal.SIGSTOP)
+        wait_for(lambda: _is_up(url))  # the second one
+        with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as kept:
+            kept_lines = kept.iter_lines()
+            next(kept_lines)
+            os.kill(second, signal.SIGSTOP)
+            os.kill(first, signal.SIGCONT)
+            with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as lost:
+                lost_lines = lost.iter_lines()
+                next(lost_lines)
+                os.kill(second, signal.SIGCONT)
+                os.kill(first, signal.SIGKILL)
+                with pytest.raises(httpx.RemoteProtocolError):
+                    list(lost_lines)
+            assert httpx.post(f"{url}/v1/completions", json=LONG | {"max_tokens": 4}, timeout=60).status_code == 200
+            assert [line for line in kept_lines if line][-1] == "data: [DONE]"
+        wait_for(lambda: len(children_of(process.pid)) == 2)  # another one in its place
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode in (0, 143), errors  # the new one may be cut while it loads
+        assert f"replica 1 (process {first}) has ended (-9) and is started anew" in errors
+    finally:
+        process.kill()
+
+
+def test_a_replica_that_does_not_start_ends_all() -> None:
+    command = [sys.executable, "-m", "draftwing", "serve", "--port", "0", "--replicas", "3", "--target", "./nowhere"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: target: no folder")
+
+
+@pytest.mark.slow
+@NEEDS_PROC
+def test_replicas_end_with_their_parent() -> None:
+    process, url = start("--replicas", "2")
+    wait_for(lambda: len(children_of(process.pid)) == 2)
+    children = children_of(process.pid)
+    process.kill()
+    process.communicate(timeout=30)
+    wait_for(lambda: not any(_runs(pid) for pid in children))
+    assert not _is_up(url)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 LONG = {"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True}
@@ -370,7 +521,9 @@ def test_a_signal_lets_running_requests_end() -> None:
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
     assert "s3cret" not in errors
-    assert any(line.startswith("{") and json.loads(line)["status"] == 200 for line in errors.splitlines())
+    lines = [json.loads(line) for line in errors.splitlines()]  # every one of them, from the start on
+    assert any(line.get("status") == 200 for line in lines)
+    assert any("draining" in line.get("message", "") for line in lines)
 
 
 def test_what_runs_when_the_seconds_are_over_is_told_so() -> None:

@@ -80,7 +80,8 @@ def random_request(luck: random.Random) -> Request:
         **luck.choice(kinds),  # type: ignore[arg-type]
     )
     limit = luck.choice((1, 2, 7, 24))
-    return Request(prompt, sampling, StopRule(limit, (EOS,), min_new_tokens=luck.choice((0, 0, limit // 2))))
+    stop = StopRule(limit, (EOS,), min_new_tokens=luck.choice((0, 0, limit // 2)))
+    return Request(prompt, sampling, stop, drafts=luck.random() < 0.7)
 
 
 def serve(
@@ -360,6 +361,40 @@ def test_each_seat_counts_its_own_cycles(target: TargetModel, drafters: dict[str
         total.num_drafted += seat.counts.num_drafted
     statistics = generation.statistics
     assert (total.num_cycles, total.num_drafted) == (statistics.num_cycles, statistics.num_drafted)
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_rows_that_want_no_drafts(
+    target: TargetModel, ways: dict[str, tuple[NewDrafter, TreePlan]], method: str
+) -> None:
+    """Alone they are decoded plainly, before and after one that wants them; beside it all are drafted for."""
+    plain, later, drafted = (
+        replace(request, drafts=request.prompt == [7, 7]) for request in requests_for([[1, 2, 3], [5], [7, 7]], eos=())
+    )
+    engine = Engine(target, ways[method][0], 2, CAPACITY, ways[method][1])
+    first = engine.admit(plain)
+    for _ in range(8):
+        engine.step()
+    assert (first.counts.num_drafted, len(first.tokens)) == (0, 8)
+    beside = engine.admit(drafted)
+    while not (first.finish_reason and beside.finish_reason):
+        engine.step()
+    assert first.counts.num_drafted > 0 and beside.counts.num_drafted > 0
+    last = engine.admit(later)
+    while not last.finish_reason:
+        engine.step()
+    assert (last.counts.num_drafted, last.counts.num_cycles) == (0, len(last.tokens))
+    assert [seat.tokens for seat in (first, beside, last)] == run(target, [plain, drafted, later])
+
+
+def test_a_plan_that_learns_is_not_told_of_rows_that_want_no_drafts(
+    target: TargetModel, heads: dict[str, DraftNetwork]
+) -> None:
+    plan = auto_plan()
+    requests = [replace(request, drafts=False) for request in requests_for([[1, 2, 3], [4]])]
+    generation = generate(target, requests, eagle(heads["eagle3"]), plan)
+    assert generation.statistics.num_drafted == 0
+    assert plan.expected_seconds == 0.0
 
 
 def test_plans_of_too_many_levels_are_refused(target: TargetModel) -> None:

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 
 from draftwing.cli.arguments import DRAFTS
-from draftwing.cli.output import new_console
+from draftwing.cli.output import print_facts
 
 SUMMARY = "Say what a draft head or draft model is, and what does not fit."
 EXAMPLES = """examples:
@@ -33,5 +33,5 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(asdict(report)))
     else:
-        new_console().print(report_table(report, options.target))
+        print_facts(report_table(report, options.target))
     return int(bool(report.problems))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 UNBOUNDED = 100_000
 """Columns of what is not a terminal: no line is as long."""
@@ -22,6 +23,19 @@ def new_console(stderr: bool = False) -> "Console":
     if not console.file.isatty():
         console.width = UNBOUNDED
     return console
+
+
+def print_facts(table: "Table") -> None:
+    """A table of names and texts; outside a terminal a line for each, as long as it is."""
+    from rich.text import Text
+
+    console = new_console()
+    if console.width < UNBOUNDED:
+        console.print(table)
+        return
+    print(table.title)
+    for name, text in zip(*(column.cells for column in table.columns), strict=True):
+        print(f"{Text.from_markup(str(name))}: {Text.from_markup(str(text))}")
 
 
 def headline(console: "Console", title: str) -> None:

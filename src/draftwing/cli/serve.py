@@ -2,10 +2,11 @@
 
 import argparse
 import json
+import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from draftwing.cli.arguments import (
     add_loading,
@@ -18,6 +19,10 @@ from draftwing.cli.arguments import (
 from draftwing.cli.output import note
 from draftwing.drafts.kinds import PLAIN, check_drafting, drafts_in_words
 
+if TYPE_CHECKING:
+    from draftwing.serving.replicas import Replica
+
+logger = logging.getLogger(__name__)
 SUMMARY = "Serve a target over an OpenAI-compatible API: the same request gets the same tokens, whatever else runs."
 EXAMPLES = """examples:
   draftwing serve  # the embedded model at http://127.0.0.1:8000, with a page to try it
@@ -27,6 +32,7 @@ EXAMPLES = """examples:
 KEY_VARIABLE = "DRAFTWING_API_KEY"
 MAX_MODEL_LEN = 4096
 """Tokens of a seat where nobody says how many, if the model has as many positions."""
+TOOL_FORMATS = ("hermes", "llama3_json", "mistral", "mistral_args")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -41,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft", help=f"tiny, a folder or a hub id, of {drafts_in_words()} (default: tiny, for tiny)")
     add_loading(parser)
     add_plan(parser, "auto")
+    parser.add_argument(
+        "--tool-call-parser", choices=TOOL_FORMATS, help="how the model calls tools (default: its chat template tells)"
+    )
     parser.add_argument("--draft-window", type=positive, help="an EAGLE head reads this many last tokens")
     _add_network(parser.add_argument_group("network"))
     _add_limits(parser.add_argument_group("limits"))
@@ -49,10 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_network(group: Any) -> None:
     group.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
     group.add_argument("--port", type=port, default=8000, help="0 is any that is free (default: 8000)")
+    group.add_argument(
+        "--replicas", type=positive, default=1, help="processes behind the port, each with all seats (default: 1)"
+    )
     group.add_argument("--api-key", help=f"clients must send it (default: ${KEY_VARIABLE}, or none)")
     group.add_argument("--api-key-file", help="a file of keys, one a line")
     group.add_argument("--served-name", help="what clients call the model (default: the target's name)")
-    group.add_argument("--log-json", action="store_true", help="a line of JSON for each request on stderr")
+    group.add_argument("--log-json", action="store_true", help="stderr has lines of JSON alone, one for each request")
 
 
 def _add_limits(group: Any) -> None:
@@ -72,11 +84,24 @@ def _add_limits(group: Any) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> None:
-    """Run the command."""
+def run(options: argparse.Namespace) -> int:
+    """Run the command; with --log-json a mistake is a line of JSON as well."""
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise ValueError(f'serve: needs {", ".join(missing)}: pip install "draftwing[serve]"')
+    if not options.log_json:
+        return _run(options)
+    from draftwing.serving.json_lines import json_lines
+
+    with json_lines():
+        try:
+            return _run(options)
+        except (ValueError, OSError) as error:
+            logger.error("%s", error)
+            return 2
+
+
+def _run(options: argparse.Namespace) -> int:
     keys = _read_keys(options)
     target, draft = options.target or "tiny", options.draft
     if options.target is None and draft is None and options.method is None:
@@ -84,32 +109,40 @@ def run(options: argparse.Namespace) -> None:
     if options.method or not draft:  # else the draft tells which
         check_drafting(options.method or PLAIN, options.plan, None, options.draft_window)
     from draftwing.serving.process import bind
+    from draftwing.serving.replicas import ALONE, Replicas
 
     with bind(options.host, options.port) as listener:  # a taken port is known before the models are loaded
+        replica = ALONE if options.replicas == 1 else Replicas(options.replicas).run()
+        if isinstance(replica, int):
+            return replica
         from draftwing.api import load
 
         model = load(target, draft, **loading(options))
-        _serve(options, model, target, keys, listener)
+        _serve(options, model, target, keys, listener, replica)
+        return 0
 
 
-def _serve(options: argparse.Namespace, model: Any, target: str, keys: list[str], listener: Any) -> None:
+def _serve(
+    options: argparse.Namespace, model: Any, target: str, keys: list[str], listener: Any, replica: "Replica"
+) -> None:
     from draftwing.engine.options import GenerateOptions
     from draftwing.serving.app import create_app
     from draftwing.serving.intake import Intake, Limits
     from draftwing.serving.process import address_of, serve
     from draftwing.serving.scheduler import Scheduler
-    from draftwing.serving.server import Identity
+    from draftwing.serving.streams import Identity
 
     settings = GenerateOptions(plan=options.plan, draft_window=options.draft_window)
     length = options.max_model_len or min(model.target.max_positions or MAX_MODEL_LEN, MAX_MODEL_LEN)
     max_queue = 4 * options.seats if options.max_queue is None else options.max_queue
     scheduler = Scheduler(model, options.seats, length, settings, max_queue)
     limits = Limits(options.seats, length, options.max_new_tokens, max_answers=options.seats + max_queue)
-    intake = Intake(model.tokenizer, model.target.vocab_size, model.target.eos_token_ids, limits)
+    ends, parser = model.target.eos_token_ids, options.tool_call_parser
+    intake = Intake(model.tokenizer, model.target.vocab_size, ends, limits, parser)
     name = options.served_name or (Path(target).resolve().name if Path(target).exists() else target)
     root = name if Path(target).exists() else target  # no path of this machine
     fingerprint = f"draftwing-{model.method}-{str(model.dtype).removeprefix('torch.')}"
-    app = create_app(scheduler, intake, Identity(name, root, fingerprint), keys, options.log_json)
+    app = create_app(scheduler, intake, Identity(name, root, fingerprint), keys)
     scheduler.start()
     facts = {
         "url": address_of(listener),
@@ -119,7 +152,10 @@ def _serve(options: argparse.Namespace, model: Any, target: str, keys: list[str]
         "max_model_len": length,
         "seat_bytes": scheduler.seat_bytes,
     }
-    _print_start(options, facts, bool(keys))
+    if replica.says_start:
+        _print_start(options, facts | {"replicas": options.replicas}, bool(keys))
+    listener.listen()
+    replica.tell_ready()
     serve(app, scheduler, listener, options.drain_seconds)
 
 
@@ -144,9 +180,14 @@ def _print_start(options: argparse.Namespace, facts: dict[str, Any], has_key: bo
     if options.json:
         print(json.dumps(facts), flush=True)
         return
+    say = note
+    if options.log_json:
+        say = lambda text, style="": logger.info("%s", text)
     seats, each = facts["seats"], facts["seat_bytes"]
-    note(f"{facts['model']} by {facts['method']}: a page at {facts['url']}, the API at {facts['url']}/v1", "bold")
-    note(f"{seats} seats of {facts['max_model_len']} tokens: {in_words(seats * each)}, {in_words(each)} each")
-    note("a request with its seed gets the same tokens whatever else is running, drafted or not (docs/serving.md)")
+    say(f"{facts['model']} by {facts['method']}: a page at {facts['url']}, the API at {facts['url']}/v1", "bold")
+    if facts["replicas"] > 1:
+        say(f"the first of {facts['replicas']} replicas; the others follow, and each holds as much")
+    say(f"{seats} seats of {facts['max_model_len']} tokens: {in_words(seats * each)}, {in_words(each)} each")
+    say("a request with its seed gets the same tokens whatever else is running, drafted or not (docs/serving.md)")
     if not has_key and options.host not in LOOPBACK:
-        note("everybody who reaches this address is served: no --api-key-file was given", "yellow")
+        say("everybody who reaches this address is served: no --api-key-file was given", "yellow")

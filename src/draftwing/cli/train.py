@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from draftwing.cli.arguments import above_zero, add_threads, not_negative, positive
-from draftwing.cli.output import headline, new_console, note, say_saved
+from draftwing.cli.output import headline, new_console, note, print_facts, say_saved
 from draftwing.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _show_estimate(chosen: Sequence[TrainConfig], stages: Sequence[TrainConfig],
         return
     console = new_console()
     for stage, plan in zip(chosen, plans, strict=True):
-        console.print(_table(stage, plan, options.processes))
+        print_facts(_table(stage, plan, options.processes))
     source = "as given" if options.tflops else f"{REACHED:.0%} of what large products reach on this machine"
     console.print(
         "Memory is one process's, with all rows full and on a GPU. Time assumes "

@@ -22,7 +22,7 @@ from draftwing.engine.request import check_room
 from draftwing.engine.seats import Seats, room_for
 from draftwing.engine.statistics import StageClock, Statistics
 from draftwing.engine.tree import DraftTree
-from draftwing.engine.tree_plan import Plan
+from draftwing.engine.tree_plan import Plan, TreePlan, TreeShape
 from draftwing.engine.unread import MOST_UNREAD, PREFILL_CHUNK
 from draftwing.target.model import TargetModel
 from draftwing.target.row_pass import rounding_problem
@@ -34,6 +34,7 @@ SCORED_TOKENS = 128
 """Positions of a prompt that are read at once where it is scored: each has the logits of a whole vocabulary."""
 MOST_LEVELS = PREFILL_CHUNK - MOST_UNREAD - 1
 """Of a tree: what a cycle commits must fit behind what drafters have left unread."""
+PLAIN = TreePlan.off()
 NewDrafter = Callable[[int, int], Drafter]
 """Makes a drafter for so many seats of so many slots each."""
 
@@ -171,7 +172,9 @@ class Engine:
         """Draft, verify, commit."""
         seats = self._cycling
         seats.bound = int(self._seats.lengths[: len(self._running)].max())
-        plan = self.plan.next(len(self._running), seats.bound, self._samples)
+        plan: TreeShape = PLAIN  # which a plan that learns is not told of
+        if self._drafts:
+            plan = self.plan.next(len(self._running), seats.bound, self._samples)
         if isinstance(seats, CapturedSeats):
             self.statistics.recording_seconds += seats.make_ready(plan)
         with fitting_threads(self._threads):
@@ -255,6 +258,7 @@ class Engine:
     def _look_at_running(self) -> None:
         """Let cycles run over the running seats; captured ones over the next power of two, the rest of them idle."""
         num_running = len(self._running)
+        self._drafts = any(seat.request.drafts for seat in self._running)
         self._samples = any(seat.request.sampling.temperature > 0 for seat in self._running)
         asks_host = any(seat.request.sampling.place or seat.request.allowed for seat in self._running)
         if self._recorder is None or asks_host:

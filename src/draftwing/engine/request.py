@@ -19,6 +19,8 @@ class Request:
         num_logprobs: how many of the most probable tokens, 0 to 20, are scored beside each new one; None: nothing is.
         scores_prompt: whether the prompt's tokens are scored as well.
         allowed: which tokens may follow those generated so far; asked for each node of a tree (see grammar.py).
+        drafts: whether drafts are wanted for it. A cycle whose rows all want none is plain decoding; beside one that
+            wants them all rows are drafted for, which changes none of their tokens.
     """
 
     prompt: Sequence[int]
@@ -27,6 +29,7 @@ class Request:
     num_logprobs: int | None = None
     scores_prompt: bool = False
     allowed: Allowed | None = None
+    drafts: bool = True
 
     @property
     def most_tokens(self) -> int:

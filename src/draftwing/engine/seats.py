@@ -196,7 +196,8 @@ class Seats(BySeat):
         num_kept = torch.where(self._is_running, verdict.num_accepted + 1, 0)
         self.cache.commit(None if plan.is_chain else verdict.path, num_kept, max_kept=tree.max_depth + 1)
         features = None if verification.features is None else verdict.along_path(verification.features)
-        self.drafter.observe(verdict.tokens, features, num_kept, verification.chosen)
+        chosen = verification.chosen if plan.depth else None  # a tree of the root alone was not the drafter's
+        self.drafter.observe(verdict.tokens, features, num_kept, chosen)
         self.sampler.observe(verdict.tokens, num_kept)
         self._root.copy_(torch.where(self._is_running, verdict.bonus, self._root))
 

@@ -3,8 +3,6 @@
 Shapes are TypedDicts: a server's documentation is made of them, and nothing is validated while answers are sent.
 """
 
-import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -23,9 +21,11 @@ from draftwing.engine.stopping import NO_CHARACTER
 from draftwing.serving.intake import Call
 from draftwing.serving.scheduler import Delivery, Ticket
 from draftwing.serving.text import AnswerText, Piece
-from draftwing.serving.token_texts import TokenTexts
+from draftwing.serving.token_texts import Offsets, TokenTexts
+from draftwing.serving.tools import CallReader, ToolCall
 
-FINISH_REASONS: dict[str, Literal["stop", "length"]] = {"eos": "stop", "stop": "stop", "length": "length"}
+FinishReason = Literal["stop", "length", "tool_calls"]
+FINISH_REASONS: dict[str, FinishReason] = {"eos": "stop", "stop": "stop", "length": "length"}
 """The API's word for why an answer ended; others are errors."""
 
 
@@ -84,21 +84,22 @@ class CompletionLogprobs(TypedDict):
 
 class Said(TypedDict):
     role: NotRequired[str]
-    content: str
+    content: NotRequired[str | None]
+    tool_calls: NotRequired[list[ToolCall]]
 
 
 class CompletionChoice(TypedDict):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
 
 
 class ChatChoice(TypedDict):
     index: int
     message: Said
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
 
 
 class Drafted(TypedDict):
@@ -145,15 +146,12 @@ class Shape(Protocol):
 class Step:
     """What a cycle brought an answer: text, log-probabilities by token, the end."""
 
-    pieces: list[Piece]
+    text: str
+    calls: list[ToolCall]
     logprobs: list[tuple[int, TokenLogprobs | None]]
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
     is_first: bool
     drafted: Drafted
-
-    @property
-    def text(self) -> str:
-        return "".join(piece.text for piece in self.pieces)
 
 
 @dataclass
@@ -164,14 +162,17 @@ class Answer:
     index: int
     ticket: Ticket
     decoder: AnswerText
+    offsets: Offsets
+    """Where the tokens whose log-probabilities are written stand."""
+    reader: CallReader | None = None
+    """Takes calls out of the text."""
+    calls: list[ToolCall] = field(default_factory=list)
     text: str = ""
     logprobs: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
     num_tokens: int = 0
     num_accepted: int = 0
     has_begun: bool = False
-    finish_reason: Literal["stop", "length"] | None = None
-    offset: int = 0
-    """Characters of the tokens whose log-probabilities were written."""
+    finish_reason: FinishReason | None = None
 
     def take(self, delivery: Delivery) -> Step:
         """Read what a cycle brought."""
@@ -182,19 +183,25 @@ class Answer:
             pieces.append(Piece(said, False))
         if is_first and self.call.scores_prompt:
             logprobs += self._of_prompt()
-        if not self.call.only_echoes:
+        logprobs += zip(delivery.tokens, delivery.logprobs, strict=False)
+        if self.call.only_echoes:
+            logprobs = logprobs[: len(self.call.prompt(self.index))]
+        else:
             pieces += self.decoder.push(delivery.tokens, delivery.num_accepted, delivery.finish_reason)
-            logprobs += zip(delivery.tokens, delivery.logprobs, strict=False)
             self.num_tokens += len(delivery.tokens)
             self.num_accepted += delivery.num_accepted
         self.finish_reason = FINISH_REASONS.get(delivery.finish_reason or "")
         if self.finish_reason and self.call.only_echoes:
             self.finish_reason = "length"  # of no token at all
         drafted = Drafted(pieces=list(pieces), num_tokens=len(delivery.tokens), num_accepted=delivery.num_accepted)
-        step = Step(pieces, logprobs, self.finish_reason, is_first, drafted)
-        self.text += step.text
+        text = "".join(piece.text for piece in pieces)
+        if self.reader is not None:
+            text, self.calls = self.reader.push(text, self.finish_reason is not None)
+            if self.calls and self.finish_reason == "stop":
+                self.finish_reason = "tool_calls"
+        self.text += text
         self.logprobs += logprobs
-        return step
+        return Step(text, self.calls, logprobs, self.finish_reason, is_first, drafted)
 
     @property
     def counts(self) -> CycleCounts:
@@ -233,8 +240,7 @@ class CompletionShape:
             written["tokens"].append(self._name(token, by_id))
             written["token_logprobs"].append(None if chances is None else finite(chances.logprob))
             written["top_logprobs"].append(None if chances is None else self._top(token, chances, by_id))
-            written["text_offset"].append(answer.offset)
-            answer.offset += len(self._texts.text(token))
+            written["text_offset"].append(answer.offsets.next(token))
         return written
 
     def _name(self, token: int, by_id: bool) -> str:
@@ -264,6 +270,8 @@ class ChatShape:
 
     def whole(self, answer: Answer) -> ChatChoice:
         said = Said(role="assistant", content=answer.text)
+        if answer.calls:
+            said |= Said(content=answer.text or None, tool_calls=answer.calls)
         return ChatChoice(
             index=answer.index,
             message=said,
@@ -272,7 +280,10 @@ class ChatShape:
         )
 
     def chunk(self, answer: Answer, step: Step) -> dict[str, Any]:
-        said = Said(role="assistant", content=step.text) if step.is_first else Said(content=step.text)
+        said: dict[str, Any] = {"role": "assistant"} if step.is_first else {}
+        said["content"] = step.text
+        if step.calls:
+            said["tool_calls"] = [{"index": index} | call for index, call in enumerate(step.calls)]
         logprobs = self._logprobs(answer, step.logprobs)
         return {"index": answer.index, "delta": said, "logprobs": logprobs, "finish_reason": step.finish_reason}
 
@@ -296,12 +307,12 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def envelope(name: str, kind: str, model: str, fingerprint: str, seed: int) -> Envelope:
+def envelope(name: str, kind: str, created: int, model: str, fingerprint: str, seed: int) -> Envelope:
     """The fields in front of the choices."""
     return {
         "id": name,
         "object": kind,
-        "created": int(time.time()),
+        "created": created,
         "model": model,
         "system_fingerprint": fingerprint,
         "seed": seed,
@@ -336,11 +347,3 @@ def metrics(answers: Sequence[Answer]) -> Metrics:
             "acceptance_histogram": histogram,
         }
     }
-
-
-def event(data: Any) -> bytes:
-    """A server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-DONE = b"data: [DONE]\n\n"

@@ -20,9 +20,11 @@ from draftwing.serving.answers import ChatCompletion, Completion
 from draftwing.serving.errors import ApiError, as_api_error, documented
 from draftwing.serving.front import Front
 from draftwing.serving.intake import Intake
+from draftwing.serving.responses import ResponseBody, ResponseRequest
 from draftwing.serving.scheduler import Scheduler
 from draftwing.serving.schema import ChatRequest, CompletionRequest, DetokenizeRequest, FieldError, TokenizeRequest
-from draftwing.serving.server import Identity, Server
+from draftwing.serving.server import Server
+from draftwing.serving.streams import Identity
 
 POLICY = (
     "default-src 'none'; script-src {script}; style-src {style}; img-src data:; connect-src 'self'; "
@@ -61,6 +63,10 @@ class Status(TypedDict):
     status: str
 
 
+class Version(TypedDict):
+    version: str
+
+
 class _App(FastAPI):
     """Documents what is answered; the framework's own 422 never is."""
 
@@ -72,15 +78,13 @@ class _App(FastAPI):
         return schema
 
 
-def create_app(
-    scheduler: Scheduler, intake: Intake, identity: Identity, keys: Sequence[str] = (), logs_json: bool = False
-) -> FastAPI:
+def create_app(scheduler: Scheduler, intake: Intake, identity: Identity, keys: Sequence[str] = ()) -> FastAPI:
     """The application for a scheduler that has been started; with keys, requests need one of them."""
     app = _App(title="draftwing", version=version("draftwing"), docs_url=None, redoc_url=None)
     server = Server(scheduler, intake, identity)
     for routes in (_answers(server), _tokens(server), _about(server)):
         app.include_router(routes)
-    app.add_middleware(Front, keys=keys, as_json=logs_json)
+    app.add_middleware(Front, keys=keys)
     for kind in (ApiError, FieldError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _refuse)
     return app
@@ -115,6 +119,11 @@ def _answers(server: Server) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         return await server.chat(body, request)
+
+    @router.post("/v1/responses", responses=_stream_or(ResponseBody), response_model=None)
+    async def responses(body: ResponseRequest, request: Request) -> Response:
+        """Answer a conversation, in OpenAI's newer form."""
+        return await server.respond(body, request)
 
     return router
 
@@ -188,6 +197,11 @@ def _about(server: Server) -> APIRouter:
         if not scheduler.is_alive or scheduler.is_draining:
             raise ApiError(503, "no requests are taken")
         return {"status": "ok"}
+
+    @router.get("/version")
+    async def the_version() -> Version:
+        """The server's version."""
+        return {"version": version("draftwing")}
 
     @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", response_class=Response, responses=PLAIN)

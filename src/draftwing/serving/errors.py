@@ -84,17 +84,14 @@ def as_api_error(error: Exception) -> ApiError:
 
 def _of_validation(error: RequestValidationError) -> ApiError:
     """The first field of a body that has another form than the schema says."""
-    first, *_ = problems = error.errors()
+    first = error.errors()[0]
     raised = first.get("ctx", {}).get("error")
     if isinstance(raised, FieldError):
         return as_api_error(raised)
     path = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid" or not path:
         return ApiError(400, "the body: expected a JSON object, with Content-Type: application/json")
-    field, said = path[0], str(first["msg"])
-    of_field = [problem for problem in problems if field in problem["loc"]]
-    if len(of_field) > 1:  # one for each form that the field may have
-        said = "expected one of its forms: " + "; ".join(str(problem["msg"]) for problem in of_field[:4])
+    field, said = path[0], str(first["msg"]).removeprefix("Value error, ")
     place = ".".join(path) if first["type"] in ("missing", "extra_forbidden") else field
     return ApiError(400, f"{place}: {said[:1].lower()}{said[1:]}", field)
 

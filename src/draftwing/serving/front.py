@@ -15,7 +15,7 @@ from draftwing.serving.errors import ApiError
 from draftwing.serving.schema import MAX_BODY_BYTES
 
 logger = logging.getLogger(__name__)
-OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json")
+OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json", "/version")
 """Paths that need no key: the page asks its reader for one."""
 QUIET = ("/health", "/ready", "/metrics")
 """Paths that are asked for every few seconds, and not logged unless they fail."""
@@ -25,8 +25,8 @@ HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-re
 class Front:
     """Around the application. Keys are compared in constant time and never logged, bodies neither."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str] = (), as_json: bool = False) -> None:
-        self._app, self._as_json = app, as_json
+    def __init__(self, app: ASGIApp, keys: Sequence[str] = ()) -> None:
+        self._app = app
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,7 +45,7 @@ class Front:
                 await ApiError(500, "the request has failed").response()(scope, receive, visit.send)
         finally:
             if scope["path"] not in QUIET or (visit.status or 500) >= 500:
-                visit.log(self._as_json)
+                visit.log()
 
     def _admit(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
@@ -76,15 +76,13 @@ class _Visit:
             message = {**message, "headers": [*message.get("headers", []), *HEADERS]}
         await self._send(message)
 
-    def log(self, as_json: bool) -> None:
+    def log(self) -> None:
         seconds = round(time.perf_counter() - self._start, 4)
-        line = {"method": self._scope["method"], "path": self._scope["path"], "status": self.status}
-        facts: dict[str, Any] = line | {"seconds": seconds} | self._scope["state"]["facts"]
-        if as_json:
-            logger.info(json.dumps({"time": round(time.time(), 3)} | facts))
-            return
+        asked = {"method": self._scope["method"], "path": self._scope["path"], "status": self.status}
+        facts: dict[str, Any] = asked | {"seconds": seconds} | self._scope["state"]["facts"]
         shown = (value if isinstance(value, int | float) else json.dumps(value).strip('"') for value in facts.values())
-        logger.info(" ".join(f"{name}={value}" for name, value in zip(facts, shown, strict=True)))
+        line = " ".join(f"{name}={value}" for name, value in zip(facts, shown, strict=True))
+        logger.info("%s", line, extra={"facts": facts})
 
 
 def _limited(receive: Receive) -> Receive:

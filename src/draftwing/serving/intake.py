@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,8 +22,10 @@ from draftwing.serving.schema import (
     ResponseFormat,
     TokenizeRequest,
 )
-from draftwing.serving.structured import AllowedTokens, Forms
+from draftwing.serving.structured import AllowedTokens, Forms, only_token
 from draftwing.serving.text import AnswerText
+from draftwing.serving.token_texts import Offsets
+from draftwing.serving.tools import FORMATS, CallReader, ToolFormat, format_of, schemas
 
 COMPLETION_TOKENS = 16
 """New tokens of a completion whose body does not say how many, as OpenAI's."""
@@ -57,31 +60,65 @@ class Call:
     num_choices: int
     num_top: int | None
     """Of each token's log-probabilities, how many; None: none are asked for."""
+    prompts: Sequence[Sequence[int]]
     prompt_texts: Sequence[str] | None = None
     """What each answer begins with, if that is asked for."""
     only_echoes: bool = False
-    """The one token that is made is not shown."""
+    """No new token is asked for; see `_scoring`."""
+    tools: "ToolUse | None" = None
+    """The answers may call some."""
 
     @property
     def num_prompt_tokens(self) -> int:
         """Of the prompts, each counted once."""
-        return sum(len(request.prompt) for request in self.requests[:: self.num_choices])
+        return sum(map(len, self.prompts))
 
     @property
     def scores_prompt(self) -> bool:
         """Whether the log-probabilities of the prompts are asked for as well."""
         return self.requests[0].scores_prompt
 
+    def prompt(self, index: int) -> Sequence[int]:
+        """What an answer answers."""
+        return self.prompts[index // self.num_choices]
+
     def echo(self, index: int) -> str:
         """What an answer begins with: its prompt, if that is asked for."""
         return "" if self.prompt_texts is None else self.prompt_texts[index // self.num_choices]
 
 
-class Intake:
-    """Reads bodies for one model."""
+@dataclass(frozen=True)
+class ToolUse:
+    """How an answer may call tools: the format, the functions' names, at most so many calls (None: any number).
 
-    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int], limits: Limits) -> None:
+    The `marks` are special tokens of the format; `allowed` are tokens of a call, if there must be one.
+    """
+
+    format: ToolFormat
+    names: frozenset[str]
+    most: int | None
+    marks: frozenset[int]
+    allowed: AllowedTokens | None
+
+    def reader(self) -> CallReader:
+        """Takes the calls out of one answer."""
+        return CallReader(self.format, self.names, self.most)
+
+
+class Intake:
+    """Reads bodies for one model. `tool_format` is how it writes calls; None: the chat template tells."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        limits: Limits,
+        tool_format: str | None = None,
+    ) -> None:
         self.tokenizer, self.limits = tokenizer, limits
+        template = str(getattr(tokenizer, "chat_template", None))
+        self._tool_format = format_of(template) if tool_format is None else FORMATS[tool_format]
         self._vocab_size, self._eos = vocab_size, tuple(eos_token_ids)
         self._forms = Forms(tokenizer, vocab_size, self._eos)
 
@@ -96,7 +133,7 @@ class Intake:
             FieldError: a field that is out of range for this model.
         """
         prompts = [self.prompt_ids(prompt, body.add_special_tokens is not False) for prompt in body.prompts]
-        asked = COMPLETION_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+        asked = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         call = self._call(body, prompts, asked, body.logprobs, "prompt", bool(body.echo))
         if not body.echo:
             return call
@@ -107,7 +144,15 @@ class Intake:
         """What a chat asks for; raises as `completion` does."""
         num_top = (body.top_logprobs or 0) if body.logprobs else None
         asked = body.max_completion_tokens or body.max_tokens
-        return self._call(body, [self.chat_ids(body.messages)], asked, num_top, "messages")
+        use = self._tool_use(body) if body.offered else None
+        tools = tuple(tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in body.offered)
+        ids = self.chat_ids(body.messages, tools)
+        call = self._call(body, [ids], asked, num_top, "messages", allowed=None if use is None else use.allowed)
+        return replace(call, tools=use)
+
+    def conversation(self, body: GenerationRequest, messages: Sequence[dict[str, Any]], asked: int | None) -> Call:
+        """What a conversation asks for, with at most `asked` new tokens; errors name a chat's fields."""
+        return self._call(body, [self.chat_ids(messages)], asked, None, "messages")
 
     def tokenize(self, body: TokenizeRequest) -> list[int]:
         """The ids of a prompt or of a conversation."""
@@ -125,9 +170,15 @@ class Intake:
 
     def answer_text(self, call: Call) -> AnswerText:
         """Turns the tokens of one answer into its text."""
-        body = call.body
-        keeps_special, keeps_stop = body.skip_special_tokens is False, bool(body.include_stop_str_in_output)
+        body, marks = call.body, frozenset[int]() if call.tools is None else call.tools.marks
+        keeps_special, keeps_stop = body.skip_special_tokens is False or marks, bool(body.include_stop_str_in_output)
         return AnswerText(self.tokenizer, body.stop_strings, keeps_special, keeps_stop)
+
+    def offsets(self, call: Call, index: int) -> Offsets:
+        """Tells where the tokens of one answer stand in its text."""
+        hidden = () if call.body.skip_special_tokens is False else frozenset(self.tokenizer.all_special_ids)
+        echoed = () if call.prompt_texts is None else call.prompt(index)
+        return Offsets(self.tokenizer, hidden, echoed, call.echo(index))
 
     def prompt_ids(self, prompt: str | list[int], adds_special_tokens: bool = True) -> list[int]:
         """A prompt as the model reads it."""
@@ -147,12 +198,12 @@ class Intake:
                 f"at most {most} are read",
             )
 
-    def chat_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+    def chat_ids(self, messages: Sequence[dict[str, Any]], tools: tuple[dict[str, Any], ...] = ()) -> list[int]:
         """A conversation as the model reads it, up to where the assistant answers."""
         self._check_characters(sum(len(str(turn.get("content"))) for turn in messages), "messages")
         try:
             turns = [read_message(turn, f"turn {index}") for index, turn in enumerate(messages)]
-            return Prompt("", messages=tuple(turns)).token_ids(self.tokenizer)
+            return Prompt("", messages=tuple(turns), tools=tools).token_ids(self.tokenizer)
         except ValueError as error:
             raise FieldError("messages", str(error)) from None
 
@@ -164,8 +215,9 @@ class Intake:
         num_top: int | None,
         field: str,
         echoes: bool = False,
+        allowed: AllowedTokens | None = None,
     ) -> Call:
-        num_choices, seed, allowed = body.num_choices, self._seed(body), self._allowed(body)
+        num_choices, seed, allowed = body.num_choices, self._seed(body), allowed or self._allowed(body)
         if len(prompts) * num_choices > self.limits.max_answers:
             raise FieldError(
                 "n" if num_choices > 1 else field,
@@ -177,13 +229,25 @@ class Intake:
             num_new = self._room(prompt, asked, field)
             if (body.min_tokens or 0) > num_new:
                 raise FieldError("min_tokens", f"expected at most the {num_new} new tokens there may be")
+            if not num_new:
+                requests += num_choices * [self._scoring(prompt, num_top)]
+                continue
             stop = self._stop(body, num_new)
             for _ in range(num_choices):
                 sampling = self._sampling(body, row_seed(seed, len(requests)))
-                scores = echoes and num_top is not None
+                scores, drafts = echoes and num_top is not None, body.draft is not False
                 own = None if allowed is None else allowed.copy()
-                requests.append(Request(prompt, sampling, stop, num_top, scores_prompt=scores, allowed=own))
-        return Call(body, requests, seed, num_choices, num_top)
+                requests.append(Request(prompt, sampling, stop, num_top, scores, own, drafts))
+        return Call(body, requests, seed, num_choices, num_top, prompts)
+
+    def _scoring(self, prompt: list[int], num_top: int | None) -> Request:
+        """What scores a prompt and makes nothing: its last token is the only one that may follow those before it.
+
+        So it needs no room behind the prompt. Of a prompt of one token, whatever follows is not looked at.
+        """
+        known, last = (prompt[:-1], prompt[-1]) if len(prompt) > 1 else (prompt, 0)
+        forced, scores = only_token(last, self._vocab_size), num_top is not None
+        return Request(known, SamplingParams(0.0), StopRule(1), num_top, scores, forced, drafts=False)
 
     def _room(self, prompt: list[int], asked: int | None, field: str) -> int:
         """New tokens of a prompt: as many as were asked for, or as there is room for."""
@@ -193,16 +257,16 @@ class Intake:
         if max(prompt) >= self._vocab_size:
             raise FieldError(field, f"expected token ids below {self._vocab_size}, got {max(prompt)}")
         room = limits.max_model_len - len(prompt)
-        if room < (asked or 1):
+        if room < (1 if asked is None else asked):
             raise ContextError(
                 field,
                 f"the context has {limits.max_model_len} tokens; {len(prompt)} of the prompt and "
-                f"{asked or 'at least 1'} new ones do not fit into it",
+                f"{'at least 1' if asked is None else asked} new ones do not fit into it",
             )
         most = min(room, limits.max_new_tokens or room)
         if asked is not None and asked > most:
             raise FieldError("max_tokens", f"this server makes at most {most} new tokens, not {asked}")
-        return asked or most
+        return most if asked is None else asked
 
     def _allowed(self, body: GenerationRequest) -> AllowedTokens | None:
         """What the form that is asked for lets follow; None: no form is."""
@@ -218,8 +282,41 @@ class Intake:
         except ValueError as error:
             raise FieldError("response_format", str(error)) from None
 
+    def _tool_use(self, body: ChatRequest) -> ToolUse:
+        """How the model calls the tools that it is told of, and what makes it call one, if it must."""
+        if not self._knows_tools:
+            raise FieldError("tools", "this model's chat template knows none")
+        known = self._tool_format
+        if known is None:
+            expected = "how this model writes calls is not known from its chat template (--tool-call-parser)"
+            raise FieldError("tools", expected)
+        ids = {mark: self.tokenizer.convert_tokens_to_ids(mark) for mark in (*known.marks, "[ARGS]")}
+        special = {mark: token for mark, token in ids.items() if token in self.tokenizer.all_special_ids}
+        allowed, functions = None, [function.model_dump(exclude_none=True) for function in body.callable]
+        if body.must_call:
+            try:
+                allowed = self._forms.calls(known.grammar(schemas(functions), special))
+            except ValueError as error:
+                raise FieldError("tools", str(error)) from None
+        names = frozenset(tool.function.name for tool in body.offered)
+        most = 1 if body.parallel_tool_calls is False else None
+        return ToolUse(known, names, most, frozenset(special.values()), allowed)
+
+    @cached_property
+    def _knows_tools(self) -> bool:
+        """Whether the chat template tells a model of its tools."""
+        messages = [{"role": "user", "content": "?"}]
+        function = {"name": "f", "description": "?", "parameters": {"type": "object", "properties": {}}}
+        with suppress(ValueError):
+            told = self.chat_ids(messages, ({"type": "function", "function": function},))
+            return told != self.chat_ids(messages)
+        return False
+
     def _seed(self, body: GenerationRequest) -> int:
-        """The seed of the first answer; drawn from so few that no two requests share one of their answers' seeds."""
+        """The seed of the first answer; drawn from so few that no two requests share one of their answers' seeds.
+
+        The engine's seeds are those from 0 on; the negative ones of 64 bits are counted from 2^63 down.
+        """
         return secrets.randbelow(2**32) if body.seed is None else body.seed % 2**63
 
     def _stop(self, body: GenerationRequest, num_tokens: int) -> StopRule:

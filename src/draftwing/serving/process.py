@@ -1,16 +1,19 @@
 """The server's process: it listens, and at a signal finishes what it has begun."""
 
+import logging
 import os
 import socket
-import sys
 import threading
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from draftwing.serving.scheduler import Scheduler
+if TYPE_CHECKING:  # so that a socket can be had, and replicas be forked, without torch
+    from draftwing.serving.scheduler import Scheduler
 
+logger = logging.getLogger(__name__)
 LAST_SECONDS = 5
 """For clients to read what they were sent, once nothing runs any more."""
 
@@ -44,7 +47,7 @@ def address_of(listener: socket.socket) -> str:
 class _DrainingServer(uvicorn.Server):
     """At SIGTERM or SIGINT refuses new requests, finishes running ones and ends; at a second one ends at once."""
 
-    def __init__(self, config: uvicorn.Config, scheduler: Scheduler, drain_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, scheduler: "Scheduler", drain_seconds: float) -> None:
         super().__init__(config)
         self._scheduler, self._drain_seconds = scheduler, drain_seconds
         self._is_draining = False
@@ -53,7 +56,7 @@ class _DrainingServer(uvicorn.Server):
         if self._is_draining:
             os._exit(128 + sig)
         self._is_draining = True
-        print(f"draining for at most {self._drain_seconds:g} s; a second signal ends at once", file=sys.stderr)
+        logger.info("draining for at most %g s; a second signal ends at once", self._drain_seconds)
         threading.Thread(target=self._drain, daemon=True).start()
 
     def _drain(self) -> None:
@@ -63,7 +66,7 @@ class _DrainingServer(uvicorn.Server):
             self.should_exit = True
 
 
-def serve(app: ASGIApp, scheduler: Scheduler, listener: socket.socket, drain_seconds: float) -> None:
+def serve(app: ASGIApp, scheduler: "Scheduler", listener: socket.socket, drain_seconds: float) -> None:
     """Serve until a signal comes."""
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=LAST_SECONDS

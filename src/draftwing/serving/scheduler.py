@@ -83,7 +83,7 @@ class Scheduler:
         self, model: SpeculativeModel, num_seats: int, max_model_len: int, settings: GenerateOptions, max_queue: int
     ) -> None:
         self.seat_bytes = model.seat_bytes(max_model_len, settings)
-        self._engine = model.engine(num_seats, max_model_len, settings)
+        self._engine = model.engine(num_seats, max_model_len, settings, self.seat_bytes)
         self._max_queue = max_queue
         self._changed = threading.Condition()  # guards what other threads change: the six below
         self._waiting: deque[Ticket] = deque()

@@ -8,7 +8,18 @@ import json
 import logging
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+    model_validator,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +30,7 @@ MAX_BIASES = 1024
 MAX_REGEX_LENGTH = 4096
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
+MAX_TOOLS = 128
 MAX_UNKNOWN = 32
 
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -46,6 +58,9 @@ SILENT = (
 SIMILAR = 0.8
 """How much an unknown field must look like a known one to be taken for a slip of the pen."""
 
+PROMPT_FORMS = f"a text, a list of token ids, or a list of 1 to {MAX_PROMPTS} of either"
+TOOL_CHOICES = 'none, auto, required, or {"type": "function", "function": {"name": ...}}'
+STOP_FORMS = f"a text of 1 to {MAX_STOP_LENGTH} characters, or up to {MAX_STOPS} of them"
 Text = Annotated[str, Field(max_length=MAX_BODY_BYTES)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
@@ -54,6 +69,18 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+
+
+def one_of_forms(expected: str) -> Any:
+    """Of a field that may have several forms: the words for them, which are said where it has none."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"expected {expected}") from None
+
+    return WrapValidator(check)
 
 
 class Body(BaseModel):
@@ -84,10 +111,11 @@ class Body(BaseModel):
                 list(extra)[MAX_UNKNOWN], f"one of {len(extra)} unknown fields; at most {MAX_UNKNOWN} are read"
             )
         for name, value in extra.items():
-            self._look_at(name, value)
+            self.look_at(name, value)
         return self
 
-    def _look_at(self, name: str, value: Any) -> None:
+    def look_at(self, name: str, value: Any) -> None:
+        """Refuse an unknown field that would change the text, or that must be a slip of the pen."""
         if name in REFUSED or name.startswith("guided_"):
             if value and value not in REFUSED.get(name, ()):
                 raise FieldError(name, "is not supported here, and would change the text; leave it out")
@@ -113,7 +141,7 @@ class FieldError(ValueError):
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
-        self.field = field
+        self.field, self.problem = field, problem
 
 
 class StreamOptions(BaseModel):
@@ -175,12 +203,14 @@ class GenerationRequest(Body):
         ]
         | None
     ) = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = Field(
-        None, description="absent: drawn; the answer has it, and with it the same tokens come again"
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
+        None,
+        description="absent: drawn; the answer has it, and with it the same tokens come again. -1 means 2^63 - 1",
     )
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = Field(
-        None, description=f"a text of 1 to {MAX_STOP_LENGTH} characters, or up to {MAX_STOPS} of them"
-    )
+    stop: Annotated[
+        Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None,
+        one_of_forms(STOP_FORMS),
+    ] = Field(None, description=STOP_FORMS)
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_BIASES)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -190,6 +220,7 @@ class GenerationRequest(Body):
     response_format: ResponseFormat | None = Field(
         None, description="text, json_object, json_schema or regex; other texts than these are not generated"
     )
+    draft: bool | None = Field(None, description="false: plain decoding, unless others that run want drafts")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -214,21 +245,25 @@ class GenerationRequest(Body):
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options", "only with stream")
         if self.form is not None:
-            for name in ("ignore_eos", "min_tokens"):
-                if getattr(self, name):
-                    raise FieldError(name, "not with a response_format, whose text ends where it is complete")
+            self._check_ends("a response_format")
         return self
+
+    def _check_ends(self, form: str) -> None:
+        for name in ("ignore_eos", "min_tokens"):
+            if getattr(self, name):
+                raise FieldError(name, f"not with {form}, whose text ends where it is complete")
 
 
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
-    prompt: (
+    prompt: Annotated[
         Text
         | TokenIds
         | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
-    ) = Field(description=f"a text, token ids, or up to {MAX_PROMPTS} of either")
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)],
+        one_of_forms(PROMPT_FORMS),
+    ] = Field(description=PROMPT_FORMS)
     echo: bool | None = Field(None, description="the prompt is part of the answer, and of its logprobs")
     logprobs: Logprobs | None = Field(None, description="so many most probable tokens, and the one that was chosen")
     add_special_tokens: bool | None = None
@@ -249,13 +284,13 @@ class CompletionRequest(GenerationRequest):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-def _check_unicode(messages: Any) -> Any:
-    """Turns whose every string is Unicode: half a surrogate pair, which JSON can spell, is none."""
+def check_unicode(value: Any) -> Any:
+    """A value whose every string is Unicode: half a surrogate pair, which JSON can spell, is none."""
     try:
-        json.dumps(messages, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError):
-        raise FieldError("messages", "expected Unicode texts, not nested too deeply") from None
-    return messages
+        raise ValueError("expected Unicode texts, not nested too deeply") from None
+    return value
 
 
 MESSAGE_SCHEMA = {
@@ -287,14 +322,58 @@ Messages = Annotated[
         max_length=4096,
         description="turns: role, and content as a text or a list of text parts",
     ),
-    AfterValidator(_check_unicode),
+    AfterValidator(check_unicode),
     WithJsonSchema({"type": "array", "minItems": 1, "items": MESSAGE_SCHEMA}),
 ]
+
+
+class Function(BaseModel):
+    """A function that the model may call; `parameters` is the JSON schema of its arguments."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = Field(None, description="schemas are kept where a call is required, and not otherwise")
+
+
+class Tool(BaseModel):
+    """What the model may call."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(BaseModel):
+    """One of the functions."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    """The tool that must be called."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS), BeforeValidator(check_unicode)] | None = (
+        Field(None, description="functions that the model may call; the chat template tells it of them")
+    )
+    tool_choice: Annotated[Literal["none", "auto", "required"] | NamedTool | None, one_of_forms(TOOL_CHOICES)] = Field(
+        None, description=TOOL_CHOICES
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: of several calls the first one alone")
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="counts instead of max_tokens")
     logprobs: bool | None = None
@@ -306,7 +385,38 @@ class ChatRequest(GenerationRequest):
             raise FieldError("top_logprobs", "only with logprobs")
         if self.max_tokens == 0:
             raise FieldError("max_tokens", "expected at least 1")
+        if self.form is not None and self.offered:
+            raise FieldError("response_format", "not with tools that may be called")
+        if self.must_call:
+            self._check_ends("a tool call that is required")
         return self
+
+    @model_validator(mode="after")
+    def _check_tool_choice(self) -> "ChatRequest":
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise FieldError("tools", "expected functions of different names")
+        if self.must_call and not names:
+            raise FieldError("tool_choice", "only with tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise FieldError("tool_choice", f"expected the name of one of the tools, {', '.join(names)}")
+        return self
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer is to be a call."""
+        return self.tool_choice not in (None, "none", "auto")
+
+    @property
+    def callable(self) -> list[Function]:
+        """The functions of which one must be called, if one must."""
+        chosen = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        return [tool.function for tool in self.offered if chosen in (None, tool.function.name)]
 
 
 class TokenizeRequest(Body):

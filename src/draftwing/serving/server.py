@@ -4,48 +4,32 @@ This side knows no tensors; the scheduler knows no HTTP.
 """
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from draftwing.serving.answers import (
-    DONE,
-    Answer,
-    ChatShape,
-    CompletionShape,
-    Envelope,
-    Shape,
-    envelope,
-    event,
-    metrics,
-    usage,
-)
+from draftwing.serving.answers import Answer, ChatShape, CompletionShape, usage
 from draftwing.serving.errors import ApiError
 from draftwing.serving.intake import Call, Intake
 from draftwing.serving.metrics import ServerMetrics
+from draftwing.serving.responses import ResponseOutlet, ResponseRequest
 from draftwing.serving.scheduler import Busy, Delivery, Draining, Scheduler
 from draftwing.serving.schema import ChatRequest, CompletionRequest, FieldError, GenerationRequest
+from draftwing.serving.streams import Choices, Identity, Outlet
 from draftwing.serving.submission import Gone, Submission
 from draftwing.serving.token_texts import TokenTexts
 
 Given = TypeVar("Given", bound=GenerationRequest)
+Written = TypeVar("Written")
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+RESPONSE_FIELDS = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text"}
+"""What a chat's fields are called in a response's body."""
 FIELDS = {"max_new_tokens": "max_tokens", "input_ids": "prompt"}
 """The API's names of fields that the engine calls otherwise."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a server calls itself: the model's `name`, and a `root` by which clients find its tokenizer."""
-
-    name: str
-    root: str
-    fingerprint: str
 
 
 class Server:
@@ -55,14 +39,13 @@ class Server:
         self.scheduler, self.intake, self.identity = scheduler, intake, identity
         self.metrics = ServerMetrics(scheduler, intake.limits.num_seats, identity.name)
         self.texts = TokenTexts(intake.tokenizer)
-        self.shapes: dict[str, Shape] = {
-            "text_completion": CompletionShape(self.texts),
-            "chat.completion": ChatShape(self.texts),
-        }
+        self._completions = partial(Choices, CompletionShape(self.texts), "text_completion", "cmpl", identity)
+        self._chats = partial(Choices, ChatShape(self.texts), "chat.completion", "chatcmpl", identity)
+        self._responses = partial(ResponseOutlet, identity)
         self._reader = ThreadPoolExecutor(1, "draftwing-tokenizer")  # long prompts must not keep others' streams
 
     async def read(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Tokenise beside the event loop, one at a time."""
+        """Tokenise, or name tokens, beside the event loop, one at a time."""
         return await asyncio.get_running_loop().run_in_executor(self._reader, call, *arguments)
 
     def check_model(self, name: str | None) -> None:
@@ -72,13 +55,26 @@ class Server:
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """Answer a completion."""
-        return await self._answer(body, self.intake.completion, "text_completion", request)
+        return await self._answer(body, self.intake.completion, self._completions, request)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
-        return await self._answer(body, self.intake.chat, "chat.completion", request)
+        return await self._answer(body, self.intake.chat, self._chats, request)
 
-    async def _answer(self, body: Given, read: Callable[[Given], Call], kind: str, request: Request) -> Response:
+    async def respond(self, body: ResponseRequest, request: Request) -> Response:
+        """Answer a conversation in the newer form."""
+        return await self._answer(body, self._response, self._responses, request)
+
+    def _response(self, body: ResponseRequest) -> Call:
+        """What a response asks for: a chat's, whose fields have other names."""
+        try:
+            return self.intake.conversation(body, body.messages, body.max_output_tokens)
+        except FieldError as error:
+            raise type(error)(RESPONSE_FIELDS.get(error.field, error.field), error.problem) from None
+
+    async def _answer(
+        self, body: Given, read: Callable[[Given], Call], outlet: Callable[[Call], Outlet], request: Request
+    ) -> Response:
         self.check_model(body.model)
         call: Call = await self.read(self._call, body, read)
         try:
@@ -88,7 +84,7 @@ class Server:
             raise ApiError(429, str(error)) from None
         except Draining as error:
             raise ApiError(503, str(error)) from None
-        work = _Work(self, call, submission, kind, request)
+        work = _Work(self, call, submission, outlet(call), request)
         if body.stream:
             return StreamingResponse(work.stream(), media_type="text/event-stream", headers=UNBUFFERED)
         return await work.whole()
@@ -111,13 +107,18 @@ class Server:
 class _Work:
     """One call being worked at."""
 
-    def __init__(self, server: Server, call: Call, submission: Submission, kind: str, request: Request) -> None:
-        self._server, self._call, self._submission = server, call, submission
-        self._kind, self._shape = kind, server.shapes[kind]
+    def __init__(self, server: Server, call: Call, submission: Submission, outlet: Outlet, request: Request) -> None:
+        self._server, self._call, self._submission, self._outlet = server, call, submission, outlet
         self._facts: dict[str, Any] = request.state.facts
-        self._name = f"{'chatcmpl' if kind.startswith('chat') else 'cmpl'}-{secrets.token_hex(12)}"
         self._answers = [
-            Answer(call, index, ticket, server.intake.answer_text(call))
+            Answer(
+                call,
+                index,
+                ticket,
+                server.intake.answer_text(call),
+                server.intake.offsets(call, index),
+                None if call.tools is None else call.tools.reader(),
+            )
             for index, ticket in enumerate(submission.tickets)
         ]
         self._end = "cancelled"  # unless it comes to another one
@@ -132,41 +133,34 @@ class _Work:
             return Response(status_code=499)
         finally:
             self._settle()
-        choices = [self._shape.whole(answer) for answer in self._answers]
-        figures = {"usage": usage(self._call, self._answers), "metrics": metrics(self._answers)}
-        return JSONResponse(self._head(self._kind) | {"choices": choices} | figures)
+        return JSONResponse(await self._write(partial(self._outlet.whole, self._answers)))
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The answer as events: a chunk for each cycle."""
-        head = self._head(self._kind + ".chunk" * self._kind.startswith("chat"))
-        options = self._call.body.stream_options
-        has_usage = options is not None and bool(options.include_usage)
         try:
+            yield self._outlet.opening()
             async for index, delivery in self._submission.deliveries():
                 self._check(delivery)
-                yield event(self._chunk(head, index, delivery))
-            if has_usage:
-                figures = {"usage": usage(self._call, self._answers), "metrics": metrics(self._answers)}
-                yield event(head | {"choices": []} | figures)
+                yield await self._write(partial(self._chunk, index, delivery))
+            yield self._outlet.closing(self._answers)
         except ApiError as error:
-            yield event(error.body())
+            yield self._outlet.failure(error)
         except Gone:
             return
         finally:
             self._settle()
-        yield DONE
 
-    def _chunk(self, head: Envelope, index: int, delivery: Delivery) -> dict[str, Any]:
-        answer, options = self._answers[index], self._call.body.stream_options
-        step = answer.take(delivery)
-        chunk: dict[str, Any] = head | {"choices": [self._shape.chunk(answer, step)]}
-        if options is not None and options.continuous_usage_stats:
-            chunk["usage"] = usage(self._call, self._answers)
-        elif options is not None and options.include_usage:
-            chunk["usage"] = None
-        if options is not None and options.draftwing:
-            chunk["draftwing"] = step.drafted
-        return chunk
+    async def _write(self, write: Callable[[], Written]) -> Written:
+        """Write something; beside the event loop where tokens must be named, which for a prompt's takes long."""
+        if self._call.num_top is None:
+            return write()
+        written: Written = await self._server.read(write)
+        return written
+
+    def _chunk(self, index: int, delivery: Delivery) -> bytes:
+        """What a cycle brought one answer."""
+        answer = self._answers[index]
+        return self._outlet.chunk(answer, answer.take(delivery), self._answers)
 
     def _check(self, delivery: Delivery) -> None:
         """Raise an ApiError for an answer that failed or was ended by the server."""
@@ -185,13 +179,9 @@ class _Work:
         figures = usage(self._call, self._answers)
         self._server.metrics.count(self._answers, self._end)
         self._facts |= {
-            "id": self._name,
+            "id": self._outlet.name,
             "prompt_tokens": figures["prompt_tokens"],
             "new_tokens": figures["completion_tokens"],
             "accepted_tokens": figures["completion_tokens_details"]["accepted_prediction_tokens"],
             "end": self._end,
         }
-
-    def _head(self, kind: str) -> Envelope:
-        identity = self._server.identity
-        return envelope(self._name, kind, identity.name, identity.fingerprint, self._call.seed)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from draftwing.engine.grammar import Allowed
+
 WHITESPACE = r"\x20|\r?\n[\x20\x09]{0,40}"
 """What may stand between the parts of a JSON text: a space, or a line's end and an indentation.
 
@@ -65,6 +67,13 @@ class AllowedTokens:
         return matcher
 
 
+def only_token(token: int, vocab_size: int) -> Allowed:
+    """Lets one token follow and no other, as `Request.allowed` says it."""
+    mask = torch.zeros(vocab_size, dtype=torch.bool)
+    mask[token] = True
+    return lambda said: mask
+
+
 def _check(matcher: Any) -> None:
     if matcher.is_error():
         raise ValueError(f"response_format: {_in_a_line(matcher.get_error())}")
@@ -91,6 +100,13 @@ class Forms:
         except RecursionError:
             raise ValueError("the schema is nested too deeply") from None
         return self._allowed(tokenizer, grammar)
+
+    def calls(self, grammar: str) -> AllowedTokens:
+        """Texts of a grammar; raises as `json` does."""
+        tokenizer = self._tokenizer
+        from llguidance import LLMatcher
+
+        return self._allowed(tokenizer, LLMatcher.grammar_from_lark(grammar))
 
     def regex(self, pattern: str) -> AllowedTokens:
         """Texts that match a regular expression from their beginning to their end; raises as `json` does."""

@@ -1,6 +1,6 @@
 """The text of one answer while its tokens arrive: cut at a stop string, of which no beginning is shown before."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from draftwing.engine.stopping import TextStream
@@ -26,7 +26,7 @@ class AnswerText:
 
     Args:
         stop_strings: the answer is cut in front of the first one, or with `keeps_stop` behind it.
-        keeps_special: special tokens are text as well.
+        keeps_special: special tokens are text as well, all of them or these.
         keeps_stop: the stop string, or the token that ended the answer, is part of it.
     """
 
@@ -34,11 +34,12 @@ class AnswerText:
         self,
         tokenizer: Any,
         stop_strings: Sequence[str] = (),
-        keeps_special: bool = False,
+        keeps_special: bool | Collection[int] = False,
         keeps_stop: bool = False,
     ) -> None:
         self._tokenizer, self._stops, self._keeps_stop = tokenizer, tuple(stop_strings), keeps_stop
-        self._hidden = frozenset[int](() if keeps_special else tokenizer.all_special_ids)
+        kept = tokenizer.all_special_ids if keeps_special is True else keeps_special or ()
+        self._hidden = frozenset[int](tokenizer.all_special_ids) - set(kept)
         self._stream: TextStream | None = None
         self._held: list[_Held] = []
 
@@ -77,7 +78,7 @@ class AnswerText:
         if not self._stops:
             return self._num_held()
         text = "".join(held.text for held in self._held)
-        return len(text) - max(_overlap(text, stop) for stop in self._stops)
+        return len(text) - max(overlap(text, stop) for stop in self._stops)
 
     def _end(self, num_before: int) -> int:
         """Where the answer is cut: at the first stop string that ends behind so many characters.
@@ -104,7 +105,7 @@ class AnswerText:
         return pieces
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """The most characters at the text's end that a stop string begins with, fewer than all of them."""
     most = min(len(text), len(stop) - 1)
     return next((length for length in range(most, 0, -1) if text.endswith(stop[:length])), 0)

@@ -1,10 +1,10 @@
-"""Single tokens as text and as bytes, for log-probabilities and for what a tokenizer says of itself."""
+"""Single tokens as text and as bytes, and where they stand: for log-probabilities, and of what a tokenizer says."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
-from draftwing.engine.stopping import NO_CHARACTER, exact_decode
+from draftwing.engine.stopping import NO_CHARACTER, TextStream, exact_decode
 
 NUM_KEPT = 65536
 """Tokens whose texts are kept."""
@@ -35,6 +35,38 @@ class TokenTexts:
             return [int(piece[3:5], 16)]
         of = _bytes_of_characters()
         return [of[character] for character in piece] if all(character in of for character in piece) else None
+
+
+class Offsets:
+    """Where an answer's tokens stand in its text, in characters; to be asked about each in its order.
+
+    Args:
+        hidden: tokens that are no text where they are new.
+        echoed: the tokens that the answer begins with; `shown` is their text there. A tokenizer may have added some in
+            front that are not shown: these stand at the beginning.
+    """
+
+    def __init__(self, tokenizer: Any, hidden: Collection[int], echoed: Sequence[int] = (), shown: str = "") -> None:
+        self._tokenizer, self._hidden = tokenizer, hidden
+        self._echoed, self._shown = echoed, shown
+        self._num_asked, self._place = 0, 0
+
+    def next(self, token: int) -> int:
+        """Where the next token begins."""
+        if not self._num_asked:
+            self._begin(token)
+        start = max(0, self._place)
+        text = self._stream.push(token)
+        if self._num_asked < len(self._echoed) or token not in self._hidden:
+            self._place += len(text)
+        self._num_asked += 1
+        return start
+
+    def _begin(self, token: int) -> None:
+        self._place = -max(0, exact_decode(self._tokenizer)(list(self._echoed)).find(self._shown))
+        self._stream = TextStream(
+            self._tokenizer, skip_special_tokens=False, behind=() if self._echoed else [token]
+        )  # in front of itself a first token shows a space that a beginning would eat
 
 
 @cache

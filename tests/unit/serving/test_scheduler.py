@@ -238,6 +238,11 @@ def test_seats_that_do_not_fit_are_refused(model: SpeculativeModel, monkeypatch:
     Scheduler(model, 3, 64, GenerateOptions(plan="off"), 9)
     with pytest.raises(ValueError, match=r"seats: 4 seats of 64 tokens take .* MiB .*expected at most 3 seats"):
         Scheduler(model, 4, 64, GenerateOptions(plan="off"), 9)
+    with monkeypatch.context() as patch:
+        calls: list[Any] = []
+        patch.setattr("draftwing.api.seat_bytes", lambda *arguments: calls.append(arguments) or one)
+        Scheduler(model, 2, 64, GenerateOptions(plan="off"), 9)
+        assert len(calls) == 1, "a seat is made to be measured once"
     with pytest.raises(ValueError, match="max_model_len: expected from 2 tokens to the model's 256 positions, got 512"):
         Scheduler(model, 1, 512, GenerateOptions(plan="off"), 9)
     with pytest.raises(ValueError, match="seats: expected at least 1"):

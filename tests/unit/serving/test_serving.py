@@ -1,7 +1,12 @@
 """The server's protocol over a scripted engine: what bodies ask for, what is answered, and what is refused."""
 
 import json
+import logging
+import re
+import threading
+import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -12,6 +17,11 @@ from fake_scheduler import FakeScheduler
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from draftwing.engine.engine import Request
 from draftwing.engine.logprobs import TokenLogprobs
@@ -19,9 +29,10 @@ from draftwing.engine.options import row_seed
 from draftwing.serving.answers import CompletionShape
 from draftwing.serving.app import create_app
 from draftwing.serving.intake import Intake, Limits
+from draftwing.serving.json_lines import JsonLines, json_lines
 from draftwing.serving.schema import MAX_BODY_BYTES
-from draftwing.serving.server import Identity
-from draftwing.serving.token_texts import TokenTexts
+from draftwing.serving.streams import Identity
+from draftwing.serving.token_texts import Offsets, TokenTexts
 from draftwing.target.load import load_tokenizer
 
 TOKENIZER = load_tokenizer("tiny")
@@ -40,8 +51,8 @@ SAID = ids("    return args")
 CYCLES = [(SAID[:1], 0), (SAID[1:], len(SAID) - 2)]
 
 
-def client_of(scheduler: FakeScheduler, **options: Any) -> TestClient:
-    intake = Intake(TOKENIZER, len(TOKENIZER), (EOS, 0), Limits(4, 512, max_answers=16))
+def client_of(scheduler: FakeScheduler, tokenizer: Any = TOKENIZER, **options: Any) -> TestClient:
+    intake = Intake(tokenizer, len(TOKENIZER), (EOS, 0), Limits(4, 512, max_answers=16))
     app = create_app(scheduler, intake, IDENTITY, **options)  # type: ignore[arg-type]
     return TestClient(app, raise_server_exceptions=False)
 
@@ -174,6 +185,15 @@ def test_fields_become_what_the_engine_is_asked_for(client: TestClient, schedule
     assert (asked(scheduler).sampling.top_k, asked(scheduler).sampling.temperature) == (0, 1.0)
 
 
+@pytest.mark.parametrize(("given", "drafts"), [({}, True), ({"draft": True}, True), ({"draft": False}, False)])
+def test_drafts_may_be_left_out(
+    client: TestClient, scheduler: FakeScheduler, given: dict[str, bool], drafts: bool
+) -> None:
+    for route, body in (("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)):
+        assert client.post(route, json=body | given).status_code == 200
+        assert asked(scheduler).drafts is drafts
+
+
 def test_how_many_tokens_there_may_be(client: TestClient, scheduler: FakeScheduler) -> None:
     client.post("/v1/completions", json={"prompt": [5]})
     assert asked(scheduler).stop.max_new_tokens == 16
@@ -221,15 +241,17 @@ def test_log_probabilities_of_a_completion_with_its_prompt(client: TestClient, s
     assert written["token_logprobs"] == [None, *[-1.0] * (2 * len(SAID) - 1)]
     assert written["top_logprobs"][0] is None
     assert len(written["top_logprobs"]) == len(written["token_logprobs"])
-    offsets = zip(written["tokens"], written["text_offset"], strict=True)
-    assert all(choice["text"][start : start + len(token)] == token for token, start in offsets)
+    assert_offsets(choice, slice(None))
 
 
-def test_an_echo_alone_shows_no_new_token(client: TestClient) -> None:
-    body = TEXT | {"echo": True, "max_tokens": 0, "logprobs": 0}
-    answer = client.post("/v1/completions", json=body).json()
-    assert answer["choices"][0]["text"] == TEXT["prompt"]
-    assert len(answer["choices"][0]["logprobs"]["tokens"]) == len(ids(TEXT["prompt"]))
+@pytest.mark.parametrize("prompt", [ids(TEXT["prompt"]), [5]])
+def test_an_echo_alone_shows_no_new_token(prompt: list[int]) -> None:
+    with client_of(FakeScheduler([(prompt[-1:], 0)])) as client:
+        body = {"prompt": prompt, "echo": True, "max_tokens": 0, "logprobs": 0}
+        answer = client.post("/v1/completions", json=body).json()
+    assert answer["choices"][0]["text"] == TOKENIZER.decode(prompt)
+    assert answer["choices"][0]["logprobs"]["token_logprobs"] == [None] + [-1.0] * (len(prompt) - 1)
+    assert answer["usage"]["prompt_tokens"] == len(prompt)
     assert answer["choices"][0]["finish_reason"] == "length"
     details = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
     assert (answer["usage"]["completion_tokens"], answer["usage"]["completion_tokens_details"]) == (0, details)
@@ -246,6 +268,73 @@ def test_tokens_of_one_text_are_told_apart() -> None:
     ambiguous = CompletionShape(SameTexts(TOKENIZER))
     assert ambiguous._top(7, TokenLogprobs(-2.0, [(8, -1.0)]), by_id=False) == {"token_id:8": -1.0, "same": -2.0}
     assert ambiguous._top(7, TokenLogprobs(-2.0, [(8, -1.0)]), by_id=True) == {"token_id:8": -1.0, "token_id:7": -2.0}
+
+
+def test_a_prompt_as_long_as_the_context_is_scored(client: TestClient, scheduler: FakeScheduler) -> None:
+    body = {"prompt": [[5] * 512], "echo": True, "max_tokens": 0, "logprobs": 0, "min_tokens": 0}
+    assert client.post("/v1/completions", json=body).status_code == 200
+    assert asked(scheduler).most_tokens == 512
+    allowed = asked(scheduler).allowed
+    assert allowed is not None
+    assert allowed([]).nonzero().tolist() == [[5]]
+    error = problem(client.post("/v1/completions", json=body | {"prompt": [[5] * 513]}))
+    assert error["message"].endswith("513 of the prompt and 0 new ones do not fit into it")
+    error = problem(client.post("/v1/completions", json=body | {"max_tokens": 1}))
+    assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+
+
+def test_offsets_behind_a_token_that_the_tokenizer_adds() -> None:
+    """The echo does not show it, so the prompt's first token stands at the beginning."""
+    tokenizer = load_tokenizer("tiny")
+    added = TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", EOS)])
+    tokenizer.backend_tokenizer.post_processor = added
+    with client_of(FakeScheduler([*CYCLES, ([EOS], 0)], "eos"), tokenizer) as client:
+        body = TEXT | {"echo": True, "logprobs": 0}
+        choice = client.post("/v1/completions", json=body).json()["choices"][0]
+        as_ids = client.post("/v1/completions", json=body | {"prompt": [EOS, *SAID]}).json()["choices"][0]
+    assert choice["text"] == TEXT["prompt"] + "    return args"
+    assert choice["logprobs"]["tokens"][0] == "<|end|>"
+    assert choice["logprobs"]["text_offset"][:2] == [0, 0]
+    assert choice["logprobs"]["text_offset"][-1] == len(choice["text"])
+    assert_offsets(choice, slice(1, -1))
+    assert as_ids["text"].startswith("<|end|>")
+    assert_offsets(as_ids, slice(0, -1))
+
+
+def assert_offsets(choice: dict[str, Any], tokens: slice) -> None:
+    """Each token stands where it is said to stand."""
+    written = choice["logprobs"]
+    offsets = list(zip(written["tokens"], written["text_offset"], strict=True))[tokens]
+    assert all(choice["text"].startswith(token, start) for token, start in offsets), offsets
+
+
+def test_offsets_where_beginnings_eat_a_space() -> None:
+    words = {"\u2581Hello": 0, "\u2581world": 1, "<unk>": 2, "<s>": 3}
+    backend = Tokenizer(WordLevel(words, "<unk>"))
+    backend.pre_tokenizer, backend.decoder = Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
+    echoed = Offsets(tokenizer, [3], [3, 0, 1], "Hello world")
+    assert [echoed.next(token) for token in (3, 0, 1, 0, 3, 1)] == [0, 0, 5, 11, 17, 17]
+    alone = Offsets(tokenizer, [3])
+    assert [alone.next(token) for token in (0, 1, 3, 1)] == [0, 6, 12, 12]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_are_named_beside_the_event_loop(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scored prompt's thousands of names must not keep others' streams waiting."""
+    threads = set[str]()
+
+    def text(self: TokenTexts, token: int) -> str:
+        threads.add(threading.current_thread().name)
+        return "x"
+
+    monkeypatch.setattr(TokenTexts, "text", text)
+    with client_of(FakeScheduler(CYCLES)) as client:
+        for route, body in (("/v1/completions", TEXT | {"logprobs": 1}), ("/v1/chat/completions", CHAT)):
+            more = {"logprobs": True, "top_logprobs": 1} if body is CHAT else {}
+            assert client.post(route, json=body | more | {"stream": stream}).status_code == 200
+    assert all(name.startswith("draftwing-tokenizer") for name in threads)
+    assert threads
 
 
 class SameTexts(TokenTexts):
@@ -317,7 +406,8 @@ def test_the_end_of_sequence_is_no_text() -> None:
         ("logit_bias", {"5": 1000}),
         ("logit_bias", [1]),
         ("seed", 1.5),
-        ("seed", 2**64),
+        ("seed", 2**63),
+        ("seed", -(2**63) - 1),
         ("stop", ""),
         ("stop", ["a"] * 17),
         ("stop", "x" * 257),
@@ -403,7 +493,16 @@ def test_a_form_ends_where_it_is_complete(client: TestClient, field: dict[str, A
     "prompt", ["", [], [[]], [1, "a"], ["a", 1], 5, None, {}, [99999], [-1], [[1], [2.5]], ["a"] * 65, [[1]] * 17]
 )
 def test_a_wrong_prompt_is_refused(client: TestClient, prompt: Any) -> None:
-    assert problem(client.post("/v1/completions", json={"prompt": prompt}))["param"] in ("prompt", "n")
+    error = problem(client.post("/v1/completions", json={"prompt": prompt}))
+    assert error["param"] in ("prompt", "n")
+    assert not re.search("nput should|union|Value error|tuple", error["message"]), "a schema's words are no plain ones"
+
+
+def test_a_field_of_several_forms_says_which(client: TestClient) -> None:
+    message = problem(client.post("/v1/completions", json={"prompt": [1, "a"]}))["message"]
+    assert message == "prompt: expected a text, a list of token ids, or a list of 1 to 64 of either"
+    message = problem(client.post("/v1/completions", json=TEXT | {"stop": [5]}))["message"]
+    assert message == "stop: expected a text of 1 to 256 characters, or up to 16 of them"
 
 
 @pytest.mark.parametrize(
@@ -536,7 +635,7 @@ def test_keys() -> None:
         for key in ("s3cret", "other"):
             headers = {"authorization": f"Bearer {key}"}
             assert client.post("/v1/completions", json=TEXT, headers=headers).status_code == 200
-        for route in ("/health", "/ready", "/metrics", "/", "/openapi.json"):
+        for route in ("/health", "/ready", "/metrics", "/", "/openapi.json", "/version"):
             assert client.get(route).status_code == 200
     with client_of(FakeScheduler(CYCLES)) as client:  # lm-eval sends an empty one
         assert client.get("/v1/models", headers={"authorization": "Bearer"}).status_code == 200
@@ -553,6 +652,10 @@ def test_models(client: TestClient) -> None:
     assert client.get("/v1/models/tiny").json() == model
     assert client.get("/v1/models/org/tiny").json() == model
     assert problem(client.get("/v1/models/other"), 404)["code"] == "model_not_found"
+
+
+def test_the_version(client: TestClient) -> None:
+    assert client.get("/version").json() == {"version": version("draftwing")}
 
 
 def test_tokenizing(client: TestClient) -> None:
@@ -602,7 +705,7 @@ def test_the_page_brings_everything_with_it(client: TestClient) -> None:
 
 def test_every_status_is_documented(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
-    for route in ("/v1/completions", "/v1/chat/completions"):
+    for route in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
         answers = paths[route]["post"]["responses"]
         assert set(answers) == {"200", "400", "401", "404", "413", "429", "500", "503"}
         assert set(answers["200"]["content"]) == {"application/json", "text/event-stream"}
@@ -611,11 +714,13 @@ def test_every_status_is_documented(client: TestClient) -> None:
 
 def test_each_request_is_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "draftwing")
-    with client_of(FakeScheduler(CYCLES), logs_json=True, keys=("s3cret",)) as client:
+    with client_of(FakeScheduler(CYCLES), keys=("s3cret",)) as client:
         client.post("/v1/completions", json=TEXT, headers={"authorization": "Bearer s3cret"})
         client.get("/health")
-    (line,) = caplog.messages
+    (record,) = caplog.records
+    line = JsonLines().format(record)
     facts = json.loads(line)
+    assert f"path=/v1/completions status=200 seconds={facts['seconds']}" in record.getMessage()
     assert (facts["path"], facts["status"], facts["new_tokens"]) == ("/v1/completions", 200, len(SAID))
     assert "s3cret" not in line
     assert "main" not in line
@@ -625,9 +730,29 @@ def test_each_request_is_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> 
     assert [message.count("\n") for message in caplog.messages] == [0]
 
 
+def test_every_line_of_the_log_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever writes it: this package, another one, Python's warnings; errors with their traces."""
+    with warnings.catch_warnings(), json_lines():
+        warnings.simplefilter("always")
+        logging.getLogger("draftwing.any").warning("two\nlines")
+        logging.getLogger("uvicorn.error").warning("invalid request")
+        logging.getLogger("transformers.any").warning("odd")
+        warnings.warn("old", stacklevel=1)
+        try:
+            raise RuntimeError("failed")
+        except RuntimeError:
+            logging.getLogger("draftwing.any").exception("it has failed")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["level"] for line in lines] == ["warning"] * 4 + ["error"]
+    assert lines[0]["message"] == "two\nlines"
+    assert "RuntimeError: failed" in lines[4]["error"]
+    assert all(isinstance(line["time"], float) for line in lines)
+
+
 FIELD_NAMES = st.sampled_from(
     ["prompt", "messages", "model", "n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "seed"]
     + ["logit_bias", "logprobs", "top_logprobs", "echo", "stream", "stream_options", "best_of", "suffix", "tools"]
+    + ["input", "instructions", "max_output_tokens", "text", "store", "tool_choice", "response_format", "draft"]
     + ["presence_penalty", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "user", "tokens"]
 )
 VALUES = st.recursive(
@@ -637,16 +762,18 @@ VALUES = st.recursive(
     | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "5", "include_usage"]) | st.text(), inner),
     max_leaves=8,
 )  # fmt: skip
+ROUTES = ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"]
 BODIES = st.dictionaries(FIELD_NAMES | st.text(), VALUES, max_size=5)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]), BODIES, st.booleans())
+@given(st.sampled_from(ROUTES), BODIES, st.booleans())
 def test_no_body_is_a_server_error(client: TestClient, route: str, body: dict[str, Any], is_whole: bool) -> None:
     """Anything in any field: an answer, or an error that is the client's."""
     if is_whole:
-        body = TEXT | CHAT | {"tokens": [1]} | body
+        body = TEXT | CHAT | {"tokens": [1], "input": "Hello"} | body
         body.pop("messages" if route in ("/v1/completions", "/tokenize") else "prompt")
+        body.pop("prompt" if route == "/v1/responses" else "input", None)
     response = client.post(route, content=json.dumps(body), headers={"content-type": "application/json"})
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
