@@ -179,10 +179,10 @@ def test_a_damaged_cache_is_never_read(file: Path, damage: str) -> None:
     elif damage == "broken record":
         (folder / reading.RECORD).write_text("[]")
     else:
-        folder.rename(folder.with_name(folder.name + ".partial"))
+        folder.rename(folder.with_name(f".{folder.name}.0123abcd{UNFINISHED}"))
     draftwing.load(str(file))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
-    assert not list(folder.parent.glob("*.partial"))
+    assert not list(folder.parent.glob(f".*{UNFINISHED}"))
 
 
 def test_a_kill_while_writing_leaves_nothing_that_is_read(file: Path, cache: Path) -> None:
