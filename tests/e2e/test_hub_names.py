@@ -104,7 +104,7 @@ def test_what_is_not_there_is_said_in_one_line(cache: Path, tmp_path: Path) -> N
         "target: the tensors of 'org/head' have other shapes than": [*generate, "org/head"],
         "draft: no folder and no reachable hub id: 'org/away' (": ["inspect", "org/away"],
         "target: cannot read the config of 'org/gone': ": ["inspect", "org/head", "--target", "org/gone"],
-        "target: cannot read the configuration of 'org/gone': We": ["train", str(recipe)],
+        "target: cannot read the config of 'org/gone': We": ["train", str(recipe)],
     }
     for message, (status, out, err) in zip(expected, run(cache, *expected.values()), strict=True):
         (line,) = [line for line in err.splitlines() if line.startswith("error: ")]

@@ -58,7 +58,7 @@ class Family:
         takes: the options of `generate` that not every method has a use for.
         has_head_options: whether HeadOptions say something of its files.
         has_doctor: whether the doctor knows what can be wrong with it.
-        plans: the shapes that it drafts.
+        plans: the shapes that it drafts; "columns" are Lookahead decoding's.
         files: names of weight files that only this kind has.
         objectives: a recipe's objectives that train such a head, by name, and where each is: `module.Class`.
     """
@@ -70,7 +70,7 @@ class Family:
     takes: tuple[str, ...] = ()
     has_head_options: bool = False
     has_doctor: bool = False
-    plans: Literal["trees", "chains", "lookahead", "none"] = "trees"
+    plans: Literal["trees", "chains", "columns", "none"] = "trees"
     files: tuple[str, ...] = ()
     objectives: Mapping[str, str] = field(default_factory=dict)
 
@@ -93,7 +93,7 @@ class Family:
         """Raise a ValueError for a plan of another shape than the family drafts."""
         if self.plans == "none":
             raise ValueError(f"plan: {method} drafts nothing, so it takes no plan but off, got {plan}")
-        if isinstance(plan, LookaheadTree) != (self.plans == "lookahead"):
+        if isinstance(plan, LookaheadTree) != (self.plans == "columns"):
             raise ValueError(
                 f"plan: plans lookahead:WxNxG are for the method lookahead, and it takes no other; "
                 f"got {plan} for {method}"

@@ -25,7 +25,7 @@ FAMILIES = [
         f"{_HERE}.lookahead.Lookahead",
         (Method("lookahead", "lookahead:15x5x15"),),
         needs_draft=False,
-        plans="lookahead",
+        plans="columns",
     ),
     Family(
         "an EAGLE-1/2 head",
