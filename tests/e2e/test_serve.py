@@ -466,7 +466,7 @@ def test_a_killed_replica_loses_its_running_requests_alone() -> None:
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
         assert process.returncode in (0, 143), errors  # the new one may be cut while it loads
-        assert f"replica 1 (process {first}) has ended (-9) and is started anew" in errors
+        assert f"replica 1 (process {first}) has ended (137) and is started anew" in errors
     finally:
         process.kill()
 

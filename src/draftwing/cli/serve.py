@@ -152,9 +152,9 @@ def _serve(
         "max_model_len": length,
         "seat_bytes": scheduler.seat_bytes,
     }
+    listener.listen()
     if replica.says_start:
         _print_start(options, facts | {"replicas": options.replicas}, bool(keys))
-    listener.listen()
     replica.tell_ready()
     serve(app, scheduler, listener, options.drain_seconds)
 

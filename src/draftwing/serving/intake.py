@@ -200,7 +200,8 @@ class Intake:
 
     def chat_ids(self, messages: Sequence[dict[str, Any]], tools: tuple[dict[str, Any], ...] = ()) -> list[int]:
         """A conversation as the model reads it, up to where the assistant answers."""
-        self._check_characters(sum(len(str(turn.get("content"))) for turn in messages), "messages")
+        parts = [turn.get(name) or "" for turn in messages for name in ("content", "tool_calls")]
+        self._check_characters(sum(len(str(part)) for part in (*parts, *tools)), "messages")
         try:
             turns = [read_message(turn, f"turn {index}") for index, turn in enumerate(messages)]
             return Prompt("", messages=tuple(turns), tools=tools).token_ids(self.tokenizer)
@@ -290,8 +291,8 @@ class Intake:
         if known is None:
             expected = "how this model writes calls is not known from its chat template (--tool-call-parser)"
             raise FieldError("tools", expected)
-        ids = {mark: self.tokenizer.convert_tokens_to_ids(mark) for mark in (*known.marks, "[ARGS]")}
-        special = {mark: token for mark, token in ids.items() if token in self.tokenizer.all_special_ids}
+        ids = {mark: self.tokenizer.convert_tokens_to_ids(mark) for mark in (*known.marks, "[ARGS]", "[CALL_ID]")}
+        special = {mark: token for mark, token in ids.items() if mark in self.tokenizer.all_special_tokens}
         allowed, functions = None, [function.model_dump(exclude_none=True) for function in body.callable]
         if body.must_call:
             try:

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from types import FrameType
 
 logger = logging.getLogger(__name__)
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALLED = 128
+"""A process that a signal has ended has this and the signal's number as its status, as in a shell."""
 RETRY_SECONDS = 1.0
 """Between two starts of a replica that dies before it is ready."""
 
@@ -47,52 +50,56 @@ class Replicas:
         They start one after another, so that a later one finds what the first has measured, and memory as it is.
         One that does not even start ends all.
         """
-        for name in (signal.SIGTERM, signal.SIGINT):
+        for name in SIGNALS:
             signal.signal(name, self._pass_on)
+        failed: int | None
         for number in range(1, self._num_replicas + 1):
-            replica, is_ready = self._start(number)
+            if self._is_ending:
+                break
+            replica, failed = self._start(number)
             if replica is not None:
                 return replica
-            if not is_ready:
+            if failed is not None and not self._is_ending:
+                if failed > SIGNALLED:  # else it has said why
+                    logger.error("replica %d was killed (%d) before it was ready", number, failed)
+                self._status = failed or 1
                 self._pass_on(signal.SIGTERM)
-                break
         while self._pids:
             pid, number, status = self._wait()
             if self._is_ending:
                 continue
             logger.warning("replica %d (process %d) has ended (%d) and is started anew", number, pid, status)
-            is_ready = False
-            while not (is_ready or self._is_ending):
-                replica, is_ready = self._start(number)
+            failed = status
+            while failed is not None and not self._is_ending:
+                replica, failed = self._start(number)
                 if replica is not None:
                     return replica
-                if not is_ready:
+                if failed is not None:
                     time.sleep(RETRY_SECONDS)
         return self._status
 
-    def _start(self, number: int) -> tuple[Replica | None, bool]:
-        """Fork a replica and wait until it is ready or has died, and tell which; in the replica, what it is."""
+    def _start(self, number: int) -> tuple[Replica | None, int | None]:
+        """Fork a replica and wait until it is ready, or has died: with which status. In the replica, what it is."""
         read, write = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # they come when it is known whose they are
         pid = os.fork()
         if not pid:
             os.close(read)
             self._become_replica()
-            return Replica(self._is_first, lambda: os.write(write, b".")), False
+            return Replica(self._is_first, lambda: os.write(write, b".")), None
         os.close(write)
         self._pids[pid] = number
-        if self._is_ending:  # a signal came before it was there to be sent one
-            self._pass_on(signal.SIGTERM)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         is_ready = os.read(read, 1) != b""
         self._is_first = False
         os.close(read)
-        if not is_ready:
-            self._wait(pid)
-        return None, is_ready
+        return None, None if is_ready else self._wait(pid)[2]
 
     def _become_replica(self) -> None:
         os.setsid()  # Ctrl-C reaches the parent, which passes it on
-        for name in (signal.SIGTERM, signal.SIGINT):
+        for name in SIGNALS:
             signal.signal(name, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         read, write = self._alive
         os.close(write)
         threading.Thread(target=_end_with_parent, args=(read,), daemon=True).start()
@@ -100,8 +107,12 @@ class Replicas:
     def _wait(self, which: int = -1) -> tuple[int, int, int]:
         """Wait until a replica has ended: its process, its number, its status. The highest one will be the parent's."""
         pid, how = os.waitpid(which, 0)
+        while pid not in self._pids:  # an orphan: the first process of a container is given those of all
+            pid, how = os.waitpid(which, 0)
         number, status = self._pids.pop(pid), os.waitstatus_to_exitcode(how)
-        self._status = max(self._status, status) if self._is_ending or which > 0 else self._status
+        status = SIGNALLED - status if status < 0 else status  # as a shell says it
+        if self._is_ending:
+            self._status = max(self._status, status)
         return pid, number, status
 
     def _pass_on(self, sig: int, frame: FrameType | None = None) -> None:

@@ -4,6 +4,7 @@ This side knows no tensors; the scheduler knows no HTTP.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,6 +23,8 @@ from draftwing.serving.schema import ChatRequest, CompletionRequest, FieldError,
 from draftwing.serving.streams import Choices, Identity, Outlet
 from draftwing.serving.submission import Gone, Submission
 from draftwing.serving.token_texts import TokenTexts
+
+logger = logging.getLogger(__name__)
 
 Given = TypeVar("Given", bound=GenerationRequest)
 Written = TypeVar("Written")
@@ -147,6 +150,9 @@ class _Work:
             yield self._outlet.failure(error)
         except Gone:
             return
+        except Exception:  # a stream that has begun has no status to say it with, and must not just stop
+            logger.exception("an answer could not be written")
+            yield self._outlet.failure(ApiError(500, "the request has failed"))
         finally:
             self._settle()
 

@@ -4,6 +4,7 @@ A chat template tells the model of its tools, and with its own example in which 
 """
 
 import json
+import math
 import re
 import secrets
 from collections.abc import Collection, Mapping, Sequence
@@ -15,6 +16,18 @@ from typing_extensions import TypedDict
 from draftwing.serving.structured import WHITESPACE
 from draftwing.serving.text import overlap
 
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number of JSON")
+    return number
+
+
+DECODER = json.JSONDecoder(strict=False, parse_float=_finite, parse_constant=_finite)
+"""Of what models write: line ends in texts are read, NaN and infinity are not."""
+NAMED = re.compile(r"([\w.-]+)(?:\[CALL_ID\]\w+)?\s*(?:\[ARGS\]\s*)?(?={)")
+"""A function's name in front of its arguments."""
 NAME = "NAME"
 EXACTLY = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
 """How llguidance is to read a schema."""
@@ -62,20 +75,34 @@ class ToolFormat:
         mark = self.marks[0]
         return place if (place := text.find(mark)) >= 0 else len(text) - overlap(text, mark)
 
-    def read(self, text: str, names: Collection[str]) -> list[ToolCall] | None:
-        """The calls that a text consists of; None: it is something else, or calls functions that are not known."""
-        between = re.compile(rf"(?:[\s,;]|{'|'.join(map(re.escape, self.marks))})*")
-        calls, place = list[ToolCall](), between.match(text).end()  # type: ignore[union-attr]
-        try:
-            while place < len(text):
-                named = re.compile(r"([\w.-]+)\s*(?:\[ARGS\])?\s*(?={)").match(text, place)
-                value, place = json.JSONDecoder().raw_decode(text, named.end() if named else place)
+    def read(self, text: str, names: Collection[str]) -> tuple[list[ToolCall], int]:
+        """The calls that a text begins with, and where they end: behind them is something else, or an unknown name."""
+        calls, end = list[ToolCall](), 0
+        place = _behind(text, 0, ",", ";", *self.marks)
+        while place < len(text):
+            try:
+                named = NAMED.match(text, place)
+                value, stop = DECODER.raw_decode(text, named.end() if named else place)
                 values = [{"name": named[1], "arguments": value}] if named else value
                 calls += [_as_call(called, names) for called in (values if isinstance(values, list) else [values])]
-                place = between.match(text, place).end()  # type: ignore[union-attr]
-        except (ValueError, RecursionError):
-            return None
-        return calls or None
+            except (ValueError, RecursionError):
+                break
+            end = _behind(text, stop, *self.marks[1:])
+            place = _behind(text, end, ",", ";", *self.marks)
+        return calls, (place if place == len(text) else end) if calls else 0
+
+    def split(self, text: str, names: Collection[str], is_beginning: bool) -> tuple[str, list[ToolCall]]:
+        """A whole answer's end, from where calls may begin: what of it is said, and the calls."""
+        said, calls = "", list[ToolCall]()
+        while text:
+            place = self.start(text, is_beginning)
+            found, end = self.read(text[place:], names)
+            calls += found
+            # A mark that is only mentioned is said, and so is all that stands around calls.
+            step = end or (len(self.marks[0]) if text.startswith(self.marks[0], place) else 1)
+            said += text[:place] if found else text[: place + step]
+            text, is_beginning = text[place + step :], False
+        return said, calls
 
     def grammar(self, functions: Mapping[str, dict[str, Any]], special: Mapping[str, int]) -> str:
         """One call of one of the functions, by their arguments' schemas, as llguidance's grammars say it.
@@ -134,25 +161,41 @@ class CallReader:
     def push(self, text: str, is_end: bool) -> tuple[str, list[ToolCall]]:
         """What the text brings: what is said, and at the end the calls. What is no call, but begins so, is said."""
         self._held += text
+        if is_end:
+            said, calls = self._format.split(self._held, self._names, not self._has_said)
+            return "" if calls and not self._has_said and said.isspace() else said, calls[: self._most]
         place = self._format.start(self._held, not self._has_said)
-        calls = (self._format.read(self._held[place:], self._names) if is_end else None) or []
-        if is_end and not calls:
-            place = len(self._held)
+        if self._held[:place].isspace() and not self._has_said:  # blanks that may stand in front of calls
+            place = 0
         said, self._held = self._held[:place], self._held[place:]
-        if said.isspace() and not self._has_said and (calls or not is_end):  # blanks in front of calls
-            said, self._held = "", said + self._held
         self._has_said = self._has_said or bool(said)
-        return said, calls[: self._most]
+        return said, []
 
 
 def _as_call(value: Any, names: Collection[str]) -> ToolCall:
     """Raises a ValueError for what is no call of a known function."""
     called = value if isinstance(value, dict) else {}
-    arguments = called.get("arguments", called.get("parameters", {}))
-    if called.get("name") not in names or not isinstance(arguments, dict):
+    name, arguments = called.get("name"), called.get("arguments", called.get("parameters"))
+    if isinstance(arguments, str):
+        arguments = DECODER.decode(arguments)
+    arguments = {} if arguments is None else arguments
+    if not isinstance(name, str) or name not in names or not isinstance(arguments, dict):
         raise ValueError("no call")
-    function = CalledFunction(name=called["name"], arguments=json.dumps(arguments, ensure_ascii=False))
+    text = json.dumps(arguments, ensure_ascii=False)
+    if any("\ud800" <= character <= "\udfff" for character in text):  # half a pair, which no answer could be sent with
+        text = json.dumps(arguments)
+    function = CalledFunction(name=name, arguments=text)
     return {"id": secrets.token_hex(5)[:9], "type": "function", "function": function}  # Mistral's templates want 9
+
+
+def _behind(text: str, place: int, *between: str) -> int:
+    """Where what stands between calls ends: blanks, and these texts."""
+    while place < len(text):
+        known = next((part for part in between if text.startswith(part, place)), "")
+        if not known and not text[place].isspace():
+            return place
+        place += len(known) or 1
+    return place
 
 
 def _parts(text: str, special: Mapping[str, int]) -> str:

@@ -38,7 +38,7 @@ WRITTEN = {
     ],
 }
 NO_CALLS = {
-    "hermes": ["<tool_call>", "a < b", '<tool_call>{"name": "other", "arguments": {}}</tool_call>', f"{CALL} or so"],
+    "hermes": ["<tool_call>", "a < b", '<tool_call>{"name": "other", "arguments": {}}</tool_call>'],
     "llama3_json": ['{"a": 1}', '{"name": "clamp", "parameters": 5}', '{"name": "clamp"', "[" * 100_000],
     "mistral": ["[TOOL", "[TOOL_CALLS][]", '[TOOL_CALLS] {"name": 5}', "[TOOL_CALLS]" + "[" * 100_000],
     "mistral_args": ["clamp[ARGS]{}", "[TOOL_CALLS]clamp[ARGS]{", "[TOOL_CALLS]clamp[ARGS]5"],
@@ -73,6 +73,57 @@ def test_what_is_no_call_is_said(tool_format: str) -> None:
     for text in ["", " ", "Hello", *NO_CALLS[tool_format]]:
         for width in (1, 10**6) if len(text) < 1000 else (10**6,):
             assert read(tool_format, text, width) == (text, [])
+
+
+AMONG_TEXT = [
+    (f"{CALL}\nDone.", 1, "Done."),
+    (f"<think>use <tool_call> tags</think>{CALL}", 1, "<think>use <tool_call> tags</think>"),
+    (f'{CALL}\n<tool_call>{{"name": "other"}}</tool_call>', 1, '<tool_call>{"name": "other"}</tool_call>'),
+    (f"{CALL}\n{CALL[:30]}", 1, CALL[:30]),
+    (f"{CALL}<|im_end|>", 1, "<|im_end|>"),
+    (f"{CALL} and {CALL}", 2, "and "),
+]
+
+
+@pytest.mark.parametrize("width", [1, 10**6])
+@pytest.mark.parametrize(("text", "num_calls", "expected"), AMONG_TEXT)
+def test_calls_among_text_are_calls(text: str, num_calls: int, expected: str, width: int) -> None:
+    said, calls = read("hermes", text, width)
+    assert (said, len(calls)) == (expected, num_calls)
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ('{"x": "a\nb\tc"}', {"x": "a\nb\tc"}),
+        (r'"{\"x\": 1}"', {"x": 1}),
+        ("null", {}),
+        (r'{"x": "\ud83d"}', {"x": "\ud83d"}),
+    ],
+)
+def test_arguments_as_models_write_them(written: str, arguments: dict[str, Any]) -> None:
+    said, (call,) = read("hermes", f'<tool_call>{{"name": "clamp", "arguments": {written}}}</tool_call>', 10**6)
+    text = call["function"]["arguments"]
+    assert (said, json.loads(text)) == ("", arguments)
+    text.encode()
+
+
+@pytest.mark.parametrize("arguments", ["[]", "5", '"x"', '{"x": 1e999}', '{"x": NaN}', '{"x": -Infinity}'])
+@pytest.mark.parametrize("name", ['"clamp"', '["clamp"]', '{"clamp": 1}', "null"])
+def test_what_is_no_name_or_no_object_is_said(name: str, arguments: str) -> None:
+    text = f'<tool_call>{{"name": {name}, "arguments": {arguments}}}</tool_call>'
+    assert read("hermes", text, 10**6) == (text, [])
+
+
+def test_newer_mistrals_number_their_calls() -> None:
+    said, (call,) = read("mistral_args", '[TOOL_CALLS]clamp[CALL_ID]abc123def[ARGS]{"x": 1}', 10**6)
+    assert (said, call["function"]["name"], call["function"]["arguments"]) == ("", "clamp", '{"x": 1}')
+
+
+def test_a_long_end_of_blanks_is_read_quickly() -> None:
+    """In the time of one pass over it: a server's event loop reads it."""
+    text = "<tool_call>a" + " " * 200_000
+    assert read("hermes", text, 10**6) == (text, [])
 
 
 def test_text_is_not_held_back_where_no_call_can_begin() -> None:
