@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from conftest import generate, language_model, requests_for, run
+from conftest import generate, language_model, new_head, requests_for, run
 from row_emulation import EMULATED, multiply_split
 from tape import Tape
 from torch.nn import functional
@@ -22,6 +22,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from draftwing.api import SpeculativeModel
+from draftwing.config import TrainConfig
+from draftwing.data.chat_template import Example
+from draftwing.engine.engine import MOST_LEVELS, Engine
+from draftwing.engine.options import GenerateOptions
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.target import packed, row_pass
 from draftwing.target.fused import FusedTarget
 from draftwing.target.kv_cache import KVCache
@@ -332,14 +338,13 @@ FAMILIES = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
 }
+TOO_DEEP = f"plan: expected a chain, or a tree of at most {TREE_LEVELS - 1} levels"
 TOKENS = [8, 9, 10, 11, 12, 13, 14]
 
 
 @pytest.fixture
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers are packed, and keys kept, as a GPU's are; weights are split although they are small."""
-    if DEVICE == "cuda":
-        return
     monkeypatch.setattr(packed, "PackedProduct", JoinedProduct)
     monkeypatch.setattr(packed, "_can_pack", lambda layer: True)
     monkeypatch.setattr(TargetModel, "attention_dtype", property(lambda self: self.dtype))
@@ -473,8 +478,38 @@ def test_tokens_are_plain_decodings() -> None:
 def test_a_tree_that_is_too_deep_is_refused() -> None:
     target = RowTarget(packed_model("llama"), kernels=EMULATED)
     draft = language_model(TargetModel(random_model("llama"), role="draft"))
-    with pytest.raises(ValueError, match=f"plan: expected a chain, or a tree of at most {TREE_LEVELS - 1} levels"):
+    with pytest.raises(ValueError, match=TOO_DEEP):
         run(target, requests_for([[1, 2, 3]]), draft, "tree:2x32x40")
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_an_engine_that_is_kept_serves_no_tree_that_a_new_one_refuses() -> None:
+    target = RowTarget(packed_model("llama"), kernels=EMULATED)
+    draft = language_model(TargetModel(random_model("llama"), role="draft"))
+    engine = Engine(target, draft, 1, 80, TreePlan.chain(60))
+    assert engine.can_serve(1, 80, TreePlan.chain(60))
+    assert engine.can_serve(1, 80, TreePlan(2, TREE_LEVELS - 1, 60))
+    assert not engine.can_serve(1, 80, TreePlan(2, TREE_LEVELS, 60))
+    assert not engine.can_serve(1, 80, TreePlan.chain(TREE_LEVELS).with_lookup())
+    assert not engine.can_serve(1, 80, TreePlan.chain(MOST_LEVELS + 1))
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_options_are_refused_before_anything_starts() -> None:
+    """A chain becomes a tree by its lookup, which the message names; levels that cannot be emitted do not count."""
+    target = RowTarget(packed_model("llama"), kernels=EMULATED)
+    config = TrainConfig(objective="eagle3", output="", target="unused", draft_vocab_size=48, aux_layers=(0, 1, 2))
+    unpacked, text = TargetModel(random_model("llama")), Example(torch.arange(60), torch.ones(60, dtype=torch.bool))
+    model, prompts = SpeculativeModel(target, new_head(config, unpacked, [text])), [[1, 2, 3]]
+    for plan, options in (("chain:40", {}), ("tree:2x31x40", {}), ("chain:40", {"ngram": True, "max_new_tokens": 20})):
+        model.check(prompts, plan=plan, **options)
+    for call in (model.check, model.start):
+        with pytest.raises(ValueError, match=TOO_DEEP + ".*, got tree:2x40x60$"):
+            call(prompts, plan="tree:2x40x60")
+        with pytest.raises(ValueError, match=TOO_DEEP + ".*, got chain:40 with a lookup.*ngram=False"):
+            call(prompts, plan="chain:40", ngram=True)
+    with pytest.raises(ValueError, match=TOO_DEEP):
+        model.engine(1, 80, GenerateOptions(plan="tree:2x40x60"))
 
 
 # -------------------------------------------------------------------------------------------------------- who gets it
