@@ -186,7 +186,7 @@ def row_problem(target: TargetModel) -> str | None:
         return "Triton cannot compile kernels here: it wants a C compiler and Python's headers"
     if torch.version.hip or torch.cuda.get_device_capability(target.device) < (8, 0):
         return "its kernels want an NVIDIA GPU of compute capability 8.0 or later"
-    return None
+    return target.row_failure
 
 
 def read_product(product: Product, most_splits: int = 4) -> RowProduct:

@@ -1,6 +1,7 @@
 """The pass that gives a token the same bits in a tree, in a batch and alone: its layout in row_emulation.py, and its
 kernels in Triton's interpreter (if that is installed) or on a GPU."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -40,6 +41,7 @@ from draftwing.target.model import ATTENTION, TargetModel
 from draftwing.target.packed import JoinedProduct, PackedLinear, pack_linears
 from draftwing.target.row_layout import TAIL, TREE_LEVELS, Places, RowNorm, RowProduct, Tiles, part_starts
 from draftwing.target.row_pass import Kernels, RowTarget, rounding_problem, row_problem
+from draftwing.target.row_trial import row_target
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -476,13 +478,8 @@ def test_it_does_not_matter_in_what_parts_a_prompt_is_read() -> None:
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @torch.inference_mode()
 def test_bits_differ_where_splits_follow_the_rows() -> None:
-    """The sabotaged twin: what a library does that has few rows."""
-
-    def by_rows(x: torch.Tensor, product: RowProduct) -> torch.Tensor:
-        splits = 1 if len(x) > 1 else product.tiles.splits
-        return multiply_split(x, replace(product, tiles=replace(product.tiles, splits=splits)))
-
-    sabotaged = replace(EMULATED, multiply_split=by_rows)
+    """The sabotaged twin."""
+    sabotaged = replace(EMULATED, multiply_split=split_by_rows)
     target = RowTarget(packed_model("llama"), kernels=sabotaged)
     in_tree = tree_logits(target, 9)
     assert not all(torch.equal(in_tree[0, node], plain_logits(target, 9, node)) for node in (0, 5, 6))
@@ -542,6 +539,56 @@ def test_options_are_refused_before_anything_starts() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- who gets it
+
+
+def split_by_rows(x: torch.Tensor, product: RowProduct) -> torch.Tensor:
+    """What a library does that has few rows."""
+    splits = 1 if len(x) > 1 else product.tiles.splits
+    return multiply_split(x, replace(product, tiles=replace(product.tiles, splits=splits)))
+
+
+def attend_otherwise(queries: torch.Tensor, keys: Any, values: Any, places: Places, scale: float) -> torch.Tensor:
+    """The same bits for each node, but not the formula's."""
+    return EMULATED.attend(queries, keys, 10 * values, places, -scale)
+
+
+def not_compiled(*arguments: Any) -> torch.Tensor:
+    raise RuntimeError("PassManager::run failed\nand more")
+
+
+TRIALS = {
+    "as it should be": ({}, None),
+    "other bits": ({"multiply_split": split_by_rows}, "a node of a tree has other bits"),
+    "another formula": ({"attend": attend_otherwise}, "standard deviations apart"),
+    "constant logits": ({"multiply": lambda *parts: EMULATED.multiply(*parts) * 0 + 1}, "standard deviations apart"),
+    "an exception": ({"attend": not_compiled}, "its kernels fail here: RuntimeError: PassManager::run failed$"),
+}
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("kind", TRIALS)
+def test_kernels_that_fail_on_this_device_are_left_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sabotaged in each way; the FusedTarget is kept, and the reason is told."""
+    sabotage, reason = TRIALS[kind]
+    fused = FusedTarget(packed_model("llama"))
+    chosen = row_target(fused, replace(EMULATED, **sabotage))
+    monkeypatch.setattr(row_pass, "has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    if reason is None:
+        assert type(chosen) is RowTarget and fused.row_failure is None and rounding_problem(chosen) is None
+    else:
+        assert chosen is fused and re.search(reason, fused.row_failure or "")
+        fused.dtype = torch.bfloat16  # as one that was tried on a GPU
+        assert row_problem(fused) == fused.row_failure
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_no_memory_is_no_fault_of_the_kernels() -> None:
+    def attend(*arguments: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("of the device")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        row_target(FusedTarget(packed_model("llama")), replace(EMULATED, attend=attend))
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
