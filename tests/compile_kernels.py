@@ -1,8 +1,9 @@
 """Compile our kernels for an NVIDIA GPU that need not be there; prints what each takes, as JSON.
 
-    python tests/compile_kernels.py CAPABILITY SHARED_BYTES
+    python tests/compile_kernels.py CAPABILITY SHARED_BYTES usual|other
 
-The pass itself runs on tensors without storage, at the shapes of an 8B model; its launches are compiled instead, and
+The pass itself runs on tensors without storage, at the shapes of an 8B model (usual: one node, and most; other: the
+row tiles between, and a tiny model in float16 whose sizes no tile divides); its launches are compiled instead, and
 those of a draft's level.
 """
 
@@ -27,7 +28,13 @@ from draftwing.target import packed, row_attention, row_products
 from draftwing.target.model import ATTENTION
 from draftwing.target.row_pass import RowTarget
 
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 SIZES = {
     "num_hidden_layers": 1,
@@ -38,6 +45,14 @@ SIZES = {
     "head_dim": 128,
     "vocab_size": 128256,
     "max_position_embeddings": 8192,
+}
+TINY = SIZES | {
+    "hidden_size": 200,
+    "intermediate_size": 344,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 1001,
 }
 
 
@@ -99,7 +114,7 @@ def _type(value: Any) -> str:
 
 
 def main() -> None:
-    capability, shared_bytes = map(int, sys.argv[1:])
+    capability, shared_bytes = map(int, sys.argv[1:3])
     target = GPUTarget("cuda", capability, 32)
     compiled: dict[str, Compiled] = {}
     row_products.shared_bytes = row_attention.shared_bytes = lambda device: shared_bytes
@@ -108,10 +123,14 @@ def main() -> None:
         return compiled.setdefault(kernel.__name__, Compiled(kernel, target)).launch
 
     triton.runtime.JITFunction.__getitem__ = launcher
-    for num_nodes in (1, 128):
+    is_usual = sys.argv[3] == "usual"
+    for num_nodes in (1, 128) if is_usual else (32, 64, 128):
         run_pass(meta_model(LlamaConfig(**SIZES)), num_nodes)
-    run_pass(meta_model(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)), 16)
-    run_pass(meta_model(Qwen3Config(**SIZES)), 16)
+    if is_usual:
+        run_pass(meta_model(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)), 16)
+        run_pass(meta_model(Qwen3Config(**SIZES)), 16)
+    else:
+        run_pass(meta_model(LlamaConfig(**TINY), torch.float16), 16)
     logits, scale, shift = (torch.empty(1, *shape, device="meta") for shape in ((10, 32000), (1, 1), (1, 32000)))
     top_tokens.top_tokens(logits.bfloat16(), None, None, 10)
     top_tokens.top_tokens(logits.bfloat16(), scale, shift, 10)
@@ -129,10 +148,10 @@ def run_pass(model: PreTrainedModel, num_nodes: int) -> None:
     target.forward_tree(tokens, tokens, ancestors, cache)
 
 
-def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """A model without storage, of packed products."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype).eval()
     with patch.object(packed, "_can_pack", lambda layer: True):
         packed.pack_linears(model)
     return model

@@ -26,7 +26,7 @@ from draftwing.drafts.kinds import (
 )
 from draftwing.drafts.load_draft import load_draft, read_acceptance, resolve_draft
 from draftwing.engine.captured import CudaRecorder, Recorder
-from draftwing.engine.engine import Engine, NewDrafter, Request, bucket, check_requests
+from draftwing.engine.engine import Engine, NewDrafter, Request, bucket, check_requests, depth_problem
 from draftwing.engine.generation import Committed, Generation
 from draftwing.engine.memory import check_memory, seat_bytes
 from draftwing.engine.options import GenerateOptions
@@ -262,7 +262,7 @@ class SpeculativeModel:
         most = self.target.max_positions or capacity
         if not 2 <= capacity <= most:
             raise ValueError(f"max_model_len: expected from 2 tokens to the model's {most} positions, got {capacity}")
-        self._check_options(settings, capacity)
+        self._check_options(settings, capacity, capacity)
         key, plan = self._drafting(settings, capacity)
         return seat_bytes(self.target, self._new_drafter(key, plan), capacity, plan.largest)
 
@@ -284,11 +284,17 @@ class SpeculativeModel:
     def _check(self, requests: Sequence[Request], settings: GenerateOptions) -> None:
         check_requests(self.target, requests)
         longest = max(request.most_tokens for request in requests)
-        self._check_options(settings, longest)
+        self._check_options(settings, longest, max(request.stop.max_new_tokens for request in requests))
 
-    def _check_options(self, settings: GenerateOptions, longest: int) -> None:
-        """Raise a ValueError for drafting that the method does not know, or where `longest` tokens are too many."""
+    def _check_options(self, settings: GenerateOptions, longest: int, most_new: int) -> None:
+        """Raise a ValueError for drafting that the method or the target does not know, or too many tokens.
+
+        `longest` of a request, prompt and new ones; `most_new` of these.
+        """
         check_drafting(self.method, settings.plan, settings.ngram, settings.draft_window, settings.coupled)
+        shape = self._planner.fixed_shape(settings, most_new)
+        if shape is not None and (problem := depth_problem(self.target, shape)):
+            raise ValueError(problem)
         if torch.is_autocast_enabled(self.device.type):
             raise ValueError("torch.autocast: not supported by draftwing; load the model in the dtype it shall have")
         self._check_draft_positions(longest)

@@ -1,5 +1,6 @@
 """Captured cycles give plain decoding's tokens. On a CPU a tape stands for the CUDA graph: see tape.py."""
 
+import time
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -21,6 +22,8 @@ from conftest import (
 from tape import TapeRecorder
 
 from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.engine import captured
+from draftwing.engine import engine as engine_module
 from draftwing.engine.captured import CudaRecorder, context_bound
 from draftwing.engine.engine import Engine, NewDrafter
 from draftwing.engine.generation import Generation
@@ -101,6 +104,35 @@ def test_recordings_are_in_no_measured_time(target: TargetModel, prompts: list[l
     first, second = (Generation(engine, requests).run().statistics for _ in range(2))
     assert first.recording_seconds > 0
     assert second.recording_seconds == 0
+
+
+def test_what_the_device_still_does_is_in_no_recordings_time(
+    target: TargetModel, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt's pass may be queued when a recording begins; the clock starts behind it. Replays wait for nothing."""
+    waits: list[float] = []
+
+    def idle_since(device: torch.device) -> float:
+        assert device == target.device
+        waits.append(1000.0)
+        return time.perf_counter() + 1000.0  # as if what is queued were done then
+
+    for module in (captured, engine_module):
+        monkeypatch.setattr(module, "idle_since", idle_since)
+    engine = Engine(target, no_draft, 4, CAPACITY, TreePlan.off(), TapeRecorder())
+    assert len(waits) == 1, "the trial"
+    requests = requests_for(prompts[:1], max_new_tokens=6, eos=())
+    seconds = [Generation(engine, requests).run().statistics.recording_seconds for _ in range(2)]
+    assert -sum(waits) < seconds[0] < 10 - sum(waits)
+    assert len(waits) == 2 and seconds[1] == 0
+
+
+def test_the_clock_starts_when_the_device_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"now": 5.0}
+    monkeypatch.setattr(time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.update(now=clock["now"] + 7))
+    assert captured.idle_since(torch.device("cpu")) == 5
+    assert captured.idle_since(torch.device("cuda")) == 12
 
 
 @pytest.mark.parametrize(

@@ -123,12 +123,14 @@ class CapturedSeats:
         seats = self._seats
         context = context_bound(seats.bound, seats.cache.capacity)
         key = (len(seats.lengths), plan, context, seats.sampler.work, seats.scores_tokens)
-        start = time.perf_counter()
-        if is_new := key not in self._recordings:
+        seconds = 0.0
+        if key not in self._recordings:
+            start = idle_since(seats.target.device)
             seats.prepare(plan)
             self._recordings[key] = self.record(plan, context)
+            seconds = time.perf_counter() - start
         self._current = self._recordings[key]
-        return time.perf_counter() - start if is_new else 0.0
+        return seconds
 
     def draft(self, plan: TreeShape) -> DraftTree:
         self._seats.prepare(plan)
@@ -169,6 +171,13 @@ class CapturedSeats:
             verification = self._recorder.record(lambda: seats.verify(tree.result))
             committed = self._recorder.record(lambda: commit(tree.result, verification.result))
         return CapturedCycle(tree, verification, committed)
+
+
+def idle_since(device: torch.device) -> float:
+    """Now by the clock, once the device has done what it was given: recording must not count the wait for that."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def context_bound(num_tokens: int, capacity: int) -> int:

@@ -7,7 +7,7 @@ from itertools import dropwhile, islice, takewhile
 import numpy as np
 import torch
 
-from draftwing.engine.captured import CapturedCycle, CapturedSeats, Recorder, can_record
+from draftwing.engine.captured import CapturedCycle, CapturedSeats, Recorder, can_record, idle_since
 from draftwing.engine.drafter import Drafter
 from draftwing.engine.grammar import Grammar
 from draftwing.engine.logprobs import TokenLogprobs
@@ -71,17 +71,14 @@ class Engine:
         self._rounding_problem, self._trial_seconds = rounding_problem(target), 0.0
         self.count_into(Statistics())
         largest = plan.largest
-        if largest.max_depth > MOST_LEVELS:
-            raise ValueError(f"plan: expected at most {MOST_LEVELS} levels, got {largest}")
-        deepest = target.deepest_tree
-        if deepest is not None and largest.max_depth > deepest and not largest.is_chain:
-            raise ValueError(f"plan: expected a chain, or a tree of at most {deepest} levels here, got {largest}")
+        if problem := depth_problem(target, largest):
+            raise ValueError(problem)
         num_slots = capacity + room_for(largest)
         drafter = new_drafter(num_seats, num_slots)
         self._seats = Seats(target, drafter, num_seats, num_slots, largest.max_depth, coupled)
         self._order = Order(self._seats, num_seats, keeps)
         self._recordings: dict[tuple[object, ...], CapturedCycle] = {}
-        start = time.perf_counter()
+        start = idle_since(target.device)
         is_recorded = recorder is not None and can_record(self._seats, largest.cut_to(1), recorder)
         self._trial_seconds = time.perf_counter() - start if is_recorded else 0.0
         self._recorder = recorder if is_recorded else None
@@ -104,6 +101,8 @@ class Engine:
         """Whether so many requests of so many tokens can be decoded with another plan."""
         is_large_enough = self.num_seats >= num_seats and self.capacity >= capacity
         largest = plan.largest
+        if depth_problem(self.target, largest):
+            return False
         return is_large_enough and self._seats.can_hold(self.capacity + room_for(largest), largest.max_depth)
 
     @property
@@ -267,6 +266,21 @@ class Engine:
             num_seats = min(bucket(num_running), self.num_seats)
             self._cycling = CapturedSeats(self._seats.part(0, num_seats), self._recorder, self._recordings)
         self._cycling.scores_tokens = any(seat.request.num_logprobs is not None for seat in self._running)
+
+
+def depth_problem(target: TargetModel, largest: TreeShape) -> str | None:
+    """Why a target cannot verify trees of so many levels, None if it can."""
+    if largest.max_depth > MOST_LEVELS:
+        return f"plan: expected at most {MOST_LEVELS} levels, got {largest}"
+    deepest = target.deepest_tree
+    if deepest is None or largest.is_chain or largest.max_depth <= deepest:
+        return None
+    lookup = " with a lookup, which makes a tree of it (ngram=False leaves it a chain)"
+    is_branching = largest.looks_up and largest.width == 1
+    return (
+        f"plan: expected a chain, or a tree of at most {deepest} levels on this device, "
+        f"got {largest}{lookup if is_branching else ''}"
+    )
 
 
 def _end(seat: Seat, new: list[int]) -> int:

@@ -179,9 +179,10 @@ def pack_target(target: TargetModel, compiles: bool | None = None) -> TargetMode
     fused = FusedTarget(target.model, target.role, elementwise(target.device, compiles))
     if target.role == "draft" or target.device.type != "cuda":
         return fused
-    from draftwing.target.row_pass import RowTarget, row_problem  # which is made of a FusedTarget
+    from draftwing.target.row_pass import row_problem  # which is made of a FusedTarget
+    from draftwing.target.row_trial import row_target
 
-    return fused if row_problem(fused) else RowTarget(target.model, target.role)
+    return fused if row_problem(fused) else row_target(fused)
 
 
 def elementwise(device: torch.device, compiles: bool | None) -> Elementwise:
@@ -192,6 +193,9 @@ def elementwise(device: torch.device, compiles: bool | None) -> Elementwise:
 
 class FusedTarget(TargetModel):
     """A TargetModel whose pass is written out here. Made from a model for which `can_fuse` holds."""
+
+    row_failure: str | None = None
+    """Why RowTarget's pass, which was tried for it, is not its own."""
 
     def __init__(self, model: PreTrainedModel, role: Role = "target", steps: Elementwise = AS_WRITTEN) -> None:
         super().__init__(model, role)

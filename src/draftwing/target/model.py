@@ -19,7 +19,7 @@ from draftwing.target.attention import attention_forward, has_kernel, pack_mask
 from draftwing.target.hidden_states import NORMED, recording
 from draftwing.target.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.target.logits import LogitTransform
-from draftwing.target.packed import PACKED_DTYPES, PackedLinear
+from draftwing.target.packed import PACKED_DTYPES, PackedLinear, all_packed
 
 ATTENTION = "draftwing"
 Role = Literal["target", "draft"]
@@ -122,9 +122,7 @@ class TargetModel:
     @property
     def bits_depend_on_threads(self) -> bool:
         """Whether some product rounds differently on another number of threads: torch's own do, packed ones do not."""
-        modules = list(self.model.modules())
-        is_packed = any(isinstance(module, PackedLinear) for module in modules)
-        return not is_packed or any(isinstance(module, nn.Linear) for module in modules)
+        return not all_packed(self.model)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -244,6 +244,21 @@ class PackedLinear(nn.Module):
         return self.product.output(x, self._index)
 
 
+def all_packed(network: nn.Module) -> bool:
+    """Whether all of a network's products are packed.
+
+    What else has a weight of two or more dimensions multiplies too, but for embeddings: GPT-2's layers, experts.
+    """
+
+    def multiplies(module: nn.Module) -> bool:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            return isinstance(module, nn.Linear)
+        return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+
+    modules = list(network.modules())
+    return any(isinstance(module, PackedLinear) for module in modules) and not any(map(multiplies, modules))
+
+
 def places(network: nn.Module) -> set[tuple[torch.dtype, torch.device]]:
     """In which dtypes a network's numbers are, and where they lie, packed ones too."""
     tensors = [tensor for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()]

@@ -165,7 +165,7 @@ def rounding_problem(target: TargetModel) -> str | None:
     if target.is_split:
         return "its parts lie on several devices"
     if target.device.type != "cpu":
-        return row_problem(target)
+        return row_problem(target) or "its pass is not the row pass"
     if target.bits_depend_on_threads:
         return "not all of its products are packed"
     return None if target.attention_dtype == torch.float64 else "its attention is not draftwing's"
@@ -186,7 +186,7 @@ def row_problem(target: TargetModel) -> str | None:
         return "Triton cannot compile kernels here: it wants a C compiler and Python's headers"
     if torch.version.hip or torch.cuda.get_device_capability(target.device) < (8, 0):
         return "its kernels want an NVIDIA GPU of compute capability 8.0 or later"
-    return None
+    return target.row_failure
 
 
 def read_product(product: Product, most_splits: int = 4) -> RowProduct:

@@ -1,20 +1,26 @@
 """The pass that gives a token the same bits in a tree, in a batch and alone: its layout in row_emulation.py, and its
 kernels in Triton's interpreter (if that is installed) or on a GPU."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import generate, language_model, requests_for, run
+from conftest import generate, language_model, new_head, requests_for, run
 from row_emulation import EMULATED, multiply_split
 from tape import Tape
 from torch.nn import functional
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -22,13 +28,20 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from draftwing.api import SpeculativeModel
+from draftwing.config import TrainConfig
+from draftwing.data.chat_template import Example
+from draftwing.engine.engine import MOST_LEVELS, Engine
+from draftwing.engine.options import GenerateOptions
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.target import packed, row_pass
 from draftwing.target.fused import FusedTarget
 from draftwing.target.kv_cache import KVCache
 from draftwing.target.model import ATTENTION, TargetModel
-from draftwing.target.packed import JoinedProduct, pack_linears
+from draftwing.target.packed import JoinedProduct, PackedLinear, pack_linears
 from draftwing.target.row_layout import TAIL, TREE_LEVELS, Places, RowNorm, RowProduct, Tiles, part_starts
 from draftwing.target.row_pass import Kernels, RowTarget, rounding_problem, row_problem
+from draftwing.target.row_trial import row_target
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -187,7 +200,7 @@ def test_products_are_the_formula(kernels: Kernels, num_outputs: int, num_inputs
     y, normed = kernels.add_splits(residual, kernels.multiply_split(x, product), product.bias, norm)
     close(y, expected + residual.double())
     close(normed, functional.rms_norm(y.double(), (num_outputs,), norm.weight.double(), 1e-5))
-    assert torch.equal(kernels.normalise(y, norm), normed)
+    close(kernels.normalise(y, norm), normed)  # another kernel, compiled apart
     if splits == 1:
         close(kernels.multiply(x, product), expected)
         gate, up = expected.chunk(2, dim=-1)
@@ -292,14 +305,38 @@ def test_the_kernels_do_so_too(lengths: list[int]) -> None:
     assert same_bits(Kernels.of_triton(), lengths, garbage=float("nan"))
 
 
+def count_launches(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The grids with which a kernel is launched from now on."""
+    kernel, grids = getattr(module, name), []
+
+    class Counted:
+        def __getitem__(self, grid: Any) -> Any:
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(module, name, Counted())
+    return grids
+
+
 @needs_triton
 def test_the_kernels_join_many_parts_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from draftwing.target import row_attention
 
-    monkeypatch.setattr(row_attention, "JOINED_AT_ONCE", 2)
-    monkeypatch.setattr(row_attention, "MOST_SCRATCH", 1)  # and attend some nodes at a time
-    monkeypatch.setattr(row_attention, "BLOCK_ROWS", 16)  # 8 nodes of 2 heads
-    assert same_bits(Kernels.of_triton(), [300])
+    monkeypatch.setattr(row_attention, "JOINED_AT_ONCE", 2)  # of a tail and two parts
+    monkeypatch.setattr(row_attention, "BLOCK_ROWS", 16)  # 4 nodes of 4 heads
+    monkeypatch.setitem(globals(), "HEADS", 4 * KEY_HEADS)
+    kernels, launches = Kernels.of_triton(), count_launches(row_attention, "_attend", monkeypatch)
+    device = device_of(kernels)
+    queries, keys_values = random(len(TREE), HEADS, DIM, device=device, seed=7), slabs(1, 210, device)
+    places, outputs = places_of([195], 210, device), []
+    assert places.num_parts.tolist() == [2] * len(TREE)
+    for most_scratch, num_launches in ((1, 2), (1 << 28, 1)):
+        monkeypatch.setattr(row_attention, "MOST_SCRATCH", most_scratch)
+        launches.clear()
+        outputs.append(kernels.attend(queries, *keys_values, places, DIM**-0.5))
+        assert len(launches) == num_launches
+    assert torch.equal(*outputs)
+    close(outputs[0], explicit(queries, *keys_values, [195]))
 
 
 def test_bits_differ_where_parts_follow_the_context() -> None:
@@ -332,14 +369,13 @@ FAMILIES = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
 }
+TOO_DEEP = f"plan: expected a chain, or a tree of at most {TREE_LEVELS - 1} levels"
 TOKENS = [8, 9, 10, 11, 12, 13, 14]
 
 
 @pytest.fixture
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers are packed, and keys kept, as a GPU's are; weights are split although they are small."""
-    if DEVICE == "cuda":
-        return
     monkeypatch.setattr(packed, "PackedProduct", JoinedProduct)
     monkeypatch.setattr(packed, "_can_pack", lambda layer: True)
     monkeypatch.setattr(TargetModel, "attention_dtype", property(lambda self: self.dtype))
@@ -442,13 +478,8 @@ def test_it_does_not_matter_in_what_parts_a_prompt_is_read() -> None:
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @torch.inference_mode()
 def test_bits_differ_where_splits_follow_the_rows() -> None:
-    """The sabotaged twin: what a library does that has few rows."""
-
-    def by_rows(x: torch.Tensor, product: RowProduct) -> torch.Tensor:
-        splits = 1 if len(x) > 1 else product.tiles.splits
-        return multiply_split(x, replace(product, tiles=replace(product.tiles, splits=splits)))
-
-    sabotaged = replace(EMULATED, multiply_split=by_rows)
+    """The sabotaged twin."""
+    sabotaged = replace(EMULATED, multiply_split=split_by_rows)
     target = RowTarget(packed_model("llama"), kernels=sabotaged)
     in_tree = tree_logits(target, 9)
     assert not all(torch.equal(in_tree[0, node], plain_logits(target, 9, node)) for node in (0, 5, 6))
@@ -473,11 +504,91 @@ def test_tokens_are_plain_decodings() -> None:
 def test_a_tree_that_is_too_deep_is_refused() -> None:
     target = RowTarget(packed_model("llama"), kernels=EMULATED)
     draft = language_model(TargetModel(random_model("llama"), role="draft"))
-    with pytest.raises(ValueError, match=f"plan: expected a chain, or a tree of at most {TREE_LEVELS - 1} levels"):
+    with pytest.raises(ValueError, match=TOO_DEEP):
         run(target, requests_for([[1, 2, 3]]), draft, "tree:2x32x40")
 
 
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_an_engine_that_is_kept_serves_no_tree_that_a_new_one_refuses() -> None:
+    target = RowTarget(packed_model("llama"), kernels=EMULATED)
+    draft = language_model(TargetModel(random_model("llama"), role="draft"))
+    engine = Engine(target, draft, 1, 80, TreePlan.chain(60))
+    assert engine.can_serve(1, 80, TreePlan.chain(60))
+    assert engine.can_serve(1, 80, TreePlan(2, TREE_LEVELS - 1, 60))
+    assert not engine.can_serve(1, 80, TreePlan(2, TREE_LEVELS, 60))
+    assert not engine.can_serve(1, 80, TreePlan.chain(TREE_LEVELS).with_lookup())
+    assert not engine.can_serve(1, 80, TreePlan.chain(MOST_LEVELS + 1))
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_options_are_refused_before_anything_starts() -> None:
+    """A chain becomes a tree by its lookup, which the message names; levels that cannot be emitted do not count."""
+    target = RowTarget(packed_model("llama"), kernels=EMULATED)
+    config = TrainConfig(objective="eagle3", output="", target="unused", draft_vocab_size=48, aux_layers=(0, 1, 2))
+    unpacked, text = TargetModel(random_model("llama")), Example(torch.arange(60), torch.ones(60, dtype=torch.bool))
+    model, prompts = SpeculativeModel(target, new_head(config, unpacked, [text])), [[1, 2, 3]]
+    for plan, options in (("chain:40", {}), ("tree:2x31x40", {}), ("chain:40", {"ngram": True, "max_new_tokens": 20})):
+        model.check(prompts, plan=plan, **options)
+    for call in (model.check, model.start):
+        with pytest.raises(ValueError, match=TOO_DEEP + ".*, got tree:2x40x60$"):
+            call(prompts, plan="tree:2x40x60")
+        with pytest.raises(ValueError, match=TOO_DEEP + ".*, got chain:40 with a lookup.*ngram=False"):
+            call(prompts, plan="chain:40", ngram=True)
+    with pytest.raises(ValueError, match=TOO_DEEP):
+        model.engine(1, 80, GenerateOptions(plan="tree:2x40x60"))
+
+
 # -------------------------------------------------------------------------------------------------------- who gets it
+
+
+def split_by_rows(x: torch.Tensor, product: RowProduct) -> torch.Tensor:
+    """What a library does that has few rows."""
+    splits = 1 if len(x) > 1 else product.tiles.splits
+    return multiply_split(x, replace(product, tiles=replace(product.tiles, splits=splits)))
+
+
+def attend_otherwise(queries: torch.Tensor, keys: Any, values: Any, places: Places, scale: float) -> torch.Tensor:
+    """The same bits for each node, but not the formula's."""
+    return EMULATED.attend(queries, keys, 10 * values, places, -scale)
+
+
+def not_compiled(*arguments: Any) -> torch.Tensor:
+    raise RuntimeError("PassManager::run failed\nand more")
+
+
+TRIALS = {
+    "as it should be": ({}, None),
+    "other bits": ({"multiply_split": split_by_rows}, "a node of a tree has other bits"),
+    "another formula": ({"attend": attend_otherwise}, "standard deviations apart"),
+    "constant logits": ({"multiply": lambda *parts: EMULATED.multiply(*parts) * 0 + 1}, "standard deviations apart"),
+    "an exception": ({"attend": not_compiled}, "its kernels fail here: RuntimeError: PassManager::run failed$"),
+}
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("kind", TRIALS)
+def test_kernels_that_fail_on_this_device_are_left_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sabotaged in each way; the FusedTarget is kept, and the reason is told."""
+    sabotage, reason = TRIALS[kind]
+    fused = FusedTarget(packed_model("llama"))
+    chosen = row_target(fused, replace(EMULATED, **sabotage))
+    monkeypatch.setattr(row_pass, "has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    if reason is None:
+        assert type(chosen) is RowTarget and fused.row_failure is None and rounding_problem(chosen) is None
+    else:
+        assert chosen is fused and re.search(reason, fused.row_failure or "")
+        fused.dtype = torch.bfloat16  # as one that was tried on a GPU
+        assert row_problem(fused) == fused.row_failure
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_no_memory_is_no_fault_of_the_kernels() -> None:
+    def attend(*arguments: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("of the device")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        row_target(FusedTarget(packed_model("llama")), replace(EMULATED, attend=attend))
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
@@ -506,7 +617,30 @@ def test_statistics_say_who_has_not() -> None:
     statistics = generate(stock, requests_for([[1, 2]], max_new_tokens=1)).statistics
     assert statistics.as_dict()["rounding_problem"] == rounding_problem(stock)
     ours = TargetModel(packed_model("llama"))
-    if not ours.bits_depend_on_threads:  # a CPU that oneDNN packs for
+    if isinstance(ours.output_head, PackedLinear):  # a CPU that oneDNN packs for
         assert rounding_problem(ours) is None
         ours.model.config._attn_implementation = "sdpa"
         assert rounding_problem(ours) == "its attention is not draftwing's"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_weights_that_are_no_linear_layers_are_not_packed(family: str) -> None:
+    """Conv1D, and experts in one parameter; the layers beside them are packed."""
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "attn_implementation": ATTENTION}
+    model: PreTrainedModel = (
+        GPT2LMHeadModel(GPT2Config(**sizes))
+        if family == "gpt2"
+        else MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2, sliding_window=None))
+    )
+    target = TargetModel(model.eval())
+    pack_linears(target.model)
+    assert target.bits_depend_on_threads
+    assert rounding_problem(target) == "not all of its products are packed"
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_a_gpus_other_passes_promise_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_pass, "row_problem", lambda target: None)
+    fused = FusedTarget(packed_model("llama"), role="draft")
+    fused.device = torch.device("cuda")
+    assert rounding_problem(fused) == "its pass is not the row pass"
