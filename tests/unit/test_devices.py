@@ -175,8 +175,8 @@ class Sabotaged(NoDrafter):
         num_new: torch.Tensor,
         chosen: torch.Tensor | None = None,
     ) -> None:
-        if chosen is not None:
-            self._act(chosen[:, 0])
+        if tokens.shape[1] == 1:  # a cycle's, no prompt's
+            self._act(tokens[:, 0])
 
 
 def start(
