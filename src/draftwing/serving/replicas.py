@@ -52,7 +52,6 @@ class Replicas:
         """
         for name in SIGNALS:
             signal.signal(name, self._pass_on)
-        failed: int | None
         for number in range(1, self._num_replicas + 1):
             if self._is_ending:
                 break
@@ -88,6 +87,8 @@ class Replicas:
             self._become_replica()
             return Replica(self._is_first, lambda: os.write(write, b".")), None
         os.close(write)
+        if self._is_ending:  # a signal came before it was there to be sent one
+            os.kill(pid, signal.SIGTERM)
         self._pids[pid] = number
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         is_ready = os.read(read, 1) != b""
