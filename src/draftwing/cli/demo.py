@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
     console, temperatures = new_console(stderr=options.json), (0.0, 1.0)
     is_embedded = options.target == "tiny" and options.draft is None
     model, methods, note = embedded_methods(options) if is_embedded else methods_of(options)
-    prompts = prompts_for(model)[: options.prompts]
+    prompts = prompts_for(options.target, model)[: options.prompts]
     common = {"max_new_tokens": options.max_new_tokens, "seed": options.seed}
     model.check([prompt.token_ids(model.tokenizer) for prompt in prompts], **common)
     for temperature in temperatures if model.draft is not None else ():  # now, so that no line of it comes between
@@ -104,12 +104,11 @@ def methods_of(options: argparse.Namespace) -> "tuple[SpeculativeModel, dict[str
     return model, methods, f"ngram and lookahead need no draft.{sizes}"
 
 
-def prompts_for(model: "SpeculativeModel") -> "list[Prompt]":
+def prompts_for(target: str, model: "SpeculativeModel") -> "list[Prompt]":
     """Questions for a chat model; else the embedded models' held-out prompts."""
     from draftwing.data.prompts import Prompt, has_chat_template, read_prompts
-    from draftwing.embedded import EMBEDDED, EMBEDDED_PROMPTS
+    from draftwing.embedded import EMBEDDED_PROMPTS
 
-    is_embedded = model.tokenizer.name_or_path == str(EMBEDDED / "target")
-    if is_embedded or not has_chat_template(model.tokenizer):
+    if target == "tiny" or not has_chat_template(model.tokenizer):
         return read_prompts(EMBEDDED_PROMPTS)
     return [Prompt(str(number), messages=({"role": "user", "content": text},)) for number, text in enumerate(QUESTIONS)]

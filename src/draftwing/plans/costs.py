@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import statistics
 import time
 from collections import defaultdict
@@ -27,7 +26,7 @@ from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.statistics import STAGES
 from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree_plan import TreePlan
-from draftwing.files import cache_folder
+from draftwing.files import cache_folder, write_text
 from draftwing.provenance import provenance
 from draftwing.target.model import TargetModel
 from draftwing.target.packed import PackedLinear
@@ -137,8 +136,10 @@ def what_costs_depend_on(target: TargetModel, draft: Draft, captured: bool) -> d
     kind = family_of_draft(draft).kind
     where = {"on": str(target.device), "dtype": str(target.dtype), "pass": type(target).__name__}
     network = kind.network(draft)
-    where["draft_pass"] = ", ".join(sorted({type(part).__name__ for part in (draft, *network.modules())}))
-    modules = (*target.model.modules(), *network.modules())  # packed and fused ones differ
+    where["draft_pass"] = ", ".join(
+        sorted({type(part).__name__ for part in (draft, *network.modules())})
+    )  # fused ones differ
+    modules = (*target.model.modules(), *network.modules())
     products = {type(module.product).__name__ for module in modules if isinstance(module, PackedLinear)}
     where["products"] = ", ".join(sorted(products))
     where["captured"] = str(captured)
@@ -172,11 +173,9 @@ def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts], sinc
     )
     costs = measure()
     entry = json.dumps({"key": key, "measured_at": time.time(), "costs": costs.as_dict()}, indent=2, default=str)
-    partial = file.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(entry, encoding="utf-8")
-        partial.replace(file)
+        write_text(file, entry)
     return costs
 
 

@@ -291,8 +291,8 @@ class Intake:
         if known is None:
             expected = "how this model writes calls is not known from its chat template (--tool-call-parser)"
             raise FieldError("tools", expected)
-        ids = {mark: self.tokenizer.convert_tokens_to_ids(mark) for mark in (*known.marks, "[ARGS]", "[CALL_ID]")}
-        special = {mark: token for mark, token in ids.items() if mark in self.tokenizer.all_special_tokens}
+        marks = [mark for mark in (*known.marks, "[ARGS]", "[CALL_ID]") if mark in self.tokenizer.all_special_tokens]
+        special = {mark: self.tokenizer.convert_tokens_to_ids(mark) for mark in marks}
         allowed, functions = None, [function.model_dump(exclude_none=True) for function in body.callable]
         if body.must_call:
             try:

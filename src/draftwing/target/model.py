@@ -119,7 +119,7 @@ class TargetModel:
         others = 2 if self.device.type == "cpu" and self.dtype in PACKED_DTYPES else 1
         return max((product.least_rows for product in packed), default=others)
 
-    @property
+    @cached_property
     def bits_depend_on_threads(self) -> bool:
         """Whether some product rounds differently on another number of threads: torch's own do, packed ones do not."""
         return not all_packed(self.model)

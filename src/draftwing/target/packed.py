@@ -99,9 +99,9 @@ class PackedProduct(Product):
 
     least_rows = 2
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(layers)
-        weight, self._bias = _joined(layers)
+        self._bias = bias
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -119,14 +119,16 @@ class HalfProduct(Product):
     For float32 weights that float16 holds once they are multiplied by a power of two: all that were saved in 16 bits.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], exponent: int) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Linear], weight: torch.Tensor, bias: torch.Tensor | None, exponent: int
+    ) -> None:
         super().__init__(layers)
         self._same_rows = same_rows()
         self.least_rows = self._same_rows[1]
         self._scale = 2.0**-exponent
-        weight, bias = (None if part is None else part * 2.0**exponent for part in _joined(layers))
+        scaled = [None if part is None else part * 2.0**exponent for part in (weight, bias)]
         self._multiply = torch.ops.quantized.linear_dynamic_fp16.default
-        self._weight = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+        self._weight = torch.ops.quantized.linear_prepack_fp16(*scaled)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._scaled(x).mul_(self._scale)
@@ -193,21 +195,22 @@ def half_exponent(weight: torch.Tensor) -> int | None:
 
 def _product(layers: Sequence[nn.Linear]) -> Product:
     """The fastest product whose bits do not depend on what passes with a row."""
-    if layers[0].weight.device.type != "cpu":
-        return JoinedProduct(layers)
-    if layers[0].weight.dtype == torch.float32 and same_rows():
-        exponent = half_exponent(_joined(layers)[0])
+    weight, bias = _joined(layers)
+    if weight.device.type != "cpu":
+        return JoinedProduct(layers, weight, bias)
+    if weight.dtype == torch.float32 and same_rows():
+        exponent = half_exponent(weight)
         if exponent is not None:
-            return HalfProduct(layers, exponent)
-    return PackedProduct(layers)
+            return HalfProduct(layers, weight, bias, exponent)
+    return PackedProduct(layers, weight, bias)
 
 
 class JoinedProduct(Product):
     """The device's own, with the layers' weights one below the other."""
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(layers)
-        self.weight, self.bias = _joined(layers)
+        self.weight, self.bias = weight, bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self.weight, self.bias)
