@@ -39,6 +39,7 @@ from draftwing.engine.tree_plan import Plan, TreePlan
 from draftwing.plans.auto import AutoPlan, SizedPlan
 from draftwing.plans.costs import CycleCosts, measure_costs
 from draftwing.plans.lessons import Experience
+from draftwing.target.fused import pack_target
 from draftwing.target.model import ATTENTION, TargetModel
 
 VOCAB_SIZE = 64
@@ -67,6 +68,16 @@ def tiny_llama(seed: int = 0, **overrides: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).double().eval()
 
 
+def noisy_llama() -> LlamaForCausalLM:
+    """A model that often says what `tiny_llama` says."""
+    model = tiny_llama()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return model
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _measurements_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests neither read nor write the user's cache folder; costs are measured roughly, and once for all processes."""
@@ -80,19 +91,21 @@ def _measurements_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture(scope="session")
-def target() -> TargetModel:
+def stock_target() -> TargetModel:
+    """With transformers' own modules, whose weights training reads."""
     return TargetModel(tiny_llama())
 
 
 @pytest.fixture(scope="session")
+def target() -> TargetModel:
+    """The same model as `load` makes it: with a pass of few operations."""
+    return pack_target(TargetModel(tiny_llama()))
+
+
+@pytest.fixture(scope="session")
 def draft_model() -> TargetModel:
-    """A second model that often says what `target` says: the same weights with some noise."""
-    model = tiny_llama()
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
-    return TargetModel(model, role="draft")
+    """A second model that often says what `target` says."""
+    return pack_target(TargetModel(noisy_llama(), role="draft"))
 
 
 @pytest.fixture(scope="session")
@@ -111,28 +124,28 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def heads(target: TargetModel) -> dict[str, DraftNetwork]:
+def heads(stock_target: TargetModel) -> dict[str, DraftNetwork]:
     """An EAGLE-1 and an EAGLE-3 head for `target`, trained on what it says; the draft vocabulary is a proper subset."""
-    data = self_generated(target, num_rows=16, length=40)
+    data = self_generated(stock_target, num_rows=16, length=40)
     trained = {}
     for objective in ("eagle1", "eagle3"):
         config = TrainConfig(
             objective=objective, output="", target="unused", draft_vocab_size=48, ttt_steps=4, aux_layers=(1, 3, 5)
         )  # type: ignore[arg-type]
         torch.manual_seed(1)
-        head = new_head(config, target, data).double()
-        trained[objective] = train_briefly(head, target, config, data, steps=40)
+        head = new_head(config, stock_target, data).double()
+        trained[objective] = train_briefly(head, stock_target, config, data, steps=40)
     return trained
 
 
 @pytest.fixture(scope="session")
-def medusa_heads(target: TargetModel) -> MedusaModel:
+def medusa_heads(stock_target: TargetModel) -> MedusaModel:
     """Three Medusa heads for `target`, trained on what it says."""
     config = TrainConfig(objective="medusa", output="", target="unused", medusa_heads=3)
-    data = self_generated(target, num_rows=16, length=40)
+    data = self_generated(stock_target, num_rows=16, length=40)
     torch.manual_seed(1)
-    model = new_head(config, target, data).double()
-    optimise(head_training(model, target, config), data, steps=40)
+    model = new_head(config, stock_target, data).double()
+    optimise(head_training(model, stock_target, config), data, steps=40)
     return model.eval()
 
 

@@ -49,6 +49,12 @@ LLAMA3_SCALING = {
 # Manifests: files as they are published, at their true sizes.
 
 
+@pytest.fixture(scope="module")
+def target(stock_target: TargetModel) -> TargetModel:
+    """Training reads its weights."""
+    return stock_target
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A published head, the target it is for, and what reading it must give."""

@@ -274,5 +274,5 @@ def epsilon(norm: Any) -> float:
 
 
 def _scalar_like(weight: torch.Tensor, value: Any) -> torch.Tensor:
-    """A float32 scalar on the weight's device."""
-    return torch.tensor(value, dtype=torch.float32, device=weight.device)
+    """A scalar on the weight's device, in float32 or wider."""
+    return torch.tensor(value, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)

@@ -19,7 +19,7 @@ from draftwing.target.attention import attention_forward, has_kernel, pack_mask
 from draftwing.target.hidden_states import NORMED, recording
 from draftwing.target.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.target.logits import LogitTransform
-from draftwing.target.packed import PACKED_DTYPES, PackedLinear, all_packed
+from draftwing.target.packed import PACKED_DTYPES, PackedLinear, bits_depend_on_threads
 
 ATTENTION = "draftwing"
 Role = Literal["target", "draft"]
@@ -121,8 +121,8 @@ class TargetModel:
 
     @cached_property
     def bits_depend_on_threads(self) -> bool:
-        """Whether some product rounds differently on another number of threads: torch's own do, packed ones do not."""
-        return not all_packed(self.model)
+        """Whether some product rounds differently on another number of threads (`packed.bits_depend_on_threads`)."""
+        return bits_depend_on_threads(self.model)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace the model's linear layers by packed ones, in place: on a GPU, and on a CPU whose oneDNN has the dtype.
+    """Replace the model's linear layers by packed ones, in place: on a GPU, and on a CPU that has products of the dtype.
 
     The model can be run as before but not trained, saved or moved to another device.
     """
@@ -54,7 +54,7 @@ def _can_pack(layer: nn.Linear) -> bool:
     if "forward" in vars(layer) or layer._forward_pre_hooks or layer._forward_hooks:  # it does more than its product
         return False
     dtype, device = layer.weight.dtype, layer.weight.device
-    if device.type == "cuda":
+    if device.type == "cuda" or dtype == torch.float64:
         return True
     if device.type != "cpu" or dtype not in PACKED_DTYPES or not torch.backends.mkldnn.is_available():
         return False
@@ -66,9 +66,11 @@ class Product(ABC):
 
     Attributes:
         least_rows: from how many rows on each of them has the same bits whatever passes with it.
+        bits_depend_on_threads: whether another number of threads sums in another order.
     """
 
     least_rows = 1
+    bits_depend_on_threads = False
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.sizes = [layer.out_features for layer in layers]
@@ -196,7 +198,7 @@ def half_exponent(weight: torch.Tensor) -> int | None:
 def _product(layers: Sequence[nn.Linear]) -> Product:
     """The fastest product whose bits do not depend on what passes with a row."""
     weight, bias = _joined(layers)
-    if weight.device.type != "cpu":
+    if weight.device.type != "cpu" or weight.dtype == torch.float64:
         return JoinedProduct(layers, weight, bias)
     if weight.dtype == torch.float32 and same_rows():
         exponent = half_exponent(weight)
@@ -211,6 +213,7 @@ class JoinedProduct(Product):
     def __init__(self, layers: Sequence[nn.Linear], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(layers)
         self.weight, self.bias = weight, bias
+        self.bits_depend_on_threads = weight.device.type == "cpu"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self.weight, self.bias)
@@ -247,8 +250,8 @@ class PackedLinear(nn.Module):
         return self.product.output(x, self._index)
 
 
-def all_packed(network: nn.Module) -> bool:
-    """Whether all of a network's products are packed.
+def bits_depend_on_threads(network: nn.Module) -> bool:
+    """Whether some product rounds differently on another number of threads: torch's own do, packed ones do not.
 
     What else has a weight of two or more dimensions multiplies too, but for embeddings: GPT-2's layers, experts.
     """
@@ -259,7 +262,9 @@ def all_packed(network: nn.Module) -> bool:
         return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
 
     modules = list(network.modules())
-    return any(isinstance(module, PackedLinear) for module in modules) and not any(map(multiplies, modules))
+    products = [module.product for module in modules if isinstance(module, PackedLinear)]
+    is_fixed = products and not any(product.bits_depend_on_threads for product in products)
+    return not is_fixed or any(map(multiplies, modules))
 
 
 def places(network: nn.Module) -> set[tuple[torch.dtype, torch.device]]:

@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, Path, generate, language_model, nodes_of, requests_for, tiny_llama
+from conftest import VOCAB_SIZE, Path, generate, language_model, nodes_of, noisy_llama, requests_for, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from draftwing.drafts.language_model import DraftModelDrafter
@@ -18,6 +18,18 @@ from draftwing.target.model import ATTENTION, TargetModel
 UNREAD = 16
 CAPACITY = 120
 PLANS = ("chain:1", "chain:4", "tree:3x3x9", "tree:4x3x37", "eagle1")
+
+
+@pytest.fixture(scope="module")
+def target(stock_target: TargetModel) -> TargetModel:
+    """Scores are those of the stock modules."""
+    return stock_target
+
+
+@pytest.fixture(scope="module")
+def draft_model() -> TargetModel:
+    """With the stock modules, too."""
+    return TargetModel(noisy_llama(), role="draft")
 
 
 def sliding_window_model() -> TargetModel:

@@ -23,6 +23,12 @@ UNREAD = 64
 SMALL_TREE = TreePlan.static(((0,), (2,), (2, 1), (2, 1, 0), (0, 1)))
 
 
+@pytest.fixture(scope="module")
+def target(stock_target: TargetModel) -> TargetModel:
+    """Scores are those of the stock modules."""
+    return stock_target
+
+
 def full_causal_attention(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """An `Attend` without a cache: every slot reads itself and those before it."""
     groups, length = queries.shape[1] // keys.shape[1], queries.shape[2]

@@ -22,6 +22,12 @@ from draftwing.target.packed import pack_linears
 NUM_HEADS, HIDDEN = 3, 32
 
 
+@pytest.fixture(scope="module")
+def target(stock_target: TargetModel) -> TargetModel:
+    """Training reads its weights."""
+    return stock_target
+
+
 class Oracle(nn.Module):
     """A head that recognises the feature of position t of a known text and says the text's token at t + offset."""
 

@@ -16,6 +16,12 @@ from draftwing.evaluation.rivals import endpoint_rival, transformers_rivals
 from draftwing.target.model import TargetModel
 
 
+@pytest.fixture(scope="module")
+def target(stock_target: TargetModel) -> TargetModel:
+    """Transformers decodes with it."""
+    return stock_target
+
+
 @contextmanager
 def server(answers: dict[str, tuple[int, Any]]) -> Iterator[tuple[str, list[Any]]]:
     """Serves fixed answers by path: its URL, and the bodies that were posted."""

@@ -33,6 +33,12 @@ EAGLE1 = TrainConfig(objective="eagle1", output="", target="unused", token_loss_
 CONFIGS = {"eagle1": EAGLE1, "eagle3": EAGLE3}
 
 
+@pytest.fixture(scope="module")
+def target(stock_target: TargetModel) -> TargetModel:
+    """Training reads its weights."""
+    return stock_target
+
+
 def explicit_attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:

@@ -24,6 +24,12 @@ LAYERS = (1, 3, 5)
 
 
 @pytest.fixture(scope="module")
+def target(stock_target: TargetModel) -> TargetModel:
+    """Training reads its weights."""
+    return stock_target
+
+
+@pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """Documents of 3 to 40 tokens of the tiny Llama's vocabulary."""
     folder = tmp_path_factory.mktemp("prepared")

@@ -1,11 +1,18 @@
 """Slots: committing a path equals recomputing from scratch, rows are ragged, and padding is never read."""
 
+import pytest
 import torch
 
 from draftwing.target.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.target.model import TargetModel
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def target(stock_target: TargetModel) -> TargetModel:
+    """Logits are those of the stock modules."""
+    return stock_target
 
 
 def positions_cache(batch_size: int, capacity: int, num_new: int) -> KVCache:

@@ -15,6 +15,12 @@ from draftwing.target.model import TargetModel
 from draftwing.training.loop import training_arguments, wants_compile
 
 
+@pytest.fixture(scope="module")
+def target(stock_target: TargetModel) -> TargetModel:
+    """Training reads its weights."""
+    return stock_target
+
+
 @pytest.mark.parametrize("has_gpu", [False, True])
 @pytest.mark.parametrize("compile", [None, False, True])
 def test_compiled_is_what_the_recipe_says_or_what_has_a_gpu(

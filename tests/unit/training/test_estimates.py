@@ -57,6 +57,12 @@ PUBLISHED = {
 """The targets' published shapes, and how many parameters their model cards name."""
 
 
+@pytest.fixture(scope="module")
+def target(stock_target: TargetModel) -> TargetModel:
+    """Training reads its weights."""
+    return stock_target
+
+
 def config_folder(folder: Path, values: dict[str, Any]) -> str:
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     return str(folder)
