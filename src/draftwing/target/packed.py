@@ -21,7 +21,7 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace the model's linear layers by packed ones, in place: on a GPU, and on a CPU that has products of the dtype.
+    """Replace the model's linear layers by packed ones, in place, where the device has products for them.
 
     The model can be run as before but not trained, saved or moved to another device.
     """
