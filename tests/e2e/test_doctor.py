@@ -178,8 +178,8 @@ FAULTS = {
 }
 
 
-SIBLINGS = ("aux-layers-high", "rope-scaling")
-"""Faults whose like is tried by another one, and which take long."""
+SIBLINGS = ("aux-layers-low", "aux-layers-high", "rope-scaling", "norm-before-residual", "norm-before-fc")
+"""Faults whose like is tried by another one."""
 
 
 def write_head(folder: Path, name: str, damage: Damage) -> Path:

@@ -1,12 +1,14 @@
 """Prepared folders: what is read equals what was tokenised, stopped runs go on, other tokenizers are refused."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import SLOW
 from transformers import PreTrainedTokenizerFast
 
 from draftwing.data.chat_template import Example, cut, encode_row
@@ -142,12 +144,15 @@ def test_rows_that_have_changed_are_refused(tmp_path: Path, tokenizer: Any) -> N
             prepare(settings, tokenizer, tmp_path / "out")
 
 
+@pytest.mark.parametrize("are_threads", [True, pytest.param(False, marks=SLOW)])
 def test_several_processes_write_the_same(
-    tmp_path: Path, data: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, are_threads: bool
 ) -> None:
     settings = PrepareSettings((data,), sequence_length=100)
     prepare(settings, tokenizer, tmp_path / "one")
     monkeypatch.setattr(module, "ROWS_WORTH_A_POOL", 100)
+    if are_threads:  # processes import torch, which takes long
+        monkeypatch.setattr(module, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
     prepare(settings, tokenizer, tmp_path / "two", workers=2)
     assert files(tmp_path / "two") == files(tmp_path / "one")
 

