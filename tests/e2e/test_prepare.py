@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import SLOW
 
 from draftwing.cli import main
 from draftwing.data.prepared import open_prepared
@@ -129,7 +130,7 @@ def test_training_from_the_folder_equals_training_from_the_rows(
     assert (folder / "from_rows" / "rejects.jsonl").read_text(encoding="utf-8").count("\n") == 1
 
 
-@pytest.mark.parametrize(("storage", "tolerance"), [("bf16", 0.01), ("fp8", 0.05)])
+@pytest.mark.parametrize(("storage", "tolerance"), [("fp8", 0.05), pytest.param("bf16", 0.01, marks=SLOW)])
 def test_training_from_stored_features(
     folder: Path, capsys: pytest.CaptureFixture[str], storage: str, tolerance: float
 ) -> None:
@@ -149,7 +150,7 @@ def test_training_from_stored_features(
 
 @pytest.mark.parametrize("objective", ["eagle1", "medusa"])
 def test_other_heads_read_stored_features_too(folder: Path, capsys: pytest.CaptureFixture[str], objective: str) -> None:
-    """Packed ones here: the final norm's output is all that they read."""
+    """In bfloat16 and packed: the final norm's output is all that they read."""
     features = str(folder / f"features-{objective}")
     common = ["--features", "--data", str(folder / "prepared"), "--target", "tiny", "--output", features, "--json"]
     assert call(capsys, "prepare", *common, "--method", objective)["feature_layers"] == [-1]  # behind the final norm

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import tiny_llama
+from conftest import SLOW, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
@@ -565,8 +565,10 @@ def test_a_loss_that_explodes_ends_the_run(folder: Path, capsys: pytest.CaptureF
         assert as_strict_json((folder / output / "training.json").read_text())["finished"] is False
 
 
-@pytest.mark.parametrize("step", [6, 8])  # between checkpoints, and with the weights of one
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    ("step", "where"),  # between checkpoints, and with the weights of one
+    [(6, "gradient"), (8, "loss"), pytest.param(6, "loss", marks=SLOW), pytest.param(8, "gradient", marks=SLOW)],
+)
 def test_the_last_good_checkpoint_is_kept(
     folder: Path,
     whole: dict[str, Any],
