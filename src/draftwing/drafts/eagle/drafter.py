@@ -8,8 +8,7 @@ from functools import partial
 
 import torch
 
-from draftwing.drafts.eagle.eagle1 import EagleModel
-from draftwing.drafts.eagle.eagle3 import Eagle3Model
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.drafts.growth import RootedDraft, grow_tree
 from draftwing.drafts.ngram import NgramDrafter
 from draftwing.engine.drafter import Drafter, Ranking
@@ -34,7 +33,7 @@ class EagleDrafter(Drafter):
 
     def __init__(
         self,
-        model: EagleModel | Eagle3Model,
+        model: DraftNetwork,
         num_seats: int,
         capacity: int,
         ngram: NgramDrafter | None = None,
