@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from draftwing.config import HeadStage
 from draftwing.data import fingerprint
 from draftwing.data.chat_template import Example, cut, encode_row
+from draftwing.data.corpus import Splits
 from draftwing.data.features import FeatureExamples, check_positions
 from draftwing.data.packing import PackedExamples
 from draftwing.data.prepared import StoredExamples, is_prepared, open_prepared
@@ -24,15 +24,7 @@ from draftwing.data.sources import RowRef
 from draftwing.target.model import TargetModel
 
 
-@dataclass(frozen=True)
-class Documents:
-    """Tokenised documents of at most `sequence_length` tokens, for training and held out."""
-
-    train: Sequence[Example]
-    held_out: Sequence[Example]
-
-
-def read_documents(config: HeadStage, tokenizer: Any) -> Documents:
+def read_documents(config: HeadStage, tokenizer: Any) -> Splits[Example]:
     """The documents of a recipe's `data`: tokenised now, or read from a prepared folder.
 
     Rows that cannot be used go to `rejects.jsonl` in the output folder, and a line on stderr counts them.
@@ -44,10 +36,10 @@ def read_documents(config: HeadStage, tokenizer: Any) -> Documents:
     length = config.sequence_length
     if len(names) == 1 and is_prepared(names[0]):
         prepared = open_prepared(names[0], tokenizer)
-        return Documents(prepared.examples("train", length, config.max_rows), prepared.examples("held_out", length))
+        return Splits(prepared.examples("train", length, config.max_rows), prepared.examples("held_out", length))
     selection = select_rows(names, config.max_rows, config.seed)
     rejects = Rejects(Path(config.output) / "rejects.jsonl")
-    documents = Documents(
+    documents = Splits(
         _tokenise(selection.train, tokenizer, length, rejects),
         _tokenise(selection.held_out, tokenizer, length, rejects),
     )
@@ -60,8 +52,8 @@ def read_documents(config: HeadStage, tokenizer: Any) -> Documents:
 
 
 def as_training_rows(
-    documents: Documents, config: HeadStage, target: TargetModel, feature_layers: tuple[int, ...]
-) -> Documents:
+    documents: Splits[Example], config: HeadStage, target: TargetModel, feature_layers: tuple[int, ...]
+) -> Splits[Example]:
     """What the trainer iterates over: documents with their stored `features`, packed, if the recipe says so.
 
     Of the held-out rows there are `evaluate_rows`.
@@ -83,7 +75,7 @@ def as_training_rows(
         train, held_out = (FeatureExamples(part, config.features, target, feature_layers) for part in (train, held_out))
     if config.packing:
         train, held_out = (PackedExamples(part, lengths_of(part), config.sequence_length) for part in (train, held_out))
-    return Documents(train, [held_out[i] for i in range(min(config.evaluate_rows, len(held_out)))])
+    return Splits(train, [held_out[i] for i in range(min(config.evaluate_rows, len(held_out)))])
 
 
 def _tokenise(refs: Sequence[RowRef], tokenizer: Any, length: int, rejects: Rejects) -> list[Example]:
