@@ -11,10 +11,9 @@ import torch
 from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.drafts.growth import RootedDraft, grow_tree
 from draftwing.drafts.ngram import NgramDrafter
-from draftwing.engine.drafter import Drafter, Ranking
+from draftwing.engine.drafter import Drafter, Ranking, Unread
 from draftwing.engine.tree import DraftTree
 from draftwing.engine.tree_plan import TreeShape
-from draftwing.engine.unread import Unread
 from draftwing.target.attention import grouped_attention
 from draftwing.target.kv_cache import KVCache, LayerShape, visible_slots
 
