@@ -72,25 +72,25 @@ class Journal:
         lines = [] if fresh or not self._file.is_file() else self._file.read_text(encoding="utf-8").split("\n")
         *whole, cut = lines or [""]
         if lines:
-            self._read(lines, settings)
+            self._read(self._file, lines, settings)
         if not self.runs:
             write_text(self._file, json.dumps({"settings": settings}) + "\n")
         elif cut:
             os.truncate(self._file, len("".join(line + "\n" for line in whole).encode()))
 
-    def _read(self, lines: list[str], settings: Settings) -> None:
+    def _read(self, file: Path, lines: list[str], settings: Settings) -> None:
         """Take in a file's lines, the last of which is empty or was cut."""
         try:
             before = json.loads(lines[0])["settings"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"output: {self._file} does not begin with an evaluation's settings") from None
+            raise ValueError(f"output: {file} does not begin with an evaluation's settings") from None
         for number, line in enumerate(lines[1:-1], 2):
-            run = _read_run(line, f"{self._file}, line {number}")
+            run = _read_run(line, f"{file}, line {number}")
             self.runs[run.key] = run
         if self.runs:
             wanted = {**dict.fromkeys(before), **settings}
-            check_same(before, wanted, self._file, "Name another folder, or start anew with --fresh")
-            logger.info("resuming from %s: %d runs are there", self._file, len(self.runs))
+            check_same(before, wanted, file, "Name another folder, or start anew with --fresh")
+            logger.info("resuming from %s: %d runs are there", file, len(self.runs))
 
     def add(self, run: Run) -> None:
         """Keep a run, on disk before anything else happens."""
