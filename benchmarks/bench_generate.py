@@ -19,8 +19,9 @@ from rich.table import Table
 from draftwing.api import load
 from draftwing.data.prompts import read_prompts
 from draftwing.embedded import EMBEDDED_PROMPTS
-from draftwing.evaluation.compare import MethodResult, compare_methods
+from draftwing.evaluation.figures import ResultRow
 from draftwing.evaluation.rivals import transformers_rivals
+from draftwing.evaluation.side_by_side import as_facts, measure
 from draftwing.provenance import write_record
 from draftwing.target.load import load_stock
 
@@ -35,34 +36,27 @@ def main() -> int:
     for plan in options.plans:
         methods[f"eagle2 {plan}"] = partial(eagle1.with_method("eagle2").start, plan=plan)
         methods[f"eagle3 {plan}"] = partial(eagle3.start, plan=plan)
-    prompts = [prompt.token_ids(eagle3.tokenizer) for prompt in read_prompts(options.prompts)][: options.num_prompts]
-    rows = []
-    for temperature in options.temperatures:
-        results = compare_methods(methods, prompts, temperature, options.repeats, max_new_tokens=options.max_new_tokens)
-        plain = results[0].tokens_per_second
-        rows += [as_row(result, plain) for result in results]
-        if temperature == 0:
-            speed = transformers_speed(eagle3, prompts, options)
-            rows.append({"method": "transformers generate", "temperature": 0.0, "tokens_per_second": speed,
-                         "speedup": speed / plain})  # fmt: skip
+    prompts = read_prompts(options.prompts)[: options.num_prompts]
+    settings = options.temperatures, options.repeats, options.max_new_tokens
+    rows = [as_row(row) for row in measure(methods, prompts, eagle3.tokenizer, *settings)]
+    if 0 in options.temperatures:
+        ids = [prompt.token_ids(eagle3.tokenizer) for prompt in prompts]
+        speed = transformers_speed(eagle3, ids, options)
+        plain = next(row["tokens_per_second"] for row in rows if row["temperature"] == 0)
+        rows.append({"method": "transformers generate", "temperature": 0.0, "tokens_per_second": speed,
+                     "speedup": speed / plain})  # fmt: skip
     print_table(rows, options)
     if options.output:
         write_record(options.output, rows, vars(options))
     return 0
 
 
-def as_row(result: MethodResult, plain_tokens_per_second: float) -> dict[str, Any]:
+def as_row(row: ResultRow) -> dict[str, Any]:
     """A method's figures as the record has them."""
-    figures = result.statistics
-    return {
-        "method": result.method,
-        "temperature": result.temperature,
-        "tokens_per_second": result.tokens_per_second,
-        "acceptance_length": figures.acceptance_length,
-        "speedup": result.tokens_per_second / plain_tokens_per_second,
-        "identical": result.identical,
-        "acceptance_rate": figures.acceptance_rate,
-        "ms_per_cycle": {s: 1000 * t / figures.num_cycles for s, t in figures.seconds.items()},
+    num_cycles = sum(run.num_cycles or 0.0 for run in row.runs)
+    return as_facts(row) | {
+        "acceptance_rate": [depth.rate for depth in row.acceptance_rate],
+        "ms_per_cycle": {stage: 1000 * s / num_cycles for stage, s in row.stage_seconds.items()},
     }
 
 

@@ -22,10 +22,11 @@ import torch
 from bench_generate import as_row, print_table
 
 from draftwing.api import SpeculativeModel, load
-from draftwing.data.prompts import read_prompts
+from draftwing.data.prompts import Prompt, read_prompts
 from draftwing.embedded import EMBEDDED_PROMPTS
 from draftwing.engine.generation import Generation
-from draftwing.evaluation.compare import Start, compare_methods
+from draftwing.evaluation.compare import Start
+from draftwing.evaluation.side_by_side import measure
 from draftwing.provenance import write_record
 from draftwing.target.kv_cache import KVCache
 from draftwing.target.model import TargetModel, TargetOutput
@@ -60,7 +61,7 @@ def main() -> int:
     torch.set_num_threads(options.threads or torch.get_num_threads())
     longer = {} if options.positions is None else stretched_to(options.positions)
     model = load(options.target, draft=options.draft, dtype=options.dtype, device=options.device, **longer)
-    prompts = [prompt.token_ids(model.tokenizer) for prompt in read_prompts(options.prompts)][: options.num_prompts]
+    prompts = read_prompts(options.prompts)[: options.num_prompts]
     rows = (
         measure_speed(model, prompts, options)
         if options.measure == "speed"
@@ -87,35 +88,36 @@ def methods_of(model: SpeculativeModel) -> dict[str, Start]:
     }
 
 
-def measure_speed(
-    model: SpeculativeModel, prompts: list[list[int]], options: argparse.Namespace
-) -> list[dict[str, Any]]:
+def measure_speed(model: SpeculativeModel, prompts: list[Prompt], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of every method, set and temperature; a prescribed answer leaves nothing to sample."""
-    edits = dict(edit_of(model, prompt) for prompt in prompts)
-    runs = [("open-ended", temperature, methods_of(model), prompts) for temperature in options.temperatures]
-    runs.append(("edit", 0.0, replayed_methods(model, edits), [list(prompt) for prompt in edits]))
+    edits = [edit_of(model, prompt) for prompt in prompts]
+    answers = {tuple(prompt.token_ids(model.tokenizer)): answer for prompt, answer in edits}
+    runs = [
+        ("open-ended", options.temperatures, methods_of(model), prompts),
+        ("edit", (0.0,), replayed_methods(model, answers), [prompt for prompt, _ in edits]),
+    ]
     rows = []
-    for name, temperature, methods, prompts_of_set in runs:
-        results = compare_methods(
-            methods, prompts_of_set, temperature, options.repeats, max_new_tokens=options.max_new_tokens
-        )
-        of_set = [as_row(result, results[0].tokens_per_second) for result in results]
+    for name, temperatures, methods, prompts_of_set in runs:
+        settings = temperatures, options.repeats, options.max_new_tokens
+        of_set = [as_row(row) for row in measure(methods, prompts_of_set, model.tokenizer, *settings)]
         print_table(of_set, options)
         rows += [{"set": name} | row for row in of_set]
     return rows
 
 
-def edit_of(model: SpeculativeModel, prompt: list[int]) -> tuple[tuple[int, ...], list[int]]:
+def edit_of(model: SpeculativeModel, prompt: Prompt) -> tuple[Prompt, list[int]]:
     """A prompt that shows a function, and the text of prompt and answer: the function with one name changed.
 
     The function is what the target continues `prompt` with at temperature 1; greedy text would repeat itself.
     """
-    generation = model.start([prompt], max_new_tokens=SOURCE_TOKENS, temperature=1.0).run()
-    function = model.tokenizer.decode(prompt + generation.outputs[0].tokens, skip_special_tokens=True)
+    ids = prompt.token_ids(model.tokenizer)
+    generation = model.start([ids], max_new_tokens=SOURCE_TOKENS, temperature=1.0).run()
+    function = model.tokenizer.decode(ids + generation.outputs[0].tokens, skip_special_tokens=True)
     ((name, _),) = Counter(re.findall(r"[a-z_]{4,}", function)).most_common(1)
     answer = re.sub(rf"\b{name}\b", "changed", function)
-    shown = model.tokenizer(f"{function}\n# The same with {name} changed:\n")["input_ids"]
-    return tuple(shown), shown + model.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    shown = Prompt(prompt.name, f"{function}\n# The same with {name} changed:\n")
+    answered = model.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return shown, shown.token_ids(model.tokenizer) + answered
 
 
 def replayed_methods(model: SpeculativeModel, edits: dict[tuple[int, ...], list[int]]) -> dict[str, Start]:
@@ -135,7 +137,7 @@ def replayed_methods(model: SpeculativeModel, edits: dict[tuple[int, ...], list[
 
 
 def measure_position(
-    model: SpeculativeModel, prompts: list[list[int]], options: argparse.Namespace
+    model: SpeculativeModel, prompts: list[Prompt], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """tau of the cycles that start in each bucket of output positions, up to the target's last position."""
     assert model.target.max_positions is not None
@@ -147,7 +149,7 @@ def measure_position(
         for method, start in methods.items():
             tokens: Counter[int] = Counter()
             cycles: Counter[int] = Counter()
-            for prompt in prompts:
+            for prompt in (prompt.token_ids(model.tokenizer) for prompt in prompts):
                 limit = model.target.max_positions - len(prompt)
                 generation = start(
                     [prompt], max_new_tokens=limit, temperature=temperature, eos_token_id=[], plan=options.plan

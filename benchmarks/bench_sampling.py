@@ -10,6 +10,7 @@ tokens, so the ratio of their taus is the inverse ratio of their cycles. Speed-u
 
 import argparse
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,20 +24,14 @@ from rich.table import Table
 from draftwing.api import load
 from draftwing.data.prompts import read_prompts
 from draftwing.embedded import EMBEDDED_PROMPTS
-from draftwing.evaluation.compare import MethodResult, PromptResult, Start, compare_methods
-from draftwing.intervals import Interval, ratio_interval
+from draftwing.evaluation.compare import Start
+from draftwing.evaluation.figures import Figures, figures_of, rate_ratio
+from draftwing.evaluation.journal import Run
+from draftwing.evaluation.side_by_side import measure
+from draftwing.intervals import Interval
 from draftwing.provenance import write_record
 
 WAYS = {"coupled": True, "uncoupled": False}
-
-
-@dataclass(frozen=True)
-class Figures:
-    """One way of drafting; `speedup` is over plain decoding."""
-
-    acceptance_length: Interval
-    tokens_per_second: Interval
-    speedup: Interval
 
 
 @dataclass(frozen=True)
@@ -46,10 +41,10 @@ class SamplingRow:
     method: str
     temperature: float
     identical: bool
-    coupled: Figures
-    uncoupled: Figures
-    acceptance_length_ratio: Interval
-    tokens_per_second_ratio: Interval
+    coupled: Figures | None
+    uncoupled: Figures | None
+    acceptance_length_ratio: Interval | None
+    tokens_per_second_ratio: Interval | None
 
 
 def main() -> int:
@@ -57,7 +52,7 @@ def main() -> int:
     torch.set_num_threads(options.threads or torch.get_num_threads())
     eagle3 = load(options.target, draft=options.eagle3, dtype=options.dtype, device=options.device)
     eagle1 = load(options.target, draft=options.eagle1, dtype=options.dtype, device=options.device, method="eagle1")
-    prompts = [prompt.token_ids(eagle3.tokenizer) for prompt in read_prompts(options.prompts)][: options.num_prompts]
+    prompts = read_prompts(options.prompts)[: options.num_prompts]
     plans = [(eagle1, plan) for plan in (*options.chains, "eagle1")]
     plans += [(eagle1.with_method("eagle2"), plan) for plan in options.trees]
     plans += [(eagle3, plan) for plan in (*options.chains, *options.trees)]
@@ -67,10 +62,12 @@ def main() -> int:
             methods[f"{model.method} {plan} {way}"] = partial(model.start, plan=plan, coupled=coupled)
     rows = []
     for temperature in track(options.temperatures, "temperatures", console=Console(stderr=True)):
-        settings = {"repeats": options.repeats, "max_new_tokens": options.max_new_tokens}
-        runs = [compare_methods(methods, prompts, temperature, seed=seed, **settings) for seed in range(options.seeds)]
-        by_method = {results[0].method: over_seeds(results) for results in zip(*runs, strict=True)}
-        rows += [as_row(f"{model.method} {plan}", by_method) for model, plan in plans]
+        settings = eagle3.tokenizer, (temperature,), options.repeats, options.max_new_tokens
+        by_method: dict[str, list[Run]] = defaultdict(list)
+        for seed in range(options.seeds):  # a prompt's runs of several seeds are summed where figures are taken
+            for row in measure(methods, prompts, *settings, seed=seed):
+                by_method[row.method] += row.runs
+        rows += [as_row(f"{model.method} {plan}", temperature, by_method) for model, plan in plans]
     title = f"{options.target}, {options.dtype}, {len(prompts)} prompts, {options.seeds} seeds; [95 % intervals]"
     Console(width=160).print(as_table(rows, title))
     if options.output:
@@ -78,49 +75,17 @@ def main() -> int:
     return 0
 
 
-def over_seeds(results: Sequence[MethodResult]) -> MethodResult:
-    """One method's results of several seeds, summed for each prompt."""
-    prompts = [
-        PromptResult(
-            sum(run.num_tokens for run in runs), sum(run.num_cycles for run in runs), sum(run.seconds for run in runs)
-        )
-        for runs in zip(*(result.prompts for result in results), strict=True)
-    ]
-    identical = all(result.identical for result in results)
-    return MethodResult(results[0].method, results[0].temperature, prompts, identical)
-
-
-def as_row(name: str, by_method: dict[str, MethodResult]) -> SamplingRow:
+def as_row(name: str, temperature: float, by_method: dict[str, list[Run]]) -> SamplingRow:
     plain, coupled, uncoupled = by_method["plain"], *(by_method[f"{name} {way}"] for way in WAYS)
     return SamplingRow(
         method=name,
-        temperature=plain.temperature,
-        identical=coupled.identical and uncoupled.identical,
-        coupled=as_figures(coupled, plain),
-        uncoupled=as_figures(uncoupled, plain),
-        acceptance_length_ratio=ratio_interval(cycles(uncoupled), cycles(coupled)),
-        tokens_per_second_ratio=ratio_interval(seconds(uncoupled), seconds(coupled)),
+        temperature=temperature,
+        identical=all(run.identical for run in (*coupled, *uncoupled)),
+        coupled=figures_of(coupled, plain),
+        uncoupled=figures_of(uncoupled, plain),
+        acceptance_length_ratio=rate_ratio(coupled, uncoupled, "num_cycles"),
+        tokens_per_second_ratio=rate_ratio(coupled, uncoupled),
     )
-
-
-def as_figures(result: MethodResult, plain: MethodResult) -> Figures:
-    return Figures(
-        acceptance_length=ratio_interval(tokens(result), cycles(result)),
-        tokens_per_second=ratio_interval(tokens(result), seconds(result)),
-        speedup=ratio_interval(seconds(plain), seconds(result)),
-    )
-
-
-def tokens(result: MethodResult) -> list[float]:
-    return [prompt.num_tokens for prompt in result.prompts]
-
-
-def cycles(result: MethodResult) -> list[float]:
-    return [prompt.num_cycles for prompt in result.prompts]
-
-
-def seconds(result: MethodResult) -> list[float]:
-    return [prompt.seconds for prompt in result.prompts]
 
 
 def as_table(rows: Sequence[SamplingRow], title: str) -> Table:
@@ -138,6 +103,7 @@ def as_table(rows: Sequence[SamplingRow], title: str) -> Table:
     ):
         table.add_column(column, justify="right")
     for row in rows:
+        assert row.coupled is not None and row.uncoupled is not None
         table.add_row(
             row.method,
             f"{row.temperature:g}",

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftwing.config import TrainConfig
 from draftwing.drafts.eagle import objective
-from draftwing.drafts.eagle.eagle3 import Eagle3Model
+from draftwing.drafts.eagle.network import Eagle3Model
 from draftwing.drafts.eagle.objective import Eagle3Training
 from draftwing.layers import DraftConfig, DraftVocab
 from draftwing.losses.ttt import additive_mask

@@ -23,13 +23,13 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from draftwing.api import SpeculativeModel
 from draftwing.data.prompts import read_prompts
-from draftwing.drafts.eagle.eagle3 import Eagle3Model
 from draftwing.drafts.eagle.fused_layers import pack_head
 from draftwing.drafts.eagle.load_head import build_network
+from draftwing.drafts.eagle.network import Eagle3Model
 from draftwing.drafts.kinds import suitable_draft
 from draftwing.drafts.load_draft import load_draft
 from draftwing.embedded import EMBEDDED_PROMPTS
-from draftwing.evaluation.compare import compare_methods
+from draftwing.evaluation.side_by_side import measure
 from draftwing.provenance import write_record
 from draftwing.target.fused import pack_target
 from draftwing.target.load import load_target, load_tokenizer
@@ -238,11 +238,9 @@ def main() -> int:
     model = SpeculativeModel(target, inflated, tokenizer, "eagle3")
     methods = {"plain": model.with_method("plain").start}
     methods |= {f"eagle3 {plan}": partial(model.start, plan=plan) for plan in options.plans}
-    prompts = [prompt.token_ids(tokenizer) for prompt in read_prompts(EMBEDDED_PROMPTS)][: options.num_prompts]
-    rows: list[dict[str, Any]] = []
-    for temperature in options.temperatures:
-        results = compare_methods(methods, prompts, temperature, options.repeats, max_new_tokens=options.max_new_tokens)
-        rows += [as_row(result, results[0].tokens_per_second) for result in results]
+    prompts = read_prompts(EMBEDDED_PROMPTS)[: options.num_prompts]
+    settings = options.temperatures, options.repeats, options.max_new_tokens
+    rows = [as_row(row) for row in measure(methods, prompts, tokenizer, *settings)]
     options.target = f"{options.shape} with what tiny computes"
     print_table(rows, options)
     if options.output:

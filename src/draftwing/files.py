@@ -49,6 +49,20 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+def check_same(
+    made_with: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    place: Path,
+    advice: str = "Undo the change, or name another output",
+) -> None:
+    """Raise a ValueError that lists the wanted settings in which a run differs from what it would continue."""
+    wanted = json.loads(json.dumps(wanted))
+    differing = sorted(name for name in wanted if made_with.get(name) != wanted[name])
+    if differing:
+        listed = "; ".join(f"{name} was {made_with.get(name)!r}, is {wanted[name]!r}" for name in differing)
+        raise ValueError(f"output: {place} was made with other settings: {listed}. {advice}")
+
+
 def cache_folder() -> Path:
     """What is kept for later runs lies here: $DRAFTWING_CACHE, or draftwing in the user's cache folder."""
     if folder := os.environ.get("DRAFTWING_CACHE"):

@@ -18,8 +18,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
-from draftwing.drafts.eagle.eagle1 import EagleModel
-from draftwing.drafts.eagle.eagle3 import Eagle3Model
+from draftwing.drafts.eagle.network import Eagle3Model, EagleModel
 from draftwing.layers import ACTIVATIONS, DecoderLayer, DraftConfig, DraftVocab
 from draftwing.rotary import Rotary, rope_frequencies, rope_scale
 from draftwing.target.attention import grouped_attention

@@ -32,10 +32,9 @@ from draftwing.doctor.diagnosis import (
     decode_prompts,
     examine,
 )
-from draftwing.doctor.patient import Patient
 from draftwing.doctor.replay import Transcript, transcribe
 from draftwing.doctor.suspects import head_suspects
-from draftwing.doctor.trials import Finding, StepCount, compare
+from draftwing.doctor.trials import Finding, Patient, StepCount, compare
 from draftwing.drafts.eagle.formats import HeadOptions
 from draftwing.drafts.fit import Tensors
 from draftwing.drafts.load_draft import read_draft_files, resolve_draft

@@ -187,7 +187,7 @@ class Chat:
         tokens, figures = generation.outputs[0].tokens, generation.statistics
         said = self._model.tokenizer.decode(tokens, skip_special_tokens=True)
         self._messages.append({"role": "assistant", "content": said})
-        rate, tau = figures.num_tokens / figures.total_seconds, figures.acceptance_length
+        rate, tau = figures.tokens_per_second, figures.acceptance_length
         record = {"question": text, "text": said, "num_tokens": len(tokens), "tokens_per_second": rate}
         self.answers.append(record | {"acceptance_length": tau, "method": self._model.method})
         if not self._is_quiet:

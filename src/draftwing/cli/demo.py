@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    from draftwing.evaluation.side_by_side import as_table, measure, show_completions
+    from rich.progress import Progress
+
+    from draftwing.evaluation.side_by_side import as_facts, as_table, measure, show_completions
 
     console, temperatures = new_console(stderr=options.json), (0.0, 1.0)
     is_embedded = options.target == "tiny" and options.draft is None
@@ -62,9 +64,14 @@ def run(options: argparse.Namespace) -> None:
         model.costs(1, sampled=temperature > 0)
     if not options.json:
         show_completions(console, prompts[:3], model.tokenizer, methods, **common)
-    rows = measure(console, prompts, model.tokenizer, methods, temperatures, options.repeats, **common)
+    with Progress(console=console, transient=True) as progress:
+        total = len(temperatures) * len(prompts) * len(methods) * options.repeats
+        task = progress.add_task("measuring", total=total)
+        settings = model.tokenizer, temperatures, options.repeats
+        results = measure(methods, prompts, *settings, advance=lambda done: progress.advance(task, done), **common)
+    rows = [as_facts(row) for row in results]
     if options.json:
-        print(json.dumps({"rows": [row.as_dict() for row in rows]}))
+        print(json.dumps({"rows": rows}))
         return
     what = "embedded models" if is_embedded else str(options.target)
     dtype = str(model.target.dtype).removeprefix("torch.")

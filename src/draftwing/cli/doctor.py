@@ -40,8 +40,7 @@ def run(options: argparse.Namespace) -> int:
     from draftwing.api import load
     from draftwing.data.prompts import has_chat_template, read_prompts
     from draftwing.doctor.diagnosis import as_report, decode_prompts, examine
-    from draftwing.doctor.patient import Patient
-    from draftwing.doctor.trials import StepCount
+    from draftwing.doctor.trials import Patient, StepCount
     from draftwing.drafts.eagle.formats import HeadOptions
     from draftwing.embedded import EMBEDDED_PROMPTS
 

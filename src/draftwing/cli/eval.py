@@ -176,9 +176,8 @@ def _report(
     settings: dict[str, Any],
 ) -> Any:
     from draftwing.data.prompts import has_chat_template
-    from draftwing.evaluation.ablations import ablations
     from draftwing.evaluation.compare import memory_kind
-    from draftwing.evaluation.figures import result_rows
+    from draftwing.evaluation.figures import ablations, result_rows
     from draftwing.evaluation.report import Report
     from draftwing.provenance import provenance
 

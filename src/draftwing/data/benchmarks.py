@@ -62,19 +62,12 @@ def load_benchmark(name: str) -> list["Prompt"]:
     Raises:
         ValueError: `datasets` is not installed, the hub cannot be reached, or the data are not as expected.
     """
+    from draftwing.data.sources import load_hub
+
     benchmark = BENCHMARKS[name]
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            f"data: {name} is read with `datasets`: pip install 'draftwing[eval]', or name a file: {name}=PATH"
-        ) from None
-    try:
-        rows = datasets.load_dataset(
-            benchmark.path, benchmark.config, split=benchmark.split, data_files=benchmark.data_files
-        )
-    except Exception as error:  # the hub client raises many kinds; the user needs the name and the reason
-        raise ValueError(f"data: cannot load {name} ({benchmark.path}): {type(error).__name__}: {error}") from error
+    said = f"{name} ({benchmark.path})"
+    what = benchmark.path, benchmark.config
+    rows = load_hub(said, "eval", *what, split=benchmark.split, data_files=benchmark.data_files)
     return [_read(name, index, benchmark, row) for index, row in enumerate(rows)]
 
 

@@ -7,11 +7,12 @@ user turn is the docstring and whose assistant turn is the source. Whole modules
 import ast
 import importlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+Item = TypeVar("Item")
 Row = dict[str, Any]
 """One sample: `{"text": str}` or `{"messages": [{"role", "content"}, ...]}`, as in a JSONL data file."""
 
@@ -27,14 +28,14 @@ MAX_FUNCTION_LINES = 60
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Rows for training and rows of the held-out modules."""
+class Splits(Generic[Item]):
+    """What trains, and what is held out for evaluation: rows, or what stands for them."""
 
-    train: list[Row]
-    held_out: list[Row]
+    train: Sequence[Item]
+    held_out: Sequence[Item]
 
 
-def read_stdlib(root: Path | None = None) -> Corpus:
+def read_stdlib(root: Path | None = None) -> Splits[Row]:
     """Collect the rows of the standard library under `root` (default: the running interpreter's)."""
     root = root or Path(sysconfig.get_paths()["stdlib"])
     train: list[Row] = [{"text": text} for text in _language_topics()]
@@ -44,7 +45,7 @@ def read_stdlib(root: Path | None = None) -> Corpus:
         rows = held_out if is_held_out(path.relative_to(root)) else train
         rows.append({"text": source})
         rows.extend(chat_rows(source))
-    return Corpus(train, held_out)
+    return Splits(train, held_out)
 
 
 def is_held_out(relative: Path) -> bool:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,15 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from draftwing.config import HeadStage
 from draftwing.data import fingerprint
 from draftwing.data.chat_template import Example, cut, encode_row
+from draftwing.data.corpus import Splits
 from draftwing.data.features import FeatureExamples, check_positions
-from draftwing.data.packing import PackedExamples
 from draftwing.data.prepared import StoredExamples, is_prepared, open_prepared
 from draftwing.data.rows import Rejects, made_from, select_rows
 from draftwing.data.sources import RowRef
 from draftwing.target.model import TargetModel
 
 
-@dataclass(frozen=True)
-class Documents:
-    """Tokenised documents of at most `sequence_length` tokens, for training and held out."""
-
-    train: Sequence[Example]
-    held_out: Sequence[Example]
-
-
-def read_documents(config: HeadStage, tokenizer: Any) -> Documents:
+def read_documents(config: HeadStage, tokenizer: Any) -> Splits[Example]:
     """The documents of a recipe's `data`: tokenised now, or read from a prepared folder.
 
     Rows that cannot be used go to `rejects.jsonl` in the output folder, and a line on stderr counts them.
@@ -44,10 +35,10 @@ def read_documents(config: HeadStage, tokenizer: Any) -> Documents:
     length = config.sequence_length
     if len(names) == 1 and is_prepared(names[0]):
         prepared = open_prepared(names[0], tokenizer)
-        return Documents(prepared.examples("train", length, config.max_rows), prepared.examples("held_out", length))
+        return Splits(prepared.examples("train", length, config.max_rows), prepared.examples("held_out", length))
     selection = select_rows(names, config.max_rows, config.seed)
     rejects = Rejects(Path(config.output) / "rejects.jsonl")
-    documents = Documents(
+    documents = Splits(
         _tokenise(selection.train, tokenizer, length, rejects),
         _tokenise(selection.held_out, tokenizer, length, rejects),
     )
@@ -60,8 +51,8 @@ def read_documents(config: HeadStage, tokenizer: Any) -> Documents:
 
 
 def as_training_rows(
-    documents: Documents, config: HeadStage, target: TargetModel, feature_layers: tuple[int, ...]
-) -> Documents:
+    documents: Splits[Example], config: HeadStage, target: TargetModel, feature_layers: tuple[int, ...]
+) -> Splits[Example]:
     """What the trainer iterates over: documents with their stored `features`, packed, if the recipe says so.
 
     Of the held-out rows there are `evaluate_rows`.
@@ -83,7 +74,7 @@ def as_training_rows(
         train, held_out = (FeatureExamples(part, config.features, target, feature_layers) for part in (train, held_out))
     if config.packing:
         train, held_out = (PackedExamples(part, lengths_of(part), config.sequence_length) for part in (train, held_out))
-    return Documents(train, [held_out[i] for i in range(min(config.evaluate_rows, len(held_out)))])
+    return Splits(train, [held_out[i] for i in range(min(config.evaluate_rows, len(held_out)))])
 
 
 def _tokenise(refs: Sequence[RowRef], tokenizer: Any, length: int, rejects: Rejects) -> list[Example]:
@@ -164,3 +155,62 @@ class LengthGroupedOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
         return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows of document indices whose lengths sum to at most `capacity`: best-fit decreasing.
+
+    Longest first, each document goes where least room is left behind it. A function of its arguments alone. Documents
+    of a row, and rows by their first document, are in the order given.
+    """
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by the room left in them
+    rooms = 0  # bit r is set where some row has room r
+    for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[document]
+        assert 0 < length <= capacity
+        enough = rooms >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1
+            row = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+            rows[row].append(document)
+        else:
+            row, room = len(rows), capacity
+            rows.append([document])
+        with_room[room - length].append(row)
+        rooms |= 1 << (room - length)
+    return sorted(sorted(row) for row in rows)
+
+
+class PackedExamples(Sequence[Example]):
+    """Documents packed into rows of at most `capacity` tokens, with the number of each token's document."""
+
+    def __init__(self, documents: Sequence[Example], lengths: Sequence[int], capacity: int) -> None:
+        self._documents = documents
+        self._rows = pack(lengths, capacity)
+        self.lengths = [sum(lengths[document] for document in row) for row in self._rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        return join([self._documents[document] for document in self._rows[index]])
+
+
+def join(documents: Sequence[Example]) -> Example:
+    """One row of several documents."""
+    lengths = torch.tensor([len(document) for document in documents])
+    return Example(
+        torch.cat([document.input_ids for document in documents]),
+        torch.cat([document.loss_mask for document in documents]),
+        torch.arange(len(documents)).repeat_interleave(lengths),
+        _join_stored([document.features for document in documents]),
+        _join_stored([document.last_hidden for document in documents]),
+    )
+
+
+def _join_stored(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    stored = [part for part in parts if part is not None]
+    return torch.cat(stored) if stored else None

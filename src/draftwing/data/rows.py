@@ -9,20 +9,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from draftwing.data.chat_template import normalise
-from draftwing.data.corpus import Corpus, Row
+from draftwing.data.corpus import Row, Splits
 from draftwing.data.sources import SHOWN, RowRef, open_source
 from draftwing.files import write_text
 
 HELD_OUT_SHARE = 0.02
 Made = TypeVar("Made")
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Rows for training, shuffled, and held-out rows."""
-
-    train: list[RowRef]
-    held_out: list[RowRef]
 
 
 @dataclass(frozen=True)
@@ -120,7 +112,7 @@ def describe(found: Sequence[Reject], num_rows: int, path: Path) -> str:
     )
 
 
-def select_rows(names: str | Sequence[str], max_rows: int | None = None, seed: int = 0) -> Selection:
+def select_rows(names: str | Sequence[str], max_rows: int | None = None, seed: int = 0) -> Splits[RowRef]:
     """Choose the rows of one source or several, without reading them.
 
     Held out are a source's rows with `"held_out": true`, or if it has none its last 2% (at least one row).
@@ -146,12 +138,12 @@ def select_rows(names: str | Sequence[str], max_rows: int | None = None, seed: i
     random.Random(seed).shuffle(train)
     if len(names) > 1:  # so that its first rows are of all sources
         random.Random(seed).shuffle(held_out)
-    return Selection(train[:max_rows], held_out)
+    return Splits(train[:max_rows], held_out)
 
 
 def read_rows(
     names: str | Sequence[str], max_rows: int | None = None, seed: int = 0, rejects: Rejects | None = None
-) -> Corpus:
+) -> Splits[Row]:
     """Read the rows that `select_rows` chooses into memory. Malformed ones go to `rejects`.
 
     Raises:
@@ -162,7 +154,7 @@ def read_rows(
     if rejects is not None:
         rejects.sort()
         rejects.check(len(selection.train) + len(selection.held_out))
-    return Corpus(train, held_out)
+    return Splits(train, held_out)
 
 
 def made_from(refs: Iterable[RowRef], make: Callable[[Row], Made], rejects: Rejects | None = None) -> Iterator[Made]:

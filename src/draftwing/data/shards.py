@@ -68,17 +68,6 @@ def read_index(folder: Path, expected_format: str) -> dict[str, Any]:
     return dict(values)
 
 
-def check_same_run(place: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise a ValueError if a run that is continued had other settings."""
-    now = json.loads(json.dumps(now))
-    for name in now:
-        if earlier.get(name) != now[name]:
-            raise ValueError(
-                f"{name}: {place} was begun with {earlier.get(name)!r}, now it is {now[name]!r}; "
-                "use the same settings or another output"
-            )
-
-
 def as_record(splits: Mapping[str, Sequence[Shard]]) -> dict[str, list[dict[str, Any]]]:
     """Shards as an index has them."""
     return {split: [asdict(shard) for shard in shards] for split, shards in splits.items()}

@@ -89,7 +89,7 @@ def open_file(name: str) -> Source:
 class ListSource:
     """Rows in memory, of which some are held out. `lines` says where each begins; else they are counted."""
 
-    def __init__(self, name: str, rows: Sequence[Any], held_out: set[int], lines: Sequence[int] = ()) -> None:
+    def __init__(self, name: str, rows: Any, held_out: set[int], lines: Sequence[int] = ()) -> None:
         self.name, self._rows, self._held_out, self._lines = name, rows, held_out, lines
 
     def __len__(self) -> int:
@@ -152,35 +152,35 @@ class JsonlSource:
         return self._marked
 
 
-class HubSource:
-    """A data set of the hub, fetched and kept by the package `datasets`."""
+def load_hub(name: str, extra: str, *what: str | None, **options: Any) -> Any:
+    """A data set, fetched and kept by the package `datasets`: its rows.
+
+    Raises:
+        ValueError: `datasets`, of the `extra`, is not installed, or the hub has none or cannot be reached.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(f"data: {name} needs the package datasets: pip install 'draftwing[{extra}]'") from None
+    try:
+        return load_dataset(*what, **options)
+    except Exception as error:  # the client raises many kinds; the user needs the name and the reason
+        raise ValueError(f"data: cannot load {name}: {type(error).__name__}: {error}") from error
+
+
+class HubSource(ListSource):
+    """A data set of the hub."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
         match = HUB.fullmatch(name)
         if match is None:
             raise ValueError(f"data: expected hub:org/name[/config][:split], got {name!r}")
-        try:
-            from datasets import load_dataset
-        except ImportError:
-            raise ValueError(f"data: {name} needs the package datasets: pip install 'draftwing[train]'") from None
-        try:
-            self._rows: Any = load_dataset(match["repository"], match["config"], split=match["split"] or "train")
-        except Exception as error:  # the client raises many kinds; the user needs the name and the reason
-            raise ValueError(f"data: cannot load {name}: {type(error).__name__}: {error}") from error
-
-    def __len__(self) -> int:
-        return len(self._rows)
+        table = load_hub(name, "train", match["repository"], match["config"], split=match["split"] or "train")
+        super().__init__(name, table, set())
 
     def read(self, index: int) -> Row:
         row: Row = _without_nulls(self._rows[index])
         return row
-
-    def line(self, index: int) -> int:
-        return index + 1
-
-    def beginning(self, index: int) -> str:
-        return str(self._rows[index])[:SHOWN]
 
     def marked(self) -> set[int]:
         if "held_out" not in self._rows.column_names:

@@ -12,10 +12,9 @@ from rich.console import Group
 from rich.table import Table
 
 from draftwing.data.prompts import Prompt, has_chat_template
-from draftwing.doctor.patient import Patient
 from draftwing.doctor.replay import Trace, Transcript, transcribe
 from draftwing.doctor.suspects import Suspect
-from draftwing.doctor.trials import Finding, StepCount, Trials, compare
+from draftwing.doctor.trials import Finding, Patient, StepCount, Trials, compare
 from draftwing.engine.engine import Request, check_requests
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule

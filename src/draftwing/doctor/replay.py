@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from draftwing.engine.drafter import Drafter, NoDrafter, Ranking
+from draftwing.engine.drafter import PREFILL_CHUNK, Drafter, NoDrafter, Ranking
 from draftwing.engine.engine import NewDrafter, Request
 from draftwing.engine.generation import start_generation
 from draftwing.engine.readback import Array
 from draftwing.engine.sampling import Sampler, SamplingParams, log_probabilities
 from draftwing.engine.tree_plan import TreePlan
-from draftwing.engine.unread import PREFILL_CHUNK
 from draftwing.target.model import TargetModel
 
 MOST_TOKENS = 4096

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from draftwing.drafts.family import NOTHING_ELSE, Draft, DrafterOptions, Family, Method
+from draftwing.drafts.family import NOTHING_ELSE, Draft, DrafterOptions, Family, Kind, Method
 from draftwing.embedded import EMBEDDED_DRAFTS, EMBEDDED_TARGETS
 from draftwing.engine.tree_plan import NamedTree, TreePlan
 
@@ -18,7 +18,7 @@ _EAGLE: dict[str, Any] = {"takes": ("ngram", "draft_window"), "has_head_options"
 PLAIN = "plain"
 """The method that drafts nothing: the reference of all others."""
 FAMILIES = [
-    Family("plain decoding", f"{_HERE}.plain.Plain", (Method(PLAIN, "off"),), needs_draft=False, plans="none"),
+    Family("plain decoding", Kind, (Method(PLAIN, "off"),), needs_draft=False, plans="none"),
     Family("n-gram drafting", f"{_HERE}.ngram.Ngram", (Method("ngram", "chain:6"),), needs_draft=False, plans="chains"),
     Family(
         "Lookahead decoding",

@@ -16,11 +16,10 @@ from draftwing.drafts.eagle.formats import HeadOptions
 from draftwing.drafts.family import Draft, DrafterOptions, DraftFiles, DraftReport, Kind
 from draftwing.drafts.fit import TargetSizes, Tensors, dtype_name
 from draftwing.drafts.growth import RootedDraft, grow_tree
-from draftwing.engine.drafter import Drafter, Ranking
+from draftwing.engine.drafter import Drafter, Ranking, Unread
 from draftwing.engine.engine import NewDrafter
 from draftwing.engine.tree import DraftTree
 from draftwing.engine.tree_plan import TreeShape
-from draftwing.engine.unread import Unread
 from draftwing.layers import DraftVocab
 from draftwing.target.fused import pack_target
 from draftwing.target.load import empty_model, find_tokenizer, load_target

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from draftwing.engine.captured import CapturedCycle, CapturedSeats, Recorder, can_record, idle_since
-from draftwing.engine.drafter import Drafter
+from draftwing.engine.drafter import MOST_UNREAD, PREFILL_CHUNK, Drafter
 from draftwing.engine.grammar import Grammar
 from draftwing.engine.logprobs import TokenLogprobs
 from draftwing.engine.order import Order
@@ -23,7 +23,6 @@ from draftwing.engine.seats import Seats, room_for
 from draftwing.engine.statistics import StageClock, Statistics
 from draftwing.engine.tree import DraftTree
 from draftwing.engine.tree_plan import Plan, TreePlan, TreeShape
-from draftwing.engine.unread import MOST_UNREAD, PREFILL_CHUNK
 from draftwing.target.model import TargetModel
 from draftwing.target.row_pass import rounding_problem
 from draftwing.threads import fitting_threads, num_threads

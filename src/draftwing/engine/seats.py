@@ -11,14 +11,13 @@ import numpy as np
 import torch
 
 from draftwing.by_seat import BySeat
-from draftwing.engine.drafter import Drafter
+from draftwing.engine.drafter import MOST_UNREAD, Drafter
 from draftwing.engine.logprobs import Scores, ScoresOnHost
 from draftwing.engine.readback import Array
 from draftwing.engine.request import Seat
 from draftwing.engine.sampling import Sampler, uncoupled_rank
 from draftwing.engine.tree import DraftTree, Verdict, root_tree, walk
 from draftwing.engine.tree_plan import TreeShape
-from draftwing.engine.unread import MOST_UNREAD
 from draftwing.target.model import TargetModel
 
 

@@ -83,6 +83,10 @@ class Statistics(CycleCounts):
     def total_seconds(self) -> float:
         return sum(self.seconds.values())
 
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.total_seconds if self.num_tokens else 0.0
+
     def merge(self, other: "Statistics") -> None:
         """Add another generation's counts to this one's."""
         self.num_cycles += other.num_cycles

@@ -1,19 +1,17 @@
-"""Run methods over the same prompts, interleaved, and compare tokens and speed with plain decoding."""
+"""Prompts decoded by several methods in turn, timed, with the memory that it took."""
 
 import re
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from draftwing.drafts.kinds import PLAIN
 from draftwing.engine.generation import Generation
 from draftwing.engine.statistics import Statistics
 
@@ -41,92 +39,10 @@ Decode = Callable[..., Decoded]
 """Decodes one prompt (token ids) to its end, with options of `generate`."""
 
 
-@dataclass(frozen=True)
-class PromptResult:
-    """One prompt's runs: `seconds` is the median of its repeats, `num_cycles` the last one's."""
-
-    num_tokens: int
-    num_cycles: int
-    seconds: float
-
-
-@dataclass
-class MethodResult:
-    """One method at one temperature, over all prompts. `statistics` are those of all repeats."""
-
-    method: str
-    temperature: float
-    prompts: list[PromptResult] = field(default_factory=list)
-    identical: bool = True
-    statistics: Statistics = field(default_factory=Statistics)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(prompt.num_tokens for prompt in self.prompts)
-
-    @property
-    def seconds(self) -> float:
-        return sum(prompt.seconds for prompt in self.prompts)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.num_tokens / self.seconds if self.seconds else 0.0
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A line of the comparison table."""
-
-    method: str
-    temperature: float
-    tokens_per_second: float
-    acceptance_length: float
-    speedup: float
-    identical: bool
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def compare_methods(
-    methods: dict[str, Start],
-    prompts: Sequence[Sequence[int]],
-    temperature: float,
-    repeats: int = 3,
-    on_progress: Callable[[str], None] = lambda method: None,
-    **options: Any,
-) -> list[MethodResult]:
-    """Decode every prompt with every method, `repeats` times in turn.
-
-    `methods` must hold `plain`, whose tokens are the reference. `options` are those of `generate`.
-    """
-    results = {name: MethodResult(name, temperature) for name in methods}
-    decoders = {name: decoder(start) for name, start in methods.items()}
-    for start in methods.values():  # warm-up: the first calls of a process pay for its lazy initialisations
-        warm_up(start, prompts[0], temperature=temperature, **options)
-    for prompt in prompts:
-        runs: dict[str, list[Decoded]] = {}
-        for name, outcome in decode_in_turn(
-            decoders, prompt, repeats, on_progress, temperature=temperature, **options
-        ).items():
-            if isinstance(outcome, Exception):
-                raise outcome
-            runs[name] = outcome
-        for name, result in results.items():
-            last = runs[name][-1]
-            assert last.statistics is not None
-            median = statistics.median(run.seconds for run in runs[name])
-            result.prompts.append(PromptResult(last.num_tokens, last.statistics.num_cycles, median))
-            result.identical &= all(run.tokens == runs[PLAIN][-1].tokens for run in runs[name])
-            result.statistics.merge(merged(runs[name]))
-    return list(results.values())
-
-
 def decode_in_turn(
     methods: Mapping[str, Decode],
     prompt: Sequence[int],
     repeats: int,
-    on_progress: Callable[[str], None] = lambda method: None,
     **options: Any,
 ) -> dict[str, list[Decoded] | Exception]:
     """Decode one prompt with every method, `repeats` times in turn, so that a drift of the machine hits all alike.
@@ -137,7 +53,6 @@ def decode_in_turn(
     failed: dict[str, Exception] = {}
     for _ in range(repeats):
         for name in methods:
-            on_progress(name)
             if name in failed:
                 continue
             try:
@@ -177,22 +92,6 @@ def timed(start: Start, prompts: Sequence[Sequence[int]], **options: Any) -> tup
     begin = time.perf_counter()
     generation = start(prompts, **options).run()
     return generation, time.perf_counter() - begin - generation.statistics.recording_seconds
-
-
-def compare_to_plain(results: Sequence[MethodResult]) -> list[Comparison]:
-    """Table rows of one temperature, with speed-ups over its plain row."""
-    plain = next(result for result in results if result.method == PLAIN)
-    return [
-        Comparison(
-            result.method,
-            result.temperature,
-            round(result.tokens_per_second, 2),
-            round(result.statistics.acceptance_length, 3),
-            round(result.tokens_per_second / plain.tokens_per_second, 3),
-            result.identical,
-        )
-        for result in results
-    ]
 
 
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")

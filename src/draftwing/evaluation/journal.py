@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from draftwing.files import write_text
+from draftwing.files import check_same, write_text
 
 logger = logging.getLogger(__name__)
 FILE = "runs.jsonl"
@@ -57,7 +57,7 @@ class Journal:
     A last line that was cut while it was written is dropped.
 
     Raises:
-        ValueError: the folder holds runs of other settings (the first difference is named), or another kind of file, or
+        ValueError: the folder holds runs of other settings (the differences are named), or another kind of file, or
             is a file itself.
     """
 
@@ -72,24 +72,25 @@ class Journal:
         lines = [] if fresh or not self._file.is_file() else self._file.read_text(encoding="utf-8").split("\n")
         *whole, cut = lines or [""]
         if lines:
-            self._read(lines, settings)
+            self._read(self._file, lines, settings)
         if not self.runs:
             write_text(self._file, json.dumps({"settings": settings}) + "\n")
         elif cut:
             os.truncate(self._file, len("".join(line + "\n" for line in whole).encode()))
 
-    def _read(self, lines: list[str], settings: Settings) -> None:
+    def _read(self, file: Path, lines: list[str], settings: Settings) -> None:
         """Take in a file's lines, the last of which is empty or was cut."""
         try:
             before = json.loads(lines[0])["settings"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"output: {self._file} does not begin with an evaluation's settings") from None
+            raise ValueError(f"output: {file} does not begin with an evaluation's settings") from None
         for number, line in enumerate(lines[1:-1], 2):
-            run = _read_run(line, f"{self._file}, line {number}")
+            run = _read_run(line, f"{file}, line {number}")
             self.runs[run.key] = run
         if self.runs:
-            self._check_settings(before, json.loads(json.dumps(settings)))
-            logger.info("resuming from %s: %d runs are there", self._file, len(self.runs))
+            wanted = {**dict.fromkeys(before), **settings}
+            check_same(before, wanted, file, "Name another folder, or start anew with --fresh")
+            logger.info("resuming from %s: %d runs are there", file, len(self.runs))
 
     def add(self, run: Run) -> None:
         """Keep a run, on disk before anything else happens."""
@@ -100,14 +101,6 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def _check_settings(self, before: Settings, now: Settings) -> None:
-        for name in [*now, *before]:
-            if before.get(name) != now.get(name):
-                raise ValueError(
-                    f"output: {self._file} has runs of other settings: {name} was {_shown(before.get(name))} and is "
-                    f"{_shown(now.get(name))}; name another folder, or start anew with --fresh"
-                )
-
 
 def _read_run(line: str, place: str) -> Run:
     try:
@@ -115,8 +108,3 @@ def _read_run(line: str, place: str) -> Run:
         return Run(**{field.name: values[field.name] for field in fields(Run)})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"output: {place} is no run: {error}") from None
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -11,7 +11,8 @@ from rich.console import Group
 from rich.table import Table
 
 from draftwing.drafts.load_draft import ACCEPTANCE_FILE
-from draftwing.evaluation.compare import MethodResult, PromptResult, Start, timed
+from draftwing.engine.statistics import Statistics
+from draftwing.evaluation.compare import Start
 from draftwing.plans.acceptance import EDGES, NUM_DEPTHS, AcceptanceTable
 from draftwing.plans.costs import CycleCosts
 from draftwing.plans.lessons import Experience
@@ -25,8 +26,8 @@ class PlanReport:
 
     costs: CycleCosts
     experience: Experience
-    plain: MethodResult
-    auto: MethodResult
+    plain: Statistics
+    auto: Statistics
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready figures; seconds, probabilities, tokens per second."""
@@ -35,7 +36,7 @@ class PlanReport:
             "acceptance": self.experience.acceptance.as_dict(),
             "learnt_speedup": self.experience.gain,
             "speedup": self.auto.tokens_per_second / self.plain.tokens_per_second,
-            "acceptance_length": self.auto.statistics.acceptance_length,
+            "acceptance_length": self.auto.acceptance_length,
             "node_pays_from": self.node_pays_from(),
             "level_pays_from": self.level_pays_from(),
         }
@@ -66,14 +67,11 @@ def measure_plan(
     **options: Any,
 ) -> PlanReport:
     """Decode prompts, so many at a time, plain and with trees that size themselves (`options` of `generate`)."""
-    results = {plan: MethodResult(plan, options["temperature"]) for plan in ("off", "auto")}
+    totals = {"off": Statistics(), "auto": Statistics()}
     for first in range(0, len(prompts) - batch_size + 1, batch_size):  # whole batches only: costs are theirs
-        for plan, result in results.items():
-            generation, seconds = timed(start, prompts[first : first + batch_size], plan=plan, **options)
-            figures = generation.statistics
-            result.prompts.append(PromptResult(figures.num_tokens, figures.num_cycles, seconds))
-            result.statistics.merge(figures)
-    return PlanReport(costs, experience, results["off"], results["auto"])
+        for plan, total in totals.items():
+            total.merge(start(prompts[first : first + batch_size], plan=plan, **options).run().statistics)
+    return PlanReport(costs, experience, totals["off"], totals["auto"])
 
 
 def save_acceptance(folder: Path, tables: dict[str, AcceptanceTable]) -> Path:
@@ -136,5 +134,5 @@ def implied_plan(report: PlanReport) -> Sequence[str]:
         f"A node is verified if it is accepted with a probability of at least {nodes}.",
         f"A level is drafted if one of its parents is accepted with a probability of at least {levels}.",
         f"Measured: {report.auto.tokens_per_second:.0f} tokens/s, {speedup:.2f}x plain decoding, tau "
-        f"{report.auto.statistics.acceptance_length:.2f}.",
+        f"{report.auto.acceptance_length:.2f}.",
     ]

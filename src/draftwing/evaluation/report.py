@@ -13,9 +13,8 @@ from rich.table import Table
 
 from draftwing.charts import as_words, bar_chart, line_chart
 from draftwing.drafts.kinds import PLAIN
-from draftwing.evaluation.ablations import Ablation
 from draftwing.evaluation.evaluate import Skipped
-from draftwing.evaluation.figures import Figures, ResultRow
+from draftwing.evaluation.figures import Ablation, Figures, ResultRow
 from draftwing.intervals import Interval
 
 Cells = Sequence[object]

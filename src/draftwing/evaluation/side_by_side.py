@@ -1,16 +1,18 @@
 """The demonstration on the embedded models: watch plain and EAGLE-3 decoding, then see the table."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from draftwing.data.prompts import Prompt
 from draftwing.engine.generation import Committed
 from draftwing.engine.stopping import TextStream
-from draftwing.evaluation.compare import Comparison, Start, compare_methods, compare_to_plain
+from draftwing.evaluation.compare import Start, decoder
+from draftwing.evaluation.evaluate import Evaluation, PromptSet, Remarks, evaluate
+from draftwing.evaluation.figures import ResultRow, result_rows
+from draftwing.evaluation.journal import Journal
 
 DRAFTED, CHOSEN = "green", "default"
 LEGEND = f"{DRAFTED}: drafted and accepted; the rest is the target's own"
@@ -54,39 +56,57 @@ def show_completions(
 
 
 def measure(
-    console: Console,
+    methods: Mapping[str, Start],
     prompts: Sequence[Prompt],
     tokenizer: Any,
-    methods: dict[str, Start],
     temperatures: Sequence[float],
     repeats: int,
-    **options: Any,
-) -> list[Comparison]:
-    """The table's rows: every method at every temperature over all prompts."""
-    ids = [prompt.token_ids(tokenizer) for prompt in prompts]
-    rows: list[Comparison] = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=len(temperatures) * len(ids) * len(methods) * repeats)
-        advance: Callable[[str], None] = lambda method: progress.advance(task)
-        for temperature in temperatures:
-            results = compare_methods(methods, ids, temperature, repeats, advance, **options)
-            rows += compare_to_plain(results)
-    return rows
+    max_new_tokens: int,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda decodings: None,
+) -> list[ResultRow]:
+    """An evaluation of methods, `plain` among them, on these prompts; nothing is kept on disk.
+
+    Raises:
+        ValueError: a method failed.
+    """
+    decoders = {name: decoder(start) for name, start in methods.items()}
+    data = [PromptSet("prompts", prompts)]
+    evaluation = Evaluation(decoders, data, temperatures, tokenizer, max_new_tokens, seed=seed, repeats=repeats)
+    journal, remarks = Journal({}), Remarks()
+    evaluate(evaluation, journal, remarks, advance)
+    for (_, _, method), failure in remarks.failures.items():
+        raise ValueError(f"{method}: {failure}")
+    return result_rows(evaluation, journal, remarks, ())
 
 
-def as_table(rows: Sequence[Comparison], title: str) -> Table:
-    """The rows as people read them."""
+def as_facts(row: ResultRow) -> dict[str, Any]:
+    """What the demonstration says of a method at a temperature, JSON-ready."""
+    figures = row.figures
+    assert figures is not None and figures.acceptance_length is not None and figures.speedup is not None
+    return {
+        "method": row.method,
+        "temperature": row.temperature,
+        "tokens_per_second": round(figures.tokens_per_second.value, 2),
+        "acceptance_length": round(figures.acceptance_length.value, 3),
+        "speedup": round(figures.speedup.value, 3),
+        "identical": figures.identical_share == 1,
+    }
+
+
+def as_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """The facts as people read them."""
     table = Table(title=title)
     for column in ("method", "temperature", "tokens/s", "tau", "speed-up", "identical"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
         table.add_row(
-            row.method,
-            f"{row.temperature:g}",
-            f"{row.tokens_per_second:.0f}",
-            f"{row.acceptance_length:.2f}",
-            f"{row.speedup:.2f}x",
-            "yes" if row.identical else "NO",
-            end_section=row.method == rows[-1].method,
+            row["method"],
+            f"{row['temperature']:g}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['acceptance_length']:.2f}",
+            f"{row['speedup']:.2f}x",
+            "yes" if row["identical"] else "NO",
+            end_section=row["method"] == rows[-1]["method"],
         )
     return table

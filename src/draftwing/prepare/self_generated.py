@@ -25,7 +25,6 @@ from draftwing.data.features import check_positions
 from draftwing.data.fingerprint import contents_of, data_content_of
 from draftwing.data.messages import Message, read_conversation
 from draftwing.data.rows import Rejects, made_from, select_rows
-from draftwing.data.shards import check_same_run
 from draftwing.data.sources import RowRef
 from draftwing.engine.drafter import NoDrafter
 from draftwing.engine.engine import Request, Seat
@@ -33,7 +32,7 @@ from draftwing.engine.generation import Generation, start_generation
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule, exact_decode
 from draftwing.engine.tree_plan import TreePlan
-from draftwing.files import write_text
+from draftwing.files import check_same, write_text
 from draftwing.target.load import load_target, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -327,8 +326,8 @@ def resume(output: Path, settings: dict[str, Any], contents: dict[str, str]) -> 
     num_done = complete_lines(output)
     if num_done and beside.exists():
         earlier = json.loads(beside.read_text(encoding="utf-8"))
-        check_same_run(output, earlier, settings)
-        check_same_run(output, earlier, {name: value for name, value in contents.items() if name in earlier})
+        known = {name: value for name, value in contents.items() if name in earlier}
+        check_same(earlier, settings | known, output)
     write_text(beside, json.dumps(settings | contents) + "\n")
     return num_done
 

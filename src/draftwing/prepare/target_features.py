@@ -20,12 +20,12 @@ from draftwing.data.shards import (
     INDEX,
     as_record,
     check_files,
-    check_same_run,
     read_index,
     shards_of,
     write_index,
     write_shard,
 )
+from draftwing.files import check_same
 from draftwing.provenance import provenance
 from draftwing.target.hidden_states import NORMED
 from draftwing.target.model import TargetModel
@@ -94,7 +94,7 @@ class FeatureWriter:
         if (folder / INDEX).exists():
             earlier = read_index(folder, FORMAT)
             fixed = ("prepared", "target", "feature_layers", "storage")
-            check_same_run(folder, earlier, {name: self._index[name] for name in fixed})
+            check_same(earlier, {name: self._index[name] for name in fixed}, folder)
             self._index = earlier
         self._done = shards_of(self._index)
         if num_done := sum(map(len, self._done.values())):

@@ -34,13 +34,13 @@ from draftwing.data.rows import FoundRow, Reject, Rejects, find_row, select_rows
 from draftwing.data.shards import (
     INDEX,
     as_record,
-    check_same_run,
     read_index,
     shards_of,
     write_index,
     write_shard,
 )
 from draftwing.data.sources import RowRef
+from draftwing.files import check_same
 from draftwing.provenance import provenance
 
 logger = logging.getLogger(__name__)
@@ -84,9 +84,10 @@ class _Writer:
         self._index |= contents
         if (folder / INDEX).exists():
             earlier = read_index(folder, FORMAT)
-            check_same_run(folder, earlier["settings"], asdict(settings))
-            check_same_run(folder, earlier, {name: self._index[name] for name in ("tokenizer", "num_rows")})
-            check_same_run(folder, earlier, {name: value for name, value in contents.items() if name in earlier})
+            check_same(earlier["settings"], asdict(settings), folder)
+            known = {name: value for name, value in contents.items() if name in earlier}
+            fixed = {name: self._index[name] for name in ("tokenizer", "num_rows")}
+            check_same(earlier, fixed | known, folder)
             self._index = earlier
         self.is_complete: bool = self._index["complete"]
         self.counts = Counts(**self._index["counts"])

@@ -179,8 +179,7 @@ def pack_target(target: TargetModel, compiles: bool | None = None) -> TargetMode
     fused = FusedTarget(target.model, target.role, elementwise(target.device, compiles))
     if target.role == "draft" or target.device.type != "cuda":
         return fused
-    from draftwing.target.row_pass import row_problem  # which is made of a FusedTarget
-    from draftwing.target.row_trial import row_target
+    from draftwing.target.row_pass import row_problem, row_target  # which are made of a FusedTarget
 
     return fused if row_problem(fused) else row_target(fused)
 

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, TorchAoConfig
 
-from draftwing.config import DTYPES
+from draftwing.config import DTYPES, QUANTIZATIONS
 from draftwing.embedded import EMBEDDED_TARGETS, embedded_target
 from draftwing.target.gguf import dequantised, find_gguf
 from draftwing.target.model import ATTENTION, Role, TargetModel, one_line
 from draftwing.target.packed import multiplies_bfloat16
-from draftwing.target.quantize import is_quantized_file, quantization_config
 
 HUB_OPTIONS = ("cache_dir", "code_revision", "force_download", "local_files_only", "proxies") + (
     "revision",
@@ -198,3 +197,36 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     known: torch.dtype = getattr(torch, dtype)
     return known
+
+
+def quantization_config(name: str, device: torch.device) -> TorchAoConfig:
+    """What transformers' `from_pretrained` takes as `quantization_config`.
+
+    Raises:
+        ValueError: an unknown name, torchao is not installed, or it has no kernels for this device.
+    """
+    if name not in QUANTIZATIONS:
+        raise ValueError(f"quantize: expected one of {', '.join(QUANTIZATIONS)}, got {name!r}")
+    if name == "int4" and device.type != "cuda":
+        raise ValueError(f"quantize: torchao has kernels for int4 on CUDA alone, and the device is {device}; try int8")
+    try:
+        from torchao.quantization import Float8WeightOnlyConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    except ImportError as error:
+        raise ValueError(f"quantize: needs torchao: pip install 'draftwing[quant]' ({error})") from None
+    configs = {
+        "int8": Int8WeightOnlyConfig,
+        "int4": lambda: Int4WeightOnlyConfig(int4_packing_format="tile_packed_to_4d"),  # the others need more packages
+        "float8": Float8WeightOnlyConfig,
+    }
+    return TorchAoConfig(configs[name]())
+
+
+def is_quantized_file(name: str, **options: Any) -> bool:
+    """Whether a model's files say that they are quantised; `options` are those of `from_pretrained`.
+
+    Raises:
+        OSError: the model has no config that can be read.
+    """
+    values, _ = PreTrainedConfig.get_config_dict(name, **options)
+    parts = (values, values.get("text_config") or {})
+    return any(part.get(key) for part in parts for key in ("quantization_config", "compression_config"))

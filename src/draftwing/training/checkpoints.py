@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from draftwing.files import write_text
+from draftwing.files import check_same, write_text
 
 MARK = "recipe.json"
 FREE_KEYS = frozenset(
@@ -30,15 +30,10 @@ def settings_of(recipe: Mapping[str, Any], num_processes: int) -> dict[str, Any]
     return settings
 
 
-def check_same(made_with: Mapping[str, Any], wanted: Mapping[str, Any], place: Path) -> None:
-    """Raise a ValueError that lists the settings in which a run differs from what it would continue."""
-    differing = [name for name in made_with.keys() & wanted.keys() if made_with[name] != wanted[name]]
-    if differing:
-        listed = "; ".join(f"{name} was {made_with[name]!r}, is {wanted[name]!r}" for name in sorted(differing))
-        raise ValueError(
-            f"output: {place} was made with other settings: {listed}. "
-            "Undo the change, name another output, or delete the folder to start over"
-        )
+def check_continued(made_with: Mapping[str, Any], wanted: Mapping[str, Any], place: Path) -> None:
+    """Raise a ValueError where a run differs from what it would continue, in what that has recorded."""
+    recorded = {name: value for name, value in wanted.items() if name in made_with}
+    check_same(made_with, recorded, place, "Undo the change, name another output, or delete the folder to start over")
 
 
 def newest_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
@@ -50,7 +45,7 @@ def newest_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
     complete = [path for path in _by_step(folder) if (path / MARK).is_file()]
     if not complete:
         return None
-    check_same(json.loads((complete[-1] / MARK).read_text(encoding="utf-8")), settings, complete[-1])
+    check_continued(json.loads((complete[-1] / MARK).read_text(encoding="utf-8")), settings, complete[-1])
     return complete[-1]
 
 

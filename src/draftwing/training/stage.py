@@ -10,7 +10,7 @@ from draftwing.data.fingerprint import contents_of, data_content_of
 from draftwing.files import to_json, write_text
 from draftwing.prepare.self_generated import write_self_generated
 from draftwing.provenance import provenance
-from draftwing.training.checkpoints import check_same, settings_of
+from draftwing.training.checkpoints import check_continued, settings_of
 from draftwing.training.display import RUN_LOG, read_run_log
 from draftwing.training.processes import is_main_process, wait_for_others
 from draftwing.training.train_head import train_head
@@ -36,7 +36,7 @@ def train_stage(config: TrainConfig) -> dict[str, float]:
         # On one process both: how many there were no longer matters.
         made_with = settings_of(run_log["recipe"], num_processes=1) | run_log.get("inputs", {})
         wanted = settings_of(config.as_dict(), num_processes=1) | contents_of(config) | data_content_of(config)
-        check_same(made_with, wanted, output / RUN_LOG)
+        check_continued(made_with, wanted, output / RUN_LOG)
         if is_main_process():
             begun = run_log["provenance"]["time"]
             Console(stderr=True).print(f"finished already (begun {begun}), skipped", highlight=False, soft_wrap=True)

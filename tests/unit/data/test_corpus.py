@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from draftwing.data.corpus import Corpus, Row, chat_rows, is_held_out, read_stdlib
+from draftwing.data.corpus import Row, Splits, chat_rows, is_held_out, read_stdlib
 
 ADD = '''def add(a, b):
     """Add two numbers.
@@ -99,7 +99,7 @@ class TestChatRows:
 
 class TestReadStdlib:
     @pytest.fixture()
-    def corpus(self, tmp_path: Path) -> Corpus:
+    def corpus(self, tmp_path: Path) -> Splits[Row]:
         files = {
             "maths.py": ADD,
             "broken.py": "def f(:\n",
@@ -114,14 +114,14 @@ class TestReadStdlib:
         }
         return read_stdlib(write(tmp_path, files))
 
-    def test_held_out_modules_and_packages_are_apart(self, corpus: Corpus) -> None:
+    def test_held_out_modules_and_packages_are_apart(self, corpus: Splits[Row]) -> None:
         assert texts(corpus.held_out) == [ADD.replace("add", "bisect_add"), ADD.replace("add", "json_add")]
         assert [request(row).split("\n")[0] for row in corpus.held_out if "messages" in row] == [
             "Write the Python function bisect_add.",
             "Write the Python function json_add.",
         ]
 
-    def test_training_rows_are_the_rest_with_the_language_topics(self, corpus: Corpus) -> None:
+    def test_training_rows_are_the_rest_with_the_language_topics(self, corpus: Splits[Row]) -> None:
         train = texts(corpus.train)
         assert train[-4:] == ["def f(:\n", ADD, "# inner\n", "# not the held-out json\n"]
         assert len(train) > 4 + 50  # pydoc's topics come first
@@ -129,10 +129,10 @@ class TestReadStdlib:
             "Write the Python function add."
         ]
 
-    def test_a_file_with_a_syntax_error_is_still_text(self, corpus: Corpus) -> None:
+    def test_a_file_with_a_syntax_error_is_still_text(self, corpus: Splits[Row]) -> None:
         assert "def f(:\n" in texts(corpus.train)
 
-    def test_tests_generated_files_and_other_packages_are_skipped(self, corpus: Corpus) -> None:
+    def test_tests_generated_files_and_other_packages_are_skipped(self, corpus: Splits[Row]) -> None:
         everything = texts(corpus.train) + texts(corpus.held_out)
         assert not {"# a test\n", "# another licence\n", "# generated\n", "not Python"} & set(everything)
 

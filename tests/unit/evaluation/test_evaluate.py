@@ -12,10 +12,9 @@ import pytest
 from draftwing.charts import LETTER, as_words, bar_chart, line_chart
 from draftwing.data.prompts import Prompt, as_prompt
 from draftwing.engine.statistics import Statistics
-from draftwing.evaluation.ablations import ablations
 from draftwing.evaluation.compare import Decoded
 from draftwing.evaluation.evaluate import Evaluation, PromptSet, Remarks, evaluate
-from draftwing.evaluation.figures import ResultRow, acceptance_rates, figures_of, n_alpha, result_rows
+from draftwing.evaluation.figures import ResultRow, ablations, acceptance_rates, figures_of, n_alpha, result_rows
 from draftwing.evaluation.journal import Journal, Run
 from draftwing.evaluation.report import Report, as_html, as_tables, published_figures, remarks
 from draftwing.evaluation.specs import MethodSpec

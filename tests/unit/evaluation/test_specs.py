@@ -2,7 +2,7 @@
 
 import pytest
 
-from draftwing.evaluation.ablations import choice_between
+from draftwing.evaluation.figures import choice_between
 from draftwing.evaluation.specs import MethodSpec
 
 METHODS = ("plain", "ngram", "eagle1", "eagle2", "eagle3")

@@ -234,7 +234,7 @@ class TestFit:
     def test_a_run_that_is_continued_with_another_storage(
         self, folder: str, prepared: Prepared, target: TargetModel
     ) -> None:
-        with pytest.raises(ValueError, match=r"^storage: .* was begun with 'bf16', now it is 'fp8'"):
+        with pytest.raises(ValueError, match=r"other settings: storage was 'bf16', is 'fp8'"):
             FeatureWriter(prepared, target, LAYERS, "fp8", Path(folder))
 
     @pytest.mark.parametrize("layers", [(), (0, 3, 5), (1, 3, 7)])

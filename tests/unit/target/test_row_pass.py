@@ -40,8 +40,7 @@ from draftwing.target.kv_cache import KVCache
 from draftwing.target.model import ATTENTION, TargetModel
 from draftwing.target.packed import JoinedProduct, PackedLinear, pack_linears
 from draftwing.target.row_layout import TAIL, TREE_LEVELS, Places, RowNorm, RowProduct, Tiles, part_starts
-from draftwing.target.row_pass import Kernels, RowTarget, rounding_problem, row_problem
-from draftwing.target.row_trial import row_target
+from draftwing.target.row_pass import Kernels, RowTarget, rounding_problem, row_problem, row_target
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

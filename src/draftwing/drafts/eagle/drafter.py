@@ -8,14 +8,12 @@ from functools import partial
 
 import torch
 
-from draftwing.drafts.eagle.eagle1 import EagleModel
-from draftwing.drafts.eagle.eagle3 import Eagle3Model
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.drafts.growth import RootedDraft, grow_tree
 from draftwing.drafts.ngram import NgramDrafter
-from draftwing.engine.drafter import Drafter, Ranking
+from draftwing.engine.drafter import Drafter, Ranking, Unread
 from draftwing.engine.tree import DraftTree
 from draftwing.engine.tree_plan import TreeShape
-from draftwing.engine.unread import Unread
 from draftwing.target.attention import grouped_attention
 from draftwing.target.kv_cache import KVCache, LayerShape, visible_slots
 
@@ -34,7 +32,7 @@ class EagleDrafter(Drafter):
 
     def __init__(
         self,
-        model: EagleModel | Eagle3Model,
+        model: DraftNetwork,
         num_seats: int,
         capacity: int,
         ngram: NgramDrafter | None = None,

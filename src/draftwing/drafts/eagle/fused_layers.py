@@ -1,10 +1,10 @@
-"""An EAGLE network's layers in few operations: the arithmetic of layers.py and eagle3.py (see target/fused.py)."""
+"""An EAGLE network's layers in few operations: the arithmetic of layers.py and network.py (see target/fused.py)."""
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from draftwing.drafts.eagle.eagle3 import Eagle3Layer
+from draftwing.drafts.eagle.network import Eagle3Layer
 from draftwing.layers import Attend, DecoderLayer, RMSNorm
 from draftwing.rotary import Rotation
 from draftwing.target.fused import Elementwise, Nodes, elementwise, is_packed, read_layer, read_norm

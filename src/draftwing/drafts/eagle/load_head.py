@@ -6,16 +6,14 @@ from typing import Any
 
 import torch
 
-from draftwing.drafts.eagle.eagle1 import EagleModel
-from draftwing.drafts.eagle.eagle3 import Eagle3Model
 from draftwing.drafts.eagle.fields import sort_fields
 from draftwing.drafts.eagle.formats import FROM_FILE, HeadFile, HeadOptions, count_features, read_head
+from draftwing.drafts.eagle.network import DraftNetwork as DraftNetwork
+from draftwing.drafts.eagle.network import Eagle3Model, EagleModel
 from draftwing.drafts.fit import TargetSizes, Tensors, check_finite, load_strictly, sizes_of
 from draftwing.drafts.load_draft import read_draft_files, resolve_draft
 from draftwing.layers import DraftConfig, DraftVocab
 from draftwing.target.model import TargetModel
-
-DraftNetwork = EagleModel | Eagle3Model
 
 
 def load_head(
@@ -92,13 +90,10 @@ def counted_layers(head: HeadFile) -> DraftConfig:
 def network_shapes(config: DraftConfig, own_embedding: bool = False) -> dict[str, torch.Size]:
     """The parameters of `build_network`'s, without building it in memory or needing its target."""
     of_target, vocab = torch.nn.Identity(), DraftVocab(None, config.vocab_size)
-    is_eagle3 = bool(config.aux_layers)
     with torch.device("meta"):
-        network = (
-            Eagle3Model(config, vocab, of_target, of_target, own_embedding)
-            if is_eagle3
-            else EagleModel(config, of_target)
-        )
+        network: DraftNetwork = EagleModel(config, of_target)
+        if config.aux_layers:
+            network = Eagle3Model(config, vocab, of_target, of_target, own_embedding)
     return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 

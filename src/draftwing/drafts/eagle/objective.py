@@ -4,30 +4,18 @@ losses/ttt.py says what a step reads and predicts.
 """
 
 import dataclasses
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from draftwing.config import Eagle1Stage, Eagle3Stage, EagleStage, TrainConfig
+from draftwing.config import Eagle1Stage, TrainConfig
 from draftwing.data.chat_template import Example
-from draftwing.drafts.eagle.eagle1 import EagleModel
-from draftwing.drafts.eagle.eagle3 import Eagle3Layer, Eagle3Model
 from draftwing.drafts.eagle.formats import HeadFormat
-from draftwing.drafts.eagle.load_head import DraftNetwork, build_network, network_shapes
-from draftwing.drafts.eagle.new_head import (
-    continued_eagle1,
-    continued_eagle3,
-    continued_sizes,
-    eagle1_config,
-    eagle3_config,
-    new_eagle1,
-    new_eagle3,
-    read_sizes,
-)
+from draftwing.drafts.eagle.load_head import build_network, network_shapes
+from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Layer, Eagle3Model
+from draftwing.drafts.eagle.new_head import continued_head, continued_sizes, new_config, new_head
 from draftwing.drafts.eagle.save_head import save_head, to_head
 from draftwing.drafts.fit import Tensors, sizes_of
 from draftwing.drafts.head_loss import HeadLoss
@@ -44,7 +32,13 @@ class EagleTraining(HeadLoss):
     """HeadLoss for heads that read a feature and the next token, and later their own outputs."""
 
     head: DraftNetwork
+    steps_key: str
+    """The key of a recipe that says how many training-time-test steps there are."""
     compiled_layers = (Eagle3Layer, DecoderLayer)
+
+    @property
+    def num_steps(self) -> int:
+        return int(getattr(self.stage, self.steps_key))
 
     def _run_steps(
         self,
@@ -77,12 +71,8 @@ class EagleTraining(HeadLoss):
 class Eagle1Training(EagleTraining):
     """The next features are learnt too, from noisy ones (EAGLE paper, 3.2)."""
 
-    head: EagleModel
     stage: Eagle1Stage
-
-    @property
-    def num_steps(self) -> int:
-        return self.stage.feature_steps
+    steps_key = "feature_steps"
 
     @property
     def token_weight(self) -> float:
@@ -106,11 +96,7 @@ class Eagle3Training(EagleTraining):
     """The tokens alone are learnt, with the head's own output matrix if it has one."""
 
     head: Eagle3Model
-    stage: Eagle3Stage
-
-    @property
-    def num_steps(self) -> int:
-        return self.stage.ttt_steps
+    steps_key = "ttt_steps"
 
     @property
     def output_head(self) -> OutputHead:
@@ -118,23 +104,22 @@ class Eagle3Training(EagleTraining):
 
 
 class EagleObjective(Objective):
-    """What both kinds have in common."""
+    """What both kinds have in common; a head's `trainer` and published `format` are its kind's."""
 
     format: HeadFormat
-
-    @abstractmethod
-    def new_config(self, stage: TrainConfig, target_config: Any, vocab_size: int) -> DraftConfig:
-        """The configuration of a new head."""
-
-    @abstractmethod
-    def num_steps(self, stage: TrainConfig) -> int:
-        """Training-time-test steps."""
+    trainer: type[EagleTraining]
 
     def check(self, stage: TrainConfig, target_config: Any) -> None:
         if not stage.init_from:
-            self.new_config(stage, target_config, target_config.vocab_size)
+            new_config(stage, target_config, target_config.vocab_size)
 
-    def like(self, head: DraftNetwork, target: TargetModel) -> nn.Module:
+    def make(self, stage: TrainConfig, target: TargetModel, train: Sequence[Example]) -> DraftNetwork:
+        return (continued_head if stage.init_from else new_head)(stage, target, train)
+
+    def training(self, head: DraftNetwork, target: TargetModel, stage: TrainConfig) -> EagleTraining:
+        return self.trainer(head, target, stage)
+
+    def like(self, head: DraftNetwork, target: TargetModel) -> DraftNetwork:
         return build_network(head.config, target, head.vocab.target_ids, own_embedding=hasattr(head, "embed_tokens"))
 
     def save(self, head: DraftNetwork, tensors: Tensors, folder: Path, target: TargetModel, target_name: str) -> None:
@@ -144,55 +129,29 @@ class EagleObjective(Objective):
     def sizes(self, stage: TrainConfig, target_config: Any, made_before: Mapping[str, HeadSizes]) -> HeadSizes:
         if stage.init_from:
             made = made_before.get(stage.init_from)
-            return made if made and isinstance(made.config, DraftConfig) else read_sizes(stage.init_from)
-        config = self.new_config(stage, target_config, target_config.vocab_size)
+            return continued_sizes(stage, made if made and isinstance(made.config, DraftConfig) else None)
+        config = new_config(stage, target_config, target_config.vocab_size)
         return HeadSizes({name: shape.numel() for name, shape in network_shapes(config).items()}, config)
 
     def costs(self, stage: TrainConfig, target_config: Any, sizes: HeadSizes) -> HeadCosts:
-        return _costs(stage, target_config, sizes, self.num_steps(stage))
+        return _costs(stage, target_config, sizes, getattr(stage, self.trainer.steps_key))
 
 
 class Eagle1Objective(EagleObjective):
     """`eagle1` of a recipe."""
 
     format = "eagle1"
-
-    def new_config(self, stage: TrainConfig, target_config: Any, vocab_size: int) -> DraftConfig:
-        return eagle1_config(stage, target_config, vocab_size)
-
-    def num_steps(self, stage: TrainConfig) -> int:
-        return stage.feature_steps
-
-    def make(self, stage: TrainConfig, target: TargetModel, train: Sequence[Example]) -> EagleModel:
-        return continued_eagle1(stage, target) if stage.init_from else new_eagle1(stage, target)
-
-    def training(self, head: EagleModel, target: TargetModel, stage: TrainConfig) -> Eagle1Training:
-        return Eagle1Training(head, target, stage)
+    trainer = Eagle1Training
 
 
 class Eagle3Objective(EagleObjective):
     """`eagle3` of a recipe."""
 
     format = "eagle3"
-
-    def new_config(self, stage: TrainConfig, target_config: Any, vocab_size: int) -> DraftConfig:
-        return eagle3_config(stage, target_config, vocab_size)
-
-    def num_steps(self, stage: TrainConfig) -> int:
-        return stage.ttt_steps
-
-    def make(self, stage: TrainConfig, target: TargetModel, train: Sequence[Example]) -> Eagle3Model:
-        return (continued_eagle3 if stage.init_from else new_eagle3)(stage, target, train)
-
-    def training(self, head: Eagle3Model, target: TargetModel, stage: TrainConfig) -> Eagle3Training:
-        return Eagle3Training(head, target, stage)
-
-    def sizes(self, stage: TrainConfig, target_config: Any, made_before: Mapping[str, HeadSizes]) -> HeadSizes:
-        sizes = super().sizes(stage, target_config, made_before)
-        return continued_sizes(sizes, stage) if stage.init_from else sizes
+    trainer = Eagle3Training
 
 
-def _costs(stage: EagleStage, target_config: Any, sizes: HeadSizes, num_steps: int) -> HeadCosts:
+def _costs(stage: TrainConfig, target_config: Any, sizes: HeadSizes, num_steps: int) -> HeadCosts:
     """As `Objective.costs`.
 
     A step of the head keeps for its backward pass, uncompiled: what attention and the MLP read, queries, keys,

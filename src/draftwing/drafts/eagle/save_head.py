@@ -11,7 +11,7 @@ import torch
 
 from draftwing.drafts.eagle.fields import LAYER_IDS, rope_scaling_of
 from draftwing.drafts.eagle.formats import HeadFile, HeadFormat, default_or_none
-from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.drafts.fit import TargetSizes, Tensors
 from draftwing.drafts.save import write_draft
 from draftwing.layers import DraftConfig

@@ -1,7 +1,9 @@
-"""The EAGLE-3 draft network (arXiv 2503.01840, section 3.1), with the 3.1 and speculators options.
+"""The EAGLE draft networks: of EAGLE-1/2 (arXiv 2401.15077, section 3.1) and EAGLE-3 (arXiv 2503.01840, section 3.1).
 
-Slot t reads g_t, fused from three target layers, and the embedding of token x_{t+1}; its output predicts x_{t+2}
-directly over a draft vocabulary and is fed back as the next slot's state.
+Slot t reads what the target knows at t and the embedding of token x_{t+1}. EAGLE-1 reads the target's last feature f_t
+and estimates f_{t+1}, which the target's own head turns into the distribution of x_{t+2}. EAGLE-3 reads g_t, fused
+from three of the target's layers, and predicts x_{t+2} directly, over a draft vocabulary. What a slot gives is fed
+back as the next slot's state.
 """
 
 from collections.abc import Callable
@@ -11,6 +13,62 @@ from torch import nn
 
 from draftwing.layers import MLP, Attend, Attention, DecoderLayer, DraftConfig, DraftVocab, RMSNorm
 from draftwing.rotary import Rotary, Rotation
+
+Shared = Callable[[torch.Tensor], torch.Tensor]
+"""A module of the target's that is shared and not stored."""
+
+
+class DraftNetwork(nn.Module):
+    """What both kinds have in common. `target_head` is the target's output head."""
+
+    def __init__(self, config: DraftConfig, vocab: DraftVocab, target_head: Shared) -> None:
+        super().__init__()
+        self.config, self.vocab = config, vocab
+        self.rotary = Rotary(config.head_dim, config.rope_parameters, config.max_position_embeddings)
+        self._target_head = (target_head,)  # in a tuple, so that it is no submodule of ours
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype, packed ones' too."""
+        return self.rotary.cos.dtype
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """The draft's state `[..., D]` from target features `[..., F]`; by default these themselves."""
+        return features
+
+    def feed_back(self, output: torch.Tensor) -> torch.Tensor:
+        """The state that the next draft step reads, from the output of `forward`."""
+        return output
+
+    def readout(self, output: torch.Tensor) -> torch.Tensor:
+        """What the output head reads of the output of `forward`."""
+        return output
+
+    def logits(self, output: torch.Tensor) -> torch.Tensor:
+        """Draft logits `[..., Vd]` from the output of `forward`."""
+        return self._target_head[0](self.readout(output))
+
+
+class EagleModel(DraftNetwork):
+    """EAGLE-1/2: Llama layers over `fc([embedding; feature])`, with a copy of the embedding, as in the files."""
+
+    def __init__(self, config: DraftConfig, target_head: Shared) -> None:
+        super().__init__(config, DraftVocab(None, config.vocab_size), target_head)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, input_norm=layer > 0) for layer in range(config.num_hidden_layers)
+        )
+
+    def forward(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        """`hidden [B, N, D]` at slots t, `tokens [B, N]` one step ahead -> predicted features `[B, N, D]`."""
+        x: torch.Tensor = self.fc(torch.cat((self.embed_tokens(tokens).to(hidden.dtype), hidden), dim=-1))
+        rotation = self.rotary(positions)
+        for layer in self.layers:
+            x = layer(x, rotation, attend)
+        return x
 
 
 class Eagle3Layer(nn.Module):
@@ -26,11 +84,7 @@ class Eagle3Layer(nn.Module):
         self.norm_before_residual = config.norm_before_residual
 
     def forward(
-        self,
-        embedding: torch.Tensor,
-        hidden: torch.Tensor,
-        rotation: Rotation,
-        attend: Attend,
+        self, embedding: torch.Tensor, hidden: torch.Tensor, rotation: Rotation, attend: Attend
     ) -> torch.Tensor:
         normed = self.hidden_norm(hidden)
         residual = normed if self.norm_before_residual else hidden
@@ -40,8 +94,8 @@ class Eagle3Layer(nn.Module):
         return output
 
 
-class Eagle3Model(nn.Module):
-    """EAGLE-3's fusion, its layer, norm and output head.
+class Eagle3Model(DraftNetwork):
+    """EAGLE-3: fusion, layers, norm and output head, with the options of 3.1 and of speculators.
 
     `embed_tokens` is the target's embedding, shared and not stored, unless the file brings one
     (`own_embedding=True`; it must when the draft is narrower than the target). So is the output head, where the
@@ -52,13 +106,11 @@ class Eagle3Model(nn.Module):
         self,
         config: DraftConfig,
         vocab: DraftVocab,
-        target_embedding: Callable[[torch.Tensor], torch.Tensor],
-        target_head: Callable[[torch.Tensor], torch.Tensor],
+        target_embedding: Shared,
+        target_head: Shared,
         own_embedding: bool = False,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.vocab = vocab
+        super().__init__(config, vocab, target_head)
         num_features = len(config.aux_layers) * config.target_hidden_size
         if config.has_fc:
             self.fc = nn.Linear(num_features, config.hidden_size, bias=config.fc_bias)
@@ -75,18 +127,10 @@ class Eagle3Model(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         if own_embedding:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        # In tuples, so that the target's are no submodules of ours.
         self._embed = (self.embed_tokens if own_embedding else target_embedding,)
-        self._target_head = (target_head,)
-        self.rotary = Rotary(config.head_dim, config.rope_parameters, config.max_position_embeddings)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The weights' dtype, packed ones' too."""
-        return self.rotary.cos.dtype
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """Target features `[..., F]` (low; mid; high) to the draft's state `[..., D]`."""
+        """Of target features (low; mid; high), normed if the options say so."""
         if self.config.fc_norm:
             parts = features.split(self.config.target_hidden_size, dim=-1)
             features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
@@ -106,16 +150,13 @@ class Eagle3Model(nn.Module):
         return x
 
     def feed_back(self, output: torch.Tensor) -> torch.Tensor:
-        """The state that the next draft step reads: the raw output, or the normed one (EAGLE-3.1)."""
-        normed: torch.Tensor = self.norm(output) if self.config.norm_output else output
-        return normed
+        """The raw output, or the normed one (EAGLE-3.1)."""
+        return self.readout(output) if self.config.norm_output else output
 
     def readout(self, output: torch.Tensor) -> torch.Tensor:
-        """What the output head reads of the output of `forward`."""
         normed: torch.Tensor = self.norm(output)
         return normed
 
     def logits(self, output: torch.Tensor) -> torch.Tensor:
-        """Draft logits `[..., Vd]` from the output of `forward`."""
         head = self.lm_head if self.config.own_lm_head else self._target_head[0]
         return head(self.readout(output))

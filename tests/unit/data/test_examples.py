@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from draftwing.data.chat_template import Example
-from draftwing.data.examples import Collator, lengths_of
-from draftwing.data.packing import PackedExamples, join, pack
+from draftwing.data.examples import Collator, PackedExamples, join, lengths_of, pack
 
 
 def document(first: int, length: int, supervised: bool = True) -> Example:
