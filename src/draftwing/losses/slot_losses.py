@@ -67,6 +67,7 @@ def slot_losses(loss: Loss, lk_decay: float, logits: torch.Tensor, teacher: Teac
     soft = -(log_probs @ teacher.draft_probs.unsqueeze(-1)).squeeze(-1)
     if loss == "kl":
         return SlotLosses(soft, acceptance, hits, probs.sub_(draft_probs))
+    assert loss == "lk"
     divergence = soft + torch.xlogy(draft_probs, draft_probs).sum(-1)
     weight = torch.exp(-lk_decay * acceptance)
     losses = weight * divergence + (1 - weight) * (1 - acceptance)
