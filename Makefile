@@ -48,10 +48,10 @@ check: static
 
 setup: .venv/ready
 
+# Not compiled: most modules of torch and transformers are never imported, and the others compile when they are.
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -e .
 	touch $@
 
 # Rebuild the embedded models (hours on a CPU) and put them, with their prompts and figures, into the package.
