@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from gguf import GGMLQuantizationType, GGUFWriter, quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -185,7 +184,7 @@ def test_a_damaged_cache_is_never_read(file: Path, damage: str) -> None:
     assert not list(folder.parent.glob(f".*{UNFINISHED}"))
 
 
-def test_a_kill_while_writing_leaves_nothing_that_is_read(file: Path, cache: Path) -> None:
+def test_a_kill_while_writing_leaves_nothing_that_is_read(file: Path, cache: Path, tmp_path: Path) -> None:
     program = (
         "import os, sys\n"
         "from transformers import PreTrainedTokenizerBase as Tokenizer\n"
@@ -193,7 +192,8 @@ def test_a_kill_while_writing_leaves_nothing_that_is_read(file: Path, cache: Pat
         "Tokenizer.save_pretrained = lambda *_, **__: os._exit(9)\n"  # behind the weights
         "resolve_target(sys.argv[1])\n"
     )
-    assert subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True).returncode == 9
+    process = Forked(tmp_path, program, [str(file)])
+    assert process.wait() == 9, process.errors
     assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [UNFINISHED]
     draftwing.load(str(file))
     assert [path.suffix for path in cache.iterdir() if path.is_dir()] != [UNFINISHED]

@@ -1,14 +1,13 @@
 """Data for training through the command line: prepare, train, features, train from features."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from conftest import SLOW
+from forked import Forked
 
 from draftwing.cli import main
 from draftwing.data.prepared import open_prepared
@@ -218,10 +217,10 @@ def test_ctrl_c_leaves_a_folder_that_is_finished_later(
     )
     command = ["prepare", *prepare(folder), "--json"]
     command[command.index("--output") + 1] = str(tmp_path / "out")
-    stopped = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
-    assert stopped.returncode == 130, stopped.stderr
-    assert "stopped" in stopped.stderr
-    assert "Traceback" not in stopped.stderr
+    process = Forked(tmp_path, program, command)
+    assert process.wait() == 130, process.errors
+    assert "stopped" in process.errors
+    assert "Traceback" not in process.errors
     monkeypatch.setattr(tokens, "SHARD_TOKENS", 500)
     monkeypatch.setattr(tokens, "CHUNK_ROWS", 8)
     assert main(command) == 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forked
 from rich.console import Console
 
 import draftwing
@@ -148,7 +149,7 @@ def test_ctrl_c_ends_an_answer(
     assert chat.answers[-1]["num_tokens"] > 2
 
 
-def test_a_signal_ends_an_answer_and_not_the_program() -> None:
+def test_a_signal_ends_an_answer_and_not_the_program(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys\n"
         "from draftwing.cli import main\n"
@@ -162,11 +163,10 @@ def test_a_signal_ends_an_answer_and_not_the_program() -> None:
         "Engine.step = interrupt\n"
         "sys.exit(main(['chat', '--target', 'tiny', '--method', 'ngram', '--max-new-tokens', '24']))\n"
     )
-    command = [sys.executable, "-c", program]
-    run = subprocess.run(command, input=f"{QUESTION}\n{QUESTION}\n", capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "interrupted: " in run.stderr
-    assert run.stderr.count("tokens/s") == 2
+    process = Forked(tmp_path, program, said=f"{QUESTION}\n{QUESTION}\n")
+    assert process.wait() == 0, process.errors
+    assert "interrupted: " in process.errors
+    assert process.errors.count("tokens/s") == 2
 
 
 def test_a_terminal() -> None:

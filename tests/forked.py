@@ -1,0 +1,70 @@
+"""Programs in processes of their own, forked from one that has imported the package: seconds sooner than new ones."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+IMPORTED = ["draftwing.api", "draftwing.prepare.tokens", "draftwing.serving.server", "uvicorn"]
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(IMPORTED)
+
+
+class Forked:
+    """A program that runs: its process, what it has written to files so far, and its exit status at its end.
+
+    `program` is Python; `arguments` stand behind its sys.argv[0]; `said` is what it reads.
+    """
+
+    def __init__(self, folder: Path, program: str, arguments: Sequence[str] = (), said: str = "") -> None:
+        self._out, self._errors = folder / "stdout", folder / "stderr"
+        (folder / "stdin").write_text(said, encoding="utf-8")
+        for file in (self._out, self._errors):
+            file.touch()
+        self._process = _CONTEXT.Process(target=_run, args=(folder, program, list(arguments), dict(os.environ)))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text(encoding="utf-8")
+
+    @property
+    def errors(self) -> str:
+        return self._errors.read_text(encoding="utf-8")
+
+    def first_line(self, seconds: float = 120.0) -> str:
+        """What it writes first; waits for it."""
+        end = time.monotonic() + seconds
+        while "\n" not in self.out:
+            assert self._process.is_alive() and time.monotonic() < end, self.errors
+            time.sleep(0.02)
+        return self.out.partition("\n")[0]
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, seconds: float = 60.0) -> int:
+        """Its exit status: minus a signal's number, if that has ended it."""
+        self._process.join(seconds)
+        assert self._process.exitcode is not None, f"it still runs: {self.errors}"
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _run(folder: Path, program: str, arguments: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    for number, (name, mode) in enumerate((("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY), ("stderr", os.O_WRONLY))):
+        file = os.open(folder / name, mode | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+    sys.argv = ["-c", *arguments]
+    exec(compile(program, "a program", "exec"), {"__name__": "__main__"})
