@@ -1,9 +1,12 @@
-"""Small charts as inline SVG, bars with intervals and lines; and values as a page's tables show them."""
+"""Pages of small charts, as inline SVG (bars with intervals, and lines), and of values in words."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any, Protocol
+
+from jinja2 import Environment
 
 COLOURS = ("#1f77b4", "#d95f02", "#2a9d5c", "#c2255c", "#7048a8", "#8a6d3b", "#0b8a9e", "#666666", "#b8860b", "#444bb5")
 BAR, LINE = 420, 22
@@ -25,6 +28,13 @@ class Bar(Protocol):
     def low(self) -> float: ...
     @property
     def high(self) -> float: ...
+
+
+def as_page(template: Path, **values: Any) -> str:
+    """A page from its template (Jinja), which may call this module's functions."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.globals |= {"as_words": as_words, "bar_chart": bar_chart, "line_chart": line_chart}
+    return environment.from_string(template.read_text(encoding="utf-8")).render(values)
 
 
 def bar_chart(bars: Mapping[str, Bar], mark: float | None = None) -> str:

@@ -128,7 +128,7 @@ def test_a_stopped_run_leaves_a_report_and_goes_on(
     assert figures_without_seconds(resumed) == figures_without_seconds(whole)
     # Other settings do not mix with these.
     assert main((*COMMON, *command, *output, "--seed", "1")) == 2
-    assert "seed was 0 and is 1" in capsys.readouterr().err
+    assert "seed was 0, is 1" in capsys.readouterr().err
     assert len(call(capsys, *command, *output, "--seed", "1", "--fresh")["rows"]) == 3
 
 

@@ -168,13 +168,7 @@ class Sabotaged(NoDrafter):
     def __init__(self, act: Callable[[torch.Tensor], Any]) -> None:
         self._act = act
 
-    def observe(
-        self,
-        tokens: torch.Tensor,
-        features: torch.Tensor | None,
-        num_new: torch.Tensor,
-        chosen: torch.Tensor | None = None,
-    ) -> None:
+    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         if tokens.shape[1] == 1:  # a cycle's, no prompt's
             self._act(tokens[:, 0])
 

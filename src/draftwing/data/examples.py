@@ -1,7 +1,7 @@
-"""Tokenised samples as the trainer takes them: cut to length, packed, batched, ordered."""
+"""Tokenised samples as the trainer takes them: cut to length, packed, batched."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import nn
-from torch.utils.data import Sampler
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from draftwing.config import HeadStage
 from draftwing.data import fingerprint
@@ -138,23 +136,6 @@ class Collator:
             if columns[0] is not None:
                 collated[name] = nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=value)
         return collated
-
-
-class LengthGroupedOrder(Sampler[int]):
-    """An order of rows by epoch that puts rows of like length together; a function of (seed, epoch), so it resumes."""
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

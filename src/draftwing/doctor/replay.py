@@ -93,13 +93,7 @@ class _Listener(NoDrafter):
         self._rows[seat] = []
         self.rows.append(self._rows[seat])
 
-    def observe(
-        self,
-        tokens: torch.Tensor,
-        features: torch.Tensor | None,
-        num_new: torch.Tensor,
-        chosen: torch.Tensor | None = None,
-    ) -> None:
+    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         if features is not None:
             for pieces, piece, count in zip(self._rows, features.cpu(), num_new.tolist(), strict=True):
                 pieces.append(piece[:count])

@@ -8,7 +8,7 @@ import torch
 
 from draftwing.engine.drafter import Ranking
 from draftwing.engine.tree import Candidates, DraftTree, best_subtree, join
-from draftwing.engine.tree_plan import LookupTree, RankPath, SizedTree, StaticTree, TreePlan, TreeShape
+from draftwing.engine.tree_plan import LookupTree, RankPath, StaticTree, TreePlan, TreeShape
 from draftwing.layers import DraftVocab
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -75,8 +75,7 @@ def _(plan: LookupTree, draft: RootedDraft) -> list[Candidates]:
 
 
 @draft_levels.register(TreePlan)
-@draft_levels.register(SizedTree)
-def draft_dynamic(plan: TreePlan | SizedTree, draft: RootedDraft) -> list[Candidates]:
+def draft_dynamic(plan: TreePlan, draft: RootedDraft) -> list[Candidates]:
     """EAGLE-2's expand and rerank (arXiv 2406.16858, 4.1-4.2): scores are sums of what the plan holds nodes worth."""
     width, sizing = plan.width, plan.sizing
     log_probs, tokens = (t.squeeze(1) for t in draft.best_children(draft.root_logits, width, 0))  # [B, K]

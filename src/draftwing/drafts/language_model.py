@@ -179,13 +179,7 @@ class DraftModelDrafter(Drafter):
         self._cache.copy_seat(source, goal, num_tokens + 1)
         self._cache.lengths[goal] = num_tokens + 1
 
-    def observe(
-        self,
-        tokens: torch.Tensor,
-        features: torch.Tensor | None,
-        num_new: torch.Tensor,
-        chosen: torch.Tensor | None = None,
-    ) -> None:
+    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         self._unread.add(tokens, None, num_new)
 
     def catch_up(self, num_unread: int) -> None:

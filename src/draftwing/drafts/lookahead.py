@@ -84,15 +84,10 @@ class LookaheadDrafter(Drafter):
         self._lengths[goal] = num_tokens + 1
         self._num_chosen[goal] = -1  # a window of its own
 
-    def observe(
-        self,
-        tokens: torch.Tensor,
-        features: torch.Tensor | None,
-        num_new: torch.Tensor,
-        chosen: torch.Tensor | None = None,
-    ) -> None:
-        if chosen is not None:
-            self._advance(torch.where(chosen < 0, ~chosen, chosen), num_new > 0)
+    def see_choices(self, chosen: torch.Tensor, num_new: torch.Tensor) -> None:
+        self._advance(torch.where(chosen < 0, ~chosen, chosen), num_new > 0)
+
+    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         slots = torch.where(steps < num_new[:, None], self._lengths[:, None] + steps, self._history.shape[1] - 1)
         self._history.scatter_(1, slots, tokens)

@@ -57,13 +57,7 @@ class NgramDrafter(Drafter):
         self._lengths[goal] = num_tokens
         self._rates.clear(goal, num_tokens)  # learnt from another text
 
-    def observe(
-        self,
-        tokens: torch.Tensor,
-        features: torch.Tensor | None,
-        num_new: torch.Tensor,
-        chosen: torch.Tensor | None = None,
-    ) -> None:
+    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         is_new = steps < num_new[:, None]
         if self._proposed is not None:

@@ -49,18 +49,17 @@ class Drafter(BySeat):
         """
         return
 
-    def observe(
-        self,
-        tokens: torch.Tensor,
-        features: torch.Tensor | None,
-        num_new: torch.Tensor,
-        chosen: torch.Tensor | None = None,
-    ) -> None:
+    def see_choices(self, chosen: torch.Tensor, num_new: torch.Tensor) -> None:
+        """See the target's own token at every node of the tree grown last, `chosen [B, N]`, before `observe`.
+
+        Where nothing was chosen, in rows that choose step by step, it is `~token`, of the likeliest token.
+        """
+        return
+
+    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         """Take in committed positions: the next `num_new [B]` of them, right-padded.
 
         `features [B, L, F]` are the target's at those positions and `tokens [B, L]` the tokens one position later.
-        `chosen [B, N]` is the target's own token at every node of the tree grown last; prompts have none. Where nothing
-        was chosen, in rows that choose step by step, it is `~token`, of the likeliest token.
         """
         return
 

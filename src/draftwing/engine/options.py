@@ -21,6 +21,8 @@ KINDS: dict[str, tuple[Any, str]] = {
     "coupled": (bool | None, "True or False"),
 }
 """What an option may be where no later check names the field."""
+SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+"""Options that are those of SamplingParams."""
 
 
 @dataclass(frozen=True)
@@ -106,17 +108,8 @@ class GenerateOptions:
             temperature = 1.0 if self.do_sample else 0.0
         if self.do_sample is False:
             temperature = 0.0
-        return SamplingParams(
-            temperature=temperature,
-            top_k=self.top_k or 0,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            min_p=self.min_p or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            logit_bias=self.logit_bias or {},
-            seed=self._seed_of(row),
-        )
+        given = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
+        return SamplingParams(temperature, seed=self._seed_of(row), **given)
 
     def _seed_of(self, row: int) -> int:
         if isinstance(self.seed, int):

@@ -195,8 +195,9 @@ class Seats(BySeat):
         num_kept = torch.where(self._is_running, verdict.num_accepted + 1, 0)
         self.cache.commit(None if plan.is_chain else verdict.path, num_kept, max_kept=tree.max_depth + 1)
         features = None if verification.features is None else verdict.along_path(verification.features)
-        chosen = verification.chosen if plan.depth else None  # a tree of the root alone was not the drafter's
-        self.drafter.observe(verdict.tokens, features, num_kept, chosen)
+        if plan.depth:  # a tree of the root alone was not the drafter's
+            self.drafter.see_choices(verification.chosen, num_kept)
+        self.drafter.observe(verdict.tokens, features, num_kept)
         self.sampler.observe(verdict.tokens, num_kept)
         self._root.copy_(torch.where(self._is_running, verdict.bonus, self._root))
 

@@ -1,12 +1,13 @@
 """What shapes draft trees: the tree of one cycle, and the plan that gives each cycle its tree.
 
 A text names one of three shapes: a dynamic tree (TreePlan; a chain is one of width 1, `off` one of depth 0), a
-StaticTree, a LookaheadTree. Around a shape there may be a sizing (SizedTree) and a lookup (LookupTree).
+StaticTree, a LookaheadTree. A dynamic tree may have another sizing, and around a shape there may be a lookup
+(LookupTree).
 N counts the root. The reference code's `depth=d` makes d + 1 levels; here the depth is the number of levels.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, Self, TypeAlias
 
@@ -65,6 +66,9 @@ class FixedSize:
 
     def num_nodes(self, scores: "torch.Tensor", limit: int) -> int:
         return limit
+
+
+IN_FULL = FixedSize()
 
 
 class TreeShape(Protocol):
@@ -147,7 +151,7 @@ class _Named(_Constant):
     """What the shapes share that a text names: they are drafted in full, by the draft alone."""
 
     looks_up = False
-    sizing: Sizing = FixedSize()
+    sizing: Sizing = IN_FULL
 
     def with_lookup(self: "NamedTree") -> "LookupTree":  # type: ignore[misc]
         """The same nodes, for which a looked-up continuation competes."""
@@ -159,11 +163,14 @@ class TreePlan(_Named):
     """EAGLE-2's dynamic tree (arXiv 2406.16858, section 4).
 
     The `width` best nodes of each of `depth` levels are expanded, and the best `num_nodes - 1` of all candidates kept.
+    With a `sizing` of its own these are bounds: it says in each tree how much of it pays. Two are equal only with the
+    same sizing, whose tensors captured cycles read.
     """
 
     width: int
     depth: int
     num_nodes: int
+    sizing: Sizing = field(default=IN_FULL, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth) < (1 if self.depth else 0) or self.num_nodes < 1:
@@ -209,7 +216,7 @@ class TreePlan(_Named):
     def _within(self, width: int, depth: int) -> "TreePlan":
         """A tree of another width and depth, with as many of the nodes as that drafts."""
         num_candidates = TreePlan(width, depth, 1).num_candidates
-        return TreePlan(width, depth, min(self.num_nodes, 1 + num_candidates))
+        return replace(self, width=width, depth=depth, num_nodes=min(self.num_nodes, 1 + num_candidates))
 
     @staticmethod
     def off() -> "TreePlan":
@@ -367,10 +374,15 @@ NamedTree: TypeAlias = TreePlan | StaticTree | LookaheadTree
 """The shapes that a text names."""
 
 
-class _Around(_Constant):
-    """A shape with something beside it; its sizes are those of its `tree`."""
+@dataclass(frozen=True)
+class LookupTree(_Constant):
+    """A tree for whose nodes a continuation of `lookup_depth` tokens from the text competes; it may be the deeper."""
 
-    tree: TreeShape
+    tree: NamedTree
+    lookup_depth: int
+
+    looks_up = True
+    is_chain = False  # a lookup may branch off anywhere
 
     def __str__(self) -> str:
         return str(self.tree)
@@ -390,41 +402,6 @@ class _Around(_Constant):
     @property
     def num_inner(self) -> int:
         return self.tree.num_inner
-
-
-@dataclass(frozen=True)
-class SizedTree(_Around):
-    """A dynamic tree whose width, depth and nodes are bounds: `sizing` says in each tree how much of it pays.
-
-    Two are equal only with the same sizing, whose tensors captured cycles read.
-    """
-
-    tree: TreePlan
-    sizing: Sizing
-
-    looks_up = False
-
-    @property
-    def max_depth(self) -> int:
-        return self.tree.max_depth
-
-    @property
-    def is_chain(self) -> bool:
-        return self.tree.is_chain
-
-    def cut_to(self, depth: int) -> "SizedTree":
-        return replace(self, tree=self.tree.cut_to(depth))
-
-
-@dataclass(frozen=True)
-class LookupTree(_Around):
-    """A tree for whose nodes a continuation of `lookup_depth` tokens from the text competes; it may be the deeper."""
-
-    tree: TreeShape
-    lookup_depth: int
-
-    looks_up = True
-    is_chain = False  # a lookup may branch off anywhere
 
     @property
     def sizing(self) -> Sizing:

@@ -7,7 +7,7 @@ import torch
 
 from draftwing.engine.engine import bucket
 from draftwing.engine.readback import CycleReport, join_outcomes
-from draftwing.engine.tree_plan import SizedTree, TreePlan, TreeShape
+from draftwing.engine.tree_plan import TreePlan, TreeShape
 from draftwing.plans.costs import CycleCosts
 from draftwing.plans.lessons import Experience
 from draftwing.plans.pauses import INHERITED_PAUSE, STUDIED
@@ -132,8 +132,8 @@ class SizedPlan:
 
     def _sized(self, shape: TreePlan, looks_up: bool) -> TreeShape:
         """What `next` gives for a shape: made once, not in every cycle."""
-        tree = SizedTree(shape, self._calibrated if self._has_fixed_shapes else self.sizing)
-        return replace(shape.with_lookup(), tree=tree) if looks_up else tree
+        tree = replace(shape, sizing=self._calibrated if self._has_fixed_shapes else self.sizing)
+        return tree.with_lookup() if looks_up else tree
 
     def _study(self, report: CycleReport) -> None:
         """Look closely at what became of the tree's nodes."""

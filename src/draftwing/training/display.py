@@ -4,7 +4,6 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from draftwing.charts import as_words, line_chart
+from draftwing.charts import as_page
 from draftwing.config import Stage
 from draftwing.files import to_json, write_text
 from draftwing.provenance import provenance
@@ -105,26 +104,12 @@ CHARTS = (
     ("Learning rate", r"learning_rate"),
     ("Gradient norm", r"grad_norm"),
 )
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:720px;margin:2em auto;padding:0 1em}}
-svg{{width:100%;height:auto}}table{{border-collapse:collapse}}td{{padding:.1em 1em .1em 0;vertical-align:top}}</style>
-</head><body><h1>{title}</h1><p>{status}</p>{charts}<h2>Recipe</h2>{recipe}<h2>Made with</h2>{provenance}</body></html>
-"""
+PAGE = Path(__file__).parent / REPORT
 
 
 def as_html(run_log: Mapping[str, Any]) -> str:
     """The page of a run's log, finished or not."""
-    recipe, history = run_log["recipe"], run_log["history"]
-    last = history[-1]["step"] if history else 0
-    state = "finished" if run_log["finished"] else "not finished"
-    return PAGE.format(
-        title=escape(f"{recipe['objective']}: {recipe['output']}"),
-        status=f"{state}, logged up to step {last} of {recipe['max_steps']}, {run_log['seconds']} s",
-        charts="".join(_chart(title, _curves(history, pattern)) for title, pattern in CHARTS),
-        recipe=_table(recipe),
-        provenance=_table(run_log["provenance"]),
-    )
+    return as_page(PAGE, curves={title: _curves(run_log["history"], names) for title, names in CHARTS}, **run_log)
 
 
 def _curves(history: Sequence[Mapping[str, float]], pattern: str) -> dict[str, Curve]:
@@ -134,12 +119,3 @@ def _curves(history: Sequence[Mapping[str, float]], pattern: str) -> dict[str, C
             if re.fullmatch(pattern, name):
                 curves.setdefault(name, []).append((entry["step"], value))
     return curves
-
-
-def _chart(title: str, curves: Mapping[str, Curve]) -> str:
-    return f"<h2>{escape(title)}</h2>{line_chart(curves, 'step', '')}" if curves else ""
-
-
-def _table(values: Mapping[str, Any]) -> str:
-    rows = (f"<tr><td>{escape(name)}</td><td>{escape(as_words(value))}</td></tr>" for name, value in values.items())
-    return f"<table>{''.join(rows)}</table>"

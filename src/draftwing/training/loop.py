@@ -31,45 +31,31 @@ from draftwing.training.processes import is_main_process, num_processes, sum_ove
 logger = logging.getLogger(__name__)
 
 
-class ShuffledOrder(Sampler[int]):
-    """A random order of rows by epoch; a function of (seed, epoch), so it resumes."""
+class WholeSteps(Sampler[int]):
+    """An epoch's order of rows, filled up with rows from its beginning to whole optimizer steps.
 
-    def __init__(self, num_rows: int, seed: int) -> None:
-        self._num_rows, self._seed, self._epoch = num_rows, seed, 0
+    So no step is smaller than the others, and however its rows are split over processes and accumulated batches, it has
+    the same ones. The `order` is a function of (seed, epoch), so it resumes.
+    """
+
+    def __init__(
+        self, order: Callable[[torch.Generator], list[int]], num_rows: int, rows_per_step: int, seed: int
+    ) -> None:
+        self._order, self._num_rows, self._rows_per_step = order, num_rows, rows_per_step
+        self._seed, self._epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
-
-    def __len__(self) -> int:
-        return self._num_rows
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        return iter(torch.randperm(self._num_rows, generator=generator).tolist())
-
-
-class WholeSteps(Sampler[int]):
-    """An order filled up with rows from its beginning to whole optimizer steps.
-
-    So no step is smaller than the others, and however its rows are split over processes and accumulated batches, it has
-    the same ones.
-    """
-
-    def __init__(self, order: Any, rows_per_step: int) -> None:
-        self._order, self._rows_per_step = order, rows_per_step
-
-    def set_epoch(self, epoch: int) -> None:
-        self._order.set_epoch(epoch)
 
     def start_at(self, step: int) -> None:
         """Take the order of the epoch that an optimizer step belongs to."""
         self.set_epoch(step * self._rows_per_step // len(self))
 
     def __len__(self) -> int:
-        return -(-len(self._order) // self._rows_per_step) * self._rows_per_step
+        return -(-self._num_rows // self._rows_per_step) * self._rows_per_step
 
     def __iter__(self) -> Iterator[int]:
-        rows = list(self._order)
+        rows = self._order(torch.Generator().manual_seed(self._seed + self._epoch))
         for index in range(len(self)):
             yield rows[index % len(rows)]
 
@@ -79,7 +65,7 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, config: Stage, rows: str, **arguments: Any) -> None:
         """`rows` is a hash of what is trained on: a run that continues with other rows is refused."""
-        self.config, self._steps = config, WholeSteps([], 1)
+        self.config = config
         self._losses: list[torch.Tensor] = []
         contents = contents_of(config)
         self.settings = settings_of(config.as_dict(), num_processes()) | contents
@@ -163,9 +149,10 @@ class ResumableTrainer(Trainer):
             "warmup_steps or a lower max_grad_norm may help, or a feature or weight that was read is not finite"
         )
 
-    def order(self) -> Any:
-        """The rows' order: a sampler whose `set_epoch` shuffles anew."""
-        return ShuffledOrder(len(self.train_dataset), int(self.args.seed))
+    def order(self, generator: torch.Generator) -> list[int]:
+        """A random order of the rows, for an epoch."""
+        order: list[int] = torch.randperm(len(self.train_dataset), generator=generator).tolist()
+        return order
 
     def start_epoch(self) -> None:
         """Take the order that belongs to the step reached; accelerate forgets to, where it skips into an epoch."""
@@ -195,7 +182,8 @@ class ResumableTrainer(Trainer):
         return metrics
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WholeSteps:
-        self._steps = WholeSteps(self.order(), int(self.settings["rows_per_step"]))
+        num_rows, rows_per_step = len(self.train_dataset), int(self.settings["rows_per_step"])
+        self._steps = WholeSteps(self.order, num_rows, rows_per_step, int(self.args.seed))
         return self._steps
 
 

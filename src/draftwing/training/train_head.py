@@ -9,12 +9,12 @@ import torch
 from rich.console import Console
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from draftwing.config import HeadStage, Stage, TrainConfig
 from draftwing.data.chat_template import Example
 from draftwing.data.examples import (
     Collator,
-    LengthGroupedOrder,
     as_training_rows,
     count_supervised,
     fingerprint_of,
@@ -124,10 +124,10 @@ class HeadTrainer(ResumableTrainer):
     prompts: Sequence[Sequence[int]] = ()
     plan: NamedTree
 
-    def order(self) -> LengthGroupedOrder:
-        return LengthGroupedOrder(
-            lengths_of(self.train_dataset), int(self.settings["rows_per_step"]), int(self.args.seed)
-        )
+    def order(self, generator: torch.Generator) -> list[int]:
+        lengths, rows_per_step = lengths_of(self.train_dataset), int(self.settings["rows_per_step"])
+        order: list[int] = get_length_grouped_indices(lengths, rows_per_step, generator=generator)
+        return order
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor]:
         """The batches of one optimizer step, and how many slots they supervise over all processes."""

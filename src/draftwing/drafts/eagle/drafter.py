@@ -59,13 +59,7 @@ class EagleDrafter(Drafter):
         if self._ngram is not None:
             self._ngram.share(source, goal, num_tokens)
 
-    def observe(
-        self,
-        tokens: torch.Tensor,
-        features: torch.Tensor | None,
-        num_new: torch.Tensor,
-        chosen: torch.Tensor | None = None,
-    ) -> None:
+    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         if self._ngram is not None:
             self._ngram.observe(tokens, None, num_new)
         self._unread.add(tokens, features, num_new)

@@ -13,16 +13,14 @@ from draftwing.drafts.family import DraftFiles, DraftReport
 from draftwing.drafts.fit import TargetSizes, broken_tensors, dtype_name, tensor_problems
 
 NETWORK_OPTIONS = (
-    "fc_norm",
-    "norm_output",
-    "norm_before_residual",
-    "norm_before_fc",
-    "attention_bias",
-    "output_bias",
-    "mlp_bias",
-    "fc_bias",
-    "qk_norm",
+    *("fc_norm", "norm_output", "norm_before_residual", "norm_before_fc", "attention_bias", "output_bias", "mlp_bias"),
+    *("fc_bias", "qk_norm"),
 )
+AS_CONFIGURED = (
+    *("hidden_size", "num_key_value_heads", "head_dim", "vocab_size", "draft_vocab_size", "rope_parameters"),
+    *("trained_length", "window"),
+)
+"""Facts of a report that a head's configuration has under the same names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,18 +76,11 @@ def inspect_head(files: DraftFiles, sizes: TargetSizes | None) -> HeadReport:
         format=head.format,
         dtype=dtype_name(head.tensors),
         num_parameters=head.num_parameters,
-        hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-        draft_vocab_size=config.draft_vocab_size,
         aux_layers=list(config.aux_layers),
-        rope_parameters=config.rope_parameters,
-        trained_length=config.trained_length,
-        window=config.window,
         options=options,
+        **{name: getattr(config, name) for name in AS_CONFIGURED},
         used_fields=fields.used,
         idle_fields=fields.idle,
         problems=problems,

@@ -18,6 +18,12 @@ from draftwing.layers import DraftConfig
 from draftwing.target.hidden_states import NORMED
 from draftwing.target.packed import PackedLinear
 
+LAYER_FIELDS = (
+    *("hidden_act", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("num_hidden_layers", "vocab_size", "rms_norm_eps", "max_position_embeddings", "rope_parameters"),
+)
+"""What a config.json has under the names, and with the values, of our configuration."""
+
 
 def to_head(network: DraftNetwork, head_format: HeadFormat) -> HeadFile:
     """A network as a head of the given format (its parameters are not copied), as `load_head` gives it."""
@@ -81,17 +87,7 @@ def _layer_values(config: DraftConfig, architecture: str) -> dict[str, Any]:
     values: dict[str, Any] = {
         "model_type": "llama",
         "architectures": [architecture],
-        "hidden_act": config.hidden_act,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "num_hidden_layers": config.num_hidden_layers,
-        "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.rms_norm_eps,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_parameters": rope,
+        **{name: getattr(config, name) for name in LAYER_FIELDS},
         # Older engines read these two instead.
         "rope_theta": rope["rope_theta"],
         "rope_scaling": rope_scaling_of(rope) or None,

@@ -28,13 +28,7 @@ class MedusaDrafter(Drafter):
     def share(self, source: int, goal: int, num_tokens: int) -> None:
         self._lengths[goal] = num_tokens  # the feature is that of the last token read, which is none of these
 
-    def observe(
-        self,
-        tokens: torch.Tensor,
-        features: torch.Tensor | None,
-        num_new: torch.Tensor,
-        chosen: torch.Tensor | None = None,
-    ) -> None:
+    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         assert features is not None
         last = (num_new - 1).clamp(min=0)[:, None, None].expand(-1, 1, features.shape[-1])
         self._hidden.copy_(torch.where((num_new > 0)[:, None], features.gather(1, last).squeeze(1), self._hidden))
