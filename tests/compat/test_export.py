@@ -40,7 +40,10 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def target_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A target's GGUF file, of which the tokenizer alone is read."""
-    file = tmp_path_factory.mktemp("gguf") / "target.gguf"
+    return write_tokenizer_gguf(tmp_path_factory.mktemp("gguf") / "target.gguf")
+
+
+def write_tokenizer_gguf(file: Path) -> Path:
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["a", "b", "<end>"])
@@ -66,8 +69,8 @@ def eagle3(folder: Path, shapes: dict[str, tuple[int, ...]] | None = None, **val
     return write(folder, VALUES | DEFAULT_AUX | values, to_float32(tensors))
 
 
-def eagle1(folder: Path, fc_bias: bool = False) -> str:
-    return write(folder, TINY.values(), to_float32(random_tensors(eagle1_shapes(TINY, fc_bias), TARGET_IDS)))
+def eagle1(folder: Path, fc_bias: bool = False, **values: Any) -> str:
+    return write(folder, TINY.values() | values, to_float32(random_tensors(eagle1_shapes(TINY, fc_bias), TARGET_IDS)))
 
 
 def to_float32(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -243,6 +246,38 @@ def test_a_folder_that_holds_something_and_a_missing_tokenizer(target: str, tmp_
         export_draft(draft, target, "llama.cpp", tmp_path / "out", target_gguf=tmp_path / "no.gguf")
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("another target", "vocab_size|hidden_size"),
+        ("a language model", "it is not exported; engines load this folder as it is"),
+        ("a cut file", "cannot read .*model.safetensors"),
+        ("no draft", "no folder and no reachable hub id"),
+    ],
+)
+def test_bad_input_leaves_nothing(
+    case: str, says: str, engine: str, target: str, target_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One error, and no folder, whole or partial, for any engine."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    draft = eagle3(tmp_path / "draft")
+    if case == "another target":
+        target = str(tmp_path / "other")
+        tiny_llama(num_hidden_layers=8, vocab_size=72).save_pretrained(target)
+    elif case == "a language model":
+        draft = target
+    elif case == "a cut file":
+        file = Path(draft) / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-40])
+    else:
+        draft = str(tmp_path / "nowhere")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=says):
+        export_draft(draft, target, engine, tmp_path / "out", target_gguf=target_gguf)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 CONFIGURATIONS = st.fixed_dictionaries(
     {
         "norm_before_residual": st.booleans(),
@@ -283,6 +318,42 @@ def test_every_head_comes_back_or_is_refused(
         assert not (folder / "out").exists()
     else:
         export_draft(str(folder / "out"), target, "speculators", folder / "back")  # and from there on
+
+
+@given(
+    kind=st.sampled_from(["eagle1", "medusa"]),
+    has_bias=st.booleans(),
+    theta=st.sampled_from([10000.0, 500000.0, 123456.7]),
+    sizes=st.tuples(st.integers(1, 4), st.integers(1, 3)),
+    engine=st.sampled_from(["vllm", "sglang", "eagle"]),
+    dtype=st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16]),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_other_kinds_come_back_or_are_refused(
+    kind: str,
+    has_bias: bool,
+    theta: float,
+    sizes: tuple[int, int],
+    engine: str,
+    dtype: torch.dtype | None,
+    target: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """EAGLE-1 and Medusa, there and back: bit for bit what was written, in the second folder as in the first."""
+    folder = tmp_path_factory.mktemp("any")
+    if kind == "medusa":
+        draft = write(folder / "draft", {}, tensors_of(sizes[0], 32, 64, sizes[1]))
+    else:
+        draft = eagle1(folder / "draft", has_bias, rope_theta=theta)
+    if engine != "vllm" or (kind == "eagle1" and has_bias):  # the others replace its embedding, and run no Medusa
+        with pytest.raises(ValueError, match=r"cannot load it|would load it and draft worse"):
+            export_draft(draft, target, engine, folder / "out", dtype=dtype)
+        assert not (folder / "out").exists()
+        return
+    export_draft(draft, target, engine, folder / "out", dtype=dtype)
+    export_draft(str(folder / "out"), target, engine, folder / "back")
+    once, twice = (load_file(folder / name / "model.safetensors") for name in ("out", "back"))
+    assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
 
 
 def test_speculators_files_keep_what_they_take_for_granted(target: str, tmp_path: Path) -> None:

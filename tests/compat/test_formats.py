@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,9 @@ from published import (
 from safetensors.torch import load_file, save_file
 
 from draftwing.drafts.eagle.fields import sort_fields
-from draftwing.drafts.eagle.formats import HeadFile, HeadOptions, default_aux_layers, read_head
+from draftwing.drafts.eagle.formats import AUX_NORM_NAMES, HeadFile, HeadOptions, default_aux_layers, read_head
 from draftwing.drafts.eagle.load_head import DraftNetwork, expected_shapes, fit_problems, load_head
-from draftwing.drafts.eagle.save_head import save_head, to_head
+from draftwing.drafts.eagle.save_head import save_head, to_head, write_head
 from draftwing.drafts.fit import TargetSizes, sizes_of, tensor_problems
 from draftwing.drafts.load_draft import read_draft_files
 from draftwing.target.attention import grouped_attention
@@ -220,6 +221,25 @@ def test_published_manifest_is_read(manifest: Manifest) -> None:
     assert fit_problems(head, manifest.target) == []
     if manifest.millions is not None:
         assert round(head.num_parameters / 1e6) == manifest.millions
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS.values(), ids=MANIFESTS)
+def test_published_manifest_is_written(manifest: Manifest) -> None:
+    """The same names and shapes at their true sizes, under the names that all engines read; maps have tests below."""
+    head = read_head(manifest.values, on_meta(manifest.shapes), manifest.target)
+    values, tensors = write_head(dataclasses.replace(head, target_ids=None), manifest.target)
+    layer = "layers.0." if head.format in ("eagle1", "speculators") else "midlayer."
+    expected = {
+        AUX_NORM_NAMES.get(name, re.sub(r"^(layers\.0|midlayer)\.", layer, name)): shape
+        for name, shape in manifest.shapes.items()
+        if name not in ("d2t", "t2d")
+    }
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}, "as published"
+    stated = values.get("transformer_layer_config", values)
+    published = manifest.values.get("transformer_layer_config", manifest.values)
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "tie_word_embeddings")
+    assert {name: stated[name] for name in sizes} == {name: published[name] for name in sizes}
 
 
 def test_prefix_and_stray_buffers_are_dropped() -> None:

@@ -19,9 +19,8 @@ from draftwing.drafts.fit import TargetSizes, Tensors
 from draftwing.drafts.inspect_draft import target_sizes
 from draftwing.drafts.kinds import family_of_files
 from draftwing.drafts.load_draft import open_draft
+from draftwing.drafts.publish import EXPORT_FILE, model_card
 from draftwing.files import whole_folder, write_text
-
-EXPORT_FILE = "export.json"
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,7 @@ def export_draft(
     verifier: str = "",
     target_gguf: Path | None = None,
     force: bool = False,
+    license: str = "",
 ) -> Exported:
     """Write the draft `name` for an engine into the folder `output`, which must not exist or be empty.
 
@@ -91,6 +91,7 @@ def export_draft(
         dtype: of the weights; default: the file's.
         verifier: the target's name where the engine runs; default: `target`.
         force: write also what would draft worse there.
+        license: the draft's, for its model card.
 
     Raises:
         ValueError: an engine that is not known, a draft that does not fit the target or that the engine does not read
@@ -119,8 +120,9 @@ def export_draft(
         written = open_draft(str(partial))
         check_same(kind.meaning(files, sizes), kind.meaning(written, sizes), dtype)
         exported = Exported(output, engine, export.command(output), list(export.faults), list(export.notes))
-        write_text(partial / EXPORT_FILE, json.dumps(_facts(exported, name, named), indent=2) + "\n")
-        write_text(partial / "README.md", _card(exported, name, named))
+        facts = _facts(exported, name, named)
+        write_text(partial / EXPORT_FILE, json.dumps(facts, indent=2) + "\n")
+        write_text(partial / "README.md", model_card(facts, files.folder, output, license))
     return exported
 
 
@@ -149,22 +151,9 @@ def target_embedding(name: str) -> torch.Tensor:
     return weight
 
 
-def _card(exported: Exported, name: str, verifier: str) -> str:
-    """A model card: what the folder is for, how it is served, and what to know."""
-    remarks = "".join(f"- {text}\n" for text in [*exported.faults, *exported.notes])
-    paragraphs = [
-        f"---\nbase_model: {verifier}\ntags: [speculative-decoding]\n---",
-        f"# A draft of {verifier} for {exported.engine}",
-        f"Exported by draftwing from `{Path(name).name}`, as {ENGINES[exported.engine]} reads it. The target's tokens "
-        "stay what they are; the draft makes them come faster.",
-        f"```bash\n{exported.command}\n```",
-        remarks,
-    ]
-    return "\n\n".join(filter(None, paragraphs)) + "\n"
-
-
 def _facts(exported: Exported, name: str, verifier: str) -> dict[str, Any]:
     return {
+        "to": exported.engine,
         "engine": ENGINES[exported.engine],
         "draft": Path(name).name,
         "target": verifier,

@@ -1,0 +1,147 @@
+"""Every kind of embedded draft in every engine that runs on a CPU: exported, decoded there and here, compared.
+
+    make engines    # installs the engines below build/engines, and runs this
+
+Each check has a sabotaged twin, in which the engine reads a folder with one fault: it must be found. The record in
+docs/results/exports.json is what tests/compat/test_recorded.py holds today's decoding to.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
+from target_gguf import write_target
+
+from draftwing.checks.check_export import NUM_PROMPTS, Check, CheckRequest, check_export
+from draftwing.checks.find_engine import PLACES, Checker, find_checker
+from draftwing.data.prompts import read_prompts, spread
+from draftwing.drafts.export_draft import export_draft
+from draftwing.embedded import EMBEDDED, EMBEDDED_PROMPTS
+from draftwing.provenance import write_record
+
+
+def shift_ids(folder: Path) -> None:
+    """Every drafted token is the next one's."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    ids = (tensors["d2t"] + torch.arange(len(tensors["d2t"])) + 1) % len(tensors["t2d"])
+    tensors["d2t"] = ids - torch.arange(len(ids))
+    tensors["t2d"] = torch.zeros_like(tensors["t2d"]).index_fill_(0, ids, True)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def shift_gguf_ids(folder: Path) -> None:
+    """The same in a GGUF file, in place."""
+    tensors = GGUFReader(folder / "head.gguf", "r+").tensors
+    ids = next(tensor for tensor in tensors if tensor.name == "d2t").data
+    ids[:] = (ids + 1) % ids.max()
+
+
+def say_bias(folder: Path) -> None:
+    """The key that vLLM takes for the attention's biases, which no file has."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(values | {"bias": True}), encoding="utf-8")
+
+
+def one_layer_off(folder: Path) -> None:
+    """Feature layers in the other convention."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = "eagle_aux_hidden_state_layer_ids"
+    values[name] = [layer - 1 for layer in values[name]]
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+
+
+def swap_heads(folder: Path) -> None:
+    """Medusa's first two heads in each other's place."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    first, second = (f"lm_heads.{head}.weight" for head in (0, 1))
+    tensors[first], tensors[second] = tensors[second], tensors[first]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@dataclass(frozen=True)
+class Case:
+    """A draft, the engine that it is exported to, who checks it, and what may go wrong with it there."""
+
+    draft: str
+    engine: str
+    checker: str
+    sabotages: Sequence[Callable[[Path], None]]
+
+
+CASES = [
+    Case("tiny", "vllm", "vllm", (shift_ids, one_layer_off)),
+    Case("tiny", "speculators", "vllm", (shift_ids,)),
+    Case("tiny-eagle1", "vllm", "vllm", (say_bias,)),
+    Case("tiny-medusa", "vllm", "vllm", (swap_heads,)),
+    Case("tiny", "llama.cpp", "llama-server", (shift_gguf_ids,)),
+    Case("tiny", "speculators", "speculators", (shift_ids,)),
+    Case("tiny", "vllm", "transformers", (one_layer_off,)),
+    Case("tiny-eagle1", "sglang", "transformers", ()),
+]
+
+
+def run(case: Case, checker: Checker, target_gguf: Path | None, folder: Path) -> Check:
+    """Export a draft, and check it; then each sabotage of what the engine reads."""
+    given = {"target_gguf": target_gguf} if case.engine == "llama.cpp" else {}
+    prompts = spread(read_prompts(EMBEDDED_PROMPTS), NUM_PROMPTS)
+    verifier = str(EMBEDDED / "target")  # where the speculators folder finds it
+    for sabotage in (None, *case.sabotages):
+        exported = folder / (sabotage.__name__ if sabotage else "right")
+        export_draft(case.draft, "tiny", case.engine, exported, verifier=verifier, force=True, **given)
+        if sabotage is not None:
+            sabotage(exported)
+        request = CheckRequest(exported, case.engine, "tiny", checker, prompts, **given, reference=case.draft)
+        if sabotage is None:
+            right = check_export(request, print)
+        elif not check_export(replace(request, prompts=prompts[:3])).problems:
+            raise RuntimeError(f"{sabotage.__name__} in {case} was not noticed")
+    return right
+
+
+def as_row(case: Case, check: Check) -> dict[str, Any]:
+    """A check for the record, with the engine's tokens and cycles."""
+    facts = {"draft": case.draft, "sabotages_found": [sabotage.__name__ for sabotage in case.sabotages]}
+    return facts | check.as_dict() | ({"answers": [vars(answer) for answer in check.answers]} if check.answers else {})
+
+
+def main() -> None:
+    """Run the checks whose engines are there, and record them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("docs/results/exports.json"))
+    parser.add_argument("--only", nargs="*", default=[], help=f"checkers: {', '.join({c.checker for c in CASES})}")
+    options = parser.parse_args()
+    old = json.loads(options.output.read_text(encoding="utf-8"))["rows"] if options.only else []
+    rows = [row for row in old if row["checker"] not in options.only]
+    with tempfile.TemporaryDirectory() as scratch:
+        target_gguf = Path(scratch) / "target.gguf"
+        write_target(EMBEDDED / "target", target_gguf)
+        for case in CASES:
+            if options.only and case.checker not in options.only:
+                continue
+            checker = program_of(case.checker)
+            folder = Path(scratch) / f"{case.draft}-{case.engine}-{case.checker}"
+            check = run(case, checker, target_gguf, folder)
+            print(f"{case.draft} to {case.engine}, {case.checker} {check.version}: {check.problems or 'agrees'}")
+            rows.append(as_row(case, check))
+    write_record(options.output, rows, {"prompts": NUM_PROMPTS})
+
+
+def program_of(name: str) -> Checker:
+    """An engine that `make engines` has installed, or that its variable names."""
+    engine = {"llama-server": "llama.cpp", "transformers": "sglang"}.get(name, name)
+    place = PLACES / name / "bin/python"
+    found = find_checker(engine, str(place.absolute()) if place.is_file() else "")
+    return found if found.name == name else Checker(name, place.absolute())
+
+
+if __name__ == "__main__":
+    main()

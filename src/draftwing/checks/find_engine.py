@@ -1,0 +1,92 @@
+"""Where an engine that can check an exported folder is: at a given path, in a variable, a known place, this Python."""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from draftwing.config import suggestion
+from draftwing.drafts.family import ENGINES
+
+CHECKERS = {
+    "vllm": ("vllm", "transformers"),
+    "sglang": ("transformers",),
+    "speculators": ("vllm", "speculators"),
+    "eagle": ("transformers",),
+    "llama.cpp": ("llama-server",),
+}
+"""Who can check a folder that was written for an engine, the most telling first."""
+PLACES = Path("build/engines")
+"""Where `make engines` installs them, below the working directory."""
+PROBE = "import importlib.util, sys; print(*[name for name in sys.argv[1:] if importlib.util.find_spec(name)])"
+
+
+class Checker(NamedTuple):
+    """An engine or a loader by name, and its program: a Python that has it, or a server."""
+
+    name: str
+    at: Path
+
+
+def find_checker(engine: str, given: str = "") -> Checker:
+    """Who checks a folder that was written for `engine`; `given` is a Python's or a server's path, or empty.
+
+    Raises:
+        ValueError: nobody can, none is installed where it was looked for, or the given program is none of them.
+    """
+    if engine not in CHECKERS:
+        raise ValueError(f"check: no such engine: {engine!r}; {suggestion(engine, ENGINES)}")
+    names = CHECKERS[engine]
+    if given:
+        return _given(engine, given)
+    wanted = [name for name in names if name != "transformers"] or names  # which is here, and proves least
+    for name in wanted:
+        if (at := _known(name)) is not None:
+            return Checker(name, at)
+    variables = " or ".join(map(variable, wanted))
+    raise ValueError(
+        f"check: {' and '.join(wanted)}: not installed where it was looked for; give the path of "
+        f"{'the server' if names == ('llama-server',) else 'a Python that has it'} (--check PATH, or {variables}), or "
+        "see `make engines`"
+    )
+
+
+def variable(name: str) -> str:
+    """The environment's variable with an engine's program: DRAFTWING_VLLM_PYTHON, DRAFTWING_LLAMA_SERVER."""
+    return f"DRAFTWING_{name.upper().replace('-', '_')}{'' if name == 'llama-server' else '_PYTHON'}"
+
+
+def _given(engine: str, given: str) -> Checker:
+    path = shutil.which(given)
+    if path is None:
+        raise ValueError(f"check: no such program: {given}")
+    names = CHECKERS[engine]
+    if names == ("llama-server",):
+        return Checker("llama-server", Path(path))
+    try:
+        probe = [path, "-c", PROBE, *names]
+        said = subprocess.run(probe, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        raise ValueError(f"check: {given} is not a Python that runs") from None
+    has = [name for name in names if name in said]
+    if not has:
+        raise ValueError(f"check: {given} has no {' and no '.join(names)}")
+    return Checker(has[0], Path(path))
+
+
+def _known(name: str) -> Path | None:
+    """An engine's program in its variable, below PLACES, or here."""
+    if path := os.environ.get(variable(name)):
+        if shutil.which(path) is None:
+            raise ValueError(f"check: {variable(name)}: no such program: {path}")
+        return Path(path)
+    is_server = name == "llama-server"
+    place = PLACES / "llama.cpp/bin/llama-server" if is_server else PLACES / name / "bin/python"
+    if place.is_file():
+        return place.absolute()
+    if is_server:
+        return Path(found) if (found := shutil.which(name)) else None
+    return Path(sys.executable) if find_spec(name) else None
