@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from draftwing.data.corpus import Row, read_stdlib
 from draftwing.data.messages import read_flag
@@ -16,24 +16,8 @@ SHOWN = 200
 HUB = re.compile(r"hub:(?P<repository>[^/:]+/[^/:]+)(/(?P<config>[^/:]+))?(:(?P<split>.+))?")
 
 
-class Source(Protocol):
-    """Rows by index."""
-
-    name: str
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> Row:
-        """The row; a ValueError says what is wrong with it."""
-
-    def line(self, index: int) -> int:
-        """Where a person finds the row, counted from 1."""
-
-    def beginning(self, index: int) -> str:
-        """What can be shown of a row that cannot be read."""
-
-    def marked(self) -> set[int]:
-        """The rows that say of themselves that they are held out."""
+Source: TypeAlias = "ListSource | JsonlSource"
+"""Rows by index."""
 
 
 @dataclass(frozen=True)
@@ -96,18 +80,22 @@ class ListSource:
         return len(self._rows)
 
     def read(self, index: int) -> Row:
+        """The row; a ValueError says what is wrong with it."""
         row = self._rows[index]
         if not isinstance(row, dict):
             raise ValueError(f"expected an object, got {type(row).__name__}")
         return row
 
     def line(self, index: int) -> int:
+        """Where a person finds the row, counted from 1."""
         return self._lines[index] if self._lines else index + 1
 
     def beginning(self, index: int) -> str:
+        """What can be shown of a row that cannot be read."""
         return str(self._rows[index])[:SHOWN]
 
     def marked(self) -> set[int]:
+        """The rows that say of themselves that they are held out."""
         return self._held_out
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from draftwing.config import HeadStage
-from draftwing.losses.fused_head import OutputHead, StepSums, Teacher, summarize
+from draftwing.losses.fused_head import OutputHead, StepSums, Teacher, fused_loss, summarize
 from draftwing.losses.slot_losses import slot_loss, widen
 from draftwing.losses.slots import SupervisedSlots, document_positions
 from draftwing.target.model import TargetModel
@@ -153,8 +153,13 @@ class HeadLoss(nn.Module):
     def _token_loss(
         self, outputs: torch.Tensor, teacher: Teacher, valid: torch.Tensor, step_weights: torch.Tensor
     ) -> tuple[torch.Tensor, StepSums]:
-        """As `fused_loss` gives it."""
-        raise NotImplementedError
+        """As `fused_loss` gives it; by default all steps have one output head."""
+        return fused_loss(outputs, self.output_head, teacher, valid, step_weights, self._slot_loss)
+
+    @property
+    def output_head(self) -> OutputHead:
+        """What makes logits of the head's outputs."""
+        return self._target_head
 
     @property
     def num_steps(self) -> int:

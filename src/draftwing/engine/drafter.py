@@ -1,4 +1,4 @@
-"""Who grows the draft tree: the Drafter contract and its implementations."""
+"""Who grows the draft tree: the Drafter contract, and what drafters keep that they have not read yet."""
 
 from typing import Protocol
 

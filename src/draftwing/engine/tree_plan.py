@@ -42,97 +42,42 @@ MEDUSA_PATHS: tuple[RankPath, ...] = (
 STATIC_TREES = {"eagle1": EAGLE1_PATHS, "medusa": MEDUSA_PATHS}
 
 
-class Sizing(Protocol):
-    """What growth asks while it drafts a tree: the worth of a node, and whether more of them pay."""
+class Sizing:
+    """What growth asks while it drafts a tree: the worth of a node, and whether more of them pay.
+
+    By default the papers' way: drafters are believed, and trees always have their full shape.
+    """
 
     def worth(self, log_probs: "torch.Tensor", depth: int) -> "torch.Tensor":
         """Estimates of log P(a child is accepted | its parent is) from the drafter's own, any shape; at most 0."""
-
-    def num_parents(self, scores: "torch.Tensor", depth: int) -> int:
-        """Of how many nodes at `depth` to draft children, given their scores `[B, K]`, the best first; 0 ends it."""
-
-    def num_nodes(self, scores: "torch.Tensor", limit: int) -> int:
-        """How many nodes of a tree to keep, the root included, given its candidates' scores `[B, M]`."""
-
-
-class FixedSize:
-    """The papers' sizing: drafters are believed, and trees always have their full shape."""
-
-    def worth(self, log_probs: "torch.Tensor", depth: int) -> "torch.Tensor":
         return log_probs
 
     def num_parents(self, scores: "torch.Tensor", depth: int) -> int:
+        """Of how many nodes at `depth` to draft children, given their scores `[B, K]`, the best first; 0 ends it."""
         return scores.shape[1]
 
     def num_nodes(self, scores: "torch.Tensor", limit: int) -> int:
+        """How many nodes of a tree to keep, the root included, given its candidates' scores `[B, M]`."""
         return limit
 
 
-IN_FULL = FixedSize()
+IN_FULL = Sizing()
 
 
-class TreeShape(Protocol):
-    """What the cycle asks of the shape of its tree."""
+class _Shape:
+    """The shape of a cycle's tree; a plan, too: one that gives itself to every cycle.
 
-    @property
-    def width(self) -> int:
-        """Nodes of a level, or n-grams side by side."""
-
-    @property
-    def depth(self) -> int:
-        """Levels that are drafted; 0: no draft."""
-
-    @property
-    def num_nodes(self) -> int:
-        """Nodes at most, the root included."""
-
-    @property
-    def num_inner(self) -> int:
-        """Drafted nodes whose children are drafted too: what a draft network reads below the root."""
-
-    @property
-    def max_depth(self) -> int:
-        """Bound of the nodes' depths, of those too that no level has."""
-
-    @property
-    def is_chain(self) -> bool:
-        """Whether the accepted nodes are always the first ones, so that a commit moves nothing (true of `off` too)."""
-
-    @property
-    def looks_up(self) -> bool:
-        """Whether what is looked up in the text competes for the nodes."""
-
-    @property
-    def sizing(self) -> Sizing:
-        """What judges the nodes while the tree grows."""
-
-    def cut_to(self, depth: int) -> "TreeShape":
-        """The first `depth` levels, for a drafter or a limit that has no more."""
-
-
-class Plan(Protocol):
-    """What gives each cycle its tree: a shape chosen by hand, which gives itself, or one of those in plans/."""
-
-    @property
-    def learns(self) -> bool:
-        """Whether `learn` is to be called after each cycle."""
-
-    @property
-    def largest(self) -> TreeShape:
-        """The largest tree that `next` gives."""
-
-    def next(self, num_rows: int, longest: int, sampled: bool = False) -> TreeShape:
-        """The next cycle's tree for so many rows, given the committed tokens of the longest one.
-
-        `sampled`: whether one of them draws its tokens at a temperature.
-        """
-
-    def learn(self, report: "CycleReport") -> None:
-        """Take in what became of the cycle's tree."""
-
-
-class _Constant:
-    """A shape is a plan, too: one that gives itself to every cycle."""
+    Attributes:
+        width: nodes of a level, or n-grams side by side.
+        depth: levels that are drafted; 0: no draft.
+        num_nodes: nodes at most, the root included.
+        num_inner: drafted nodes whose children are drafted too: what a draft network reads below the root.
+        max_depth: bound of the nodes' depths, of those too that no level has.
+        is_chain: whether the accepted nodes are always the first ones, so that a commit moves nothing (true of `off`).
+        looks_up: whether what is looked up in the text competes for the nodes.
+        sizing: what judges the nodes while the tree grows.
+        cut_to: the first levels, so many, for a drafter or a limit that has no more.
+    """
 
     learns = False
 
@@ -147,7 +92,7 @@ class _Constant:
         pass
 
 
-class _Named(_Constant):
+class _Named(_Shape):
     """What the shapes share that a text names: they are drafted in full, by the draft alone."""
 
     looks_up = False
@@ -375,7 +320,7 @@ NamedTree: TypeAlias = TreePlan | StaticTree | LookaheadTree
 
 
 @dataclass(frozen=True)
-class LookupTree(_Constant):
+class LookupTree(_Shape):
     """A tree for whose nodes a continuation of `lookup_depth` tokens from the text competes; it may be the deeper."""
 
     tree: NamedTree
@@ -413,3 +358,28 @@ class LookupTree(_Constant):
 
     def cut_to(self, depth: int) -> "LookupTree":
         return replace(self, tree=self.tree.cut_to(depth))
+
+
+TreeShape: TypeAlias = NamedTree | LookupTree
+"""The shape of a cycle's tree."""
+
+
+class Plan(Protocol):
+    """What gives each cycle its tree: a shape chosen by hand, which gives itself, or one of those in plans/."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether `learn` is to be called after each cycle."""
+
+    @property
+    def largest(self) -> TreeShape:
+        """The largest tree that `next` gives."""
+
+    def next(self, num_rows: int, longest: int, sampled: bool = False) -> TreeShape:
+        """The next cycle's tree for so many rows, given the committed tokens of the longest one.
+
+        `sampled`: whether one of them draws its tokens at a temperature.
+        """
+
+    def learn(self, report: "CycleReport") -> None:
+        """Take in what became of the cycle's tree."""

@@ -1,4 +1,4 @@
-"""The figures of an evaluation, from its runs: speed, acceptance, where the seconds went, sameness.
+"""The figures of an evaluation, from its runs: speed, acceptance, stages, sameness, what one choice changes.
 
 Every interval is a bootstrap over prompts; the turns of a conversation stay together.
 """

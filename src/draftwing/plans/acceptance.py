@@ -1,13 +1,14 @@
 """How often a drafter's tokens are accepted, learnt while decoding: what a draft node's score is worth."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from draftwing.engine.readback import Array, Outcomes
-from draftwing.engine.tree_plan import FixedSize
+from draftwing.engine.tree_plan import Sizing
 
 EDGES = np.log([0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97])
 """Between the bins of a node's log-probability given its parent."""
@@ -19,7 +20,7 @@ MEMORY = 400.0
 """Expected acceptances a bin remembers; older ones fade."""
 
 
-class CalibratedSize(FixedSize):
+class CalibratedSize(Sizing):
     """A plan's own shape, with the drafter's probabilities corrected by a table; kept on a device, in one place."""
 
     def __init__(self, device: torch.device) -> None:
@@ -36,17 +37,22 @@ class CalibratedSize(FixedSize):
         return (log_probs + correction.take(torch.bucketize(log_probs, self._edges))).clamp_(max=-1e-3)
 
 
+@dataclass(eq=False)
 class AcceptanceTable:
     """P(a node is accepted | its parent is), by what the drafter says of it and by its depth.
 
     The drafter's log-probability is corrected by log(accepted / expected) of its bin: nothing is changed for a
     calibrated drafter, and bins that were seen seldom are hardly corrected.
+
+    Attributes:
+        accepted, expected: nodes `[depths, bins]`.
+        extended, parents: accepted nodes by depth, and those that had drafted children by the children's, `[depths]`.
     """
 
-    def __init__(self) -> None:
-        shape = NUM_DEPTHS, len(EDGES) + 1
-        self.accepted, self.expected = np.zeros(shape), np.zeros(shape)
-        self._extended, self._parents = np.zeros(NUM_DEPTHS), np.zeros(NUM_DEPTHS)
+    accepted: Array = field(default_factory=lambda: np.zeros((NUM_DEPTHS, len(EDGES) + 1)))
+    expected: Array = field(default_factory=lambda: np.zeros((NUM_DEPTHS, len(EDGES) + 1)))
+    extended: Array = field(default_factory=lambda: np.zeros(NUM_DEPTHS))
+    parents: Array = field(default_factory=lambda: np.zeros(NUM_DEPTHS))
 
     @property
     def correction(self) -> Array:
@@ -57,7 +63,7 @@ class AcceptanceTable:
     @property
     def continuation(self) -> Array:
         """P(some child is accepted | the node is and has drafted children), by the children's depth."""
-        rate: Array = (self._extended + 0.6 * TRUST) / (self._parents + TRUST)
+        rate: Array = (self.extended + 0.6 * TRUST) / (self.parents + TRUST)
         return rate
 
     def update(self, outcomes: Outcomes) -> None:
@@ -66,15 +72,13 @@ class AcceptanceTable:
         index = group, np.searchsorted(EDGES, outcomes.log_probs)
         np.add.at(self.accepted, index, outcomes.accepted)
         np.add.at(self.expected, index, np.exp(outcomes.log_probs))
-        np.add.at(self._extended, group, outcomes.accepted)
-        np.add.at(self._parents, np.minimum(outcomes.parent_depths, NUM_DEPTHS - 1), 1.0)
+        np.add.at(self.extended, group, outcomes.accepted)
+        np.add.at(self.parents, np.minimum(outcomes.parent_depths, NUM_DEPTHS - 1), 1.0)
         self._fade(MEMORY)
 
     def copy(self, memory: float) -> "AcceptanceTable":
         """A table that starts from this one's rates, but trusts them like `memory` expected acceptances at most."""
-        table = AcceptanceTable()
-        table.accepted, table.expected = self.accepted.copy(), self.expected.copy()
-        table._extended, table._parents = self._extended.copy(), self._parents.copy()
+        table = AcceptanceTable(*(counts.copy() for counts in vars(self).values()))
         table._fade(memory)
         return table
 
@@ -82,18 +86,13 @@ class AcceptanceTable:
         scale = memory / np.maximum(np.maximum(self.expected, self.accepted), memory)
         self.accepted *= scale
         self.expected *= scale
-        scale = memory / np.maximum(self._parents, memory)
-        self._extended *= scale
-        self._parents *= scale
+        scale = memory / np.maximum(self.parents, memory)
+        self.extended *= scale
+        self.parents *= scale
 
     def as_dict(self) -> dict[str, list[Any]]:
         """JSON-ready counts."""
-        return {
-            "accepted": self.accepted.round(2).tolist(),
-            "expected": self.expected.round(2).tolist(),
-            "extended": self._extended.round(2).tolist(),
-            "parents": self._parents.round(2).tolist(),
-        }
+        return {name: counts.round(2).tolist() for name, counts in vars(self).items()}
 
     @staticmethod
     def from_dict(values: Mapping[str, Sequence[Any]]) -> "AcceptanceTable":
@@ -103,11 +102,11 @@ class AcceptanceTable:
             ValueError: counts are missing, or of another shape.
         """
         table = AcceptanceTable()
-        try:
-            counts = [np.array(values[name], dtype=float) for name in ("accepted", "expected", "extended", "parents")]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"acceptance: malformed counts: {error}") from None
-        for mine, read in zip((table.accepted, table.expected, table._extended, table._parents), counts, strict=True):
+        for name, mine in vars(table).items():
+            try:
+                read = np.array(values[name], dtype=float)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"acceptance: malformed counts: {error}") from None
             if read.shape != mine.shape or not (read >= 0).all():
                 raise ValueError(f"acceptance: expected counts of shape {mine.shape}, got {read.shape}")
             mine[...] = read

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from draftwing.plans.acceptance import AcceptanceTable, CalibratedSize
 from draftwing.plans.costs import CycleCosts
 from draftwing.plans.pauses import ClockedPlan, LookupTrial, Pause
 from draftwing.threads import free_cores
+
+if TYPE_CHECKING:
+    from draftwing.plans.auto import AutoPlan
 
 MOST_DRIFT, WATCHED_CYCLES = 2.0, 32
 """Of a generation's seconds over what measured costs say, in so many cycles at least, before they are measured anew."""
@@ -49,14 +52,6 @@ class Experience:
         return self._calibrated
 
 
-class Expectation(Protocol):
-    """A generation's plan, as far as its costs are compared with the clock."""
-
-    @property
-    def expected_seconds(self) -> float:
-        """Of all its cycles, by the costs."""
-
-
 @dataclass
 class Lessons:
     """What trees that size themselves know: a draft's `stored` acceptance counts, and what this process has learnt.
@@ -69,7 +64,7 @@ class Lessons:
     clocked: dict[NamedTree, ClockedPlan] = field(default_factory=dict)
     """Plans of n-grams with what the clock has said of them."""
     costs_since: float = 0.0
-    watched: dict[Key, tuple[Expectation, Statistics]] = field(default_factory=dict)
+    watched: dict[Key, tuple["AutoPlan", Statistics]] = field(default_factory=dict)
     """The last generation of one row by these costs: what it expected, and what it took."""
     renewed: set[Key] = field(default_factory=set)
     """Costs that were measured anew; once a process is enough."""

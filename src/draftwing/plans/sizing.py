@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from draftwing.engine.readback import Array, CycleFacts
-from draftwing.engine.tree_plan import TreePlan
+from draftwing.engine.tree_plan import Sizing, TreePlan
 from draftwing.plans.acceptance import NUM_DEPTHS, CalibratedSize
 from draftwing.plans.costs import CycleCosts
 
@@ -87,7 +87,7 @@ class Rate:
         return float(max(self.plain, self._tokens / self._seconds))
 
 
-class PaidSize:
+class PaidSize(Sizing):
     """The sizing that drafts and keeps what pays; it reads scores while a tree grows, which is free on a CPU.
 
     Attributes:

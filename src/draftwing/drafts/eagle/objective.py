@@ -21,7 +21,7 @@ from draftwing.drafts.fit import Tensors, sizes_of
 from draftwing.drafts.head_loss import HeadLoss
 from draftwing.drafts.objective import SAVED_DTYPE, HeadCosts, HeadSizes, Objective
 from draftwing.layers import DecoderLayer, DraftConfig
-from draftwing.losses.fused_head import OutputHead, StepSums, Teacher, fused_loss
+from draftwing.losses.fused_head import OutputHead
 from draftwing.losses.slot_losses import feature_regression
 from draftwing.losses.slots import SupervisedSlots
 from draftwing.losses.ttt import TttAttention, shift_left
@@ -56,16 +56,6 @@ class EagleTraining(HeadLoss):
             outputs.append(head.readout(output.flatten(0, 1).index_select(0, slots.student(step))))
             hidden = head.feed_back(output)
         return torch.stack(outputs, dim=1)
-
-    def _token_loss(
-        self, outputs: torch.Tensor, teacher: Teacher, valid: torch.Tensor, step_weights: torch.Tensor
-    ) -> tuple[torch.Tensor, StepSums]:
-        return fused_loss(outputs, self.output_head, teacher, valid, step_weights, self._slot_loss)
-
-    @property
-    def output_head(self) -> OutputHead:
-        """What makes logits of the head's outputs."""
-        return self._target_head
 
 
 class Eagle1Training(EagleTraining):
