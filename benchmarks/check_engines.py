@@ -99,7 +99,8 @@ def run(case: Case, checker: Checker, target_gguf: Path | None, folder: Path) ->
         export_draft(case.draft, "tiny", case.engine, exported, verifier=verifier, force=True, **given)
         if sabotage is not None:
             sabotage(exported)
-        request = CheckRequest(exported, case.engine, "tiny", checker, prompts, **given, reference=case.draft)
+        reference = folder / "right"
+        request = CheckRequest(exported, case.engine, "tiny", checker, prompts, **given, reference=reference)
         if sabotage is None:
             right = check_export(request, print)
         elif not check_export(replace(request, prompts=prompts[:3])).problems:
@@ -119,7 +120,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results/exports.json"))
     parser.add_argument("--only", nargs="*", default=[], help=f"checkers: {', '.join({c.checker for c in CASES})}")
     options = parser.parse_args()
-    old = json.loads(options.output.read_text(encoding="utf-8"))["rows"] if options.only else []
+    is_part = options.only and options.output.is_file()
+    old = json.loads(options.output.read_text(encoding="utf-8"))["rows"] if is_part else []
     rows = [row for row in old if row["checker"] not in options.only]
     with tempfile.TemporaryDirectory() as scratch:
         target_gguf = Path(scratch) / "target.gguf"

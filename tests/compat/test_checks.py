@@ -293,3 +293,13 @@ def test_the_command_says_what_is_missing(
         assert says in capsys.readouterr().err
         assert not out.exists(), "nothing is written for an engine that cannot check it"
     assert written_for(models / "vllm") == ("vllm", "org/it")
+
+
+def test_a_loader_that_reads_something_else_is_found(models: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "changed"
+    export_draft(str(models / "head"), str(models / "target"), "eagle", folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"rms_norm_eps": 1e-3}))
+    checker = Checker("transformers", Path(sys.executable))
+    asked = CheckRequest(folder, "eagle", "t", checker, [], reference=models / "vllm")
+    assert check_export(asked).problems == ["rms_norm_eps: it reads something else"]

@@ -59,7 +59,7 @@ class CheckRequest:
     """What is to be checked: an exported folder, on which target, by whom, on which prompts.
 
     Attributes:
-        reference: the draft that is decoded here; empty: the folder, which is read back.
+        reference: the folder that is decoded here, or compared with; None: the same folder, which is read back.
     """
 
     folder: Path
@@ -70,7 +70,12 @@ class CheckRequest:
     target_gguf: Path | None = None
     num_tokens: int = NUM_TOKENS
     seconds: float = SECONDS
-    reference: str = ""
+    reference: Path | None = None
+
+    @property
+    def written(self) -> Path:
+        """What the folder should mean."""
+        return self.reference or self.folder
 
 
 def written_for(folder: Path, engine: str | None = None, target: str | None = None) -> tuple[str, str]:
@@ -99,15 +104,15 @@ def check_export(request: CheckRequest, say: Callable[[str], None] = lambda text
     checker = request.checker
     if checker.name not in SESSIONS:
         say(f"{checker.name} loads {request.folder}")
-        loaded = load_there(checker.name, checker.at, request.folder, request.seconds)
+        loaded = load_there(checker.name, checker.at, request.folder, request.seconds, request.written)
         return Check(request.engine, checker.name, loaded.version, loaded=loaded)
     return _decode_and_compare(request, say)
 
 
 def _decode_and_compare(request: CheckRequest, say: Callable[[str], None]) -> Check:
-    files = open_draft(request.reference or str(request.folder))
+    files = open_draft(str(request.written))
     job = _job(request, family_of_files(files.values, files.tensors).methods[-1].name)
-    model = load_here(job, request.reference or str(request.folder))
+    model = load_here(job, str(request.written))
     names = [prompt.name for prompt in request.prompts]
     job = job.on([prompt.token_ids(model.tokenizer) for prompt in request.prompts])
     model.check(job.prompts, max_new_tokens=job.num_tokens)

@@ -34,8 +34,8 @@ class Loaded:
         return self.num_fields + self.num_tensors
 
 
-def load_there(package: str, python: Path, folder: Path, seconds: float) -> Loaded:
-    """Load a folder by `package`, speculators or transformers, of another Python.
+def load_there(package: str, python: Path, folder: Path, seconds: float, written: Path) -> Loaded:
+    """Load a folder by `package`, speculators or transformers, of another Python; compare with what was `written`.
 
     Raises:
         ValueError: the loader fails, or takes too long.
@@ -45,7 +45,7 @@ def load_there(package: str, python: Path, folder: Path, seconds: float) -> Load
         with EngineProcess(package, [python, SCRIPT, package, folder, answer], seconds) as process:
             text = process.until(lambda: answer.read_text(encoding="utf-8") if answer.is_file() else None)
     said = json.loads(text)
-    values, tensors = read_draft_files(folder)
+    values, tensors = read_draft_files(written)
     mine, theirs = _fields(values), _fields(said["config"])
     names = list(tensors) if package == "speculators" else []
     wrong = [name for name in mine if mine[name] != theirs.get(name)]
