@@ -8,10 +8,20 @@ One answer in 50 is asked for once more without drafts, and must be the same: so
 import json
 import random
 import time
+from typing import Any
 
 from locust import HttpUser, task
 
 PROMPTS = ("def clamp(value, low, high):\n", "def read_lines(path):\n", "Write the Python function", "x")
+COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
+SCHEMA = {"type": "object", "properties": {"by": {"enum": ["size", "name"]}}, "required": ["by"]}
+WISHES: tuple[dict[str, Any], ...] = (
+    *({}, {}, {"stop": ["\n\n", "return"]}, {"n": 2}, {"presence_penalty": 0.8}, {"top_p": 0.9, "min_p": 0.05}),
+    *({"repetition_penalty": 1.2}, {"logit_bias": {"10": -5}}, {"min_tokens": 4}, {"ignore_eos": True}),
+    {"response_format": {"type": "regex", "regex": "[a-f]{3}( [0-9]{1,3}){2}!"}},
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+)
+WRONG = ({"temperature": "hot"}, {"prompt": 5}, {"max_tokens": 10**6}, {"tools": [1]}, {"stop": [""]}, {"n": 0})
 
 
 class Client(HttpUser):
@@ -20,32 +30,43 @@ class Client(HttpUser):
     def on_start(self) -> None:
         self.luck = random.Random()
 
-    def body(self) -> dict[str, object]:
-        return {
-            "prompt": self.luck.choice(PROMPTS) * self.luck.randint(1, 4),
-            "max_tokens": self.luck.randint(1, 48),
-            "temperature": self.luck.choice((0, 0.7, 1.2)),
-            "seed": self.luck.randrange(2**31),
+    def request(self) -> tuple[str, dict[str, Any]]:
+        """A route, and a body for it."""
+        luck = self.luck
+        prompt = luck.choice(PROMPTS) * luck.randint(1, 4)
+        asks = {
+            "max_tokens": luck.randint(4, 48),
+            "temperature": luck.choice((0, 0.7, 1.2)),
+            "seed": luck.randrange(2**31),
         }
+        body = asks | luck.choice(WISHES)
+        if luck.random() < 0.4:
+            shown = {"logprobs": True, "top_logprobs": 3} if luck.random() < 0.2 else {}
+            return CHATS, body | shown | {"messages": [{"role": "user", "content": prompt}]}
+        shown = {"logprobs": 3, "echo": True} if luck.random() < 0.2 else {}
+        return COMPLETIONS, body | shown | {"prompt": prompt}
 
     @task(6)
-    def complete(self) -> None:
-        body = self.body()
-        with self.client.post("/v1/completions", json=body, catch_response=True) as response:
+    def ask(self) -> None:
+        route, body = self.request()
+        with self.client.post(route, json=body, catch_response=True) as response:
             if response.status_code == 429:
                 response.success()
             elif response.status_code == 200 and self.luck.random() < 0.02:
-                again = self.client.post("/v1/completions", json=body | {"draft": False}, name="again without drafts")
+                plain = body | {"draft": False}
+                again = self.client.post(route, json=plain, name="again without drafts")
                 if again.status_code == 200 and again.json()["choices"] != response.json()["choices"]:
-                    response.failure("another answer without drafts")
+                    response.failure(f"another answer without drafts: {json.dumps(body)}")
 
     @task(4)
     def stream(self) -> None:
         start = time.perf_counter()
-        body = self.body() | {"stream": True}
-        with self.client.post("/v1/completions", json=body, stream=True, catch_response=True) as response:
-            if response.status_code == 429:
-                response.success()
+        route, body = self.request()
+        body |= {"stream": True}
+        with self.client.post(route, json=body, stream=True, catch_response=True) as response:
+            if response.status_code != 200:
+                if response.status_code == 429:
+                    response.success()
                 return
             lines = (line for line in response.iter_lines() if line)
             first = next(lines, b"")
@@ -66,10 +87,8 @@ class Client(HttpUser):
 
     @task(1)
     def be_wrong(self) -> None:
-        wrong = self.luck.choice(({"temperature": "hot"}, {"prompt": 5}, {"max_tokens": 10**6}, {"tools": [1]}))
-        content = json.dumps(self.body() | wrong)
-        headers = {"Content-Type": "application/json"}
-        with self.client.post("/v1/completions", data=content, headers=headers, catch_response=True) as response:
+        body = {"prompt": "x", "max_tokens": 4} | self.luck.choice(WRONG)
+        with self.client.post(COMPLETIONS, json=body, name="a wrong body", catch_response=True) as response:
             if response.status_code == 400:
                 response.success()
             else:

@@ -215,38 +215,68 @@ def test_the_sdk_asks_for_a_form(client: openai.OpenAI) -> None:
         chat({"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}})
 
 
-def test_the_sdk_calls_tools(model: SpeculativeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A required call, whole and streamed, its result given back, and the same tokens without drafts."""
+@pytest.fixture
+def tool_client(model: SpeculativeModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[openai.OpenAI]:
+    """Of a server whose chat template knows tools."""
     tokenizer = load_tokenizer("tiny")
     tokenizer.chat_template = TEMPLATE
     monkeypatch.setattr(model, "tokenizer", tokenizer)
     served = Served(model)
-    options: dict[str, Any] = {"model": "tiny", "tools": [CLAMP, SORT], "max_tokens": 120, "seed": 3}
     try:
         with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
-            asked = client.chat.completions.create(messages=CHAT, **options, tool_choice="required").choices[0]
-            (call,) = asked.message.tool_calls
-            assert (asked.finish_reason, asked.message.content) == ("tool_calls", None)
-            arguments = json.loads(call.function.arguments)
-            assert set(arguments) == ({"value", "mode"} if call.function.name == "clamp" else {"by"})
-            named = {"type": "function", "function": {"name": "sort"}}
-            with client.chat.completions.stream(messages=CHAT, **options, tool_choice=named) as stream:
-                streamed = stream.get_final_completion().choices[0].message.tool_calls[0]
-            assert streamed.function.name == "sort"
-            assert json.loads(streamed.function.arguments)["by"] in ("size", "name")
-            plain = client.chat.completions.create(
-                messages=CHAT, **options, tool_choice=named, extra_body={"draft": False}
-            )
-            function = plain.choices[0].message.tool_calls[0].function
-            assert (function.name, function.arguments) == (streamed.function.name, streamed.function.arguments)
-            assert plain.usage.completion_tokens_details.accepted_prediction_tokens == 0
-            result = {"role": "tool", "tool_call_id": call.id, "content": "3"}
-            said = client.chat.completions.create(
-                messages=[*CHAT, asked.message.model_dump(), result], **options, tool_choice="none"
-            )
-            assert said.choices[0].message.tool_calls is None
+            yield client
     finally:
         served.close()
+
+
+def test_the_sdk_calls_tools(tool_client: openai.OpenAI) -> None:
+    """A required call, whole and streamed, its result given back, and the same tokens without drafts."""
+    client, options = tool_client, dict[str, Any](model="tiny", tools=[CLAMP, SORT], max_tokens=120, seed=3)
+    asked: Any = client.chat.completions.create(messages=CHAT, **options, tool_choice="required").choices[0]
+    (call,) = asked.message.tool_calls
+    assert (asked.finish_reason, asked.message.content) == ("tool_calls", None)
+    arguments = json.loads(call.function.arguments)
+    assert set(arguments) == ({"value", "mode"} if call.function.name == "clamp" else {"by"})
+    named = {"type": "function", "function": {"name": "sort"}}
+    with client.chat.completions.stream(messages=CHAT, **options, tool_choice=named) as stream:
+        streamed = stream.get_final_completion().choices[0].message.tool_calls[0]
+    assert streamed.function.name == "sort"
+    assert json.loads(streamed.function.arguments)["by"] in ("size", "name")
+    plain: Any = client.chat.completions.create(
+        messages=CHAT, **options, tool_choice=named, extra_body={"draft": False}
+    )
+    function = plain.choices[0].message.tool_calls[0].function
+    assert (function.name, function.arguments) == (streamed.function.name, streamed.function.arguments)
+    assert plain.usage.completion_tokens_details.accepted_prediction_tokens == 0
+    result = {"role": "tool", "tool_call_id": call.id, "content": "3"}
+    said: Any = client.chat.completions.create(
+        messages=[*CHAT, asked.message.model_dump(), result], **options, tool_choice="none"
+    )
+    assert said.choices[0].message.tool_calls is None
+
+
+def test_the_sdk_calls_tools_in_responses(tool_client: openai.OpenAI) -> None:
+    """The same calls as in a chat, whole and streamed; their outputs are given back."""
+    client, flat = tool_client, [{"type": "function", **tool["function"]} for tool in (CLAMP, SORT)]
+    options: dict[str, Any] = {"model": "tiny", "tools": flat, "extra_body": {"seed": 3}}
+    whole = client.responses.create(input=CHAT, tool_choice="required", **options)
+    chat: Any = client.chat.completions.create(
+        model="tiny", messages=CHAT, tools=[CLAMP, SORT], tool_choice="required", seed=3
+    )
+    (call,) = whole.output
+    function = chat.choices[0].message.tool_calls[0].function
+    assert (call.type, call.name, call.arguments) == ("function_call", function.name, function.arguments)
+    with client.responses.stream(input=CHAT, tool_choice="required", **options) as stream:
+        events = list(stream)
+        assert stream.get_final_response().output[0].arguments == call.arguments
+    (delta,) = [each for each in events if each.type == "response.function_call_arguments.delta"]
+    (done,) = [each for each in events if each.type == "response.function_call_arguments.done"]
+    assert (delta.delta, done.arguments) == (call.arguments, call.arguments)
+    back = {"type": "function_call_output", "call_id": call.call_id, "output": "3"}
+    said = client.responses.create(
+        input=[*CHAT, call.model_dump(), back], tool_choice="none", max_output_tokens=8, **options
+    )
+    assert [item.type for item in said.output] == ["message"]
 
 
 def test_the_sdk_gets_responses(client: openai.OpenAI) -> None:
@@ -439,6 +469,12 @@ NEEDS_PROC = pytest.mark.skipif(
 )
 
 
+def figures(url: str, name: str) -> list[float]:
+    """A figure of each replica, as any of them tells it."""
+    page = httpx.get(f"{url}/metrics", timeout=30).text
+    return list(map(float, re.findall(rf"^{name}{{.*replica=.*}} (\S+)$", page, re.MULTILINE)))
+
+
 @NEEDS_PROC
 def test_a_killed_replica_loses_its_running_requests_alone() -> None:
     """Two behind one port: each is stopped for a moment, so that it is known who serves what."""
@@ -446,6 +482,8 @@ def test_a_killed_replica_loses_its_running_requests_alone() -> None:
     try:
         wait_for(lambda: len(children_of(process.pid)) == 2)
         first, second = children_of(process.pid)
+        wait_for(lambda: figures(url, "draftwing_replica_up") == [1, 1])
+        assert figures(url, "draftwing_seats") == [2, 2]
         os.kill(first, signal.SIGSTOP)
         wait_for(lambda: _is_up(url))  # the second one
         with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as kept:

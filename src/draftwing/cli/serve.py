@@ -142,7 +142,7 @@ def _serve(
     name = options.served_name or (Path(target).resolve().name if Path(target).exists() else target)
     root = name if Path(target).exists() else target  # no path of this machine
     fingerprint = f"draftwing-{model.method}-{str(model.dtype).removeprefix('torch.')}"
-    app = create_app(scheduler, intake, Identity(name, root, fingerprint), keys)
+    app = create_app(scheduler, intake, Identity(name, root, fingerprint), keys, replica.peers)
     scheduler.start()
     facts = {
         "url": address_of(listener),

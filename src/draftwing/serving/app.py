@@ -17,12 +17,15 @@ from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
 from draftwing.serving.answers import ChatCompletion, Completion
+from draftwing.serving.conversations import ChatRequest, TokenizeRequest
 from draftwing.serving.errors import ApiError, as_api_error, documented
 from draftwing.serving.front import Front
 from draftwing.serving.intake import Intake
-from draftwing.serving.responses import ResponseBody, ResponseRequest
+from draftwing.serving.peers import Peers
+from draftwing.serving.response_schema import ResponseRequest
+from draftwing.serving.responses import ResponseBody
 from draftwing.serving.scheduler import Scheduler
-from draftwing.serving.schema import ChatRequest, CompletionRequest, DetokenizeRequest, FieldError, TokenizeRequest
+from draftwing.serving.schema import CompletionRequest, DetokenizeRequest, FieldError
 from draftwing.serving.server import Server
 from draftwing.serving.streams import Identity
 
@@ -78,11 +81,13 @@ class _App(FastAPI):
         return schema
 
 
-def create_app(scheduler: Scheduler, intake: Intake, identity: Identity, keys: Sequence[str] = ()) -> FastAPI:
-    """The application for a scheduler that has been started; with keys, requests need one of them."""
+def create_app(
+    scheduler: Scheduler, intake: Intake, identity: Identity, keys: Sequence[str] = (), peers: Peers | None = None
+) -> FastAPI:
+    """The application for a scheduler; with keys, requests need one of them; with peers, it tells their figures too."""
     app = _App(title="draftwing", version=version("draftwing"), docs_url=None, redoc_url=None)
     server = Server(scheduler, intake, identity)
-    for routes in (_answers(server), _tokens(server), _about(server)):
+    for routes in (_answers(server), _tokens(server), _about(server), _figures(server, peers)):
         app.include_router(routes)
     app.add_middleware(Front, keys=keys)
     for kind in (ApiError, FieldError, RequestValidationError, HTTPException):
@@ -203,16 +208,25 @@ def _about(server: Server) -> APIRouter:
         """The server's version."""
         return {"version": version("draftwing")}
 
-    @router.head("/metrics", include_in_schema=False)
-    @router.get("/metrics", response_class=Response, responses=PLAIN)
-    async def metrics() -> Response:
-        """Figures for Prometheus."""
-        return Response(server.metrics.page(), media_type=CONTENT_TYPE_LATEST)
-
     @router.get("/", response_class=HTMLResponse)
     async def playground() -> Response:
         """The page to try it out."""
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
+
+    return router
+
+
+def _figures(server: Server, peers: Peers | None) -> APIRouter:
+    router, own = APIRouter(), server.metrics.page
+    if peers is not None:
+        peers.tell(own)
+
+    @router.head("/metrics", include_in_schema=False)
+    @router.get("/metrics", response_class=Response, responses=PLAIN)
+    def metrics() -> Response:  # beside the event loop: others are asked, and waited for
+        """Figures for Prometheus."""
+        page = own() if peers is None else peers.page(own())
+        return Response(page, media_type=CONTENT_TYPE_LATEST)
 
     return router
 

@@ -13,14 +13,14 @@ from draftwing.engine.engine import Request
 from draftwing.engine.options import row_seed
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule, exact_decode
+from draftwing.serving.conversations import ChatRequest, ConversationRequest, TokenizeRequest
+from draftwing.serving.response_schema import OWN_NAMES, ResponseRequest
 from draftwing.serving.schema import (
-    ChatRequest,
     CompletionRequest,
     FieldError,
     GenerationRequest,
     NamedSchema,
     ResponseFormat,
-    TokenizeRequest,
 )
 from draftwing.serving.structured import AllowedTokens, Forms, only_token
 from draftwing.serving.text import AnswerText
@@ -144,20 +144,34 @@ class Intake:
         """What a chat asks for; raises as `completion` does."""
         num_top = (body.top_logprobs or 0) if body.logprobs else None
         asked = body.max_completion_tokens or body.max_tokens
-        use = self._tool_use(body) if body.offered else None
-        tools = tuple(tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in body.offered)
-        ids = self.chat_ids(body.messages, tools)
-        call = self._call(body, [ids], asked, num_top, "messages", allowed=None if use is None else use.allowed)
-        return replace(call, tools=use)
+        return self._conversation(body, body.messages, asked, num_top)
 
-    def conversation(self, body: GenerationRequest, messages: Sequence[dict[str, Any]], asked: int | None) -> Call:
+    def response(self, body: ResponseRequest) -> Call:
+        """What a response asks for: a chat's, whose fields have other names; raises as `completion` does."""
+        try:
+            return self._conversation(body, body.messages, body.max_output_tokens, None)
+        except FieldError as error:
+            raise type(error)(OWN_NAMES.get(error.field, error.field), error.problem) from None
+
+    def _conversation(
+        self,
+        body: ConversationRequest,
+        messages: Sequence[dict[str, Any]],
+        asked: int | None,
+        num_top: int | None,
+    ) -> Call:
         """What a conversation asks for, with at most `asked` new tokens; errors name a chat's fields."""
-        return self._call(body, [self.chat_ids(messages)], asked, None, "messages")
+        use = self._tool_use(body) if body.offered else None
+        ids, allowed = self.chat_ids(messages, body.told), None if use is None else use.allowed
+        call = self._call(body, [ids], asked, num_top, "messages", allowed=allowed)
+        return replace(call, tools=use)
 
     def tokenize(self, body: TokenizeRequest) -> list[int]:
         """The ids of a prompt or of a conversation."""
         if body.messages is not None:
-            return self.chat_ids(body.messages)
+            if body.offered:
+                self._known_format()
+            return self.chat_ids(body.messages, body.told)
         assert body.prompt is not None
         return self.prompt_ids(body.prompt, body.add_special_tokens is not False)
 
@@ -283,14 +297,18 @@ class Intake:
         except ValueError as error:
             raise FieldError("response_format", str(error)) from None
 
-    def _tool_use(self, body: ChatRequest) -> ToolUse:
-        """How the model calls the tools that it is told of, and what makes it call one, if it must."""
+    def _known_format(self) -> ToolFormat:
+        """How this model writes calls; raises a FieldError where it cannot be told of tools."""
         if not self._knows_tools:
             raise FieldError("tools", "this model's chat template knows none")
-        known = self._tool_format
-        if known is None:
-            expected = "how this model writes calls is not known from its chat template (--tool-call-parser)"
-            raise FieldError("tools", expected)
+        if self._tool_format is None:
+            unknown = "how this model writes calls is not known from its chat template"
+            raise FieldError("tools", f"{unknown} (--tool-call-parser)")
+        return self._tool_format
+
+    def _tool_use(self, body: ConversationRequest) -> ToolUse:
+        """How the model calls the tools that it is told of, and what makes it call one, if it must."""
+        known = self._known_format()
         marks = [mark for mark in (*known.marks, "[ARGS]", "[CALL_ID]") if mark in self.tokenizer.all_special_tokens]
         special = {mark: self.tokenizer.convert_tokens_to_ids(mark) for mark in marks}
         allowed, functions = None, [function.model_dump(exclude_none=True) for function in body.callable]
@@ -299,7 +317,7 @@ class Intake:
                 allowed = self._forms.calls(known.grammar(schemas(functions), special))
             except ValueError as error:
                 raise FieldError("tools", str(error)) from None
-        names = frozenset(tool.function.name for tool in body.offered)
+        names = frozenset(function.name for function in body.offered)
         most = 1 if body.parallel_tool_calls is False else None
         return ToolUse(known, names, most, frozenset(special.values()), allowed)
 

@@ -1,22 +1,20 @@
 """What clients may ask for: the bodies of OpenAI's API with the fields that vLLM's clients add, and their limits.
 
+Here is what all bodies have in common, and those without a conversation; conversations.py has the others.
+
 A field that would change the text and is not honoured is refused by name; others that are unknown are logged.
 """
 
 import difflib
-import json
 import logging
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
-    WithJsonSchema,
     WrapValidator,
     model_validator,
 )
@@ -30,7 +28,6 @@ MAX_BIASES = 1024
 MAX_REGEX_LENGTH = 4096
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
-MAX_TOOLS = 128
 MAX_UNKNOWN = 32
 
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -59,7 +56,6 @@ SIMILAR = 0.8
 """How much an unknown field must look like a known one to be taken for a slip of the pen."""
 
 PROMPT_FORMS = f"a text, a list of token ids, or a list of 1 to {MAX_PROMPTS} of either"
-TOOL_CHOICES = 'none, auto, required, or {"type": "function", "function": {"name": ...}}'
 STOP_FORMS = f"a text of 1 to {MAX_STOP_LENGTH} characters, or up to {MAX_STOPS} of them"
 Text = Annotated[str, Field(max_length=MAX_BODY_BYTES)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -245,10 +241,11 @@ class GenerationRequest(Body):
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options", "only with stream")
         if self.form is not None:
-            self._check_ends("a response_format")
+            self.check_ends("a response_format")
         return self
 
-    def _check_ends(self, form: str) -> None:
+    def check_ends(self, form: str) -> None:
+        """Refuse fields that would move the end of a text that must have a form."""
         for name in ("ignore_eos", "min_tokens"):
             if getattr(self, name):
                 raise FieldError(name, f"not with {form}, whose text ends where it is complete")
@@ -282,156 +279,6 @@ class CompletionRequest(GenerationRequest):
         if isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
         return list(self.prompt)  # type: ignore[arg-type]
-
-
-def check_unicode(value: Any) -> Any:
-    """A value whose every string is Unicode: half a surrogate pair, which JSON can spell, is none."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, RecursionError):
-        raise ValueError("expected Unicode texts, not nested too deeply") from None
-    return value
-
-
-MESSAGE_SCHEMA = {
-    "type": "object",
-    "required": ["role"],
-    "properties": {
-        "role": {"type": "string", "enum": ["system", "developer", "user", "assistant", "tool"]},
-        "content": {
-            "anyOf": [
-                {"type": "string"},
-                {
-                    "type": "array",
-                    "items": {
-                        "type": "object",
-                        "required": ["type", "text"],
-                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                    },
-                },
-            ]
-        },
-    },
-}
-"""A turn, as the documentation shows it; data/messages.py reads some more forms."""
-Messages = Annotated[
-    list[dict[str, Any]],
-    Field(
-        fail_fast=True,
-        min_length=1,
-        max_length=4096,
-        description="turns: role, and content as a text or a list of text parts",
-    ),
-    AfterValidator(check_unicode),
-    WithJsonSchema({"type": "array", "minItems": 1, "items": MESSAGE_SCHEMA}),
-]
-
-
-class Function(BaseModel):
-    """A function that the model may call; `parameters` is the JSON schema of its arguments."""
-
-    model_config = ConfigDict(strict=True)
-
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = Field(None, description="schemas are kept where a call is required, and not otherwise")
-
-
-class Tool(BaseModel):
-    """What the model may call."""
-
-    model_config = ConfigDict(strict=True)
-
-    type: Literal["function"]
-    function: Function
-
-
-class FunctionName(BaseModel):
-    """One of the functions."""
-
-    model_config = ConfigDict(strict=True)
-
-    name: str
-
-
-class NamedTool(BaseModel):
-    """The tool that must be called."""
-
-    model_config = ConfigDict(strict=True)
-
-    type: Literal["function"]
-    function: FunctionName
-
-
-class ChatRequest(GenerationRequest):
-    """The body of POST /v1/chat/completions."""
-
-    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS), BeforeValidator(check_unicode)] | None = (
-        Field(None, description="functions that the model may call; the chat template tells it of them")
-    )
-    tool_choice: Annotated[Literal["none", "auto", "required"] | NamedTool | None, one_of_forms(TOOL_CHOICES)] = Field(
-        None, description=TOOL_CHOICES
-    )
-    parallel_tool_calls: bool | None = Field(None, description="false: of several calls the first one alone")
-    messages: Messages
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="counts instead of max_tokens")
-    logprobs: bool | None = None
-    top_logprobs: Logprobs | None = Field(None, description="so many most probable tokens; needs logprobs")
-
-    @model_validator(mode="after")
-    def _check_fields(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
-            raise FieldError("top_logprobs", "only with logprobs")
-        if self.max_tokens == 0:
-            raise FieldError("max_tokens", "expected at least 1")
-        if self.form is not None and self.offered:
-            raise FieldError("response_format", "not with tools that may be called")
-        if self.must_call:
-            self._check_ends("a tool call that is required")
-        return self
-
-    @model_validator(mode="after")
-    def _check_tool_choice(self) -> "ChatRequest":
-        names = [tool.function.name for tool in self.tools or ()]
-        if len(set(names)) < len(names):
-            raise FieldError("tools", "expected functions of different names")
-        if self.must_call and not names:
-            raise FieldError("tool_choice", "only with tools")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise FieldError("tool_choice", f"expected the name of one of the tools, {', '.join(names)}")
-        return self
-
-    @property
-    def offered(self) -> list[Tool]:
-        """The tools that the model is told of."""
-        return [] if self.tool_choice == "none" else self.tools or []
-
-    @property
-    def must_call(self) -> bool:
-        """Whether the answer is to be a call."""
-        return self.tool_choice not in (None, "none", "auto")
-
-    @property
-    def callable(self) -> list[Function]:
-        """The functions of which one must be called, if one must."""
-        chosen = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
-        return [tool.function for tool in self.offered if chosen in (None, tool.function.name)]
-
-
-class TokenizeRequest(Body):
-    """The body of POST /tokenize: a `prompt`, or `messages` through the chat template."""
-
-    prompt: Text | None = None
-    messages: Messages | None = None
-    add_special_tokens: bool | None = Field(None, description="of a prompt; default: true")
-    return_token_strs: bool | None = None
-
-    @model_validator(mode="after")
-    def _check_source(self) -> "TokenizeRequest":
-        if (self.prompt is None) == (self.messages is None):
-            raise FieldError("prompt", "expected either a prompt or messages")
-        return self
 
 
 class DetokenizeRequest(Body):

@@ -14,12 +14,14 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from draftwing.serving.answers import Answer, ChatShape, CompletionShape, usage
+from draftwing.serving.conversations import ChatRequest
 from draftwing.serving.errors import ApiError
 from draftwing.serving.intake import Call, Intake
 from draftwing.serving.metrics import ServerMetrics
-from draftwing.serving.responses import ResponseOutlet, ResponseRequest
+from draftwing.serving.response_schema import ResponseRequest
+from draftwing.serving.responses import ResponseOutlet
 from draftwing.serving.scheduler import Busy, Delivery, Draining, Scheduler
-from draftwing.serving.schema import ChatRequest, CompletionRequest, FieldError, GenerationRequest
+from draftwing.serving.schema import CompletionRequest, FieldError, GenerationRequest
 from draftwing.serving.streams import Choices, Identity, Outlet
 from draftwing.serving.submission import Gone, Submission
 from draftwing.serving.token_texts import TokenTexts
@@ -29,8 +31,6 @@ logger = logging.getLogger(__name__)
 Given = TypeVar("Given", bound=GenerationRequest)
 Written = TypeVar("Written")
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-RESPONSE_FIELDS = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text"}
-"""What a chat's fields are called in a response's body."""
 FIELDS = {"max_new_tokens": "max_tokens", "input_ids": "prompt"}
 """The API's names of fields that the engine calls otherwise."""
 
@@ -66,14 +66,7 @@ class Server:
 
     async def respond(self, body: ResponseRequest, request: Request) -> Response:
         """Answer a conversation in the newer form."""
-        return await self._answer(body, self._response, self._responses, request)
-
-    def _response(self, body: ResponseRequest) -> Call:
-        """What a response asks for: a chat's, whose fields have other names."""
-        try:
-            return self.intake.conversation(body, body.messages, body.max_output_tokens)
-        except FieldError as error:
-            raise type(error)(RESPONSE_FIELDS.get(error.field, error.field), error.problem) from None
+        return await self._answer(body, self.intake.response, self._responses, request)
 
     async def _answer(
         self, body: Given, read: Callable[[Given], Call], outlet: Callable[[Call], Outlet], request: Request

@@ -141,7 +141,7 @@ def test_a_form(client: TestClient, scheduler: FakeScheduler) -> None:
         ("max_output_tokens", "5"),
         ("input", 5),
         ("input", []),
-        ("input", [{"type": "function_call_output", "call_id": "x", "output": "y"}]),
+        ("input", [{"type": "item_reference", "id": "x"}]),
         ("input", [{"role": "nobody", "content": "x"}]),
         ("input", "\ud800"),
         ("input", "x " * 600),

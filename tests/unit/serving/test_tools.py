@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
+from test_responses import events as response_events
 from test_serving import CHAT, EOS, asked, client_of, events, ids, problem
 from tools_template import CLAMP, SORT, TEMPLATE
 
@@ -302,6 +303,129 @@ def test_models_that_know_no_tools() -> None:
             assert says in error["message"]
     with client_of(scripted("Hello"), load_tokenizer("tiny")) as client:
         assert chat(client, tool_choice="none").status_code == 200
+
+
+FLAT = [{"type": "function", **tool["function"]} for tool in (CLAMP, SORT)]
+
+
+def respond(client: TestClient, **fields: Any) -> Any:
+    return client.post("/v1/responses", json={"input": "Hello", "tools": FLAT} | fields)
+
+
+def test_a_response_that_calls(client: TestClient, scheduler: FakeScheduler) -> None:
+    """It is told of the tools as a chat is, and its calls are items behind what it says."""
+    body = respond(client, tool_choice="auto", parallel_tool_calls=False).json()
+    said, call = body["output"]
+    assert (said["type"], said["content"][0]["text"]) == ("message", "Well.\n")
+    assert (call["type"], call["name"], call["status"]) == ("function_call", "clamp", "completed")
+    assert json.loads(call["arguments"]) == {"value": 3, "mode": "low"}
+    told = (body["status"], body["tool_choice"], body["parallel_tool_calls"])
+    assert told == ("completed", "auto", False)
+    assert [tool["name"] for tool in body["tools"]] == ["clamp", "sort"]
+    prompt = asked(scheduler).prompt
+    chat(client)
+    assert asked(scheduler).prompt == prompt
+
+
+def test_the_events_of_a_response_that_calls(client: TestClient) -> None:
+    """A message's events, then each call's; the last one has the same items."""
+    read = response_events(respond(client, stream=True).text)
+    kinds = [event["type"].removeprefix("response.") for event in read]
+    arguments = ["function_call_arguments.delta", "function_call_arguments.done"]
+    begun = kinds.index("output_text.done")
+    assert kinds[begun:] == [
+        *("output_text.done", "content_part.done", "output_item.done"),
+        *("output_item.added", *arguments, "output_item.done", "completed"),
+    ]
+    added, delta, done, ended, last = read[-5:]
+    call = last["response"]["output"][1]
+    assert ended["item"] == call
+    assert added["item"] == call | {"arguments": "", "status": "in_progress"}
+    assert delta["delta"] == done["arguments"] == call["arguments"]
+    assert {event["output_index"] for event in (added, delta, done, ended)} == {1}
+    assert delta["item_id"] == done["item_id"] == call["id"]
+
+
+def test_a_response_of_calls_alone_has_no_message() -> None:
+    with client_of(scripted(f"{CALL}\n{CALL}"), TOKENIZER) as client:
+        whole = respond(client).json()["output"]
+        read = response_events(respond(client, stream=True).text)
+    assert [item["type"] for item in whole] == ["function_call"] * 2
+    added = [event["item"] for event in read if event["type"].endswith("output_item.added")]
+    assert [item["type"] for item in added] == ["function_call"] * 2
+    assert [event["output_index"] for event in read if "output_index" in event] == 4 * [0] + 4 * [1]
+
+
+def test_calls_and_their_outputs_go_back_into_a_response(client: TestClient, scheduler: FakeScheduler) -> None:
+    """As its output has them; the prompt is that of the same chat."""
+    output = respond(client).json()["output"]
+    result = {"call_id": output[1]["call_id"], "type": "function_call_output"}
+    for text in ("3", [{"type": "input_text", "text": "3"}]):
+        items = [*CHAT["messages"], *output, result | {"output": text}]
+        assert respond(client, input=items).status_code == 200
+        prompt = asked(scheduler).prompt
+        function = {name: output[1][name] for name in ("name", "arguments")}
+        call = {"id": output[1]["call_id"], "type": "function", "function": function}
+        said = {"role": "assistant", "content": "Well.\n", "tool_calls": [call]}
+        back = {"role": "tool", "tool_call_id": call["id"], "content": "3"}
+        chat(client, messages=[*CHAT["messages"], said, back])
+        assert asked(scheduler).prompt == prompt
+
+
+def test_several_calls_in_a_row_are_one_answers(client: TestClient, scheduler: FakeScheduler) -> None:
+    call = {"type": "function_call", "call_id": "a", "name": "sort", "arguments": "{}"}
+    respond(client, input=[*CHAT["messages"], call, call | {"call_id": "b"}])
+    assert TOKENIZER.decode(asked(scheduler).prompt).count("<|assistant|>") == 2
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "sort"}])
+def test_a_response_may_have_to_call(client: TestClient, scheduler: FakeScheduler, choice: Any) -> None:
+    body = respond(client, tool_choice=choice).json()
+    assert body["tool_choice"] == choice
+    allowed = asked(scheduler).allowed
+    assert allowed is not None
+    begun = ids('<tool_call>\n{"name": "')
+    assert bool(allowed(begun)[ids("clamp")[0]]) == (choice == "required")
+
+
+CALLED = {"type": "function_call", "call_id": "a", "name": "clamp", "arguments": "{}"}
+WRONG_RESPONSES: list[tuple[str, dict[str, Any]]] = [
+    ("tools", {"tools": [CLAMP]}),
+    ("tools", {"tools": [{"type": "web_search"}]}),
+    ("tools", {"tools": [FLAT[0], FLAT[0]]}),
+    ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "sort"}}}),
+    ("tool_choice", {"tool_choice": {"type": "function", "name": "other"}}),
+    ("tool_choice", {"tools": [], "tool_choice": "required"}),
+    ("text", {"text": {"format": {"type": "json_object"}}}),
+    ("ignore_eos", {"tool_choice": "required", "ignore_eos": True}),
+    ("input", {"input": [{"type": "reasoning", "summary": []}]}),
+    ("input", {"input": [CALLED | {"call_id": 5}]}),
+    ("input", {"input": [CALLED | {"name": None}]}),
+    ("input", {"input": [CALLED | {"arguments": "5"}]}),
+    ("input", {"input": [{"type": "function_call_output", "output": "3"}]}),
+    ("input", {"input": [{"type": "function_call_output", "call_id": "a", "output": 3}]}),
+]
+
+
+@pytest.mark.parametrize(("field", "fields"), WRONG_RESPONSES)
+def test_a_wrong_field_of_a_response_is_named(
+    client: TestClient, scheduler: FakeScheduler, field: str, fields: Any
+) -> None:
+    assert problem(respond(client, **fields))["param"] == field
+    assert not scheduler.submitted
+
+
+def test_tools_count_among_the_tokens(client: TestClient, scheduler: FakeScheduler) -> None:
+    """As the chat counts them; a choice of none leaves them out in both."""
+    for choice in ("auto", "none"):
+        fields = {"tools": [CLAMP, SORT], "tool_choice": choice}
+        counted = client.post("/tokenize", json=CHAT | fields).json()
+        chat(client, tool_choice=choice)
+        assert counted["tokens"] == list(asked(scheduler).prompt)
+    error = problem(client.post("/tokenize", json={"prompt": "x", "tools": [CLAMP]}))
+    assert error["param"] == "tools"
+    with client_of(FakeScheduler(), load_tokenizer("tiny")) as other:
+        problem(other.post("/tokenize", json=CHAT | {"tools": [CLAMP]}))
 
 
 SCHEMA_WORDS = ["type", "function", "name", "parameters", "properties", "enum", "$ref", "$defs", "anyOf", "x-guidance"]

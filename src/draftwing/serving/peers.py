@@ -1,0 +1,78 @@
+"""The figures of all replicas on one page: each serves its own to the others, at a loopback address of its own."""
+
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Thread
+
+from prometheus_client import generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+SECONDS = 1.0
+"""That a replica has to answer the others; one that starts, hangs or is dead is left out."""
+UP = "draftwing_replica_up"
+
+
+class Peers:
+    """What one of several replicas knows of the others.
+
+    Args:
+        doors: of each replica the socket at which it tells its figures; the first one is number 1's.
+        number: this one's.
+    """
+
+    def __init__(self, doors: Sequence[socket.socket], number: int) -> None:
+        self._addresses = {place: door.getsockname() for place, door in enumerate(doors, 1)}
+        self._door, self._number = doors[number - 1], number
+
+    def tell(self, page: Callable[[], bytes]) -> None:
+        """Tell others this replica's figures whenever they ask, in a thread of its own."""
+        Thread(target=self._tell, args=(page,), name="draftwing-figures", daemon=True).start()
+
+    def page(self, own: bytes) -> bytes:
+        """The figures of all that answer, each with a label that says whose it is."""
+        others = [number for number in self._addresses if number != self._number]
+        with ThreadPoolExecutor(max(1, len(others))) as pool:
+            pages = dict(zip(others, pool.map(self._ask, others), strict=True))
+        return joined(dict(sorted((pages | {self._number: own}).items())))
+
+    def _tell(self, page: Callable[[], bytes]) -> None:
+        while True:
+            asker, _ = self._door.accept()
+            with asker, suppress(OSError):  # one that has gone meanwhile
+                asker.settimeout(SECONDS)
+                asker.sendall(page())
+
+    def _ask(self, number: int) -> bytes:
+        """Another replica's page; empty: it does not answer."""
+        page = b""
+        with suppress(OSError), socket.create_connection(self._addresses[number], SECONDS) as asked:
+            while part := asked.recv(2**16):
+                page += part
+            return page
+        return b""
+
+
+def joined(pages: Mapping[int, bytes]) -> bytes:
+    """One page of several: every sample has its replica's number, so that nothing is summed that should not be."""
+    return generate_latest(_Joined(pages))  # type: ignore[arg-type]  # all that it asks of a registry is collect
+
+
+class _Joined:
+    def __init__(self, pages: Mapping[int, bytes]) -> None:
+        self._pages = pages
+
+    def collect(self) -> Iterator[Metric]:
+        families = dict[str, Metric]()
+        up = GaugeMetricFamily(UP, "Whether a replica has told its figures", labels=("replica",))
+        for number, page in self._pages.items():
+            up.add_metric((str(number),), bool(page))
+            for family in text_string_to_metric_families(page.decode()):
+                known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                for sample in family.samples:
+                    labels = sample.labels | {"replica": str(number)}
+                    known.add_sample(sample.name, labels, sample.value)
+        yield up
+        yield from families.values()
