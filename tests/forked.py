@@ -2,13 +2,17 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
 IMPORTED = ["draftwing.api", "draftwing.prepare.tokens", "draftwing.serving.server", "uvicorn"]
+COMMAND = "import sys; from draftwing.__main__ import run; sys.exit(run())"
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(IMPORTED)
 
@@ -19,7 +23,9 @@ class Forked:
     `program` is Python; `arguments` stand behind its sys.argv[0]; `said` is what it reads.
     """
 
-    def __init__(self, folder: Path, program: str, arguments: Sequence[str] = (), said: str = "") -> None:
+    def __init__(self, program: str, arguments: Sequence[str] = (), said: str = "") -> None:
+        folder = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, folder)
         self._out, self._errors = folder / "stdout", folder / "stderr"
         (folder / "stdin").write_text(said, encoding="utf-8")
         for file in (self._out, self._errors):
@@ -45,7 +51,7 @@ class Forked:
             time.sleep(0.02)
         return self.out.partition("\n")[0]
 
-    def signal(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
     def wait(self, seconds: float = 60.0) -> int:

@@ -184,7 +184,7 @@ def test_a_damaged_cache_is_never_read(file: Path, damage: str) -> None:
     assert not list(folder.parent.glob(f".*{UNFINISHED}"))
 
 
-def test_a_kill_while_writing_leaves_nothing_that_is_read(file: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_kill_while_writing_leaves_nothing_that_is_read(file: Path, cache: Path) -> None:
     program = (
         "import os, sys\n"
         "from transformers import PreTrainedTokenizerBase as Tokenizer\n"
@@ -192,7 +192,7 @@ def test_a_kill_while_writing_leaves_nothing_that_is_read(file: Path, cache: Pat
         "Tokenizer.save_pretrained = lambda *_, **__: os._exit(9)\n"  # behind the weights
         "resolve_target(sys.argv[1])\n"
     )
-    process = Forked(tmp_path, program, [str(file)])
+    process = Forked(program, [str(file)])
     assert process.wait() == 9, process.errors
     assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [UNFINISHED]
     draftwing.load(str(file))

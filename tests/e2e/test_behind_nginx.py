@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("fastapi", reason='pip install "draftwing[serve]"')
 
 import httpx
+from forked import Forked
 from test_serve import LONG, start, wait_for
 
 from draftwing.serving.process import bind
@@ -40,16 +41,15 @@ def configuration(folder: Path, port: int, upstreams: list[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[list[tuple[subprocess.Popen[str], str]]]:
+def servers() -> Iterator[list[tuple[Forked, str]]]:
     started = [start(), start()]
     yield started
     for process, _ in started:
         process.kill()
-        process.communicate()
 
 
 @pytest.fixture(scope="module")
-def front(servers: list[tuple[subprocess.Popen[str], str]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def front(servers: list[tuple[Forked, str]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """nginx's address."""
     folder = tmp_path_factory.mktemp("nginx")
     with bind("127.0.0.1", 0) as free:
@@ -79,7 +79,7 @@ def running(url: str) -> int:
     return int(float(count))
 
 
-def test_streams_are_not_buffered(servers: list[tuple[subprocess.Popen[str], str]], front: str) -> None:
+def test_streams_are_not_buffered(servers: list[tuple[Forked, str]], front: str) -> None:
     """Two streams at once, one at each server; their first events are there long before the last."""
     with (
         httpx.stream("POST", f"{front}/v1/completions", json=LONG, timeout=120) as one,
@@ -92,9 +92,7 @@ def test_streams_are_not_buffered(servers: list[tuple[subprocess.Popen[str], str
     assert ends == ["data: [DONE]"] * 2
 
 
-def test_with_one_of_two_killed_all_requests_are_answered(
-    servers: list[tuple[subprocess.Popen[str], str]], front: str
-) -> None:
+def test_with_one_of_two_killed_all_requests_are_answered(servers: list[tuple[Forked, str]], front: str) -> None:
     """But the one that it was at work on."""
     short = LONG | {"max_tokens": 4, "stream": False}
     with httpx.stream("POST", f"{front}/v1/completions", json=LONG, timeout=120) as lost:

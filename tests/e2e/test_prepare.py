@@ -217,7 +217,7 @@ def test_ctrl_c_leaves_a_folder_that_is_finished_later(
     )
     command = ["prepare", *prepare(folder), "--json"]
     command[command.index("--output") + 1] = str(tmp_path / "out")
-    process = Forked(tmp_path, program, command)
+    process = Forked(program, command)
     assert process.wait() == 130, process.errors
     assert "stopped" in process.errors
     assert "Traceback" not in process.errors

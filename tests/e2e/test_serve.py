@@ -22,6 +22,7 @@ import httpx
 import openai
 import pydantic
 import uvicorn
+from forked import COMMAND, Forked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tools_template import CLAMP, SORT, TEMPLATE
@@ -404,12 +405,11 @@ def test_a_dead_engine_is_told(model: SpeculativeModel, monkeypatch: pytest.Monk
         served.close()
 
 
-def start(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+def start(*arguments: str) -> tuple[Forked, str]:
     """The command with the embedded model, and its address once it serves."""
-    command = [sys.executable, "-m", "draftwing", "serve", "--port", "0", "--json", "--seats", "2", "--plan", "chain:3"]
-    process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    url = json.loads(process.stdout.readline())["url"]
+    command = ["serve", "--port", "0", "--json", "--seats", "2", "--plan", "chain:3", *arguments]
+    process = Forked(COMMAND, command)
+    url = json.loads(process.first_line())["url"]
     wait_for(lambda: _is_up(url))
     return process, url
 
@@ -502,18 +502,16 @@ def test_a_killed_replica_loses_its_running_requests_alone() -> None:
             assert [line for line in kept_lines if line][-1] == "data: [DONE]"
         wait_for(lambda: len(children_of(process.pid)) == 2)  # another one in its place
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode in (0, 143), errors  # the new one may be cut while it loads
-        assert f"replica 1 (process {first}) has ended (137) and is started anew" in errors
+        assert process.wait() in (0, 143), process.errors  # the new one may be cut while it loads
+        assert f"replica 1 (process {first}) has ended (137) and is started anew" in process.errors
     finally:
         process.kill()
 
 
 def test_a_replica_that_does_not_start_ends_all() -> None:
-    command = [sys.executable, "-m", "draftwing", "serve", "--port", "0", "--replicas", "3", "--target", "./nowhere"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 2
-    (line,) = ended.stderr.splitlines()
+    process = Forked(COMMAND, ["serve", "--port", "0", "--replicas", "3", "--target", "./nowhere"])
+    assert process.wait() == 2
+    (line,) = process.errors.splitlines()
     assert line.startswith("error: target: no folder")
 
 
@@ -524,7 +522,6 @@ def test_replicas_end_with_their_parent() -> None:
     wait_for(lambda: len(children_of(process.pid)) == 2)
     children = children_of(process.pid)
     process.kill()
-    process.communicate(timeout=30)
     wait_for(lambda: not any(_runs(pid) for pid in children))
     assert not _is_up(url)
 
@@ -556,8 +553,8 @@ def test_a_signal_lets_running_requests_end() -> None:
         said = [line for line in lines if line]
     assert said[-1] == "data: [DONE]"
     assert json.loads(said[-2][6:])["choices"][0]["finish_reason"] == "length"
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 0, errors
+    assert process.wait() == 0, process.errors
+    errors = process.errors
     assert "s3cret" not in errors
     lines = [json.loads(line) for line in errors.splitlines()]  # every one of them, from the start on
     assert any(line.get("status") == 200 for line in lines)
@@ -572,8 +569,7 @@ def test_what_runs_when_the_seconds_are_over_is_told_so() -> None:
         process.send_signal(signal.SIGINT)
         said = [line for line in lines if line]
     assert json.loads(said[-2][6:])["error"]["type"] == "service_unavailable"
-    process.communicate(timeout=30)
-    assert process.returncode == 0
+    assert process.wait() == 0
 
 
 def test_a_second_signal_ends_at_once() -> None:
@@ -584,5 +580,4 @@ def test_a_second_signal_ends_at_once() -> None:
         process.send_signal(signal.SIGTERM)
         wait_for(lambda: httpx.get(f"{url}/ready").status_code == 503)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=5)
-        assert process.returncode == 128 + signal.SIGTERM
+        assert process.wait(5) == 128 + signal.SIGTERM

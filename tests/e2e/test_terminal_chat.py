@@ -149,7 +149,7 @@ def test_ctrl_c_ends_an_answer(
     assert chat.answers[-1]["num_tokens"] > 2
 
 
-def test_a_signal_ends_an_answer_and_not_the_program(tmp_path: Path) -> None:
+def test_a_signal_ends_an_answer_and_not_the_program() -> None:
     program = (
         "import os, signal, sys\n"
         "from draftwing.cli import main\n"
@@ -163,7 +163,7 @@ def test_a_signal_ends_an_answer_and_not_the_program(tmp_path: Path) -> None:
         "Engine.step = interrupt\n"
         "sys.exit(main(['chat', '--target', 'tiny', '--method', 'ngram', '--max-new-tokens', '24']))\n"
     )
-    process = Forked(tmp_path, program, said=f"{QUESTION}\n{QUESTION}\n")
+    process = Forked(program, said=f"{QUESTION}\n{QUESTION}\n")
     assert process.wait() == 0, process.errors
     assert "interrupted: " in process.errors
     assert process.errors.count("tokens/s") == 2
