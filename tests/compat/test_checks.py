@@ -20,11 +20,11 @@ from test_agreement import write_models
 
 from draftwing.checks.agreement import compare, drafts_agree
 from draftwing.checks.check_export import CheckRequest, check_export, written_for
+from draftwing.checks.engine_process import EngineProcess
+from draftwing.checks.engine_task import EngineAnswer, EngineTask
 from draftwing.checks.find_engine import Checker, find_checker
-from draftwing.checks.job import Answer, Job
 from draftwing.checks.llama_server import cycles_of, llama_session
 from draftwing.checks.ours import decode_here, load_here
-from draftwing.checks.process import EngineProcess
 from draftwing.checks.vllm import vllm_session
 from draftwing.cli import main
 from draftwing.data.prompts import Prompt
@@ -104,36 +104,38 @@ def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     return {"vllm": Path(sys.executable), "llama-server": tmp_path / "server.py"}
 
 
-def tell(answers: list[Answer]) -> None:
+def tell(answers: list[EngineAnswer]) -> None:
     Path(os.environ["FAKE_ANSWERS"]).write_text(json.dumps([vars(answer) for answer in answers]))
 
 
-def job(folder: Path, **changes: Any) -> Job:
+def task(folder: Path, **changes: Any) -> EngineTask:
     facts = {"target_gguf": folder / "target.gguf", "method": "eagle3", "prompts": [[5, 6, 7], [8, 9]]}
-    return Job(**{"folder": folder, "target": "t", "num_tokens": 8, "depth": 3, "seconds": 30.0, **facts, **changes})
+    return EngineTask(
+        **{"folder": folder, "target": "t", "num_tokens": 8, "depth": 3, "seconds": 30.0, **facts, **changes}
+    )
 
 
-OURS = Answer([7, 1, 2, 3, 4, 5, 6, 8, 9, 10], [3, 1, 4, 1])
+OURS = EngineAnswer([7, 1, 2, 3, 4, 5, 6, 8, 9, 10], [3, 1, 4, 1])
 
 
 @pytest.mark.parametrize(
     ("theirs", "expected"),
     [
         (OURS, (10, None, 3, 3)),  # the last cycle may be cut by the end
-        (Answer(OURS.tokens, [1, 2, 1, 4, 1]), (10, None, 3, 2)),  # the first accepts less, then they meet
-        (Answer(OURS.tokens, [1] * 9), (10, None, 3, 1)),
-        (Answer([7, 1, 2, 3, 4, 99], [3, 2]), (5, 5, 1, 1)),  # nothing is said of what comes behind other text
-        (Answer(OURS.tokens[:-2], [3, 1, 3]), (8, 8, 2, 2)),
+        (EngineAnswer(OURS.tokens, [1, 2, 1, 4, 1]), (10, None, 3, 2)),  # the first accepts less, then they meet
+        (EngineAnswer(OURS.tokens, [1] * 9), (10, None, 3, 1)),
+        (EngineAnswer([7, 1, 2, 3, 4, 99], [3, 2]), (5, 5, 1, 1)),  # nothing is said of what comes behind other text
+        (EngineAnswer(OURS.tokens[:-2], [3, 1, 3]), (8, 8, 2, 2)),
     ],
 )
-def test_what_two_answers_have_in_common(theirs: Answer, expected: tuple[Any, ...]) -> None:
+def test_what_two_answers_have_in_common(theirs: EngineAnswer, expected: tuple[Any, ...]) -> None:
     row = compare("p", OURS, theirs)
     assert (row.num_tokens, row.parted_at, row.num_compared, row.num_equal) == expected
     assert row.tokens_agree == (expected[1] is None)
 
 
 def test_the_token_that_ends_a_text_may_be_kept_or_not() -> None:
-    kept, dropped = Answer([7, 1, 2, 0], [3]), Answer([7, 1, 2], [3])
+    kept, dropped = EngineAnswer([7, 1, 2, 0], [3]), EngineAnswer([7, 1, 2], [3])
     assert compare("p", kept, dropped, end_tokens=(0, 1)).tokens_agree
     assert not compare("p", kept, dropped).tokens_agree
 
@@ -153,9 +155,9 @@ def test_cycles_by_a_servers_counts() -> None:
 
 @pytest.mark.parametrize("name", SESSIONS)
 def test_answers_of_an_engine(name: str, engines: dict[str, Path], tmp_path: Path) -> None:
-    given = [OURS, Answer([4, 4], [1])]
+    given = [OURS, EngineAnswer([4, 4], [1])]
     tell(given)
-    with SESSIONS[name](engines[name], job(tmp_path)) as session:
+    with SESSIONS[name](engines[name], task(tmp_path)) as session:
         assert session.version == {"vllm": "0.32.0", "llama-server": "b1"}[name]
         assert list(session.answers) == given
 
@@ -166,7 +168,7 @@ def test_an_engine_that_ends_says_why(
 ) -> None:
     monkeypatch.setenv("FAKE_FAILURE", "no such head")
     says = r"^check: .* ended with status 1; its last lines: .*no such head \(log: "
-    with pytest.raises(ValueError, match=says), SESSIONS[name](engines[name], job(tmp_path)):
+    with pytest.raises(ValueError, match=says), SESSIONS[name](engines[name], task(tmp_path)):
         pass
 
 
@@ -228,15 +230,15 @@ def request(models: Path, folder: Path, at: Path) -> CheckRequest:
 
 
 @pytest.fixture(scope="module")
-def right_answers(models: Path) -> list[Answer]:
-    asked = Job(models / "vllm", str(models / "target"), None, "eagle3", [], 24, 3, 30.0)
+def right_answers(models: Path) -> list[EngineAnswer]:
+    asked = EngineTask(models / "vllm", str(models / "target"), None, "eagle3", [], 24, 3, 30.0)
     model = load_here(asked, str(models / "vllm"))
     prompts = [model.tokenizer(text)["input_ids"] for text in ("%1A", "KLM")]
     return list(decode_here(model, asked.on(prompts)))
 
 
 def test_a_check_compares_prompt_by_prompt(
-    models: Path, right_answers: list[Answer], engines: dict[str, Path], tmp_path: Path
+    models: Path, right_answers: list[EngineAnswer], engines: dict[str, Path], tmp_path: Path
 ) -> None:
     tell(right_answers)
     said: list[str] = []
@@ -248,7 +250,7 @@ def test_a_check_compares_prompt_by_prompt(
 
 
 def test_what_reads_a_head_wrong_is_found(
-    models: Path, right_answers: list[Answer], engines: dict[str, Path], tmp_path: Path
+    models: Path, right_answers: list[EngineAnswer], engines: dict[str, Path], tmp_path: Path
 ) -> None:
     """Two readers of d2t, one of which is off by one: the tokens are the same, the drafts are not."""
     tell(right_answers)

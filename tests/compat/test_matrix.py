@@ -1,6 +1,8 @@
-"""Which formats of drafts are read, written, and checked in an engine: docs/formats.md says it, this file finds it out.
+"""Which formats of drafts are read, written and checked, and what agreed: this file finds out what two documents say.
 
-python tests/compat/test_matrix.py  # writes the table anew
+    python tests/compat/test_matrix.py
+
+writes the tables in docs/formats.md and docs/export.md anew.
 """
 
 import json
@@ -8,6 +10,9 @@ import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -23,8 +28,8 @@ from draftwing.drafts.kinds import family_of_files
 from draftwing.drafts.load_draft import open_draft
 from draftwing.embedded import EMBEDDED_DRAFTS, drafts_of
 
-DOCUMENT = Path(__file__).parents[2] / "docs/formats.md"
-RECORD = Path(__file__).parents[2] / "docs/results/exports.json"
+DOCS = Path(__file__).parents[2] / "docs"
+RECORD = DOCS / "results/exports.json"
 BEGIN, END = "<!-- written by tests/compat/test_matrix.py -->\n", "<!-- to here -->\n"
 FORMATS = {"eagle1": "EAGLE-1/2", "eagle3": "EAGLE-3", "speculators": "speculators", "medusa": "Medusa"}
 
@@ -68,7 +73,7 @@ def matrix(scratch: Path) -> str:
 def checks_by_form() -> dict[tuple[str, str], list[str]]:
     """The engines, with versions, in which folders of a form agreed."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for row in json.loads(RECORD.read_text(encoding="utf-8"))["rows"] if RECORD.is_file() else []:
+    for row in recorded():
         family, layout = form_of(str(EMBEDDED_DRAFTS[row["draft"]]))
         layout = {"speculators": "speculators", "llama.cpp": "GGUF"}.get(row["engine"], layout)
         layout = "Medusa, vLLM's names" if layout == "Medusa" else layout
@@ -78,6 +83,33 @@ def checks_by_form() -> dict[tuple[str, str], list[str]]:
     return found
 
 
+def recorded() -> list[dict[str, Any]]:
+    """What `make engines` has found."""
+    rows: list[dict[str, Any]] = json.loads(RECORD.read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def agreed(_: Path) -> str:
+    """The table of that."""
+    lines = ["| draft | folder | checked by | tokens | cycles with as many accepted | faults found when planted |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in recorded():
+        assert row["agrees"]
+        if "rows" in row:
+            tokens = f"all {sum(prompt['num_tokens'] for prompt in row['rows'])}"
+            equal, compared = (sum(prompt[name] for prompt in row["rows"]) for name in ("num_equal", "num_compared"))
+            found = [tokens, f"{equal} of {compared}"]
+        else:
+            found = ["", f"loads: {row['loaded']['num_fields']} fields, {row['loaded']['num_tensors']} tensors"]
+        faults = ", ".join(name.replace("_", " ") for name in row["sabotages_found"])
+        by = f"{row['checker']} {row['version'].partition('+')[0]}"
+        lines.append(f"| {' | '.join([row['draft'], row['engine'], by, *found, faults])} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {DOCS / "formats.md": matrix, DOCS / "export.md": agreed}
+
+
 def between(text: str) -> tuple[str, str, str]:
     """What stands before the table, the table, and what stands behind it."""
     before, _, rest = text.partition(BEGIN)
@@ -85,12 +117,14 @@ def between(text: str) -> tuple[str, str, str]:
     return before, table, behind
 
 
-def test_the_document_has_this_table(tmp_path: Path) -> None:
-    _, table, _ = between(DOCUMENT.read_text(encoding="utf-8"))
-    assert table == matrix(tmp_path), "python tests/compat/test_matrix.py writes it anew"
+@pytest.mark.parametrize("document", TABLES, ids=lambda document: document.name)
+def test_the_document_has_this_table(document: Path, tmp_path: Path) -> None:
+    _, table, _ = between(document.read_text(encoding="utf-8"))
+    assert table == TABLES[document](tmp_path), "python tests/compat/test_matrix.py writes it anew"
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        before, _, behind = between(DOCUMENT.read_text(encoding="utf-8"))
-        DOCUMENT.write_text(before + BEGIN + matrix(Path(folder)) + END + behind, encoding="utf-8")
+    for document, table in TABLES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            before, _, behind = between(document.read_text(encoding="utf-8"))
+            document.write_text(before + BEGIN + table(Path(folder)) + END + behind, encoding="utf-8")

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from draftwing.checks.job import Answer
+from draftwing.checks.engine_task import EngineAnswer
 
 ROUNDING = 0.02
 """The share of cycles that may accept another number: engines sum in other orders, and two drafted tokens may tie."""
@@ -39,7 +39,7 @@ class Agreement:
         return self.parted_at is None
 
 
-def compare(prompt: str, ours: Answer, theirs: Answer, end_tokens: Collection[int] = ()) -> Agreement:
+def compare(prompt: str, ours: EngineAnswer, theirs: EngineAnswer, end_tokens: Collection[int] = ()) -> Agreement:
     """Compare two answers; some engines keep the token that ends a text, some do not."""
     mine, other = _without_end(ours.tokens, end_tokens), _without_end(theirs.tokens, end_tokens)
     common = next((i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), min(len(mine), len(other)))
@@ -67,7 +67,7 @@ def _without_end(tokens: list[int], end_tokens: Collection[int]) -> list[int]:
     return tokens[:-1] if tokens and tokens[-1] in end_tokens else tokens
 
 
-def _starts(answer: Answer, common: int) -> dict[int, int]:
+def _starts(answer: EngineAnswer, common: int) -> dict[int, int]:
     """The cycles by the number of tokens before them; those that the end of the common text cuts are left out."""
     starts = accumulate(answer.cycles, initial=1)
     return {start: num for start, num in zip(starts, answer.cycles, strict=False) if start + num < common}

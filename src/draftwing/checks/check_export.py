@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from draftwing.checks.agreement import Agreement, compare, drafts_agree
+from draftwing.checks.engine_task import EngineAnswer, EngineTask
 from draftwing.checks.find_engine import Checker
-from draftwing.checks.job import Answer, Job
 from draftwing.checks.llama_server import llama_session
 from draftwing.checks.loaders import Loaded, load_there
 from draftwing.checks.ours import decode_here, load_here
@@ -32,7 +32,7 @@ class Check:
     checker: str
     version: str
     rows: list[Agreement] = field(default_factory=list)
-    answers: list[Answer] = field(default_factory=list, repr=False)
+    answers: list[EngineAnswer] = field(default_factory=list, repr=False)
     loaded: Loaded | None = None
 
     @property
@@ -111,26 +111,26 @@ def check_export(request: CheckRequest, say: Callable[[str], None] = lambda text
 
 def _decode_and_compare(request: CheckRequest, say: Callable[[str], None]) -> Check:
     files = open_draft(str(request.written))
-    job = _job(request, family_of_files(files.values, files.tensors).methods[-1].name)
-    model = load_here(job, str(request.written))
+    task = _job(request, family_of_files(files.values, files.tensors).methods[-1].name)
+    model = load_here(task, str(request.written))
     names = [prompt.name for prompt in request.prompts]
-    job = job.on([prompt.token_ids(model.tokenizer) for prompt in request.prompts])
-    model.check(job.prompts, max_new_tokens=job.num_tokens)
+    task = task.on([prompt.token_ids(model.tokenizer) for prompt in request.prompts])
+    model.check(task.prompts, max_new_tokens=task.num_tokens)
     say(f"{request.checker.name} starts, which takes a minute or more")
     rows: list[Agreement] = []
-    given: list[Answer] = []
-    with SESSIONS[request.checker.name](request.checker.at, job) as session:
-        for name, ours, theirs in zip(names, decode_here(model, job), session.answers, strict=True):
+    given: list[EngineAnswer] = []
+    with SESSIONS[request.checker.name](request.checker.at, task) as session:
+        for name, ours, theirs in zip(names, decode_here(model, task), session.answers, strict=True):
             rows.append(compare(name, ours, theirs, model.target.eos_token_ids))
             given.append(theirs)
             say(f"{len(rows)} of {len(names)} prompts")
     return Check(request.engine, request.checker.name, session.version, rows, given)
 
 
-def _job(request: CheckRequest, method: str) -> Job:
+def _job(request: CheckRequest, method: str) -> EngineTask:
     if request.checker.name == "llama-server" and request.target_gguf is None:
         raise ValueError("target_gguf: llama.cpp's server runs the target's GGUF file; pass it (--target-gguf)")
-    return Job(
+    return EngineTask(
         folder=request.folder.absolute(),
         target=resolve_target(request.target),
         target_gguf=request.target_gguf,

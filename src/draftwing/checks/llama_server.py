@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from draftwing.checks.job import Answer, Job, Session
-from draftwing.checks.process import EngineProcess
+from draftwing.checks.engine_process import EngineProcess
+from draftwing.checks.engine_task import EngineAnswer, EngineSession, EngineTask
 from draftwing.drafts.eagle.gguf_head import HEAD_GGUF
 
 HOST = "127.0.0.1"
@@ -19,25 +19,25 @@ IN_FLOAT32 = ("-fa", "off", "-ctk", "f32", "-ctv", "f32", "-ctkd", "f32", "-ctvd
 
 
 @contextmanager
-def llama_session(server: Path, job: Job) -> Iterator[Session]:
+def llama_session(server: Path, task: EngineTask) -> Iterator[EngineSession]:
     """The server, once it is ready.
 
     Raises:
         ValueError: it ended, took too long, or answers something else.
     """
     port = _free_port()
-    with EngineProcess("llama-server", [server, *_options(job, port)], job.seconds) as process:
+    with EngineProcess("llama-server", [server, *_options(task, port)], task.seconds) as process:
         process.until(lambda: _ask(port, "health", None, 1))
         version = str(_answered(process, port, "props", None).get("build_info", "unknown"))
-        yield Session(version, (_decode(process, port, prompt, job.num_tokens) for prompt in job.prompts))
+        yield EngineSession(version, (_decode(process, port, prompt, task.num_tokens) for prompt in task.prompts))
 
 
-def _decode(process: EngineProcess, port: int, prompt: list[int], num_tokens: int) -> Answer:
+def _decode(process: EngineProcess, port: int, prompt: list[int], num_tokens: int) -> EngineAnswer:
     """A prompt's tokens, and its cycles from a stream, which leaves tokens out that end within a character."""
     asked = {"prompt": prompt, "n_predict": num_tokens, "temperature": 0, "cache_prompt": False}
     tokens = _answered(process, port, "completion", asked | {"return_tokens": True})["tokens"]
     chunks = _answered(process, port, "completion", asked | {"stream": True, "timings_per_token": True})
-    return Answer(tokens, cycles_of([chunk.get("timings", {}) for chunk in chunks]))
+    return EngineAnswer(tokens, cycles_of([chunk.get("timings", {}) for chunk in chunks]))
 
 
 def cycles_of(timings: list[dict[str, Any]]) -> list[int]:
@@ -51,9 +51,9 @@ def cycles_of(timings: list[dict[str, Any]]) -> list[int]:
     return [after - before + 1 for before, after in zip([0, *accepted], accepted, strict=False)]
 
 
-def _options(job: Job, port: int) -> list[str]:
-    sizes = {"-c": job.capacity, "-np": 1, "-t": 1, "--spec-draft-n-max": job.depth, "--spec-draft-p-min": 0}
-    named = {"-m": job.target_gguf, "-md": job.folder / HEAD_GGUF, "--spec-type": "draft-eagle3"}
+def _options(task: EngineTask, port: int) -> list[str]:
+    sizes = {"-c": task.capacity, "-np": 1, "-t": 1, "--spec-draft-n-max": task.depth, "--spec-draft-p-min": 0}
+    named = {"-m": task.target_gguf, "-md": task.folder / HEAD_GGUF, "--spec-type": "draft-eagle3"}
     address = {"--host": HOST, "--port": port}
     return [*(str(part) for pair in (named | address | sizes).items() for part in pair), *IN_FLOAT32]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from draftwing.checks.elsewhere.in_loader import digest
-from draftwing.checks.process import EngineProcess
+from draftwing.checks.engine_process import EngineProcess
 from draftwing.drafts.load_draft import read_draft_files
 
 SCRIPT = Path(__file__).parent / "elsewhere/in_loader.py"

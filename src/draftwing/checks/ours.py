@@ -3,26 +3,26 @@
 from collections.abc import Iterator
 
 from draftwing.api import SpeculativeModel, load
-from draftwing.checks.job import Answer, Job
+from draftwing.checks.engine_task import EngineAnswer, EngineTask
 from draftwing.drafts.kinds import family_of
 
 
-def decode_here(model: SpeculativeModel, job: Job) -> Iterator[Answer]:
+def decode_here(model: SpeculativeModel, task: EngineTask) -> Iterator[EngineAnswer]:
     """An answer for each prompt. The first token is decoded plainly: engines have it before they draft."""
-    takes = family_of(job.method).takes
-    read_all = {"ngram": False, "draft_window": job.capacity}
-    drafting = {"plan": f"chain:{job.depth}"} | {name: read_all[name] for name in takes}
-    for prompt in job.prompts:
+    takes = family_of(task.method).takes
+    read_all = {"ngram": False, "draft_window": task.capacity}
+    drafting = {"plan": f"chain:{task.depth}"} | {name: read_all[name] for name in takes}
+    for prompt in task.prompts:
         plain = model.generate([prompt], max_new_tokens=1, plan="off", return_dict_in_generate=True)
         tokens = list(plain.tokens[0])  # type: ignore[union-attr]
         cycles: list[int] = []
         if tokens[-1] not in model.target.eos_token_ids:
-            for committed in model.stream([[*prompt, *tokens]], max_new_tokens=job.num_tokens - 1, **drafting):
+            for committed in model.stream([[*prompt, *tokens]], max_new_tokens=task.num_tokens - 1, **drafting):
                 cycles.append(len(committed.tokens[0]))
                 tokens += committed.tokens[0]
-        yield Answer(tokens, cycles)
+        yield EngineAnswer(tokens, cycles)
 
 
-def load_here(job: Job, draft: str) -> SpeculativeModel:
+def load_here(task: EngineTask, draft: str) -> SpeculativeModel:
     """The target and the draft, in float32."""
-    return load(job.target, draft=draft, dtype="float32", method=job.method)
+    return load(task.target, draft=draft, dtype="float32", method=task.method)

@@ -9,8 +9,8 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from draftwing.checks.job import Answer, Job, Session
-from draftwing.checks.process import EngineProcess
+from draftwing.checks.engine_process import EngineProcess
+from draftwing.checks.engine_task import EngineAnswer, EngineSession, EngineTask
 
 METHODS = {"eagle1": "eagle", "eagle2": "eagle", "eagle3": "eagle3", "medusa": "medusa"}
 """vLLM's names of ours."""
@@ -18,32 +18,36 @@ SCRIPT = Path(__file__).parent / "elsewhere/in_vllm.py"
 
 
 @contextmanager
-def vllm_session(python: Path, job: Job) -> Iterator[Session]:
+def vllm_session(python: Path, task: EngineTask) -> Iterator[EngineSession]:
     """vLLM, once it has started; `python` is one that has it.
 
     Raises:
         ValueError: vLLM ended, or took too long.
     """
     with tempfile.TemporaryDirectory(prefix="draftwing-") as folder:
-        asked, answers = Path(folder) / "job.json", Path(folder) / "answers.jsonl"
+        asked, answers = Path(folder) / "task.json", Path(folder) / "answers.jsonl"
         answers.touch()
-        asked.write_text(json.dumps(_as_asked(job)), encoding="utf-8")
+        asked.write_text(json.dumps(_as_asked(task)), encoding="utf-8")
         threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        with EngineProcess("vLLM", [python, SCRIPT, asked, answers], job.seconds, threads) as process:
+        with EngineProcess("vLLM", [python, SCRIPT, asked, answers], task.seconds, threads) as process:
             lines = (process.until(partial(_line, answers, index)) for index in count())
             version = str(next(lines)["version"])
-            yield Session(version, (Answer(said["tokens"], said["cycles"]) for said in islice(lines, len(job.prompts))))
+            yield EngineSession(
+                version, (EngineAnswer(said["tokens"], said["cycles"]) for said in islice(lines, len(task.prompts)))
+            )
 
 
-def _as_asked(job: Job) -> dict[str, Any]:
+def _as_asked(task: EngineTask) -> dict[str, Any]:
+    if task.method not in METHODS:
+        raise ValueError(f"check: vLLM is asked for {', '.join(METHODS)} heads; {task.folder} holds another draft")
     return {
-        "target": str(job.target),
-        "folder": str(job.folder),
-        "method": METHODS[job.method],
-        "prompts": job.prompts,
-        "num_tokens": job.num_tokens,
-        "depth": job.depth,
-        "capacity": job.capacity,
+        "target": str(task.target),
+        "folder": str(task.folder),
+        "method": METHODS[task.method],
+        "prompts": task.prompts,
+        "num_tokens": task.num_tokens,
+        "depth": task.depth,
+        "capacity": task.capacity,
     }
 
 

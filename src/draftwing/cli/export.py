@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,9 +134,13 @@ def _check_request(options: argparse.Namespace) -> "CheckRequest":
 def _check(request: "CheckRequest", is_json: bool) -> "Check":
     """Check a folder, and show what agreed."""
     from draftwing.checks.check_export import check_export
-    from draftwing.checks.report import as_table, verdict
+    from draftwing.checks.check_table import as_table, verdict
 
-    check = check_export(request, note)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the engine ends, too
+    try:
+        check = check_export(request, note)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if not is_json:
         console = new_console()
         console.print(as_table(check))

@@ -17,6 +17,8 @@ With any whitespace, small models write blanks until they are cut off.
 """
 
 
+LEAST = -9 * 10**18
+"""The least number of a schema: at those around -2^63 llguidance 1.9.1 ends the process, or says that it cannot."""
 MOST_KEPT = 64
 """Matchers that a request keeps, each behind another beginning of its text: about a tree's nodes."""
 
@@ -74,6 +76,17 @@ def only_token(token: int, vocab_size: int) -> Allowed:
     return lambda said: mask
 
 
+def check_numbers(schema: Any) -> None:
+    """Raise a ValueError for a schema with a number, wherever it stands, that llguidance must not see."""
+    parts = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict | list):
+            parts += part.values() if isinstance(part, dict) else part
+        elif isinstance(part, int | float) and part < LEAST:
+            raise ValueError(f"expected no number below {LEAST}, got {part:.6g}")
+
+
 def _check(matcher: Any) -> None:
     if matcher.is_error():
         raise ValueError(f"response_format: {_in_a_line(matcher.get_error())}")
@@ -94,6 +107,7 @@ class Forms:
         tokenizer = self._tokenizer
         from llguidance import LLMatcher
 
+        check_numbers(schema)
         exactly: Any = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
         try:
             grammar = LLMatcher.grammar_from_json_schema(schema, overrides=exactly)

@@ -13,7 +13,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from draftwing.serving.structured import WHITESPACE
+from draftwing.serving.structured import WHITESPACE, check_numbers
 from draftwing.serving.text import overlap
 
 
@@ -208,9 +208,10 @@ def schemas(functions: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]
     """Of each function by name, the schema of its arguments.
 
     Raises:
-        ValueError: arguments that are no object.
+        ValueError: arguments that are no object, or a schema that cannot be read.
     """
     for function in functions:
+        check_numbers(function.get("parameters"))
         if (function.get("parameters") or {}).get("type", "object") != "object":
             raise ValueError(f"{function['name']}: expected parameters of the type object")
     return {function["name"]: function.get("parameters") or {} for function in functions}

@@ -449,6 +449,8 @@ WRONG_FORMS = [
     {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://host/x"}}},
     {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": []}}},
     {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["\ud800"]}}},
+    {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [[{"a": -(2**63) + 1}]]}}},
+    {"type": "json_schema", "json_schema": {"schema": {"type": "integer", "minimum": -1e30, "maximum": -1e29}}},
     {"type": "regex"},
     {"type": "regex", "regex": "(a"},
     {"type": "regex", "regex": r"(a)\1"},

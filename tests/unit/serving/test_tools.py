@@ -17,7 +17,7 @@ from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
 from test_responses import events as response_events
 from test_serving import CHAT, EOS, asked, client_of, events, ids, problem
-from tools_template import CLAMP, SORT, TEMPLATE
+from tools_template import CLAMP, SORT, TEMPLATE, tool
 
 from draftwing.serving.tools import FORMATS, CallReader, format_of, schemas
 from draftwing.target.load import load_tokenizer
@@ -274,6 +274,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("tools", {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}),
     ("tools", {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "objct"}}}]}),
     ("tools", {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}]}),
+    ("tools", {"tools": [tool("f", x={"enum": [-(2**63)]})]}),
     ("tool_choice", {"tool_choice": "always"}),
     ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "other"}}}),
     ("tool_choice", {"tool_choice": {"type": "function"}}),

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+from importlib.metadata import version
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,8 +28,7 @@ def of_speculators(folder: str) -> dict[str, Any]:
 
     model = speculators.SpeculatorModel.from_pretrained(folder)
     tensors = {name: digest(tensor) for name, tensor in model.state_dict().items()}
-    version = getattr(speculators, "__version__", "")
-    return {"version": version, "config": model.config.to_dict(), "tensors": tensors}
+    return {"version": version("speculators"), "config": model.config.to_dict(), "tensors": tensors}
 
 
 def digest(tensor: Any) -> str:

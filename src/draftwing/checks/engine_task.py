@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Job:
+class EngineTask:
     """Prompts to decode greedily in float32 with chains of `depth` drafted tokens.
 
     Attributes:
@@ -27,8 +27,8 @@ class Job:
     depth: int
     seconds: float
 
-    def on(self, prompts: list[list[int]]) -> "Job":
-        """The same job on other prompts."""
+    def on(self, prompts: list[list[int]]) -> "EngineTask":
+        """The same task on other prompts."""
         return replace(self, prompts=prompts)
 
     @property
@@ -38,7 +38,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Answer:
+class EngineAnswer:
     """New tokens: the first from the pass over the prompt, the others from `cycles`, each with so many of them."""
 
     tokens: list[int]
@@ -46,8 +46,8 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Session:
+class EngineSession:
     """An engine that has started: its version, and an answer to each prompt as it comes."""
 
     version: str
-    answers: Iterator[Answer]
+    answers: Iterator[EngineAnswer]
