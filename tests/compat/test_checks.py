@@ -188,6 +188,8 @@ def test_a_process_that_hangs_is_told_and_ended() -> None:
 
 def test_where_engines_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "vllm").mkdir()  # a folder of that name is not the package
     for name in ("DRAFTWING_VLLM_PYTHON", "DRAFTWING_SPECULATORS_PYTHON", "DRAFTWING_LLAMA_SERVER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

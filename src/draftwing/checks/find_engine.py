@@ -21,7 +21,12 @@ CHECKERS = {
 """Who can check a folder that was written for an engine, the most telling first."""
 PLACES = Path("build/engines")
 """Where `make engines` installs them, below the working directory."""
-PROBE = "import importlib.util, sys; print(*[name for name in sys.argv[1:] if importlib.util.find_spec(name)])"
+PROBE = """
+from importlib.util import find_spec
+import sys
+print(*[name for name in sys.argv[1:] if (found := find_spec(name)) and found.origin])
+"""
+"""Which packages a Python has; a folder of that name in the working directory has no origin."""
 
 
 class Checker(NamedTuple):
@@ -89,4 +94,5 @@ def _known(name: str) -> Path | None:
         return place.absolute()
     if is_server:
         return Path(found) if (found := shutil.which(name)) else None
-    return Path(sys.executable) if find_spec(name) else None
+    package = find_spec(name)
+    return Path(sys.executable) if package and package.origin else None
