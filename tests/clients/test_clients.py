@@ -40,7 +40,7 @@ def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
             time.sleep(0.1)
     yield process, url
     process.send_signal(signal.SIGTERM)
-    process.wait(timeout=60)
+    process.wait(timeout=300)
 
 
 ENVIRONMENTS = Path(os.environ.get("DRAFTWING_CLIENTS", sys.prefix))
