@@ -151,7 +151,9 @@ def test_guidellm(server: tuple[subprocess.Popen[str], str], tmp_path: Path) -> 
         *("--output", f"kind=json,path={report}", "--disable-progress"),
     )
     (benchmark,) = json.loads(report.read_text(encoding="utf-8"))["benchmarks"]
-    assert benchmark["metrics"]["request_totals"]["successful"] == 3
+    totals = benchmark["metrics"]["request_totals"]
+    assert totals["successful"] >= 2  # it may leave one out at an edge of its time
+    assert totals["errored"] == totals["incomplete"] == 0
 
 
 def test_aiperf(server: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
