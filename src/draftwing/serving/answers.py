@@ -55,6 +55,9 @@ class Speculation(TypedDict):
     num_draft_tokens: int
     num_accepted_draft_tokens: int
     acceptance_histogram: list[int]
+    mean_acceptance_length: float
+    """Tokens of a cycle, its own one among them."""
+    draft_acceptance_rate: float
 
 
 class Metrics(TypedDict):
@@ -339,11 +342,18 @@ def usage(call: Call, answers: Sequence[Answer]) -> Usage:
 def metrics(answers: Sequence[Answer]) -> Metrics:
     """What drafting brought all answers together."""
     histogram = [sum(counts) for counts in zip_longest(*(answer.counts.histogram for answer in answers), fillvalue=0)]
+    num_steps, num_drafted, num_accepted = (
+        sum(histogram),
+        sum(answer.counts.num_drafted for answer in answers),
+        sum(answer.counts.num_accepted for answer in answers),
+    )
     return {
         "speculative_decoding": {
-            "num_spec_steps": sum(histogram),
-            "num_draft_tokens": sum(answer.counts.num_drafted for answer in answers),
-            "num_accepted_draft_tokens": sum(answer.counts.num_accepted for answer in answers),
+            "num_spec_steps": num_steps,
+            "num_draft_tokens": num_drafted,
+            "num_accepted_draft_tokens": num_accepted,
             "acceptance_histogram": histogram,
+            "mean_acceptance_length": 1 + num_accepted / max(1, num_steps),
+            "draft_acceptance_rate": num_accepted / max(1, num_drafted),
         }
     }

@@ -131,7 +131,9 @@ class ResponseRequest(ConversationRequest):
         None, description="what the system says, in front of the input"
     )
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    text: TextOptions | None = Field(None, description="`format`: as response_format in chats")
+    text: Annotated[TextOptions, BeforeValidator(check_unicode)] | None = Field(
+        None, description="`format`: as response_format in chats"
+    )
     tools: Annotated[list[FlatTool], TOOLS, BeforeValidator(check_unicode)] | None = None
     tool_choice: Annotated[Word | NamedFlatTool | None, one_of_forms(TOOL_CHOICES)] = Field(
         None, description=TOOL_CHOICES

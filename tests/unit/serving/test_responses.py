@@ -147,6 +147,7 @@ def test_a_form(client: TestClient, scheduler: FakeScheduler) -> None:
         ("input", "x " * 600),
         ("instructions", "\ud800"),
         ("text", {"format": {"type": "xml"}}),
+        ("text", {"format": {"type": "json_schema", "name": "\ud800", "schema": {}}}),
         ("text", {"format": {"type": "json_schema", "name": "x"}}),
         ("text", {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}),
         ("text", {"format": {"type": "regex", "regex": "a" * 5000}}),

@@ -115,6 +115,8 @@ def test_what_drafting_brought_adds_up(client: TestClient) -> None:
     assert sum(histogram) == figures["num_spec_steps"] == 2
     accepted = sum(number * count for number, count in enumerate(histogram))
     assert accepted == figures["num_accepted_draft_tokens"] <= figures["num_draft_tokens"]
+    assert figures["mean_acceptance_length"] == 1 + accepted / 2
+    assert figures["draft_acceptance_rate"] == accepted / figures["num_draft_tokens"]
 
 
 def test_a_chat_has_openais_form(client: TestClient, scheduler: FakeScheduler) -> None:
