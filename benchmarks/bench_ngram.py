@@ -46,6 +46,9 @@ class Replay(TargetModel):
         super().__init__(target.model)
         self._text = torch.tensor(text, device=target.device)
 
+    def _check_tree(self) -> None:
+        """The target has been tried already, and a prescribed text is that of no branch."""
+
     def forward_tree(
         self, tokens: torch.Tensor, depths: torch.Tensor, ancestors: torch.Tensor, cache: KVCache, *args: Any, **kw: Any
     ) -> TargetOutput:
