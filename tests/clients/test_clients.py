@@ -43,7 +43,7 @@ def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
     process.wait(timeout=300)
 
 
-ENVIRONMENTS = Path(os.environ.get("DRAFTWING_CLIENTS", sys.prefix))
+ENVIRONMENTS = HERE.parents[1] / "build" / "engines"
 """The folder with the clients' environments."""
 
 
