@@ -1,6 +1,6 @@
 """Outputs of drafted decoding that differ from plain decoding's of the same target, quantised or not.
 
-    python benchmarks/bench_flips.py --quantize int8 --dtype bfloat16 --output docs/results/tiny_cpu_flips_int8.json
+    python benchmarks/bench_flips.py --quantize int8 --output docs/results/tiny_cpu_flips_int8_float32.json
 
 Of each prompt the first parts are prompts too: with 2 cuts the first half and all of it. Differences come from rounding
 alone: a row's products may depend on how many rows pass with it.

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from draftwing.config import TrainConfig
 from draftwing.data.chat_template import Example
 from draftwing.drafts.eagle.drafter import EagleDrafter
-from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.drafts.head_loss import HeadLoss
 from draftwing.drafts.kinds import objective_named
 from draftwing.drafts.language_model import DraftModelDrafter

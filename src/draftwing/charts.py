@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Protocol
 
-from jinja2 import Environment
+from jinja2 import Environment, StrictUndefined
 
 COLOURS = ("#1f77b4", "#d95f02", "#2a9d5c", "#c2255c", "#7048a8", "#8a6d3b", "#0b8a9e", "#666666", "#b8860b", "#444bb5")
 BAR, LINE = 420, 22
@@ -32,7 +32,9 @@ class Bar(Protocol):
 
 def as_page(template: Path, **values: Any) -> str:
     """A page from its template (Jinja), which may call this module's functions."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
     environment.globals |= {"as_words": as_words, "bar_chart": bar_chart, "line_chart": line_chart}
     return environment.from_string(template.read_text(encoding="utf-8")).render(values)
 

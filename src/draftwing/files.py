@@ -59,7 +59,7 @@ def check_same(
     wanted = json.loads(json.dumps(wanted))
     differing = sorted(name for name in wanted if made_with.get(name) != wanted[name])
     if differing:
-        listed = "; ".join(f"{name} was {made_with.get(name)!r}, is {wanted[name]!r}" for name in differing)
+        listed = "; ".join(f"{name} was {made_with.get(name)!r:.120}, is {wanted[name]!r:.120}" for name in differing)
         raise ValueError(f"output: {place} was made with other settings: {listed}. {advice}")
 
 

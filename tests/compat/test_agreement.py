@@ -38,7 +38,8 @@ from transformers import PreTrainedTokenizerFast
 
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.formats import HeadOptions
-from draftwing.drafts.eagle.load_head import DraftNetwork, load_head
+from draftwing.drafts.eagle.load_head import load_head
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.drafts.eagle.save_head import save_head, to_head
 from draftwing.drafts.fit import sizes_of
 from draftwing.engine.drafter import Drafter

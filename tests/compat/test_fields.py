@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Qwen3Config
 
 from draftwing.drafts.eagle.inspect_head import HeadReport
-from draftwing.drafts.eagle.load_head import DraftNetwork, load_head
+from draftwing.drafts.eagle.load_head import load_head
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.drafts.eagle.save_head import save_head, to_head
 from draftwing.drafts.fit import sizes_of
 from draftwing.drafts.inspect_draft import inspect_draft, report_table

@@ -16,7 +16,7 @@ import draftwing
 from draftwing.api import SpeculativeModel
 from draftwing.cli import main
 from draftwing.config import TrainConfig
-from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.target import load as loading
 from draftwing.target.fused import FusedTarget, pack_target
 from draftwing.target.load import load_target

@@ -24,7 +24,7 @@ from transformers.generation import StopStringCriteria
 import draftwing
 from draftwing.api import GenerateOutput, SpeculativeModel
 from draftwing.config import TrainConfig
-from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.drafts.medusa.network import MedusaModel
 from draftwing.embedded import EMBEDDED
 from draftwing.engine.options import GenerateOptions, row_seed

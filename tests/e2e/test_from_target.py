@@ -104,7 +104,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert write(output, 5) == 0
     assert json.loads(capsys.readouterr().out)["new_tokens"] == 0
     assert write(output, 5, "--request-temperature", "0.7") == 2
-    assert "request_temperature: " in capsys.readouterr().err
+    assert "request_temperature was 1.0, is 0.7" in capsys.readouterr().err
 
 
 def test_more_rows_are_written_behind_them(made: Path, tmp_path: Path) -> None:

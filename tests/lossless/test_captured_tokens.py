@@ -21,7 +21,7 @@ from conftest import (
 )
 from tape import TapeRecorder
 
-from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.engine import captured
 from draftwing.engine import engine as engine_module
 from draftwing.engine.captured import CudaRecorder, context_bound

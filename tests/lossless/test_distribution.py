@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from draftwing.config import TrainConfig
-from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.engine.engine import Request
 from draftwing.engine.sampling import Sampler, SamplingParams
 from draftwing.engine.stopping import StopRule

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from tape import TapeRecorder
 from test_bits import packed_target
 
-from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.engine import engine as engine_module
 from draftwing.engine import order as order_module
 from draftwing.engine.engine import Engine, NewDrafter, Request, Seat

@@ -10,7 +10,7 @@ from conftest import EOS, eagle, eagle_with_ngram, generate, ngram, no_draft, pa
 from tape import TapeRecorder
 from test_bits import packed_target
 
-from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.engine import engine as engine_module
 from draftwing.engine.engine import Engine, NewDrafter, Request, Seat
 from draftwing.engine.generation import Generation

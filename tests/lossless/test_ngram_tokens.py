@@ -7,7 +7,7 @@ import torch
 from conftest import auto_plan, eagle, eagle_with_ngram, generate, ngram, pairwise, plain, requests_for, run
 
 from draftwing.drafts import ngram as ngram_module
-from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.engine.engine import NewDrafter
 from draftwing.engine.tree import Candidates, Overlap
 from draftwing.engine.tree_plan import LookupTree, TreePlan

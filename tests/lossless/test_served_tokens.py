@@ -10,7 +10,7 @@ import pytest
 from conftest import EOS, VOCAB_SIZE, auto_plan
 
 from draftwing.api import SpeculativeModel
-from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.engine import order as order_module
 from draftwing.engine.options import GenerateOptions
 from draftwing.engine.sampling import Noise

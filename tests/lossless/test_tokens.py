@@ -21,7 +21,7 @@ from conftest import (
     tiny_llama,
 )
 
-from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.engine.engine import NewDrafter
 from draftwing.engine.sampling import Noise, SamplingParams
 from draftwing.plans.lessons import Experience

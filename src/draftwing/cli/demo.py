@@ -44,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats", type=positive, default=3, help="runs of each prompt; the median counts (default: 3)"
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the runs at temperature 1 (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=seed,
+        default=0,
+        help="of the first prompt at temperature 1; each next one has one more (default: 0)",
+    )
     add_remeasure(parser)
 
 
@@ -66,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
         show_completions(console, prompts[:3], model.tokenizer, methods, **common)
     with Progress(console=console, transient=True) as progress:
         total = len(temperatures) * len(prompts) * len(methods) * options.repeats
-        task = progress.add_task("measuring", total=total)
+        task = progress.add_task(f"measuring {len(prompts)} prompts", total=total)
         settings = model.tokenizer, temperatures, options.repeats
         results = measure(methods, prompts, *settings, advance=lambda done: progress.advance(task, done), **common)
     rows = [as_facts(row) for row in results]

@@ -65,7 +65,7 @@ def load_benchmark(name: str) -> list["Prompt"]:
     from draftwing.data.sources import load_hub
 
     benchmark = BENCHMARKS[name]
-    said = f"{name} ({benchmark.path})"
+    said = f"{name} ({benchmark.path}; or name a file, {name}=PATH)"
     what = benchmark.path, benchmark.config
     rows = load_hub(said, "eval", *what, split=benchmark.split, data_files=benchmark.data_files)
     return [_read(name, index, benchmark, row) for index, row in enumerate(rows)]

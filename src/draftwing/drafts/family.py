@@ -160,13 +160,8 @@ class Kind(Generic[D]):
     reads_tensors = True
 
     def drafter(self, draft: D, target: "TargetModel", wanted: DrafterOptions) -> "NewDrafter":
-        """What makes the drafters that guess for `target`; `draft` is None in a family that needs none.
-
-        By default nobody guesses: that is plain decoding.
-        """
-        from draftwing.engine.drafter import NoDrafter
-
-        return lambda num_seats, num_slots: NoDrafter()
+        """What makes the drafters that guess for `target`; `draft` is None in a family that needs none."""
+        raise NotImplementedError
 
     def owns_files(self, values: Mapping[str, Any], tensors: "Tensors") -> bool:
         """Whether files hold such a draft."""

@@ -17,8 +17,20 @@ _HERE = "draftwing.drafts"
 _EAGLE: dict[str, Any] = {"takes": ("ngram", "draft_window"), "has_head_options": True, "has_doctor": True}
 PLAIN = "plain"
 """The method that drafts nothing: the reference of all others."""
+
+
+class Plain(Kind[None]):
+    """Nobody guesses."""
+
+    def drafter(self, draft: None, target: "TargetModel", wanted: DrafterOptions) -> "NewDrafter":
+        """As `Kind` has it."""
+        from draftwing.engine.drafter import NoDrafter
+
+        return lambda num_seats, num_slots: NoDrafter()
+
+
 FAMILIES = [
-    Family("plain decoding", Kind, (Method(PLAIN, "off"),), needs_draft=False, plans="none"),
+    Family("plain decoding", Plain, (Method(PLAIN, "off"),), needs_draft=False, plans="none"),
     Family("n-gram drafting", f"{_HERE}.ngram.Ngram", (Method("ngram", "chain:6"),), needs_draft=False, plans="chains"),
     Family(
         "Lookahead decoding",

@@ -53,6 +53,7 @@ class Evaluation:
         rivals: other engines; sampled, they draw with noise of their own, so that only greedy output is compared.
         max_positions: the most tokens, prompt and new ones, that every model can read; None: no limit.
         seed: of each data set's first prompt; the next has one more.
+        is_strict: what a method raises ends the evaluation.
     """
 
     methods: Mapping[str, Decode]
@@ -64,6 +65,7 @@ class Evaluation:
     max_positions: int | None = None
     seed: int = 0
     repeats: int = 1
+    is_strict: bool = False
 
     @property
     def all_methods(self) -> dict[str, Decode]:
@@ -120,7 +122,10 @@ def _warm_up(evaluation: Evaluation, journal: Journal, data: PromptSet, temperat
         return
     limit = min(WARM_UP_TOKENS, evaluation.max_new_tokens)
     ids = min(prompts, key=len)
-    decode_in_turn(evaluation.all_methods, ids, 1, temperature=temperature, max_new_tokens=limit, seed=evaluation.seed)
+    options = {"temperature": temperature, "max_new_tokens": limit, "seed": evaluation.seed}
+    for outcome in decode_in_turn(evaluation.all_methods, ids, 1, **options).values():
+        if isinstance(outcome, Exception) and evaluation.is_strict:
+            raise outcome
 
 
 @dataclass
@@ -187,18 +192,21 @@ class _Conversation:
         )
         for method, outcome in outcomes.items():  # plain is the first
             if isinstance(outcome, Exception):
+                if self.evaluation.is_strict:
+                    raise outcome
                 cell = self.data, self.temperature, method
                 self.remarks.failures[cell] = f"{type(outcome).__name__}: {outcome} (prompt {prompt.name})"
             else:
-                plain = self.journal.runs.get((*key, PLAIN))
-                identical = True if method == PLAIN else self._is_identical(method, outcome, plain)
+                reference = outcome[-1] if method == PLAIN else self.journal.runs.get((*key, PLAIN))
+                expected = None if reference is None else reference.tokens
+                identical = self._is_identical(method, outcome, expected)
                 self.journal.add(_as_run(key, method, prompt, len(ids), outcome, identical))
 
-    def _is_identical(self, method: str, repeats: Sequence[Decoded], plain: Run | None) -> bool | None:
-        if plain is None or (self.temperature > 0 and method in self.evaluation.rivals):
+    def _is_identical(self, method: str, repeats: Sequence[Decoded], expected: list[int] | None) -> bool | None:
+        if expected is None or (self.temperature > 0 and method in self.evaluation.rivals):
             return None
-        text = self._text(plain.tokens)
-        return all(one.tokens == plain.tokens if one.text is None else one.text == text for one in repeats)
+        text = self._text(expected)
+        return all(one.tokens == expected if one.text is None else one.text == text for one in repeats)
 
     def _text(self, tokens: list[int] | None) -> str:
         text: str = self.evaluation.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -1,7 +1,7 @@
 """What `draftwing plan` shows: measured costs, learnt acceptance, and the trees that follow from them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from draftwing.drafts.load_draft import ACCEPTANCE_FILE
 from draftwing.engine.statistics import Statistics
-from draftwing.evaluation.compare import Start
+from draftwing.evaluation.compare import Start, timed
 from draftwing.plans.acceptance import EDGES, NUM_DEPTHS, AcceptanceTable
 from draftwing.plans.costs import CycleCosts
 from draftwing.plans.lessons import Experience
@@ -28,6 +28,8 @@ class PlanReport:
     experience: Experience
     plain: Statistics
     auto: Statistics
+    seconds: Mapping[str, float]
+    """Of all decoding, plans' own decisions too: `off` and `auto`."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready figures; seconds, probabilities, tokens per second."""
@@ -35,11 +37,17 @@ class PlanReport:
             "costs": self.costs.as_dict(),
             "acceptance": self.experience.acceptance.as_dict(),
             "learnt_speedup": self.experience.gain,
-            "speedup": self.auto.tokens_per_second / self.plain.tokens_per_second,
+            "speedup": self.speedup,
             "acceptance_length": self.auto.acceptance_length,
             "node_pays_from": self.node_pays_from(),
             "level_pays_from": self.level_pays_from(),
         }
+
+    @property
+    def speedup(self) -> float:
+        """Tokens per second with trees that size themselves, over plain decoding's."""
+        seconds = self.seconds["off"] / self.seconds["auto"]
+        return self.auto.num_tokens / self.plain.num_tokens * seconds
 
     @property
     def rate(self) -> float:
@@ -67,11 +75,13 @@ def measure_plan(
     **options: Any,
 ) -> PlanReport:
     """Decode prompts, so many at a time, plain and with trees that size themselves (`options` of `generate`)."""
-    totals = {"off": Statistics(), "auto": Statistics()}
+    totals, seconds = {"off": Statistics(), "auto": Statistics()}, {"off": 0.0, "auto": 0.0}
     for first in range(0, len(prompts) - batch_size + 1, batch_size):  # whole batches only: costs are theirs
         for plan, total in totals.items():
-            total.merge(start(prompts[first : first + batch_size], plan=plan, **options).run().statistics)
-    return PlanReport(costs, experience, totals["off"], totals["auto"])
+            generation, passed = timed(start, prompts[first : first + batch_size], plan=plan, **options)
+            total.merge(generation.statistics)
+            seconds[plan] += passed
+    return PlanReport(costs, experience, totals["off"], totals["auto"], seconds)
 
 
 def save_acceptance(folder: Path, tables: dict[str, AcceptanceTable]) -> Path:

@@ -65,7 +65,7 @@ class Product(ABC):
     """One product for one or more layers that read the same tensor.
 
     Attributes:
-        least_rows: from how many rows on each of them has the same bits whatever passes with it.
+        least_rows: from how many rows on each of them has the same bits whatever passes with it, if they ever do.
         bits_depend_on_threads: whether another number of threads sums in another order.
     """
 
@@ -196,7 +196,7 @@ def half_exponent(weight: torch.Tensor) -> int | None:
 
 
 def _product(layers: Sequence[nn.Linear]) -> Product:
-    """The fastest product whose bits do not depend on what passes with a row."""
+    """The fastest product; on a CPU, but in float64, one whose bits do not depend on what passes with a row."""
     weight, bias = _joined(layers)
     if weight.device.type != "cpu" or weight.dtype == torch.float64:
         return JoinedProduct(layers, weight, bias)
@@ -251,7 +251,7 @@ class PackedLinear(nn.Module):
 
 
 def bits_depend_on_threads(network: nn.Module) -> bool:
-    """Whether some product rounds differently on another number of threads: torch's own do, packed ones do not.
+    """Whether some product rounds differently on another number of threads: torch's own do, those it laid out do not.
 
     What else has a weight of two or more dimensions multiplies too, but for embeddings: GPT-2's layers, experts.
     """

@@ -167,7 +167,7 @@ def rounding_problem(target: TargetModel) -> str | None:
     if target.device.type != "cpu":
         return row_problem(target) or "its pass is not the row pass"
     if target.bits_depend_on_threads:
-        return "not all of its products are packed"
+        return "some of its products are torch's own"
     return None if target.attention_dtype == torch.float64 else "its attention is not draftwing's"
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import VOCAB_SIZE, Path, eagle, nodes_of, requests_for, run
 
 from draftwing.drafts.eagle.drafter import EagleDrafter
-from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.engine.generation import start_generation
 from draftwing.engine.sampling import uncoupled_rank
 from draftwing.engine.tree import DraftTree

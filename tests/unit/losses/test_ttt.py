@@ -17,8 +17,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, Mistral
 from draftwing.config import Loss, TrainConfig
 from draftwing.drafts.eagle import objective
 from draftwing.drafts.eagle.drafter import EagleDrafter
-from draftwing.drafts.eagle.load_head import DraftNetwork
-from draftwing.drafts.eagle.network import Eagle3Model
+from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Model
 from draftwing.drafts.head_loss import HeadLoss
 from draftwing.engine.sampling import uncoupled_rank
 from draftwing.engine.tree_plan import TreePlan

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import costs, eagle, ngram
 
-from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.engine.drafter import NoDrafter
 from draftwing.engine.request import Seat
 from draftwing.engine.seats import Seats

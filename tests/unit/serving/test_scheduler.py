@@ -9,7 +9,7 @@ import pytest
 from conftest import costs, requests_for, run
 
 from draftwing.api import SpeculativeModel
-from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.engine import memory
 from draftwing.engine.engine import Engine, Request
 from draftwing.engine.options import GenerateOptions

@@ -14,8 +14,7 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from draftwing.drafts.eagle.fused_layers import pack_head
-from draftwing.drafts.eagle.load_head import DraftNetwork
-from draftwing.drafts.eagle.network import Eagle3Model, EagleModel
+from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Model, EagleModel
 from draftwing.engine.tree import root_tree
 from draftwing.layers import DraftConfig, DraftVocab
 from draftwing.target import attention, packed

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 import triton
 from conftest import eagle, requests_for, run, tiny_llama
 
-from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.target import attention
 from draftwing.target import model as target_module
 from draftwing.target.model import TargetModel

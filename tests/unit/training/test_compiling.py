@@ -9,7 +9,7 @@ from conftest import head_training
 from torch._dynamo.utils import counters
 
 from draftwing.config import TrainConfig
-from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.drafts.medusa.network import MedusaModel
 from draftwing.target.model import TargetModel
 from draftwing.training.loop import training_arguments, wants_compile

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import draftwing
 from draftwing.cli import main
 from draftwing.config import TrainConfig, read_recipe
-from draftwing.drafts.eagle.load_head import DraftNetwork
+from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.target.load import read_target_config
 from draftwing.target.model import TargetModel
 from draftwing.training.estimates import StageEstimate, active_params, count_params, estimate_stages

@@ -8,8 +8,7 @@ import torch
 
 from draftwing.drafts.eagle.fields import sort_fields
 from draftwing.drafts.eagle.formats import FROM_FILE, HeadFile, HeadOptions, count_features, read_head
-from draftwing.drafts.eagle.network import DraftNetwork as DraftNetwork
-from draftwing.drafts.eagle.network import Eagle3Model, EagleModel
+from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Model, EagleModel
 from draftwing.drafts.fit import TargetSizes, Tensors, check_finite, load_strictly, sizes_of
 from draftwing.drafts.load_draft import read_draft_files, resolve_draft
 from draftwing.layers import DraftConfig, DraftVocab

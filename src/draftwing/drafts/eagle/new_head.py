@@ -55,7 +55,7 @@ def new_config(stage: TrainConfig, target_config: Any, vocab_size: int) -> Draft
     }
     if sizes["hidden_size"] != hidden_size:  # it reads the target's embedding and starts from its output head
         raise ValueError(f"architecture.hidden_size: expected the target's {hidden_size}, got {sizes['hidden_size']}")
-    if stage.objective == "eagle3":
+    if has_own_vocabulary(stage):
         if wrong := [layer for layer in stage.aux_layers if not 0 <= layer <= num_layers]:
             expected = f"numbers of hidden states from 0 to {num_layers}, the number of the target's layers"
             raise ValueError(f"aux_layers: expected {expected}, got {wrong[0]}")
@@ -64,13 +64,19 @@ def new_config(stage: TrainConfig, target_config: Any, vocab_size: int) -> Draft
     return DraftConfig(**sizes)
 
 
+def has_own_vocabulary(stage: TrainConfig) -> bool:
+    """Whether the stage's head has an output head of its own, over a draft vocabulary: EAGLE-3's has."""
+    return stage.objective == "eagle3"
+
+
 def new_head(stage: TrainConfig, target: TargetModel, train: Sequence[Example]) -> DraftNetwork:
     """A head with the target's embedding, or an `eagle3` one with its output matrix.
 
     That is over the most frequent tokens of this data.
     """
-    is_eagle3 = stage.objective == "eagle3"
-    target_ids = most_frequent_tokens(train, stage.draft_vocab_size, target.vocab_size) if is_eagle3 else None
+    target_ids = None
+    if has_own_vocabulary(stage):
+        target_ids = most_frequent_tokens(train, stage.draft_vocab_size, target.vocab_size)
     head = build_network(new_config(stage, target.config, target.vocab_size), target, target_ids)
     _freeze_embedding(head, stage)
     for module in head.modules():
@@ -93,7 +99,7 @@ def continued_head(stage: TrainConfig, target: TargetModel, train: Sequence[Exam
     """
     head = load_head(stage.init_from, target, torch.float32, HeadOptions(stage.aux_layers or None)).train()
     is_eagle3 = isinstance(head, Eagle3Model)
-    if is_eagle3 != (stage.objective == "eagle3"):
+    if is_eagle3 != has_own_vocabulary(stage):
         found = "an EAGLE-3 head" if is_eagle3 else "an EAGLE-1/2 head"
         raise ValueError(f"init_from: {stage.init_from} is {found}, the objective is {stage.objective}")
     if head.config.trained_length is not None or stage.sequence_length > head.config.window:
@@ -130,7 +136,7 @@ def continued_sizes(stage: TrainConfig, made_before: HeadSizes | None) -> HeadSi
         head = read_head(*read_draft_files(resolve_draft(stage.init_from)))
         shapes = {name: shape.numel() for name, shape in expected_shapes(head).items()}
         made_before = HeadSizes(shapes, counted_layers(head))
-    if stage.objective == "eagle1":
+    if not has_own_vocabulary(stage):
         return made_before
     made: DraftConfig = made_before.config
     config = dataclasses.replace(made, aux_layers=stage.aux_layers or made.aux_layers)
