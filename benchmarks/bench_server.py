@@ -175,13 +175,23 @@ def answers_at(url: str) -> bool:
 def measure(
     urls: dict[str, str], bodies: Sequence[dict[str, Any]], clients: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """All requests from so many clients at once, to all servers in turn; medians over the rounds."""
+    """All requests from so many clients at once, to all servers in turn; medians over the rounds.
+
+    Another's server that ends is taken out of `urls`.
+    """
     speeds: dict[str, list[float]] = defaultdict(list)
     answers: dict[str, list[Answer]] = defaultdict(list)
     for number in range(options.rounds + 1):
         texts = {}
-        for name, url in urls.items():
-            seconds, got = ask_all(url, [body | {"model": called(name)} for body in bodies], clients)
+        for name, url in tuple(urls.items()):
+            try:
+                seconds, got = ask_all(url, [body | {"model": called(name)} for body in bodies], clients)
+            except httpx.TransportError:
+                if name in SERVERS:
+                    raise
+                print(f"{name} has ended with {clients} clients, and is left out")
+                del urls[name]
+                continue
             texts[name] = [answer.text for answer in got]
             if number:  # the first round warms up
                 speeds[name].append(sum(answer.num_tokens for answer in got) / seconds)
@@ -221,7 +231,8 @@ def called(name: str) -> str:
 
 def ask_all(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> tuple[float, list[Answer]]:
     start = time.perf_counter()
-    with httpx.Client(timeout=600) as client, ThreadPoolExecutor(clients) as pool:
+    limits = httpx.Limits(max_keepalive_connections=0)  # some servers close those just when they are used again
+    with httpx.Client(timeout=600, limits=limits) as client, ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(lambda body: ask(client, url, body), bodies))
     return time.perf_counter() - start, answers
 
