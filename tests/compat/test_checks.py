@@ -7,6 +7,7 @@ runs the real ones.
 import dataclasses
 import json
 import os
+import signal
 import sys
 import tempfile
 import textwrap
@@ -15,16 +16,16 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from safetensors.torch import load_file, save_file
 from test_agreement import write_models
 
-from draftwing.checks.agreement import compare, drafts_agree
-from draftwing.checks.check_export import CheckRequest, check_export, written_for
-from draftwing.checks.engine_process import EngineProcess
-from draftwing.checks.engine_task import EngineAnswer, EngineTask
+from draftwing.api import load
+from draftwing.checks.agreement import EngineAnswer, compare, drafts_agree
+from draftwing.checks.check_export import Check, CheckRequest, check_export, decode_here, written_for
+from draftwing.checks.engine_process import EngineProcess, EngineTask
 from draftwing.checks.find_engine import Checker, find_checker
 from draftwing.checks.llama_server import cycles_of, llama_session
-from draftwing.checks.ours import decode_here, load_here
 from draftwing.checks.vllm import vllm_session
 from draftwing.cli import main
 from draftwing.data.prompts import Prompt
@@ -63,6 +64,21 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.say({"build_info": "b1"})
     def do_POST(self):
+        odd = os.environ.get("FAKE_ODD")
+        if odd == "gone":
+            print("a bad head", flush=True)
+            os._exit(7)
+        if odd == "refused":
+            return self.say({"error": {"message": "no such slot"}}, 500)
+        if odd == "cut":
+            self.send_response(200)
+            self.send_header("Content-Length", "99")
+            self.end_headers()
+            return self.wfile.write(b"{")
+        if odd == "noise":
+            return self.wfile.write(b"noise\\n")
+        if odd is not None:
+            return self.say(odd)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert body["temperature"] == 0 and not body["cache_prompt"]
         answer = answers[self.server.asked // 2]
@@ -74,9 +90,9 @@ class Handler(BaseHTTPRequestHandler):
             accepted += size - 1
             counts += [{"draft_n": 3 * cycle, "draft_n_accepted": accepted}] * size
         self.say("".join(f"data: {json.dumps({'timings': count})}\\n\\n" for count in counts) + "data: [DONE]\\n\\n")
-    def say(self, what):
+    def say(self, what, status=200):
         text = (what if isinstance(what, str) else json.dumps(what)).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)
@@ -150,7 +166,18 @@ def test_a_few_cycles_may_round_another_way() -> None:
 
 def test_cycles_by_a_servers_counts() -> None:
     counts = [{}, *[{"draft_n": 3, "draft_n_accepted": 2}] * 2, {"draft_n": 6, "draft_n_accepted": 2}]
-    assert cycles_of([*counts, {"draft_n": 9, "draft_n_accepted": 5}]) == [3, 1, 4]
+    counts += [{"draft_n": 9, "draft_n_accepted": 5}]
+    assert cycles_of(counts, depth=3) == [3, 1, 4]
+    assert cycles_of([*counts, {"draft_n": 10, "draft_n_accepted": 5}], depth=3) == [3, 1, 4, 1], "cut by the end"
+
+
+def test_a_cycle_that_a_character_hides_ends_the_list() -> None:
+    """Tokens that end within a character are not in the stream: two cycles between these counts look like one."""
+    pairs = ((3, 2), (9, 4), (12, 7))
+    first, hidden, later = ({"draft_n": num, "draft_n_accepted": accepted} for num, accepted in pairs)
+    assert cycles_of([{}, first, hidden, later], depth=3) == [3]
+    assert cycles_of([{}, hidden, later], depth=3) == [], "before the first count, too"
+    assert cycles_of([], depth=3) == []
 
 
 @pytest.mark.parametrize("name", SESSIONS)
@@ -170,6 +197,71 @@ def test_an_engine_that_ends_says_why(
     says = r"^check: .* ended with status 1; its last lines: .*no such head \(log: "
     with pytest.raises(ValueError, match=says), SESSIONS[name](engines[name], task(tmp_path)):
         pass
+
+
+@pytest.mark.parametrize(
+    ("odd", "says"),
+    [
+        ("gone", r"ended with status 7; its last lines: .*a bad head"),
+        ("refused", r"does not answer at /completion: status 500: .*no such slot"),
+        ("cut", r"does not answer at /completion: IncompleteRead"),
+        ("noise", r"does not answer at /completion: BadStatusLine: noise"),
+        ("{}", r"answers at /completion without tokens: {}"),
+        ('{"error": "no memory"}', r"answers at /completion: .*no memory"),
+        ("[1]", r"answers at /completion: \[1\]"),
+        ("no JSON", r"answers at /completion: no JSON"),
+    ],
+)
+def test_an_odd_answer_is_told(
+    odd: str, says: str, engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tell([])
+    monkeypatch.setenv("FAKE_ODD", odd)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # which is not asked
+    with (
+        pytest.raises(ValueError, match=f"^check: llama-server {says}"),
+        llama_session(engines["llama-server"], task(tmp_path)) as session,
+    ):
+        next(session.answers)
+
+
+def test_what_cannot_be_started_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^check: cannot start .*none: No such file"):
+        EngineProcess("engine", [tmp_path / "none"], 1).__enter__()
+    assert not [*tmp_path.glob("draftwing-*")], "no log of nothing"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+RUNS_ENGINE = """
+from draftwing.checks.engine_process import EngineProcess
+with EngineProcess("engine", ["sleep", "60"], 60) as process:
+    print(process._process.pid, flush=True)
+    process.until(lambda: None)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_engine_ends_with_the_process_that_started_it(number: signal.Signals) -> None:
+    """In a program of one's own as on the command line."""
+    program = Forked(RUNS_ENGINE)
+    engine = int(program.first_line())
+    os.kill(engine, 0)
+    program.send_signal(number)
+    assert program.wait() == 128 + number
+    with pytest.raises(ProcessLookupError):
+        os.kill(engine, 0)
+
+
+def test_signals_that_somebody_handles_stay_theirs() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with EngineProcess("engine", ["sleep", "60"], 5):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_process_that_hangs_is_told_and_ended() -> None:
@@ -233,10 +325,8 @@ def request(models: Path, folder: Path, at: Path) -> CheckRequest:
 
 @pytest.fixture(scope="module")
 def right_answers(models: Path) -> list[EngineAnswer]:
-    asked = EngineTask(models / "vllm", str(models / "target"), None, "eagle3", [], 24, 3, 30.0)
-    model = load_here(asked, str(models / "vllm"))
-    prompts = [model.tokenizer(text)["input_ids"] for text in ("%1A", "KLM")]
-    return list(decode_here(model, asked.on(prompts)))
+    model = load(str(models / "target"), draft=str(models / "vllm"), dtype="float32")
+    return list(decode_here(model, [model.tokenizer(text)["input_ids"] for text in ("%1A", "KLM")], 24))
 
 
 def test_a_check_compares_prompt_by_prompt(
@@ -272,11 +362,62 @@ def test_what_reads_a_head_wrong_is_found(
 
 
 def test_a_loader_reads_what_was_written(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """transformers', on a folder that was exported before; another number in it is found."""
+    """transformers', on a folder that was exported before; what it reads otherwise is found."""
     command = ["export", str(models / "vllm"), "--check", sys.executable]
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["check"]
     assert found["checker"] == "transformers" and found["loaded"]["num_fields"] > 10 and found["agrees"]
+    changed = tmp_path / "changed"
+    export_draft(str(models / "head"), str(models / "target"), "eagle", changed)
+    values = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(values | {"rms_norm_eps": 1e-3}))
+    checker = Checker("transformers", Path(sys.executable))
+    asked = CheckRequest(changed, "eagle", "t", checker, [], reference=models / "vllm")
+    assert check_export(asked).problems == ["rms_norm_eps: it reads something else"]
+
+
+SPECULATORS = """
+import json, os
+from types import SimpleNamespace as Some
+from safetensors.torch import load_file
+class SpeculatorModel:
+    @staticmethod
+    def from_pretrained(folder):
+        tensors = load_file(folder + "/model.safetensors")
+        tensors |= {"embed_tokens.weight": tensors["fc.weight"]}  # the target's
+        config = json.load(open(folder + "/config.json"))
+        if os.environ.get("FAKE_FAULTS"):
+            tensors |= {"fc.bias": tensors["fc.weight"][0], "fc.weight": tensors["fc.weight"] + 1}
+            del tensors["norm.weight"], config["draft_vocab_size"]
+        return Some(state_dict=lambda: tensors, config=Some(to_dict=lambda: config))
+"""
+
+
+def test_every_tensor_that_a_loader_has_is_compared(
+    models: Path, engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that the file lacks and that stays random there; but not those that are the target's."""
+    (tmp_path / "speculators.py").write_text(SPECULATORS)
+    (tmp_path / "speculators-0.9.0.dist-info").mkdir()
+    (tmp_path / "speculators-0.9.0.dist-info/METADATA").write_text("Name: speculators\nVersion: 0.9.0\n")
+    folder = tmp_path / "folder"
+    export_draft(str(models / "head"), str(models / "target"), "speculators", folder)
+    asked = CheckRequest(folder, "speculators", "t", Checker("speculators", Path(sys.executable)), [])
+    check = check_export(asked)
+    assert check.version == "0.9.0" and not check.problems
+    assert check.loaded is not None and check.loaded.num_tensors == len(load_file(folder / "model.safetensors"))
+    monkeypatch.setenv("FAKE_FAULTS", "1")
+    wrong = check_export(asked).loaded
+    assert wrong is not None
+    assert wrong.differing[0] == "draft_vocab_size" and wrong.differing[-1] == "fc.bias"
+    assert sorted(wrong.differing[1:-1]) == ["fc.weight", "norm.weight"]
+
+
+def test_a_check_that_compared_no_cycle_says_so() -> None:
+    short = compare("p", EngineAnswer([7], []), EngineAnswer([7], []))
+    check = Check("vllm", "vllm", "1", [short])
+    assert check.problems == ["drafts: no cycle could be compared; take prompts with longer answers (--prompts)"]
+    assert check.verdict == f"does not agree: {check.problems[0]}"
 
 
 def test_the_command_says_what_is_missing(
@@ -297,13 +438,3 @@ def test_the_command_says_what_is_missing(
         assert says in capsys.readouterr().err
         assert not out.exists(), "nothing is written for an engine that cannot check it"
     assert written_for(models / "vllm") == ("vllm", "org/it")
-
-
-def test_a_loader_that_reads_something_else_is_found(models: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "changed"
-    export_draft(str(models / "head"), str(models / "target"), "eagle", folder)
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | {"rms_norm_eps": 1e-3}))
-    checker = Checker("transformers", Path(sys.executable))
-    asked = CheckRequest(folder, "eagle", "t", checker, [], reference=models / "vllm")
-    assert check_export(asked).problems == ["rms_norm_eps: it reads something else"]

@@ -104,7 +104,7 @@ def test_both_lists_of_feature_layers_mean_the_same(engine: str, target: str, tm
 def test_a_gguf_head_has_absolute_ids_and_rows_in_pairs(target: str, target_gguf: Path, tmp_path: Path) -> None:
     draft = eagle3(tmp_path / "draft")
     export_draft(draft, target, "llama.cpp", tmp_path / "out", target_gguf=target_gguf)
-    reader = gguf.GGUFReader(tmp_path / "out" / "head.gguf")
+    reader = gguf.GGUFReader(tmp_path / "out" / gguf_heads.HEAD_GGUF)
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     fields = {key: field.contents() for key, field in reader.fields.items()}
     ours = load_file(Path(draft) / "model.safetensors")
@@ -127,7 +127,7 @@ def test_wrong_conventions_are_noticed(
 ) -> None:
     """What is written is read back and compared; a cut or a fault leaves no folder."""
     if sabotage == "pairs":
-        monkeypatch.setattr(gguf_heads, "_halves_to_pairs", lambda weight, num_heads: weight)
+        monkeypatch.setattr(gguf_heads, "halves_to_pairs", lambda weight, num_heads: weight)
     else:
         monkeypatch.setattr(load_draft, "read_gguf", with_offsets(load_draft.read_gguf))
     with pytest.raises(ValueError, match="other numbers" if sabotage == "pairs" else "d2t|t2d|target_ids"):

@@ -8,10 +8,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from draftwing.checks.engine_task import EngineAnswer
-
 ROUNDING = 0.02
 """The share of cycles that may accept another number: engines sum in other orders, and two drafted tokens may tie."""
+
+
+@dataclass(frozen=True)
+class EngineAnswer:
+    """New tokens: the first from the pass over the prompt, the others from `cycles`, each with so many of them."""
+
+    tokens: list[int]
+    cycles: list[int]
 
 
 @dataclass(frozen=True)
@@ -19,11 +25,13 @@ class Agreement:
     """What of one prompt agreed.
 
     Attributes:
-        num_tokens: that both gave, up to where they part.
-        parted_at: the first new token that differs; None: none does.
-        num_cycles, their_cycles: behind the first token.
-        num_compared: cycles that begin at the same token in both, but for those that the end cuts.
-        num_equal: those of them that accepted as many drafted tokens.
+        prompt: its name.
+        num_tokens: how many new tokens are the same in both answers, from the first on.
+        parted_at: the index of the first new token that differs; None: none does.
+        num_cycles: our cycles; the first token, which the prompt's own pass brings, is in none.
+        their_cycles: the engine's, as far as it tells them.
+        num_compared: the cycles that begin at the same token in both and end within the text that is the same.
+        num_equal: the compared cycles that accepted as many drafted tokens in both.
     """
 
     prompt: str

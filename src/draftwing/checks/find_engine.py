@@ -19,6 +19,8 @@ CHECKERS = {
     "llama.cpp": ("llama-server",),
 }
 """Who can check a folder that was written for an engine, the most telling first."""
+SERVERS = {"llama-server": "llama.cpp/bin/llama-server"}
+"""Checkers that are programs of their own, and where they lie below PLACES; the others are packages of a Python."""
 PLACES = Path("build/engines")
 """Where `make engines` installs them, below the working directory."""
 PROBE = """
@@ -36,41 +38,44 @@ class Checker(NamedTuple):
     at: Path
 
 
-def find_checker(engine: str, given: str = "") -> Checker:
-    """Who checks a folder that was written for `engine`; `given` is a Python's or a server's path, or empty.
+def find_checker(to: str, given: str = "") -> Checker:
+    """Who checks a folder that was exported `to` an engine.
+
+    Args:
+        given: a program: a Python that has one of the engine's checkers, or its server; empty: it is looked for.
 
     Raises:
-        ValueError: nobody can, none is installed where it was looked for, or the given program is none of them.
+        ValueError: there is no such engine, no checker of it was found, or the given program is none.
     """
-    if engine not in CHECKERS:
-        raise ValueError(f"check: no such engine: {engine!r}; {suggestion(engine, ENGINES)}")
-    names = CHECKERS[engine]
+    if to not in CHECKERS:
+        raise ValueError(f"check: no such engine: {to!r}; {suggestion(to, ENGINES)}")
+    names = CHECKERS[to]
     if given:
-        return _given(engine, given)
+        return _given(to, given)
     wanted = [name for name in names if name != "transformers"] or names  # which is here, and proves least
     for name in wanted:
-        if (at := _known(name)) is not None:
+        if (at := find_program(name)) is not None:
             return Checker(name, at)
     variables = " or ".join(map(variable, wanted))
     raise ValueError(
         f"check: {' and '.join(wanted)}: not installed where it was looked for; give the path of "
-        f"{'the server' if names == ('llama-server',) else 'a Python that has it'} (--check PATH, or {variables}), or "
+        f"{'the server' if wanted[0] in SERVERS else 'a Python that has it'} (--check PATH, or {variables}), or "
         "see `make engines`"
     )
 
 
 def variable(name: str) -> str:
     """The environment's variable with an engine's program: DRAFTWING_VLLM_PYTHON, DRAFTWING_LLAMA_SERVER."""
-    return f"DRAFTWING_{name.upper().replace('-', '_')}{'' if name == 'llama-server' else '_PYTHON'}"
+    return f"DRAFTWING_{name.upper().replace('-', '_')}{'' if name in SERVERS else '_PYTHON'}"
 
 
-def _given(engine: str, given: str) -> Checker:
+def _given(to: str, given: str) -> Checker:
     path = shutil.which(given)
     if path is None:
         raise ValueError(f"check: no such program: {given}")
-    names = CHECKERS[engine]
-    if names == ("llama-server",):
-        return Checker("llama-server", Path(path))
+    names = CHECKERS[to]
+    if names[0] in SERVERS:
+        return Checker(names[0], Path(path))
     try:
         probe = [path, "-c", PROBE, *names]
         said = subprocess.run(probe, capture_output=True, text=True, timeout=60, check=True).stdout.split()
@@ -82,17 +87,20 @@ def _given(engine: str, given: str) -> Checker:
     return Checker(has[0], Path(path))
 
 
-def _known(name: str) -> Path | None:
-    """An engine's program in its variable, below PLACES, or here."""
+def find_program(name: str) -> Path | None:
+    """A checker's program: what its variable names, else what lies below PLACES, else what is in this environment.
+
+    Raises:
+        ValueError: the variable names no program.
+    """
     if path := os.environ.get(variable(name)):
         if shutil.which(path) is None:
             raise ValueError(f"check: {variable(name)}: no such program: {path}")
         return Path(path)
-    is_server = name == "llama-server"
-    place = PLACES / "llama.cpp/bin/llama-server" if is_server else PLACES / name / "bin/python"
+    place = PLACES / SERVERS.get(name, f"{name}/bin/python")
     if place.is_file():
         return place.absolute()
-    if is_server:
+    if name in SERVERS:
         return Path(found) if (found := shutil.which(name)) else None
     package = find_spec(name)
     return Path(sys.executable) if package and package.origin else None

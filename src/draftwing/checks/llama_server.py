@@ -2,15 +2,15 @@
 
 import json
 import socket
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from draftwing.checks.engine_process import EngineProcess
-from draftwing.checks.engine_task import EngineAnswer, EngineSession, EngineTask
+from draftwing.ask import NoAnswer, ask
+from draftwing.checks.agreement import EngineAnswer
+from draftwing.checks.engine_process import EngineProcess, EngineSession, EngineTask
 from draftwing.drafts.eagle.gguf_head import HEAD_GGUF
 
 HOST = "127.0.0.1"
@@ -27,28 +27,45 @@ def llama_session(server: Path, task: EngineTask) -> Iterator[EngineSession]:
     """
     port = _free_port()
     with EngineProcess("llama-server", [server, *_options(task, port)], task.seconds) as process:
-        process.until(lambda: _ask(port, "health", None, 1))
-        version = str(_answered(process, port, "props", None).get("build_info", "unknown"))
-        yield EngineSession(version, (_decode(process, port, prompt, task.num_tokens) for prompt in task.prompts))
+        process.until(lambda: _is_ready(port))
+        version = str(_answered(process, port, "props").get("build_info", "unknown"))
+        yield EngineSession(version, (_decode(process, port, prompt, task) for prompt in task.prompts))
 
 
-def _decode(process: EngineProcess, port: int, prompt: list[int], num_tokens: int) -> EngineAnswer:
-    """A prompt's tokens, and its cycles from a stream, which leaves tokens out that end within a character."""
-    asked = {"prompt": prompt, "n_predict": num_tokens, "temperature": 0, "cache_prompt": False}
-    tokens = _answered(process, port, "completion", asked | {"return_tokens": True})["tokens"]
-    chunks = _answered(process, port, "completion", asked | {"stream": True, "timings_per_token": True})
-    return EngineAnswer(tokens, cycles_of([chunk.get("timings", {}) for chunk in chunks]))
+def _is_ready(port: int) -> str | None:
+    """What the server says once it has loaded the models; until then it gives no answer, or an error."""
+    try:
+        return ask(f"http://{HOST}:{port}/health", seconds=1)
+    except NoAnswer:
+        return None
 
 
-def cycles_of(timings: list[dict[str, Any]]) -> list[int]:
-    """How many tokens each cycle brought, by the counts that stand beside every token of a stream.
+def _decode(process: EngineProcess, port: int, prompt: list[int], task: EngineTask) -> EngineAnswer:
+    """A prompt's tokens, and its cycles from a stream."""
+    asked = {"prompt": prompt, "n_predict": task.num_tokens, "temperature": 0, "cache_prompt": False}
+    whole = _answered(process, port, "completion", asked | {"return_tokens": True})
+    tokens = whole.get("tokens")
+    if not isinstance(tokens, list):
+        raise ValueError(process.failure(f"answers at /completion without tokens: {str(whole)[:200]}"))
+    stream = _text(process, port, "completion", asked | {"stream": True, "timings_per_token": True})
+    chunks = [_object(process, "completion", line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+    return EngineAnswer(tokens, cycles_of([chunk.get("timings", {}) for chunk in chunks], task.depth))
 
-    A cycle adds what it drafts to draft_n, and what is accepted of it to draft_n_accepted, before its tokens are sent.
+
+def cycles_of(timings: Sequence[dict[str, Any]], depth: int) -> list[int]:
+    """How many tokens each cycle brought, by the counts that stand beside the tokens of a stream.
+
+    A cycle adds what it drafts, `depth` at most, to draft_n, and what is accepted of it to draft_n_accepted, before its
+    tokens are sent. Tokens that end within a character are not sent: where that hides a whole cycle, the list ends.
     """
     counts = [(count.get("draft_n", 0), count.get("draft_n_accepted", 0)) for count in timings]
-    seen = dict(counts)  # the last count of each cycle
-    accepted = [seen[drafted] for drafted in sorted(seen) if drafted]
-    return [after - before + 1 for before, after in zip([0, *accepted], accepted, strict=False)]
+    seen = {0: 0, **dict(counts)}  # the last count of each cycle
+    cycles: list[int] = []
+    for before, after in pairwise(sorted(seen)):
+        if after - before > depth:
+            break
+        cycles.append(seen[after] - seen[before] + 1)
+    return cycles
 
 
 def _options(task: EngineTask, port: int) -> list[str]:
@@ -58,25 +75,26 @@ def _options(task: EngineTask, port: int) -> list[str]:
     return [*(str(part) for pair in (named | address | sizes).items() for part in pair), *IN_FLOAT32]
 
 
-def _answered(process: EngineProcess, port: int, path: str, body: dict[str, Any] | None) -> Any:
-    answer = _ask(port, path, body, process.seconds)
-    if answer is None:
-        raise ValueError(process.failure(f"does not answer at /{path}"))
-    return answer
+def _answered(process: EngineProcess, port: int, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    return _object(process, path, _text(process, port, path, body))
 
 
-def _ask(port: int, path: str, body: dict[str, Any] | None, seconds: float) -> Any:
-    """The server's JSON, or the list of a stream's; None where it does not answer, or says that it is not ready."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"http://{HOST}:{port}/{path}", data, {"Content-Type": "application/json"})
+def _text(process: EngineProcess, port: int, path: str, body: dict[str, Any] | None) -> str:
     try:
-        with urllib.request.urlopen(request, timeout=seconds) as response:
-            text = response.read().decode()
-    except (OSError, urllib.error.URLError):
-        return None
-    if body is not None and body.get("stream"):
-        return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
-    return json.loads(text)
+        return ask(f"http://{HOST}:{port}/{path}", body, process.seconds)
+    except NoAnswer as error:
+        raise ValueError(process.failure(f"does not answer at /{path}: {error}")) from None
+
+
+def _object(process: EngineProcess, path: str, text: str) -> dict[str, Any]:
+    """A JSON object that says of no error."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or "error" in found:
+        raise ValueError(process.failure(f"answers at /{path}: {text[:200]}"))
+    return found
 
 
 def _free_port() -> int:

@@ -18,11 +18,18 @@ FIELDS = (
     *("draft_vocab_size", "norm_before_residual", "norm_before_fc", "eagle_aux_hidden_state_layer_ids"),
 )
 """Of a config.json, where it has them; they are what a network is built from."""
+FROM_VERIFIER = ("embed_tokens.weight", "verifier_lm_head.weight", "verifier_norm.weight")
+"""Tensors that speculators takes from the target where a file lacks them; others would stay random."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a loader made of a folder: how many fields and tensors it read as they are, and which it did not."""
+    """What a loader made of a folder.
+
+    Attributes:
+        num_fields, num_tensors: how many were compared.
+        differing: the names of those that it read otherwise, did not read, or has and the file has not.
+    """
 
     version: str
     num_fields: int
@@ -47,9 +54,10 @@ def load_there(package: str, python: Path, folder: Path, seconds: float, written
     said = json.loads(text)
     values, tensors = read_draft_files(written)
     mine, theirs = _fields(values), _fields(said["config"])
-    names = list(tensors) if package == "speculators" else []
     wrong = [name for name in mine if mine[name] != theirs.get(name)]
+    names = list(tensors) if package == "speculators" else []
     wrong += [name for name in names if digest(tensors[name]) != said["tensors"].get(name)]
+    wrong += sorted(said["tensors"].keys() - {*names, *FROM_VERIFIER})
     return Loaded(said["version"], len(mine), len(names), wrong)
 
 

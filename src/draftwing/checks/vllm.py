@@ -9,8 +9,8 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from draftwing.checks.engine_process import EngineProcess
-from draftwing.checks.engine_task import EngineAnswer, EngineSession, EngineTask
+from draftwing.checks.agreement import EngineAnswer
+from draftwing.checks.engine_process import EngineProcess, EngineSession, EngineTask
 
 METHODS = {"eagle1": "eagle", "eagle2": "eagle", "eagle3": "eagle3", "medusa": "medusa"}
 """vLLM's names of ours."""

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,8 @@ from draftwing.drafts.family import ENGINES
 from draftwing.embedded import EMBEDDED_PROMPTS
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from draftwing.checks.check_export import Check, CheckRequest
     from draftwing.drafts.export_draft import Exported
 
@@ -25,6 +26,17 @@ EXAMPLES = """examples:
   draftwing export build/vllm --target tiny --check path/to/python  # one that has vLLM; the folder was exported before
   draftwing export build/vllm --target org/model --push-to-hub org/model-eagle3 --license apache-2.0"""
 
+USED_WITH = {
+    "dtype": {"output"},
+    "force": {"output"},
+    "to": {"output", "check"},
+    "target_gguf": {"output", "check"},
+    "verifier": {"output", "push-to-hub"},
+    "license": {"output", "push-to-hub"},
+    "private": {"push-to-hub"},
+}
+"""Options, and the parts of the command that they say something of."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
@@ -33,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=ENGINES, help="the engine; eagle is the EAGLE authors' code")
     parser.add_argument("--output", type=Path, help="the folder to write; it must not hold anything")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the file's)")
-    parser.add_argument("--verifier", default="", help="the target's name where the engine runs (default: --target)")
+    parser.add_argument(
+        "--verifier", default="", help="the target's name where the engine runs, and on the hub (default: --target)"
+    )
     parser.add_argument("--target-gguf", type=Path, help="llama.cpp: the target's GGUF file, for its tokenizer")
     parser.add_argument(
         "--force", action="store_true", help="write what the engine would load and draft worse with, and say why"
@@ -61,20 +75,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; 1 where the engine does something else."""
     _check_options(options)
-    request = None if options.check is None else _check_request(options)  # a missing engine is told before all else
+    if options.push_to_hub:  # what cannot work is told before all else
+        from draftwing.drafts.publish import check_publishing
+
+        check_publishing(options.push_to_hub, _target_name(options))
+    request = None if options.check is None else _check_request(options)
     result: dict[str, Any] = {}
+    try:
+        return _run(options, request, result)
+    finally:
+        if options.json and result:  # what was done, also where the next step fails
+            print(json.dumps(result))
+
+
+def _run(options: argparse.Namespace, request: "CheckRequest | None", result: dict[str, Any]) -> int:
+    """Export, check and publish, as far as each is asked for; `result` is filled."""
     if options.output is not None:
         exported = _export(options)
-        result = asdict(exported) | {"folder": str(exported.folder)}
-    check = None if request is None else _check(request, options.json)
-    agrees = check is None or not check.problems
-    if check is not None:
+        result |= asdict(exported) | {"folder": str(exported.folder)}
+    if request is not None:
+        check = _check(request, options.json)
         result["check"] = check.as_dict()
-    if options.push_to_hub and agrees:
+        if check.problems:
+            if options.push_to_hub:
+                note(f"nothing was published at {options.push_to_hub}", "red")
+            return 1
+    if options.push_to_hub:
         result["url"] = _push(options)
-    if options.json:
-        print(json.dumps(result))
-    return 0 if agrees else 1
+    return 0
 
 
 def _folder(options: argparse.Namespace) -> Path:
@@ -82,14 +110,25 @@ def _folder(options: argparse.Namespace) -> Path:
     return Path(options.draft) if options.output is None else options.output
 
 
+def _target_name(options: argparse.Namespace) -> str:
+    """The target's name on the hub."""
+    from draftwing.drafts.publish import ExportFacts
+
+    return options.verifier or options.target or ExportFacts.read(Path(options.draft)).target
+
+
 def _check_options(options: argparse.Namespace) -> None:
-    if options.output is None:
-        if options.check is None and not options.push_to_hub:
-            raise ValueError("output: name the folder to write; without one a folder is checked or published (--check)")
-        if not Path(options.draft).is_dir():
-            raise ValueError(f"draft: {options.draft} is no folder that was exported; name one to write (--output)")
-        return
-    for name in ("target", "to"):
+    parts = {"output": options.output, "check": options.check, "push-to-hub": options.push_to_hub}
+    asked = {name for name, value in parts.items() if value is not None}
+    if not asked:
+        raise ValueError("output: name the folder to write; without one a folder is checked or published (--check)")
+    for name, places in USED_WITH.items():
+        if getattr(options, name) and not asked & places:
+            option = name.replace("_", "-")
+            raise ValueError(f"{option}: has no use without {' or '.join(f'--{place}' for place in sorted(places))}")
+    if options.output is None and not Path(options.draft).is_dir():
+        raise ValueError(f"draft: {options.draft} is no folder that was exported; name one to write (--output)")
+    for name in ("target", "to") if options.output is not None else ():
         if not getattr(options, name):
             raise ValueError(f"{name}: needed to write a folder (see draftwing export --help)")
 
@@ -125,32 +164,53 @@ def _check_request(options: argparse.Namespace) -> "CheckRequest":
     from draftwing.data.prompts import read_prompts, spread
 
     folder = _folder(options)
-    engine, target = (options.to, options.target) if options.output else written_for(folder, options.to, options.target)
-    checker = find_checker(engine, options.check)
+    to, target = (options.to, options.target) if options.output else written_for(folder, options.to, options.target)
+    checker = find_checker(to, options.check)
     prompts = spread(read_prompts(options.prompts), NUM_PROMPTS)
-    return CheckRequest(folder, engine, target, checker, prompts, options.target_gguf, seconds=options.check_seconds)
+    return CheckRequest(folder, to, target, checker, prompts, options.target_gguf, seconds=options.check_seconds)
 
 
 def _check(request: "CheckRequest", is_json: bool) -> "Check":
     """Check a folder, and show what agreed."""
     from draftwing.checks.check_export import check_export
-    from draftwing.checks.check_table import as_table, verdict
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the engine ends, too
-    try:
-        check = check_export(request, note)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    check = check_export(request, note)
     if not is_json:
         console = new_console()
         console.print(as_table(check))
-        console.print(verdict(check), style="red" if check.problems else "green", markup=False, soft_wrap=True)
+        console.print(check.verdict, style="red" if check.problems else "green", markup=False, soft_wrap=True)
     return check
+
+
+def as_table(check: "Check") -> "Table":
+    """A line for each prompt, or for what a loader read."""
+    from rich.table import Table
+
+    table = Table(title=f"{check.checker} {check.version}")
+    if check.loaded is not None:
+        table.add_column("fields and tensors", justify="right")
+        table.add_column("read as written", justify="right")
+        table.add_row(str(check.loaded.num_read), str(check.loaded.num_read - len(check.loaded.differing)))
+        return table
+    table.add_column("prompt")
+    for name in ("tokens", "same", "cycles here", "there", "compared", "equal"):
+        table.add_column(name, justify="right")
+    for row in check.rows:
+        parted = "all" if row.tokens_agree else f"up to {row.parted_at}"
+        cells = (row.num_tokens, parted, row.num_cycles, row.their_cycles, row.num_compared, row.num_equal)
+        table.add_row(row.prompt, *map(str, cells))
+    return table
 
 
 def _push(options: argparse.Namespace) -> str:
     from draftwing.drafts.publish import push_folder
 
-    url = push_folder(_folder(options), options.push_to_hub, options.private)
+    url = push_folder(
+        _folder(options),
+        options.push_to_hub,
+        is_private=options.private,
+        target=_target_name(options),
+        license=options.license,
+    )
     note(f"published at {url}")
     return url

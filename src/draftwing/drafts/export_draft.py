@@ -5,7 +5,6 @@ convention, a bias that is dropped. The tokens stay right, only acceptance falls
 refused here with the reason. What is written is read back and compared, tensor by tensor, before it gets its name.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,8 @@ from draftwing.drafts.fit import TargetSizes, Tensors
 from draftwing.drafts.inspect_draft import target_sizes
 from draftwing.drafts.kinds import family_of_files
 from draftwing.drafts.load_draft import open_draft
-from draftwing.drafts.publish import EXPORT_FILE, model_card
-from draftwing.files import whole_folder, write_text
+from draftwing.drafts.publish import CARD, EXPORT_FILE, ExportFacts, acceptance_of, training_of
+from draftwing.files import whole_folder
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,16 @@ class Export:
 
     Attributes:
         write: writes them into an empty folder.
-        command: starts the engine with the folder that it is given.
+        method: as the engine calls it: eagle, eagle3 or medusa.
+        depth: of the chains that the engine is told to draft.
         obstacles: reasons why the engine cannot load the draft; nothing is written.
         faults: reasons why it would draft worse there than here; written on demand only.
         notes: things worth knowing.
     """
 
     write: Callable[[Path], None]
-    command: Callable[[Path], str]
+    method: str
+    depth: int = 3
     obstacles: Sequence[str] = ()
     faults: Sequence[str] = ()
     notes: Sequence[str] = ()
@@ -119,11 +120,10 @@ def export_draft(
         export.write(partial)
         written = open_draft(str(partial))
         check_same(kind.meaning(files, sizes), kind.meaning(written, sizes), dtype)
-        exported = Exported(output, engine, export.command(output), list(export.faults), list(export.notes))
-        facts = _facts(exported, name, named)
-        write_text(partial / EXPORT_FILE, json.dumps(facts, indent=2) + "\n")
-        write_text(partial / "README.md", model_card(facts, files.folder, output, license))
-    return exported
+        facts = _facts(request, export, Path(name).name, license, partial)
+        facts.write(partial, str(output), str(target_gguf or ""))
+    command = facts.command(str(output), str(target_gguf or ""))
+    return Exported(output, engine, command, facts.faults, facts.notes)
 
 
 def check_same(
@@ -151,13 +151,22 @@ def target_embedding(name: str) -> torch.Tensor:
     return weight
 
 
-def _facts(exported: Exported, name: str, verifier: str) -> dict[str, Any]:
-    return {
-        "to": exported.engine,
-        "engine": ENGINES[exported.engine],
-        "draft": Path(name).name,
-        "target": verifier,
-        "command": exported.command,
-        "faults": exported.faults,
-        "notes": exported.notes,
-    }
+def _facts(request: ExportRequest, export: Export, draft: str, license: str, folder: Path) -> ExportFacts:
+    """What is to be on record of the files that were written into `folder`."""
+    own = request.files
+    methods = [method.name for method in family_of_files(own.values, own.tensors).methods]
+    return ExportFacts(
+        to=request.engine,
+        engine=ENGINES[request.engine],
+        method=export.method,
+        depth=export.depth,
+        draft=draft,
+        target=request.target_name,
+        target_gguf=request.target_gguf.name if request.target_gguf else "",
+        license=license,
+        faults=list(export.faults),
+        notes=list(export.notes),
+        training=training_of(own.folder),
+        acceptance=acceptance_of(own.folder, methods),
+        files=sorted([CARD, EXPORT_FILE, *(file.name for file in folder.iterdir())]),
+    )

@@ -6,15 +6,14 @@ the plain softmax, whatever sampling they default to.
 
 import json
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
+from draftwing.ask import NoAnswer, ask
 from draftwing.evaluation.compare import Decode, Decoded
 
 LOOKUP_TOKENS = 10
@@ -91,13 +90,7 @@ def _call(url: str, body: dict[str, Any] | None, timeout: float) -> Any:
     Raises:
         RuntimeError: no answer, an error status (with what the server says), or no JSON.
     """
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            return json.load(response)
-    except urllib.error.HTTPError as error:
-        with error:
-            raise RuntimeError(f"status {error.code}: {error.read(500).decode(errors='replace')}") from None
-    except (OSError, ValueError) as error:
+        return json.loads(ask(url, body, timeout))
+    except (NoAnswer, ValueError) as error:
         raise RuntimeError(str(error)) from None

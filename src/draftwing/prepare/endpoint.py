@@ -3,13 +3,11 @@
 import json
 import os
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
 from typing import Any
 
+from draftwing.ask import NoAnswer, ask
 from draftwing.config import SelfGeneratedStage
 from draftwing.data.corpus import Row
 from draftwing.data.in_order import map_in_order
@@ -53,7 +51,7 @@ class Endpoint:
             RefusedRequest: it refuses this request.
             ValueError: it cannot be reached, refuses all requests, or still fails after several tries.
         """
-        body = json.dumps({"model": self.model, "messages": list(messages), **options}).encode()
+        body = {"model": self.model, "messages": list(messages), **options}
         wait_s, problem = self._first_wait_s, ""
         for attempt in range(MAX_TRIES):
             if attempt:
@@ -63,24 +61,18 @@ class Endpoint:
                 raise self.stop()
             try:
                 return self._post(body)
-            except urllib.error.HTTPError as error:
-                problem = f"status {error.code}: {error.read(300).decode(errors='replace')}"
-                if error.code in REFUSED:
+            except NoAnswer as error:
+                problem = str(error)
+                if error.status in REFUSED:
                     raise RefusedRequest(problem) from None
-                if error.code not in PASSING:
+                if error.status not in (None, *PASSING):
                     raise self.stop(problem) from None
-                wait_s = max(wait_s, _seconds(error.headers.get("Retry-After")))
-            except (OSError, HTTPException) as error:  # no connection, a timeout, one that breaks off
-                problem = f"{type(error).__name__}: {error}"
+                wait_s = max(wait_s, _seconds(error.retry_after))
         raise self.stop(f"no answer in {MAX_TRIES} tries ({problem}); run the same command to go on")
 
-    def _post(self, body: bytes) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, body, headers)
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-            answer = response.read()
+    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        key = os.environ.get("OPENAI_API_KEY")
+        answer = ask(self.url, body, TIMEOUT_S, {"Authorization": f"Bearer {key}"} if key else None)
         try:
             choice: dict[str, Any] = json.loads(answer)["choices"][0]
             dict(choice["message"])

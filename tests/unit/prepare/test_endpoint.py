@@ -255,7 +255,7 @@ def test_an_empty_answer_is_one(config: TrainConfig, server: Server) -> None:
 
 def test_something_else_than_a_completion_is_shown(server: Server) -> None:
     server.reply = lambda request: (200, {}, b"<html>hello")
-    with pytest.raises(ValueError, match="this is no chat completion: b'<html>hello'"):
+    with pytest.raises(ValueError, match="this is no chat completion: '<html>hello'"):
         Endpoint(server.url, "big").complete([])
 
 

@@ -1,4 +1,4 @@
-"""A script that a Python with vLLM runs: it reads a job, and writes a line of JSON for each answer.
+"""A script that a Python with vLLM runs: it reads a task, and writes a line of JSON for each answer.
 
 It imports nothing of ours. The engine is stepped by hand in one process, so that each step's tokens are seen: the pass
 over the prompt brings the first one, and every later step is a cycle.
@@ -13,20 +13,20 @@ os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_N
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # gibibytes
 
 
-def main(job_file: str, answers_file: str) -> None:
+def main(task_file: str, answers_file: str) -> None:
     """Decode each prompt alone."""
-    with open(job_file, encoding="utf-8") as file:
-        job = json.load(file)
+    with open(task_file, encoding="utf-8") as file:
+        task = json.load(file)
     import vllm
 
     model = vllm.LLM(
-        model=job["target"],
+        model=task["target"],
         dtype="float32",
         enforce_eager=True,
-        max_model_len=job["capacity"],
+        max_model_len=task["capacity"],
         max_num_seqs=1,
         enable_prefix_caching=False,
-        speculative_config={"method": job["method"], "model": job["folder"], "num_speculative_tokens": job["depth"]},
+        speculative_config={"method": task["method"], "model": task["folder"], "num_speculative_tokens": task["depth"]},
     )
     with open(answers_file, "a", encoding="utf-8") as answers:
 
@@ -34,8 +34,8 @@ def main(job_file: str, answers_file: str) -> None:
             print(json.dumps(what), file=answers, flush=True)
 
         tell({"version": vllm.__version__})
-        settings = vllm.SamplingParams(temperature=0.0, max_tokens=job["num_tokens"])
-        for index, prompt in enumerate(job["prompts"]):
+        settings = vllm.SamplingParams(temperature=0.0, max_tokens=task["num_tokens"])
+        for index, prompt in enumerate(task["prompts"]):
             tell(decode(model.llm_engine, str(index), prompt, settings))
 
 

@@ -3,7 +3,6 @@
 Read in the engines' loaders (drafts/export_draft.py has the versions). docs/export.md has the table.
 """
 
-import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +42,7 @@ def export_head(request: ExportRequest) -> Export:
     writer = _write_gguf if request.engine == "llama.cpp" else _write_folder
     return Export(
         write=lambda folder: writer(head, request, folder),
-        command=lambda folder: command(head, request, folder),
+        method="eagle3" if head.is_eagle3 else "eagle",
         obstacles=obstacles,
         faults=faults,
         notes=[*_notes(head.config, request.engine)],
@@ -150,22 +149,3 @@ def _added_tensors(engine: str, head: HeadFile) -> Tensors:
 def _write_gguf(head: HeadFile, request: ExportRequest, folder: Path) -> None:
     assert request.target_gguf is not None
     write_gguf(head, request.target, request.target_gguf, folder / HEAD_GGUF, request.dtype)
-
-
-def command(head: HeadFile, request: ExportRequest, folder: Path, depth: int = 3) -> str:
-    """The command line that serves a target with the head, in chains of `depth`."""
-    target, draft = shlex.quote(request.target_name), shlex.quote(str(folder))
-    method = "eagle3" if head.is_eagle3 else "eagle"
-    if request.engine in ("vllm", "speculators"):
-        config = f'{{"method": "{method}", "model": "{folder}", "num_speculative_tokens": {depth}}}'
-        return f"vllm serve {target} --speculative-config {shlex.quote(config)}"
-    if request.engine == "sglang":
-        return (
-            f"python -m sglang.launch_server --model-path {target} --speculative-algorithm {method.upper()} "
-            f"--speculative-draft-model-path {draft} --speculative-num-steps {depth} --speculative-eagle-topk 1 "
-            f"--speculative-num-draft-tokens {depth + 1}"
-        )
-    if request.engine == "llama.cpp":
-        target, draft = shlex.quote(str(request.target_gguf)), shlex.quote(str(folder / HEAD_GGUF))
-        return f"llama-server -m {target} -md {draft} --spec-type draft-eagle3 --spec-draft-n-max {depth}"
-    return f"python -m eagle.evaluation.gen_ea_answer_llama3chat --base-model-path {target} --ea-model-path {draft}"

@@ -113,7 +113,7 @@ def _add(writer: Any, key: str, value: Any) -> None:
 def _add_tensor(writer: Any, name: str, tensor: torch.Tensor, config: DraftConfig, dtype: torch.dtype) -> None:
     gguf = _package()
     if name in TURNED:
-        tensor = _halves_to_pairs(tensor, getattr(config, TURNED[name]))
+        tensor = halves_to_pairs(tensor, getattr(config, TURNED[name]))
     if tensor.ndim == 1:  # norms are always float32 there
         dtype = torch.float32
     values = tensor.to(dtype).float().cpu().contiguous().numpy()
@@ -216,7 +216,7 @@ def _tensor(entry: Any) -> torch.Tensor:
     return torch.from_numpy(np.array(entry.data)).reshape(shape)
 
 
-def _halves_to_pairs(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+def halves_to_pairs(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Rows `[heads, half, i]` as `[heads, i, half]`."""
     turned: torch.Tensor = weight.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
     return turned

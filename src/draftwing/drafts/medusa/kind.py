@@ -1,10 +1,7 @@
 """Medusa's heads as a kind of draft."""
 
-import json
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,15 +71,10 @@ class Medusa(Kind[MedusaModel]):
     def export(self, request: ExportRequest) -> Export:
         heads = read_medusa(request.files.values, request.files.tensors)
         other = [] if request.engine == "vllm" else ["it runs no Medusa heads"]
-        target = shlex.quote(request.target_name)
-
-        def command(folder: Path) -> str:
-            config = {"method": "medusa", "model": str(folder), "num_speculative_tokens": heads.config.num_heads}
-            return f"vllm serve {target} --speculative-config {shlex.quote(json.dumps(config))}"
-
         return Export(
             write=lambda folder: write_draft(*to_vllm(heads), folder, "model.safetensors", request.dtype),
-            command=command,
+            method="medusa",
+            depth=heads.config.num_heads,
             obstacles=other,
         )
 
