@@ -11,6 +11,7 @@ pytest.importorskip("fastapi", reason='pip install "draftwing[serve]"')
 from fake_scheduler import FakeScheduler
 from fastapi.testclient import TestClient
 from test_serving import CHAT, CYCLES, SAID, asked, client_of, ids, problem
+from tools_template import chain
 
 INPUT = {"input": "Hello"}
 
@@ -150,6 +151,7 @@ def test_a_form(client: TestClient, scheduler: FakeScheduler) -> None:
         ("text", {"format": {"type": "json_schema", "name": "\ud800", "schema": {}}}),
         ("text", {"format": {"type": "json_schema", "name": "x"}}),
         ("text", {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}),
+        ("text", {"format": {"type": "json_schema", "name": "x", "schema": chain(1000)}}),
         ("text", {"format": {"type": "regex", "regex": "a" * 5000}}),
         ("text", {"format": {"type": "text", "regex": "a"}}),
         ("min_tokens", 700),
