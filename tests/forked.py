@@ -66,6 +66,7 @@ class Forked:
 
 
 def _run(folder: Path, program: str, arguments: list[str], environment: dict[str, str]) -> None:
+    os.environ.clear()
     os.environ.update(environment)
     for number, (name, mode) in enumerate((("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY), ("stderr", os.O_WRONLY))):
         file = os.open(folder / name, mode | os.O_APPEND)
