@@ -1,5 +1,6 @@
 """Answers in a form that is asked for: which tokens a JSON schema or a regular expression lets follow."""
 
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib.util import find_spec
@@ -24,6 +25,10 @@ MOST_REFERENCES = 128
 """`$ref`s of a schema."""
 MOST_LEVELS = 400
 """Of a schema: objects and lists in each other. In 8 MiB, a thread's stack, llguidance 1.9.1 comes to 1,170."""
+MOST_REPEATED = 20_000
+"""Characters and classes of a regular expression, each as often as it is repeated: llguidance takes 0.3 s for them."""
+TOKEN = re.compile(r"\\[pPxuU]\{[^}]*\}|\\.|\{([\d\s,]+)\}|\[\^?\]?|.", re.DOTALL)
+"""A piece of a regular expression: an escape, how often, a class's beginning, or a character."""
 MOST_KEPT = 64
 """Matchers that a request keeps, each behind another beginning of its text: about a tree's nodes."""
 
@@ -84,7 +89,8 @@ def only_token(token: int, vocab_size: int) -> Allowed:
 def check_schema(schema: Any) -> None:
     """Raise a ValueError for a schema with which llguidance would end the process, or may.
 
-    That is one with a number, wherever it stands, below `LEAST`, and one that is too deep: llguidance follows
+    Or would take it for seconds: see `check_pattern`. The others are those with a number, wherever it stands, below
+    `LEAST`, and those that are too deep: llguidance follows
     references by recursion, and a chain of them overflows its stack. How deep it comes is at most the depth of the
     whole, and once that of each part that is referred to: so cycles are allowed.
     """
@@ -94,6 +100,9 @@ def check_schema(schema: Any) -> None:
         if isinstance(part, int | float) and part < LEAST:
             raise ValueError(f"expected no number below {LEAST}, got {part:.6g}")
         if isinstance(part, dict):
+            for pattern in (part.get("pattern"), *_names(part.get("patternProperties"))):
+                if isinstance(pattern, str):
+                    check_pattern(pattern)
             has_bases = has_bases or (part is not schema and "$id" in part)
             if isinstance(reference := part.get("$ref"), str):
                 num_references += 1
@@ -105,6 +114,39 @@ def check_schema(schema: Any) -> None:
     depth = whole + sum(whole if target is None else depths.get(id(target), 0) for target in targets)
     if depth > MOST_LEVELS:
         raise ValueError(f"expected a schema of at most {MOST_LEVELS} levels, references followed, got {depth}")
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise a ValueError for a regular expression that repeats so much that others would wait for seconds."""
+    if re.search(r"\(\?[a-zA-Z-]*x", pattern):
+        raise ValueError("expected a regular expression without the flag x")
+    if _num_repeated(pattern) > MOST_REPEATED:
+        raise ValueError(f"expected a regular expression that repeats at most {MOST_REPEATED} characters in all")
+
+
+def _num_repeated(pattern: str) -> int:
+    """Characters and classes of a regular expression, each as often as it is repeated at most."""
+    groups, last, depth = [0], 0, 0  # sums of groups that are open; the last part's; how many classes are open
+    for token in TOKEN.finditer(pattern):
+        text, was_in_class = token[0], depth > 0
+        depth += text.startswith("[") - (was_in_class and text == "]")
+        if was_in_class:
+            continue
+        if token[1]:
+            last *= max(map(int, re.findall(r"\d+", token[1])), default=1)
+            continue
+        if text == ")":
+            last += groups.pop()
+            groups = groups or [0]  # one too many closes all
+            continue
+        groups[-1] += last
+        last = int(text != "(")
+        groups += [0] * (text == "(")
+    return sum(groups) + last
+
+
+def _names(value: Any) -> list[str]:
+    return list(value) if isinstance(value, dict) else []
 
 
 def _parts(value: Any) -> Iterator[Any]:
@@ -177,6 +219,7 @@ class Forms:
         tokenizer = self._tokenizer
         from llguidance import LLMatcher
 
+        check_pattern(pattern)
         return self._allowed(tokenizer, LLMatcher.grammar_from_regex(pattern))
 
     def _allowed(self, tokenizer: Any, grammar: str) -> AllowedTokens:

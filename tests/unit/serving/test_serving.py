@@ -461,6 +461,9 @@ WRONG_FORMS = [
     {"type": "regex", "regex": r"a[^\s\S]"},
     {"type": "regex", "regex": "\ud800"},
     {"type": "regex", "regex": "a" * 5000},
+    {"type": "regex", "regex": "(a{1000}){1000}"},
+    {"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": "(a{1000}){1000}"}}},
+    {"type": "json_schema", "json_schema": {"schema": {"patternProperties": {"(a{1000}){1000}": {}}}}},
 ]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("llguidance", reason='pip install "draftwing[serve]"')
 
-from draftwing.serving.structured import MOST_LEVELS, MOST_REFERENCES, Forms, check_schema
+from draftwing.serving.structured import MOST_LEVELS, MOST_REFERENCES, Forms, check_pattern, check_schema
 from draftwing.target.load import load_tokenizer
 
 Wrap = Callable[[Any], dict[str, Any]]
@@ -100,3 +100,31 @@ def test_levels_are_counted_by_where_references_lead() -> None:
     others = {f"b{number}": {"type": "array", "items": deep} for number in range(8)}
     with pytest.raises(ValueError, match="levels"):
         check_schema({"anyOf": [{"$ref": f"#/$defs/{name}"} for name in others], "$defs": others})
+
+
+SLOW = ["a{1000000}", "(a{1000}){1000}", "((a{30,}){,30}){5,30}", r"(\[a{1000}){1000}", "(a{1000}[[a])]){1000}"]
+SLOW += [
+    "(a{1000}[](]){1000}",
+    "(a{1000}[])]){1000}",
+    "(?x)(a{1000}#(\n){1000}#)",
+    "a{1000}" * 30,
+    r"(\)a{1000}){1000}",
+]
+FINE = [
+    r"\p{L}{1000}[{3}(]{1000}",
+    "[a-f0-9]{8}(-[a-f0-9]{4}){3}-[a-f0-9]{12}",
+    r"\x{41}{99}",
+    "(a{1,50} ){20}",
+    "(a|b*)+",
+]
+
+
+@pytest.mark.parametrize("pattern", SLOW)
+def test_regular_expressions_that_repeat_too_much_are_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="regular expression"):
+        check_pattern(pattern)
+
+
+@pytest.mark.parametrize("pattern", FINE)
+def test_others_are_read(forms: Forms, pattern: str) -> None:
+    forms.regex(pattern)
