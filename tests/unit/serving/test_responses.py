@@ -166,10 +166,28 @@ def test_a_wrong_field_is_named(client: TestClient, scheduler: FakeScheduler, fi
 
 
 @pytest.mark.parametrize(
-    "fields", [{"store": None}, {"tools": []}, {"metadata": {"a": "b"}}, {"truncation": "disabled"}, {"include": []}]
+    "fields",
+    [
+        *({"store": None}, {"tools": []}, {"metadata": {"a": "b"}}, {"truncation": "disabled"}, {"include": []}),
+        {"include": ["reasoning.encrypted_content"]},
+        {"stream": True, "stream_options": {"include_obfuscation": False}},
+        {"text": {"format": None, "verbosity": None}},
+        {"text": {"format": {"type": "text", "regex": None, "strictness": None}}},
+    ],
 )
 def test_fields_that_change_nothing_are_taken(client: TestClient, fields: dict[str, Any]) -> None:
     assert client.post("/v1/responses", json=INPUT | fields).status_code == 200
+
+
+def test_metadata_come_back(client: TestClient) -> None:
+    given = {"metadata": {"a": "b"}}
+    assert client.post("/v1/responses", json=INPUT | given).json()["metadata"] == given["metadata"]
+    assert client.post("/v1/responses", json=INPUT).json()["metadata"] == {}
+
+
+def test_a_streams_options_are_not_a_chats(client: TestClient) -> None:
+    body = {"stream": True, "stream_options": {"include_usage": True}}
+    assert problem(client.post("/v1/responses", json=INPUT | body))["param"] == "stream_options"
 
 
 def test_nothing_is_stored(client: TestClient) -> None:
