@@ -17,7 +17,7 @@ WHITESPACE = r"\x20|\r?\n[\x20\x09]{0,40}"
 
 With any whitespace, small models write blanks until they are cut off.
 """
-EXACTLY: dict[str, Any] = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
+EXACTLY: Any = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
 """How llguidance is to read a schema."""
 LEAST = -9 * 10**18
 """The least number of a schema: at those around -2^63 llguidance 1.9.1 ends the process, or says that it cannot."""
