@@ -11,6 +11,8 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
+
 IMPORTED = ["draftwing.api", "draftwing.prepare.tokens", "draftwing.serving.server", "uvicorn"]
 COMMAND = "import sys; from draftwing.__main__ import run; sys.exit(run())"
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -63,6 +65,14 @@ class Forked:
     def kill(self) -> None:
         self._process.kill()
         self._process.join()
+
+
+def is_up(url: str) -> bool:
+    """Whether a server takes requests."""
+    try:
+        return httpx.get(f"{url}/ready", timeout=30).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def _run(folder: Path, program: str, arguments: list[str], environment: dict[str, str]) -> None:

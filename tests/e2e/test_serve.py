@@ -22,7 +22,7 @@ import httpx
 import openai
 import pydantic
 import uvicorn
-from forked import COMMAND, Forked
+from forked import COMMAND, Forked, is_up
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tools_template import CLAMP, SORT, TEMPLATE
@@ -410,15 +410,8 @@ def start(*arguments: str) -> tuple[Forked, str]:
     command = ["serve", "--port", "0", "--json", "--seats", "2", "--plan", "chain:3", *arguments]
     process = Forked(COMMAND, command)
     url = json.loads(process.first_line())["url"]
-    wait_for(lambda: _is_up(url))
+    wait_for(lambda: is_up(url))
     return process, url
-
-
-def _is_up(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 @pytest.mark.parametrize(
@@ -485,7 +478,7 @@ def test_a_killed_replica_loses_its_running_requests_alone() -> None:
         wait_for(lambda: figures(url, "draftwing_replica_up") == [1, 1])
         assert figures(url, "draftwing_seats") == [2, 2]
         os.kill(first, signal.SIGSTOP)
-        wait_for(lambda: _is_up(url))  # the second one
+        wait_for(lambda: is_up(url))  # the second one
         with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as kept:
             kept_lines = kept.iter_lines()
             next(kept_lines)
@@ -523,7 +516,7 @@ def test_replicas_end_with_their_parent() -> None:
     children = children_of(process.pid)
     process.kill()
     wait_for(lambda: not any(_runs(pid) for pid in children))
-    assert not _is_up(url)
+    assert not is_up(url)
 
 
 def _runs(pid: int) -> bool:
