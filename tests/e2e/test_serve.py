@@ -528,6 +528,26 @@ def _runs(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
+def test_replicas_of_a_command_that_nothing_was_forked_for() -> None:
+    """As its users start it: two whole starts, and no process that had imported the package."""
+    command = [sys.executable, "-m", "draftwing", "serve", "--port", "0", "--json", "--seats", "2"]
+    command += ["--plan", "chain:3", "--replicas", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = json.loads(process.stdout.readline())["url"]
+            wait_for(lambda: is_up(url))
+            assert (
+                httpx.post(f"{url}/v1/completions", json=LONG | {"stream": False, "max_tokens": 3}).status_code == 200
+            )
+            process.terminate()
+            assert process.wait(60) in (0, 143)  # the second one may be cut while it loads
+            assert not is_up(url)
+        finally:
+            process.kill()
+
+
 LONG = {"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True}
 
 
