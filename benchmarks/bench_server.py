@@ -22,14 +22,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Thread
 from typing import Any
 
 import httpx
@@ -109,11 +108,18 @@ def server(more: Sequence[str], num_seats: int) -> Iterator[str]:
     """A server's address, once it answers."""
     command = [sys.executable, "-m", "draftwing", "serve", "--target", "tiny", *more]
     command += ["--port", "0", "--seats", str(num_seats)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as started:
+    log = Path(f"build/server-{more[-1]}.log")
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w") as said, subprocess.Popen(command, stderr=said) as started:
         try:
-            assert started.stderr is not None
-            url = next(word for line in started.stderr for word in line.split() if word.startswith(READY))
-            Thread(target=deque, args=(started.stderr, 0), daemon=True).start()  # a full pipe would stop it
+            while not (
+                url := next(
+                    (word for word in log.read_text().rpartition("\n")[0].split() if word.startswith(READY)), ""
+                )
+            ):
+                if started.poll() is not None:
+                    raise SystemExit(f"the server has ended: see {log}")
+                time.sleep(0.1)
             yield url.rstrip(".,/")
         finally:
             started.kill()

@@ -11,6 +11,8 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
+
 IMPORTED = ["draftwing.api", "draftwing.prepare.tokens", "draftwing.serving.server", "uvicorn"]
 COMMAND = "import sys; from draftwing.__main__ import run; sys.exit(run())"
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -65,7 +67,16 @@ class Forked:
         self._process.join()
 
 
+def is_up(url: str) -> bool:
+    """Whether a server takes requests."""
+    try:
+        return httpx.get(f"{url}/ready", timeout=30).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def _run(folder: Path, program: str, arguments: list[str], environment: dict[str, str]) -> None:
+    os.environ.clear()
     os.environ.update(environment)
     for number, (name, mode) in enumerate((("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY), ("stderr", os.O_WRONLY))):
         file = os.open(folder / name, mode | os.O_APPEND)

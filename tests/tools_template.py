@@ -1,4 +1,4 @@
-"""A chat template that tells a model of its tools, as Hermes' and Qwen's do, and tools to tell of."""
+"""A chat template that tells a model of its tools, as Hermes' and Qwen's do, tools to tell of, and deep schemas."""
 
 from typing import Any
 
@@ -22,3 +22,9 @@ def tool(name: str, **properties: dict[str, Any]) -> dict[str, Any]:
 CLAMP = tool("clamp", value={"type": "integer", "minimum": 0, "maximum": 99}, mode={"enum": ["low", "high"]})
 SORT = tool("sort", by={"$ref": "#/$defs/key"})
 SORT["function"]["parameters"]["$defs"] = {"key": {"enum": ["size", "name"]}}
+
+
+def chain(num_links: int) -> dict[str, Any]:
+    """A schema whose references lead from one part to the next, each a list of the next."""
+    links = {f"a{i}": {"type": "array", "items": {"$ref": f"#/$defs/a{i + 1}"}} for i in range(num_links)}
+    return {"$defs": links | {f"a{num_links}": {"type": "integer"}}, "$ref": "#/$defs/a0"}

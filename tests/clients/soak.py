@@ -79,9 +79,12 @@ class Client(HttpUser):
                 response.success()
                 response.close()  # leaves in the middle
                 return
-            last = first
-            for line in lines:
+            last = b""
+            for line in (first, *lines):
                 last = line
+                if line.startswith(b"data: {") and "error" in json.loads(line[6:]):
+                    response.failure(f"an error in a stream: {line.decode():.200}")
+                    return
             if last != b"data: [DONE]":
                 response.failure("a stream without an end")
 

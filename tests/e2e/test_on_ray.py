@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("fastapi", reason='pip install "draftwing[serve]"')
 
 import httpx
+from forked import is_up
 from test_serve import LONG, wait_for
 
 from draftwing.serving.process import bind
@@ -42,7 +43,7 @@ def test_the_documents_program_serves_from_two_replicas(tmp_path: Path) -> None:
     command, environment = [sys.executable, str(tmp_path / "app.py")], os.environ | PATIENT
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     try:
-        wait_for(lambda: process.poll() is not None or _is_up(url), seconds=600)
+        wait_for(lambda: process.poll() is not None or is_up(url), seconds=600)
         with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=120) as stream:
             lines = [line for line in stream.iter_lines() if line]
         assert lines[-1] == "data: [DONE]"
@@ -53,10 +54,3 @@ def test_the_documents_program_serves_from_two_replicas(tmp_path: Path) -> None:
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=120)
-
-
-def _is_up(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready", timeout=30).status_code == 200
-    except httpx.TransportError:
-        return False

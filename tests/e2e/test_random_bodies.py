@@ -21,7 +21,7 @@ import pytest
 pytest.importorskip("fastapi", reason='pip install "draftwing[serve]"')
 
 import httpx
-from tools_template import CLAMP, SORT, TEMPLATE
+from tools_template import CLAMP, SORT, TEMPLATE, chain
 
 import draftwing
 from draftwing.engine.options import GenerateOptions
@@ -74,6 +74,7 @@ VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 0.5, 1e308, -1e-308, 2**31, 2**63, -(2**63), 10**30, 1.0),
     *("", " ", "x", "\x00", "\ud800", "😀é", "a" * 5000, "../../etc/passwd", "{{ 7 }}", "<|end|>", "1e5"),
     *([], {}, [[]], [None], {"": None}, {"type": "function"}, {"$ref": "#"}, [{}], [1, "x"], [0] * 600),
+    *(chain(100), chain(1000)),
 )
 """What a value is changed into; others are values of other bodies."""
 SECRETS = ("Traceback", 'File "', str(Path(draftwing.__file__).parent), sysconfig.get_path("purelib"), ".py")

@@ -22,7 +22,7 @@ import httpx
 import openai
 import pydantic
 import uvicorn
-from forked import COMMAND, Forked
+from forked import COMMAND, Forked, is_up
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tools_template import CLAMP, SORT, TEMPLATE
@@ -410,15 +410,8 @@ def start(*arguments: str) -> tuple[Forked, str]:
     command = ["serve", "--port", "0", "--json", "--seats", "2", "--plan", "chain:3", *arguments]
     process = Forked(COMMAND, command)
     url = json.loads(process.first_line())["url"]
-    wait_for(lambda: _is_up(url))
+    wait_for(lambda: is_up(url))
     return process, url
-
-
-def _is_up(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 @pytest.mark.parametrize(
@@ -485,7 +478,7 @@ def test_a_killed_replica_loses_its_running_requests_alone() -> None:
         wait_for(lambda: figures(url, "draftwing_replica_up") == [1, 1])
         assert figures(url, "draftwing_seats") == [2, 2]
         os.kill(first, signal.SIGSTOP)
-        wait_for(lambda: _is_up(url))  # the second one
+        wait_for(lambda: is_up(url))  # the second one
         with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as kept:
             kept_lines = kept.iter_lines()
             next(kept_lines)
@@ -523,7 +516,7 @@ def test_replicas_end_with_their_parent() -> None:
     children = children_of(process.pid)
     process.kill()
     wait_for(lambda: not any(_runs(pid) for pid in children))
-    assert not _is_up(url)
+    assert not is_up(url)
 
 
 def _runs(pid: int) -> bool:
@@ -533,6 +526,26 @@ def _runs(pid: int) -> bool:
         return stat.read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.slow
+def test_replicas_of_a_command_that_nothing_was_forked_for() -> None:
+    """As its users start it: two whole starts, and no process that had imported the package."""
+    command = [sys.executable, "-m", "draftwing", "serve", "--port", "0", "--json", "--seats", "2"]
+    command += ["--plan", "chain:3", "--replicas", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = json.loads(process.stdout.readline())["url"]
+            wait_for(lambda: is_up(url))
+            assert (
+                httpx.post(f"{url}/v1/completions", json=LONG | {"stream": False, "max_tokens": 3}).status_code == 200
+            )
+            process.terminate()
+            assert process.wait(60) in (0, 143)  # the second one may be cut while it loads
+            assert not is_up(url)
+        finally:
+            process.kill()
 
 
 LONG = {"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True}

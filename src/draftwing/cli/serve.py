@@ -112,19 +112,18 @@ def _run(options: argparse.Namespace) -> int:
     from draftwing.serving.replicas import ALONE, Replicas
 
     with bind(options.host, options.port) as listener:  # a taken port is known before the models are loaded
-        replica = ALONE if options.replicas == 1 else Replicas(options.replicas).run()
+        replica = ALONE if options.replicas == 1 else Replicas(options.replicas, listener).run()
         if isinstance(replica, int):
             return replica
         from draftwing.api import load
 
         model = load(target, draft, **loading(options))
-        _serve(options, model, target, keys, listener, replica)
-        return 0
+        return _serve(options, model, target, keys, listener, replica)
 
 
 def _serve(
     options: argparse.Namespace, model: Any, target: str, keys: list[str], listener: Any, replica: "Replica"
-) -> None:
+) -> int:
     from draftwing.engine.options import GenerateOptions
     from draftwing.serving.app import create_app
     from draftwing.serving.intake import Intake, Limits
@@ -156,7 +155,7 @@ def _serve(
     if replica.says_start:
         _print_start(options, facts | {"replicas": options.replicas}, bool(keys))
     replica.tell_ready()
-    serve(app, scheduler, listener, options.drain_seconds)
+    return serve(app, scheduler, listener, options.drain_seconds, has_others=replica.peers is not None)
 
 
 def _read_keys(options: argparse.Namespace) -> list[str]:

@@ -1,17 +1,22 @@
 """The figures of all replicas on one page: each serves its own to the others, at a loopback address of its own."""
 
+import logging
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from threading import Thread
+from threading import Lock, Thread
 
 from prometheus_client import generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+logger = logging.getLogger(__name__)
 SECONDS = 1.0
 """That a replica has to answer the others; one that starts, hangs or is dead is left out."""
+END = b"# EOF\n"
+"""Behind a page that is told; one without is only the beginning of one."""
 UP = "draftwing_replica_up"
 
 
@@ -26,6 +31,7 @@ class Peers:
     def __init__(self, doors: Sequence[socket.socket], number: int) -> None:
         self._addresses = {place: door.getsockname() for place, door in enumerate(doors, 1)}
         self._door, self._number = doors[number - 1], number
+        self._asking = Lock()  # who asks for pages faster than they come does not make more threads of it
 
     def tell(self, page: Callable[[], bytes]) -> None:
         """Tell others this replica's figures whenever they ask, in a thread of its own."""
@@ -34,24 +40,31 @@ class Peers:
     def page(self, own: bytes) -> bytes:
         """The figures of all that answer, each with a label that says whose it is."""
         others = [number for number in self._addresses if number != self._number]
-        with ThreadPoolExecutor(max(1, len(others))) as pool:
+        with self._asking, ThreadPoolExecutor(max(1, len(others))) as pool:
             pages = dict(zip(others, pool.map(self._ask, others), strict=True))
         return joined(dict(sorted((pages | {self._number: own}).items())))
 
     def _tell(self, page: Callable[[], bytes]) -> None:
-        while True:
-            asker, _ = self._door.accept()
-            with asker, suppress(OSError):  # one that has gone meanwhile
-                asker.settimeout(SECONDS)
-                asker.sendall(page())
+        """Whatever goes wrong with one asker, the next one is answered; until the door is closed."""
+        while self._door.fileno() >= 0:
+            try:
+                asker, _ = self._door.accept()
+                with asker:
+                    asker.settimeout(SECONDS)
+                    asker.sendall(page() + END)
+            except Exception as error:  # one that has gone, no descriptor that is free, or figures that fail
+                logger.debug("figures were not told: %r", error)
+                time.sleep(SECONDS / 10)
 
     def _ask(self, number: int) -> bytes:
-        """Another replica's page; empty: it does not answer."""
-        page = b""
+        """Another replica's page; empty: it does not answer, or not to the end in time."""
+        page, end = b"", time.monotonic() + SECONDS
         with suppress(OSError), socket.create_connection(self._addresses[number], SECONDS) as asked:
-            while part := asked.recv(2**16):
+            while (left := end - time.monotonic()) > 0:
+                asked.settimeout(left)
+                if not (part := asked.recv(2**16)):
+                    return page.removesuffix(END) if page.endswith(END) else b""
                 page += part
-            return page
         return b""
 
 

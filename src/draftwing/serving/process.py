@@ -45,11 +45,15 @@ def address_of(listener: socket.socket) -> str:
 
 
 class _DrainingServer(uvicorn.Server):
-    """At SIGTERM or SIGINT refuses new requests, finishes running ones and ends; at a second one ends at once."""
+    """At SIGTERM or SIGINT refuses new requests, finishes running ones and ends; at a second one ends at once.
 
-    def __init__(self, config: uvicorn.Config, scheduler: "Scheduler", drain_seconds: float) -> None:
+    One that has others beside it leaves new connections to them: it takes none while it drains, and ends once its
+    engine has failed.
+    """
+
+    def __init__(self, config: uvicorn.Config, scheduler: "Scheduler", drain_seconds: float, has_others: bool) -> None:
         super().__init__(config)
-        self._scheduler, self._drain_seconds = scheduler, drain_seconds
+        self._scheduler, self._drain_seconds, self._has_others = scheduler, drain_seconds, has_others
         self._is_draining = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -59,6 +63,14 @@ class _DrainingServer(uvicorn.Server):
         logger.info("draining for at most %g s; a second signal ends at once", self._drain_seconds)
         threading.Thread(target=self._drain, daemon=True).start()
 
+    async def on_tick(self, counter: int) -> bool:
+        if self._has_others and not self._scheduler.is_alive:
+            self.should_exit = True
+        if self._has_others and self._is_draining:
+            for accepting in self.servers:
+                accepting.close()
+        return await super().on_tick(counter)
+
     def _drain(self) -> None:
         try:
             self._scheduler.drain(self._drain_seconds)
@@ -66,12 +78,15 @@ class _DrainingServer(uvicorn.Server):
             self.should_exit = True
 
 
-def serve(app: ASGIApp, scheduler: "Scheduler", listener: socket.socket, drain_seconds: float) -> None:
-    """Serve until a signal comes."""
+def serve(
+    app: ASGIApp, scheduler: "Scheduler", listener: socket.socket, drain_seconds: float, has_others: bool = False
+) -> int:
+    """Serve until a signal comes, or the engine has failed and others serve beside this one; the exit status."""
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=LAST_SECONDS
     )
     try:
-        _DrainingServer(config, scheduler, drain_seconds).run(sockets=[listener])
+        _DrainingServer(config, scheduler, drain_seconds, has_others).run(sockets=[listener])
+        return 0 if scheduler.is_alive else 1
     finally:
         scheduler.stop()

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from socket import socket
 from types import FrameType
 
 from draftwing.serving.peers import Peers
@@ -57,11 +59,15 @@ class _Process:
 
 
 class Replicas:
-    """The parent's side: `num_replicas` processes, and the signals that they are sent."""
+    """The parent's side: `num_replicas` processes, and the signals that they are sent.
 
-    def __init__(self, num_replicas: int) -> None:
+    At the first one the parent closes its `listener`: replicas that drain accept nothing, and nobody is to wait there.
+    """
+
+    def __init__(self, num_replicas: int, listener: socket | None = None) -> None:
         if not hasattr(os, "fork"):
             raise ValueError("replicas: this system cannot fork processes; expected 1")
+        self._listener = listener
         self._doors = [bind("127.0.0.1", 0) for _ in range(num_replicas)]
         for door in self._doors:  # the parent's, so that one that is started anew has its place again
             door.listen()
@@ -107,15 +113,22 @@ class Replicas:
         return due
 
     def _start(self, number: int) -> Replica | None:
-        """Fork a replica; in it, what it is."""
-        news, tells = os.pipe()
+        """Fork a replica; in it, what it is. One that has run, and cannot be forked just now, is tried again."""
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # they come when it is known whose they are
-        pid = os.fork()
+        try:
+            pid, news, tells = _fork()
+        except OSError as error:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            if number not in self._known:
+                raise
+            logger.warning("replica %d cannot be started (%s), and is tried again", number, error.strerror)
+            self._due[number] = time.monotonic() + RETRY_SECONDS
+            return None
         if not pid:
             os.close(news)
             self._become_replica()
             peers = Peers(self._doors, number) if len(self._doors) > 1 else None
-            return Replica(not self._known, lambda: os.write(tells, b"."), peers, number)
+            return Replica(not self._known, partial(_tell_ready, tells), peers, number)
         os.close(tells)
         self._processes[pid] = _Process(pid, number, news)
         if self._is_ending:  # a signal came before it was there to be sent one
@@ -148,7 +161,9 @@ class Replicas:
     def _read_news(self, process: _Process) -> None:
         """One is ready, so that the next may start; or has died, which its parent will be told."""
         assert process.news is not None
-        process.is_ready = os.read(process.news, 1) != b""
+        os.set_blocking(process.news, False)  # a child of one that has died may hold the other end
+        with suppress(BlockingIOError):
+            process.is_ready = os.read(process.news, 1) != b""
         os.close(process.news)
         process.news = None
         if process.is_ready and process.number not in self._known:
@@ -184,9 +199,27 @@ class Replicas:
 
     def _pass_on(self, sig: int, frame: FrameType | None = None) -> None:
         self._is_ending = True
+        if self._listener is not None:
+            self._listener.close()
         for pid in tuple(self._processes):
             with suppress(ProcessLookupError):
                 os.kill(pid, sig)
+
+
+def _fork() -> tuple[int, int, int]:
+    """Fork, with a pipe between both: the process, or 0 in the new one, and the pipe's ends."""
+    news, tells = os.pipe()
+    try:
+        return os.fork(), news, tells
+    except OSError:
+        os.close(news)
+        os.close(tells)
+        raise
+
+
+def _tell_ready(tells: int) -> None:
+    os.write(tells, b".")
+    os.close(tells)
 
 
 def _end_with_parent(alive: int) -> None:

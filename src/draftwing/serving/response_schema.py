@@ -5,9 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     WithJsonSchema,
     model_validator,
@@ -25,6 +23,7 @@ from draftwing.serving.conversations import (
 from draftwing.serving.schema import (
     MAX_REGEX_LENGTH,
     FieldError,
+    Known,
     NamedSchema,
     ResponseFormat,
     Text,
@@ -36,14 +35,14 @@ TOOL_CHOICES = 'none, auto, required, or {"type": "function", "name": ...}'
 ELSEWHERE = {
     "max_tokens": "max_output_tokens",
     "response_format": "text.format",
-    "stream_options": "stream",
 }
 """Fields of the other routes that have another name here."""
 OWN_NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text"}
 """What a chat's fields are called here, for errors."""
 NOT_HERE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("previous_response_id", "conversation", "prompt", "background"), ()),
-    **dict.fromkeys(("reasoning", "include"), ()),
+    **dict.fromkeys(("reasoning",), ()),
+    "include": (["reasoning.encrypted_content"],),
     "store": (False,),
     "truncation": ("disabled",),
 }
@@ -92,10 +91,8 @@ class NamedFlatTool(FunctionName):
         return self
 
 
-class TextFormat(BaseModel):
+class TextFormat(Known):
     """The form that the answer must have; of a `json_schema` the schema stands beside its name."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     type: Literal["text", "json_object", "json_schema", "regex"]
     name: str | None = None
@@ -113,10 +110,8 @@ class TextFormat(BaseModel):
         return self
 
 
-class TextOptions(BaseModel):
+class TextOptions(Known):
     """What the text is like."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     format: TextFormat | None = None
 
@@ -131,6 +126,9 @@ class ResponseRequest(ConversationRequest):
         None, description="what the system says, in front of the input"
     )
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    metadata: Annotated[dict[str, str], BeforeValidator(check_unicode)] | None = Field(
+        None, description="the answer has it as well"
+    )
     text: Annotated[TextOptions, BeforeValidator(check_unicode)] | None = Field(
         None, description="`format`: as response_format in chats"
     )
@@ -144,6 +142,8 @@ class ResponseRequest(ConversationRequest):
         for name, other in ELSEWHERE.items():
             if getattr(self, name) is not None:
                 raise FieldError(name, f"is called {other} here")
+        if self.stream_options is not None and self.stream_options.model_fields_set - {"include_obfuscation"}:
+            raise FieldError("stream_options", "expected include_obfuscation alone; a last event has the usage")
         if self.num_choices > 1:
             raise FieldError("n", "expected 1: a response is one answer")
         return self

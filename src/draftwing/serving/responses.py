@@ -206,7 +206,7 @@ class ResponseOutlet:
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
-            "metadata": {},
+            "metadata": body.metadata or {},
             "model": self._identity.name,
             "output": [item for answer in answers for item in self._output(answer)],
             "parallel_tool_calls": body.parallel_tool_calls is not False,

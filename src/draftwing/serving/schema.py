@@ -79,6 +79,11 @@ def one_of_forms(expected: str) -> Any:
     return WrapValidator(check)
 
 
+def without_nulls(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields that are not null."""
+    return {name: value for name, value in given.items() if value is not None}
+
+
 class Body(BaseModel):
     """A request's body; a field that is null counts as absent.
 
@@ -97,7 +102,7 @@ class Body(BaseModel):
             return body
         if isinstance(bias := body.get("logit_bias"), dict) and len(bias) > MAX_BIASES:
             raise FieldError("logit_bias", f"expected at most {MAX_BIASES} tokens, got {len(bias)}")
-        return {name: value for name, value in body.items() if value is not None}
+        return without_nulls(body)
 
     @model_validator(mode="after")
     def _look_at_unknown_fields(self) -> "Body":
@@ -148,12 +153,22 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = Field(None, description="a last chunk without choices has the usage")
     continuous_usage_stats: bool | None = Field(None, description="every chunk has the usage so far")
     draftwing: bool | None = Field(None, description="every chunk says which of its text was drafted")
+    include_obfuscation: bool | None = Field(None, description="changes nothing: chunks are never padded")
 
 
-class NamedSchema(BaseModel):
-    """A JSON schema as OpenAI's clients send it; it is always kept strictly."""
+class Known(BaseModel):
+    """Has these fields alone; one that is null counts as absent."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, given: Any) -> Any:
+        return without_nulls(given) if isinstance(given, dict) else given
+
+
+class NamedSchema(Known):
+    """A JSON schema as OpenAI's clients send it; it is always kept strictly."""
 
     name: str | None = None
     description: str | None = None
@@ -161,10 +176,8 @@ class NamedSchema(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Known):
     """The form that answers must have: `type`, and beside it the one field that is called like it, if there is one."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     type: Literal["text", "json_object", "json_schema", "regex"]
     json_schema: NamedSchema | None = None

@@ -1,9 +1,11 @@
 """Answers in a form that is asked for: which tokens a JSON schema or a regular expression lets follow."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -15,10 +17,18 @@ WHITESPACE = r"\x20|\r?\n[\x20\x09]{0,40}"
 
 With any whitespace, small models write blanks until they are cut off.
 """
-
-
+EXACTLY: Any = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
+"""How llguidance is to read a schema."""
 LEAST = -9 * 10**18
 """The least number of a schema: at those around -2^63 llguidance 1.9.1 ends the process, or says that it cannot."""
+MOST_REFERENCES = 128
+"""`$ref`s of a schema."""
+MOST_LEVELS = 400
+"""Of a schema: objects and lists in each other. In 8 MiB, a thread's stack, llguidance 1.9.1 comes to 1,170."""
+MOST_REPEATED = 20_000
+"""Characters and classes of a regular expression, each as often as it is repeated: llguidance takes 0.3 s for them."""
+TOKEN = re.compile(r"\\[pPxuU]\{[^}]*\}|\\.|\{([\d\s,]+)\}|\[\^?\]?|.", re.DOTALL)
+"""A piece of a regular expression: an escape, how often, a class's beginning, or a character."""
 MOST_KEPT = 64
 """Matchers that a request keeps, each behind another beginning of its text: about a tree's nodes."""
 
@@ -76,15 +86,98 @@ def only_token(token: int, vocab_size: int) -> Allowed:
     return lambda said: mask
 
 
-def check_numbers(schema: Any) -> None:
-    """Raise a ValueError for a schema with a number, wherever it stands, that llguidance must not see."""
-    parts = [schema]
+def check_schema(schema: Any) -> None:
+    """Raise a ValueError for a schema with which llguidance would end the process, or may.
+
+    Or would take it for seconds: see `check_pattern`. The others are those with a number, wherever it stands, below
+    `LEAST`, and those that are too deep: llguidance follows
+    references by recursion, and a chain of them overflows its stack. How deep it comes is at most the depth of the
+    whole, and once that of each part that is referred to: so cycles are allowed.
+    """
+    depths, references, has_bases = _depths(schema), set[str](), False
+    num_references = 0
+    for part in _parts(schema):
+        if isinstance(part, int | float) and part < LEAST:
+            raise ValueError(f"expected no number below {LEAST}, got {part:.6g}")
+        if isinstance(part, dict):
+            for pattern in (part.get("pattern"), *_names(part.get("patternProperties"))):
+                if isinstance(pattern, str):
+                    check_pattern(pattern)
+            has_bases = has_bases or (part is not schema and "$id" in part)
+            if isinstance(reference := part.get("$ref"), str):
+                num_references += 1
+                references.add(reference)
+    if num_references > MOST_REFERENCES:
+        raise ValueError(f"expected a schema with at most {MOST_REFERENCES} $ref, got {num_references}")
+    whole = depths.get(id(schema), 0)
+    targets = [None if has_bases else _target(schema, reference) for reference in references]
+    depth = whole + sum(whole if target is None else depths.get(id(target), 0) for target in targets)
+    if depth > MOST_LEVELS:
+        raise ValueError(f"expected a schema of at most {MOST_LEVELS} levels, references followed, got {depth}")
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise a ValueError for a regular expression that repeats so much that others would wait for seconds."""
+    if re.search(r"\(\?[a-zA-Z-]*x", pattern):
+        raise ValueError("expected a regular expression without the flag x")
+    if _num_repeated(pattern) > MOST_REPEATED:
+        raise ValueError(f"expected a regular expression that repeats at most {MOST_REPEATED} characters in all")
+
+
+def _num_repeated(pattern: str) -> int:
+    """Characters and classes of a regular expression, each as often as it is repeated at most."""
+    groups, last, depth = [0], 0, 0  # sums of groups that are open; the last part's; how many classes are open
+    for token in TOKEN.finditer(pattern):
+        text, was_in_class = token[0], depth > 0
+        depth += text.startswith("[") - (was_in_class and text == "]")
+        if was_in_class:
+            continue
+        if token[1]:
+            last *= max(map(int, re.findall(r"\d+", token[1])), default=1)
+            continue
+        if text == ")":
+            last += groups.pop()
+            groups = groups or [0]  # one too many closes all
+            continue
+        groups[-1] += last
+        last = int(text != "(")
+        groups += [0] * (text == "(")
+    return sum(groups) + last
+
+
+def _names(value: Any) -> list[str]:
+    return list(value) if isinstance(value, dict) else []
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """A value of JSON and all that is in it; each container stands in front of what it has."""
+    parts = [value]
     while parts:
-        part = parts.pop()
+        yield (part := parts.pop())
         if isinstance(part, dict | list):
             parts += part.values() if isinstance(part, dict) else part
-        elif isinstance(part, int | float) and part < LEAST:
-            raise ValueError(f"expected no number below {LEAST}, got {part:.6g}")
+
+
+def _depths(value: Any) -> dict[int, int]:
+    """Of each container in a value, by its id, how many levels of containers it has; others have none."""
+    depths = dict[int, int]()
+    for part in reversed(list(_parts(value))):
+        if isinstance(part, dict | list):
+            inner = part.values() if isinstance(part, dict) else part
+            depths[id(part)] = 1 + max((depths.get(id(each), 0) for each in inner), default=0)
+    return depths
+
+
+def _target(schema: Any, reference: str) -> Any:
+    """What a JSON pointer of a schema points at; None: it is none, or points at nothing."""
+    target, (first, *names) = schema, unquote(reference).split("/")
+    if first != "#":
+        return None
+    for name in (name.replace("~1", "/").replace("~0", "~") for name in names):
+        if isinstance(target, list):
+            target = dict(zip(map(str, range(len(target))), target, strict=True))
+        target = target.get(name) if isinstance(target, dict) else None
+    return target
 
 
 def _check(matcher: Any) -> None:
@@ -107,10 +200,9 @@ class Forms:
         tokenizer = self._tokenizer
         from llguidance import LLMatcher
 
-        check_numbers(schema)
-        exactly: Any = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
+        check_schema(schema)
         try:
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=exactly)
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=EXACTLY)
         except RecursionError:
             raise ValueError("the schema is nested too deeply") from None
         return self._allowed(tokenizer, grammar)
@@ -127,6 +219,7 @@ class Forms:
         tokenizer = self._tokenizer
         from llguidance import LLMatcher
 
+        check_pattern(pattern)
         return self._allowed(tokenizer, LLMatcher.grammar_from_regex(pattern))
 
     def _allowed(self, tokenizer: Any, grammar: str) -> AllowedTokens:

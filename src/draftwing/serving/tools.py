@@ -13,7 +13,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from draftwing.serving.structured import WHITESPACE, check_numbers
+from draftwing.serving.structured import EXACTLY, check_schema
 from draftwing.serving.text import overlap
 
 
@@ -29,8 +29,6 @@ DECODER = json.JSONDecoder(strict=False, parse_float=_finite, parse_constant=_fi
 NAMED = re.compile(r"([\w.-]+)(?:\[CALL_ID\]\w+)?\s*(?:\[ARGS\]\s*)?(?={)")
 """A function's name in front of its arguments."""
 NAME = "NAME"
-EXACTLY = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
-"""How llguidance is to read a schema."""
 
 
 class CalledFunction(TypedDict):
@@ -211,7 +209,7 @@ def schemas(functions: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]
         ValueError: arguments that are no object, or a schema that cannot be read.
     """
     for function in functions:
-        check_numbers(function.get("parameters"))
+        check_schema(function.get("parameters"))
         if (function.get("parameters") or {}).get("type", "object") != "object":
             raise ValueError(f"{function['name']}: expected parameters of the type object")
     return {function["name"]: function.get("parameters") or {} for function in functions}

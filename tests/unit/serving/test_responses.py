@@ -11,6 +11,7 @@ pytest.importorskip("fastapi", reason='pip install "draftwing[serve]"')
 from fake_scheduler import FakeScheduler
 from fastapi.testclient import TestClient
 from test_serving import CHAT, CYCLES, SAID, asked, client_of, ids, problem
+from tools_template import chain
 
 INPUT = {"input": "Hello"}
 
@@ -150,6 +151,7 @@ def test_a_form(client: TestClient, scheduler: FakeScheduler) -> None:
         ("text", {"format": {"type": "json_schema", "name": "\ud800", "schema": {}}}),
         ("text", {"format": {"type": "json_schema", "name": "x"}}),
         ("text", {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}),
+        ("text", {"format": {"type": "json_schema", "name": "x", "schema": chain(1000)}}),
         ("text", {"format": {"type": "regex", "regex": "a" * 5000}}),
         ("text", {"format": {"type": "text", "regex": "a"}}),
         ("min_tokens", 700),
@@ -164,10 +166,28 @@ def test_a_wrong_field_is_named(client: TestClient, scheduler: FakeScheduler, fi
 
 
 @pytest.mark.parametrize(
-    "fields", [{"store": None}, {"tools": []}, {"metadata": {"a": "b"}}, {"truncation": "disabled"}, {"include": []}]
+    "fields",
+    [
+        *({"store": None}, {"tools": []}, {"metadata": {"a": "b"}}, {"truncation": "disabled"}, {"include": []}),
+        {"include": ["reasoning.encrypted_content"]},
+        {"stream": True, "stream_options": {"include_obfuscation": False}},
+        {"text": {"format": None, "verbosity": None}},
+        {"text": {"format": {"type": "text", "regex": None, "strictness": None}}},
+    ],
 )
 def test_fields_that_change_nothing_are_taken(client: TestClient, fields: dict[str, Any]) -> None:
     assert client.post("/v1/responses", json=INPUT | fields).status_code == 200
+
+
+def test_metadata_come_back(client: TestClient) -> None:
+    given = {"metadata": {"a": "b"}}
+    assert client.post("/v1/responses", json=INPUT | given).json()["metadata"] == given["metadata"]
+    assert client.post("/v1/responses", json=INPUT).json()["metadata"] == {}
+
+
+def test_a_streams_options_are_not_a_chats(client: TestClient) -> None:
+    body = {"stream": True, "stream_options": {"include_usage": True}}
+    assert problem(client.post("/v1/responses", json=INPUT | body))["param"] == "stream_options"
 
 
 def test_nothing_is_stored(client: TestClient) -> None:

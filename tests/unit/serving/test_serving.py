@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
+from tools_template import chain
 from transformers import PreTrainedTokenizerFast
 
 from draftwing.engine.engine import Request
@@ -452,6 +453,7 @@ WRONG_FORMS = [
     {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": []}}},
     {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["\ud800"]}}},
     {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [[{"a": -(2**63) + 1}]]}}},
+    {"type": "json_schema", "json_schema": {"name": "x", "schema": chain(1000)}},
     {"type": "json_schema", "json_schema": {"schema": {"type": "integer", "minimum": -1e30, "maximum": -1e29}}},
     {"type": "regex"},
     {"type": "regex", "regex": "(a"},
@@ -459,6 +461,9 @@ WRONG_FORMS = [
     {"type": "regex", "regex": r"a[^\s\S]"},
     {"type": "regex", "regex": "\ud800"},
     {"type": "regex", "regex": "a" * 5000},
+    {"type": "regex", "regex": "(a{1000}){1000}"},
+    {"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": "(a{1000}){1000}"}}},
+    {"type": "json_schema", "json_schema": {"schema": {"patternProperties": {"(a{1000}){1000}": {}}}}},
 ]
 
 

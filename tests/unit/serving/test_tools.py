@@ -17,7 +17,7 @@ from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
 from test_responses import events as response_events
 from test_serving import CHAT, EOS, asked, client_of, events, ids, problem
-from tools_template import CLAMP, SORT, TEMPLATE, tool
+from tools_template import CLAMP, SORT, TEMPLATE, chain, tool
 
 from draftwing.serving.tools import FORMATS, CallReader, format_of, schemas
 from draftwing.target.load import load_tokenizer
@@ -275,6 +275,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("tools", {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "objct"}}}]}),
     ("tools", {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}]}),
     ("tools", {"tools": [tool("f", x={"enum": [-(2**63)]})]}),
+    ("tools", {"tools": [{"type": "function", "function": {"name": "f", "parameters": chain(1000)}}]}),
     ("tool_choice", {"tool_choice": "always"}),
     ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "other"}}}),
     ("tool_choice", {"tool_choice": {"type": "function"}}),
