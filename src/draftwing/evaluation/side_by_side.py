@@ -37,7 +37,12 @@ def print_stream(console: Console, cycles: Iterator[Committed], tokenizer: Any) 
 
 
 def show_completions(
-    console: Console, prompts: Sequence[Prompt], tokenizer: Any, methods: dict[str, Start], seed: int, **options: Any
+    console: Console,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    methods: dict[str, Start],
+    seed: int = 0,
+    **options: Any,
 ) -> None:
     """Stream the completions of a few prompts, first with the first method and then with the last; seeds count up."""
     if console.is_terminal:
