@@ -106,6 +106,15 @@ def test_sampling_parameters_keep_equality(
     assert run(target, requests, eagle(heads["eagle3"]), "tree:4x4x16") == plain(target, requests)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_with_transformers_own_modules(
+    stock_target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]], temperature: float
+) -> None:
+    """The pass of a model that nothing is written out for."""
+    requests = requests_for(prompts, temperature=temperature)
+    assert run(stock_target, requests, eagle(heads["eagle3"]), "tree:4x4x16") == plain(stock_target, requests)
+
+
 @pytest.mark.parametrize(
     ("method", "plan", "temperature"),
     pairwise(("eagle3", "medusa", "draft_model"), ("chain:4", "tree:4x4x16", "eagle1"), (0.3, 1.0)),
