@@ -612,7 +612,7 @@ def test_who_has_the_same_bits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
 def test_statistics_say_who_has_not() -> None:
     """On a CPU: packed products and sums in float64 have the same bits, others have not."""
     stock = TargetModel(random_model("llama"))
-    assert rounding_problem(stock) == "not all of its products are packed"
+    assert rounding_problem(stock) == "some of its products are torch's own"
     statistics = generate(stock, requests_for([[1, 2]], max_new_tokens=1)).statistics
     assert statistics.as_dict()["rounding_problem"] == rounding_problem(stock)
     ours = TargetModel(packed_model("llama"))
@@ -634,7 +634,7 @@ def test_weights_that_are_no_linear_layers_are_not_packed(family: str) -> None:
     target = TargetModel(model.eval())
     pack_linears(target.model)
     assert target.bits_depend_on_threads
-    assert rounding_problem(target) == "not all of its products are packed"
+    assert rounding_problem(target) == "some of its products are torch's own"
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
