@@ -1,13 +1,12 @@
 """The programs of the README, of docs/add_a_draft.md and of the examples run; the commands they show exist."""
 
 import re
-import subprocess
-import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 from draftwing.cli import COMMANDS
 
@@ -25,9 +24,9 @@ def run_program(source: str) -> str:
 def test_the_readme_program_runs() -> None:
     """As its reader runs it: by itself."""
     (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    assert "of which drafted" in result.stdout
+    process = Forked(program)
+    assert process.wait(120) == 0, process.errors
+    assert "of which drafted" in process.out
 
 
 def test_a_family_in_one_file_decodes_the_same_tokens() -> None:
