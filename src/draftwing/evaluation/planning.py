@@ -46,8 +46,12 @@ class PlanReport:
     @property
     def speedup(self) -> float:
         """Tokens per second with trees that size themselves, over plain decoding's."""
-        seconds = self.seconds["off"] / self.seconds["auto"]
-        return self.auto.num_tokens / self.plain.num_tokens * seconds
+        return self.tokens_per_second * self.seconds["off"] / self.plain.num_tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """With trees that size themselves."""
+        return self.auto.num_tokens / self.seconds["auto"]
 
     @property
     def rate(self) -> float:
@@ -139,10 +143,9 @@ def implied_plan(report: PlanReport) -> Sequence[str]:
         return [f"Drafting does not pay here ({report.experience.gain:.2f}x): decoding goes on without drafts."]
     nodes = ", ".join(f"{p:.2f} after {n}" for n, p in report.node_pays_from().items() if p < 1)
     levels = ", ".join(f"{p:.2f} for {w} nodes" for w, p in report.level_pays_from().items())
-    speedup = report.auto.tokens_per_second / report.plain.tokens_per_second
     return [
         f"A node is verified if it is accepted with a probability of at least {nodes}.",
         f"A level is drafted if one of its parents is accepted with a probability of at least {levels}.",
-        f"Measured: {report.auto.tokens_per_second:.0f} tokens/s, {speedup:.2f}x plain decoding, tau "
+        f"Measured: {report.tokens_per_second:.0f} tokens/s, {report.speedup:.2f}x plain decoding, tau "
         f"{report.auto.acceptance_length:.2f}.",
     ]

@@ -1,4 +1,4 @@
-"""The demonstration on the embedded models: watch plain and EAGLE-3 decoding, then see the table."""
+"""Methods side by side, with nothing kept on disk: completions to watch, and the table of the demo and benchmarks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,8 @@
 """Several processes behind one port: a parent that loads nothing holds the socket, and starts anew those that die.
 
-The replicas accept at the parent's socket, so that a connection goes to one that has time, and those that wait there
-outlive any of them. They are forked from a process that has imported no model, and begin as if they were alone.
+The replicas accept at the parent's socket, so that a connection goes to one whose event loop is free, and those that
+wait there outlive any of them. They are forked from a process that has imported no model, and begin as if they were
+alone.
 """
 
 import logging
@@ -81,9 +82,9 @@ class Replicas:
     def run(self) -> Replica | int:
         """Keep the replicas running until a signal comes; returns the exit status, and in a replica what it is.
 
-        At first they start one after another, so that a later one finds what the first has measured, and memory as it
-        is; one that does not even start then ends all. One that dies later is started anew, again and again, whatever
-        the others do.
+        They start one after another: so the later ones find the costs that the first has measured, and see how much
+        memory is left. If a replica fails before its first start is complete, all end. Later, one that dies is started
+        anew, every second if need be; the others are not affected.
         """
         self._hear_signals()
         while self._processes or (self._due and not self._is_ending):

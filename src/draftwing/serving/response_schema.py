@@ -3,13 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from draftwing.serving.conversations import (
     MESSAGE_SCHEMA,
@@ -32,16 +26,12 @@ from draftwing.serving.schema import (
 
 INPUTS = "a text, or a list of messages with role and content, function calls and their outputs"
 TOOL_CHOICES = 'none, auto, required, or {"type": "function", "name": ...}'
-ELSEWHERE = {
-    "max_tokens": "max_output_tokens",
-    "response_format": "text.format",
-}
+ELSEWHERE = {"max_tokens": "max_output_tokens", "response_format": "text.format"}
 """Fields of the other routes that have another name here."""
 OWN_NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text"}
 """What a chat's fields are called here, for errors."""
 NOT_HERE: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("previous_response_id", "conversation", "prompt", "background"), ()),
-    **dict.fromkeys(("reasoning",), ()),
+    **dict.fromkeys(("previous_response_id", "conversation", "prompt", "background", "reasoning"), ()),
     "include": (["reasoning.encrypted_content"],),
     "store": (False,),
     "truncation": ("disabled",),

@@ -87,12 +87,12 @@ def only_token(token: int, vocab_size: int) -> Allowed:
 
 
 def check_schema(schema: Any) -> None:
-    """Raise a ValueError for a schema with which llguidance would end the process, or may.
+    """Raise a ValueError for a schema that could end the process in llguidance, or hold it for seconds.
 
-    Or would take it for seconds: see `check_pattern`. The others are those with a number, wherever it stands, below
-    `LEAST`, and those that are too deep: llguidance follows
-    references by recursion, and a chain of them overflows its stack. How deep it comes is at most the depth of the
-    whole, and once that of each part that is referred to: so cycles are allowed.
+    - A number below `LEAST`, wherever it stands.
+    - Too many levels: llguidance follows references by recursion, and a chain of them overflows its stack. Its depth is
+      at most the whole's, plus once that of each part that is referred to, so that cycles are allowed.
+    - A pattern that `check_pattern` refuses.
     """
     depths, references, has_bases = _depths(schema), set[str](), False
     num_references = 0

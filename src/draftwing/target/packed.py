@@ -54,7 +54,7 @@ def _can_pack(layer: nn.Linear) -> bool:
     if "forward" in vars(layer) or layer._forward_pre_hooks or layer._forward_hooks:  # it does more than its product
         return False
     dtype, device = layer.weight.dtype, layer.weight.device
-    if device.type == "cuda" or dtype == torch.float64:
+    if device.type == "cuda" or (device.type == "cpu" and dtype == torch.float64):
         return True
     if device.type != "cpu" or dtype not in PACKED_DTYPES or not torch.backends.mkldnn.is_available():
         return False
