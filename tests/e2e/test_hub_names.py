@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,31 @@ from draftwing.cli.arguments import add_execution, execution
 from draftwing.embedded import EMBEDDED, EMBEDDED_DRAFTS
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
-SCRIPT = """
+PROGRAM = """
 import json, sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
+import draftwing
 from draftwing.cli import main
 
-results = []
-for command in json.loads(sys.argv[1]):
+def run(command):
     with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
         status = main(command)
-    results.append([status, out.getvalue(), err.getvalue()])
-print(json.dumps(results))
+    return [status, out.getvalue(), err.getvalue()]
+
+def load(options):
+    try:
+        model = draftwing.load("org/two", **options)
+    except ValueError as error:
+        return str(error)
+    return [model.tokenizer.chat_template, model.target.eos_token_ids, model.tokenizer("hi")["input_ids"]]
+
+for line in sys.stdin:
+    what, argument = json.loads(line)
+    print(json.dumps({"run": run, "load": load}[what](argument)), flush=True)
 """
-"""Runs commands one after another; the client of the hub reads its environment when it is imported."""
-Result = tuple[int, str, str]
+"""Does what it reads, line by line, in a process of its own: the hub's client reads its environment when imported."""
+Offline = Callable[[str, Any], Any]
 
 
 def put(cache: Path, name: str, folder: Path, ref: str = "main", commit: str = REVISION) -> None:
@@ -54,34 +65,47 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
-def run(cache: Path, *commands: list[str]) -> list[Result]:
-    """Status, stdout and stderr of each command, without a network."""
-    return [tuple(item) for item in run_script(cache, SCRIPT, commands)]  # type: ignore[misc]
+@pytest.fixture(scope="module")
+def offline(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Offline]:
+    """What PROGRAM answers without a network: `("run", command)` or `("load", options)`."""
+    environment = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment["HF_MODULES_CACHE"] = str(cache / "modules")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    errors = tmp_path_factory.mktemp("offline") / "errors"
+    with (
+        errors.open("w") as file,
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            env=os.environ | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdin is not None and process.stdout is not None
+
+        def ask(what: str, argument: Any) -> Any:
+            print(json.dumps([what, argument]), file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+            assert answer, errors.read_text(encoding="utf-8")
+            return json.loads(answer)
+
+        yield ask
 
 
-def run_script(cache: Path, script: str, argument: Any) -> Any:
-    """What a script prints as JSON, given JSON, without a network."""
-    offline = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    offline["HF_MODULES_CACHE"] = str(cache / "modules")
-    environment = os.environ | offline | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", script, json.dumps(argument)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def test_targets_tokenizers_and_drafts_have_hub_names(cache: Path) -> None:
+def test_targets_tokenizers_and_drafts_have_hub_names(offline: Offline) -> None:
     """The tokens are those of the embedded models by their own names."""
     options = ["--prompt", "def read(path):", "--max-new-tokens", "12", "--plan", "tree:3x2x6", "--json"]
     generate = ["generate", *options, "--target"]
-    outcomes = run(
-        cache,
+    commands = [
         [*generate, "org/model", "--draft", "org/head"],
         [*generate, "org/model", "--draft", "org/small"],
         [*generate, "tiny", "--draft", "tiny"],
         ["inspect", "org/head", "--target", "org/model", "--json"],
         ["inspect", "org/small", "--target", "org/model", "--json"],
-    )
+    ]
+    outcomes = [offline("run", command) for command in commands]
     assert [status for status, _, _ in outcomes] == [0] * 5, outcomes
     of_head, of_small, embedded, head, small = (json.loads(out) for _, out, _ in outcomes)
     assert len(embedded["token_ids"]) == 12
@@ -91,7 +115,7 @@ def test_targets_tokenizers_and_drafts_have_hub_names(cache: Path) -> None:
     assert (small["format"], small["problems"]) == ("language_model", [])
 
 
-def test_what_is_not_there_is_said_in_one_line(cache: Path, tmp_path: Path) -> None:
+def test_what_is_not_there_is_said_in_one_line(offline: Offline, tmp_path: Path) -> None:
     generate = ["generate", "--prompt", "x", "--target"]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -106,7 +130,8 @@ def test_what_is_not_there_is_said_in_one_line(cache: Path, tmp_path: Path) -> N
         "target: cannot read the config of 'org/gone': ": ["inspect", "org/head", "--target", "org/gone"],
         "target: cannot read the config of 'org/gone': We": ["train", str(recipe)],
     }
-    for message, (status, out, err) in zip(expected, run(cache, *expected.values()), strict=True):
+    for message, command in expected.items():
+        status, out, err = offline("run", command)
         (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
         assert line.startswith(f"error: {message}")
         assert err.splitlines()[-1] == line
@@ -129,22 +154,9 @@ class Bytes(PreTrainedTokenizer):
     def convert_tokens_to_string(self, tokens):
         return bytes(map(int, tokens)).decode(errors="replace")
 """
-LOADING = """
-import json, sys
-import draftwing
-
-loaded = []
-for options in json.loads(sys.argv[1]):
-    try:
-        model = draftwing.load("org/two", **options)
-        loaded.append([model.tokenizer.chat_template, model.target.eos_token_ids, model.tokenizer("hi")["input_ids"]])
-    except ValueError as error:
-        loaded.append(str(error))
-print(json.dumps(loaded))
-"""
 
 
-def test_a_revision_and_trust_are_those_of_all_files(cache: Path, tmp_path: Path) -> None:
+def test_a_revision_and_trust_are_those_of_all_files(cache: Path, offline: Offline, tmp_path: Path) -> None:
     """The tokenizer and the generation config come from where the weights do, and code is run where it is trusted."""
     for name in ("old", "new"):
         shutil.copytree(EMBEDDED / "target", tmp_path / name)
@@ -161,7 +173,7 @@ def test_a_revision_and_trust_are_those_of_all_files(cache: Path, tmp_path: Path
         put(cache, "two", tmp_path / name, ref, str(commit) * 40)
     asked = [{}, {"revision": "v1"}, {"revision": "v2", "trust_remote_code": True}]
     asked += [{"revision": "v2", "trust_remote_code": False}, {"cache_dir": str(tmp_path / "empty")}]
-    new, old, code, untrusted, elsewhere = run_script(cache, LOADING, asked)
+    new, old, code, untrusted, elsewhere = (offline("load", options) for options in asked)
     assert (new[:2], old[:2], code[:2]) == (["new", [9]], ["old", [3]], ["new", [9]])
     assert new[2] == old[2] != code[2] == list(b"hi")
     assert untrusted.startswith("target: no tokenizer in 'org/two': ")

@@ -22,7 +22,7 @@ from draftwing.engine.sampling import Sampler, SamplingParams
 from draftwing.engine.stopping import StopRule
 from draftwing.target.model import TargetModel
 
-NUM_SEEDS = 2000
+NUM_SEEDS = 1000
 PROMPT = [1, 2, 3]
 SMALL_VOCAB = 5
 
