@@ -233,6 +233,8 @@ def test_what_cannot_be_started_is_told(tmp_path: Path) -> None:
 
 
 RUNS_ENGINE = """
+import signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup make test` would have it ignore
 from draftwing.checks.engine_process import EngineProcess
 with EngineProcess("engine", ["sleep", "60"], 60) as process:
     print(process._process.pid, flush=True)
