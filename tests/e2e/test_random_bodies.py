@@ -1,6 +1,6 @@
 """Bodies that are valid but for a few random changes, to the application with its engine: never a server error.
 
-    DRAFTWING_BODIES=100000 pytest tests/e2e/test_random_bodies.py -m slow
+    DRAFTWING_BODIES=100000 pytest -s tests/e2e/test_random_bodies.py -m slow
 
 What a body is depends on its number alone, so that one that fails can be sent again.
 """
@@ -166,6 +166,8 @@ async def send_all(app: Any) -> Counter[str]:
             response = await client.post(route, content=content, headers={"content-type": "application/json"})
             assert is_fine(response), (number, route, content, response.status_code, response.text[:2000])
             statuses[f"{route} {response.status_code}"] += 1
+            if statuses.total() % 1000 == 0:
+                print(f"{statuses.total()} of {NUM_BODIES}", flush=True)
 
     async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=300) as client:
         await asyncio.gather(*(send_some(client) for _ in range(AT_ONCE)))
