@@ -61,12 +61,12 @@ def has_kernel(device: torch.device, dtype: torch.dtype, num_queries: int, width
     )
 
 
-@cache
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+@cache
 def has_triton() -> bool:
     """Whether kernels can be compiled: Triton comes with torch for CUDA; it wants a C compiler and Python's headers."""
     has_compiler = any(map(which, (os.environ.get("CC", "cc"), "gcc", "clang")))
