@@ -14,7 +14,7 @@ import torch
 from draftwing.batches import Prompts, append_padded, read_prompts, unpad
 from draftwing.config import DRAFT_DTYPES, check_keys
 from draftwing.drafts.eagle.formats import FROM_FILE, HeadOptions
-from draftwing.drafts.family import Draft, DrafterOptions, Family
+from draftwing.drafts.family import Draft, DrafterOptions
 from draftwing.drafts.kinds import (
     PLAIN,
     check_drafting,
@@ -111,8 +111,10 @@ class SpeculativeModel:
         """The same target with a draft that is loaded for it; arguments and errors are those of `load`."""
         drafting = load_draft(draft, self.target, options=head_options, tokenizer=self.tokenizer)
         lessons, family = self._lessons.of_another(read_acceptance(draft)), family_of_draft(drafting)
-        _check_draft_dtype(draft_dtype, family)
+        _check_draft_dtype(draft_dtype)
         if draft_dtype is not None:
+            if not family.has_int8:
+                raise ValueError(f"draft_dtype: for EAGLE and Medusa heads, and {draft} is {family.name}")
             round_linears(family.kind.network(drafting))
         packed = family.kind.prepack(drafting)
         return SpeculativeModel(self.target, packed, self.tokenizer, method, lessons, self._captures)
@@ -411,12 +413,10 @@ def _draft_to_load(draft: str | None, method: str | None, head_options: Sequence
     return None
 
 
-def _check_draft_dtype(draft_dtype: str | None, family: Family | None = None) -> None:
-    """Raise a ValueError for a dtype that is not known, or a family that it is not for."""
+def _check_draft_dtype(draft_dtype: str | None) -> None:
+    """Raise a ValueError for a dtype that is not known."""
     if draft_dtype not in (None, *DRAFT_DTYPES):
         raise ValueError(f"draft_dtype: expected {' or '.join(DRAFT_DTYPES)}, got {draft_dtype!r}")
-    if draft_dtype and family and not family.has_int8:
-        raise ValueError(f"draft_dtype: for EAGLE and Medusa heads, and the draft is {family.name}")
 
 
 def take_head_options(options: dict[str, Any]) -> HeadOptions:
