@@ -32,8 +32,8 @@ def pack_linears(model: nn.Module) -> None:
     """
     # Without the layers themselves, so that each one's weights go when they have been packed.
     for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
-        layers = {name: child for name, child in parent.named_children() if type(child) in LINEAR}
-        layers = {name: layer for name, layer in layers.items() if _can_pack(layer)}
+        linear = {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
+        layers = {name: layer for name, layer in linear.items() if type(layer) in LINEAR and _can_pack(layer)}
         groups: list[tuple[str, ...]] = [
             group
             for group in SAME_INPUT
@@ -227,7 +227,7 @@ class Int8Product(Product):
     def __init__(self, layers: Sequence[nn.Linear], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(layers)
         numbers, scale = to_int8(weight)
-        self._product = RowProduct(numbers, bias, Tiles.of(*weight.shape, most_splits=1), scale)
+        self._product = RowProduct(numbers, bias, Tiles.of(len(weight), weight.shape[1], most_splits=1), scale)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         from draftwing.target.row_products import multiply  # needs Triton
