@@ -26,12 +26,14 @@ from triton.compiler import ASTSource
 from draftwing.engine import top_tokens
 from draftwing.target import packed, row_attention, row_products
 from draftwing.target.model import ATTENTION
+from draftwing.target.row_layout import RowProduct, Tiles
 from draftwing.target.row_pass import RowTarget
 
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -51,7 +53,7 @@ TINY = SIZES | {
     "intermediate_size": 344,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 64,
+    "head_dim": 48,
     "vocab_size": 1001,
 }
 
@@ -131,6 +133,7 @@ def main() -> None:
         run_pass(meta_model(Qwen3Config(**SIZES)), 16)
     else:
         run_pass(meta_model(LlamaConfig(**TINY), torch.float16), 16)
+    run_draft_products()
     logits, scale, shift = (torch.empty(1, *shape, device="meta") for shape in ((10, 32000), (1, 1), (1, 32000)))
     top_tokens.top_tokens(logits.bfloat16(), None, None, 10)
     top_tokens.top_tokens(logits.bfloat16(), scale, shift, 10)
@@ -146,6 +149,16 @@ def run_pass(model: PreTrainedModel, num_nodes: int) -> None:
     tokens = torch.zeros(1, num_nodes, dtype=torch.int64, device="meta")
     ancestors = torch.ones(1, num_nodes, num_nodes, dtype=torch.bool, device="meta")
     target.forward_tree(tokens, tokens, ancestors, cache)
+
+
+def run_draft_products() -> None:
+    """A draft head's in 8 bits, of an 8B model: its output head, and its products whatever their splits."""
+    for num_outputs, num_inputs in ((32000, 4096), (6144, 8192)):
+        weight = torch.empty(num_outputs, num_inputs, dtype=torch.int8, device="meta")
+        scale = torch.empty(num_outputs, device="meta")
+        product = RowProduct(weight, None, Tiles.of(num_outputs, num_inputs, most_splits=1), scale)
+        for num_rows in (10, 128):
+            row_products.multiply(torch.empty(num_rows, num_inputs, dtype=torch.bfloat16, device="meta"), product)
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:

@@ -48,9 +48,9 @@ def normalise(x: torch.Tensor, norm: RowNorm) -> torch.Tensor:
     return scaled * norm.weight
 
 
-def rotate_and_store(
-    sums: torch.Tensor,
-    bias: torch.Tensor | None,
+def project_heads(
+    x: torch.Tensor,
+    product: RowProduct,
     norm: RowNorm | None,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -59,7 +59,7 @@ def rotate_and_store(
     places: Places,
 ) -> torch.Tensor:
     num_key_heads, dim = keys.shape[1:]
-    heads = _joined(sums, bias).to(keys.dtype).unflatten(-1, (-1, dim))
+    heads = _joined(multiply_split(x, product), product.bias).to(keys.dtype).unflatten(-1, (-1, dim))
     rotated, values[places.slots] = heads[:, :-num_key_heads], heads[:, -num_key_heads:]
     if norm is not None:
         rotated = torch.stack([normalise(row, norm) for row in rotated])
@@ -126,4 +126,4 @@ def _joined(sums: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return total if bias is None else total + bias.float()
 
 
-EMULATED = Kernels(multiply, multiply_split, multiply_gated, add_splits, normalise, rotate_and_store, attend)
+EMULATED = Kernels(multiply, multiply_split, multiply_gated, add_splits, normalise, project_heads, attend)

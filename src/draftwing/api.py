@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from draftwing.batches import Prompts, append_padded, read_prompts, unpad
-from draftwing.config import check_keys
+from draftwing.config import DRAFT_DTYPES, check_keys
 from draftwing.drafts.eagle.formats import FROM_FILE, HeadOptions
 from draftwing.drafts.family import Draft, DrafterOptions
 from draftwing.drafts.kinds import (
@@ -39,16 +39,15 @@ from draftwing.plans.planner import Planner
 from draftwing.target.fused import pack_target
 from draftwing.target.load import check_device, load_target, load_tokenizer, parse_dtype
 from draftwing.target.model import TargetModel
+from draftwing.target.rounded import round_linears
 from draftwing.target.row_pass import rounding_problem
 from draftwing.threads import free_cores
 
 logger = logging.getLogger(__name__)
 HEAD_OPTIONS = tuple(HeadOptions.__dataclass_fields__)
-LOAD_OPTIONS = ("draft", "dtype", "device", "method", "capture", "remeasure", "quantize", *HEAD_OPTIONS) + (
-    "attn_implementation",
-    "device_map",
-    "revision",
-    "trust_remote_code",
+LOAD_OPTIONS = (
+    *("draft", "dtype", "device", "method", "capture", "remeasure", "quantize", "draft_dtype", *HEAD_OPTIONS),
+    *("attn_implementation", "device_map", "revision", "trust_remote_code"),
 )
 """What `load` takes, the most used of `from_pretrained` among them; to suggest one for another."""
 
@@ -107,11 +106,17 @@ class SpeculativeModel:
         draft: str,
         method: str | None = None,
         head_options: HeadOptions = FROM_FILE,
+        draft_dtype: str | None = None,
     ) -> "SpeculativeModel":
         """The same target with a draft that is loaded for it; arguments and errors are those of `load`."""
         drafting = load_draft(draft, self.target, options=head_options, tokenizer=self.tokenizer)
-        lessons = self._lessons.of_another(read_acceptance(draft))
-        packed = family_of_draft(drafting).kind.prepack(drafting)
+        lessons, family = self._lessons.of_another(read_acceptance(draft)), family_of_draft(drafting)
+        _check_draft_dtype(draft_dtype)
+        if draft_dtype is not None:
+            if not family.has_int8:
+                raise ValueError(f"draft_dtype: for EAGLE and Medusa heads, and {draft} is {family.name}")
+            round_linears(family.kind.network(drafting))
+        packed = family.kind.prepack(drafting)
         return SpeculativeModel(self.target, packed, self.tokenizer, method, lessons, self._captures)
 
     @property
@@ -338,6 +343,7 @@ def load(
     method: str | None = None,
     capture: bool = True,
     remeasure: bool = False,
+    draft_dtype: str | None = None,
     **options: Any,
 ) -> SpeculativeModel:
     """Load a target and a draft, ready to generate.
@@ -354,6 +360,8 @@ def load(
             one that needs no draft, none is loaded.
         capture: on a CUDA device, record cycles once and replay them (CUDA graphs).
         remeasure: measure anew what a cycle costs, by which trees size themselves; else it is kept on disk for 30 days.
+        draft_dtype: "int8" keeps the linear layers of an EAGLE or Medusa head in 8 bits; default: `dtype`. The output
+            stays the same, drafts may get worse; a GPU reads half the bytes.
         options: `quantize="int8"` (or int4, float8) keeps the target's linear layers in fewer bits, by torchao; files
             that are quantised already need none. The fields of HeadOptions (`aux_layers`, `rope_theta`, `norm_output`,
             ...) override what a head's file says (see `draftwing inspect`, `draftwing doctor`). Others go to
@@ -369,9 +377,11 @@ def load(
             "model.generate(..., custom_generate=draftwing.custom_generate(draft))"
         )
     check_device(device)
+    _check_draft_dtype(draft_dtype)
     free_cores()  # looks while the models are loaded
     head_options = take_head_options(options)
-    draft = _draft_to_load(draft, method, head_options)  # a wrong name is known before the target is loaded
+    given = (*head_options.given, *(() if draft_dtype is None else ("draft_dtype",)))
+    draft = _draft_to_load(draft, method, given)  # a wrong name is known before the target is loaded
     try:
         loaded = pack_target(load_target(target, parse_dtype(dtype), device, **options))
     except ValueError as error:
@@ -384,23 +394,29 @@ def load(
     model = SpeculativeModel(loaded, None, load_tokenizer(target, **options), None, lessons, capture)
     if draft is None:
         return model if method is None else model.with_method(method)
-    return model.with_draft(draft, method, head_options)
+    return model.with_draft(draft, method, head_options, draft_dtype)
 
 
-def _draft_to_load(draft: str | None, method: str | None, head_options: HeadOptions) -> str | None:
+def _draft_to_load(draft: str | None, method: str | None, head_options: Sequence[str]) -> str | None:
     """The draft that a method needs; None: it needs none, or none is given.
 
     Raises:
-        ValueError: a draft that is not there, a method that needs one, options of a head that is not loaded.
+        ValueError: a draft that is not there, a method that needs one, `head_options` of a head that is not loaded.
     """
     if draft is not None and (method is None or family_of(method).needs_draft):
         draft = suitable_draft(draft, method)
         resolve_draft(draft)
         return draft
-    if head_options.given:
-        raise ValueError(f"{', '.join(head_options.given)}: for an EAGLE head, and no draft is loaded")
+    if head_options:
+        raise ValueError(f"{', '.join(head_options)}: for an EAGLE head, and no draft is loaded")
     resolve_method(method, None)
     return None
+
+
+def _check_draft_dtype(draft_dtype: str | None) -> None:
+    """Raise a ValueError for a dtype that is not known."""
+    if draft_dtype not in (None, *DRAFT_DTYPES):
+        raise ValueError(f"draft_dtype: expected {' or '.join(DRAFT_DTYPES)}, got {draft_dtype!r}")
 
 
 def take_head_options(options: dict[str, Any]) -> HeadOptions:

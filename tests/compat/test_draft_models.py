@@ -11,6 +11,7 @@ from published import TINY, eagle1_shapes, eagle3_shapes, random_tensors
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 
+from draftwing.api import SpeculativeModel
 from draftwing.drafts.eagle.formats import HeadOptions
 from draftwing.drafts.fit import Tensors
 from draftwing.drafts.inspect_draft import inspect_draft
@@ -43,6 +44,11 @@ def test_a_folder_with_a_causal_language_model(target: TargetModel, tmp_path: Pa
     model = load_draft(save(tmp_path, num_hidden_layers=2), target)
     assert isinstance(model, TargetModel)
     assert (model.num_layers, model.vocab_size, model.dtype) == (2, VOCAB_SIZE, torch.float64)
+
+
+def test_its_products_are_not_kept_in_8_bits(target: TargetModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"draft_dtype: for EAGLE and Medusa heads, and .* is a language model"):
+        SpeculativeModel(target).with_draft(save(tmp_path), draft_dtype="int8")
 
 
 def test_an_eagle1_head_names_the_same_architecture_and_is_none() -> None:

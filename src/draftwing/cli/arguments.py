@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from draftwing.config import DTYPES, QUANTIZATIONS
+from draftwing.config import DRAFT_DTYPES, DTYPES, QUANTIZATIONS
 from draftwing.drafts.kinds import methods
 from draftwing.embedded import EMBEDDED_DRAFTS, EMBEDDED_TARGETS
 from draftwing.engine.tree_plan import STATIC_TREES, TreePlan
@@ -128,7 +128,7 @@ def add_remeasure(parser: argparse.ArgumentParser) -> None:
 
 
 def add_execution(parser: argparse.ArgumentParser) -> None:
-    """Which files of the target are loaded, how its weights are kept and how cycles are run."""
+    """Which files of the target are loaded, how weights are kept and how cycles are run."""
     parser.add_argument("--revision", help="of a target on the hub: a branch, a tag or a commit")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that comes with a target's or tokenizer's files"
@@ -138,6 +138,12 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
         choices=QUANTIZATIONS,
         help="keep the target's linear layers in fewer bits, by torchao (int4: CUDA only); files that are quantised "
         "already need no option",
+    )
+    parser.add_argument(
+        "--draft-dtype",
+        choices=DRAFT_DTYPES,
+        help="keep the linear layers of an EAGLE or Medusa head in 8 bits (default: the target's dtype); the output "
+        "stays the same, drafts may get worse",
     )
     parser.add_argument(
         "--no-capture",
@@ -151,7 +157,7 @@ def execution(options: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_execution`, for `load`."""
     files = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     given = {name: value for name, value in files.items() if value}
-    return {"quantize": options.quantize, "capture": options.capture, **given}
+    return {"quantize": options.quantize, "draft_dtype": options.draft_dtype, "capture": options.capture, **given}
 
 
 def add_loading(parser: argparse.ArgumentParser, methods: Sequence[str] | None = None) -> None:

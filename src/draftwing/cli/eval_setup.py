@@ -113,9 +113,10 @@ def prepare(
     """Load the models; the methods by row name, with their plans filled in, and what is to be measured."""
     rivals = _endpoints(options)  # before the models: a server that is not there is found out at once
     more = execution(options) | {"remeasure": options.remeasure}
+    draft_dtype = more.pop("draft_dtype")  # of the drafts, which are loaded behind the target
     with new_console(stderr=True).status("loading models"):
         bare = load(options.target, dtype=options.dtype, device=options.device, **more)
-        models = {name: bare.with_draft(path) for name, path in drafts.items()}
+        models = {name: bare.with_draft(path, draft_dtype=draft_dtype) for name, path in drafts.items()}
         device = bare.target.device
         rivals |= {name: with_peak(decode, device) for name, decode in _transformers(options, bare).items()}
     methods: dict[str, MethodSpec] = {}

@@ -57,6 +57,7 @@ class Family:
         needs_draft: whether something is loaded; else the text or the target drafts.
         takes: the options of `generate` that not every method has a use for.
         has_head_options: whether HeadOptions say something of its files.
+        has_int8: whether its linear layers can be kept in 8 bits (target/rounded.py).
         has_doctor: whether the doctor knows what can be wrong with it.
         plans: the shapes that it drafts; "columns" are Lookahead decoding's.
         files: names of weight files that only this kind has.
@@ -69,6 +70,7 @@ class Family:
     needs_draft: bool = True
     takes: tuple[str, ...] = ()
     has_head_options: bool = False
+    has_int8: bool = False
     has_doctor: bool = False
     plans: Literal["trees", "chains", "columns", "none"] = "trees"
     files: tuple[str, ...] = ()

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from draftwing.target.model import TargetModel
 
 _HERE = "draftwing.drafts"
-_EAGLE: dict[str, Any] = {"takes": ("ngram", "draft_window"), "has_head_options": True, "has_doctor": True}
+_EAGLE: dict[str, Any] = {
+    "takes": ("ngram", "draft_window"),
+    "has_head_options": True,
+    "has_int8": True,
+    "has_doctor": True,
+}
 PLAIN = "plain"
 """The method that drafts nothing: the reference of all others."""
 
@@ -57,6 +62,7 @@ FAMILIES = [
         "Medusa heads",
         f"{_HERE}.medusa.kind.Medusa",
         (Method("medusa", "medusa", "medusa"),),
+        has_int8=True,
         files=("medusa_lm_head.pt",),
         objectives={"medusa": f"{_HERE}.medusa.objective.MedusaObjective"},
     ),

@@ -1,6 +1,7 @@
 """The attention of targets and draft networks, under any mask: by SDPA, or by our own kernel on a GPU."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from shutil import which
@@ -58,6 +59,11 @@ def has_kernel(device: torch.device, dtype: torch.dtype, num_queries: int, width
         and width * dtype.itemsize <= LARGEST_KEY_BYTES
         and has_triton()
     )
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache

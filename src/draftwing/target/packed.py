@@ -15,9 +15,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from draftwing.target.attention import has_triton, on_device
+from draftwing.target.rounded import RoundedLinear, to_int8
+from draftwing.target.row_layout import RowProduct, Tiles
+
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Sibling layers that read the same tensor in the models that have them: one product computes them all."""
+LINEAR = (nn.Linear, RoundedLinear)
 
 
 def pack_linears(model: nn.Module) -> None:
@@ -27,8 +32,8 @@ def pack_linears(model: nn.Module) -> None:
     """
     # Without the layers themselves, so that each one's weights go when they have been packed.
     for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
-        layers = {name: child for name, child in parent.named_children() if type(child) is nn.Linear}
-        layers = {name: layer for name, layer in layers.items() if _can_pack(layer)}
+        linear = {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
+        layers = {name: layer for name, layer in linear.items() if type(layer) in LINEAR and _can_pack(layer)}
         groups: list[tuple[str, ...]] = [
             group
             for group in SAME_INPUT
@@ -198,6 +203,8 @@ def half_exponent(weight: torch.Tensor) -> int | None:
 def _product(layers: Sequence[nn.Linear]) -> Product:
     """The fastest product; on a CPU, but in float64, one whose bits do not depend on what passes with a row."""
     weight, bias = _joined(layers)
+    if isinstance(layers[0], RoundedLinear) and _multiplies_int8(weight):
+        return Int8Product(layers, weight, bias)
     if weight.device.type != "cpu" or weight.dtype == torch.float64:
         return JoinedProduct(layers, weight, bias)
     if weight.dtype == torch.float32 and same_rows():
@@ -205,6 +212,31 @@ def _product(layers: Sequence[nn.Linear]) -> Product:
         if exponent is not None:
             return HalfProduct(layers, weight, bias, exponent)
     return PackedProduct(layers, weight, bias)
+
+
+def _multiplies_int8(weight: torch.Tensor) -> bool:
+    """Whether row_products.py's kernels run where this weight lies, and in its dtype."""
+    if weight.device.type != "cuda" or weight.dtype not in (torch.bfloat16, torch.float16) or not has_triton():
+        return False
+    return torch.version.hip is None and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+
+
+class Int8Product(Product):
+    """Our kernel's, of rounded weights: 8 bits of each are read."""
+
+    def __init__(self, layers: Sequence[nn.Linear], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__(layers)
+        numbers, scale = to_int8(weight)
+        self._product = RowProduct(numbers, bias, Tiles.of(len(weight), weight.shape[1], most_splits=1), scale)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        from draftwing.target.row_products import multiply  # needs Triton
+
+        with on_device(x.device):
+            return multiply(x.flatten(0, -2).contiguous(), self._product).view(*x.shape[:-1], -1)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        return torch.add(residual, self(x), out=residual if overwrite else None)
 
 
 class JoinedProduct(Product):

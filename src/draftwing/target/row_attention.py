@@ -1,4 +1,4 @@
-"""Rotation, the write of keys and values, and attention in Triton, laid out by row_layout.py.
+"""Queries, keys and values, rotated and written, and attention in Triton, laid out by row_layout.py.
 
 Attention is two launches. One has a program for each part of the context and block of rows (a node's query heads of one
 key/value head are rows), and one for each node's tail; a tile has the same height whatever the number of nodes, so that
@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from draftwing.target.row_layout import TAIL, Places, RowNorm
-from draftwing.target.row_products import shared_bytes
+from draftwing.target.row_layout import TAIL, Places, RowNorm, RowProduct
+from draftwing.target.row_products import halves, multiply_split, shared_bytes, sum_tile, tiling
 
 BLOCK_ROWS, BLOCK_KEYS, JOINED_AT_ONCE = 64, 64, 32
 MOST_SCRATCH = 1 << 28
@@ -18,9 +18,9 @@ MOST_SCRATCH = 1 << 28
 LOG2_E = 1.4426950408889634
 
 
-def rotate_and_store(
-    sums: torch.Tensor,
-    bias: torch.Tensor | None,
+def project_heads(
+    x: torch.Tensor,
+    product: RowProduct,
     norm: RowNorm | None,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -28,21 +28,61 @@ def rotate_and_store(
     values: torch.Tensor,
     places: Places,
 ) -> torch.Tensor:
-    """Queries `[R, Hq, dim]`, rotated; keys, rotated, and values go to their slots of `[slots, Hk, dim]`.
+    """Queries `[R, Hq, dim]` of `x [R, D]`, rotated; keys, rotated, and values go to their slots of `[slots, Hk, dim]`.
 
-    From a product's splits `[splits, R, (Hq + 2 Hk) dim]`; cos, sin `[positions, dim / 2]`; a norm is over each query
-    and key head, `[Hq + Hk, dim]`.
+    The product has `(Hq + 2 Hk) dim` outputs; cos, sin `[positions, dim / 2]`; a norm is over each query and key head,
+    `[Hq + Hk, dim]`. Two launches, or one with the same bits.
     """
-    num_rows, num_key_heads, dim = sums.shape[1], keys.shape[1], keys.shape[2]
-    num_heads = sums.shape[2] // dim - 2 * num_key_heads
+    num_rows, (_, num_key_heads, dim) = len(x), keys.shape
+    num_heads = len(product.weight) // dim - 2 * num_key_heads
     queries = keys.new_empty(num_rows, num_heads, dim)
+    tables = cos, sin, queries, keys, values, places.positions, places.slots
+    if turns_in_tiles(product, norm, dim):
+        grid, sizes, options = tiling(x, product)
+        _multiply_rotated[grid](
+            x, product.weight, product.scale, product.bias, *tables, *sizes, num_heads, num_key_heads,
+            HAS_BIAS=product.bias is not None, DIM=dim, **options,
+        )  # fmt: skip
+        return queries
+    sums = multiply_split(x, product)
     _rotate[(num_rows, num_heads + 2 * num_key_heads)](
-        sums, bias, None if norm is None else norm.weight, cos, sin, queries, keys, values,
-        places.positions, places.slots, num_rows, num_heads, num_key_heads, 0.0 if norm is None else norm.eps,
-        SPLITS=len(sums), HAS_BIAS=bias is not None, HAS_NORM=norm is not None,
-        HALF=dim // 2, WIDTH=triton.next_power_of_2(dim // 2), num_warps=1,
+        sums, product.bias, None if norm is None else norm.weight, *tables,
+        num_rows, num_heads, num_key_heads, 0.0 if norm is None else norm.eps,
+        SPLITS=len(sums), HAS_BIAS=product.bias is not None, HAS_NORM=norm is not None,
+        HALF=dim // 2, WIDTH=triton.next_power_of_2(dim // 2), num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     return queries
+
+
+def turns_in_tiles(product: RowProduct, norm: RowNorm | None, dim: int) -> bool:
+    """Whether a tile of the product can hold, whole, what rotates together."""
+    return norm is None and product.tiles.splits == 1 and dim % product.tiles.outputs == 0
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _multiply_rotated(
+    x, weight, scale, bias, cos, sin, queries, keys, values, positions, slots,
+    num_rows, num_outputs, num_inputs, split_length, num_heads, num_key_heads,
+    HAS_BIAS: tl.constexpr, DIM: tl.constexpr, HAS_SCALE: tl.constexpr, IS_EVEN: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_INPUTS: tl.constexpr,
+):  # fmt: skip
+    """A product's tile of one head: some numbers of its lower half, and those of its upper half that they turn with."""
+    PART: tl.constexpr = BLOCK_OUTPUTS // 2
+    TILES: tl.constexpr = DIM // BLOCK_OUTPUTS
+    head, first = tl.program_id(1) // TILES, tl.program_id(1) % TILES * PART
+    row, i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_OUTPUTS)
+    output = head * DIM + first + i % PART + (i // PART) * (DIM // 2)
+    is_row = row < num_rows
+    total = sum_tile(
+        x, weight, scale, bias, row, is_row, output, output < num_outputs, 0, num_inputs, split_length,
+        HAS_SCALE, HAS_BIAS, IS_EVEN, BLOCK_OUTPUTS, BLOCK_ROWS, BLOCK_INPUTS,
+    )  # fmt: skip
+    low, high = halves(total.to(queries.dtype.element_ty).to(tl.float32), PART, BLOCK_ROWS)
+    position, slot = tl.load(positions + row, mask=is_row, other=0), tl.load(slots + row, mask=is_row, other=0)
+    _store_head(
+        low, high, row[None, :], position[None, :], slot[None, :], head, (first + tl.arange(0, PART))[:, None],
+        is_row[None, :], cos, sin, queries, keys, values, num_heads, num_key_heads, DIM // 2,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "eps"])
@@ -50,7 +90,7 @@ def _rotate(
     sums, bias, weight, cos, sin, queries, keys, values, positions, slots, num_rows, num_heads, num_key_heads, eps,
     SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row."""
+    """One head of one row, from the splits of a product `[splits, R, (Hq + 2 Hk) dim]`."""
     r, head = tl.program_id(0), tl.program_id(1)
     i = tl.arange(0, WIDTH)
     mask = i < HALF
@@ -64,23 +104,36 @@ def _rotate(
     if HAS_BIAS:
         low += tl.load(bias + head * 2 * HALF + i, mask=mask, other=0.0).to(tl.float32)
         high += tl.load(bias + head * 2 * HALF + HALF + i, mask=mask, other=0.0).to(tl.float32)
-    slot = tl.load(slots + r).to(tl.int64)
-    if head >= num_heads + num_key_heads:
-        goal = values + (slot * num_key_heads + head - num_heads - num_key_heads) * (2 * HALF) + i
-        tl.store(goal, low.to(dtype), mask=mask)
-        tl.store(goal + HALF, high.to(dtype), mask=mask)
-    else:
-        low, high = low.to(dtype).to(tl.float32), high.to(dtype).to(tl.float32)
-        if HAS_NORM:
+    low, high = low.to(dtype).to(tl.float32), high.to(dtype).to(tl.float32)
+    if HAS_NORM:  # noqa: SIM102 (decided while Triton compiles)
+        if head < num_heads + num_key_heads:
             scale = tl.rsqrt(tl.sum(low * low + high * high, 0) / (2 * HALF) + eps)
             weight_low = tl.load(weight + head * 2 * HALF + i, mask=mask, other=0.0).to(tl.float32)
             weight_high = tl.load(weight + head * 2 * HALF + HALF + i, mask=mask, other=0.0).to(tl.float32)
             low = ((low * scale).to(dtype).to(tl.float32) * weight_low).to(dtype).to(tl.float32)
             high = ((high * scale).to(dtype).to(tl.float32) * weight_high).to(dtype).to(tl.float32)
-        position = tl.load(positions + r)
+    _store_head(
+        low, high, r, tl.load(positions + r), tl.load(slots + r), head, i,
+        mask, cos, sin, queries, keys, values, num_heads, num_key_heads, HALF,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_head(
+    low, high, row, position, slot, head, i, mask, cos, sin, queries, keys, values, num_heads, num_key_heads,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    """Numbers `i` of both halves of a head, rounded, go to their place: values as they are, others rotated."""
+    dtype: tl.constexpr = queries.dtype.element_ty
+    slot = slot.to(tl.int64)
+    if head >= num_heads + num_key_heads:
+        goal = values + (slot * num_key_heads + head - num_heads - num_key_heads) * (2 * HALF) + i
+        tl.store(goal, low.to(dtype), mask=mask)
+        tl.store(goal + HALF, high.to(dtype), mask=mask)
+    else:
         c = tl.load(cos + position * HALF + i, mask=mask, other=0.0).to(tl.float32)
         s = tl.load(sin + position * HALF + i, mask=mask, other=0.0).to(tl.float32)
-        goal = queries + (r.to(tl.int64) * num_heads + head) * (2 * HALF) + i
+        goal = queries + (row.to(tl.int64) * num_heads + head) * (2 * HALF) + i
         if head >= num_heads:
             goal = keys + (slot * num_key_heads + head - num_heads) * (2 * HALF) + i
         tl.store(goal, ((low * c).to(dtype).to(tl.float32) - high * s).to(dtype), mask=mask)

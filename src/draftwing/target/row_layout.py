@@ -58,11 +58,12 @@ class Tiles:
 
 @dataclass(frozen=True)
 class RowProduct:
-    """`weight [out, in]` and `bias [out]` of a product, and how it is cut."""
+    """`weight [out, in]` and `bias [out]` of a product, and how it is cut; `scale [out]` of an int8 weight's sums."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     tiles: Tiles
+    scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ others, one is read.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from draftwing.target.attention import has_triton
+from draftwing.target.attention import has_triton, on_device
 from draftwing.target.fused import ARCHITECTURES, FusedTarget, Layer, epsilon
 from draftwing.target.hidden_states import NORMED
 from draftwing.target.kv_cache import KVCache
@@ -36,7 +35,7 @@ class Kernels:
     multiply_gated: Callable[..., torch.Tensor]
     add_splits: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     normalise: Callable[..., torch.Tensor]
-    rotate_and_store: Callable[..., torch.Tensor]
+    project_heads: Callable[..., torch.Tensor]
     attend: Callable[..., torch.Tensor]
 
     @staticmethod
@@ -99,7 +98,7 @@ class RowTarget(FusedTarget):
         starts = self._starts_of(cache.num_read(num_behind))
         num_positions = min(self.max_positions or self._num_positions, self._num_positions)
         places = Places.of(cache.lengths, depths, ancestors, cache.num_slots, starts, num_positions)
-        with _on(self.device):
+        with on_device(self.device):
             embedded: torch.Tensor = self.embedding(tokens)
             hidden = self._run_layers(embedded.flatten(0, 1), places, cache, feature_layers)
             spread = {index: state.view(batch_size, num_nodes, -1) for index, state in hidden.items()}
@@ -118,9 +117,8 @@ class RowTarget(FusedTarget):
         inputs = kernels.normalise(x, self._first_norm)
         for index, layer in enumerate(self._row_layers):
             keys, values = cache.layer(index)
-            qkv = layer.queries_keys_values
-            queries = kernels.rotate_and_store(
-                kernels.multiply_split(inputs, qkv), qkv.bias, layer.heads_norm, cos, sin, keys, values, places
+            queries = kernels.project_heads(
+                inputs, layer.queries_keys_values, layer.heads_norm, cos, sin, keys, values, places
             )
             attended = kernels.attend(queries, keys, values, places, scale)
             output, down = layer.attention_output, layer.down
@@ -212,11 +210,6 @@ def _read_layer(layer: Layer, module: Any, next_norm: RowNorm) -> RowLayer:
         read_product(layer.down),
         next_norm,
     )
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 PARENTS, DEPTHS = (0, 0, 0, 1), (0, 1, 1, 2)

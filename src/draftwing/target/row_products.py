@@ -61,19 +61,30 @@ def normalise(x: torch.Tensor, norm: RowNorm) -> torch.Tensor:
 def _launch(
     x: torch.Tensor, product: RowProduct, bias: torch.Tensor | None, y: torch.Tensor, is_gated: bool = False
 ) -> None:
+    grid, sizes, options = tiling(x, product)
+    _multiply[grid](
+        x, product.weight, product.scale, bias, y, *sizes, HAS_BIAS=bias is not None, IS_GATED=is_gated, **options
+    )
+
+
+def tiling(x: torch.Tensor, product: RowProduct) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, Any]]:
+    """How a product is launched: its grid (blocks of rows, blocks of outputs, splits), sizes, and constants."""
     tiles, (num_outputs, num_inputs), num_rows = product.tiles, product.weight.shape, len(x)
     block_rows = min(MOST_ROWS, max(16, triton.next_power_of_2(num_rows)))
     split_length = tiles.split_length(num_inputs)
     stage_bytes = (tiles.outputs + block_rows) * tiles.inputs * x.element_size()
-    is_even = num_inputs == split_length * tiles.splits and num_outputs % tiles.outputs == 0
-    _multiply[(triton.cdiv(num_rows, block_rows), triton.cdiv(num_outputs, tiles.outputs), tiles.splits)](
-        x, product.weight, bias, y, num_rows, num_outputs, num_inputs, split_length,
-        HAS_BIAS=bias is not None, IS_GATED=is_gated, IS_EVEN=is_even,
-        BLOCK_OUTPUTS=tiles.outputs, BLOCK_ROWS=block_rows, BLOCK_INPUTS=tiles.inputs,
-        num_warps=max(tiles.warps, tiles.outputs * block_rows // 2048),
-        num_stages=max(1, min(tiles.stages, shared_bytes(x.device) // stage_bytes)),
-        enable_fp_fusion=False,  # tiles of all heights, compiled apart, must round alike
-    )  # fmt: skip
+    options = {
+        "HAS_SCALE": product.scale is not None,
+        "IS_EVEN": num_inputs == split_length * tiles.splits and num_outputs % tiles.outputs == 0,
+        "BLOCK_OUTPUTS": tiles.outputs,
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_INPUTS": tiles.inputs,
+        "num_warps": max(tiles.warps, tiles.outputs * block_rows // 2048),
+        "num_stages": max(1, min(tiles.stages, shared_bytes(x.device) // stage_bytes)),
+        "enable_fp_fusion": False,  # tiles of all heights, compiled apart, must round alike
+    }
+    grid = triton.cdiv(num_rows, block_rows), triton.cdiv(num_outputs, tiles.outputs), tiles.splits
+    return grid, (num_rows, num_outputs, num_inputs, split_length), options
 
 
 @cache
@@ -87,14 +98,14 @@ def shared_bytes(device: torch.device) -> int:
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _multiply(
-    x, weight, bias, y, num_rows, num_outputs, num_inputs, split_length,
-    HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, IS_EVEN: tl.constexpr,
+    x, weight, scale, bias, y, num_rows, num_outputs, num_inputs, split_length,
+    HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, HAS_SCALE: tl.constexpr, IS_EVEN: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_INPUTS: tl.constexpr,
 ):  # fmt: skip
     """A tile of outputs x rows over one split of the inputs."""
     block, split = tl.program_id(1), tl.program_id(2)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    i, step = tl.arange(0, BLOCK_OUTPUTS), tl.arange(0, BLOCK_INPUTS)
+    i = tl.arange(0, BLOCK_OUTPUTS)
     HALF: tl.constexpr = BLOCK_OUTPUTS // 2
     if IS_GATED:  # the first half of a tile is gate's, the second up's
         inner = block * HALF + i % HALF
@@ -104,7 +115,30 @@ def _multiply(
         output = block * BLOCK_OUTPUTS + i
         is_output = output < num_outputs
     is_row = row < num_rows
-    start = split * split_length
+    total = sum_tile(
+        x, weight, scale, bias, row, is_row, output, is_output, split * split_length, num_inputs, split_length,
+        HAS_SCALE, HAS_BIAS, IS_EVEN, BLOCK_OUTPUTS, BLOCK_ROWS, BLOCK_INPUTS,
+    )  # fmt: skip
+    dtype: tl.constexpr = y.dtype.element_ty
+    if IS_GATED:
+        gate, up = halves(total.to(dtype).to(tl.float32), HALF, BLOCK_ROWS)
+        gated = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
+        j = block * HALF + tl.arange(0, HALF)
+        place = row[None, :] * (num_outputs // 2) + j[:, None]
+        tl.store(y + place, gated.to(dtype), mask=is_row[None, :] & (j < num_outputs // 2)[:, None])
+    else:
+        place = (split.to(tl.int64) * num_rows + row)[None, :] * num_outputs + output[:, None]
+        tl.store(y + place, total.to(dtype), mask=is_row[None, :] & is_output[:, None])
+
+
+@triton.jit
+def sum_tile(
+    x, weight, scale, bias, row, is_row, output, is_output, start, num_inputs, split_length,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_EVEN: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_INPUTS: tl.constexpr,
+):  # fmt: skip
+    """The sums `[outputs, rows]` of a tile over the inputs of a split, in float32, with their scale and bias."""
+    step = tl.arange(0, BLOCK_INPUTS)
     weights_at = weight + output[:, None].to(tl.int64) * num_inputs + (start + step)[None, :]
     x_at = x + row[None, :] * num_inputs + (start + step)[:, None]
     total = tl.zeros([BLOCK_OUTPUTS, BLOCK_ROWS], tl.float32)
@@ -116,21 +150,20 @@ def _multiply(
             is_input = start + k + step < num_inputs
             weights = tl.load(weights_at, mask=is_output[:, None] & is_input[None, :], other=0.0)
             inputs = tl.load(x_at, mask=is_row[None, :] & is_input[:, None], other=0.0)
-        total = tl.dot(weights, inputs, total, input_precision="ieee")
+        total = tl.dot(weights.to(inputs.dtype), inputs, total, input_precision="ieee")
         weights_at += BLOCK_INPUTS
         x_at += BLOCK_INPUTS
+    if HAS_SCALE:
+        total *= tl.load(scale + output, mask=is_output, other=0.0)[:, None]
     if HAS_BIAS:
         total += tl.load(bias + output, mask=is_output, other=0.0).to(tl.float32)[:, None]
-    dtype: tl.constexpr = y.dtype.element_ty
-    if IS_GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(total.to(dtype).to(tl.float32), (2, HALF, BLOCK_ROWS)), (1, 2, 0)))
-        gated = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
-        j = block * HALF + tl.arange(0, HALF)
-        place = row[None, :] * (num_outputs // 2) + j[:, None]
-        tl.store(y + place, gated.to(dtype), mask=is_row[None, :] & (j < num_outputs // 2)[:, None])
-    else:
-        place = (split.to(tl.int64) * num_rows + row)[None, :] * num_outputs + output[:, None]
-        tl.store(y + place, total.to(dtype), mask=is_row[None, :] & is_output[:, None])
+    return total
+
+
+@triton.jit
+def halves(tile, HALF: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """The upper and the lower half of a tile `[2 * HALF, rows]`."""
+    return tl.split(tl.permute(tl.reshape(tile, (2, HALF, BLOCK_ROWS)), (1, 2, 0)))
 
 
 def _launch_join(

@@ -35,11 +35,11 @@ def test_all_kernels_compile(capability: int, passes: str, tmp_path: Path) -> No
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     compiled = json.loads(result.stdout.splitlines()[-1])
-    of_pass = {"_multiply", "_join_splits", "_rotate", "_attend", "_join_parts"}
+    of_pass = {"_multiply", "_join_splits", "_multiply_rotated", "_rotate", "_attend", "_join_parts"}
     assert {kernel["name"] for kernel in compiled} == of_pass | {"_search_block", "_join_blocks"}
     for kernel in compiled:
         assert kernel["shared_bytes"] <= SHARED_BYTES[capability], kernel
         assert kernel["registers"]["LOCAL"] == 0, kernel
         assert kernel["registers"]["STACK"] <= 64, kernel
-    products = [kernel for kernel in compiled if kernel["name"] in ("_multiply", "_attend")]
+    products = [kernel for kernel in compiled if kernel["name"] in ("_multiply", "_multiply_rotated", "_attend")]
     assert all(kernel["products"] for kernel in products), "by tensor cores"

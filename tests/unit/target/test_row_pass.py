@@ -223,6 +223,55 @@ def test_a_row_has_the_same_bits_among_any_others(kernels: Kernels, splits: int)
         assert torch.equal(outputs(first, last), among_all[first:last])
 
 
+# -------------------------------------------------------------------------------------------------------------- heads
+
+
+@needs_triton
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("dim", "lengths"), [(64, [5, 9, 3]), (32, [0])], ids=str)
+def test_heads_rotate_in_their_product_with_the_bits_of_two_kernels(
+    dim: int, lengths: list[int], has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head of one tile and of two, more rows than a tile has, a tree in a batch.
+
+    Of numbers whose sums are exact: the interpreter's matrix product rounds an output by its place in the tile.
+    """
+    from draftwing.target import row_attention, row_products
+
+    monkeypatch.setattr(row_products, "MOST_ROWS", 16)
+    weight, x, bias = (
+        random(*shape, device=DEVICE, seed=seed).mul(16).round().div(16)
+        for seed, shape in enumerate([(4 * dim, 96), (len(lengths) * len(TREE), 96), (4 * dim,)])
+    )
+    product = RowProduct(weight, bias if has_bias else None, Tiles(32, 32, 1, 4, 2))  # of two query heads
+    cos, sin = random(20, dim // 2, device=DEVICE, seed=3), random(20, dim // 2, device=DEVICE, seed=4)
+    places = places_of(lengths, 17, DEVICE)
+    assert row_attention.turns_in_tiles(product, None, dim)
+
+    def projected() -> list[torch.Tensor]:
+        slots = [torch.zeros(len(lengths) * 17, 1, dim, dtype=torch.float16, device=DEVICE) for _ in range(2)]
+        return [row_attention.project_heads(x, product, None, cos, sin, *slots, places), *slots]
+
+    in_one = projected()
+    monkeypatch.setattr(row_attention, "turns_in_tiles", lambda *parts: False)
+    for ours, expected in zip(in_one, projected(), strict=True):
+        assert ours.any() and torch.equal(ours, expected)
+
+
+@needs_triton
+def test_which_heads_rotate_in_their_product() -> None:
+    from draftwing.target.row_attention import turns_in_tiles
+
+    def product(num_outputs: int, num_inputs: int) -> RowProduct:
+        weight = torch.empty(num_outputs, num_inputs, device="meta")
+        return RowProduct(weight, None, Tiles.of(num_outputs, num_inputs))
+
+    assert turns_in_tiles(product(6144, 4096), None, 128)  # of an 8B model
+    assert not turns_in_tiles(product(6144, 4096), RowNorm(torch.ones(40, 128), 1e-5), 128)
+    assert not turns_in_tiles(product(2560, 2048), None, 80)  # a tile has parts of two heads
+    assert not turns_in_tiles(product(1024, 4096), None, 64)  # split
+
+
 # ---------------------------------------------------------------------------------------------------------- attention
 
 HEADS, KEY_HEADS, DIM = 4, 2, 16
@@ -302,6 +351,9 @@ def test_the_same_where_parts_get_longer(lengths: list[int]) -> None:
 @pytest.mark.parametrize("lengths", [[30, 62], [157, 190]], ids=str)
 def test_the_kernels_do_so_too(lengths: list[int]) -> None:
     assert same_bits(Kernels.of_triton(), lengths, garbage=float("nan"))
+
+
+OF_ATTENTION = ("_multiply_rotated", "_rotate", "_attend", "_join_parts")
 
 
 def count_launches(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -452,6 +504,27 @@ def test_the_pass_computes_what_the_stock_modules_do(family: str) -> None:
 def test_the_kernels_compute_what_is_emulated(family: str) -> None:
     emulated, ours = (RowTarget(packed_model(family), kernels=kernels) for kernels in (EMULATED, Kernels.of_triton()))
     torch.testing.assert_close(tree_logits(ours, 5), tree_logits(emulated, 5), atol=1e-3, rtol=1e-3)
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels do not read a CPU's memory; see test_cuda.py")
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize(("splits", "per_layer"), [(1, 8), (2, 9)])
+@torch.inference_mode()
+def test_launches_of_a_layer(splits: int, per_layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the first norm and the output head; at the 8B shape queries, keys and values are not split."""
+    from draftwing.target import row_attention, row_products
+
+    def tiles(num_outputs: int, num_inputs: int, most_splits: int = 4) -> Tiles:
+        return Tiles(DIM, 16, min(splits, most_splits), 4, 2)
+
+    monkeypatch.setattr(Tiles, "of", staticmethod(tiles))
+    target = RowTarget(packed_model("llama"))
+    cache, tokens = target.new_cache(1, 30), torch.tensor([[8]])
+    counted = {row_products: ("_multiply", "_join_splits"), row_attention: OF_ATTENTION}
+    launches = [count_launches(module, name, monkeypatch) for module, names in counted.items() for name in names]
+    target.forward_tree(tokens, torch.zeros_like(tokens), torch.ones(1, 1, 1, dtype=torch.bool), cache)
+    assert sum(map(len, launches)) == 2 + per_layer * SIZES["num_hidden_layers"]
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")

@@ -1,0 +1,40 @@
+"""Weights in 8 bits: int8 numbers and a float32 scale for each output, for drafts.
+
+A draft's rounding cannot change what is decoded, only how much of it is accepted. Half the bytes of 16 bits are read
+where a kernel multiplies the numbers as they are (packed.py); elsewhere a weight holds what they stand for.
+"""
+
+import torch
+from torch import nn
+
+LARGEST = 127
+
+
+def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers `[out, in]` (int8) and the scales `[out]` (float32) that stand for a weight.
+
+    A row's largest number stays as it is, so that a weight that has been rounded, in 16 bits or more, gives the same
+    numbers again.
+    """
+    wide = weight.float()
+    scale = wide.abs().amax(dim=1) / LARGEST
+    numbers = (wide / torch.where(scale == 0, 1, scale)[:, None]).round().clamp(-LARGEST, LARGEST)
+    return numbers.to(torch.int8), scale
+
+
+class RoundedLinear(nn.Linear):
+    """In the place of a linear layer: its weight is what `to_int8` makes of the layer's."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        numbers, scale = to_int8(layer.weight.detach())
+        self.weight = nn.Parameter((numbers * scale[:, None]).to(layer.weight.dtype))
+        self.bias = layer.bias
+
+
+def round_linears(network: nn.Module) -> None:
+    """Replace a network's linear layers by rounded ones, in place."""
+    for parent in [module for module in network.modules() if not isinstance(module, nn.Linear)]:
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, RoundedLinear(child))
