@@ -1,6 +1,7 @@
 """The attention of targets and draft networks, under any mask: by SDPA, or by our own kernel on a GPU."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from shutil import which
@@ -65,6 +66,16 @@ def has_triton() -> bool:
     """Whether kernels can be compiled: Triton comes with torch for CUDA; it wants a C compiler and Python's headers."""
     has_compiler = any(map(which, (os.environ.get("CC", "cc"), "gcc", "clang")))
     return find_spec("triton") is not None and has_compiler and os.path.exists(f"{get_path('include')}/Python.h")
+
+
+def kernels_take(tensor: torch.Tensor) -> bool:
+    """Whether our kernels read a tensor: on a CUDA device, of numbers that they compute with."""
+    return tensor.device.type == "cuda" and tensor.dtype != torch.float64 and has_triton()
+
+
+def current_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """While it is entered kernels start on the tensor's device."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def pack_mask(mask: torch.Tensor, groups: int) -> torch.Tensor:

@@ -5,11 +5,11 @@ of the device idle. Here each part of the context is a program of its own; a sec
 log-sum-exp ("flash decoding"). The mask is any, and the grouped query heads of a key/value head are read with it once.
 """
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
+
+from draftwing.target.attention import current_device
 
 BLOCK_QUERIES, BLOCK_KEYS = 32, 64
 PROGRAMS = 264
@@ -40,7 +40,7 @@ def split_attention(
     output = queries.new_empty(batch_size, num_nodes, num_heads, value_dim)
     heads = batch_size * num_key_heads
     # Triton launches on the current device.
-    with torch.cuda.device(queries.device) if queries.device.type == "cuda" else nullcontext():
+    with current_device(queries):
         _attend_part[(row_blocks, num_parts, heads)](
             queries, keys, values, mask, parts, log_sums,
             *queries.stride(), *keys.stride(), *values.stride(), mask.stride(0), mask.stride(2), mask.stride(3),
