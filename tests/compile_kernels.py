@@ -158,7 +158,7 @@ def run_draft() -> None:
         for count in (1, plan.width):
             found = torch.empty(1, count, plan.width, device="meta")
             levels.frontier = levels.add(found, found.long())
-    tree_kernels.best_nodes(roots[:, 0], fused_levels.FusedLevels(TreePlan(10, 8, 60), None, roots).candidates(), 60)
+    tree_kernels.best_nodes(roots[:, 0], fused_levels.FusedLevels(TreePlan(10, 8, 60), None, roots).candidates(), 60, 8)
     fused_levels.inherit_slots(visible, parents, roots, 0)
     chosen_tokens.choose_tokens(*many)
 

@@ -155,10 +155,10 @@ def best_subtree(root: torch.Tensor, candidates: Candidates, num_nodes: int, max
     A candidate scores at most what its parent does and comes after it, so a stable order takes parents first.
     """
     if kernels_take(candidates.scores):
-        from draftwing.engine import tree_kernels  # which needs Triton
+        from draftwing.engine.tree_kernels import MOST_CANDIDATES, best_nodes  # which needs Triton
 
-        if candidates.scores.shape[1] <= tree_kernels.MOST_CANDIDATES:
-            return DraftTree(*tree_kernels.best_nodes(root, candidates, num_nodes), max_depth=max_depth)
+        if candidates.scores.shape[1] <= MOST_CANDIDATES:
+            return best_nodes(root, candidates, num_nodes, max_depth)
     scores = candidates.scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
     order = scores.sort(dim=1, descending=True, stable=True).indices
     chosen = order[:, : num_nodes - 1].sort(dim=1).values

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from draftwing.engine.tree import Candidates
+from draftwing.engine.tree import Candidates, DraftTree
 from draftwing.target.attention import current_device
 
 MOST_CANDIDATES = 2048
@@ -13,8 +13,8 @@ CHUNK = 64
 """Candidates of a program, and of those that they are compared with at once."""
 
 
-def best_nodes(root: torch.Tensor, candidates: Candidates, num_nodes: int) -> tuple[torch.Tensor, ...]:
-    """Tokens, parents, depths, validity, scores and log-probabilities `[B, N]` of the tree, as in DraftTree."""
+def best_nodes(root: torch.Tensor, candidates: Candidates, num_nodes: int, max_depth: int) -> DraftTree:
+    """As tree.best_subtree."""
     num_rows, num_candidates = candidates.scores.shape
     parts = [part.contiguous() for part in vars(candidates).values()]
     ranks = root.new_empty(num_rows, num_candidates, dtype=torch.int32)
@@ -27,7 +27,7 @@ def best_nodes(root: torch.Tensor, candidates: Candidates, num_nodes: int) -> tu
             root.contiguous(), ranks, *parts, tokens, parents, depths, valid.view(torch.uint8), scores, log_probs,
             num_candidates, num_nodes, SIZE=triton.next_power_of_2(num_candidates), num_warps=4,
         )  # fmt: skip
-    return tokens, parents, depths, valid, scores, log_probs
+    return DraftTree(tokens, parents, depths, valid, scores, log_probs, max_depth)
 
 
 @triton.jit
