@@ -52,7 +52,7 @@ class FusedLevels:
                 *vars(self._candidates).values(), *into, first, depth, self._plan.num_candidates,
                 NUM_EDGES=0 if bins is None else len(bins.edges), NUM_PARENTS=num_parents, WIDTH=width,
                 SIZE=max(CHUNK, triton.next_power_of_2(num_parents * width)), CHUNK=CHUNK,
-                num_warps=4 if num_parents * width <= 256 else 8,
+                num_warps=4 if num_parents * width <= 256 else 16,
             )  # fmt: skip
         self.num_levels = depth
         return best
