@@ -17,12 +17,15 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
@@ -32,6 +35,7 @@ from draftwing.drafts.eagle.formats import default_aux_layers
 from draftwing.drafts.eagle.fused_layers import pack_head
 from draftwing.drafts.eagle.load_head import build_network
 from draftwing.engine.captured import CudaRecorder
+from draftwing.engine.sampling import uncoupled_rank
 from draftwing.engine.tree_plan import TreePlan
 from draftwing.layers import DraftConfig
 from draftwing.plans.costs import CycleCosts, measure_costs
@@ -89,6 +93,7 @@ def main() -> int:
         "transformers_seconds": transformers_seconds,
         "llama_cpp": llama_cpp,
         "costs": costs.as_dict(),
+        "launches": launches(target, head, options) if not options.no_launches else None,
         "cycles": [
             cycle_row(plan, PUBLISHED_TAU.get((options.shape, text)), text, costs, llama_cpp)
             for plan, text in zip(plans, options.plans, strict=True)
@@ -178,6 +183,45 @@ def memory_bandwidth(device: torch.device) -> float:
     return (1 if device.type == "cuda" else 2) * source.numel() * 4 / min(seconds)
 
 
+class _Operations(TorchDispatchMode):
+    """Counts what is dispatched."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def launches(target: TargetModel, head: Any, options: argparse.Namespace) -> dict[str, float]:
+    """What a pass over one node starts, by its layers, and what a further draft level of 10 nodes does, eagerly."""
+    cache, zero = target.new_cache(1, options.context + 1), torch.zeros(1, 1, dtype=torch.int64, device=target.device)
+    cache.bound = options.context
+    drafter = EagleDrafter(head, 1, options.context + 64)
+    drafter.bound = options.context
+    a_pass = started(lambda: target.forward_tree(zero, zero, zero[:, None] == 0, cache), target.device)
+    short, long = (
+        started(partial(drafter.grow, zero[0], TreePlan(10, depth, 12), uncoupled_rank), target.device)
+        for depth in (3, 4)
+    )
+    return {"layer": a_pass / target.num_layers, "level": long - short}
+
+
+def started(step: Callable[[], object], device: torch.device) -> int:
+    """How many kernels and copies a step starts on a CUDA device, or operations elsewhere; it is run before."""
+    step()
+    step()
+    if device.type != "cuda":
+        with _Operations() as operations:
+            step()
+        return operations.count
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize(device)
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
 def stock_seconds(model: PreTrainedModel, options: argparse.Namespace) -> float:
     """Seconds per token of transformers' own greedy `generate` with its own attention."""
     model.set_attn_implementation("sdpa")
@@ -257,6 +301,11 @@ def print_tables(result: dict[str, Any], options: argparse.Namespace) -> None:
     parts.append(("commit and host", costs["fixed"][0]))
     for name, seconds in parts:
         table.add_row(name, f"{1000 * seconds:.3f}", f"{seconds / least:.2f}")
+    if started := result["launches"]:
+        unit = "kernels" if options.device.startswith("cuda") else "operations"
+        table.caption = (
+            f"{unit}: {started['layer']:.1f} a layer of the target's pass, {started['level']:.0f} a draft level"
+        )
     cycles = Table(title="A cycle; its time over a token's is the tau that breaks even")
     for column in ("plan", "ms", "draft's share", "over plain", "over llama.cpp", "tokens/s at tau"):
         cycles.add_column(column, justify="left" if column == "plan" else "right")
@@ -285,6 +334,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--sampled", action="store_true", help="at temperature 1 instead of greedily")
     parser.add_argument("--no-capture", action="store_true", help="run cycles eagerly on a CUDA device")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the target's pass")
+    parser.add_argument("--no-launches", action="store_true", help="do not count kernels, or operations on a CPU")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers' generate out")
     parser.add_argument(
         "--llama-bench", nargs=2, metavar=("PROGRAM", "GGUF"), help="time llama.cpp too, on a target that --save wrote"

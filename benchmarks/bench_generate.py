@@ -13,17 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_plan import draw_anew
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from draftwing.api import load
+from draftwing.api import SpeculativeModel, load
 from draftwing.data.prompts import read_prompts
+from draftwing.drafts.eagle.fused_layers import pack_head
+from draftwing.drafts.family import Draft
+from draftwing.drafts.kinds import suitable_draft
+from draftwing.drafts.load_draft import load_draft
 from draftwing.embedded import EMBEDDED_PROMPTS
+from draftwing.evaluation.compare import Start
 from draftwing.evaluation.figures import ResultRow
 from draftwing.evaluation.rivals import transformers_rivals
 from draftwing.evaluation.side_by_side import as_facts, measure
 from draftwing.provenance import write_record
 from draftwing.target.load import load_stock
+
+RANDOM = "random head auto"
+"""The method whose head knows nothing."""
 
 
 def main() -> int:
@@ -36,6 +46,9 @@ def main() -> int:
     for plan in options.plans:
         methods[f"eagle2 {plan}"] = partial(eagle1.with_method("eagle2").start, plan=plan)
         methods[f"eagle3 {plan}"] = partial(eagle3.start, plan=plan)
+    if options.random_head:
+        head = load_draft(suitable_draft(options.eagle3, "eagle3"), eagle3.target)
+        methods[RANDOM] = random_head(eagle3, head)
     prompts = read_prompts(options.prompts)[: options.num_prompts]
     settings = options.temperatures, options.repeats, options.max_new_tokens
     rows = [as_row(row) for row in measure(methods, prompts, eagle3.tokenizer, *settings)]
@@ -49,6 +62,14 @@ def main() -> int:
     if options.output:
         write_record(options.output, rows, vars(options))
     return 0
+
+
+def random_head(model: SpeculativeModel, head: Draft) -> Start:
+    """Trees that size themselves, without what is looked up, by a head like this one that knows nothing."""
+    assert isinstance(head, nn.Module)
+    draw_anew(head)
+    pack_head(head)
+    return partial(SpeculativeModel(model.target, head, model.tokenizer, "eagle3").start, ngram=False)
 
 
 def as_row(row: ResultRow) -> dict[str, Any]:
@@ -111,6 +132,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, default=EMBEDDED_PROMPTS)
     parser.add_argument("--num-prompts", type=int, default=8)
     parser.add_argument("--plans", nargs="+", default=["auto"])
+    parser.add_argument("--random-head", action="store_true", help="add a head that knows nothing, with plan auto")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)

@@ -85,12 +85,17 @@ def head_for(target: TargetModel, random: bool) -> Any:
     head = load_draft("tiny", target)
     assert isinstance(head, nn.Module)
     if random:
-        generator = torch.Generator().manual_seed(0)
-        for weight in head.parameters():
-            if weight.ndim > 1:
-                weight.data.normal_(std=weight.shape[1] ** -0.5, generator=generator)
+        draw_anew(head)
     pack_head(head)
     return head
+
+
+def draw_anew(head: nn.Module) -> None:
+    """Make a head useless: every matrix is drawn anew."""
+    for number, weight in enumerate(head.parameters()):
+        if weight.ndim > 1:
+            generator = torch.Generator(weight.device).manual_seed(number)
+            weight.data.normal_(std=weight.shape[1] ** -0.5, generator=generator)
 
 
 def measure(methods: dict[str, Start], batches: Sequence[Any], options: argparse.Namespace) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from bench_cycle import SHAPES
-from bench_generate import as_row, print_table
+from bench_generate import RANDOM, as_row, print_table, random_head
 from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
@@ -238,6 +238,8 @@ def main() -> int:
     model = SpeculativeModel(target, inflated, tokenizer, "eagle3")
     methods = {"plain": model.with_method("plain").start}
     methods |= {f"eagle3 {plan}": partial(model.start, plan=plan) for plan in options.plans}
+    if options.random_head:
+        methods[RANDOM] = random_head(model, inflate_head(head, target, options.draft_vocab_size))
     prompts = read_prompts(EMBEDDED_PROMPTS)[: options.num_prompts]
     settings = options.temperatures, options.repeats, options.max_new_tokens
     rows = [as_row(row) for row in measure(methods, prompts, tokenizer, *settings)]
@@ -253,6 +255,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--shape", choices=[name for name in SHAPES if "llama" in name], default="llama-3.1-8b")
     parser.add_argument("--draft-vocab-size", type=int, default=32000)
     parser.add_argument("--plans", nargs="+", default=["auto", "chain:3", "tree:4x5x26", "tree:10x8x60"])
+    parser.add_argument("--random-head", action="store_true", help="add a head that knows nothing, with plan auto")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--num-prompts", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=128)

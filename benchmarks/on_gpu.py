@@ -24,6 +24,7 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 CHECKS = (
     *("tests/lossless/test_cuda.py", "tests/unit/target/test_row_pass.py"),
+    *("tests/unit/drafts/test_fused_levels.py", "tests/unit/engine/test_top_tokens.py"),
     *("tests/unit/target/test_split_attention.py", "tests/unit/losses/test_ttt.py"),
 )
 TREE, FIXED = "tree:10x8x60", ("chain:3", "tree:4x5x26")
@@ -55,6 +56,10 @@ class Part:
 
 SAME = Goal("outputs that are plain decoding's", 1, at_least=True)
 PAYS = Goal("auto / best fixed plan", 0.97, at_least=True)
+HARMLESS = Goal("random head, auto / plain", 0.97, at_least=True)
+TEXT = SAME, PAYS, HARMLESS
+DRAWS = Goal("sampling in draft, ms", 0.1), Goal("sampling in verify, ms", 0.1)
+"""What the part "sampled" takes longer than "cycle": 0.3 and 0.2 before noise, quotient and choice were one kernel."""
 
 
 def parts(tiny: bool) -> list[Part]:
@@ -63,16 +68,19 @@ def parts(tiny: bool) -> list[Part]:
     plans = ("--plans", *FIXED, TREE, "--rounds", "3" if tiny else "10")
     short = ("--context", "64" if tiny else "1024", "--no-transformers", *plans)
     long = ("--context", "128" if tiny else "8192", "--no-transformers", *plans)
-    text = ("--plans", "auto", *FIXED, "--repeats", "1" if tiny else "2")
+    text = ("--random-head", "--repeats", "1" if tiny else "2", "--plans", "auto", *FIXED)
     few = ("--num-prompts", "2", "--max-new-tokens", "16") if tiny else ("--num-prompts", "2")
     cycle = (
         *(Goal("plain, ms", 5.75), Goal("verify 60, ms", 6.9), Goal("level of 10, ms", 0.2)),
-        *(Goal("cycle / plain", 1.45), Goal("draft / cycle", 0.18)),
+        *(Goal("cycle / plain", 1.45), Goal("draft / cycle", 0.18), Goal("launches a layer", 8)),
     )
     listed = [
         Part("cycle", "bench_cycle.py", ("--shape", shape, *short), cycle),
-        Part("inflated", "inflate.py", ("--shape", shape, *text, TREE, *few), (SAME, PAYS)),
-        Part("embedded", "bench_generate.py", (*text, *few), (SAME, PAYS)),
+        Part(
+            "sampled", "bench_cycle.py", ("--shape", shape, *short, "--sampled"), (Goal("cycle / plain", 1.5), *DRAWS)
+        ),
+        Part("inflated", "inflate.py", ("--shape", shape, *text, TREE, *few), TEXT),
+        Part("embedded", "bench_generate.py", (*text, *few), TEXT),
         Part(
             "long", "bench_cycle.py", ("--shape", shape, *long), (Goal("verify 60, ms", 8), Goal("cycle / plain", 1.6))
         ),
@@ -82,7 +90,6 @@ def parts(tiny: bool) -> list[Part]:
             ("--shape", shape, *short, "--batch-size", "16"),
             (Goal("verify 16, ms", 8.5),),
         ),
-        Part("sampled", "bench_cycle.py", ("--shape", shape, *short, "--sampled"), (Goal("cycle / plain", 1.5),)),
         Part("batch-4", "bench_cycle.py", ("--shape", shape, *short, "--batch-size", "4")),
         Part("batch-64", "bench_cycle.py", ("--shape", shape, *short, "--batch-size", "64")),
         Part("small", "bench_cycle.py", ("--shape", small, *short)),
@@ -159,6 +166,7 @@ def cycle_figures(record: dict[str, Any]) -> dict[str, float]:
     cycle = next(cycle for cycle in record["cycles"] if cycle["plan"] == TREE)
     verify = dict(zip(costs["num_nodes"], costs["verify"][0], strict=True))
     levels = dict(zip(costs["widths"], costs["draft_step"][0], strict=True))
+    launches = record.get("launches") or {}  # a record of an earlier version has none
     return {
         "plain, ms": 1000 * plain,
         "plain / least": plain / record["least_seconds"],
@@ -166,20 +174,31 @@ def cycle_figures(record: dict[str, Any]) -> dict[str, float]:
         **{f"level of {width}, ms": 1000 * seconds for width, seconds in levels.items()},
         "cycle, ms": 1000 * cycle["seconds"],
         "cycle / plain": cycle["over_plain"],
+        "draft, ms": 1000 * cycle["draft_seconds"],
         "draft / cycle": cycle["draft_seconds"] / cycle["seconds"],
+        **{f"launches a {what}": count for what, count in launches.items()},
     }
+
+
+def sampling_figures(sampled: dict[str, float], greedy: dict[str, float]) -> dict[str, float]:
+    """What drawing tokens adds to a cycle."""
+    verify = max((name for name in greedy if name.startswith("verify")), key=lambda name: int(name.split()[1][:-1]))
+    names = {"draft": "draft, ms", "verify": verify}
+    return {f"sampling in {stage}, ms": sampled[name] - greedy[name] for stage, name in names.items()}
 
 
 def text_figures(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Of a result of bench_generate.py or inflate.py: speeds over plain decoding's, auto's over the best fixed one."""
     ours = [row for row in rows if row["method"].startswith("eagle3")]
+    random = [row for row in rows if row["method"].startswith("random head")]
     figures = {f"{row['method']}, T={row['temperature']:g}": row["speedup"] for row in ours}
     ratios = []
     for temperature in {row["temperature"] for row in ours}:
         speeds = {row["method"]: row["speedup"] for row in ours if row["temperature"] == temperature}
         ratios.append(speeds.pop("eagle3 auto") / max(speeds.values()))
-    same = [bool(row["identical"]) for row in ours]
-    return figures | {PAYS.figure: min(ratios), SAME.figure: sum(same) / len(same)}
+    same = [bool(row["identical"]) for row in ours + random]
+    goals = {PAYS.figure: min(ratios), SAME.figure: sum(same) / len(same)}
+    return figures | goals | ({HARMLESS.figure: min(row["speedup"] for row in random)} if random else {})
 
 
 def figures_of(part: Part, folder: Path) -> dict[str, float]:
@@ -188,7 +207,12 @@ def figures_of(part: Part, folder: Path) -> dict[str, float]:
     if not result.exists():
         return {}
     rows = json.loads(result.read_text(encoding="utf-8"))["rows"]
-    return cycle_figures(rows) if part.script == "bench_cycle.py" else text_figures(rows)
+    if part.script != "bench_cycle.py":
+        return text_figures(rows)
+    figures, greedy = cycle_figures(rows), folder / "cycle.json"
+    if "--sampled" in part.arguments and greedy.exists():
+        figures |= sampling_figures(figures, cycle_figures(json.loads(greedy.read_text(encoding="utf-8"))["rows"]))
+    return figures
 
 
 def lines(folder: Path, tiny: bool) -> Iterator[tuple[str, str, str, str]]:

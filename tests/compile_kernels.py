@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +24,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from draftwing.engine import top_tokens
+from draftwing.drafts import fused_levels
+from draftwing.engine import chosen_tokens, top_tokens, tree_kernels
+from draftwing.engine.sampling import KeptNoise
+from draftwing.engine.tree_plan import TreePlan
+from draftwing.plans.acceptance import CalibratedSize
 from draftwing.target import packed, row_attention, row_products
 from draftwing.target.model import ATTENTION
 from draftwing.target.row_layout import RowProduct, Tiles
@@ -36,6 +41,7 @@ TYPES = {
     torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 SIZES = {
@@ -134,10 +140,30 @@ def main() -> None:
     else:
         run_pass(meta_model(LlamaConfig(**TINY), torch.float16), 16)
     run_draft_products()
-    logits, scale, shift = (torch.empty(1, *shape, device="meta") for shape in ((10, 32000), (1, 1), (1, 32000)))
-    top_tokens.top_tokens(logits.bfloat16(), None, None, 10)
-    top_tokens.top_tokens(logits.bfloat16(), scale, shift, 10)
+    run_draft()
     print(json.dumps([result for kernel in compiled.values() for result in kernel.results.values()]))
+
+
+def run_draft() -> None:
+    """A draft's steps besides its network, and the target's choice."""
+    with torch.device("meta"):
+        logits, ids = torch.empty(1, 10, 32000, dtype=torch.bfloat16), torch.empty(32000, dtype=torch.int64)
+        roots = torch.zeros(1, 1, dtype=torch.int64)
+        noise = KeptNoise(torch.empty(1, 64, 128256), roots, torch.empty(1))
+        learnt = CalibratedSize(torch.device("meta"))
+        visible, parents = torch.zeros(1, 10, 1100, dtype=torch.bool), torch.zeros(1, 10, dtype=torch.int64)
+        many = torch.empty(1, 60, 128256, dtype=torch.bfloat16), replace(noise, positions=roots.expand(1, 60))
+    top_tokens.top_tokens(logits, 10)
+    top_tokens.top_tokens(logits, 10, noise, ids, 0.8)
+    plans = TreePlan(10, 8, 60, sizing=learnt), TreePlan(fused_levels.MOST_WIDTH, 3, 60)
+    for plan, target_ids in zip(plans, (ids, None), strict=True):
+        levels = fused_levels.FusedLevels(plan, target_ids, roots)
+        for count in (1, plan.width):
+            found = torch.empty(1, count, plan.width, device="meta")
+            levels.frontier = levels.add(found, found.long())
+    tree_kernels.best_nodes(roots[:, 0], fused_levels.FusedLevels(TreePlan(10, 8, 60), None, roots).candidates(), 60, 8)
+    fused_levels.inherit_slots(visible, parents, roots, 0)
+    chosen_tokens.choose_tokens(*many)
 
 
 @torch.inference_mode()

@@ -1,10 +1,14 @@
 """Captured cycles give plain decoding's tokens. On a CPU a tape stands for the CUDA graph: see tape.py."""
 
+import re
 import time
 import warnings
 from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -24,11 +28,13 @@ from tape import TapeRecorder
 from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.engine import captured
 from draftwing.engine import engine as engine_module
-from draftwing.engine.captured import CudaRecorder, context_bound
+from draftwing.engine.captured import CapturedSeats, CudaRecorder, context_bound
 from draftwing.engine.engine import Engine, NewDrafter
 from draftwing.engine.generation import Generation
+from draftwing.engine.readback import CycleFacts, CycleReading, CycleReport
 from draftwing.engine.tree_plan import TreePlan
 from draftwing.plans import pauses
+from draftwing.plans.auto import AutoPlan
 from draftwing.plans.lessons import Experience
 from draftwing.plans.pauses import LookupPlan, LookupTrial, Pause
 from draftwing.target.kv_cache import KVCache
@@ -133,6 +139,46 @@ def test_the_clock_starts_when_the_device_is_idle(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.update(now=clock["now"] + 7))
     assert captured.idle_since(torch.device("cpu")) == 5
     assert captured.idle_since(torch.device("cuda")) == 12
+
+
+@pytest.mark.parametrize("ends_early", [False, True])
+def test_lessons_are_drawn_while_the_device_is_busy(
+    target: TargetModel, drafters: dict[str, NewDrafter], prompts: list[list[int]], ends_early: bool, monkeypatch: Any
+) -> None:
+    """From each cycle once the next is launched, from the last at the end; from what it was, not what came after."""
+    requests = requests_for(prompts[:2], max_new_tokens=30, eos=())
+    expected_tokens = plain(target, requests)
+    events: list[str] = []
+    facts: list[tuple[CycleFacts, CycleFacts]] = []
+    commit, result, learn = CapturedSeats.commit, CycleReading.result, AutoPlan.learn
+    monkeypatch.setattr(CapturedSeats, "commit", lambda *given: (events.append("launched"), commit(*given))[1])
+    monkeypatch.setattr(CycleReading, "result", lambda reading: (events.append("read"), result(reading))[1])
+
+    def compared(plan: AutoPlan, report: CycleReport) -> None:
+        at_once = deepcopy(report.facts())
+
+        def later() -> CycleFacts:
+            events.append("studied")
+            facts.append((at_once, report.facts()))
+            return facts[-1][1]
+
+        learn(plan, replace(report, facts=later))
+
+    monkeypatch.setattr(AutoPlan, "learn", compared)
+    plan = auto_plan(fixed_shapes=["chain:2", "tree:4x4x16"], largest=TreePlan(4, 4, 16), node=0.001, step=0.001)
+    engine = Engine(target, drafters["eagle3"], 2, CAPACITY, plan, TapeRecorder())
+    generation = Generation(engine, requests)
+    if ends_early:
+        for _ in zip(generation.cycles(), range(6), strict=False):
+            pass
+        generation.close()
+    else:
+        assert tokens_of(generation.run()) == expected_tokens
+    assert re.fullmatch("(launched (studied )?read )+(studied )?", "".join(f"{event} " for event in events))
+    assert events.count("studied") >= (2 if ends_early else 3)
+    assert not engine._deferred
+    for before, after in facts:
+        assert all(np.array_equal(vars(before)[name], vars(after)[name]) for name in vars(before))
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,18 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, singledispatch
+from typing import TYPE_CHECKING
 
 import torch
 
 from draftwing.engine.drafter import Ranking
-from draftwing.engine.tree import Candidates, DraftTree, best_subtree, join
+from draftwing.engine.tree import Candidates, DraftTree, Frontier, best_subtree, join
 from draftwing.engine.tree_plan import LookupTree, RankPath, StaticTree, TreePlan, TreeShape
 from draftwing.layers import DraftVocab
+from draftwing.target.attention import kernels_take
+
+if TYPE_CHECKING:
+    from draftwing.drafts.fused_levels import FusedLevels
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Runs the nodes of the next level: their parents' indices `[B, K]` in the level before and their `tokens [B, K]`.
@@ -41,10 +46,8 @@ class RootedDraft:
     rank: Ranking
 
     def best_children(self, logits: torch.Tensor, width: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and target ids of the `width` best children of nodes at `depth`, `[B, K, width]` each."""
-        ranked = self.rank(logits, self.positions + (depth + 1), self.vocab.target_ids)
-        log_probs, draft_ids = ranked.topk(width)
-        return log_probs, self.vocab.to_target(draft_ids)
+        """Log-probabilities and draft ids of the `width` best children of nodes at `depth`, `[B, K, width]` each."""
+        return self.rank(logits, self.positions + (depth + 1), self.vocab.target_ids).topk(width)
 
 
 def grow_tree(root: torch.Tensor, plan: TreeShape, draft: RootedDraft, merge: Merge | None = None) -> DraftTree:
@@ -55,8 +58,7 @@ def grow_tree(root: torch.Tensor, plan: TreeShape, draft: RootedDraft, merge: Me
     """
     if plan.width > len(draft.vocab):
         raise ValueError(f"plan: width {plan.width} exceeds the draft vocabulary of {len(draft.vocab)} tokens")
-    levels = draft_levels(plan, draft)
-    candidates, max_depth = join(levels), len(levels)
+    candidates, max_depth = draft_levels(plan, draft)
     if merge is not None and plan.looks_up:
         candidates, max_depth = merge(candidates, plan), plan.max_depth
     num_nodes = plan.sizing.num_nodes(candidates.scores, plan.num_nodes)
@@ -64,62 +66,88 @@ def grow_tree(root: torch.Tensor, plan: TreeShape, draft: RootedDraft, merge: Me
 
 
 @singledispatch
-def draft_levels(plan: TreeShape, draft: RootedDraft) -> list[Candidates]:
-    """The candidates that a network drafts for a tree, level by level."""
+def draft_levels(plan: TreeShape, draft: RootedDraft) -> tuple[Candidates, int]:
+    """The candidates that a network drafts for a tree, level by level, and the number of levels."""
     raise ValueError("plan: lookahead:WxNxG is for the method lookahead; drafts take chain:DEPTH or a tree")
 
 
 @draft_levels.register
-def _(plan: LookupTree, draft: RootedDraft) -> list[Candidates]:
+def _(plan: LookupTree, draft: RootedDraft) -> tuple[Candidates, int]:
     return draft_levels(plan.tree, draft)
 
 
 @draft_levels.register(TreePlan)
-def draft_dynamic(plan: TreePlan, draft: RootedDraft) -> list[Candidates]:
+def draft_dynamic(plan: TreePlan, draft: RootedDraft) -> tuple[Candidates, int]:
     """EAGLE-2's expand and rerank (arXiv 2406.16858, 4.1-4.2): scores are sums of what the plan holds nodes worth."""
-    width, sizing = plan.width, plan.sizing
-    log_probs, tokens = (t.squeeze(1) for t in draft.best_children(draft.root_logits, width, 0))  # [B, K]
-    scores = sizing.worth(log_probs, 1)
-    parent = torch.zeros_like(tokens)  # index into the previous level's frontier
-    frontier = torch.arange(width, device=tokens.device).expand_as(tokens)  # candidate index of each, best first
-    to_root = torch.full_like(tokens, -1)
-    drafted, num_drafted = [Candidates(tokens, scores, log_probs, to_root, torch.ones_like(tokens))], width
-    for level in range(1, plan.depth):
-        num_parents = sizing.num_parents(scores, level)
-        if num_parents == 0:
+    logits, levels = draft.root_logits, _levels_of(plan, draft)
+    for depth in range(1, plan.depth + 1):
+        frontier = levels.add(*draft.best_children(logits, plan.width, depth - 1))
+        if frontier is None or not (num_parents := plan.sizing.num_parents(frontier.scores, depth)):
             break
-        if num_parents < scores.shape[1]:
-            scores, tokens, parent, frontier = (t[:, :num_parents] for t in (scores, tokens, parent, frontier))
-        log_probs, child_tokens = draft.best_children(draft.step(parent, tokens), width, level)  # [B, P, K]
-        child_scores = (scores[:, :, None] + sizing.worth(log_probs, level + 1)).flatten(1)
-        child_tokens = child_tokens.flatten(1)
-        child_parents = frontier.repeat_interleave(width, dim=1)
-        depths = torch.full_like(child_tokens, level + 1)
-        drafted.append(Candidates(child_tokens, child_scores, log_probs.flatten(1), child_parents, depths))
-        if level + 1 < plan.depth:
-            scores, chosen = child_scores.topk(width)
-            tokens = child_tokens.gather(1, chosen)
-            frontier, parent = chosen + num_drafted, chosen // width
-            num_drafted += child_tokens.shape[1]
-    return drafted
+        frontier = levels.frontier = frontier.first(num_parents)
+        logits = draft.step(frontier.parents, frontier.tokens)
+    return levels.candidates(), levels.num_levels
+
+
+class Levels:
+    """A dynamic tree's candidates, level by level, and the `frontier` whose children come next."""
+
+    def __init__(self, plan: TreePlan, draft: RootedDraft) -> None:
+        self._plan, self._vocab = plan, draft.vocab
+        self._drafted: list[Candidates] = []
+        root = torch.zeros_like(draft.positions)
+        dtype = torch.float64 if draft.root_logits.dtype == torch.float64 else torch.float32
+        self.frontier = Frontier(root, root.to(dtype), root - 1, root)
+
+    @property
+    def num_levels(self) -> int:
+        return len(self._drafted)
+
+    def candidates(self) -> Candidates:
+        return join(self._drafted)
+
+    def add(self, log_probs: torch.Tensor, draft_ids: torch.Tensor) -> Frontier | None:
+        """Add the frontier's children `[B, P, K]`; returns the best K of all, ties to the first, or None at the end."""
+        before, width, depth = self.frontier, self._plan.width, self.num_levels + 1
+        worth = self._plan.sizing.worth(log_probs, depth)
+        scores, tokens = (before.scores[:, :, None] + worth).flatten(1), self._vocab.to_target(draft_ids).flatten(1)
+        parents, depths = before.numbers.repeat_interleave(width, dim=1), torch.full_like(tokens, depth)
+        num_before = sum(level.tokens.shape[1] for level in self._drafted)
+        self._drafted.append(Candidates(tokens, scores, log_probs.flatten(1), parents, depths))
+        if depth == self._plan.depth:
+            return None
+        chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :width]
+        tokens, scores = tokens.gather(1, chosen), scores.gather(1, chosen)
+        return Frontier(tokens, scores, chosen + num_before, chosen // width)
+
+
+def _levels_of(plan: TreePlan, draft: RootedDraft) -> "Levels | FusedLevels":
+    """What takes a plan's levels: kernels, where every tree has all of them and scores need not be looked at."""
+    if plan.sizing.is_fixed and kernels_take(draft.root_logits):
+        from draftwing.drafts.fused_levels import MOST_WIDTH, FusedLevels  # which needs Triton
+
+        if plan.width <= MOST_WIDTH:
+            return FusedLevels(plan, draft.vocab.target_ids, draft.positions)
+    return Levels(plan, draft)
 
 
 @draft_levels.register(StaticTree)
-def draft_static(plan: StaticTree, draft: RootedDraft) -> list[Candidates]:
+def draft_static(plan: StaticTree, draft: RootedDraft) -> tuple[Candidates, int]:
     """EAGLE-1's fixed tree: node (.., r) is the r-th best child of its parent."""
     logits, scores = draft.root_logits, draft.root_logits.new_zeros(len(draft.root_logits), 1, dtype=torch.float32)
     drafted = []
     for depth, level in enumerate(_static_levels(plan, logits.device), 1):
-        log_probs, child_tokens = draft.best_children(logits, plan.width, depth - 1)  # [B, E, K]
-        level_scores, log_probs, tokens = (
-            t.flatten(1).index_select(1, level.picks) for t in (scores[:, :, None] + log_probs, log_probs, child_tokens)
+        log_probs, draft_ids = draft.best_children(logits, plan.width, depth - 1)  # [B, E, K]
+        level_scores, log_probs, draft_ids = (
+            t.flatten(1).index_select(1, level.picks) for t in (scores[:, :, None] + log_probs, log_probs, draft_ids)
         )
+        tokens = draft.vocab.to_target(draft_ids)
         parents = level.parents.expand_as(tokens)
         drafted.append(Candidates(tokens, level_scores, log_probs, parents, torch.full_like(tokens, depth)))
         if depth < plan.depth:
             scores, inner = (t.index_select(1, level.inner) for t in (level_scores, tokens))
             logits = draft.step(level.inner_parents.expand_as(inner), inner)
-    return drafted
+    return join(drafted), plan.depth
 
 
 @dataclass(frozen=True)

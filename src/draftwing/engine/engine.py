@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import dropwhile, islice, takewhile
 
 import numpy as np
@@ -12,7 +13,7 @@ from draftwing.engine.drafter import MOST_UNREAD, PREFILL_CHUNK, Drafter
 from draftwing.engine.grammar import Grammar
 from draftwing.engine.logprobs import TokenLogprobs
 from draftwing.engine.order import Order
-from draftwing.engine.readback import CycleReading, CycleReport
+from draftwing.engine.readback import CycleReading, CycleReport, Work
 from draftwing.engine.request import Event as Event
 from draftwing.engine.request import Request as Request
 from draftwing.engine.request import Seat as Seat
@@ -77,6 +78,7 @@ class Engine:
         self._seats = Seats(target, drafter, num_seats, num_slots, largest.max_depth, coupled)
         self._order = Order(self._seats, num_seats, keeps)
         self._recordings: dict[tuple[object, ...], CapturedCycle] = {}
+        self._deferred: list[Work] = []
         start = idle_since(target.device)
         is_recorded = recorder is not None and can_record(self._seats, largest.cut_to(1), recorder)
         self._trial_seconds = time.perf_counter() - start if is_recorded else 0.0
@@ -164,6 +166,8 @@ class Engine:
             return
         self._order.leave(gone)
         self._look_at_running()
+        if not self._running:  # no cycle comes that it could wait for
+            self._do_deferred()
 
     @torch.inference_mode()
     def _cycle(self) -> tuple[DraftTree, CycleReading]:
@@ -181,9 +185,12 @@ class Engine:
             with self._clock.stage("verify"):
                 verification = seats.verify(tree)
                 learns = self.plan.learns and tree.max_depth > 0
-                reading = CycleReading(verification.verdict, tree if learns else None, verification.scores)
+                is_replayed = isinstance(seats, CapturedSeats)
+                reading = CycleReading(verification.verdict, tree if learns else None, verification.scores, is_replayed)
             with self._clock.stage("commit"):
                 seats.commit(plan, tree, verification)
+            with self._clock.stage("host"):  # while the device is at that
+                self._do_deferred()
         return tree, reading
 
     def _emit(self, tree: DraftTree, reading: CycleReading) -> list[Event]:
@@ -207,10 +214,17 @@ class Engine:
             self._cycling.count(np.array(num_committed))
             if reading.has_facts:
                 num_rows, num_tokens = len(events), sum(num_committed)
-                self.plan.learn(CycleReport(num_rows, num_tokens, tree.num_nodes, lambda: reading.facts(num_rows)))
+                report = CycleReport(num_rows, num_tokens, tree.num_nodes, lambda: reading.facts(num_rows))
+                self.plan.learn(replace(report, defer=self._deferred.append) if reading.is_copied else report)
             self.retire(*(event.seat for event in events if event.seat.finish_reason))
         self._clock.settle(wait=self.waits or not self._running)
         return events
+
+    def _do_deferred(self) -> None:
+        """Do what was put off until the device is busy."""
+        deferred, self._deferred = self._deferred, []
+        for work in deferred:
+            work()
 
     @torch.inference_mode()
     def _read_prompts(self) -> None:

@@ -64,27 +64,38 @@ class CycleFacts:
         return Outcomes(self.accepted[tried], depths, self.log_probs[tried], np.nonzero(has_children)[1])
 
 
+Work = Callable[[], None]
+
+
+def _at_once(work: Work) -> None:
+    work()
+
+
 @dataclass(frozen=True)
 class CycleReport:
     """What a cycle brought to its `num_rows`: `num_tokens` over all of them, from trees of `num_nodes`.
 
-    `facts()` are worked out when they are asked for.
+    `facts()` are worked out when they are asked for. `defer` takes work with them that need not be done before the next
+    cycle: a device that works on its own has that one by then.
     """
 
     num_rows: int
     num_tokens: int
     num_nodes: int
     facts: Callable[[], CycleFacts]
+    defer: Callable[[Work], None] = _at_once
 
 
 class CycleReading:
     """A cycle's result on its way to the host, the cycle's only copy; of a `tree` its facts, and the tokens' `scores`.
 
     A CUDA device starts to copy here, and `result` waits for that alone: the device works on meanwhile. On a CPU
-    nothing is copied; the facts are read where they lie.
+    nothing is copied, the facts are read where they lie, unless what `is_replayed` is written there again.
     """
 
-    def __init__(self, verdict: Verdict, tree: DraftTree | None, scores: Scores | None = None) -> None:
+    def __init__(
+        self, verdict: Verdict, tree: DraftTree | None, scores: Scores | None = None, is_replayed: bool = False
+    ) -> None:
         self._has_scores = scores is not None
         self._max_depth = 0 if tree is None else tree.max_depth
         self._event: torch.cuda.Event | None = None
@@ -95,7 +106,8 @@ class CycleReading:
         if scores is not None:
             self._parts += scores.parts
         device = self._parts[0].device
-        self._joined = None if device.type == "cpu" else join_parts(self._parts)
+        self.is_copied = is_replayed or device.type != "cpu"
+        self._joined = join_parts(self._parts) if self.is_copied else None
         if self._joined is not None and device.type == "cuda":
             self._joined = self._joined.to("cpu", non_blocking=True)
             self._event = torch.cuda.Event()

@@ -20,7 +20,7 @@ from draftwing.engine.penalties import Penalties
 from draftwing.engine.stepwise import Place, choose_in_steps
 from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree import DraftTree
-from draftwing.target.attention import has_triton
+from draftwing.target.attention import kernels_take
 
 MASK32 = 0xFFFFFFFF
 NOISE_WINDOW = 32
@@ -99,34 +99,43 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class KeptNoise:
+    """Noise where it lies, for kernels: that of position p in row p % P of `kept [B, P, V]`, at `positions [B, N]`.
+
+    Rows of a `temperature [B]` of 0 have none.
+    """
+
+    kept: torch.Tensor
+    positions: torch.Tensor
+    temperature: torch.Tensor
+
+
+@dataclass(frozen=True)
 class UnreadScores:
-    """`log_softmax(logits * scale + shift)`, of which a GPU computes no more than the best."""
+    """What `in_full` would compute from a draft's logits, of which a GPU computes no more than the best.
+
+    With `noise` that is the coupled ranking of Sampler.rank, over the draft's `target_ids`.
+    """
 
     logits: torch.Tensor
-    scale: torch.Tensor | None = None
-    shift: torch.Tensor | None = None
-
-    @staticmethod
-    def serves(logits: torch.Tensor) -> bool:
-        """Whether kernels read these logits."""
-        return logits.device.type == "cuda" and logits.dtype != torch.float64 and has_triton()
+    in_full: Callable[[], torch.Tensor]
+    noise: KeptNoise | None = None
+    target_ids: torch.Tensor | None = None
 
     def topk(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The best, `[B, K, k]`, and their ids."""
         from draftwing.engine.top_tokens import MOST_WIDTH, top_tokens  # which needs Triton
 
         if k <= MOST_WIDTH:
-            return top_tokens(self.logits, self.scale, self.shift, k)
-        scaled = self.logits
-        if self.scale is not None and self.shift is not None:
-            scaled = self.logits.float() * self.scale + self.shift
-        best, ids = log_probabilities(scaled).topk(k)
+            return top_tokens(self.logits, k, self.noise, self.target_ids, LOGIT_ERROR)
+        best, ids = self.in_full().topk(k)
         return best, ids
 
 
 def uncoupled_rank(logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> Scored:
     """The papers' ranking: the draft's log-probabilities at temperature 1, whatever the target's sampling."""
-    return UnreadScores(logits) if UnreadScores.serves(logits) else log_probabilities(logits)
+    in_full = partial(log_probabilities, logits)
+    return UnreadScores(logits, in_full) if kernels_take(logits) else in_full()
 
 
 class Noise(BySeat):
@@ -164,6 +173,11 @@ class Noise(BySeat):
             rows = gumbel(self._seeds[seat], positions, self._tokens)
             self._kept[seat, positions % self._kept.shape[1]] = rows
             self._filled_to[seat] = start + self._num_ahead
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """`[S, P, V]`: position p's in row p % P."""
+        return self._kept
 
     def at(self, positions: torch.Tensor) -> torch.Tensor:
         """Noise rows `[B, P, V]` of `positions [B, P]`, which must have been reserved."""
@@ -215,6 +229,12 @@ class SamplingWork:
     has_top_k: bool
     has_top_p: bool
     has_min_p: bool
+
+    @property
+    def only_draws(self) -> bool:
+        """Whether the choice is among the target's logits as they are, with noise."""
+        changed = self.has_bias or self.has_repetition or self.has_counts or self.holds_ends
+        return self.draws and not self.cuts and not changed
 
     @property
     def cuts(self) -> bool:
@@ -338,6 +358,11 @@ class Sampler(BySeat):
         if self._places:
             noise_at = partial(self._noise_below, lengths) if self.work.draws else None
             return choose_in_steps(self._places, logits, tree, noise_at)
+        positions = lengths[:, None] + tree.depths + 1
+        if kernels_take(logits) and self.work.only_draws and not self.has_grammar:
+            from draftwing.engine.chosen_tokens import choose_tokens  # which needs Triton
+
+            return choose_tokens(logits, self._kept_noise(positions))
         scores = logits if logits.dtype == torch.float64 else logits.float()
         if self.work.has_bias:
             assert self._bias is not None
@@ -349,7 +374,7 @@ class Sampler(BySeat):
         if not self.work.draws:
             return greedy
         assert self._noise is not None
-        noise = self._noise.at(lengths[:, None] + tree.depths + 1)
+        noise = self._noise.at(positions)
         sampled = (self._warp(scores) + noise).argmax(-1)
         return torch.where(self._temperature[..., 0] == 0, greedy, sampled)
 
@@ -368,20 +393,24 @@ class Sampler(BySeat):
         """
         if not self.work.draws:
             return uncoupled_rank(logits, positions, target_ids)
+        in_full = partial(self._rank_all, logits, positions, target_ids)
+        if self.work.cuts or not kernels_take(logits):
+            return in_full()
+        return UnreadScores(logits, in_full, self._kept_noise(positions), target_ids)
+
+    def _rank_all(self, logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> torch.Tensor:
+        """The ranking of rows of which some draw."""
         assert self._noise is not None
         noise = self._noise.at(positions)
         noise = noise if target_ids is None else noise[..., target_ids]
-        if not self.work.cuts and UnreadScores.serves(logits):  # what is the same for all tokens falls out
-            return UnreadScores(logits, *self._line(noise))
         log_probs = log_probabilities(logits)
         perturbed = self._warp(log_probs) + noise
         coupled = (perturbed * (self._temperature / LOGIT_ERROR)).log_softmax(-1)
         return torch.where(self._temperature == 0, log_probs, coupled)
 
-    def _line(self, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale `[B, 1, 1]` and shift, like `noise [B, 1, Vd]`, of logits whose log-softmax is the coupled ranking."""
-        greedy = self._temperature == 0
-        return torch.where(greedy, 1.0, 1 / LOGIT_ERROR), noise * (self._temperature / LOGIT_ERROR)
+    def _kept_noise(self, positions: torch.Tensor) -> KeptNoise:
+        assert self._noise is not None
+        return KeptNoise(self._noise.kept, positions, self._temperature.flatten())
 
     def _noise_below(self, lengths: torch.Tensor, depth: int) -> torch.Tensor:
         """The noise `[B, V]` of nodes at `depth` below roots at positions `lengths [B]`."""

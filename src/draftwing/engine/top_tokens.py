@@ -3,11 +3,16 @@
 torch takes some ten for log-softmax and top-k, on a device that has little to do between them.
 """
 
-from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
+
+from draftwing.target.attention import on_device
+
+if TYPE_CHECKING:
+    from draftwing.engine.sampling import KeptNoise
 
 BLOCK = 1024
 """Tokens of a program."""
@@ -16,11 +21,16 @@ MOST_WIDTH = 16
 
 
 def top_tokens(
-    logits: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, width: int
+    logits: torch.Tensor,
+    width: int,
+    noise: "KeptNoise | None" = None,
+    target_ids: torch.Tensor | None = None,
+    error: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `width` highest of `log_softmax(logits * scale + shift)` and their ids, `[B, K, width]`, the best first.
+    """The `width` highest of a draft's log-probabilities `[B, K, V]`, and their ids, `[B, K, width]`, the best first.
 
-    logits `[B, K, V]`, scale `[B, 1, 1]` and shift `[B, 1, V]` in float32, or None; ties go to the lowest id.
+    In rows of a temperature T above 0 they are those of `(logits + T noise) / error` instead, with the noise of the
+    `target_ids [V]` at one position a row. Ties go to the lowest id.
     """
     (batch_size, num_nodes, vocab_size), logits = logits.shape, logits.contiguous()
     num_rows, num_blocks = batch_size * num_nodes, triton.cdiv(vocab_size, BLOCK)
@@ -29,11 +39,11 @@ def top_tokens(
     tokens = logits.new_empty(num_rows, num_blocks, width, dtype=torch.int32)
     best = logits.new_empty(batch_size, num_nodes, width, dtype=torch.float32)
     ids = logits.new_empty(batch_size, num_nodes, width, dtype=torch.int64)
-    shift = None if shift is None else shift.contiguous()
-    with torch.cuda.device(logits.device) if logits.device.type == "cuda" else nullcontext():
+    kept = (None, None, None) if noise is None else (noise.kept, noise.positions.contiguous(), noise.temperature)
+    with on_device(logits.device):
         _search_block[(num_rows, num_blocks)](
-            logits, scale, shift, sums, values, tokens, num_nodes, vocab_size,
-            HAS_SHIFT=shift is not None, WIDTH=width, BLOCK=BLOCK, num_warps=4,
+            logits, *kept, target_ids, sums, values, tokens, num_nodes, vocab_size, 1 / error,
+            *((0, 0) if noise is None else noise.kept.shape[1:]), WIDTH=width, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
         _join_blocks[(num_rows,)](
             sums, values, tokens, best, ids, num_blocks, WIDTH=width,
@@ -44,17 +54,24 @@ def top_tokens(
 
 @triton.jit(do_not_specialize=["num_nodes"])
 def _search_block(
-    logits, scale, shift, sums, values, tokens, num_nodes, vocab_size,
-    HAS_SHIFT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    logits, kept, positions, temperature, target_ids, sums, values, tokens,
+    num_nodes, vocab_size, scale, num_kept, num_target_ids, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of one row: its highest value, the sum of exponentials relative to that, and its best tokens."""
     row, block = tl.program_id(0), tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
     is_token = token < vocab_size
     value = tl.load(logits + row.to(tl.int64) * vocab_size + token, mask=is_token, other=0.0).to(tl.float32)
-    if HAS_SHIFT:
+    if kept is not None:
         b = (row // num_nodes).to(tl.int64)
-        value = value * tl.load(scale + b) + tl.load(shift + b * vocab_size + token, mask=is_token, other=0.0)
+        row_temperature = tl.load(temperature + b)
+        if row_temperature > 0:
+            place = (b * num_kept + tl.load(positions + b) % num_kept) * num_target_ids
+            ids = token.to(tl.int64)
+            if target_ids is not None:
+                ids = tl.load(target_ids + token, mask=is_token, other=0)
+            noise = tl.load(kept + place + ids, mask=is_token, other=0.0)
+            value = value * scale + noise * (row_temperature * scale)
     value = tl.where(is_token, value, -float("inf"))
     place = row.to(tl.int64) * tl.num_programs(1) + block
     highest = tl.max(value, 0)

@@ -10,6 +10,8 @@ from functools import cached_property
 
 import torch
 
+from draftwing.target.attention import kernels_take
+
 
 @dataclass(frozen=True)
 class DraftTree:
@@ -75,8 +77,30 @@ class Candidates:
     depths: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Frontier:
+    """The P nodes of a level whose children are drafted, the best first; `[B, P]` each.
+
+    Attributes:
+        tokens, scores: as in Candidates.
+        numbers: candidate indices; -1 is the root.
+        parents: indices among the nodes of the frontier before.
+    """
+
+    tokens: torch.Tensor
+    scores: torch.Tensor
+    numbers: torch.Tensor
+    parents: torch.Tensor
+
+    def first(self, count: int) -> "Frontier":
+        """The best so many."""
+        return self if count == self.tokens.shape[1] else Frontier(*(part[:, :count] for part in vars(self).values()))
+
+
 def join(parts: Sequence[Candidates]) -> Candidates:
     """The candidates of all parts in their order; parents already count from the first part's first."""
+    if len(parts) == 1:
+        return parts[0]
     return Candidates(*(torch.cat([getattr(part, field.name) for part in parts], 1) for field in fields(Candidates)))
 
 
@@ -130,6 +154,11 @@ def best_subtree(root: torch.Tensor, candidates: Candidates, num_nodes: int, max
 
     A candidate scores at most what its parent does and comes after it, so a stable order takes parents first.
     """
+    if kernels_take(candidates.scores):
+        from draftwing.engine.tree_kernels import MOST_CANDIDATES, best_nodes  # which needs Triton
+
+        if candidates.scores.shape[1] <= MOST_CANDIDATES:
+            return best_nodes(root, candidates, num_nodes, max_depth)
     scores = candidates.scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
     order = scores.sort(dim=1, descending=True, stable=True).indices
     chosen = order[:, : num_nodes - 1].sort(dim=1).values

@@ -42,11 +42,29 @@ MEDUSA_PATHS: tuple[RankPath, ...] = (
 STATIC_TREES = {"eagle1": EAGLE1_PATHS, "medusa": MEDUSA_PATHS}
 
 
+@dataclass(frozen=True)
+class Bins:
+    """Bins of log-probabilities: the `edges [E]` between them, what is `added [E + 1]` in each, and the `most` then."""
+
+    edges: "torch.Tensor"
+    added: "torch.Tensor"
+    most: float
+
+
 class Sizing:
     """What growth asks while it drafts a tree: the worth of a node, and whether more of them pay.
 
     By default the papers' way: drafters are believed, and trees always have their full shape.
+
+    Attributes:
+        is_fixed: whether they do, so that nothing is read while they grow, and a worth is what `bins` say.
     """
+
+    is_fixed = True
+
+    def bins(self, depth: int) -> "Bins | None":
+        """What is added to log-probabilities at `depth`; None: nothing."""
+        return None
 
     def worth(self, log_probs: "torch.Tensor", depth: int) -> "torch.Tensor":
         """Estimates of log P(a child is accepted | its parent is) from the drafter's own, any shape; at most 0."""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from draftwing.data.prompts import Prompt
 from draftwing.drafts.kinds import PLAIN
 from draftwing.evaluation.compare import WARM_UP_TOKENS, Decode, Decoded, decode_in_turn, merged
@@ -112,7 +114,10 @@ def evaluate(
 
 
 def _warm_up(evaluation: Evaluation, journal: Journal, data: PromptSet, temperature: float) -> None:
-    """Decode a few tokens that nobody counts: first calls pay for lazy initialisations and measured costs."""
+    """Decode a few tokens that nobody counts: first calls pay for lazy initialisations and measured costs.
+
+    On a GPU kernels are compiled for prompts of several sizes besides, and cycles recorded.
+    """
     num_done = sum(run.data == data.name and run.temperature == temperature for run in journal.runs.values())
     if num_done == data.num_turns * len(evaluation.all_methods):
         return
@@ -121,11 +126,17 @@ def _warm_up(evaluation: Evaluation, journal: Journal, data: PromptSet, temperat
     if not prompts:
         return
     limit = min(WARM_UP_TOKENS, evaluation.max_new_tokens)
-    ids = min(prompts, key=len)
     options = {"temperature": temperature, "max_new_tokens": limit, "seed": evaluation.seed}
-    for outcome in decode_in_turn(evaluation.all_methods, ids, 1, **options).values():
-        if isinstance(outcome, Exception) and evaluation.is_strict:
-            raise outcome
+    shortest, longest = min(prompts, key=len), max(prompts, key=len)
+    for ids in (shortest, longest) if has_gpu() and len(shortest) < len(longest) else (shortest,):
+        for outcome in decode_in_turn(evaluation.all_methods, ids, 1, **options).values():
+            if isinstance(outcome, Exception) and evaluation.is_strict:
+                raise outcome
+
+
+def has_gpu() -> bool:
+    """Whether methods may run where kernels are compiled at their first call."""
+    return torch.cuda.is_available()
 
 
 @dataclass

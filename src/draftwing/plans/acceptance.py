@@ -8,12 +8,14 @@ import numpy as np
 import torch
 
 from draftwing.engine.readback import Array, Outcomes
-from draftwing.engine.tree_plan import Sizing
+from draftwing.engine.tree_plan import Bins, Sizing
 
 EDGES = np.log([0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97])
 """Between the bins of a node's log-probability given its parent."""
 NUM_DEPTHS = 3
 """Depths are told apart up to this one; deeper nodes count as it."""
+MOST_WORTH = -1e-3
+"""Of a corrected log-probability: a certain node is worth less than its parent too."""
 TRUST = 2.0
 """Accepted nodes that a bin must have been wrong by before its correction outweighs the drafter's own word."""
 MEMORY = 400.0
@@ -32,9 +34,12 @@ class CalibratedSize(Sizing):
         """Correct as this table says from now on."""
         self._correction.copy_(torch.from_numpy(table.correction), non_blocking=True)
 
+    def bins(self, depth: int) -> Bins:
+        return Bins(self._edges, self._correction[min(depth, NUM_DEPTHS) - 1], MOST_WORTH)
+
     def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
-        correction = self._correction[min(depth, NUM_DEPTHS) - 1]
-        return (log_probs + correction.take(torch.bucketize(log_probs, self._edges))).clamp_(max=-1e-3)
+        bins = self.bins(depth)
+        return (log_probs + bins.added.take(torch.bucketize(log_probs, bins.edges))).clamp_(max=bins.most)
 
 
 @dataclass(eq=False)

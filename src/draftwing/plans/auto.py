@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -108,41 +109,41 @@ class SizedPlan:
         """The next cycle's tree, given the committed tokens of the longest row."""
         if not self._prices_until - CONTEXT_STEP <= longest < self._prices_until:
             self._look_up_prices(longest)
-        prices, shape = self.sizing.prices, self._shapes.best
+        prices, self._shape = self.sizing.prices, self._shapes.best
         if self._experience.pause.goes_on():
             self.expected_seconds += prices.plain
             return OFF
-        self.sizing.levels_seconds = prices.costs.levels(shape) if self._has_fixed_shapes else 0.0
+        self.sizing.levels_seconds = prices.costs.levels(self._shape) if self._has_fixed_shapes else 0.0
         self._looks_up = bool(self._with_lookup) and self._experience.lookups.looks_up()
-        return self._with_lookup[shape] if self._looks_up else self._trees[shape]
+        return (self._with_lookup if self._looks_up else self._trees)[self._shape]
 
     def learn(self, report: CycleReport) -> None:
-        """Take in what became of a cycle's tree; only every few are looked at closely, which takes time."""
+        """Take in what became of a cycle's tree; every few are looked at closely, which takes time and may wait."""
         expected = self.sizing.prices.trees[report.num_nodes] + self.sizing.levels_seconds
         self.expected_seconds += expected
         self._rate.count(report.num_tokens / report.num_rows, expected)
         self._num_cycles += 1
         is_young = self._experience.num_lessons < YOUTH
         if self._num_cycles % (STUDIED if is_young or self._looks_up else STUDIED_LATER) == 0:
-            self._study(report)
+            report.defer(partial(self._study, report, self._shape, self._looks_up))
         if self._num_cycles >= TRIAL:
             self._judge()
-        if len(self._experience.outcomes) >= LESSON:
-            self._use_lessons()
 
     def _sized(self, shape: TreePlan, looks_up: bool) -> TreeShape:
         """What `next` gives for a shape: made once, not in every cycle."""
         tree = replace(shape, sizing=self._calibrated if self._has_fixed_shapes else self.sizing)
         return tree.with_lookup() if looks_up else tree
 
-    def _study(self, report: CycleReport) -> None:
-        """Look closely at what became of the tree's nodes."""
+    def _study(self, report: CycleReport, shape: TreePlan, looked_up: bool) -> None:
+        """Look closely at what became of the nodes of a tree of this shape."""
         facts = report.facts()
         self._experience.outcomes.append(facts.outcomes())
-        if self._looks_up:
+        if looked_up:
             self._experience.lookups.study(facts)
         if self._has_fixed_shapes:
-            self._shapes.weigh(facts, self.sizing.continuation, self.sizing.prices.costs)
+            self._shapes.weigh(facts, shape, self.sizing.continuation, self.sizing.prices.costs)
+        if len(self._experience.outcomes) >= LESSON:
+            self._use_lessons()
 
     def _judge(self) -> None:
         experience = self._experience

@@ -49,12 +49,12 @@ class Prices:
         """The prices at so many committed tokens."""
         costs = costs.at(context)
         verify = np.interp(np.arange(1, largest.num_nodes + 1), costs.num_nodes, costs.verify[0])
-        nodes = np.maximum(np.diff(verify), 0.0)
+        nodes, others = np.maximum(np.diff(verify), 0.0), costs.extend[0] + costs.fixed[0]
         return Prices(
             costs=costs,
             plain=costs.plain[0],
             nodes=nodes,
-            trees=[costs.tree(num_nodes, 0.0) for num_nodes in range(largest.num_nodes + 1)],
+            trees=[others + seconds for seconds in (verify[0], *verify.tolist())],
             few_nodes=float(nodes[:FEW_NODES].mean()),
             steps=[costs.step(width) for width in range(1, largest.width + 1)],
         )
@@ -98,6 +98,7 @@ class PaidSize(Sizing):
 
     prices: Prices
     continuation: Sequence[float]
+    is_fixed = False
 
     def __init__(self, calibrated: CalibratedSize, rate: Rate) -> None:
         self._calibrated, self._rate = calibrated, rate
@@ -135,9 +136,9 @@ class FixedShapes:
         self._shapes, self.best = shapes, largest
         self._values: dict[TreePlan, float] = {}
 
-    def weigh(self, facts: CycleFacts, continuation: Sequence[float], costs: CycleCosts) -> None:
-        """Estimate what each shape would have brought in a cycle, and take the one with the best rate."""
-        drafted_depth = min(self.best.depth, facts.max_depth)  # a looked-up continuation may lie deeper
+    def weigh(self, facts: CycleFacts, drafted: TreePlan, continuation: Sequence[float], costs: CycleCosts) -> None:
+        """Estimate what each shape would have brought in a cycle that `drafted` one, and take that of the best rate."""
+        drafted_depth = min(drafted.depth, facts.max_depth)  # a looked-up continuation may lie deeper
         further = continuation[min(drafted_depth, NUM_DEPTHS) - 1]
         for shape in self._shapes:
             brought = _expected_tokens(facts, drafted_depth, shape, further)

@@ -73,6 +73,11 @@ def has_triton() -> bool:
     return find_spec("triton") is not None and has_compiler and os.path.exists(f"{get_path('include')}/Python.h")
 
 
+def kernels_take(tensor: torch.Tensor) -> bool:
+    """Whether our kernels read a tensor: on a CUDA device, of numbers that they compute with."""
+    return tensor.device.type == "cuda" and tensor.dtype != torch.float64 and has_triton()
+
+
 def pack_mask(mask: torch.Tensor, groups: int) -> torch.Tensor:
     """A mask `[B, 1, N, S]` for `groups` query heads packed as rows of one key/value head: `[B, 1, groups * N, S]`.
 

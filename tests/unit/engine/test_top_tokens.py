@@ -1,4 +1,4 @@
-"""The kernels that find a draft's best tokens, beside torch's; on a CPU in Triton's interpreter."""
+"""The kernels that find a draft's best tokens and the target's own, beside torch; on a CPU in Triton's interpreter."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,10 @@ pytest.importorskip("triton")
 
 import triton
 
-from draftwing.engine.sampling import Sampler, SamplingParams, UnreadScores, uncoupled_rank
+from draftwing.engine import chosen_tokens, sampling
+from draftwing.engine.sampling import KeptNoise, Sampler, SamplingParams, UnreadScores, uncoupled_rank
 from draftwing.engine.top_tokens import BLOCK, MOST_WIDTH, top_tokens
+from draftwing.engine.tree import DraftTree, root_tree
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -22,10 +24,12 @@ pytestmark = pytest.mark.skipif(
 def test_equals_log_softmax_and_topk(vocab_size: int, width: int) -> None:
     """Also where the last block has fewer tokens than are wanted."""
     torch.manual_seed(0)
-    logits = 4 * torch.randn(2, 3, vocab_size, device=DEVICE)
-    scale, shift = torch.tensor([1.0, 1.25], device=DEVICE).view(2, 1, 1), torch.randn(2, 1, vocab_size, device=DEVICE)
-    for line, ranked in (((None, None), logits), ((scale, shift), logits * scale + shift)):
-        best, ids = top_tokens(logits, *line, width)
+    logits, kept = 4 * torch.randn(2, 3, vocab_size, device=DEVICE), torch.randn(2, 5, 2 * vocab_size, device=DEVICE)
+    temperature, positions = torch.tensor([0.0, 0.5], device=DEVICE), torch.tensor([[3], [9]], device=DEVICE)
+    target_ids = torch.randperm(2 * vocab_size, device=DEVICE)[:vocab_size]
+    coupled = torch.stack((logits[0], (logits[1] + 0.5 * kept[1, 4, target_ids]) / 0.8))
+    for noise, ranked in ((None, logits), (KeptNoise(kept, positions, temperature), coupled)):
+        best, ids = top_tokens(logits, width, noise, target_ids, error=0.8)
         expected, expected_ids = ranked.log_softmax(-1).topk(width)
         assert torch.equal(ids, expected_ids)
         torch.testing.assert_close(best, expected)
@@ -34,7 +38,7 @@ def test_equals_log_softmax_and_topk(vocab_size: int, width: int) -> None:
 def test_ties_go_to_the_lowest_id() -> None:
     logits = torch.zeros(1, 1, BLOCK + 5, dtype=torch.float16, device=DEVICE)
     logits[..., [7, BLOCK + 1]] = 1.0
-    assert top_tokens(logits, None, None, 4)[1].tolist() == [[[7, BLOCK + 1, 0, 1]]]
+    assert top_tokens(logits, 4)[1].tolist() == [[[7, BLOCK + 1, 0, 1]]]
 
 
 def test_the_samplers_ranking_is_found_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,9 +48,9 @@ def test_the_samplers_ranking_is_found_with_them(monkeypatch: pytest.MonkeyPatch
     sampler.reserve([5, 9], 4)
     positions = torch.tensor([[7], [11]], device=DEVICE)
     logits, target_ids = 3 * torch.randn(2, 2, 40, device=DEVICE), torch.arange(3, 43, device=DEVICE)
-    monkeypatch.setattr(UnreadScores, "serves", lambda logits: False)
+    monkeypatch.setattr(sampling, "kernels_take", lambda logits: False)
     whole, plain = sampler.rank(logits, positions, target_ids), uncoupled_rank(logits, positions, target_ids)
-    monkeypatch.setattr(UnreadScores, "serves", lambda logits: True)
+    monkeypatch.setattr(sampling, "kernels_take", lambda logits: True)
     for width in (4, MOST_WIDTH + 4):
         for ranking, expected in ((sampler.rank, whole), (uncoupled_rank, plain)):
             unread = ranking(logits, positions, target_ids)
@@ -56,3 +60,53 @@ def test_the_samplers_ranking_is_found_with_them(monkeypatch: pytest.MonkeyPatch
     cut = Sampler.of([SamplingParams(temperature=0.7, top_p=0.5)] * 2, 60, torch.device(DEVICE))
     cut.reserve([5, 9], 4)
     assert isinstance(cut.rank(logits, positions, target_ids), torch.Tensor), "filters need all"
+
+
+PARAMS = [SamplingParams(temperature=0.7, seed=3), SamplingParams(), SamplingParams(temperature=1.3, seed=2**40)]
+
+
+def choices(sampler: Sampler, logits: torch.Tensor, tree: DraftTree, start: int = 5) -> list[torch.Tensor]:
+    """With kernels and without."""
+    found, lengths = [], torch.full((len(logits),), start, device=DEVICE)
+    for takes in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampling, "kernels_take", lambda logits, takes=takes: takes)
+            found.append(sampler.choose(logits, tree, lengths))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("vocab_size", [60, chosen_tokens.BLOCK, 2 * chosen_tokens.BLOCK + 3])
+def test_the_targets_tokens_are_torchs(vocab_size: int, dtype: torch.dtype) -> None:
+    """Drawn, and greedy beside; whole numbers tie, within a block and across."""
+    torch.manual_seed(0)
+    sampler = Sampler.of(PARAMS, vocab_size, torch.device(DEVICE), depth=3)
+    sampler.reserve([5, 5, 5], 3)
+    logits = torch.randn(3, 4, vocab_size, device=DEVICE).round().to(dtype)
+    tree = root_tree(torch.zeros(3, dtype=torch.int64, device=DEVICE), 4)
+    tree.depths[:] = torch.tensor([0, 1, 1, 2], device=DEVICE)
+    ours, theirs = choices(sampler, logits, tree)
+    assert torch.equal(ours, theirs)
+    assert len(set(ours.flatten().tolist())) > 2
+
+
+def test_noise_of_another_position_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = Sampler.of(PARAMS, 60, torch.device(DEVICE), depth=3)
+    sampler.reserve([5, 5, 5], 3)
+    logits = torch.zeros(3, 2, 60, device=DEVICE)
+    kept_noise = sampler._kept_noise
+    monkeypatch.setattr(sampler, "_kept_noise", lambda positions: kept_noise(positions + 1))
+    ours, theirs = choices(sampler, logits, root_tree(torch.zeros(3, dtype=torch.int64, device=DEVICE), 2))
+    assert not torch.equal(ours, theirs)
+    assert torch.equal(ours[1], theirs[1]), "a greedy row has none"
+
+
+def test_what_is_changed_before_the_choice_is_left_to_torch() -> None:
+    """Penalties, a bias, filters, and logits of float64."""
+    for params in ({"top_k": 3}, {"repetition_penalty": 1.2}, {"logit_bias": {3: 50.0}}):
+        sampler = Sampler.of([SamplingParams(temperature=1.0, **params)], 60, torch.device(DEVICE), depth=3)
+        assert not sampler.work.only_draws
+        sampler.reserve([5], 3)
+        tree = root_tree(torch.zeros(1, dtype=torch.int64, device=DEVICE), 2)
+        ours, theirs = choices(sampler, torch.randn(1, 2, 60, device=DEVICE), tree)
+        assert torch.equal(ours, theirs)

@@ -12,6 +12,7 @@ import pytest
 from draftwing.charts import LETTER, as_words, bar_chart, line_chart
 from draftwing.data.prompts import Prompt, as_prompt
 from draftwing.engine.statistics import Statistics
+from draftwing.evaluation import evaluate as evaluate_module
 from draftwing.evaluation.compare import Decoded
 from draftwing.evaluation.evaluate import Evaluation, PromptSet, Remarks, evaluate
 from draftwing.evaluation.figures import ResultRow, ablations, acceptance_rates, figures_of, n_alpha, result_rows
@@ -187,6 +188,19 @@ def test_an_empty_prompt_is_not_what_methods_are_warmed_up_with() -> None:
     assert plain.asked == ["one"] * 2
     measured(evaluation({"plain": plain}, data=[PromptSet("d", [Prompt("empty")])]))
     assert plain.asked == ["one"] * 2
+
+
+def test_on_a_gpu_the_longest_prompt_warms_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate_module, "has_gpu", lambda: True)
+    plain, texts = Method(), ("three", "one", "seventeen")
+    measured(evaluation({"plain": plain}, data=[PromptSet("d", [Prompt(text, text=text) for text in texts])],
+                        temperatures=(0.0,)))  # fmt: skip
+    assert plain.asked == ["one", "seventeen", *texts]
+
+
+@pytest.fixture(autouse=True)
+def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate_module, "has_gpu", lambda: False)
 
 
 def test_progress_reaches_the_number_of_decodings() -> None:

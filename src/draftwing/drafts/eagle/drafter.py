@@ -14,7 +14,7 @@ from draftwing.drafts.ngram import NgramDrafter
 from draftwing.engine.drafter import Drafter, Ranking, Unread
 from draftwing.engine.tree import DraftTree
 from draftwing.engine.tree_plan import TreeShape
-from draftwing.target.attention import grouped_attention
+from draftwing.target.attention import grouped_attention, kernels_take
 from draftwing.target.kv_cache import KVCache, LayerShape, visible_slots
 
 
@@ -142,7 +142,13 @@ class _DraftedSlots:
         """
         first, self._num_used = self._num_used, self._num_used + parent.shape[1]
         self.positions = self.positions + 1
+        slots = self._slots[:, first : self._num_used]
+        if kernels_take(self.visible):
+            from draftwing.drafts.fused_levels import inherit_slots  # which needs Triton
+
+            self.visible = inherit_slots(self.visible, parent, self._lengths, first)
+            return slots
         inherited = self.visible.gather(1, parent[..., None].expand(-1, -1, self.visible.shape[-1]))
         own = self._lengths + torch.arange(first, self._num_used, device=parent.device)
         self.visible = inherited.scatter(2, own.clamp(max=inherited.shape[-1] - 1)[..., None], True)
-        return self._slots[:, first : self._num_used]
+        return slots

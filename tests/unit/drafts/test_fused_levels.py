@@ -1,0 +1,180 @@
+"""Trees that kernels grow are those of the steps written out; on a CPU in Triton's interpreter."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+
+from draftwing.drafts import growth
+from draftwing.drafts.eagle import drafter
+from draftwing.drafts.eagle.drafter import _DraftedSlots
+from draftwing.drafts.fused_levels import BLOCK, FusedLevels
+from draftwing.drafts.growth import RootedDraft, grow_tree
+from draftwing.engine import tree as tree_module
+from draftwing.engine.drafter import Ranking
+from draftwing.engine.sampling import Sampler, SamplingParams, log_probabilities
+from draftwing.engine.tree import Candidates, DraftTree, Frontier, best_subtree
+from draftwing.engine.tree_plan import IN_FULL, Sizing, TreePlan
+from draftwing.layers import DraftVocab
+from draftwing.plans.acceptance import CalibratedSize
+from draftwing.target.kv_cache import KVCache, LayerShape
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.skipif(
+    DEVICE.type == "cpu" and triton.__version__ < "3.7" and np.__version__ >= "2.4",
+    reason="Triton's interpreter of before 3.7 cannot loop with numpy 2.4",
+)
+VOCAB_SIZE, NUM_DRAFT_IDS = 60, 40
+
+
+@contextmanager
+def kernels(are_used: bool) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (growth, tree_module, drafter):
+            patch.setattr(module, "kernels_take", lambda tensor: are_used)
+        yield
+
+
+def rank_plainly(logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> torch.Tensor:
+    return log_probabilities(logits)
+
+
+def random_draft(num_rows: int, has_all_ids: bool = True, rank: Ranking = rank_plainly) -> RootedDraft:
+    """Its logits are few whole numbers, so that nodes tie; they follow from the tokens."""
+    ids = None if has_all_ids else torch.randperm(VOCAB_SIZE, device=DEVICE)[:NUM_DRAFT_IDS]
+    vocab = DraftVocab(ids, VOCAB_SIZE)
+    table = torch.randint(0, 9, (7, len(vocab)), generator=torch.Generator().manual_seed(3)).float().to(DEVICE)
+
+    def step(parent: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return table[(tokens + parent) % 7]
+
+    positions = torch.arange(5, 5 + num_rows, device=DEVICE)[:, None]
+    return RootedDraft(table[:num_rows, None], step, positions, vocab, rank)
+
+
+def grow(plan: TreePlan, draft: RootedDraft, are_used: bool) -> DraftTree:
+    with kernels(are_used):
+        return grow_tree(torch.arange(len(draft.positions), device=DEVICE), plan, draft)
+
+
+def learnt() -> Sizing:
+    """Corrections that change the order of nodes."""
+    sizing = CalibratedSize(DEVICE)
+    sizing._correction.copy_(torch.randn(sizing._correction.shape, generator=torch.Generator().manual_seed(0)))
+    return sizing
+
+
+def are_equal(ours: DraftTree, theirs: DraftTree) -> bool:
+    assert ours.max_depth == theirs.max_depth
+    pairs = [(getattr(ours, field.name), getattr(theirs, field.name)) for field in fields(DraftTree)[:-2]]
+    return all(ours.dtype == theirs.dtype and torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize(
+    ("plan", "num_rows", "sizing"),
+    [
+        ("chain:3", 1, "neutral"),
+        ("chain:1", 2, "learnt"),
+        ("tree:2x4x9", 3, "neutral"),
+        ("tree:5x1x5", 2, "learnt"),
+        ("tree:3x4x20", 2, "learnt"),
+        ("tree:10x3x60", 1, "neutral"),
+        ("tree:16x2x64", 2, "learnt"),
+        ("tree:20x2x80", 1, "neutral"),
+    ],
+)
+@pytest.mark.parametrize("has_all_ids", [True, False])
+def test_trees_are_equal(plan: str, num_rows: int, sizing: str, has_all_ids: bool) -> None:
+    torch.manual_seed(1)
+    shape = TreePlan.parse(plan)
+    shape = TreePlan(shape.width, shape.depth, shape.num_nodes, sizing=learnt() if sizing == "learnt" else IN_FULL)
+    draft = random_draft(num_rows, has_all_ids)
+    assert are_equal(grow(shape, draft, True), grow(shape, draft, False))
+
+
+def test_trees_ranked_with_the_targets_noise_are_equal() -> None:
+    """A greedy row beside a sampled one, and one whose filters rule most tokens out: those are -inf."""
+    params = [SamplingParams(), SamplingParams(temperature=0.8, seed=3), SamplingParams(temperature=1.0, top_k=2)]
+    sampler = Sampler.of(params, VOCAB_SIZE, DEVICE, depth=3)
+    sampler.reserve([5, 6, 7], 3)
+    draft = random_draft(3, has_all_ids=False, rank=sampler.rank)
+    trees = [grow(TreePlan(4, 3, 30), draft, are_used) for are_used in (True, False)]
+    assert are_equal(*trees)
+    assert not trees[0].valid.all()
+
+
+class _Forgetful(FusedLevels):
+    """A twin that leaves out what the parents have."""
+
+    def add(self, log_probs: torch.Tensor, draft_ids: torch.Tensor) -> Frontier | None:
+        best = super().add(log_probs, draft_ids)
+        return best and Frontier(best.tokens, torch.zeros_like(best.scores), best.numbers, best.parents)
+
+
+def test_a_twin_that_forgets_the_parents_scores_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, draft = TreePlan(3, 4, 20), random_draft(2)
+    expected = grow(plan, draft, False)
+
+    def levels_of(plan: TreePlan, draft: RootedDraft) -> FusedLevels:
+        return _Forgetful(plan, draft.vocab.target_ids, draft.positions)
+
+    monkeypatch.setattr(growth, "_levels_of", levels_of)
+    assert not are_equal(grow(plan, draft, True), expected)
+
+
+def test_a_sizing_that_looks_at_scores_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Narrow(Sizing):
+        is_fixed = False
+
+        def num_parents(self, scores: torch.Tensor, depth: int) -> int:
+            return 1 if depth == 1 else 0
+
+    plan, draft = TreePlan(3, 4, 4, sizing=Narrow()), random_draft(1)
+    assert grow(plan, draft, True).max_depth == 2
+
+
+def candidates(num_rows: int, count: int) -> Candidates:
+    """With ties, no numbers, nodes above their parents, and nodes that cannot be accepted."""
+    scores = -torch.randint(0, 9, (num_rows, count)).float()
+    scores[:, 3], scores[:, 4:6] = torch.nan, -torch.inf
+    parents = (torch.rand(num_rows, count) * torch.arange(count)).long() - 1
+    return Candidates(
+        torch.randint(0, 50, (num_rows, count)), scores, torch.rand(num_rows, count), parents, parents + 2
+    )
+
+
+@pytest.mark.parametrize(("count", "num_nodes"), [(7, 8), (64, 2), (65, 40), (130, 1), (200, 150)])
+def test_the_best_nodes_are_equal(count: int, num_nodes: int) -> None:
+    torch.manual_seed(0)
+    drafted, trees = Candidates(*(part.to(DEVICE) for part in vars(candidates(2, count)).values())), []
+    for are_used in (True, False):
+        with kernels(are_used):
+            trees.append(best_subtree(torch.tensor([7, 8], device=DEVICE), drafted, num_nodes, 3))
+    assert are_equal(*trees)
+
+
+@pytest.mark.parametrize("window", [5, 10**6])
+def test_drafted_nodes_see_the_same_slots(window: int) -> None:
+    cache = KVCache([LayerShape(1, 2, 2)], 2, BLOCK + 20, torch.float32, DEVICE)
+    cache.lengths.copy_(torch.tensor([3, BLOCK + 4]))
+    cache.bound = BLOCK + 4
+    parents = [torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[0, 0, 2], [1, 2, 0]]), torch.tensor([[2], [1]])]
+
+    def enter_all() -> list[torch.Tensor]:
+        levels, found = _DraftedSlots(cache, 7, window), []
+        for parent in parents:
+            found += [levels.enter(parent.to(DEVICE)), levels.positions, levels.visible]
+        return found
+
+    def run(are_used: bool) -> list[torch.Tensor]:
+        with kernels(are_used):
+            return enter_all()
+
+    assert all(map(torch.equal, run(True), run(False)))
