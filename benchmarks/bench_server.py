@@ -41,6 +41,7 @@ from draftwing.embedded import EMBEDDED_PROMPTS, embedded_target
 from draftwing.evaluation.compare import timed
 from draftwing.provenance import write_record
 from draftwing.serving.process import bind
+from draftwing.target.packed import multiplies_bfloat16
 
 SERVERS = {"plain": ["--method", "plain"], "drafts": ["--draft", "tiny"]}
 READY = "http://"
@@ -132,6 +133,7 @@ def others(options: argparse.Namespace, heads: Path, seats: int) -> dict[str, li
         export_draft("tiny", "tiny", "vllm", heads / "vllm", verifier=TARGET, force=True)
         run = [options.vllm, str(VLLM), "serve", TARGET]
         sizes = ["--max-num-seqs", str(seats), "--max-model-len", str(MODEL_LEN)]
+        sizes += ["--dtype", "bfloat16" if multiplies_bfloat16() else "float32"]  # as ours
         commands["vllm"] = [*run, "--served-model-name", "tiny", *sizes]
         drafts = {"method": "eagle3", "model": str(heads / "vllm"), "num_speculative_tokens": CHAIN}
         commands["vllm eagle3"] = [*commands["vllm"], "--speculative-config", json.dumps(drafts)]
