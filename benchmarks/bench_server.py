@@ -49,6 +49,8 @@ MODEL_LEN = 1024
 CHAIN = 3
 VLLM = Path(__file__).parent / "vllm_command.py"
 TARGET = str(embedded_target("tiny"))
+DTYPE = "bfloat16" if multiplies_bfloat16() else "float32"
+"""That of our servers."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,13 @@ def others(options: argparse.Namespace, heads: Path, seats: int) -> dict[str, li
         export_draft("tiny", "tiny", "vllm", heads / "vllm", verifier=TARGET, force=True)
         run = [options.vllm, str(VLLM), "serve", TARGET]
         sizes = ["--max-num-seqs", str(seats), "--max-model-len", str(MODEL_LEN)]
-        sizes += ["--dtype", "bfloat16" if multiplies_bfloat16() else "float32"]  # as ours
+        sizes += ["--dtype", DTYPE]
         commands["vllm"] = [*run, "--served-model-name", "tiny", *sizes]
         drafts = {"method": "eagle3", "model": str(heads / "vllm"), "num_speculative_tokens": CHAIN}
         commands["vllm eagle3"] = [*commands["vllm"], "--speculative-config", json.dumps(drafts)]
     if options.transformers:
         serve = "from transformers.cli.transformers import main; main()"
-        commands["transformers"] = [sys.executable, "-c", serve, "serve", "--continuous-batching"]
+        commands["transformers"] = [sys.executable, "-c", serve, "serve", "--device", "cpu", "--dtype", DTYPE]
     return commands
 
 
