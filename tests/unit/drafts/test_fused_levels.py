@@ -74,7 +74,11 @@ def learnt() -> Sizing:
 def are_equal(ours: DraftTree, theirs: DraftTree) -> bool:
     assert ours.max_depth == theirs.max_depth
     pairs = [(getattr(ours, field.name), getattr(theirs, field.name)) for field in fields(DraftTree)[:-2]]
-    return all(ours.dtype == theirs.dtype and torch.equal(ours, theirs) for ours, theirs in pairs)
+    return all(torch.allclose(*pair, rtol=0, atol=0, equal_nan=True) and is_same_type(*pair) for pair in pairs)
+
+
+def is_same_type(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return ours.dtype == theirs.dtype and ours.shape == theirs.shape
 
 
 @pytest.mark.parametrize(
@@ -108,6 +112,24 @@ def test_trees_ranked_with_the_targets_noise_are_equal() -> None:
     trees = [grow(TreePlan(4, 3, 30), draft, are_used) for are_used in (True, False)]
     assert are_equal(*trees)
     assert not trees[0].valid.all()
+
+
+@pytest.mark.parametrize("sizing", [IN_FULL, "learnt"], ids=str)
+@pytest.mark.parametrize("broken", [torch.nan, -torch.inf], ids=str)
+@pytest.mark.parametrize("is_root", [True, False])
+def test_trees_of_what_is_no_number_are_equal(sizing: Sizing | str, broken: float, is_root: bool) -> None:
+    """All of a row's children at the root, or those of some nodes: nothing is left unwritten, nothing is believed."""
+    plan = TreePlan(4, 3, 30, sizing=learnt() if isinstance(sizing, str) else sizing)
+    whole = random_draft(3)
+
+    def rank(logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> torch.Tensor:
+        is_broken = positions[:, :, None] == 6 if is_root else logits[..., :1] + positions[0] > 12  # of the first row
+        return torch.where(is_broken, broken, rank_plainly(logits, positions, target_ids))
+
+    draft = RootedDraft(whole.root_logits, whole.step, whole.positions, whole.vocab, rank)
+    trees = [grow(plan, draft, are_used) for are_used in (True, False)]
+    assert are_equal(*trees)
+    assert not trees[0].valid.all() and trees[0].valid[:, 1].any()
 
 
 class _Forgetful(FusedLevels):
