@@ -18,6 +18,8 @@ BLOCK = 1024
 """Tokens of a program."""
 MOST_WIDTH = 16
 """Tokens to find at most: they are found one after the other."""
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+"""Stands for -inf and for what is no number."""
 
 
 def top_tokens(
@@ -73,22 +75,17 @@ def _search_block(
             noise = tl.load(kept + place + ids, mask=is_token, other=0.0)
             value = value * scale + noise * (row_temperature * scale)
     value = tl.where(is_token, value, -float("inf"))
-    known = tl.where(value == value, value, -float("inf"))  # what is no number is in the sum, but never found
+    # What is ruled out, or no number, comes last, but before what has been found, so that no token is found twice.
+    known = tl.where(is_token, tl.where(value > LOWEST, value, LOWEST), -float("inf"))
     place = row.to(tl.int64) * tl.num_programs(1) + block
     highest = tl.max(known, 0)
     tl.store(sums + place * 2, highest)
-    tl.store(sums + place * 2 + 1, tl.sum(tl.exp(value - _finite(highest)), 0))
+    tl.store(sums + place * 2 + 1, tl.sum(tl.exp(value - highest), 0))
     for rank in tl.static_range(WIDTH):
         found = tl.argmax(known, 0)
         tl.store(values + place * WIDTH + rank, tl.max(known, 0))
         tl.store(tokens + place * WIDTH + rank, block * BLOCK + found)
         known = tl.where(token == block * BLOCK + found, -float("inf"), known)
-
-
-@triton.jit
-def _finite(highest):
-    """What exponentials are taken relative to: a block whose tokens are all ruled out adds 0, and not inf - inf."""
-    return tl.where(highest == -float("inf"), 0.0, highest)
 
 
 @triton.jit
@@ -102,10 +99,11 @@ def _join_blocks(
     highest = tl.load(sums + place, mask=is_block, other=-float("inf"))
     total = tl.load(sums + place + 1, mask=is_block, other=0.0)
     top = tl.max(highest, 0)
-    log_sum = top + tl.log(tl.sum(total * tl.exp(highest - _finite(top)), 0))
+    log_sum = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
     value = tl.load(values + row * num_blocks * WIDTH + i, mask=i < num_blocks * WIDTH, other=-float("inf"))
     for rank in tl.static_range(WIDTH):
         found = tl.argmax(value, 0)
-        tl.store(best + row * WIDTH + rank, tl.max(value, 0) - log_sum)
+        score = tl.max(value, 0)
+        tl.store(best + row * WIDTH + rank, tl.where(score > LOWEST, score, -float("inf")) - log_sum)
         tl.store(ids + row * WIDTH + rank, tl.load(tokens + row * num_blocks * WIDTH + found).to(tl.int64))
         value = tl.where(i == found, -float("inf"), value)
