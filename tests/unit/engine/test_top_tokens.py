@@ -44,7 +44,7 @@ def test_ties_go_to_the_lowest_id() -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of an interpreted log(0)
 @pytest.mark.parametrize("coupled", [False, True])
 def test_tokens_that_are_ruled_out_or_no_number_are_torchs(coupled: bool) -> None:
-    """A block of -inf, all but a few tokens, every token, one NaN, nothing else: ids differ, and are the vocabulary's."""
+    """A block of -inf, all but a few tokens, every token, one NaN, only NaN: ids differ, and are the vocabulary's."""
     torch.manual_seed(0)
     logits = torch.randn(1, 5, 2 * BLOCK + 3, device=DEVICE)
     logits[0, 0, BLOCK : 2 * BLOCK], logits[0, 1, 2:] = -torch.inf, -torch.inf
