@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from draftwing.drafts.eagle import drafter
 from draftwing.drafts.eagle.drafter import _DraftedSlots
 from draftwing.drafts.fused_levels import BLOCK, FusedLevels
 from draftwing.drafts.growth import RootedDraft, grow_tree
+from draftwing.drafts.ngram import NgramDrafter
 from draftwing.engine import tree as tree_module
 from draftwing.engine.drafter import Ranking
-from draftwing.engine.sampling import Sampler, SamplingParams, log_probabilities
+from draftwing.engine.sampling import Sampler, SamplingParams, UnreadScores, log_probabilities
 from draftwing.engine.tree import Candidates, DraftTree, Frontier, best_subtree
 from draftwing.engine.tree_plan import IN_FULL, Sizing, TreePlan
 from draftwing.layers import DraftVocab
@@ -130,6 +132,29 @@ def test_trees_of_what_is_no_number_are_equal(sizing: Sizing | str, broken: floa
     trees = [grow(plan, draft, are_used) for are_used in (True, False)]
     assert are_equal(*trees)
     assert not trees[0].valid.all() and trees[0].valid[:, 1].any()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what is no number
+def test_siblings_differ_where_a_lookup_meets_what_is_ruled_out() -> None:
+    """Two of four tokens are left; the text goes on with one of them."""
+    lookup, vocab = NgramDrafter(1, 16, DEVICE), DraftVocab(None, VOCAB_SIZE)
+    lookup.observe(torch.tensor([[0, 1] * 4], device=DEVICE), None, torch.tensor([8], device=DEVICE))
+    logits = torch.full((1, 1, VOCAB_SIZE), -torch.inf, device=DEVICE)
+    logits[..., :2] = torch.tensor([0.1, 0.0])
+
+    def rank(logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> UnreadScores:
+        return UnreadScores(logits, partial(log_probabilities, logits))
+
+    def step(parent: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return logits.expand(1, tokens.shape[1], VOCAB_SIZE)
+
+    draft = RootedDraft(logits, step, torch.tensor([[8]], device=DEVICE), vocab, rank)
+    plan, merge = TreePlan(4, 2, 9).with_lookup(), partial(lookup.extend, longest=8)
+    with kernels(True):
+        tree = grow_tree(torch.tensor([1], device=DEVICE), plan, draft, merge)
+    nodes = zip(*(part[0, 1:].tolist() for part in (tree.parents, tree.tokens, tree.valid)), strict=True)
+    valid = [(parent, token) for parent, token, is_valid in nodes if is_valid]
+    assert len(set(valid)) == len(valid) > 2
 
 
 class _Forgetful(FusedLevels):
