@@ -109,9 +109,9 @@ class SpeculativeModel:
         draft_dtype: str | None = None,
     ) -> "SpeculativeModel":
         """The same target with a draft that is loaded for it; arguments and errors are those of `load`."""
+        _check_draft_dtype(draft_dtype)
         drafting = load_draft(draft, self.target, options=head_options, tokenizer=self.tokenizer)
         lessons, family = self._lessons.of_another(read_acceptance(draft)), family_of_draft(drafting)
-        _check_draft_dtype(draft_dtype)
         if draft_dtype is not None:
             if not family.has_int8:
                 raise ValueError(f"draft_dtype: for EAGLE and Medusa heads, and {draft} is {family.name}")

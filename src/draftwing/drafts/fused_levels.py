@@ -92,10 +92,17 @@ def _score(
         place = tl.zeros_like(i)
         for edge in tl.static_range(NUM_EDGES):
             place += (log_prob > tl.load(edges + edge)).to(tl.int32)
-        score = tl.minimum(log_prob + tl.load(added + place), most)
+        score = log_prob + tl.load(added + place)
+        score = tl.where(score > most, most, score)  # tl.minimum would make a number of what is none
     if parent_scores is not None:
         score += tl.load(parent_scores + row * NUM_PARENTS + i // WIDTH, mask=is_child, other=0.0)
     return score
+
+
+@triton.jit
+def _key(score):
+    """What scores are ordered by: as torch sorts, what is no number counts as the highest."""
+    return tl.where(score == score, score, float("inf"))
 
 
 @triton.jit(do_not_specialize=["first", "depth", "num_candidates"])
@@ -123,12 +130,13 @@ def _grow_level(
     tl.store(parents + goal, number, mask=is_child)
     tl.store(depths + goal, tl.zeros_like(number) + depth, mask=is_child)
     if best_tokens is not None:
-        num_better = tl.zeros((SIZE,), tl.int32)
+        key, num_better = _key(score), tl.zeros((SIZE,), tl.int32)
         for start in range(0, NUM_PARENTS * WIDTH, CHUNK):
             j = start + tl.arange(0, CHUNK)
             other = _score(log_probs, parent_scores, edges, added, most, row, j, NUM_EDGES, NUM_PARENTS, WIDTH)
-            is_equal = (other[None, :] == score[:, None]) & (j[None, :] < i[:, None])
-            num_better += tl.sum(((other[None, :] > score[:, None]) | is_equal).to(tl.int32), 1)
+            other = _key(other)
+            is_equal = (other[None, :] == key[:, None]) & (j[None, :] < i[:, None])
+            num_better += tl.sum(((other[None, :] > key[:, None]) | is_equal).to(tl.int32), 1)
         is_best, goal = is_child & (num_better < WIDTH), row * WIDTH + num_better
         tl.store(best_tokens + goal, token, mask=is_best)
         tl.store(best_scores + goal, score, mask=is_best)

@@ -18,6 +18,8 @@ BLOCK = 1024
 """Tokens of a program."""
 MOST_WIDTH = 16
 """Tokens to find at most: they are found one after the other."""
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+"""Stands for -inf and for what is no number."""
 
 
 def top_tokens(
@@ -73,15 +75,17 @@ def _search_block(
             noise = tl.load(kept + place + ids, mask=is_token, other=0.0)
             value = value * scale + noise * (row_temperature * scale)
     value = tl.where(is_token, value, -float("inf"))
+    # What is ruled out, or no number, comes last, but before what has been found, so that no token is found twice.
+    known = tl.where(is_token, tl.where(value > LOWEST, value, LOWEST), -float("inf"))
     place = row.to(tl.int64) * tl.num_programs(1) + block
-    highest = tl.max(value, 0)
+    highest = tl.max(known, 0)
     tl.store(sums + place * 2, highest)
     tl.store(sums + place * 2 + 1, tl.sum(tl.exp(value - highest), 0))
     for rank in tl.static_range(WIDTH):
-        found = tl.argmax(value, 0)
-        tl.store(values + place * WIDTH + rank, tl.max(value, 0))
+        found = tl.argmax(known, 0)
+        tl.store(values + place * WIDTH + rank, tl.max(known, 0))
         tl.store(tokens + place * WIDTH + rank, block * BLOCK + found)
-        value = tl.where(token == block * BLOCK + found, -float("inf"), value)
+        known = tl.where(token == block * BLOCK + found, -float("inf"), known)
 
 
 @triton.jit
@@ -99,6 +103,7 @@ def _join_blocks(
     value = tl.load(values + row * num_blocks * WIDTH + i, mask=i < num_blocks * WIDTH, other=-float("inf"))
     for rank in tl.static_range(WIDTH):
         found = tl.argmax(value, 0)
-        tl.store(best + row * WIDTH + rank, tl.max(value, 0) - log_sum)
+        score = tl.max(value, 0)
+        tl.store(best + row * WIDTH + rank, tl.where(score > LOWEST, score, -float("inf")) - log_sum)
         tl.store(ids + row * WIDTH + rank, tl.load(tokens + row * num_blocks * WIDTH + found).to(tl.int64))
         value = tl.where(i == found, -float("inf"), value)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from draftwing.drafts.eagle import drafter
 from draftwing.drafts.eagle.drafter import _DraftedSlots
 from draftwing.drafts.fused_levels import BLOCK, FusedLevels
 from draftwing.drafts.growth import RootedDraft, grow_tree
+from draftwing.drafts.ngram import NgramDrafter
 from draftwing.engine import tree as tree_module
 from draftwing.engine.drafter import Ranking
-from draftwing.engine.sampling import Sampler, SamplingParams, log_probabilities
+from draftwing.engine.sampling import Sampler, SamplingParams, UnreadScores, log_probabilities
 from draftwing.engine.tree import Candidates, DraftTree, Frontier, best_subtree
 from draftwing.engine.tree_plan import IN_FULL, Sizing, TreePlan
 from draftwing.layers import DraftVocab
@@ -74,7 +76,11 @@ def learnt() -> Sizing:
 def are_equal(ours: DraftTree, theirs: DraftTree) -> bool:
     assert ours.max_depth == theirs.max_depth
     pairs = [(getattr(ours, field.name), getattr(theirs, field.name)) for field in fields(DraftTree)[:-2]]
-    return all(ours.dtype == theirs.dtype and torch.equal(ours, theirs) for ours, theirs in pairs)
+    return all(torch.allclose(*pair, rtol=0, atol=0, equal_nan=True) and is_same_type(*pair) for pair in pairs)
+
+
+def is_same_type(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return ours.dtype == theirs.dtype and ours.shape == theirs.shape
 
 
 @pytest.mark.parametrize(
@@ -108,6 +114,47 @@ def test_trees_ranked_with_the_targets_noise_are_equal() -> None:
     trees = [grow(TreePlan(4, 3, 30), draft, are_used) for are_used in (True, False)]
     assert are_equal(*trees)
     assert not trees[0].valid.all()
+
+
+@pytest.mark.parametrize("sizing", [IN_FULL, "learnt"], ids=str)
+@pytest.mark.parametrize("broken", [torch.nan, -torch.inf], ids=str)
+@pytest.mark.parametrize("is_root", [True, False])
+def test_trees_of_what_is_no_number_are_equal(sizing: Sizing | str, broken: float, is_root: bool) -> None:
+    """All of a row's children at the root, or those of some nodes: nothing is left unwritten, nothing is believed."""
+    plan = TreePlan(4, 3, 30, sizing=learnt() if isinstance(sizing, str) else sizing)
+    whole = random_draft(3)
+
+    def rank(logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> torch.Tensor:
+        is_broken = positions[:, :, None] == 6 if is_root else logits[..., :1] + positions[0] > 12  # of the first row
+        return torch.where(is_broken, broken, rank_plainly(logits, positions, target_ids))
+
+    draft = RootedDraft(whole.root_logits, whole.step, whole.positions, whole.vocab, rank)
+    trees = [grow(plan, draft, are_used) for are_used in (True, False)]
+    assert are_equal(*trees)
+    assert not trees[0].valid.all() and trees[0].valid[:, 1].any()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what is no number
+def test_siblings_differ_where_a_lookup_meets_what_is_ruled_out() -> None:
+    """Two of four tokens are left; the text goes on with one of them."""
+    lookup, vocab = NgramDrafter(1, 16, DEVICE), DraftVocab(None, VOCAB_SIZE)
+    lookup.observe(torch.tensor([[0, 1] * 4], device=DEVICE), None, torch.tensor([8], device=DEVICE))
+    logits = torch.full((1, 1, VOCAB_SIZE), -torch.inf, device=DEVICE)
+    logits[..., :2] = torch.tensor([0.1, 0.0])
+
+    def rank(logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> UnreadScores:
+        return UnreadScores(logits, partial(log_probabilities, logits))
+
+    def step(parent: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return logits.expand(1, tokens.shape[1], VOCAB_SIZE)
+
+    draft = RootedDraft(logits, step, torch.tensor([[8]], device=DEVICE), vocab, rank)
+    plan, merge = TreePlan(4, 2, 9).with_lookup(), partial(lookup.extend, longest=8)
+    with kernels(True):
+        tree = grow_tree(torch.tensor([1], device=DEVICE), plan, draft, merge)
+    nodes = zip(*(part[0, 1:].tolist() for part in (tree.parents, tree.tokens, tree.valid)), strict=True)
+    valid = [(parent, token) for parent, token, is_valid in nodes if is_valid]
+    assert len(set(valid)) == len(valid) > 2
 
 
 class _Forgetful(FusedLevels):

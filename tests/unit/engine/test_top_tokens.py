@@ -41,6 +41,23 @@ def test_ties_go_to_the_lowest_id() -> None:
     assert top_tokens(logits, 4)[1].tolist() == [[[7, BLOCK + 1, 0, 1]]]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of an interpreted log(0)
+@pytest.mark.parametrize("coupled", [False, True])
+def test_tokens_that_are_ruled_out_or_no_number_are_torchs(coupled: bool) -> None:
+    """A block of -inf, all but a few tokens, every token, one NaN, only NaN: ids differ, and are the vocabulary's."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 5, 2 * BLOCK + 3, device=DEVICE)
+    logits[0, 0, BLOCK : 2 * BLOCK], logits[0, 1, 2:] = -torch.inf, -torch.inf
+    logits[0, 2], logits[0, 3, 5], logits[0, 4] = -torch.inf, torch.nan, torch.nan
+    one, zeros = torch.ones(1, device=DEVICE), torch.zeros(1, 1, logits.shape[-1], device=DEVICE)
+    noise = KeptNoise(zeros, one.long()[:, None], one) if coupled else None
+    best, ids = top_tokens(logits, 4, noise, error=1.0)
+    expected, expected_ids = logits.log_softmax(-1).topk(4)
+    torch.testing.assert_close(best, expected, equal_nan=True)
+    assert torch.equal(ids[0, 0], expected_ids[0, 0]) and torch.equal(ids[0, 1, :2], expected_ids[0, 1, :2])
+    assert all(len(set(row) & {*range(logits.shape[-1])}) == 4 for row in ids[0].tolist())
+
+
 def test_the_samplers_ranking_is_found_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy and sampled rows, over a draft vocabulary, and more tokens than the kernels look for."""
     params = [SamplingParams(), SamplingParams(temperature=0.7, seed=3)]

@@ -108,7 +108,7 @@ def test_a_wrong_draft_dtype_is_one_error(options: dict[str, str], message: str)
         draftwing.load("tiny", **options)
 
 
-def test_the_embedded_head_in_8_bits() -> None:
+def test_the_embedded_head_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = draftwing.load("tiny", draft="tiny", draft_dtype="int8", dtype="float32")
     own = draftwing.load("tiny", draft="tiny", dtype="float32")
     options = {"max_new_tokens": 8, "plan": "chain:3"}
@@ -118,3 +118,6 @@ def test_the_embedded_head_in_8_bits() -> None:
     numbers, scale = to_int8(weights[1])
     torch.testing.assert_close(weights[0], numbers * scale[:, None], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(weights[0], weights[1], atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr("draftwing.api.load_draft", None)  # a wrong one is known before the draft is loaded
+    with pytest.raises(ValueError, match="draft_dtype: expected int8, got 'int3'"):
+        model.with_draft("tiny", draft_dtype="int3")
