@@ -116,7 +116,7 @@ def test_trees_ranked_with_the_targets_noise_are_equal() -> None:
     assert not trees[0].valid.all()
 
 
-@pytest.mark.parametrize("sizing", [IN_FULL, "learnt"], ids=str)
+@pytest.mark.parametrize("sizing", [IN_FULL, "learnt"], ids=["in full", "learnt"])
 @pytest.mark.parametrize("broken", [torch.nan, -torch.inf], ids=str)
 @pytest.mark.parametrize("is_root", [True, False])
 def test_trees_of_what_is_no_number_are_equal(sizing: Sizing | str, broken: float, is_root: bool) -> None:
