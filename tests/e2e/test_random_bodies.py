@@ -77,8 +77,8 @@ VALUES: tuple[Any, ...] = (
     *(chain(100), chain(1000)),
 )
 """What a value is changed into; others are values of other bodies."""
-SECRETS = ("Traceback", str(Path(draftwing.__file__).parent), sysconfig.get_path("purelib"))
-IN_TRACES = ('File "', ".py")
+SECRETS = (str(Path(draftwing.__file__).parent), sysconfig.get_path("purelib"))
+IN_TRACES = ("Traceback", 'File "', ".py")
 """What the model may say as well."""
 
 

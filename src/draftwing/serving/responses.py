@@ -155,7 +155,7 @@ class ResponseOutlet:
         )
 
     def failure(self, error: ApiError) -> bytes:
-        told = {"code": "server_error", "message": error.message}
+        told = {"code": "invalid_prompt" if error.status == 400 else "server_error", "message": error.message}
         return self._event("failed", response=self._response("failed") | {"error": told})
 
     @property

@@ -38,6 +38,7 @@ class Delivery:
         logprobs: one for each token, where the request asks for them.
         finish_reason: eos, stop, length, cancelled or error.
         error: what went wrong, in a sentence without paths and traces.
+        is_callers: whether what was asked for is wrong, such as a form that is found too ambiguous on the way.
     """
 
     tokens: list[int]
@@ -45,6 +46,7 @@ class Delivery:
     logprobs: list[TokenLogprobs]
     finish_reason: str | None = None
     error: str | None = None
+    is_callers: bool = False
 
 
 Deliver = Callable[[int, Delivery], None]
@@ -239,7 +241,9 @@ class Scheduler:
         if ticket.first is None and event.tokens:
             ticket.first = time.perf_counter()
         error = None if seat.error is None else _in_a_sentence(seat.error)
-        if not _deliver(ticket, Delivery(event.tokens, event.num_accepted, event.logprobs, seat.finish_reason, error)):
+        is_callers = isinstance(seat.error, ValueError)
+        brought = event.tokens, event.num_accepted, event.logprobs
+        if not _deliver(ticket, Delivery(*brought, seat.finish_reason, error, is_callers)):
             self._end([ticket], None)
 
     def _end(self, tickets: Iterable[Ticket], reason: str | None) -> None:

@@ -165,7 +165,7 @@ class _Work:
         """Raise an ApiError for an answer that failed or was ended by the server."""
         if delivery.finish_reason == "error":
             self._end = "error"
-            raise ApiError(500, delivery.error or "the request has failed")
+            raise ApiError(400 if delivery.is_callers else 500, delivery.error or "the request has failed")
         if delivery.finish_reason == "cancelled":
             raise ApiError(503, "the server is shutting down")
 

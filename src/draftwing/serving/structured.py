@@ -93,6 +93,7 @@ def check_schema(schema: Any) -> None:
     - Too many levels: llguidance follows references by recursion, and a chain of them overflows its stack. Its depth is
       at most the whole's, plus once that of each part that is referred to, so that cycles are allowed.
     - A pattern that `check_pattern` refuses.
+    - A type that is said twice, of which each would be an alternative that the parser follows.
     """
     depths, references, has_bases = _depths(schema), set[str](), False
     num_references = 0
@@ -104,6 +105,8 @@ def check_schema(schema: Any) -> None:
                 if isinstance(pattern, str):
                     check_pattern(pattern)
             has_bases = has_bases or (part is not schema and "$id" in part)
+            if isinstance(kinds := part.get("type"), list) and len({*map(str, kinds)}) < len(kinds):
+                raise ValueError("expected different ones in a list of types")  # else each is an alternative of its own
             if isinstance(reference := part.get("$ref"), str):
                 num_references += 1
                 references.add(reference)

@@ -151,6 +151,18 @@ def broken_decode(tokens: list[int]) -> str:
     raise KeyError("/a/path/of/the/machine")
 
 
+def ambiguous(said: list[int]) -> None:
+    if len(said) == 2:
+        raise ValueError("response_format: too many items")
+
+
+def test_a_form_that_cannot_be_followed_to_its_end_is_the_callers_mistake(start: Callable[..., Scheduler]) -> None:
+    (request,) = requests_for([[1, 2, 3]], max_new_tokens=20, eos=())
+    client = Client(start(), replace(request, allowed=ambiguous)).wait()
+    last = client.deliveries[0][-1]
+    assert (last.finish_reason, last.error, last.is_callers) == ("error", "response_format: too many items", True)
+
+
 def test_a_request_that_fails_ends_alone(target: TargetModel, start: Callable[..., Scheduler]) -> None:
     """As it is seated, and in the middle of its text."""
     good, fails, too_long = requests_for([[1, 2, 3], [4, 5], [1] * 70], max_new_tokens=20, eos=())
@@ -161,6 +173,7 @@ def test_a_request_that_fails_ends_alone(target: TargetModel, start: Callable[..
     assert clients[1].tokens == run(target, [good])
     assert "KeyError" in clients[0].deliveries[0][-1].error
     assert "path" not in clients[0].deliveries[0][-1].error
+    assert not clients[0].deliveries[0][-1].is_callers
     assert "a seat's 64 tokens" in clients[2].deliveries[0][-1].error
     assert scheduler.is_alive
     with pytest.raises(ValueError, match="max_new_tokens"):

@@ -88,6 +88,14 @@ def test_deeper_ones_are_refused(schema: dict[str, Any]) -> None:
         check_schema(schema)
 
 
+@pytest.mark.parametrize("wrap", [*WRAPS.values()], ids=[*WRAPS])
+def test_a_type_that_is_said_twice_is_refused(wrap: Wrap) -> None:
+    """Each would be an alternative: with 200 of them the parser gives up in the middle of an answer."""
+    check_schema(wrap({"type": ["object", "null"]}))
+    with pytest.raises(ValueError, match="expected different ones in a list of types"):
+        check_schema(wrap({"type": ["object"] * 200}))
+
+
 def test_levels_are_counted_by_where_references_lead() -> None:
     """Once, so that cycles are taken, and many references to one part."""
     tree = {"type": "object", "properties": {"of": {"type": "array", "items": {"$ref": "#"}}}}
