@@ -86,6 +86,30 @@ def test_a_grammar_that_fails_ends_its_row_alone(
     assert seats[1].tokens == by_hand(target, good)
 
 
+@pytest.mark.parametrize("reached", [False, True])
+def test_what_fails_at_a_draft_that_is_not_taken_is_nobodys_error(
+    target: TargetModel, drafters: dict[str, NewDrafter], reached: bool
+) -> None:
+    (request,) = requests_for(PROMPTS[:1], eos=(), max_new_tokens=12)
+    (expected,) = run(target, [request])
+    failed = list[list[int]]()
+
+    def allowed(said: list[int]) -> None:
+        if said != expected[: len(said)] or (reached and len(said) == 6):
+            failed.append(said)
+            raise ValueError("nobody goes here")
+
+    engine = Engine(target, drafters["eagle3"], 1, 64, TreePlan.parse("tree:4x4x16"))
+    seat = engine.admit(replace(request, allowed=allowed))
+    assert seat is not None
+    while not seat.finish_reason:
+        engine.step()
+    assert failed, "drafts beside the text are asked about"
+    assert (seat.finish_reason, bool(seat.error)) == (("error", True) if reached else ("length", False))
+    assert seat.tokens == expected[: len(seat.tokens)]
+    assert reached or seat.tokens == expected
+
+
 def ask_the_root_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """All nodes of a tree get the root's mask, as if their prefix were its."""
     masks = grammar_module.Grammar.masks

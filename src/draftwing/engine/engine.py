@@ -299,8 +299,8 @@ def depth_problem(target: TargetModel, largest: TreeShape) -> str | None:
 def _end(seat: Seat, new: list[int]) -> int:
     """How many of the new tokens a seat emits, and why it ends there if it does; its rule's error ends it alone."""
     try:
-        if seat.grammar is not None and seat.grammar.error is not None:
-            raise seat.grammar.error
+        if seat.grammar is not None:
+            seat.grammar.check(seat.tokens + new)
         num_emitted, seat.finish_reason = seat.request.stop.check(seat.tokens, new)
     except Exception as error:  # a decoder, a test or a grammar of the user's
         seat.error, seat.finish_reason = error, "error"

@@ -22,12 +22,12 @@ class Grammar:
 
     def __init__(self, allowed: Allowed, said: list[int], ends: Sequence[int]) -> None:
         self._allowed, self._said, self._ends = allowed, said, frozenset(ends)
-        self.error: Exception | None = None
+        self._failed: list[tuple[list[int], Exception]] = []
 
     def masks(self, tree: DraftTree, row: int, vocab_size: int) -> torch.Tensor:
         """What each node of a row's tree may choose, `[N, V]` on the host; nodes that are not asked about: anything."""
         columns = (column[row].tolist() for column in (tree.tokens, tree.parents, tree.valid))
-        masks = torch.ones(tree.num_nodes, vocab_size, dtype=torch.bool)
+        masks, self._failed = torch.ones(tree.num_nodes, vocab_size, dtype=torch.bool), []
         prefixes: dict[int, list[int]] = {}
         for node, (token, parent, is_valid) in enumerate(zip(*columns, strict=True)):
             if node and not (is_valid and parent in prefixes and masks[parent, token] and token not in self._ends):
@@ -36,9 +36,17 @@ class Grammar:
             try:
                 self._ask(prefixes[node], masks[node])
             except Exception as error:  # the user's own
-                self.error = error
-                break
+                self._failed.append((prefixes.pop(node), error))
         return masks
+
+    def check(self, text: list[int]) -> None:
+        """Raise the error of a node that the row's text, with a cycle's new tokens, has gone through.
+
+        Others were drafted and not taken, and what is drafted must change nothing.
+        """
+        for prefix, error in self._failed:
+            if len(text) > len(prefix) and text[: len(prefix)] == prefix:
+                raise error
 
     def _ask(self, prefix: list[int], mask: torch.Tensor) -> None:
         allowed = self._allowed(list(prefix))
