@@ -300,7 +300,7 @@ def _end(seat: Seat, new: list[int]) -> int:
     """How many of the new tokens a seat emits, and why it ends there if it does; its rule's error ends it alone."""
     try:
         if seat.grammar is not None:
-            seat.grammar.check(seat.tokens + new)
+            seat.grammar.check(new)
         num_emitted, seat.finish_reason = seat.request.stop.check(seat.tokens, new)
     except Exception as error:  # a decoder, a test or a grammar of the user's
         seat.error, seat.finish_reason = error, "error"

@@ -16,8 +16,8 @@ Allowed = Callable[[list[int]], torch.Tensor | None]
 class Grammar:
     """Asks a row's `allowed` about its tree's nodes; `said` is the row's list of emitted tokens, which grows.
 
-    What is not allowed is asked about no further, and nothing behind one of the `ends`. An error is kept for the row,
-    which then ends alone. Tokens that choose step by step (stepwise.py) are not asked about.
+    What is not allowed is asked about no further, and nothing behind one of the `ends`. An error ends the row alone,
+    and only if its text goes that way. Tokens that choose step by step (stepwise.py) are not asked about.
     """
 
     def __init__(self, allowed: Allowed, said: list[int], ends: Sequence[int]) -> None:
@@ -39,12 +39,13 @@ class Grammar:
                 self._failed.append((prefixes.pop(node), error))
         return masks
 
-    def check(self, text: list[int]) -> None:
-        """Raise the error of a node that the row's text, with a cycle's new tokens, has gone through.
+    def check(self, new: list[int]) -> None:
+        """Raise the error of a node that the row's text goes through with a cycle's `new` tokens.
 
         Others were drafted and not taken, and what is drafted must change nothing.
         """
         for prefix, error in self._failed:
+            text = self._said + new
             if len(text) > len(prefix) and text[: len(prefix)] == prefix:
                 raise error
 

@@ -78,6 +78,11 @@ def kernels_take(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cuda" and tensor.dtype != torch.float64 and has_triton()
 
 
+def serves_row_kernels(device: torch.device) -> bool:
+    """Whether a CUDA device multiplies as row_products.py does: NVIDIA's, of compute capability 8.0 or later."""
+    return not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def pack_mask(mask: torch.Tensor, groups: int) -> torch.Tensor:
     """A mask `[B, 1, N, S]` for `groups` query heads packed as rows of one key/value head: `[B, 1, groups * N, S]`.
 

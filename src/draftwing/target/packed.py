@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from draftwing.target.attention import has_triton, on_device
+from draftwing.target.attention import kernels_take, on_device, serves_row_kernels
 from draftwing.target.rounded import RoundedLinear, to_int8
 from draftwing.target.row_layout import RowProduct, Tiles
 
@@ -23,6 +23,7 @@ PACKED_DTYPES = (torch.float32, torch.bfloat16)
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Sibling layers that read the same tensor in the models that have them: one product computes them all."""
 LINEAR = (nn.Linear, RoundedLinear)
+"""Layers that do no more than their product; others' classes may."""
 
 
 def pack_linears(model: nn.Module) -> None:
@@ -32,8 +33,11 @@ def pack_linears(model: nn.Module) -> None:
     """
     # Without the layers themselves, so that each one's weights go when they have been packed.
     for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
-        linear = {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
-        layers = {name: layer for name, layer in linear.items() if type(layer) in LINEAR and _can_pack(layer)}
+        layers = {
+            name: child
+            for name, child in parent.named_children()
+            if isinstance(child, nn.Linear) and type(child) in LINEAR and _can_pack(child)
+        }
         groups: list[tuple[str, ...]] = [
             group
             for group in SAME_INPUT
@@ -216,9 +220,9 @@ def _product(layers: Sequence[nn.Linear]) -> Product:
 
 def _multiplies_int8(weight: torch.Tensor) -> bool:
     """Whether row_products.py's kernels run where this weight lies, and in its dtype."""
-    if weight.device.type != "cuda" or weight.dtype not in (torch.bfloat16, torch.float16) or not has_triton():
-        return False
-    return torch.version.hip is None and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+    return (
+        kernels_take(weight) and weight.dtype in (torch.bfloat16, torch.float16) and serves_row_kernels(weight.device)
+    )
 
 
 class Int8Product(Product):

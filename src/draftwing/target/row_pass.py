@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from draftwing.target.attention import has_triton, on_device
+from draftwing.target.attention import has_triton, on_device, serves_row_kernels
 from draftwing.target.fused import ARCHITECTURES, FusedTarget, Layer, epsilon
 from draftwing.target.hidden_states import NORMED
 from draftwing.target.kv_cache import KVCache
@@ -182,7 +182,7 @@ def row_problem(target: TargetModel) -> str | None:
         return "its output head is not packed"
     if not has_triton():
         return "Triton cannot compile kernels here: it wants a C compiler and Python's headers"
-    if torch.version.hip or torch.cuda.get_device_capability(target.device) < (8, 0):
+    if not serves_row_kernels(target.device):
         return "its kernels want an NVIDIA GPU of compute capability 8.0 or later"
     return target.row_failure
 
