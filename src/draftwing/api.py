@@ -408,7 +408,7 @@ def _draft_to_load(draft: str | None, method: str | None, head_options: Sequence
         resolve_draft(draft)
         return draft
     if head_options:
-        raise ValueError(f"{', '.join(head_options)}: for an EAGLE head, and no draft is loaded")
+        raise ValueError(f"{', '.join(head_options)}: for a draft head, and no draft is loaded")
     resolve_method(method, None)
     return None
 

@@ -13,6 +13,7 @@ Objective = Literal["language_model", "self_generated", "eagle1", "eagle3", "med
 Loss = Literal["kl", "cross_entropy", "lk"]
 Parallel = Literal["ddp", "fsdp2"]
 Schedule = Literal["cosine", "linear"]
+Optimizer = Literal["adamw", "muon"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 QUANTIZATIONS = ("int8", "int4", "float8")
 """How a target's linear layers can be kept in fewer bits (target/load.py)."""
@@ -52,6 +53,8 @@ class Stage:
     """Rows of one process's forward pass; an optimizer step reads batch_size x accumulation_steps x processes rows."""
     accumulation_steps: int = at_least(1, 1)
     max_steps: int = at_least(1, 1000)
+    optimizer: Optimizer = "adamw"
+    """`muon`: for the matrices of hidden layers, which learn in fewer steps; AdamW for the rest (training/muon.py)."""
     learning_rate: float = at_least(0, 1e-3)
     schedule: Schedule = "cosine"
     """How the learning rate falls to 0 at `max_steps`, after `warmup_steps` of linear rise."""
@@ -102,6 +105,8 @@ class Stage:
             raise ValueError("shard_target: is for several processes and device_map for one; give one of the two")
         if self.parallel == "fsdp2" and self.objective == "language_model":
             raise ValueError("parallel: a language_model is trained with ddp; fsdp2 shards heads")
+        if self.parallel == "fsdp2" and self.optimizer == "muon":
+            raise ValueError("optimizer: muon needs whole matrices, and parallel=fsdp2 shards them; set one of the two")
 
     def _check_bounds(self) -> None:
         for f in dataclasses.fields(self):

@@ -331,7 +331,7 @@ def test_prompts_are_looked_at_before_costs_are_measured(
 
 def test_options_of_a_head_without_a_head_are_refused() -> None:
     for options in ({}, {"draft": "tiny", "method": "plain"}):
-        with pytest.raises(ValueError, match="aux_layers, norm_output: for an EAGLE head, and no draft is loaded"):
+        with pytest.raises(ValueError, match="aux_layers, norm_output: for a draft head, and no draft is loaded"):
             draftwing.load("no/such/target", aux_layers=(1, 2, 3), norm_output=True, **options)
 
 

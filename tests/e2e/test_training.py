@@ -338,6 +338,14 @@ class TestResume:
         assert f"resuming from {checkpoint}\n" in capsys.readouterr().err
         assert_same(weights_of(folder, output), weights_of(folder, expected), rtol=0, atol=0)
 
+    def test_the_momentum_of_muon_continues_too(self, folder: Path, stop_at_5: pytest.MonkeyPatch) -> None:
+        with pytest.raises(SystemExit):
+            train(folder, "stopped_muon", "optimizer=muon")
+        stop_at_5.undo()
+        for output in ("stopped_muon", "one_muon"):
+            assert train(folder, output, "optimizer=muon")["finished"]
+        assert_same(weights_of(folder, "stopped_muon"), weights_of(folder, "one_muon"), rtol=0, atol=0)
+
     def test_a_second_ctrl_c_stops_at_once(self) -> None:
         before = signal.getsignal(signal.SIGINT)
         with StopOnSignal() as stop:

@@ -224,7 +224,7 @@ class Scheduler:
             try:
                 seat = self._engine.admit(ticket.request)
             except Exception as error:
-                self._deliver_last(ticket, "error", _in_a_sentence(error))
+                self._deliver_last(ticket, "error", *_told(error))
             else:
                 assert seat is not None
                 ticket.seat, ticket.seated = seat, time.perf_counter()
@@ -240,10 +240,8 @@ class Scheduler:
             ticket.ended = time.perf_counter()
         if ticket.first is None and event.tokens:
             ticket.first = time.perf_counter()
-        error = None if seat.error is None else _in_a_sentence(seat.error)
-        is_callers = isinstance(seat.error, ValueError)
         brought = event.tokens, event.num_accepted, event.logprobs
-        if not _deliver(ticket, Delivery(*brought, seat.finish_reason, error, is_callers)):
+        if not _deliver(ticket, Delivery(*brought, seat.finish_reason, *_told(seat.error))):
             self._end([ticket], None)
 
     def _end(self, tickets: Iterable[Ticket], reason: str | None) -> None:
@@ -257,9 +255,9 @@ class Scheduler:
             ticket.ended = ticket.ended or time.perf_counter()
         self._engine.retire(*seats)
 
-    def _deliver_last(self, ticket: Ticket, reason: str, error: str | None = None) -> None:
+    def _deliver_last(self, ticket: Ticket, reason: str, error: str | None = None, is_callers: bool = False) -> None:
         ticket.ended = time.perf_counter()
-        _deliver(ticket, Delivery([], 0, [], reason, error))
+        _deliver(ticket, Delivery([], 0, [], reason, error, is_callers))
 
 
 def _deliver(ticket: Ticket, delivery: Delivery) -> bool:
@@ -272,6 +270,9 @@ def _deliver(ticket: Ticket, delivery: Delivery) -> bool:
     return True
 
 
-def _in_a_sentence(error: Exception) -> str:
-    """What a client may read of an error: a ValueError's text, of others their kind alone."""
-    return str(error) if isinstance(error, ValueError) else f"the request has failed ({type(error).__name__})"
+def _told(error: Exception | None) -> tuple[str | None, bool]:
+    """A delivery's `error` and `is_callers`: of a ValueError its text, of other errors their kind alone."""
+    if error is None:
+        return None, False
+    is_callers = isinstance(error, ValueError)
+    return str(error) if is_callers else f"the request has failed ({type(error).__name__})", is_callers

@@ -26,6 +26,7 @@ from draftwing.training.checkpoints import (
 )
 from draftwing.training.display import ProgressDisplay, RunLogKeeper
 from draftwing.training.interruption import StopOnSignal, TrainingDiverged, TrainingStopped
+from draftwing.training.muon import MuonAdamW
 from draftwing.training.processes import is_main_process, num_processes, sum_over_processes, wait_for_others
 
 logger = logging.getLogger(__name__)
@@ -157,6 +158,18 @@ class ResumableTrainer(Trainer):
     def start_epoch(self) -> None:
         """Take the order that belongs to the step reached; accelerate forgets to, where it skips into an epoch."""
         self._steps.start_at(self.state.global_step)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.config.optimizer == "muon":
+            _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer: Any = MuonAdamW(self.model, self.vocab_sizes, self.config.weight_decay, **options)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)  # AdamW, where there is none
+        return optimizer
+
+    @property
+    def vocab_sizes(self) -> set[int]:
+        """Of the logits that the trained model gives."""
+        return {self.model.config.vocab_size}
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

@@ -168,6 +168,11 @@ class HeadTrainer(ResumableTrainer):
         wait_for_others()
 
     @property
+    def vocab_sizes(self) -> set[int]:
+        head = self._module.head
+        return {head.config.vocab_size, len(head.vocab)}
+
+    @property
     def _module(self) -> HeadLoss:
         assert isinstance(self.model, HeadLoss)
         return self.model

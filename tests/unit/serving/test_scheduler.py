@@ -175,6 +175,7 @@ def test_a_request_that_fails_ends_alone(target: TargetModel, start: Callable[..
     assert "path" not in clients[0].deliveries[0][-1].error
     assert not clients[0].deliveries[0][-1].is_callers
     assert "a seat's 64 tokens" in clients[2].deliveries[0][-1].error
+    assert clients[2].deliveries[0][-1].is_callers
     assert scheduler.is_alive
     with pytest.raises(ValueError, match="max_new_tokens"):
         scheduler.check(too_long)

@@ -98,7 +98,7 @@ def test_rounded_heads_change_no_token(
     ("options", "message"),
     [
         ({"draft": "tiny", "draft_dtype": "int3"}, "draft_dtype: expected int8, got 'int3'"),
-        ({"draft_dtype": "int8"}, "draft_dtype: for an EAGLE head, and no draft is loaded"),
+        ({"draft_dtype": "int8"}, "draft_dtype: for a draft head, and no draft is loaded"),
         ({"draft": "tiny", "method": "ngram", "draft_dtype": "int8"}, "draft_dtype: .* no draft is loaded"),
     ],
 )
