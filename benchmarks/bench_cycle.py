@@ -41,8 +41,9 @@ from draftwing.layers import DraftConfig
 from draftwing.plans.costs import CycleCosts, measure_costs
 from draftwing.provenance import write_record
 from draftwing.target.fused import pack_target
+from draftwing.target.interface import ATTENTION
 from draftwing.target.load import load_tokenizer
-from draftwing.target.model import ATTENTION, TargetModel
+from draftwing.target.model import TargetModel
 
 # Layers, width, MLP width, heads, key/value heads, head width, vocabulary, whether the embedding is the output head.
 SHAPES: dict[str, tuple[type[LlamaConfig] | type[Qwen3Config], tuple[int, ...]]] = {

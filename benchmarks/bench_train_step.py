@@ -31,7 +31,8 @@ from draftwing.drafts.eagle.objective import Eagle3Training
 from draftwing.layers import DraftConfig, DraftVocab
 from draftwing.losses.ttt import additive_mask
 from draftwing.provenance import write_record
-from draftwing.target.model import ATTENTION, TargetModel
+from draftwing.target.interface import ATTENTION
+from draftwing.target.model import TargetModel
 
 NUM_DOCUMENTS = 4
 

@@ -24,7 +24,8 @@ from draftwing.api import SpeculativeModel, load
 from draftwing.data.prompts import read_prompts
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.embedded import EMBEDDED_PROMPTS
-from draftwing.engine.sampling import gumbel, log_probabilities
+from draftwing.engine.noise import gumbel
+from draftwing.engine.sampling import log_probabilities
 from draftwing.engine.tree_plan import TreePlan
 from draftwing.provenance import write_record
 

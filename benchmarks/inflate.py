@@ -32,8 +32,9 @@ from draftwing.embedded import EMBEDDED_PROMPTS
 from draftwing.evaluation.side_by_side import measure
 from draftwing.provenance import write_record
 from draftwing.target.fused import pack_target
+from draftwing.target.interface import ATTENTION
 from draftwing.target.load import load_target, load_tokenizer
-from draftwing.target.model import ATTENTION, TargetModel
+from draftwing.target.model import TargetModel
 
 RANDOM_SCALE = 0.02
 TRACE, LOUDNESS = 1e-9, 3e13

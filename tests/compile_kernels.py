@@ -26,11 +26,11 @@ from triton.compiler import ASTSource
 
 from draftwing.drafts import fused_levels
 from draftwing.engine import chosen_tokens, top_tokens, tree_kernels
-from draftwing.engine.sampling import KeptNoise
+from draftwing.engine.noise import KeptNoise
 from draftwing.engine.tree_plan import TreePlan
 from draftwing.plans.acceptance import CalibratedSize
 from draftwing.target import packed, row_attention, row_products
-from draftwing.target.model import ATTENTION
+from draftwing.target.interface import ATTENTION
 from draftwing.target.row_layout import RowProduct, Tiles
 from draftwing.target.row_pass import RowTarget
 

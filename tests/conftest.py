@@ -40,7 +40,8 @@ from draftwing.plans.auto import AutoPlan, SizedPlan
 from draftwing.plans.costs import CycleCosts, measure_costs
 from draftwing.plans.lessons import Experience
 from draftwing.target.fused import pack_target
-from draftwing.target.model import ATTENTION, TargetModel
+from draftwing.target.interface import ATTENTION
+from draftwing.target.model import TargetModel
 
 VOCAB_SIZE = 64
 EOS = 11

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from draftwing.drafts.inspect_draft import target_sizes
 from draftwing.target.fused import FusedTarget, pack_target
+from draftwing.target.interface import ATTENTION
 from draftwing.target.load import load_target
-from draftwing.target.model import ATTENTION, TargetModel
+from draftwing.target.model import TargetModel
 
 SIZES = {
     "vocab_size": 64,

@@ -18,7 +18,8 @@ from transformers import (
 
 from draftwing.engine.tree import DraftTree
 from draftwing.target.fused import FusedTarget, can_fuse
-from draftwing.target.model import ATTENTION, TargetModel
+from draftwing.target.interface import ATTENTION
+from draftwing.target.model import TargetModel
 from draftwing.target.packed import PackedLinear, pack_linears
 
 DTYPES = [torch.float32, torch.bfloat16]

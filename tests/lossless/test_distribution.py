@@ -102,7 +102,7 @@ def test_noise_that_ignores_the_position_is_noticed(
     small: tuple[TargetModel, DraftNetwork], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sabotage: every position draws with the same noise, so the tokens of one output are correlated."""
-    from draftwing.engine.sampling import Noise
+    from draftwing.engine.noise import Noise
 
     original = Noise.at
     monkeypatch.setattr(Noise, "at", lambda self, positions: original(self, torch.full_like(positions, len(PROMPT))))

@@ -27,8 +27,8 @@ from transformers.generation import stopping_criteria as stopping
 
 import draftwing
 from draftwing.engine import sampling
+from draftwing.engine.noise import gumbel
 from draftwing.engine.options import GenerateOptions
-from draftwing.engine.sampling import gumbel
 from draftwing.engine.stepwise import Place
 from draftwing.engine.tree import DraftTree, walk
 from draftwing.honoured import HONOURED_FIELDS, NEUTRAL_FIELDS, PREFIX_PROCESSORS, check_config

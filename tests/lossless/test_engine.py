@@ -32,9 +32,10 @@ from draftwing.engine import engine as engine_module
 from draftwing.engine import order as order_module
 from draftwing.engine.engine import Engine, NewDrafter, Request, Seat
 from draftwing.engine.generation import Generation
+from draftwing.engine.noise import Noise
 from draftwing.engine.order import Order
 from draftwing.engine.penalties import Penalties
-from draftwing.engine.sampling import Noise, SamplingParams
+from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.seats import Seats
 from draftwing.engine.statistics import CycleCounts
 from draftwing.engine.stepwise import Place

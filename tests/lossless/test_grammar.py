@@ -11,7 +11,7 @@ from tape import TapeRecorder
 
 from draftwing.engine import grammar as grammar_module
 from draftwing.engine.engine import Engine, NewDrafter, Request
-from draftwing.engine.sampling import gumbel
+from draftwing.engine.noise import gumbel
 from draftwing.engine.tree_plan import TreePlan
 from draftwing.target.model import TargetModel
 

@@ -12,8 +12,8 @@ from tape import TapeRecorder
 
 from draftwing.api import SpeculativeModel
 from draftwing.engine.engine import NewDrafter, Request
+from draftwing.engine.noise import gumbel
 from draftwing.engine.penalties import Penalties
-from draftwing.engine.sampling import gumbel
 from draftwing.target.model import TargetModel
 
 PROMPTS = [[1, 2, 3, 4, 5], [7], [3, 3, 3, EOS, 8, 9]]

@@ -12,8 +12,8 @@ from conftest import EOS, VOCAB_SIZE, auto_plan
 from draftwing.api import SpeculativeModel
 from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.engine import order as order_module
+from draftwing.engine.noise import Noise
 from draftwing.engine.options import GenerateOptions
-from draftwing.engine.sampling import Noise
 from draftwing.serving.scheduler import Delivery, Scheduler, Ticket
 from draftwing.target.model import TargetModel
 

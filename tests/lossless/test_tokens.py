@@ -23,7 +23,8 @@ from conftest import (
 
 from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.engine.engine import NewDrafter
-from draftwing.engine.sampling import Noise, SamplingParams
+from draftwing.engine.noise import Noise
+from draftwing.engine.sampling import SamplingParams
 from draftwing.plans.lessons import Experience
 from draftwing.plans.pauses import Pause
 from draftwing.target import model as target_module

@@ -12,7 +12,7 @@ import triton.language as tl
 from draftwing.target.attention import on_device
 
 if TYPE_CHECKING:
-    from draftwing.engine.sampling import KeptNoise
+    from draftwing.engine.noise import KeptNoise
 
 BLOCK = 2048
 """Tokens of a program."""

@@ -19,7 +19,8 @@ from draftwing.layers import Attend
 from draftwing.rotary import rotate
 from draftwing.target.attention import grouped_attention, has_triton
 from draftwing.target.hidden_states import NORMED
-from draftwing.target.model import ATTENTION, Role, TargetModel, TargetOutput, TreePass, attention_windows
+from draftwing.target.interface import ATTENTION, Role
+from draftwing.target.model import TargetModel, TargetOutput, TreePass, attention_windows
 from draftwing.target.packed import PackedLinear, Product, pack_linears
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")

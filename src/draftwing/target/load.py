@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from draftwing.config import DTYPES, QUANTIZATIONS
 from draftwing.embedded import EMBEDDED_TARGETS, embedded_target
 from draftwing.target.gguf import dequantised, find_gguf
-from draftwing.target.model import ATTENTION, Role, TargetModel, one_line
+from draftwing.target.interface import ATTENTION, Role
+from draftwing.target.model import TargetModel, one_line
 from draftwing.target.packed import multiplies_bfloat16
 
 HUB_OPTIONS = ("cache_dir", "code_revision", "force_download", "local_files_only", "proxies") + (

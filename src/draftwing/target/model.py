@@ -3,12 +3,11 @@
 The stock module does the arithmetic; tree mask and positions are arguments, and nothing is written onto it.
 """
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,14 +16,11 @@ from transformers.masking_utils import sdpa_mask
 
 from draftwing.target.attention import attention_forward, has_kernel, pack_mask
 from draftwing.target.hidden_states import NORMED, recording
+from draftwing.target.interface import ATTENTION, Role, check_interface
 from draftwing.target.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.target.logits import LogitTransform
 from draftwing.target.packed import PACKED_DTYPES, PackedLinear, bits_depend_on_threads
 
-ATTENTION = "draftwing"
-Role = Literal["target", "draft"]
-TREE_ATTENTIONS = (ATTENTION, "sdpa", "eager")
-LENGTH_DEPENDENT_ROPE = frozenset(("dynamic", "longrope"))
 LARGEST_GAPS = {torch.float64: 0.01, torch.float32: 0.01}
 """By dtype, 0.25 in shorter ones: how far a node's logits may be from its branch's, relative to these, by rounding."""
 
@@ -82,7 +78,7 @@ class TargetModel:
         self.config = model.config.get_text_config()
         self.device = model.device
         self.dtype = model.dtype
-        self._check_interface()
+        check_interface(model, role)
         with self._refusing("cannot be verified as a tree"):
             self._windows = attention_windows(self.config)
         self._layers, self.vocab_size = self._probe()
@@ -305,32 +301,6 @@ class TargetModel:
             masks[layer_type] = mask
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _check_interface(self) -> None:
-        name = type(self.model).__name__
-        if getattr(self.model, "_is_stateful", False):
-            raise ValueError(
-                f"{self.role}: {name} keeps a recurrent state, which cannot be rolled back after a rejected draft"
-            )
-        if "position_ids" not in inspect.signature(self.model.forward).parameters:
-            raise ValueError(f"{self.role}: {name} takes no position_ids, so tree nodes cannot be placed")
-        for rope_type in LENGTH_DEPENDENT_ROPE & _rope_types(self.config):
-            raise ValueError(
-                f"{self.role}: {name} has {rope_type!r} positions, which depend on the longest row of a pass, so its "
-                "tokens would depend on the tree and the batch"
-            )
-        if getattr(self.config, "alibi", False):
-            raise ValueError(f"{self.role}: {name} has alibi position biases, which do not follow a tree's positions")
-        if "local" in getattr(self.config, "attention_layers", ()):
-            raise ValueError(f"{self.role}: {name} has local attention layers that count slots instead of positions")
-        attention = self.model.config._attn_implementation
-        if attention == ATTENTION and not (self.model._supports_attention_backend or self.model._supports_sdpa):
-            raise ValueError(f"{self.role}: {name} has its own attention; load it with attn_implementation='eager'")
-        if attention not in TREE_ATTENTIONS:
-            raise ValueError(
-                f"{self.role}: {name} has attn_implementation {attention!r}, which cannot take a tree mask; load it "
-                f"with one of {TREE_ATTENTIONS}"
-            )
-
     @torch.no_grad()
     def _probe(self) -> tuple[list[LayerShape], int]:
         """Each cache layer's sizes and the number of logits, read from a forward pass over one token."""
@@ -421,13 +391,6 @@ def _slot_positions(lengths: torch.Tensor, depths: torch.Tensor, num_slots: int)
     behind = slots - lengths[:, None]
     in_tree = lengths[:, None] + depths.gather(1, behind.clamp(0, depths.shape[1] - 1))
     return torch.where(behind < 0, slots, in_tree)
-
-
-def _rope_types(config: Any) -> set[str]:
-    """The RoPE types of a model's layers; its parameters are one mapping, or one per layer type."""
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    mappings = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return {str(mapping.get("rope_type", mapping.get("type"))) for mapping in mappings}
 
 
 def attention_windows(config: Any) -> dict[str, int | None]:

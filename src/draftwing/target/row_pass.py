@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from draftwing.target.attention import has_triton, on_device, serves_row_kernels
 from draftwing.target.fused import ARCHITECTURES, FusedTarget, Layer, epsilon
 from draftwing.target.hidden_states import NORMED
+from draftwing.target.interface import Role
 from draftwing.target.kv_cache import KVCache
-from draftwing.target.model import Role, TargetModel, TargetOutput
+from draftwing.target.model import TargetModel, TargetOutput
 from draftwing.target.packed import JoinedProduct, PackedLinear, Product
 from draftwing.target.row_layout import TREE_LEVELS, Places, RowNorm, RowProduct, Tiles, part_starts
 

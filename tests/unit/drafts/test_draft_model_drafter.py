@@ -13,7 +13,8 @@ from draftwing.engine.generation import start_generation
 from draftwing.engine.sampling import uncoupled_rank
 from draftwing.engine.tree import DraftTree
 from draftwing.engine.tree_plan import TreePlan
-from draftwing.target.model import ATTENTION, TargetModel
+from draftwing.target.interface import ATTENTION
+from draftwing.target.model import TargetModel
 
 UNREAD = 16
 CAPACITY = 120

@@ -17,14 +17,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from draftwing.engine.noise import NOISE_WINDOW, Noise, gumbel
 from draftwing.engine.sampling import (
     LOGIT_ERROR,
-    NOISE_WINDOW,
-    Noise,
     Sampler,
     SamplingParams,
     below_min_p,
-    gumbel,
     stays_by_integers,
     stays_in_nucleus,
     uncoupled_rank,

@@ -9,7 +9,8 @@ pytest.importorskip("triton")
 import triton
 
 from draftwing.engine import chosen_tokens, sampling
-from draftwing.engine.sampling import KeptNoise, Sampler, SamplingParams, UnreadScores, uncoupled_rank
+from draftwing.engine.noise import KeptNoise
+from draftwing.engine.sampling import Sampler, SamplingParams, UnreadScores, uncoupled_rank
 from draftwing.engine.top_tokens import BLOCK, MOST_WIDTH, top_tokens
 from draftwing.engine.tree import DraftTree, root_tree
 

@@ -20,7 +20,8 @@ from draftwing.layers import DraftConfig, DraftVocab
 from draftwing.target import attention, packed
 from draftwing.target.attention import grouped_attention
 from draftwing.target.fused import Elementwise, FusedTarget, pack_target
-from draftwing.target.model import ATTENTION, TargetModel, TargetOutput
+from draftwing.target.interface import ATTENTION
+from draftwing.target.model import TargetModel, TargetOutput
 from draftwing.target.packed import JoinedProduct
 
 SIZES = {

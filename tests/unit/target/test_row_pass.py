@@ -36,8 +36,9 @@ from draftwing.engine.options import GenerateOptions
 from draftwing.engine.tree_plan import TreePlan
 from draftwing.target import packed, row_pass
 from draftwing.target.fused import FusedTarget
+from draftwing.target.interface import ATTENTION
 from draftwing.target.kv_cache import KVCache
-from draftwing.target.model import ATTENTION, TargetModel
+from draftwing.target.model import TargetModel
 from draftwing.target.packed import JoinedProduct, PackedLinear, pack_linears
 from draftwing.target.row_layout import TAIL, TREE_LEVELS, Places, RowNorm, RowProduct, Tiles, part_starts
 from draftwing.target.row_pass import Kernels, RowTarget, rounding_problem, row_problem, row_target
