@@ -1,110 +1,100 @@
-"""Every method on a chat target of a size at which a forward pass costs what it costs in earnest, from nothing.
+"""Heads for a chat model, and every method beside the others on it, from nothing but the model itself.
 
-    python benchmarks/chat_rig.py --corpus answers.jsonl.gz --data mt_bench=mt_bench.jsonl,gsm8k=gsm8k.jsonl
-    python benchmarks/chat_rig.py --corpus answers.jsonl.gz --data mt_bench=mt_bench.jsonl --tiny   # try it on a CPU
+    python benchmarks/chat_rig.py --data mt_bench=mt_bench.jsonl,gsm8k=gsm8k.jsonl
+    python benchmarks/chat_rig.py --data mt_bench=mt_bench.jsonl --tiny   # minutes on a CPU, to see that it runs
 
-Trains the stages of recipes/chat_rig.yaml, then runs `draftwing eval`. All of it continues where it was: run the same
-command again after a cut (SIGTERM writes a checkpoint first), or one part at a time with --parts. The seconds of each
-part are kept in `seconds.json`, the tables in `tables/`.
+The model is SmolLM2-135M-Instruct (docs/formats.md says how to install it) or another --target. It writes the rows, the
+stages of recipes/smollm2.yaml train heads on them, `draftwing eval` makes the tables. Each part continues where it was:
+run the same command again after a cut, or one part at a time with --parts. The seconds of each part are kept in
+`seconds.json`, the tables in `tables/`.
 """
 
 import argparse
-import dataclasses
-import gzip
 import json
-import shutil
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from draftwing.cli import main as draftwing
-from draftwing.config import TrainConfig, read_recipe
-from draftwing.training.interruption import TrainingStopped
-from draftwing.training.stage import train_stage
+from draftwing.config import read_recipe
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "chat_rig.yaml"
-FOLDER = "build/chat_rig"
-PARTS = ("target", "rows.jsonl", "eagle3", "eagle1", "medusa", "draft", "tables")
+RECIPE = Path(__file__).parents[1] / "recipes" / "smollm2.yaml"
+HEADS = ("eagle3", "eagle1", "medusa")
+PARTS = ("rows", *HEADS, "tables")
 METHODS = (
     *("all", "eagle1:chain:5", "eagle2:tree:10x8x60", "eagle3:chain:5", "eagle3:tree:10x8x60"),
     *("eagle3:tree:10x8x60+uncoupled", "eagle3+ngram"),
 )
-SMALL: Mapping[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
-"""What --tiny makes of the architectures."""
+SEQUENCE_LENGTH = 640
+TINY_STAGE = ("max_steps=2", "warmup_steps=1", "batch_size=2", "evaluate_rows=2", "decode_prompts=0", "bf16=false")
+TINY_HEAD = ("aux_layers=[1,3,5]", "draft_vocab_size=512", "medusa_heads=2")
 
 
-def main() -> int:
-    options = parse_options()
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_options(arguments)
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    unpack(Path(options.corpus), folder / "corpus.jsonl", most_rows=200 if options.tiny else None)
-    stages = {Path(stage.output).name: in_folder(stage, options) for stage in read_recipe(RECIPE)}
     for part in options.parts.split(","):
         start = time.perf_counter()
         try:
-            status = make_tables(folder, options) if part == "tables" else int(train_stage(stages[part]) is None)
-        except TrainingStopped as stop:
-            print(f"{stop}; the same command continues from there", file=sys.stderr)
-            status = 128 + stop.signal_number
-        note_seconds(folder / "seconds.json", part, time.perf_counter() - start)
+            status = draftwing(command_of(part, folder, options))
+        finally:
+            note_seconds(folder / "seconds.json", part, time.perf_counter() - start)
         if status:
             return status
     print_seconds(folder / "seconds.json")
     return 0
 
 
-def unpack(corpus: Path, goal: Path, most_rows: int | None) -> None:
-    """Copy a JSONL file, which may be gzipped, as a whole or not at all."""
-    if goal.exists():
-        return
-    partial = goal.with_suffix(".partial")
-    with gzip.open(corpus) if corpus.suffix == ".gz" else corpus.open("rb") as source, partial.open("wb") as file:
-        if most_rows is None:
-            shutil.copyfileobj(source, file)
-        else:
-            file.writelines(line for line, _ in zip(source, range(most_rows), strict=False))
-    partial.replace(goal)
+def command_of(part: str, folder: Path, options: argparse.Namespace) -> list[str]:
+    """The `draftwing` command of a part.
+
+    Raises:
+        ValueError: there is no such part.
+    """
+    if part in HEADS:
+        return train_command(part, folder, options)
+    commands = {"rows": rows_command, "tables": tables_command}
+    if part not in commands:
+        raise ValueError(f"parts: expected some of {', '.join(PARTS)}, got {part!r}")
+    return commands[part](folder, options)
 
 
-def in_folder(stage: TrainConfig, options: argparse.Namespace) -> TrainConfig:
-    """The stage in another folder than the recipe's, and with --tiny so small that a CPU does it in seconds."""
-    changes: dict[str, Any] = {
-        name: value.replace(FOLDER, options.folder) for name, value in vars(stage).items() if isinstance(value, str)
-    }
-    if options.tiny:
-        changes |= {"max_steps": 6, "warmup_steps": 1, "evaluate_every": 6, "batch_size": 4, "evaluate_rows": 4}
-        changes |= {"compile": False, "vocab_size": 512, "sequence_length": 128, "max_rows": 12}
-        changes |= {"architecture": {**stage.architecture, **SMALL}} if stage.architecture else {}
-        changes |= {"aux_layers": (1, 3, 5), "draft_vocab_size": 256} if stage.objective == "eagle3" else {}
-        changes |= {"max_rows": None} if stage.objective == "language_model" else {}
-    return dataclasses.replace(stage, **changes)
+def rows_command(folder: Path, options: argparse.Namespace) -> list[str]:
+    count, batch, request, answer = (4, 4, 48, 16) if options.tiny else (options.num_rows, 512, 192, 256)
+    sizes = {"--from-target": count, "--batch-size": batch, "--max-request-tokens": request, "--max-new-tokens": answer}
+    where = ["--target", options.target, "--device", device(), "--output", str(folder / "rows.jsonl")]
+    return [
+        *("prepare", "--request-temperature", "0.8", "--sequence-length", str(SEQUENCE_LENGTH)),
+        *(str(part) for pair in sizes.items() for part in pair),
+        *where,
+    ]
 
 
-def make_tables(folder: Path, options: argparse.Namespace) -> int:
-    drafts = [f"--draft={name}={folder / name}" for name in ("eagle3", "eagle1", "medusa", "draft")]
+def train_command(head: str, folder: Path, options: argparse.Namespace) -> list[str]:
+    stages = [stage.objective for stage in read_recipe(RECIPE)]
+    settings = [f"target={options.target}", f"data={folder / 'rows.jsonl'}", f"output={folder / head}"]
+    settings += [*TINY_STAGE, *TINY_HEAD] if options.tiny else []
+    stage = ["--stage", str(stages.index(head))]
+    return ["train", str(RECIPE), *stage, *(part for setting in settings for part in ("--set", setting))]
+
+
+def tables_command(folder: Path, options: argparse.Namespace) -> list[str]:
     length, prompts = ("8", "1") if options.tiny else (str(options.max_new_tokens), str(options.num_prompts))
-    sizes = ["--max-new-tokens", length, "--num-prompts", prompts, "--repeats", "1"]
-    where = ["--device", "cuda" if torch.cuda.is_available() else "cpu", "--output", str(folder / "tables")]
-    return draftwing(
-        [
-            "eval",
-            "--target",
-            str(folder / "target"),
-            *drafts,
-            "--methods",
-            ",".join(METHODS),
-            "--data",
-            options.data,
-            *sizes,
-        ]
-        + ["--against", "transformers", *where]
-    )
+    return [
+        *("eval", "--target", options.target, *(f"--draft={head}={folder / head}" for head in HEADS)),
+        *("--methods", ",".join(METHODS), "--data", options.data, "--against", "transformers"),
+        *("--max-new-tokens", length, "--num-prompts", prompts, "--repeats", "1"),
+        *("--device", device(), "--output", str(folder / "tables"), "--temperatures", "0" if options.tiny else "0,1"),
+    ]
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def note_seconds(file: Path, part: str, seconds: float) -> None:
@@ -123,16 +113,17 @@ def print_seconds(file: Path) -> None:
     Console().print(table)
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", required=True, help="a JSONL file of chats (`messages`), gzipped or not")
     parser.add_argument("--data", required=True, help="what `draftwing eval --data` takes")
-    parser.add_argument("--folder", default=FOLDER)
+    parser.add_argument("--target", default="smollm2", help="a chat model (default: %(default)s)")
+    parser.add_argument("--folder", default="build/chat_rig", help="(default: %(default)s)")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of them, in this order (default: all)")
-    parser.add_argument("--num-prompts", type=int, default=10, help="of each data set (default: 10)")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--tiny", action="store_true", help="seconds on a CPU, to see that everything runs")
-    return parser.parse_args()
+    parser.add_argument("--num-rows", type=int, default=8192, help="that it writes (default: %(default)s)")
+    parser.add_argument("--num-prompts", type=int, default=10, help="of each data set (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer measured (default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="minutes on a CPU, to see that everything runs")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

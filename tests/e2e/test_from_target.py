@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 import draftwing
 from draftwing.cli import main
@@ -155,19 +154,25 @@ def test_a_target_that_asks_nothing_new_is_given_up(
     assert kept.take(row | {"messages": [{"content": respelled}]}) == Dropped("duplicate requests", respelled)
 
 
-def test_heads_train_on_them_by_the_recipe(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """recipes/smollm2.yaml with another target and two steps."""
-    stages = yaml.safe_load((ROOT / "recipes" / "smollm2.yaml").read_text(encoding="utf-8"))["stages"]
-    small = {"target": "tiny", "data": str(made), "sequence_length": 180, "max_steps": 2, "warmup_steps": 1}
-    small |= {"bf16": False, "batch_size": 2, "evaluate_rows": 4, "decode_prompts": 1, "log_every": 1}
-    for stage in stages:
-        stage |= small | {"output": str(tmp_path / stage["objective"])}
-        stage |= {"draft_vocab_size": 512} if "draft_vocab_size" in stage else {}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
-    assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
+def test_heads_train_on_them_and_are_measured(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """benchmarks/chat_rig.py, and so the stages of recipes/smollm2.yaml, with another target and two steps."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import chat_rig
+
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Write the Python function clamp."}\n', encoding="utf-8")
+    common = ["--tiny", "--target", "tiny", "--folder", str(tmp_path), "--data", f"own={tmp_path / 'prompts.jsonl'}"]
+    (tmp_path / "rows.jsonl").write_bytes(made.read_bytes())
+    assert chat_rig.main([*common, "--parts", "eagle3,eagle1,medusa,tables"]) == 0
     capsys.readouterr()
-    for kind in ("eagle3", "eagle1"):
+    for kind in ("eagle3", "eagle1", "medusa"):
         assert main(["inspect", str(tmp_path / kind), "--target", "tiny"]) == 0
+    methods = {row["method"] for row in json.loads((tmp_path / "tables" / "results.json").read_text())["rows"]}
+    assert methods >= {"plain", "medusa", "eagle1:chain:5", "eagle3:tree:10x8x60+uncoupled"}
+    assert {*json.loads((tmp_path / "seconds.json").read_text())} == {"eagle3", "eagle1", "medusa", "tables"}
+    with pytest.raises(ValueError, match=r"^parts: expected some of rows, eagle3"):
+        chat_rig.main([*common, "--parts", "nothing"])
 
 
 def test_people_see_rows_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
