@@ -1,4 +1,4 @@
-"""Heads for a chat model, and every method beside the others on it, from nothing but the model itself.
+"""Heads for a chat model, trained on nothing but what it writes itself, and tables of the methods that use them.
 
     python benchmarks/chat_rig.py --data mt_bench=mt_bench.jsonl,gsm8k=gsm8k.jsonl
     python benchmarks/chat_rig.py --data mt_bench=mt_bench.jsonl --tiny   # minutes on a CPU, to see that it runs
@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 
 from draftwing.cli import main as draftwing
-from draftwing.config import read_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "smollm2.yaml"
 HEADS = ("eagle3", "eagle1", "medusa")
@@ -30,7 +29,7 @@ METHODS = (
     *("eagle3:tree:10x8x60+uncoupled", "eagle3+ngram"),
 )
 SEQUENCE_LENGTH = 640
-TINY_STAGE = ("max_steps=2", "warmup_steps=1", "batch_size=2", "evaluate_rows=2", "decode_prompts=0", "bf16=false")
+TINY_STAGE = ("max_steps=2", "warmup_steps=1", "batch_size=2", "evaluate_rows=2", "decode_prompts=1", "bf16=false")
 TINY_HEAD = ("aux_layers=[1,3,5]", "draft_vocab_size=512", "medusa_heads=2")
 
 
@@ -38,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for part in options.parts.split(","):
+    for part in options.parts:
         start = time.perf_counter()
         try:
             status = draftwing(command_of(part, folder, options))
@@ -51,21 +50,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def command_of(part: str, folder: Path, options: argparse.Namespace) -> list[str]:
-    """The `draftwing` command of a part.
-
-    Raises:
-        ValueError: there is no such part.
-    """
+    """The `draftwing` command of a part."""
     if part in HEADS:
         return train_command(part, folder, options)
-    commands = {"rows": rows_command, "tables": tables_command}
-    if part not in commands:
-        raise ValueError(f"parts: expected some of {', '.join(PARTS)}, got {part!r}")
-    return commands[part](folder, options)
+    return {"rows": rows_command, "tables": tables_command}[part](folder, options)
 
 
 def rows_command(folder: Path, options: argparse.Namespace) -> list[str]:
-    count, batch, request, answer = (4, 4, 48, 16) if options.tiny else (options.num_rows, 512, 192, 256)
+    batch = 512 if device() == "cuda" else 64
+    count, batch, request, answer = (2, 2, 80, 16) if options.tiny else (options.num_rows, batch, 192, 256)
     sizes = {"--from-target": count, "--batch-size": batch, "--max-request-tokens": request, "--max-new-tokens": answer}
     where = ["--target", options.target, "--device", device(), "--output", str(folder / "rows.jsonl")]
     return [
@@ -76,11 +69,12 @@ def rows_command(folder: Path, options: argparse.Namespace) -> list[str]:
 
 
 def train_command(head: str, folder: Path, options: argparse.Namespace) -> list[str]:
-    stages = [stage.objective for stage in read_recipe(RECIPE)]
     settings = [f"target={options.target}", f"data={folder / 'rows.jsonl'}", f"output={folder / head}"]
     settings += [*TINY_STAGE, *TINY_HEAD] if options.tiny else []
-    stage = ["--stage", str(stages.index(head))]
-    return ["train", str(RECIPE), *stage, *(part for setting in settings for part in ("--set", setting))]
+    # Medusa's heads are trained as EAGLE-1's is.
+    stage = {"eagle3": "0", "eagle1": "1", "medusa": "1"}[head]
+    settings += ["objective=medusa", "medusa_heads=4", "optimizer=adamw"] if head == "medusa" else []
+    return ["train", str(RECIPE), "--stage", stage, *(part for setting in settings for part in ("--set", setting))]
 
 
 def tables_command(folder: Path, options: argparse.Namespace) -> list[str]:
@@ -113,12 +107,19 @@ def print_seconds(file: Path) -> None:
     Console().print(table)
 
 
+def parts(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in PARTS]:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(PARTS)}, got {unknown[0]!r}")
+    return names
+
+
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="what `draftwing eval --data` takes")
     parser.add_argument("--target", default="smollm2", help="a chat model (default: %(default)s)")
     parser.add_argument("--folder", default="build/chat_rig", help="(default: %(default)s)")
-    parser.add_argument("--parts", default=",".join(PARTS), help="some of them, in this order (default: all)")
+    parser.add_argument("--parts", type=parts, default=PARTS, help=f"some of {','.join(PARTS)} (default: all)")
     parser.add_argument("--num-rows", type=int, default=8192, help="that it writes (default: %(default)s)")
     parser.add_argument("--num-prompts", type=int, default=10, help="of each data set (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer measured (default: %(default)s)")

@@ -163,6 +163,8 @@ def test_heads_train_on_them_and_are_measured(
 
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Write the Python function clamp."}\n', encoding="utf-8")
     common = ["--tiny", "--target", "tiny", "--folder", str(tmp_path), "--data", f"own={tmp_path / 'prompts.jsonl'}"]
+    assert chat_rig.main([*common, "--parts", "rows"]) == 0
+    assert len(rows_of(tmp_path / "rows.jsonl")) == 2
     (tmp_path / "rows.jsonl").write_bytes(made.read_bytes())
     assert chat_rig.main([*common, "--parts", "eagle3,eagle1,medusa,tables"]) == 0
     capsys.readouterr()
@@ -170,9 +172,10 @@ def test_heads_train_on_them_and_are_measured(
         assert main(["inspect", str(tmp_path / kind), "--target", "tiny"]) == 0
     methods = {row["method"] for row in json.loads((tmp_path / "tables" / "results.json").read_text())["rows"]}
     assert methods >= {"plain", "medusa", "eagle1:chain:5", "eagle3:tree:10x8x60+uncoupled"}
-    assert {*json.loads((tmp_path / "seconds.json").read_text())} == {"eagle3", "eagle1", "medusa", "tables"}
-    with pytest.raises(ValueError, match=r"^parts: expected some of rows, eagle3"):
-        chat_rig.main([*common, "--parts", "nothing"])
+    assert {*json.loads((tmp_path / "seconds.json").read_text())} == {*chat_rig.PARTS}
+    with pytest.raises(SystemExit):
+        chat_rig.main([*common, "--parts", "rows,nothing"])
+    assert "expected some of rows, eagle3, eagle1, medusa, tables, got 'nothing'" in capsys.readouterr().err
 
 
 def test_people_see_rows_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

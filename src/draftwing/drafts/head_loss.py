@@ -162,6 +162,11 @@ class HeadLoss(nn.Module):
         return self._target_head
 
     @property
+    def output_matrices(self) -> list[torch.Tensor]:
+        """The head's own matrices that make logits; none where it has its target's."""
+        return []
+
+    @property
     def num_steps(self) -> int:
         """J, how many tokens the head predicts from one slot."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What a model's class and configuration must offer to be run over token trees."""
+"""What a model is called here, and what its class and configuration must offer to be run over token trees."""
 
 import inspect
 from typing import Any, Literal

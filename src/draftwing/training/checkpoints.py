@@ -3,13 +3,16 @@
 A checkpoint counts only with its `recipe.json`, which is written last, by a rename.
 """
 
+import dataclasses
 import json
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
+from draftwing.config import TrainConfig
 from draftwing.files import check_same, write_text
 
 MARK = "recipe.json"
@@ -21,6 +24,11 @@ FREE_KEYS = frozenset(
 """What a continued run may change: nothing of it changes what is learnt. The rows of an optimizer step may be split
 anew, by `batch_size`, `accumulation_steps` and the number of processes, as long as they are as many."""
 
+DEFAULTS: dict[str, Any] = json.loads(
+    json.dumps({key.name: key.default for key in dataclasses.fields(TrainConfig) if key.default is not MISSING})
+)
+"""Of a recipe's keys."""
+
 
 def settings_of(recipe: Mapping[str, Any], num_processes: int) -> dict[str, Any]:
     """What of a stage's keys decides what is learnt, JSON-ready."""
@@ -31,7 +39,11 @@ def settings_of(recipe: Mapping[str, Any], num_processes: int) -> dict[str, Any]
 
 
 def check_continued(made_with: Mapping[str, Any], wanted: Mapping[str, Any], place: Path) -> None:
-    """Raise a ValueError where a run differs from what it would continue, in what that has recorded."""
+    """Raise a ValueError where a run differs from what it would continue, in what that has recorded.
+
+    A recipe's key that it has not is younger than it, which then had the default.
+    """
+    made_with = DEFAULTS | dict(made_with)
     recorded = {name: value for name, value in wanted.items() if name in made_with}
     check_same(made_with, recorded, place, "Undo the change, name another output, or delete the folder to start over")
 

@@ -26,7 +26,7 @@ from draftwing.training.checkpoints import (
 )
 from draftwing.training.display import ProgressDisplay, RunLogKeeper
 from draftwing.training.interruption import StopOnSignal, TrainingDiverged, TrainingStopped
-from draftwing.training.muon import MuonAdamW
+from draftwing.training.muon import MuonAdamW, hidden_matrices
 from draftwing.training.processes import is_main_process, num_processes, sum_over_processes, wait_for_others
 
 logger = logging.getLogger(__name__)
@@ -160,16 +160,17 @@ class ResumableTrainer(Trainer):
         self._steps.start_at(self.state.global_step)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        if self.config.optimizer == "muon":
-            _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer: Any = MuonAdamW(self.model, self.vocab_sizes, self.config.weight_decay, **options)
-        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)  # AdamW, where there is none
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self.config.optimizer == "muon" and not isinstance(optimizer, MuonAdamW):
+            matrices = hidden_matrices(self.model, self.output_matrices)
+            optimizer = MuonAdamW(optimizer.param_groups, matrices)
+        self.optimizer: Any = optimizer
         return optimizer
 
     @property
-    def vocab_sizes(self) -> set[int]:
-        """Of the logits that the trained model gives."""
-        return {self.model.config.vocab_size}
+    def output_matrices(self) -> list[torch.Tensor]:
+        """What makes logits in the trained model."""
+        return [self.model.get_output_embeddings().weight]
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

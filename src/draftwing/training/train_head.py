@@ -168,9 +168,8 @@ class HeadTrainer(ResumableTrainer):
         wait_for_others()
 
     @property
-    def vocab_sizes(self) -> set[int]:
-        head = self._module.head
-        return {head.config.vocab_size, len(head.vocab)}
+    def output_matrices(self) -> list[torch.Tensor]:
+        return self._module.output_matrices
 
     @property
     def _module(self) -> HeadLoss:

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftwing.config import TrainConfig, from_mapping
-from draftwing.training.muon import RMS, MuonAdamW, orthogonal
+from draftwing.training.muon import RMS, MuonAdamW, hidden_matrices, orthogonal
 
 VOCABULARY, WIDTH = 40, 12
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.95)}
@@ -17,6 +18,13 @@ def toy_model() -> nn.Module:
     torch.manual_seed(0)
     layers = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, 30), nn.Linear(30, WIDTH), nn.Linear(WIDTH, VOCABULARY)
     return nn.Sequential(*layers)
+
+
+def muon(model: nn.Module, weight_decay: float = 0.0) -> MuonAdamW:
+    """The last layer's weight gives the logits."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = torch.optim.AdamW(trained, weight_decay=weight_decay, **OPTIONS).param_groups
+    return MuonAdamW(groups, hidden_matrices(model, [model[3].weight]))
 
 
 def move(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) -> nn.Module:
@@ -43,14 +51,14 @@ def test_an_update_keeps_directions_and_evens_their_lengths(shape: tuple[int, in
     torch.testing.assert_close(result, left @ turned.diagonal().diag() @ right, atol=1e-4, rtol=0)
 
 
-def test_no_gradient_moves_nothing() -> None:
+def test_nothing_has_no_direction() -> None:
     assert torch.equal(orthogonal(torch.zeros(3, 4)), torch.zeros(3, 4))
 
 
 def test_matrices_of_hidden_layers_are_moved_and_the_rest_is_adamws() -> None:
     start = toy_model()
     ours, adamw = copy.deepcopy(start), copy.deepcopy(start)
-    move(ours, MuonAdamW(ours, {VOCABULARY}, weight_decay=0.0, **OPTIONS))
+    move(ours, muon(ours))
     move(adamw, torch.optim.AdamW(adamw.parameters(), weight_decay=0.0, **OPTIONS))
     before, moved, expected = (dict(model.named_parameters()) for model in (start, ours, adamw))
     for name in before:
@@ -63,30 +71,41 @@ def test_matrices_of_hidden_layers_are_moved_and_the_rest_is_adamws() -> None:
             assert torch.equal(moved[name], expected[name])
 
 
+def test_output_matrices_are_told_by_what_they_are() -> None:
+    """Not by their size, which a hidden matrix may share; a tied one is an embedding, too."""
+    sizes = {"vocab_size": VOCABULARY, "intermediate_size": VOCABULARY, "hidden_size": 16, "num_attention_heads": 2}
+    for is_tied in (False, True):
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, tie_word_embeddings=is_tied))
+        hidden = hidden_matrices(model, [model.get_output_embeddings().weight])
+        names = [name for name, parameter in model.named_parameters() if parameter in hidden]
+        assert len(names) == 7
+        assert not any("head" in name or "embed" in name for name in names)
+
+
 def test_a_frozen_matrix_stays() -> None:
     model = toy_model()
     model[1].requires_grad_(False)
     before = model[1].weight.clone()
-    move(model, MuonAdamW(model, {VOCABULARY}, weight_decay=0.1, **OPTIONS))
+    move(model, muon(model, 0.1))
     assert torch.equal(model[1].weight, before)
 
 
-def test_weights_decay_where_they_are_matrices_of_hidden_layers() -> None:
-    kept, decayed = toy_model(), toy_model()
-    for model, decay in ((kept, 0.0), (decayed, 0.5)):
-        move(model, MuonAdamW(model, {VOCABULARY}, weight_decay=decay, **OPTIONS))
-    shrunk = toy_model()[1].weight * 0.01 * 0.5
-    torch.testing.assert_close(kept[1].weight - decayed[1].weight, shrunk, atol=1e-7, rtol=1e-4)
-    assert torch.equal(kept[3].weight, decayed[3].weight)
+def test_weights_decay_whoever_moves_them() -> None:
+    kept, decayed, start = toy_model(), toy_model(), toy_model()
+    move(kept, muon(kept))
+    move(decayed, muon(decayed, 0.5))
+    for index in (1, 3):
+        shrunk = start[index].weight * 0.01 * 0.5
+        torch.testing.assert_close(kept[index].weight - decayed[index].weight, shrunk, atol=1e-7, rtol=1e-4)
 
 
 def test_its_state_is_saved_and_loaded() -> None:
     whole = toy_model()
-    move(whole, MuonAdamW(whole, {VOCABULARY}, weight_decay=0.0, **OPTIONS), steps=2)
+    move(whole, muon(whole), steps=2)
     halves = toy_model()
-    first = MuonAdamW(halves, {VOCABULARY}, weight_decay=0.0, **OPTIONS)
+    first = muon(halves)
     move(halves, first)
-    second = MuonAdamW(halves, {VOCABULARY}, weight_decay=0.0, **OPTIONS)
+    second = muon(halves)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     second.zero_grad()
     halves((torch.arange(8) + 1) % VOCABULARY).logsumexp(-1).square().sum().backward()

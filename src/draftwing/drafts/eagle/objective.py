@@ -90,7 +90,11 @@ class Eagle3Training(EagleTraining):
 
     @property
     def output_head(self) -> OutputHead:
-        return OutputHead(self.head.lm_head.weight) if self.head.config.own_lm_head else self._target_head
+        return OutputHead(self.output_matrices[0]) if self.output_matrices else self._target_head
+
+    @property
+    def output_matrices(self) -> list[torch.Tensor]:
+        return [self.head.lm_head.weight] if self.head.config.own_lm_head else []
 
 
 class EagleObjective(Objective):

@@ -34,6 +34,10 @@ class MedusaTraining(HeadLoss):
     def num_steps(self) -> int:
         return len(self.head)
 
+    @property
+    def output_matrices(self) -> list[torch.Tensor]:
+        return [output_of(head).weight for head in self.head]
+
     def _run_steps(
         self,
         features: torch.Tensor,
