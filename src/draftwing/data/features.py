@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -71,11 +71,14 @@ class FeatureExamples(Sequence[Example]):
         index = read_index(path, FORMAT)
         if not index["complete"]:
             raise ValueError(f"features: {folder} is unfinished; run the same `draftwing prepare --features` again")
-        expected = {
+        expected: dict[str, tuple[Any, str]] = {
             "prepared": (documents.prepared.identity, "other tokens than those of `data`"),
             "target": (target_fingerprint(target), "another target"),
-            "feature_layers": (list(feature_layers), f"the layers {index['feature_layers']}, not {feature_layers}"),
         }
+        self._has_own_features = feature_layers != (NORMED,)
+        if self._has_own_features:  # the final norm's output is in every folder
+            problem = f"the layers {index['feature_layers']}, not {feature_layers}"
+            expected["feature_layers"] = list(feature_layers), problem
         for name, (value, problem) in expected.items():
             if index[name] != value:
                 raise ValueError(f"features: {folder} was made from {problem}")
@@ -83,7 +86,7 @@ class FeatureExamples(Sequence[Example]):
         check_files(path, shards, checksums=False)
         self.lengths = documents.lengths
         self._documents, self._reader = documents, ShardReader(path, shards)
-        self._is_fp8, self._has_own_features = index["storage"] == "fp8", feature_layers != (NORMED,)
+        self._is_fp8 = index["storage"] == "fp8"
 
     def __len__(self) -> int:
         return len(self._documents)

@@ -99,6 +99,16 @@ def test_eagle1_features_are_not_stored_twice(tmp_path: Path, prepared: Prepared
     assert torch.equal(example.features, example.last_hidden)
 
 
+def test_features_for_eagle3_serve_eagle1_too(tmp_path: Path, prepared: Prepared, target: TargetModel) -> None:
+    write(prepared, target, tmp_path / "features")
+    documents = prepared.examples("train")
+    theirs = FeatureExamples(documents, str(tmp_path / "features"), target, LAYERS)[0]
+    ours = FeatureExamples(documents, str(tmp_path / "features"), target, (-1,))[0]
+    assert ours.features is not None
+    assert theirs.last_hidden is not None
+    assert torch.equal(ours.features, theirs.last_hidden)
+
+
 def test_fp8_takes_half_the_bytes_and_a_scale_for_each_vector(
     tmp_path: Path, prepared: Prepared, target: TargetModel
 ) -> None:
