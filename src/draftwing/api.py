@@ -114,7 +114,7 @@ class SpeculativeModel:
         lessons, family = self._lessons.of_another(read_acceptance(draft)), family_of_draft(drafting)
         if draft_dtype is not None:
             if not family.has_int8:
-                raise ValueError(f"draft_dtype: for EAGLE and Medusa heads, and {draft} is {family.name}")
+                raise ValueError(f"draft_dtype: for draft heads, and {draft} is {family.name}")
             round_linears(family.kind.network(drafting))
         packed = family.kind.prepack(drafting)
         return SpeculativeModel(self.target, packed, self.tokenizer, method, lessons, self._captures)
@@ -360,7 +360,7 @@ def load(
             one that needs no draft, none is loaded.
         capture: on a CUDA device, record cycles once and replay them (CUDA graphs).
         remeasure: measure anew what a cycle costs, by which trees size themselves; else it is kept on disk for 30 days.
-        draft_dtype: "int8" keeps the linear layers of an EAGLE or Medusa head in 8 bits; default: `dtype`. The output
+        draft_dtype: "int8" keeps the linear layers of a draft head in 8 bits; default: `dtype`. The output
             stays the same, drafts may get worse; a GPU reads half the bytes.
         options: `quantize="int8"` (or int4, float8) keeps the target's linear layers in fewer bits, by torchao; files
             that are quantised already need none. The fields of HeadOptions (`aux_layers`, `rope_theta`, `norm_output`,

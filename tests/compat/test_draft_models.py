@@ -47,7 +47,7 @@ def test_a_folder_with_a_causal_language_model(target: TargetModel, tmp_path: Pa
 
 
 def test_its_products_are_not_kept_in_8_bits(target: TargetModel, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"draft_dtype: for EAGLE and Medusa heads, and .* is a language model"):
+    with pytest.raises(ValueError, match=r"draft_dtype: for draft heads, and .* is a language model"):
         SpeculativeModel(target).with_draft(save(tmp_path), draft_dtype="int8")
 
 

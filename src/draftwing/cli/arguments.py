@@ -142,7 +142,7 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-dtype",
         choices=DRAFT_DTYPES,
-        help="keep the linear layers of an EAGLE or Medusa head in 8 bits (default: the target's dtype); the output "
+        help="keep the linear layers of a draft head in 8 bits (default: the target's dtype); the output "
         "stays the same, drafts may get worse",
     )
     parser.add_argument(

@@ -47,7 +47,7 @@ class Export:
 
     Attributes:
         write: writes them into an empty folder.
-        method: as the engine calls it: eagle, eagle3 or medusa.
+        method: as the engine calls it, such as eagle3.
         depth: of the chains that the engine is told to draft.
         obstacles: reasons why the engine cannot load the draft; nothing is written.
         faults: reasons why it would draft worse there than here; written on demand only.

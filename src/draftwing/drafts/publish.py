@@ -29,7 +29,7 @@ class ExportFacts:
 
     Attributes:
         to, engine: the engine as `--to` names it, and with the version whose loader was read.
-        method: as the engine calls it: eagle, eagle3 or medusa.
+        method: as the engine calls it, such as eagle3.
         depth: of the chains that the engine is told to draft.
         draft: the last part of its name.
         target: as the engine loads it.
