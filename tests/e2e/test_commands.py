@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forked import Forked
 from rich.console import Console
 from rich.progress import Progress
 
@@ -443,3 +444,11 @@ def test_broken_acceptance_counts_are_refused(folder: Path, capsys: pytest.Captu
     assert main(("generate", *models, "--prompt", "x")) == 2
     assert "acceptance.json" in capsys.readouterr().err
     file.unlink()
+
+
+def test_a_reader_that_has_gone_ends_a_command_without_a_word() -> None:
+    """As `| head` does."""
+    closed = "import os, sys; end, start = os.pipe(); os.close(end); os.dup2(start, sys.stdout.fileno())"
+    program = Forked(f"{closed}; from draftwing.cli import main; sys.exit(main(['inspect', 'tiny', '--json']))")
+    assert program.wait() == 141
+    assert program.errors == ""

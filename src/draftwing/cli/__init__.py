@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -66,11 +67,18 @@ def _noted() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; a mistake, or a file that fails, ends with one line and status 2, Ctrl-C with 130."""
+    """Run a command; a mistake, or a file that fails, ends with one line and status 2, Ctrl-C with 130.
+
+    A reader that has gone, such as `| head`, ends it without a word, with 141.
+    """
     try:
         options = build_parser().parse_args(arguments)
         with _noted():
             status: int | None = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written when Python ends
+        return 141
     except (ValueError, OSError) as error:
         note(f"error: {' '.join(str(error).split())}", "red")  # those of other packages may have several lines
         return 2
