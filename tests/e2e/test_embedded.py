@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import draftwing
 from draftwing.api import GenerateOutput, SpeculativeModel
 from draftwing.cli import main
 from draftwing.data.prompts import Prompt, read_prompts
-from draftwing.embedded import EMBEDDED, EMBEDDED_DRAFTS, EMBEDDED_PROMPTS
+from draftwing.embedded import EMBEDDED, EMBEDDED_DRAFTS, EMBEDDED_PROMPTS, SMOLLM2_PACKAGE
 
 METHODS = {"eagle1": "tiny-eagle1", "eagle2": "tiny-eagle1", "eagle3": "tiny"}
 PLANS = {"eagle2": "tree:4x4x16", "draft_model": "tree:4x4x16"}
@@ -70,6 +71,26 @@ def test_acceptance_ranks_as_in_the_papers(models: dict[str, SpeculativeModel], 
         tau[method] = figures.acceptance_length
     assert tau["eagle3"] > tau["eagle2"] > tau["eagle1"] > 1.5
     assert tau["eagle3"] > 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_chat_models_head_keeps_its_tokens(temperature: float) -> None:
+    """Its target is in a package that `make chat` installs."""
+    if not all(map(find_spec, (SMOLLM2_PACKAGE, "gguf"))):
+        pytest.skip("it is not installed")
+    model = draftwing.load("smollm2", draft="smollm2", dtype="float32")
+    prompt = Prompt("colours", messages=({"role": "user", "content": "Name three colours."},))
+    fast = decode(model, prompt, temperature=temperature, plan="tree:3x4x12")
+    assert fast.tokens == decode(model.with_method("plain"), prompt, temperature=temperature).tokens
+    assert fast.statistics.acceptance_length > 1
+
+
+def test_the_chat_models_head_is_whole_and_small(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "smollm2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["format"] == "eagle3"
+    folder = EMBEDDED_DRAFTS["smollm2"]
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 25e6
+    assert "Apache-2.0" in (folder.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_demo_prints_its_table_for_machines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "Talk with a chat model in the terminal, and see what was drafted and how fast it was."
 EXAMPLES = """examples:
-  draftwing chat --target smollm2                      # n-grams draft where there is no head
+  draftwing chat --target smollm2                      # with its embedded head; n-grams where there is none
   draftwing chat --target smollm2 --temperature 0.7 --system "Answer in one sentence."
   draftwing chat --target org/model --draft org/head --device cuda
   echo "Why is the sky blue?" | draftwing chat --target smollm2"""

@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   draftwing demo                        # watch the embedded models, then the table
   draftwing demo --json > demo.json     # the table alone, for machines
   draftwing demo --dtype bfloat16 --repeats 5
-  draftwing demo --target smollm2       # a chat model: n-grams and Lookahead decoding, which need no head
+  draftwing demo --target smollm2       # a chat model with its head, and what needs none
   draftwing demo --target org/model --draft org/head --device cuda"""
 QUESTIONS = (
     "Why does the sky turn red in the evening?",
