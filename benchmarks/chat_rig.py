@@ -57,8 +57,8 @@ def command_of(part: str, folder: Path, options: argparse.Namespace) -> list[str
 
 
 def rows_command(folder: Path, options: argparse.Namespace) -> list[str]:
-    batch = 512 if device() == "cuda" else 64
-    count, batch, request, answer = (2, 2, 80, 16) if options.tiny else (options.num_rows, batch, 192, 256)
+    seats = 512 if device() == "cuda" else 64
+    count, batch, request, answer = (2, 2, 80, 16) if options.tiny else (options.num_rows, seats, 192, 256)
     sizes = {"--from-target": count, "--batch-size": batch, "--max-request-tokens": request, "--max-new-tokens": answer}
     where = ["--target", options.target, "--device", device(), "--output", str(folder / "rows.jsonl")]
     return [
@@ -69,11 +69,14 @@ def rows_command(folder: Path, options: argparse.Namespace) -> list[str]:
 
 
 def train_command(head: str, folder: Path, options: argparse.Namespace) -> list[str]:
-    settings = [f"target={options.target}", f"data={folder / 'rows.jsonl'}", f"output={folder / head}"]
+    stage = "0" if head == "eagle3" else "1"  # Medusa's heads are trained as EAGLE-1's is
+    settings = [
+        f"objective={head}",
+        f"target={options.target}",
+        f"data={folder / 'rows.jsonl'}",
+        f"output={folder / head}",
+    ]
     settings += [*TINY_STAGE, *TINY_HEAD] if options.tiny else []
-    # Medusa's heads are trained as EAGLE-1's is.
-    stage = {"eagle3": "0", "eagle1": "1", "medusa": "1"}[head]
-    settings += ["objective=medusa", "medusa_heads=4", "optimizer=adamw"] if head == "medusa" else []
     return ["train", str(RECIPE), "--stage", stage, *(part for setting in settings for part in ("--set", setting))]
 
 

@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ FREE_KEYS = frozenset(
 anew, by `batch_size`, `accumulation_steps` and the number of processes, as long as they are as many."""
 
 DEFAULTS: dict[str, Any] = json.loads(
-    json.dumps({key.name: key.default for key in dataclasses.fields(TrainConfig) if key.default is not MISSING})
+    json.dumps(
+        {key.name: key.default for key in dataclasses.fields(TrainConfig) if key.default is not dataclasses.MISSING}
+    )
 )
 """Of a recipe's keys."""
 
