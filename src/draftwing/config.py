@@ -193,15 +193,13 @@ class EagleStage(HeadStage):
     aux_layers: tuple[int, ...] = ()
     """EAGLE-3's feature layers: i is the output of layer i (0: the embeddings); empty means 2, n//2, n-3."""
     train_embedding: bool = False
-    """Whether a head's own copy of the target's embedding (EAGLE-1's) is trained too; otherwise it stays a copy.
-    Engines that put the target's in its place, as the reference EAGLE code does, then draft with another head."""
+    """Whether the head gets a copy of the target's embedding and trains it; otherwise it reads the target's. Engines
+    that put the target's in its place, as the reference EAGLE code does, then draft with another head."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.train_embedding and self.objective not in ("eagle1", "eagle3"):
-            raise ValueError(
-                f"train_embedding: is for an EAGLE head with an embedding of its own, not {self.objective}"
-            )
+            raise ValueError(f"train_embedding: is for an EAGLE head, not {self.objective}")
 
 
 @dataclass(frozen=True)

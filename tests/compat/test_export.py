@@ -191,6 +191,19 @@ def test_eagle1_heads(target: str, tmp_path: Path) -> None:
             export_draft(plain, target, engine, tmp_path / "none")
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "eagle"])
+def test_an_eagle1_head_gets_the_embedding_that_it_reads(engine: str, target: str, tmp_path: Path) -> None:
+    """Published files have one, and engines look for it; a head of ours reads the target's and has none."""
+    draft = Path(eagle1(tmp_path / "draft"))
+    tensors = {name: tensor for name, tensor in load_file(draft / "model.safetensors").items() if "embed" not in name}
+    save_file(tensors, draft / "model.safetensors")
+    export_draft(str(draft), target, engine, tmp_path / "out", dtype=torch.float16)
+    embedding = tiny_llama(num_hidden_layers=8).model.embed_tokens.weight.detach()
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["embed_tokens.weight"], embedding.to(torch.float16))
+    assert written.keys() - tensors.keys() == {"embed_tokens.weight"} | ({"fc.bias"} if engine == "sglang" else set())
+
+
 def test_medusa_heads_get_the_names_that_vllm_knows(target: str, tmp_path: Path) -> None:
     """vLLM leaves out without a word what has other names."""
     draft = write(tmp_path / "draft", {"medusa_num_heads": 3, "medusa_num_layers": 2}, tensors_of(3, 32, 64, 2))

@@ -266,8 +266,15 @@ TARGET_IDS = torch.arange(64)[torch.arange(64) % 4 != 2]
 """48 of the 64 tokens."""
 TINY_VALUES = {**TINY.values(), "draft_vocab_size": 48, "rope_theta": 10000.0}
 AUX_VALUES = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 4]}}
+
+
+def without_embedding(shapes: Shapes) -> Shapes:
+    return {name: shape for name, shape in shapes.items() if name != "embed_tokens.weight"}
+
+
 TINY_HEADS: dict[str, tuple[dict[str, Any], Shapes]] = {
     "eagle1": (TINY.values(), eagle1_shapes(TINY, fc_bias=True)),
+    "eagle1 of the target's embedding": (TINY.values(), without_embedding(eagle1_shapes(TINY))),
     "eagle3": ({**TINY_VALUES, **AUX_VALUES}, eagle3_shapes(TINY)),
     "eagle3.1": (
         {**TINY_VALUES, **AUX_VALUES, "fc_norm": True, "norm_output": True},
@@ -326,6 +333,24 @@ def test_either_format_holds_either_head(name: str, head_format: Any, target: Ta
     network = load_head(str(write_files(tmp_path / "in", values, random_tensors(shapes, TARGET_IDS))), target)
     save_head(to_head(network, head_format), tmp_path / "out", sizes_of(target))
     assert_same_network(load_head(str(tmp_path / "out"), target), network)
+
+
+def test_a_head_without_an_embedding_reads_the_targets(target: TargetModel, tmp_path: Path) -> None:
+    """As one with a copy of it, which the published EAGLE-1 heads have."""
+    values, shapes = TINY_HEADS["eagle1"]
+    tensors = random_tensors(shapes, TARGET_IDS)
+    embedding = target.embedding.weight.detach()
+    folders = [
+        write_files(tmp_path / name, values, {**tensors, **of_target})
+        for name, of_target in (("copy", {"embed_tokens.weight": embedding.clone()}), ("other", {}))
+    ]
+    del tensors["embed_tokens.weight"]
+    folders.append(write_files(tmp_path / "none", values, tensors))
+    copy, other, none = (load_head(str(folder), target) for folder in folders)
+    tokens = torch.arange(20).view(2, 10)
+    outputs = [head.embed(tokens, torch.float32) for head in (copy, other, none)]
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(outputs[1], outputs[2])
 
 
 def test_several_layers_survive_the_round_trip(target: TargetModel, tmp_path: Path) -> None:
@@ -747,9 +772,7 @@ def test_written_feature_layers_follow_each_format(target: TargetModel, tmp_path
 def test_every_missing_tensor_is_named(name: str, target: TargetModel, tmp_path: Path) -> None:
     values, shapes = TINY_HEADS[name]
     # Their presence is what decides, or one of two is enough.
-    optional = ("d2t", "t2d", "fc.bias", "input_norm.weight", "fc_norm.0.weight")
-    if name == "speculators":
-        optional += ("embed_tokens.weight",)
+    optional = ("d2t", "t2d", "fc.bias", "input_norm.weight", "fc_norm.0.weight", "embed_tokens.weight")
     for lost in shapes.keys() - set(optional):
         tensors = random_tensors(shapes, TARGET_IDS)
         del tensors[lost]

@@ -247,7 +247,7 @@ def test_a_decoder_layer_is_transformers() -> None:
 def test_eagle1_is_fc_and_llama_layers_of_which_the_first_has_no_input_norm() -> None:
     config = dataclasses.replace(CONFIG, num_hidden_layers=2, fc_bias=True, draft_vocab_size=64, target_hidden_size=32)
     head = nn.Linear(32, 64, bias=False).double()
-    model = EagleModel(config, head).double()
+    model = EagleModel(config, nn.Identity(), head, own_embedding=True).double()
     randomise(model)
     exact(model.rotary)
     torch.manual_seed(1)

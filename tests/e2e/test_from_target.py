@@ -70,6 +70,21 @@ def assert_begins(made: Path, folder: Path) -> None:
         assert (made.parent / name).read_bytes().startswith((folder / name).read_bytes())
 
 
+def test_requests_that_begin_as_they_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run is continued with the prefixes that it had."""
+    output, file = tmp_path / "rows.jsonl", tmp_path / "prefixes.txt"
+    file.write_text("Show me\nComplete this\n")
+    prefixed = "--request-prefixes", str(file)
+    assert write(output, 3, *prefixed) == 0
+    for row in rows_of(output):
+        assert row["messages"][0]["content"].startswith(("Show me", "Complete this"))
+    for more in ((), (*prefixed, "--seed", "1")):
+        assert write(output, 4, *more) == 2
+    assert write(output, 3) == 2
+    assert "request_prefixes was ['Show me', 'Complete this'], is None" in capsys.readouterr().err
+    assert write(output, 4, *prefixed) == 0
+
+
 def test_another_seed_has_other_rows(made: Path, tmp_path: Path) -> None:
     assert write(tmp_path / "rows.jsonl", 2, "--seed", "1") == 0
     asked = [{row["messages"][0]["content"] for row in rows_of(file)} for file in (made, tmp_path / "rows.jsonl")]
@@ -196,6 +211,7 @@ def test_people_see_rows_and_figures(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--output", "o.jsonl"], "data: expected --data, or --from-target N"),
         (["--output", "o.jsonl", "--from-target", "3", "--regenerate"], "one of --regenerate, --features and"),
         (["--output", "o.jsonl", "--from-target", "3", "--max-rows", "3"], "--endpoint and --max-rows are not for it"),
+        (["--output", "o.jsonl", "--from-target", "3", "--request-prefixes", "none"], "none cannot be read"),
         (["--output", "o.jsonl", "--from-target", "0"], "from-target: expected a whole number from 1 on, got 0"),
         (["--output", "o.jsonl", "--from-target", "3", "--sequence-length", "200"], "no room for an answer"),
     ],

@@ -512,6 +512,19 @@ class TestContinuedHead:
             assert torch.equal(wider["lm_head.weight"][row], rows.get(token, target[token]))
         assert torch.equal(wider["fc.weight"], old["fc.weight"])
 
+    def test_an_embedding_to_train_starts_from_the_targets(self, folder: Path, whole: dict[str, Any]) -> None:
+        """With a new vocabulary or the old one; the next run keeps it, trained or not."""
+        settings = ("aux_layers=[]", "draft_vocab_size=null", "max_steps=1", "save_every=1")
+        start_from, trains = f"init_from={folder / 'one'}", "train_embedding=true"
+        train(folder, "embeds", start_from, *settings, trains, "learning_rate=0")
+        target = load_file(folder / "target" / "model.safetensors")["model.embed_tokens.weight"].bfloat16()
+        assert torch.equal(load_file(folder / "embeds" / "model.safetensors")["embed_tokens.weight"], target)
+        start_from = f"init_from={folder / 'embeds'}"
+        for name, more in (("learns", (trains,)), ("frozen", ()), ("embeds_more", (trains, "draft_vocab_size=250"))):
+            train(folder, name, start_from, *settings, "learning_rate=0.01", "warmup_steps=0", *more)
+            found = load_file(folder / name / "model.safetensors")["embed_tokens.weight"]
+            assert torch.equal(found, target) == (name == "frozen")
+
     @pytest.mark.parametrize(
         ("overrides", "message"),
         [

@@ -73,6 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     answers.add_argument("--request-temperature", type=temperature, default=1.0, help="of what it asks (default: 1)")
     answers.add_argument(
+        "--request-prefixes", metavar="FILE", help="texts that requests begin with, one a line, drawn (default: none)"
+    )
+    answers.add_argument(
         "--max-request-tokens", type=positive, default=256, help="longer requests are dropped (default: 256)"
     )
     answers.add_argument("--prompt-length", type=positive, default=64, help="tokens of a text to go on (default: 64)")
@@ -147,16 +150,18 @@ def _write_from_target(options: argparse.Namespace) -> None:
             "from_target: says how many rows our own engine writes; --endpoint and --max-rows are not for it"
         )
     from draftwing.api import load
-    from draftwing.prepare.from_target import Author, user_turn, write_from_target
+    from draftwing.prepare.from_target import Author, read_prefixes, user_turn, write_from_target
     from draftwing.prepare.self_generated import EngineAnswers, RunPart
     from draftwing.target.load import load_tokenizer
 
+    prefixes = read_prefixes(options.request_prefixes) if options.request_prefixes else ()
     user_turn(load_tokenizer(options.target))  # before the model
     model = load(options.target, options.draft, options.dtype, options.device, None if options.draft else "ngram")
     config = _as_stage(options, model.target.max_positions)
     tokenizer, ends = model.tokenizer, model.target.eos_token_ids
     answers = EngineAnswers(config, tokenizer, model.start_requests, ends, model.target.vocab_size)
-    author = Author(config, tokenizer, answers, ends, options.request_temperature, options.max_request_tokens)
+    asked = options.request_temperature, options.max_request_tokens, prefixes
+    author = Author(config, tokenizer, answers, ends, *asked)
     answers.say_what_is_never_chosen()
     engine = model.engine(options.batch_size, config.sequence_length)
     figures = write_from_target(config, author, engine, options.from_target, RunPart(*options.shard))

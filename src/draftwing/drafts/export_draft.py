@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from draftwing.config import suggestion
 from draftwing.drafts.family import ENGINES, DraftFiles
@@ -28,7 +29,7 @@ class ExportRequest:
 
     Attributes:
         target_name: as the engine will load it.
-        target_embedding: the target's own embedding `[V, D]`, called where an engine puts it in a head's place.
+        target_embedding: the target's own embedding, called where a head or an engine needs it.
         target_gguf: the target's GGUF file, whose tokenizer a GGUF head carries.
     """
 
@@ -36,7 +37,7 @@ class ExportRequest:
     files: DraftFiles
     target: TargetSizes
     target_name: str
-    target_embedding: Callable[[], torch.Tensor]
+    target_embedding: Callable[[], nn.Module]
     dtype: torch.dtype | None = None
     target_gguf: Path | None = None
 
@@ -49,6 +50,7 @@ class Export:
         write: writes them into an empty folder.
         method: as the engine calls it, such as eagle3.
         depth: of the chains that the engine is told to draft.
+        added: tensors that the engine wants in the files, and that the draft does without.
         obstacles: reasons why the engine cannot load the draft; nothing is written.
         faults: reasons why it would draft worse there than here; written on demand only.
         notes: things worth knowing.
@@ -57,6 +59,7 @@ class Export:
     write: Callable[[Path], None]
     method: str
     depth: int = 3
+    added: Tensors = field(default_factory=dict)
     obstacles: Sequence[str] = ()
     faults: Sequence[str] = ()
     notes: Sequence[str] = ()
@@ -119,7 +122,8 @@ def export_draft(
     with whole_folder(output) as partial:
         export.write(partial)
         written = open_draft(str(partial))
-        check_same(kind.meaning(files, sizes), kind.meaning(written, sizes), dtype)
+        options, tensors = kind.meaning(files, sizes)
+        check_same((options, tensors | export.added), kind.meaning(written, sizes), dtype)
         facts = _facts(request, export, Path(name).name, license, partial)
         facts.write(partial, str(output), str(target_gguf or ""))
     command = facts.command(str(output), str(target_gguf or ""))
@@ -143,12 +147,12 @@ def check_same(
             raise ValueError(f"{name}: other numbers in the written files")
 
 
-def target_embedding(name: str) -> torch.Tensor:
-    """A target's embedding `[V, D]`; nothing else of it is kept."""
+def target_embedding(name: str) -> nn.Module:
+    """A target's embedding; nothing else of it is kept."""
     from draftwing.target.load import load_model
 
-    weight: torch.Tensor = load_model(name).get_input_embeddings().weight.detach()
-    return weight
+    embedding: nn.Module = load_model(name).get_input_embeddings()
+    return embedding
 
 
 def _facts(request: ExportRequest, export: Export, draft: str, license: str, folder: Path) -> ExportFacts:

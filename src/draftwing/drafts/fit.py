@@ -68,6 +68,14 @@ def load_strictly(network: nn.Module, tensors: Tensors) -> None:
             parameter.copy_(tensors[name])
 
 
+@torch.no_grad()
+def embedding_rows(embedding: nn.Module) -> torch.Tensor:
+    """What an embedding gives for every token `[V, D]`: its weights, which some models scale."""
+    weight = embedding.get_parameter("weight")
+    rows: torch.Tensor = embedding(torch.arange(len(weight), device=weight.device))
+    return rows
+
+
 def dtype_name(tensors: Tensors) -> str:
     """The dtype of the first tensor."""
     return str(next(iter(tensors.values())).dtype).removeprefix("torch.")

@@ -3,14 +3,16 @@
 Behind the chat template's opening of a user's turn a chat model goes on with what users ask (arXiv 2406.08464). Each
 number of a run has one request and one answer, drawn with seeds that the run's seed and the number give; what else is
 decoded beside them, and what drafts, changes nothing. Rows are those of EngineAnswers, with their `number`.
+A request may be given its first words, so that requests are of the kinds that users will ask.
 """
 
 import itertools
 import json
 import logging
+import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,9 +69,9 @@ class Dropped:
 
 @dataclass(frozen=True)
 class UserTurn:
-    """How a chat template opens a user's turn (ids), and what ends it: ids, or a text where it has no token."""
+    """How a chat template opens a user's turn, and what ends it: ids, or a text where it has no token."""
 
-    opening: list[int]
+    opening: str
     end_ids: tuple[int, ...]
     end_texts: tuple[str, ...]
 
@@ -88,14 +90,25 @@ def user_turn(tokenizer: Any) -> UserTurn:
         raise ValueError("from_target: the chat template does not write a user's text, or nothing behind it")
     end = encode_text(behind, tokenizer)[0]
     is_token = end in tokenizer.added_tokens_decoder
-    ids = encode_text(opening.rstrip(" "), tokenizer)
-    return UserTurn(ids, (end,) if is_token else (), () if is_token else (behind.splitlines()[0],))
+    return UserTurn(opening, (end,) if is_token else (), () if is_token else (behind.splitlines()[0],))
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a request is sampled behind: the user's turn, opened, with a prefix; and the prefix alone (ids)."""
+
+    ids: list[int]
+    prefix: list[int]
 
 
 class Author:
     """Writes a number's request and answer: a Task that returns its row, or why there is none.
 
-    `config` has seed, temperatures (of the answers, in turn), lengths and the target's name.
+    `config` has seed, temperatures (of the answers, in turn), lengths and the target's name. Each number draws one of
+    the `prefixes`, with which its request begins.
+
+    Raises:
+        ValueError: no room for an answer, or a prefix with special tokens.
     """
 
     def __init__(
@@ -106,29 +119,39 @@ class Author:
         eos_token_ids: tuple[int, ...],
         temperature: float = 1.0,
         max_request_tokens: int = 256,
+        prefixes: Sequence[str] = (),
     ) -> None:
         self._config, self._tokenizer, self._answers = config, tokenizer, answers
-        self.temperature, self.max_request_tokens = temperature, max_request_tokens
+        self.temperature, self.max_request_tokens, self.prefixes = temperature, max_request_tokens, tuple(prefixes)
         turn = user_turn(tokenizer)
-        self._opening = turn.opening
+        self._openings = [self._opened(turn, prefix) for prefix in self.prefixes or ("",)]
         self._stop = StopRule(
             max_request_tokens,
             tuple({*turn.end_ids, *eos_token_ids}),
             turn.end_texts,
             exact_decode(tokenizer),
         )
-        room = config.sequence_length - len(turn.opening) - max_request_tokens
+        num_opening = max(len(opening.ids) for opening in self._openings)
+        room = config.sequence_length - num_opening - max_request_tokens
         if room < 1:
             raise ValueError(
                 f"sequence_length: {config.sequence_length} leaves no room for an answer behind a request "
-                f"of {max_request_tokens} tokens and the {len(turn.opening)} that open it"
+                f"of {max_request_tokens} tokens and the {num_opening} that open it"
             )
+
+    def _opened(self, turn: UserTurn, prefix: str) -> "Opening":
+        prefix_ids = encode_text(prefix, self._tokenizer)
+        if not {*prefix_ids}.isdisjoint(self._tokenizer.all_special_ids):
+            raise ValueError(f"request_prefixes: {prefix!r} has special tokens")
+        return Opening(encode_text((turn.opening + prefix).rstrip(" "), self._tokenizer), prefix_ids)
 
     def write(self, number: int) -> Task[Row | Dropped]:
         """The row of a number."""
         seed = self._config.seed
-        sampling = SamplingParams(self.temperature, logit_bias=self._answers.bias, seed=row_seed(seed, 2 * number))
-        request = self._read_request((yield Request(self._opening, sampling, self._stop)))
+        asking = row_seed(seed, 2 * number)
+        opening = random.Random(asking).choice(self._openings)
+        sampling = SamplingParams(self.temperature, logit_bias=self._answers.bias, seed=asking)
+        request = self._read_request((yield Request(opening.ids, sampling, self._stop)), opening.prefix)
         if isinstance(request, Dropped):
             return request
         messages = {"role": "user", "content": request}, {"role": "assistant", "content": ""}
@@ -144,10 +167,10 @@ class Author:
         dialogue.take(answer)
         return {"number": number} | dialogue.row()
 
-    def _read_request(self, seat: Seat) -> str | Dropped:
+    def _read_request(self, seat: Seat, prefix: list[int]) -> str | Dropped:
         """The text of a request, or what is wrong with it."""
         said = seat.tokens[:-1] if seat.finish_reason == "eos" else seat.tokens
-        text = cut_at_stop(said, self._stop.stop_strings, self._tokenizer).strip()
+        text = cut_at_stop(prefix + said, self._stop.stop_strings, self._tokenizer).strip()
         if seat.finish_reason == "length":
             return Dropped("looping requests" if loops(said) else "cut-off requests", text)
         if not text:
@@ -155,6 +178,22 @@ class Author:
         if not {*said}.isdisjoint(self._tokenizer.all_special_ids):
             return Dropped("requests with special tokens", text)
         return Dropped("looping requests", text) if loops(said) else text
+
+
+def read_prefixes(path: str) -> list[str]:
+    """The texts that a file has, one a line; one that is there twice is drawn twice as often.
+
+    Raises:
+        ValueError: no file of UTF-8 text, or no text in it.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"request_prefixes: {path} cannot be read: {error}") from error
+    prefixes = [prefix for line in lines if (prefix := line.strip())]
+    if not prefixes:
+        raise ValueError(f"request_prefixes: {path} has no text")
+    return prefixes
 
 
 def loops(tokens: list[int]) -> bool:
@@ -307,6 +346,7 @@ def _settings(config: SelfGeneratedStage, author: Author, shard: RunPart, engine
     names = ("target", "seed", "sequence_length", "max_new_tokens", "temperatures")
     settings = {name: getattr(config, name) for name in names} | {"shard": f"{shard.number}/{shard.count}"}
     settings |= {"request_temperature": author.temperature, "max_request_tokens": author.max_request_tokens}
+    settings["request_prefixes"] = list(author.prefixes) or None
     return settings | {"data": "from the target", "dtype": str(engine.target.dtype).removeprefix("torch.")}
 
 

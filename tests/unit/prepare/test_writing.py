@@ -3,6 +3,7 @@
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree_plan import TreePlan
 from draftwing.plans import pauses
 from draftwing.plans.pauses import BELIEVED, TRIED, ClockedPlan
-from draftwing.prepare.from_target import AHEAD, MARK, Author, Dropped, in_order, loops, user_turn
+from draftwing.prepare.from_target import AHEAD, MARK, Author, Dropped, in_order, loops, read_prefixes, user_turn
 from draftwing.prepare.self_generated import EngineAnswers
 from draftwing.target.model import TargetModel
 from draftwing.training.train_language_model import train_tokenizer
@@ -34,14 +35,14 @@ def tokenizer() -> Any:
 def test_a_template_says_how_a_request_begins_and_ends(tokenizer: Any) -> None:
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     turn = user_turn(tokenizer)
-    assert (tokenizer.decode(turn.opening), turn.end_ids, turn.end_texts) == ("<|user|>\n", (end,), ())
+    assert (turn.opening, turn.end_ids, turn.end_texts) == ("<|user|>\n", (end,), ())
     tokenizer.chat_template = SYSTEM + TURNS
     turn = user_turn(tokenizer)
-    assert tokenizer.decode(turn.opening) == "<|system|>\nBe good.<|end|>\n<|user|>\n"
+    assert turn.opening == "<|system|>\nBe good.<|end|>\n<|user|>\n"
     assert (turn.end_ids, turn.end_texts) == ((end,), ())
     tokenizer.chat_template = PLAIN_TEXT  # its marks are no tokens
     turn = user_turn(tokenizer)
-    assert (tokenizer.decode(turn.opening), turn.end_ids, turn.end_texts) == ("[INST]", (), ("[/INST]",))
+    assert (turn.opening, turn.end_ids, turn.end_texts) == ("[INST] ", (), ("[/INST]",))
 
 
 @pytest.mark.parametrize(
@@ -222,6 +223,51 @@ def test_numbers_and_seeds_have_draws_of_their_own(author: Author, tokenizer: An
     other = Author(replace(author._config, seed=4), tokenizer, author._answers, (1,), max_request_tokens=50)
     found = [seed for writer in (author, other) for number in range(40) for seed in seeds(writer, number)]
     assert len(set(found)) == len(found)
+
+
+def test_requests_begin_with_a_prefix(author: Author, tokenizer: Any) -> None:
+    """Which one, the seed and the number say; what the target goes on with stands behind it."""
+    prefixes = ["one", "two three", "three, one"]
+    writer = Author(author._config, tokenizer, author._answers, (1,), max_request_tokens=50, prefixes=prefixes)
+    drawn = []
+    for number in range(60):
+        task = writer.write(number)
+        request = next(task)
+        prompt = tokenizer.decode(request.prompt)
+        assert prompt.startswith("<|user|>\n")
+        drawn.append(prompt.removeprefix("<|user|>\n"))
+        asked = task.send(said(request, " two", tokenizer))
+        assert tokenizer.decode(asked.prompt) == f"<|user|>\n{drawn[-1]} two<|end|>\n<|assistant|>\n"
+    assert {*drawn} == {*prefixes}
+    assert min(map(drawn.count, prefixes)) > 8
+    assert next(writer.write(7)).prompt == next(writer.write(7)).prompt
+
+
+def test_a_prefix_before_a_template_of_plain_text(author: Author, tokenizer: Any) -> None:
+    """The opening's last space, which a word takes along, is before a prefix, and gone without one."""
+    tokenizer.chat_template = PLAIN_TEXT
+    for prefixes, prompt in ((["one"], "[INST] one"), ([], "[INST]")):
+        writer = Author(author._config, tokenizer, author._answers, (1,), max_request_tokens=40, prefixes=prefixes)
+        assert tokenizer.decode(next(writer.write(0)).prompt) == prompt
+
+
+def test_a_prefix_has_no_special_tokens(author: Author, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=r"request_prefixes: 'one <\|end\|>' has special tokens"):
+        Author(author._config, tokenizer, author._answers, (1,), max_request_tokens=50, prefixes=["one <|end|>"])
+
+
+def test_a_file_of_prefixes(tmp_path: Path) -> None:
+    file = tmp_path / "prefixes.txt"
+    file.write_text("Write \n\n  What is\nWrite\n", encoding="utf-8-sig")
+    assert read_prefixes(str(file)) == ["Write", "What is", "Write"]
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"request_prefixes: .* cannot be read: 'utf-8'"):
+        read_prefixes(str(file))
+    file.write_text(" \n")
+    with pytest.raises(ValueError, match=r"request_prefixes: .*prefixes\.txt has no text"):
+        read_prefixes(str(file))
+    with pytest.raises(ValueError, match=r"request_prefixes: .* cannot be read"):
+        read_prefixes(str(tmp_path))
 
 
 def test_there_must_be_room_for_an_answer(author: Author, tokenizer: Any) -> None:

@@ -93,7 +93,7 @@ def random_head(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -
     embed, output = nn.Embedding(50, 32).to(dtype), nn.Linear(32, 50).to(dtype)
     is_eagle3 = kind == "eagle3"
     vocab = DraftVocab(torch.arange(40), 50)
-    head = Eagle3Model(config, vocab, embed, output) if is_eagle3 else EagleModel(config, output)
+    head = Eagle3Model(config, vocab, embed, output) if is_eagle3 else EagleModel(config, embed, output)
     for weight in head.parameters():  # norms begin as ones, biases as zeros
         nn.init.uniform_(weight, -0.5, 0.5)
     return head.to(dtype)

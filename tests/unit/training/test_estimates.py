@@ -120,15 +120,17 @@ def stage_for(folder: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**sizes | {"output": "out", "target": str(folder)} | changes)
 
 
-@pytest.mark.parametrize(("objective", "trains"), [("eagle1", False), ("eagle1", True), ("eagle3", False)])
+@pytest.mark.parametrize(
+    ("objective", "trains"), [("eagle1", False), ("eagle1", True), ("eagle3", False), ("eagle3", True)]
+)
 def test_parameters_are_the_networks(
     tmp_path: Path, target: TargetModel, heads: dict[str, DraftNetwork], objective: str, trains: bool
 ) -> None:
     target.model.config.save_pretrained(tmp_path)
     plan = estimate_stages([stage_for(tmp_path, objective=objective, train_embedding=trains)], 1, 1e12)[0]
-    sizes = {name: parameter.numel() for name, parameter in heads[objective].named_parameters()}
-    frozen = 0 if trains else sizes.get("embed_tokens.weight", 0)
-    assert (plan.trained_params, plan.frozen_params) == (sum(sizes.values()) - frozen, frozen)
+    size = sum(parameter.numel() for parameter in heads[objective].parameters())
+    size += sum(parameter.numel() for parameter in target.embedding.parameters()) * trains
+    assert (plan.trained_params, plan.frozen_params) == (size, 0)
     assert plan.target_params == sum(parameter.numel() for parameter in target.model.parameters())
 
 
@@ -137,9 +139,11 @@ def test_a_continued_head_keeps_its_shape(tmp_path: Path, plan: StageEstimate) -
     stages = [
         stage_for(tmp_path),
         stage_for(tmp_path, draft_vocab_size=None, **more),
-        stage_for(tmp_path, draft_vocab_size=24, **more),
+        stage_for(tmp_path, draft_vocab_size=24, **more | {"output": "smaller"}),
+        stage_for(tmp_path, draft_vocab_size=None, **more | {"train_embedding": True, "output": "embeds"}),
+        stage_for(tmp_path, draft_vocab_size=None, **more | {"init_from": "embeds"}),
     ]
-    _, same, smaller = estimate_stages(stages, 1, 1e12)
+    _, same, smaller, embeds, keeps = estimate_stages(stages, 1, 1e12)
     assert (same.trained_params, same.memory, same.flops_per_step) == (
         plan.trained_params,
         plan.memory,
@@ -148,6 +152,9 @@ def test_a_continued_head_keeps_its_shape(tmp_path: Path, plan: StageEstimate) -
     hidden_size = tiny_llama().config.hidden_size
     assert smaller.trained_params == plan.trained_params - 24 * hidden_size
     assert smaller.memory["logits"] < plan.memory["logits"]
+    embedding = tiny_llama().get_input_embeddings().weight.numel()
+    assert (embeds.trained_params, embeds.frozen_params) == (plan.trained_params + embedding, 0)
+    assert (keeps.trained_params, keeps.frozen_params) == (plan.trained_params, embedding)
 
 
 def test_so_does_one_in_a_file() -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from draftwing.drafts.eagle.formats import HeadFile, HeadFormat, default_or_none, read_head
 from draftwing.drafts.eagle.gguf_head import HEAD_GGUF, write_gguf
 from draftwing.drafts.eagle.save_head import write_head
 from draftwing.drafts.export_draft import Export, ExportRequest
-from draftwing.drafts.fit import Tensors
+from draftwing.drafts.fit import Tensors, embedding_rows
 from draftwing.drafts.save import write_draft
 from draftwing.layers import DraftConfig
 from draftwing.target.hidden_states import NORMED
@@ -38,11 +39,14 @@ def export_head(request: ExportRequest) -> Export:
     if head.is_eagle3:
         head = replace(head, format=FORMATS.get(request.engine, "eagle3"))
     obstacles = [*_obstacles(head, request)]
+    added = {} if obstacles else _added_tensors(head, request)
+    head = replace(head, tensors=head.tensors | added)
     faults = [] if obstacles else [*_faults(head, request)]
     writer = _write_gguf if request.engine == "llama.cpp" else _write_folder
     return Export(
         write=lambda folder: writer(head, request, folder),
         method="eagle3" if head.is_eagle3 else "eagle",
+        added=added,
         obstacles=obstacles,
         faults=faults,
         notes=[*_notes(head.config, request.engine)],
@@ -106,10 +110,11 @@ def _faults(head: HeadFile, request: ExportRequest) -> Iterator[str]:
         yield "embed_tokens.weight: it puts the target's embedding in this one's place, and they differ"
 
 
-def _is_same(own: torch.Tensor, embedding: torch.Tensor) -> bool:
-    """Whether a head's embedding is a copy of the target's, in the coarser of the two dtypes."""
-    dtype = min((own.dtype, embedding.dtype), key=lambda dtype: dtype.itemsize)
-    return own.shape == embedding.shape and torch.equal(own.to(dtype), embedding.to(dtype))
+def _is_same(own: torch.Tensor, embedding: nn.Module) -> bool:
+    """Whether a head's embedding is a copy of the target's weights, in the coarser of the two dtypes."""
+    weight = embedding.get_parameter("weight")
+    dtype = min((own.dtype, weight.dtype), key=lambda dtype: dtype.itemsize)
+    return own.shape == weight.shape and torch.equal(own.to(dtype), weight.to(dtype))
 
 
 def _notes(config: DraftConfig, engine: str) -> Iterator[str]:
@@ -124,7 +129,7 @@ def _notes(config: DraftConfig, engine: str) -> Iterator[str]:
 def _write_folder(head: HeadFile, request: ExportRequest, folder: Path) -> None:
     values, tensors = write_head(head, request.target, request.target_name)
     adapted = _for_engine(request.engine, head, values)
-    write_draft(adapted, tensors | _added_tensors(request.engine, head), folder, WEIGHTS, request.dtype)
+    write_draft(adapted, tensors, folder, WEIGHTS, request.dtype)
 
 
 def _for_engine(engine: str, head: HeadFile, values: dict[str, Any]) -> dict[str, Any]:
@@ -139,11 +144,20 @@ def _for_engine(engine: str, head: HeadFile, values: dict[str, Any]) -> dict[str
     return values
 
 
-def _added_tensors(engine: str, head: HeadFile) -> Tensors:
-    """SGLang's EAGLE-1 always has a bias, which stays random where the file has none."""
-    if engine != "sglang" or head.is_eagle3 or head.config.fc_bias:
-        return {}
-    return {"fc.bias": torch.zeros(head.config.hidden_size, dtype=head.tensors["fc.weight"].dtype)}
+def _added_tensors(head: HeadFile, request: ExportRequest) -> Tensors:
+    """What published EAGLE-1 files have and a head of ours may lack: the embedding, and for SGLang the bias.
+
+    SGLang's EAGLE-1 always has a bias, which stays random where the file has none.
+    """
+    added: Tensors = {}
+    if head.is_eagle3:
+        return added
+    dtype = head.tensors["fc.weight"].dtype
+    if "embed_tokens.weight" not in head.tensors:
+        added["embed_tokens.weight"] = embedding_rows(request.target_embedding()).to(dtype)
+    if request.engine == "sglang" and not head.config.fc_bias:
+        added["fc.bias"] = torch.zeros(head.config.hidden_size, dtype=dtype)
+    return added
 
 
 def _write_gguf(head: HeadFile, request: ExportRequest, folder: Path) -> None:

@@ -1,9 +1,11 @@
 """The published formats of EAGLE heads: names, options and conventions, translated to ours (save_head.py writes them).
 
-eagle1        EAGLE-1/2 files: fc [D, 2D], layers.0 without input norm, own embedding, no output head
+eagle1        EAGLE-1/2 files: fc [D, 2D], layers.0 without input norm, no output head
 eagle3        EAGLE-3 files: fc [D, 3D], midlayer.* (or layers.0.*), norm, lm_head [Vd, D], d2t offsets, t2d mask;
               without fc the features are the state, without lm_head the target's output head is used
 speculators   the same tensors as layers.0.*, the configuration nested in transformer_layer_config
+
+A file without embed_tokens is of a head that reads the target's embedding.
 
 fields.py says what becomes of each field of a config.json.
 """

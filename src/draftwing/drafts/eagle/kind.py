@@ -50,8 +50,7 @@ class _Head(Kind[DraftNetwork]):
     def meaning(self, files: DraftFiles, target: TargetSizes) -> tuple[Mapping[str, Any], Tensors]:
         head = read_head(files.values, files.tensors, target)
         ids = {} if head.target_ids is None else {"target_ids": head.target_ids}
-        bias = {"fc.bias": torch.zeros(head.config.hidden_size)} if not head.is_eagle3 else {}  # zeros are none
-        return vars(replace(head.config, fc_bias=False)), bias | head.tensors | ids
+        return vars(replace(head.config, fc_bias=False)), head.tensors | ids
 
 
 class Eagle1(_Head):

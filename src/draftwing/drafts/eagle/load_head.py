@@ -68,7 +68,7 @@ def build_network(
         return target.logits(output.to(target.dtype))
 
     if not config.aux_layers:
-        return EagleModel(config, target_head)
+        return EagleModel(config, target.embedding, target_head, own_embedding)
     vocab = DraftVocab(target_ids, target.vocab_size)
     return Eagle3Model(config, vocab, target.embedding, target_head, own_embedding)
 
@@ -90,9 +90,10 @@ def network_shapes(config: DraftConfig, own_embedding: bool = False) -> dict[str
     """The parameters of `build_network`'s, without building it in memory or needing its target."""
     of_target, vocab = torch.nn.Identity(), DraftVocab(None, config.vocab_size)
     with torch.device("meta"):
-        network: DraftNetwork = EagleModel(config, of_target)
         if config.aux_layers:
-            network = Eagle3Model(config, vocab, of_target, of_target, own_embedding)
+            network: DraftNetwork = Eagle3Model(config, vocab, of_target, of_target, own_embedding)
+        else:
+            network = EagleModel(config, of_target, of_target, own_embedding)
     return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 
@@ -108,7 +109,7 @@ def fit_problems(head: HeadFile, target: TargetSizes) -> list[str]:
         problems.append(
             f"vocab_size: the head was made for {config.vocab_size} tokens, the target has {target.vocab_size}"
         )
-    if head.is_eagle3 and config.hidden_size != target.hidden_size and "embed_tokens.weight" not in head.tensors:
+    if config.hidden_size != target.hidden_size and "embed_tokens.weight" not in head.tensors:
         problems.append(
             f"embed_tokens.weight: missing, and the target's embedding has width {target.hidden_size} instead of "
             f"the head's {config.hidden_size}"

@@ -19,18 +19,37 @@ Shared = Callable[[torch.Tensor], torch.Tensor]
 
 
 class DraftNetwork(nn.Module):
-    """What both kinds have in common. `target_head` is the target's output head."""
+    """What both kinds have in common.
 
-    def __init__(self, config: DraftConfig, vocab: DraftVocab, target_head: Shared) -> None:
+    The embedding is the target's, shared and not stored, unless the file brings one (`own_embedding=True`; it must when
+    the draft is narrower than the target). So is the output head, where the configuration says that none is its own.
+    """
+
+    def __init__(
+        self,
+        config: DraftConfig,
+        vocab: DraftVocab,
+        target_embedding: Shared,
+        target_head: Shared,
+        own_embedding: bool = False,
+    ) -> None:
         super().__init__()
         self.config, self.vocab = config, vocab
         self.rotary = Rotary(config.head_dim, config.rope_parameters, config.max_position_embeddings)
-        self._target_head = (target_head,)  # in a tuple, so that it is no submodule of ours
+        if own_embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # In tuples, so that the target's are no submodules of ours.
+        self._embed = (self.embed_tokens if own_embedding else target_embedding,)
+        self._target_head = (target_head,)
 
     @property
     def dtype(self) -> torch.dtype:
         """The weights' dtype, packed ones' too."""
         return self.rotary.cos.dtype
+
+    def embed(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The embeddings `[B, N, D]` of `tokens [B, N]`."""
+        return self._embed[0](tokens).to(dtype)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """The draft's state `[..., D]` from target features `[..., F]`; by default these themselves."""
@@ -50,11 +69,12 @@ class DraftNetwork(nn.Module):
 
 
 class EagleModel(DraftNetwork):
-    """EAGLE-1/2: Llama layers over `fc([embedding; feature])`, with a copy of the embedding, as in the files."""
+    """EAGLE-1/2: Llama layers over `fc([embedding; feature])`."""
 
-    def __init__(self, config: DraftConfig, target_head: Shared) -> None:
-        super().__init__(config, DraftVocab(None, config.vocab_size), target_head)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+    def __init__(
+        self, config: DraftConfig, target_embedding: Shared, target_head: Shared, own_embedding: bool = False
+    ) -> None:
+        super().__init__(config, DraftVocab(None, config.vocab_size), target_embedding, target_head, own_embedding)
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, input_norm=layer > 0) for layer in range(config.num_hidden_layers)
@@ -64,7 +84,7 @@ class EagleModel(DraftNetwork):
         self, hidden: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
     ) -> torch.Tensor:
         """`hidden [B, N, D]` at slots t, `tokens [B, N]` one step ahead -> predicted features `[B, N, D]`."""
-        x: torch.Tensor = self.fc(torch.cat((self.embed_tokens(tokens).to(hidden.dtype), hidden), dim=-1))
+        x: torch.Tensor = self.fc(torch.cat((self.embed(tokens, hidden.dtype), hidden), dim=-1))
         rotation = self.rotary(positions)
         for layer in self.layers:
             x = layer(x, rotation, attend)
@@ -95,12 +115,7 @@ class Eagle3Layer(nn.Module):
 
 
 class Eagle3Model(DraftNetwork):
-    """EAGLE-3: fusion, layers, norm and output head, with the options of 3.1 and of speculators.
-
-    `embed_tokens` is the target's embedding, shared and not stored, unless the file brings one
-    (`own_embedding=True`; it must when the draft is narrower than the target). So is the output head, where the
-    configuration says that there is no own one.
-    """
+    """EAGLE-3: fusion, layers, norm and output head, with the options of 3.1 and of speculators."""
 
     def __init__(
         self,
@@ -110,7 +125,7 @@ class Eagle3Model(DraftNetwork):
         target_head: Shared,
         own_embedding: bool = False,
     ) -> None:
-        super().__init__(config, vocab, target_head)
+        super().__init__(config, vocab, target_embedding, target_head, own_embedding)
         num_features = len(config.aux_layers) * config.target_hidden_size
         if config.has_fc:
             self.fc = nn.Linear(num_features, config.hidden_size, bias=config.fc_bias)
@@ -125,9 +140,6 @@ class Eagle3Model(DraftNetwork):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.own_lm_head:
             self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
-        if own_embedding:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self._embed = (self.embed_tokens if own_embedding else target_embedding,)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Of target features (low; mid; high), normed if the options say so."""
@@ -142,9 +154,8 @@ class Eagle3Model(DraftNetwork):
         self, hidden: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
     ) -> torch.Tensor:
         """`hidden [B, N, D]` at slots t, `tokens [B, N]` one step ahead -> outputs `[B, N, D]` before the norm."""
-        embedding = self._embed[0](tokens).to(hidden.dtype)
         rotation = self.rotary(positions)
-        x: torch.Tensor = self.midlayer(embedding, hidden, rotation, attend)
+        x: torch.Tensor = self.midlayer(self.embed(tokens, hidden.dtype), hidden, rotation, attend)
         for layer in self.layers:
             x = layer(x, rotation, attend)
         return x

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from draftwing.config import EagleStage, TrainConfig, check_keys
+from draftwing.config import TrainConfig, check_keys
 from draftwing.data.chat_template import Example
 from draftwing.data.examples import count_supervised
 from draftwing.drafts.eagle.formats import HeadOptions, default_aux_layers, read_head
 from draftwing.drafts.eagle.load_head import build_network, counted_layers, expected_shapes, load_head
-from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Model, EagleModel
-from draftwing.drafts.fit import load_strictly
+from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Model
+from draftwing.drafts.fit import Tensors, embedding_rows, load_strictly
 from draftwing.drafts.load_draft import read_draft_files, resolve_draft
 from draftwing.drafts.objective import HeadSizes
 from draftwing.layers import DraftConfig
@@ -70,15 +70,15 @@ def has_own_vocabulary(stage: TrainConfig) -> bool:
 
 
 def new_head(stage: TrainConfig, target: TargetModel, train: Sequence[Example]) -> DraftNetwork:
-    """A head with the target's embedding, or an `eagle3` one with its output matrix.
+    """A head that reads the target's embedding, or has a copy to train if the stage says so.
 
-    That is over the most frequent tokens of this data.
+    An `eagle3` one starts from the target's output rows of the most frequent tokens of this data.
     """
     target_ids = None
     if has_own_vocabulary(stage):
         target_ids = most_frequent_tokens(train, stage.draft_vocab_size, target.vocab_size)
-    head = build_network(new_config(stage, target.config, target.vocab_size), target, target_ids)
-    _freeze_embedding(head, stage)
+    config = new_config(stage, target.config, target.vocab_size)
+    head = build_network(config, target, target_ids, own_embedding=stage.train_embedding)
     for module in head.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
@@ -86,13 +86,15 @@ def new_head(stage: TrainConfig, target: TargetModel, train: Sequence[Example]) 
         if isinstance(head, Eagle3Model):
             rows = next(target.output_head.parameters())
             head.lm_head.weight.copy_(rows if target_ids is None else rows[target_ids])
-        elif isinstance(head, EagleModel):
-            head.embed_tokens.weight.copy_(target.embedding.weight)  # type: ignore[arg-type]
+        if stage.train_embedding:
+            head.embed_tokens.weight.copy_(embedding_rows(target.embedding))
     return head
 
 
 def continued_head(stage: TrainConfig, target: TargetModel, train: Sequence[Example]) -> DraftNetwork:
     """The head of `init_from`, for this target; with a `draft_vocab_size`, over the most frequent tokens of this data.
+
+    An embedding of its own is trained if the stage says so; a head without one gets a copy of the target's then.
 
     Raises:
         ValueError: a head of another kind, or for a target of another width or vocabulary.
@@ -105,12 +107,18 @@ def continued_head(stage: TrainConfig, target: TargetModel, train: Sequence[Exam
     if head.config.trained_length is not None or stage.sequence_length > head.config.window:
         longest = max(stage.sequence_length, head.config.window)
         head.config = dataclasses.replace(head.config, trained_length=longest)
-    _freeze_embedding(head, stage)
-    if not isinstance(head, Eagle3Model) or stage.draft_vocab_size is None:
-        return head
-    if stage.draft_vocab_size < target.vocab_size and head.config.hidden_size != target.hidden_size:
-        raise ValueError("draft_vocab_size: a head of another width than its target's cannot take over its output rows")
-    return _over(most_frequent_tokens(train, stage.draft_vocab_size, target.vocab_size), head, target)
+    if stage.train_embedding and not hasattr(head, "embed_tokens"):
+        own = {"embed_tokens.weight": embedding_rows(target.embedding)}
+        head = _rebuilt(head, target, head.config, head.vocab.target_ids, own)
+    if isinstance(head, Eagle3Model) and stage.draft_vocab_size is not None:
+        if stage.draft_vocab_size < target.vocab_size and head.config.hidden_size != target.hidden_size:
+            raise ValueError(
+                "draft_vocab_size: a head of another width than its target's cannot take over its output rows"
+            )
+        head = _over(most_frequent_tokens(train, stage.draft_vocab_size, target.vocab_size), head, target)
+    if hasattr(head, "embed_tokens"):
+        head.embed_tokens.requires_grad_(stage.train_embedding)
+    return head
 
 
 def _over(new_ids: torch.Tensor | None, head: Eagle3Model, target: TargetModel) -> DraftNetwork:
@@ -122,11 +130,17 @@ def _over(new_ids: torch.Tensor | None, head: Eagle3Model, target: TargetModel) 
     if head.config.own_lm_head:
         rows[old_ids.to(rows.device)] = head.lm_head.weight.detach()
     sizes = dataclasses.replace(head.config, draft_vocab_size=target_ids.numel(), own_lm_head=True)
-    network = build_network(sizes, target, new_ids, own_embedding=hasattr(head, "embed_tokens")).to(target.device)
-    tensors = {name: parameter.detach() for name, parameter in head.named_parameters()}
-    load_strictly(network, tensors | {"lm_head.weight": rows[target_ids.to(rows.device)]})
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name != "embed_tokens.weight")
+    return _rebuilt(head, target, sizes, new_ids, {"lm_head.weight": rows[target_ids.to(rows.device)]})
+
+
+def _rebuilt(
+    head: DraftNetwork, target: TargetModel, config: DraftConfig, target_ids: torch.Tensor | None, changed: Tensors
+) -> DraftNetwork:
+    """The head with another configuration or vocabulary, and some tensors changed or added."""
+    tensors = {name: parameter.detach() for name, parameter in head.named_parameters()} | changed
+    network = build_network(config, target, target_ids, own_embedding="embed_tokens.weight" in tensors)
+    network = network.to(target.device)
+    load_strictly(network, tensors)
     return network.train()
 
 
@@ -136,9 +150,12 @@ def continued_sizes(stage: TrainConfig, made_before: HeadSizes | None) -> HeadSi
         head = read_head(*read_draft_files(resolve_draft(stage.init_from)))
         shapes = {name: shape.numel() for name, shape in expected_shapes(head).items()}
         made_before = HeadSizes(shapes, counted_layers(head))
+    made: DraftConfig = made_before.config
+    if stage.train_embedding:
+        own = {"embed_tokens.weight": made.vocab_size * made.hidden_size}
+        made_before = HeadSizes({**made_before.shapes, **own}, made)
     if not has_own_vocabulary(stage):
         return made_before
-    made: DraftConfig = made_before.config
     config = dataclasses.replace(made, aux_layers=stage.aux_layers or made.aux_layers)
     if not stage.draft_vocab_size:
         return HeadSizes(made_before.shapes, config)
@@ -153,15 +170,3 @@ def most_frequent_tokens(train: Sequence[Example], size: int | None, vocab_size:
         return None
     counts = count_supervised(train, vocab_size)
     return counts.sort(descending=True, stable=True).indices[:size].sort().values
-
-
-def _freeze_embedding(head: DraftNetwork, stage: EagleStage) -> None:
-    """Train a head's own embedding only if the recipe says so.
-
-    Raises:
-        ValueError: it says so, and the head reads its target's.
-    """
-    if isinstance(embedding := getattr(head, "embed_tokens", None), nn.Module):
-        embedding.requires_grad_(stage.train_embedding)
-    elif stage.train_embedding:
-        raise ValueError("train_embedding: this head has no embedding of its own, it reads its target's")

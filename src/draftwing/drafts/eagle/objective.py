@@ -125,7 +125,8 @@ class EagleObjective(Objective):
             made = made_before.get(stage.init_from)
             return continued_sizes(stage, made if made and isinstance(made.config, DraftConfig) else None)
         config = new_config(stage, target_config, target_config.vocab_size)
-        return HeadSizes({name: shape.numel() for name, shape in network_shapes(config).items()}, config)
+        shapes = network_shapes(config, own_embedding=stage.train_embedding)
+        return HeadSizes({name: shape.numel() for name, shape in shapes.items()}, config)
 
     def costs(self, stage: TrainConfig, target_config: Any, sizes: HeadSizes) -> HeadCosts:
         return _costs(stage, target_config, sizes, getattr(stage, self.trainer.steps_key))
