@@ -21,7 +21,7 @@ from rich.table import Table
 
 from draftwing.cli import main as draftwing
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "smollm2.yaml"
+RECIPES = Path(__file__).parents[1] / "recipes"
 HEADS = ("eagle3", "eagle1", "medusa")
 PARTS = ("rows", *HEADS, "tables")
 METHODS = (
@@ -63,6 +63,7 @@ def rows_command(folder: Path, options: argparse.Namespace) -> list[str]:
     where = ["--target", options.target, "--device", device(), "--output", str(folder / "rows.jsonl")]
     return [
         *("prepare", "--request-temperature", "0.8", "--sequence-length", str(SEQUENCE_LENGTH)),
+        *("--request-prefixes", str(RECIPES / "chat_prefixes.txt")),
         *(str(part) for pair in sizes.items() for part in pair),
         *where,
     ]
@@ -77,7 +78,7 @@ def train_command(head: str, folder: Path, options: argparse.Namespace) -> list[
         f"output={folder / head}",
     ]
     settings += [*TINY_STAGE, *TINY_HEAD] if options.tiny else []
-    return ["train", str(RECIPE), "--stage", stage, *(part for setting in settings for part in ("--set", setting))]
+    return ["train", str(RECIPES / "smollm2.yaml"), "--stage", stage, *(part for setting in settings for part in ("--set", setting))]
 
 
 def tables_command(folder: Path, options: argparse.Namespace) -> list[str]:
