@@ -78,7 +78,8 @@ def train_command(head: str, folder: Path, options: argparse.Namespace) -> list[
         f"output={folder / head}",
     ]
     settings += [*TINY_STAGE, *TINY_HEAD] if options.tiny else []
-    return ["train", str(RECIPES / "smollm2.yaml"), "--stage", stage, *(part for setting in settings for part in ("--set", setting))]
+    recipe = str(RECIPES / "smollm2.yaml")
+    return ["train", recipe, "--stage", stage, *(part for setting in settings for part in ("--set", setting))]
 
 
 def tables_command(folder: Path, options: argparse.Namespace) -> list[str]:
