@@ -126,7 +126,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class LanguageModelStage(Stage):
-    """`language_model`: a target or, from another's `tokenizer` and `target`, a small draft model for it."""
+    """`language_model`: a target or, from another's `tokenizer` and `teacher`, a small draft model for it."""
 
     vocab_size: int = at_least(1, 4096)
     """Entries of the tokenizer that is trained."""
@@ -193,8 +193,8 @@ class EagleStage(HeadStage):
     aux_layers: tuple[int, ...] = ()
     """EAGLE-3's feature layers: i is the output of layer i (0: the embeddings); empty means 2, n//2, n-3."""
     train_embedding: bool = False
-    """Whether the head gets a copy of the target's embedding and trains it; otherwise it reads the target's. Engines
-    that put the target's in its place, as the reference EAGLE code does, then draft with another head."""
+    """Whether the head trains an embedding of its own, from a copy of the target's; a new one reads the target's else.
+    Engines that put the target's in its place, as the reference EAGLE code does, then draft with another head."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

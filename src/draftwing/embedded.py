@@ -41,6 +41,11 @@ def embedded_target(name: str) -> Path:
     return found
 
 
+def default_draft(target: str) -> str | None:
+    """The draft that an embedded target decodes with where none is named; None if it has none."""
+    return target if target in drafts_of(target) else None
+
+
 def drafts_of(target: str) -> dict[str, Path]:
     """The drafts of an embedded target that are part of this installation, by name."""
     return {name: at for name, at in EMBEDDED_DRAFTS.items() if name.partition("-")[0] == target and at.is_dir()}

@@ -191,6 +191,35 @@ def test_eagle1_heads(target: str, tmp_path: Path) -> None:
             export_draft(plain, target, engine, tmp_path / "none")
 
 
+class Scaled(torch.nn.Embedding):
+    """As Gemma 3's embedding: its weights are scaled where they are looked up."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens) * 4
+
+
+def test_a_head_that_reads_a_scaled_embedding(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that take the target's weights read it without the scale; the others get what the head reads."""
+    embedding, loads = Scaled(64, 32), 0
+
+    def load(name: str) -> torch.nn.Module:
+        nonlocal loads
+        loads += 1
+        return embedding
+
+    monkeypatch.setattr("draftwing.drafts.export_draft.target_embedding", load)
+    draft = Path(eagle1(tmp_path / "draft"))
+    tensors = load_file(draft / "model.safetensors")
+    del tensors["embed_tokens.weight"]
+    save_file(tensors, draft / "model.safetensors")
+    with pytest.raises(ValueError, match="it reads the target's embedding without the scale"):
+        export_draft(str(draft), target, "sglang", tmp_path / "none")
+    assert loads == 1
+    export_draft(str(draft), target, "vllm", tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["embed_tokens.weight"], embedding.weight * 4)
+
+
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "eagle"])
 def test_an_eagle1_head_gets_the_embedding_that_it_reads(engine: str, target: str, tmp_path: Path) -> None:
     """Published files have one, and engines look for it; a head of ours reads the target's and has none."""

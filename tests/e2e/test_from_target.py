@@ -208,6 +208,7 @@ def test_people_see_rows_and_figures(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         (["--output", "out", "--from-target", "3"], "--from-target writes a .jsonl file, got 'out'"),
         (["--output", "o.jsonl", "--from-target", "3", "--data", "x"], "data: expected --data, or --from-target N"),
+        (["--output", "o", "--data", "x", "--request-prefixes", "f"], "request_prefixes: is for --from-target"),
         (["--output", "o.jsonl"], "data: expected --data, or --from-target N"),
         (["--output", "o.jsonl", "--from-target", "3", "--regenerate"], "one of --regenerate, --features and"),
         (["--output", "o.jsonl", "--from-target", "3", "--max-rows", "3"], "--endpoint and --max-rows are not for it"),

@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 
 from draftwing.config import Loss, Objective, TrainConfig
 from draftwing.drafts.eagle.load_head import build_network
-from draftwing.drafts.eagle.network import EagleModel
 from draftwing.drafts.family import Draft, DrafterOptions
 from draftwing.drafts.head_loss import HeadLoss
 from draftwing.drafts.kinds import new_drafter
@@ -290,8 +289,6 @@ def new_training(target: TargetModel, objective: Objective, loss: Loss) -> HeadL
     )
     head = draft_for(objective, target)
     assert isinstance(head, torch.nn.Module)
-    if isinstance(head, EagleModel):
-        head.embed_tokens.requires_grad_(False)
     return head_training(head.float(), target, config)
 
 

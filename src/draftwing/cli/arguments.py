@@ -15,7 +15,8 @@ from draftwing.threads import choose_threads
 
 Value = TypeVar("Value")
 TARGETS = f"{', '.join(EMBEDDED_TARGETS)}, a folder, a .gguf file or a hub id"
-DRAFTS = f"{', '.join(sorted(EMBEDDED_DRAFTS))}, a folder or a hub id"
+_DRAFTS_HERE = sorted(name for name, folder in EMBEDDED_DRAFTS.items() if folder.is_dir())
+DRAFTS = f"{', '.join(_DRAFTS_HERE)}, a folder, a .gguf file or a hub id"
 
 
 def read_by(read: Callable[[str], Value]) -> Callable[[str], Value]:

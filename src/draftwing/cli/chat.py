@@ -25,7 +25,7 @@ from draftwing.cli.arguments import (
 from draftwing.cli.generate import print_comparison
 from draftwing.cli.output import new_console, note
 from draftwing.drafts.kinds import PLAIN, check_drafting
-from draftwing.embedded import drafts_of
+from draftwing.embedded import default_draft
 
 if TYPE_CHECKING:
     from draftwing.engine.generation import Generation
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    draft = options.draft or (options.target if options.target in drafts_of(options.target) else None)
+    draft = options.draft or default_draft(options.target)
     method = options.method if draft or options.method else "ngram"
     if method:
         check_drafting(method, options.plan if method != PLAIN else None)

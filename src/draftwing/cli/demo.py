@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from draftwing.cli.arguments import DRAFTS, TARGETS, add_device, add_remeasure, positive, seed
 from draftwing.cli.output import new_console
+from draftwing.embedded import default_draft
 
 if TYPE_CHECKING:
     from draftwing.api import SpeculativeModel
@@ -19,7 +20,7 @@ EXAMPLES = """examples:
   draftwing demo                        # watch the embedded models, then the table
   draftwing demo --json > demo.json     # the table alone, for machines
   draftwing demo --dtype bfloat16 --repeats 5
-  draftwing demo --target smollm2       # a chat model with its head, and what needs none
+  draftwing demo --target smollm2       # a chat model with its embedded head, and what needs none
   draftwing demo --target org/model --draft org/head --device cuda"""
 QUESTIONS = (
     "Why does the sky turn red in the evening?",
@@ -37,7 +38,7 @@ QUESTIONS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
     parser.add_argument("--target", default="tiny", help=f"{TARGETS} (default: tiny)")
-    parser.add_argument("--draft", help=f"{DRAFTS} (default: the embedded ones, or none)")
+    parser.add_argument("--draft", help=f"{DRAFTS} (default: the embedded ones of the target, or none)")
     add_device(parser)
     parser.add_argument("--prompts", type=positive, default=8, help="how many of the held-out prompts (default: 8)")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="per prompt (default: 128)")
@@ -107,12 +108,12 @@ def methods_of(options: argparse.Namespace) -> "tuple[SpeculativeModel, dict[str
     from draftwing.api import load
 
     where = {"dtype": options.dtype, "device": options.device, "remeasure": options.remeasure}
-    method = None if options.draft else "ngram"
-    model = load(options.target, options.draft, method=method, **where)
+    draft = options.draft or default_draft(options.target)
+    model = load(options.target, draft, method=None if draft else "ngram", **where)
     names = dict.fromkeys(("plain", "lookahead", "ngram", model.method))
     methods = {name: (model if name == model.method else model.with_method(name)).start for name in names}
     methods["ngram"] = partial(methods["ngram"], plan="auto")  # which pauses where it does not pay
-    sizes = f" Trees of {model.method} size themselves." if options.draft else ""
+    sizes = f" Trees of {model.method} size themselves." if draft else ""
     return model, methods, f"ngram and lookahead need no draft.{sizes}"
 
 

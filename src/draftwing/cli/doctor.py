@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from draftwing.cli.arguments import TARGETS, add_device, add_head_options, head_options, positive, temperature
+from draftwing.cli.arguments import DRAFTS, TARGETS, add_device, add_head_options, head_options, positive, temperature
 from draftwing.cli.output import new_console
 
 SUMMARY = "Say why acceptance is low: try the known faults of heads and settings, and name the one that explains it."
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
     parser.description = f"{SUMMARY}\n{EXIT_STATUS}"
     parser.add_argument("--target", required=True, help=TARGETS)
-    parser.add_argument("--draft", required=True, help="tiny, tiny-eagle1, a folder or a hub id")
+    parser.add_argument("--draft", required=True, help=DRAFTS)
     add_device(parser)
     parser.add_argument("--prompts", help="a JSONL file with prompt, messages or turns (default: the embedded ones)")
     parser.add_argument("--num-prompts", type=positive, default=8, help="how many of them at most (default: 8)")

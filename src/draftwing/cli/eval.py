@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftwing.cli.arguments import (
+    DRAFTS,
     TARGETS,
     add_device,
     add_execution,
@@ -44,16 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]DRAFT",
-        help="tiny, a folder or a hub id, of a head or a small model; may be given several times (default with the "
-        "target tiny: all embedded drafts)",
+        help=f"{DRAFTS}, of a head or a small model; may be given several times (default: all embedded drafts of an "
+        "embedded target)",
     )
     parser.add_argument(
         "--methods",
         type=read_by(read_specs),
         default="all",
         help="comma-separated: METHOD[@DRAFT][:PLAN][+OPTION...], where options are ngram (looked-up continuations "
-        "compete for the tree's nodes) and uncoupled (drafts do not know the target's noise); `all` (default) is every "
-        "method that the drafts allow",
+        "compete for the tree's nodes, as by default in `generate`) and uncoupled (drafts do not know the target's "
+        "noise); `all` (default) is every method that the drafts allow",
     )
     parser.add_argument(
         "--data",

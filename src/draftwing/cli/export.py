@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftwing.cli.arguments import DRAFTS, above_zero
+from draftwing.cli.arguments import DRAFTS, TARGETS, above_zero
 from draftwing.cli.output import new_console, note, say_saved
 from draftwing.config import DTYPES
 from draftwing.drafts.family import ENGINES
@@ -41,7 +41,7 @@ USED_WITH = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
     parser.add_argument("draft", help=f"{DRAFTS}; without --output a folder that was exported before")
-    parser.add_argument("--target", help="the draft's target: tiny, a folder or a hub id")
+    parser.add_argument("--target", help=f"the draft's target: {TARGETS}")
     parser.add_argument("--to", choices=ENGINES, help="the engine; eagle is the EAGLE authors' code")
     parser.add_argument("--output", type=Path, help="the folder to write; it must not hold anything")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the file's)")

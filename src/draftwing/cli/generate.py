@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from draftwing.cli.arguments import (
+    DRAFTS,
     TARGETS,
     above_zero,
     add_loading,
@@ -39,7 +40,7 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
     parser.add_argument("--target", required=True, help=TARGETS)
-    parser.add_argument("--draft", help=f"tiny, a folder or a hub id, of {drafts_in_words()}; without it, {PLAIN}")
+    parser.add_argument("--draft", help=f"{DRAFTS}, of {drafts_in_words()}; without it, {PLAIN}")
     parser.add_argument(
         "--prompt",
         type=plain_text,

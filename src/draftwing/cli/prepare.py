@@ -3,11 +3,21 @@
 import argparse
 import json
 import os
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftwing.cli.arguments import TARGETS, add_device, not_negative, positive, read_by, seed, temperature
+from draftwing.cli.arguments import (
+    TARGETS,
+    add_device,
+    layers,
+    not_negative,
+    positive,
+    read_by,
+    seed,
+    temperature,
+    temperatures,
+)
 from draftwing.cli.output import headline, new_console, note, say_saved
 from draftwing.drafts.kinds import head_objectives
 
@@ -42,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-rows",
         type=positive,
-        help="so many training rows, a fair sample; of answers, so many rows in all (default: all)",
+        help="so many training rows, a fair sample; of answers, so many rows in all (default: all, of answers 64 "
+        "held-out ones at most)",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the order and the sampling (default: 0)")
     parser.add_argument("--workers", type=positive, help="processes that tokenise (default: cores, at most 8)")
@@ -60,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard", type=read_by(_parse_shard), default="1/1", help="answer part I of N, as 2/8 (default: 1/1)"
     )
     answers.add_argument(
-        "--temperatures", type=temperature, nargs="+", default=[0.0, 1.0], help="in turn (default: 0 1)"
+        "--temperatures", type=temperatures, nargs="+", default=[(0.0, 1.0)], help="in turn (default: 0,1)"
     )
     answers.add_argument(
         "--max-new-tokens",
@@ -73,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     answers.add_argument("--request-temperature", type=temperature, default=1.0, help="of what it asks (default: 1)")
     answers.add_argument(
-        "--request-prefixes", metavar="FILE", help="texts that requests begin with, one a line, drawn (default: none)"
+        "--request-prefixes", metavar="FILE", help="first words, one text a line; each request begins with one of them"
     )
     answers.add_argument(
         "--max-request-tokens", type=positive, default=256, help="longer requests are dropped (default: 256)"
@@ -83,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     features.add_argument("--features", action="store_true", help="store the target's hidden states for every token")
     features.add_argument("--method", choices=head_objectives(), default="eagle3", help="default: eagle3")
     features.add_argument(
-        "--aux-layers", type=int, nargs="+", help="eagle3: i is the output of layer i (default: 2 n/2 n-3)"
+        "--aux-layers", type=layers, nargs="+", help="eagle3: i is the output of layer i (default: 2,n/2,n-3)"
     )
     features.add_argument("--storage", choices=("bf16", "fp8"), default="bf16", help="default: bf16")
     features.add_argument("--verify", action="store_true", help="check stored features against their checksums")
@@ -95,6 +106,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("features: one of --regenerate, --features and --from-target at a time")
     if bool(options.data) == bool(options.from_target):
         raise ValueError("data: expected --data, or --from-target N, which needs none")
+    if options.request_prefixes and not options.from_target:
+        raise ValueError("request_prefixes: is for --from-target")
     if options.from_target:
         _write_from_target(options)
     elif options.regenerate:
@@ -232,8 +245,9 @@ def _as_stage(options: argparse.Namespace, max_positions: int | None = None) -> 
     """The options as a recipe's stage `self_generated`; sequences end at the target's last position."""
     from draftwing.config import TrainConfig
 
-    names = ("target", "output", "seed", "temperatures", "max_new_tokens", "batch_size", "prompt_length")
+    names = ("target", "output", "seed", "max_new_tokens", "batch_size", "prompt_length")
     values = {name: getattr(options, name) for name in names} | _split(options.max_rows)
+    values["temperatures"] = tuple(chain(*options.temperatures))
     length = min(options.sequence_length, max_positions or options.sequence_length)
     return TrainConfig("self_generated", data=tuple(options.data or ("stdlib",)), sequence_length=length, **values)
 
@@ -273,14 +287,16 @@ def _store_features(options: argparse.Namespace) -> None:
     prepared = open_prepared(options.data[0], load_tokenizer(options.target))
     target = load_target(options.target, parse_dtype(options.dtype), options.device)
     if options.method != "eagle3":
-        layers: tuple[int, ...] = (NORMED,)
+        stored: tuple[int, ...] = (NORMED,)
+    elif options.aux_layers:
+        stored = tuple(chain(*options.aux_layers))
     else:
-        layers = tuple(options.aux_layers or default_aux_layers(target.num_layers))
-    writer = FeatureWriter(prepared, target, layers, options.storage, Path(options.output))
+        stored = default_aux_layers(target.num_layers)
+    writer = FeatureWriter(prepared, target, stored, options.storage, Path(options.output))
     estimate = writer.estimate()
     note(f"to write: {estimate}")
     writer.write()
-    result = {"output": options.output, "feature_layers": list(layers), "storage": options.storage}
+    result = {"output": options.output, "feature_layers": list(stored), "storage": options.storage}
     result |= {"tokens": estimate.num_tokens, "bytes_per_token": writer.bytes_per_token}
     if options.verify:
         result["verified_bytes"] = check_features(options.output)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftwing.cli.arguments import (
+    DRAFTS,
+    TARGETS,
     add_loading,
     add_plan,
     loading,
@@ -18,6 +20,7 @@ from draftwing.cli.arguments import (
 )
 from draftwing.cli.output import note
 from draftwing.drafts.kinds import PLAIN, check_drafting, drafts_in_words
+from draftwing.embedded import default_draft
 
 if TYPE_CHECKING:
     from draftwing.serving.replicas import Replica
@@ -43,8 +46,8 @@ drain_seconds = number(int, lambda value: 0 <= value <= 86400, "a whole number f
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
-    parser.add_argument("--target", help="tiny, a folder or a hub id (default: tiny, the embedded model)")
-    parser.add_argument("--draft", help=f"tiny, a folder or a hub id, of {drafts_in_words()} (default: tiny, for tiny)")
+    parser.add_argument("--target", default="tiny", help=f"{TARGETS} (default: tiny, the embedded model)")
+    parser.add_argument("--draft", help=f"{DRAFTS}, of {drafts_in_words()} (default: the target's embedded one)")
     add_loading(parser)
     add_plan(parser, "auto")
     parser.add_argument(
@@ -103,9 +106,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     keys = _read_keys(options)
-    target, draft = options.target or "tiny", options.draft
-    if options.target is None and draft is None and options.method is None:
-        draft = "tiny"
+    target, draft = options.target, options.draft or default_draft(options.target)
     if options.method or not draft:  # else the draft tells which
         check_drafting(options.method or PLAIN, options.plan, None, options.draft_window)
     from draftwing.serving.process import bind

@@ -20,7 +20,7 @@ EXAMPLES = """examples:
   draftwing train recipes/tiny.yaml --stage 2  # the third stage alone
   draftwing train recipes/tiny.yaml --plan     # parameters, memory, disk and time, without running
   draftwing train recipes/tiny.yaml --set learning_rate=1e-4 --set max_steps=500
-  draftwing train recipes/tiny.yaml            # on 8 GPUs: torchrun --nproc-per-node 8 -m draftwing train ..."""
+  torchrun --nproc-per-node 8 -m draftwing train recipes/tiny.yaml   # on 8 GPUs"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="show what it would take, and run nothing")
     parser.add_argument("--processes", type=positive, default=1, help="--plan: for so many (default: 1)")
     parser.add_argument(
-        "--tflops", type=above_zero, help="--plan: TFLOP/s that a process reaches (default: measured on this machine)"
+        "--tflops",
+        type=above_zero,
+        help="--plan: TFLOP/s that a process reaches (default: 40 %% of what large products do on this machine)",
     )
 
 
@@ -56,7 +58,11 @@ def run(options: argparse.Namespace) -> None:
     from draftwing.files import to_json
     from draftwing.training.interruption import TrainingStopped
     from draftwing.training.processes import end_processes, is_main_process, start_processes
-    from draftwing.training.stage import train_stage
+
+    try:
+        from draftwing.training.stage import train_stage
+    except ModuleNotFoundError as error:
+        raise ValueError(f'train: needs {error.name}: pip install "draftwing[train]"') from None
 
     console = new_console(stderr=True)
     start_processes()

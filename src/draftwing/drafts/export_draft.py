@@ -7,6 +7,7 @@ refused here with the reason. What is written is read back and compared, tensor 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def export_draft(
     for problem in kind.inspect(files, sizes, target).problems:
         raise ValueError(f"draft: {problem}")
     named = verifier or target
-    request = ExportRequest(engine, files, sizes, named, lambda: target_embedding(target), dtype, target_gguf)
+    request = ExportRequest(engine, files, sizes, named, cache(lambda: target_embedding(target)), dtype, target_gguf)
     export = kind.export(request)
     if export.obstacles:
         raise ValueError(f"draft: {ENGINES[engine]} cannot load it: {'; '.join(export.obstacles)}")

@@ -139,10 +139,12 @@ class Author:
                 f"of {max_request_tokens} tokens and the {num_opening} that open it"
             )
 
-    def _opened(self, turn: UserTurn, prefix: str) -> "Opening":
+    def _opened(self, turn: UserTurn, prefix: str) -> Opening:
         prefix_ids = encode_text(prefix, self._tokenizer)
         if not {*prefix_ids}.isdisjoint(self._tokenizer.all_special_ids):
             raise ValueError(f"request_prefixes: {prefix!r} has special tokens")
+        if ends := [text for text in turn.end_texts if text in prefix]:
+            raise ValueError(f"request_prefixes: {prefix!r} has {ends[0]!r} in it, which ends a user's turn")
         return Opening(encode_text((turn.opening + prefix).rstrip(" "), self._tokenizer), prefix_ids)
 
     def write(self, number: int) -> Task[Row | Dropped]:
@@ -170,11 +172,13 @@ class Author:
     def _read_request(self, seat: Seat, prefix: list[int]) -> str | Dropped:
         """The text of a request, or what is wrong with it."""
         said = seat.tokens[:-1] if seat.finish_reason == "eos" else seat.tokens
-        text = cut_at_stop(prefix + said, self._stop.stop_strings, self._tokenizer).strip()
+        text, continuation = (
+            cut_at_stop(tokens, self._stop.stop_strings, self._tokenizer).strip() for tokens in (prefix + said, said)
+        )
         if seat.finish_reason == "length":
             return Dropped("looping requests" if loops(said) else "cut-off requests", text)
-        if not text:
-            return Dropped("empty requests")
+        if not continuation:
+            return Dropped("empty requests", text)
         if not {*said}.isdisjoint(self._tokenizer.all_special_ids):
             return Dropped("requests with special tokens", text)
         return Dropped("looping requests", text) if loops(said) else text

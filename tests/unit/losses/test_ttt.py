@@ -571,6 +571,20 @@ class TestOptions:
             assert head.get_parameter("embed_tokens.weight").grad is not None
         assert target.embedding.weight.grad is None
 
+    def test_a_copy_of_a_scaled_embedding_is_scaled(self, target: TargetModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As Gemma 3's, which scales what it looks up."""
+
+        class Scaled(torch.nn.Embedding):
+            def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+                return super().forward(tokens) * 4
+
+        embedding = Scaled(*target.embedding.weight.shape).double()
+        monkeypatch.setattr(target.model, "get_input_embeddings", lambda: embedding)
+        heads = [new_head(dataclasses.replace(EAGLE1, train_embedding=trains), target, []) for trains in (False, True)]
+        tokens = torch.arange(20).view(2, 10)
+        shared, copied = (head.double().embed(tokens, torch.float64) for head in heads)
+        torch.testing.assert_close(copied, shared)
+
     def test_medusa_heads_read_no_embedding(self) -> None:
         with pytest.raises(ValueError, match="train_embedding: is for an EAGLE head"):
             dataclasses.replace(EAGLE3, objective="medusa", train_embedding=True)

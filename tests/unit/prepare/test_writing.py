@@ -251,6 +251,17 @@ def test_a_prefix_before_a_template_of_plain_text(author: Author, tokenizer: Any
         assert tokenizer.decode(next(writer.write(0)).prompt) == prompt
 
 
+def test_a_prefix_alone_is_no_request(author: Author, tokenizer: Any) -> None:
+    writer = Author(author._config, tokenizer, author._answers, (1,), max_request_tokens=50, prefixes=["one two"])
+    assert result_of(writer, tokenizer, (" ", "eos")) == Dropped("empty requests", "one two")
+
+
+def test_a_prefix_that_ends_the_turn(author: Author, tokenizer: Any) -> None:
+    tokenizer.chat_template = PLAIN_TEXT
+    with pytest.raises(ValueError, match=r"request_prefixes: 'one \[/INST\]' has '\[/INST\]' in it"):
+        Author(author._config, tokenizer, author._answers, (1,), max_request_tokens=50, prefixes=["one [/INST]"])
+
+
 def test_a_prefix_has_no_special_tokens(author: Author, tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=r"request_prefixes: 'one <\|end\|>' has special tokens"):
         Author(author._config, tokenizer, author._answers, (1,), max_request_tokens=50, prefixes=["one <|end|>"])

@@ -41,7 +41,7 @@ def export_head(request: ExportRequest) -> Export:
     obstacles = [*_obstacles(head, request)]
     added = {} if obstacles else _added_tensors(head, request)
     head = replace(head, tensors=head.tensors | added)
-    faults = [] if obstacles else [*_faults(head, request)]
+    faults = [] if obstacles else [*_faults(head, request, added)]
     writer = _write_gguf if request.engine == "llama.cpp" else _write_folder
     return Export(
         write=lambda folder: writer(head, request, folder),
@@ -92,8 +92,8 @@ def _gguf_obstacles(config: DraftConfig, request: ExportRequest) -> Iterator[str
         yield "a head carries its target's tokenizer; pass the target's GGUF file (--target-gguf)"
 
 
-def _faults(head: HeadFile, request: ExportRequest) -> Iterator[str]:
-    """What an engine takes without a word and then drafts worse with."""
+def _faults(head: HeadFile, request: ExportRequest, added: Tensors) -> Iterator[str]:
+    """What an engine takes without a word and then drafts worse with. Of the tensors some were `added` for it."""
     config, engine = head.config, request.engine
     for name, readers in OPTION_READERS.items():
         if getattr(config, name) and engine not in readers:
@@ -107,7 +107,10 @@ def _faults(head: HeadFile, request: ExportRequest) -> Iterator[str]:
         yield "fc.bias: it drops this tensor"
     own = head.tensors.get("embed_tokens.weight")
     if own is not None and engine in TAKES_TARGETS_EMBEDDING and not _is_same(own, request.target_embedding()):
-        yield "embed_tokens.weight: it puts the target's embedding in this one's place, and they differ"
+        if "embed_tokens.weight" in added:
+            yield "embed_tokens.weight: it reads the target's embedding without the scale that the target gives it"
+        else:
+            yield "embed_tokens.weight: it puts the target's embedding in this one's place, and they differ"
 
 
 def _is_same(own: torch.Tensor, embedding: nn.Module) -> bool:

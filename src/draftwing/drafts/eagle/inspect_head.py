@@ -99,6 +99,8 @@ def _notes(values: dict[str, Any], head: HeadFile, target: TargetSizes | None, f
         notes.append("the file names no feature layers; with a target of n layers they are 2, n//2 and n-3")
     if not config.has_fc:
         notes.append("the file has no fc: the target's last state, behind the final norm, is the draft's first")
+    if not head.is_eagle3 and "embed_tokens.weight" not in head.tensors:
+        notes.append("the file has no embedding: the target's is used")
     if not config.own_lm_head:
         notes.append("the file has no output head: the target's is used")
     ids = head.target_ids

@@ -21,31 +21,28 @@ Shared = Callable[[torch.Tensor], torch.Tensor]
 class DraftNetwork(nn.Module):
     """What both kinds have in common.
 
-    The embedding is the target's, shared and not stored, unless the file brings one (`own_embedding=True`; it must when
-    the draft is narrower than the target). So is the output head, where the configuration says that none is its own.
+    The target's embedding is shared and not stored, unless a head has one of its own (as it must when it is narrower
+    than the target). So is the target's output head.
     """
 
-    def __init__(
-        self,
-        config: DraftConfig,
-        vocab: DraftVocab,
-        target_embedding: Shared,
-        target_head: Shared,
-        own_embedding: bool = False,
-    ) -> None:
+    _embed: tuple[Shared]
+
+    def __init__(self, config: DraftConfig, vocab: DraftVocab, target_head: Shared) -> None:
         super().__init__()
         self.config, self.vocab = config, vocab
         self.rotary = Rotary(config.head_dim, config.rope_parameters, config.max_position_embeddings)
-        if own_embedding:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        # In tuples, so that the target's are no submodules of ours.
-        self._embed = (self.embed_tokens if own_embedding else target_embedding,)
-        self._target_head = (target_head,)
+        self._target_head = (target_head,)  # in a tuple, so that it is no submodule of ours
 
     @property
     def dtype(self) -> torch.dtype:
         """The weights' dtype, packed ones' too."""
         return self.rotary.cos.dtype
+
+    def take_embedding(self, target_embedding: Shared, own_embedding: bool) -> None:
+        """Read the target's embedding, or have an own one. (Its place among the parameters is part of checkpoints.)"""
+        if own_embedding:
+            self.embed_tokens = nn.Embedding(self.config.vocab_size, self.config.hidden_size)
+        self._embed = (self.embed_tokens if own_embedding else target_embedding,)
 
     def embed(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The embeddings `[B, N, D]` of `tokens [B, N]`."""
@@ -74,7 +71,8 @@ class EagleModel(DraftNetwork):
     def __init__(
         self, config: DraftConfig, target_embedding: Shared, target_head: Shared, own_embedding: bool = False
     ) -> None:
-        super().__init__(config, DraftVocab(None, config.vocab_size), target_embedding, target_head, own_embedding)
+        super().__init__(config, DraftVocab(None, config.vocab_size), target_head)
+        self.take_embedding(target_embedding, own_embedding)
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, input_norm=layer > 0) for layer in range(config.num_hidden_layers)
@@ -125,7 +123,7 @@ class Eagle3Model(DraftNetwork):
         target_head: Shared,
         own_embedding: bool = False,
     ) -> None:
-        super().__init__(config, vocab, target_embedding, target_head, own_embedding)
+        super().__init__(config, vocab, target_head)
         num_features = len(config.aux_layers) * config.target_hidden_size
         if config.has_fc:
             self.fc = nn.Linear(num_features, config.hidden_size, bias=config.fc_bias)
@@ -140,6 +138,7 @@ class Eagle3Model(DraftNetwork):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.own_lm_head:
             self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.take_embedding(target_embedding, own_embedding)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Of target features (low; mid; high), normed if the options say so."""
