@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from draftwing.files import write_text
+from draftwing.files import save_tensors, write_text
 
 INDEX = "index.json"
 MAX_OPEN = 64
@@ -33,12 +32,10 @@ class Shard:
 
 def write_shard(folder: Path, file: str, tensors: Mapping[str, torch.Tensor], num_documents: int) -> Shard:
     """Write `tensors`, whose first axis is the tokens' (or the documents'), so that a cut leaves no half file."""
-    partial = folder / f"{file}.partial"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
+    path = folder / file
+    save_tensors(path, tensors)
     num_tokens = next(iter(tensors.values())).shape[0]
-    shard = Shard(file, checksum(partial), partial.stat().st_size, num_documents, num_tokens)
-    partial.replace(folder / file)
-    return shard
+    return Shard(file, checksum(path), path.stat().st_size, num_documents, num_tokens)
 
 
 def checksum(path: Path) -> str:

@@ -63,6 +63,8 @@ def train_language_model(config: LanguageModelStage) -> dict[str, float]:
         if not config.tokenizer:
             write_held_out_prompts(rows.held_out, output / "prompts.jsonl")
         model.to(torch.bfloat16).save_pretrained(output)
+        for weights in output.glob("*.safetensors"):  # which safetensors writes for their owner alone
+            weights.chmod((output / "config.json").stat().st_mode)
     return trainer.finish(metrics)
 
 
