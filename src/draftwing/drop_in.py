@@ -122,7 +122,7 @@ class _DropIn:
     ) -> Any:
         arguments = _arguments_of_caller()
         streamer = arguments.get("streamer") if streamer is None else streamer
-        was_training = model.training
+        were_training = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
             mask = kwargs.pop("attention_mask", None)
@@ -134,7 +134,8 @@ class _DropIn:
                 for token in committed.tokens[0] if streamer is not None else ():
                     streamer.put(torch.tensor([token]))
         finally:
-            model.train(was_training)
+            for module, was_training in were_training:
+                module.training = was_training
             if streamer is not None:
                 streamer.end()  # whoever reads from it would wait for ever
         sequences = append_padded(input_ids, [output.tokens for output in generation.outputs], call.pad_token_id)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from draftwing.files import write_text
+
 
 def provenance() -> dict[str, Any]:
     """A JSON-ready record of what produced a result."""
@@ -35,7 +37,7 @@ def write_record(path: str | Path, rows: object, options: Mapping[str, Any], **m
     """
     settings = {name: os.path.relpath(value) if isinstance(value, Path) else value for name, value in options.items()}
     record = {"rows": rows, **more, "options": settings, "provenance": provenance()}
-    Path(path).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_text(Path(path), json.dumps(record, indent=2) + "\n")
 
 
 def _commit() -> str | None:

@@ -1,5 +1,6 @@
 """The life of a head through the command line: train, inspect, generate; in a temporary folder, on a few rows."""
 
+import argparse
 import io
 import json
 import logging
@@ -16,7 +17,9 @@ from rich.progress import Progress
 
 import draftwing
 from draftwing.cli import _noted, main
+from draftwing.cli import eval as eval_command
 from draftwing.embedded import EMBEDDED
+from draftwing.evaluation.report import Report
 from draftwing.target.load import load_tokenizer
 
 SIZES = {
@@ -446,9 +449,25 @@ def test_broken_acceptance_counts_are_refused(folder: Path, capsys: pytest.Captu
     file.unlink()
 
 
-def test_a_reader_that_has_gone_ends_a_command_without_a_word() -> None:
+@pytest.mark.parametrize("more", [["--json"], []])
+def test_a_reader_that_has_gone_ends_a_command_without_a_word(more: list[str]) -> None:
     """As `| head` does."""
     closed = "import os, sys; end, start = os.pipe(); os.close(end); os.dup2(start, sys.stdout.fileno())"
-    program = Forked(f"{closed}; from draftwing.cli import main; sys.exit(main(['inspect', 'tiny', '--json']))")
+    program = Forked(f"{closed}; from draftwing.cli import main; sys.exit(main(['inspect', 'tiny', *{more}]))")
     assert program.wait() == 141
     assert program.errors == ""
+
+
+def test_results_are_written_though_their_reader_has_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Gone())
+    report = Report("title", [], [], [], [], "", {}, {})
+    for is_json in (False, True):
+        folder = tmp_path / str(is_json)
+        folder.mkdir()
+        with pytest.raises(BrokenPipeError):
+            eval_command._show(argparse.Namespace(json=is_json, output=folder), report)
+        assert {file.name for file in folder.iterdir()} == {"results.json", "report.html"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, VOCAB_SIZE, generate, requests_for, run
+from conftest import EOS, VOCAB_SIZE, generate, no_draft, requests_for, run, tiny_llama
 from tape import TapeRecorder
 
 from draftwing.engine import grammar as grammar_module
@@ -108,6 +108,40 @@ def test_what_fails_at_a_draft_that_is_not_taken_is_nobodys_error(
     assert (seat.finish_reason, bool(seat.error)) == (("error", True) if reached else ("length", False))
     assert seat.tokens == expected[: len(seat.tokens)]
     assert reached or seat.tokens == expected
+
+
+def test_what_fails_behind_the_end_is_nobodys_error(target: TargetModel, drafters: dict[str, NewDrafter]) -> None:
+    """A draft goes on behind the last token that is asked for; plain decoding would not ask there."""
+    (request,) = requests_for(PROMPTS[:1], eos=(), max_new_tokens=12)
+    (expected,) = run(target, [request])
+
+    def allowed(said: list[int]) -> None:
+        if len(said) >= 6:
+            raise ValueError("behind the end")
+
+    short = replace(request, allowed=allowed, stop=replace(request.stop, max_new_tokens=6))
+    for name, drafter in drafters.items():
+        engine = Engine(target, drafter, 1, 64, TreePlan.chain(4 if name != "medusa" else 3))
+        seat = engine.admit(short)
+        assert seat is not None
+        while not seat.finish_reason:
+            engine.step()
+        assert (seat.finish_reason, seat.tokens) == ("length", expected[:6])
+
+
+def test_a_prompt_that_is_still_read_asks_nothing() -> None:
+    """Beside recorded cycles, whose seats go beyond the running ones."""
+    target = TargetModel(tiny_llama(max_position_embeddings=1024, num_hidden_layers=1))
+    engine = Engine(target, no_draft, 4, 900, TreePlan.off(), TapeRecorder())
+    running = requests_for([[1, 2, 3], [4, 5], [6, 7, 8]], eos=(), max_new_tokens=20)
+    (long,) = requests_for([[1 + index % 60 for index in range(700)]], eos=(), max_new_tokens=5, temperature=1.0)
+    long = replace(long, allowed=lambda said: torch.arange(VOCAB_SIZE) % 2 == 1)
+    seats = [engine.admit(request) for request in running]
+    engine.step()
+    seats.append(engine.admit(long))
+    while not all(seat.finish_reason for seat in seats if seat is not None):
+        engine.step()
+    assert [seat.tokens for seat in seats if seat is not None] == run(target, [*running, long])
 
 
 def ask_the_root_alone(monkeypatch: pytest.MonkeyPatch) -> None:

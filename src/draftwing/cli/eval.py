@@ -22,6 +22,7 @@ from draftwing.cli.output import new_console, note, say_saved
 from draftwing.data.benchmarks import BENCHMARKS
 from draftwing.drafts.kinds import family_of
 from draftwing.evaluation.specs import MethodSpec, read_specs
+from draftwing.files import write_text
 
 if TYPE_CHECKING:
     from draftwing.evaluation.evaluate import Evaluation
@@ -207,6 +208,9 @@ def _show(options: argparse.Namespace, report: Any) -> None:
         "skipped": [asdict(skipped) for skipped in report.skipped],
         "warnings": report.warnings,
     }
+    if options.output:  # before whoever reads what is printed may be gone
+        write_record(options.output / "results.json", rows, report.settings, **more)
+        write_text(options.output / "report.html", as_html(report))
     console = new_console(stderr=options.json)
     if options.json:
         print(json.dumps({"rows": rows, **more, "options": report.settings, "provenance": report.provenance}))
@@ -217,6 +221,4 @@ def _show(options: argparse.Namespace, report: Any) -> None:
     for line in remarks(report):
         note(line, "yellow")
     if options.output:
-        write_record(options.output / "results.json", rows, report.settings, **more)
-        (options.output / "report.html").write_text(as_html(report), encoding="utf-8")
         say_saved(*(options.output / name for name in ("results.json", "report.html", "runs.jsonl")))

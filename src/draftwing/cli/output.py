@@ -19,7 +19,12 @@ def new_console(stderr: bool = False) -> "Console":
     """Standard output or stderr; in a file or a pipe every line is as long as it is, whatever COLUMNS says."""
     from rich.console import Console
 
-    console = Console(stderr=stderr, highlight=False, emoji=False)
+    class PipedConsole(Console):
+        def on_broken_pipe(self) -> None:
+            """Let `main` end the command, where rich would."""
+            raise BrokenPipeError
+
+    console = PipedConsole(stderr=stderr, highlight=False, emoji=False)
     if not console.file.isatty():
         console.width = UNBOUNDED
     return console

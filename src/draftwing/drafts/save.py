@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from draftwing.drafts.fit import Tensors
-from draftwing.files import save_tensors
+from draftwing.files import save_tensors, write_text
 
 
 def write_draft(
@@ -21,4 +21,4 @@ def write_draft(
     }
     save_tensors(folder / name, stored)
     values["torch_dtype"] = str(next(t.dtype for t in stored.values() if t.is_floating_point())).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")

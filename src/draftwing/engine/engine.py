@@ -272,11 +272,12 @@ class Engine:
         num_running = len(self._running)
         self._drafts = any(seat.request.drafts for seat in self._running)
         self._samples = any(seat.request.sampling.temperature > 0 for seat in self._running)
-        asks_host = any(seat.request.sampling.place or seat.request.allowed for seat in self._running)
+        num_seats = min(bucket(num_running), self.num_seats)
+        within = (seat for seat in (*self._running, *self._reading) if seat.index < num_seats)
+        asks_host = any(seat.request.sampling.place or seat.request.allowed for seat in within)
         if self._recorder is None or asks_host:
             self._cycling = self._seats.part(0, num_running)
         else:
-            num_seats = min(bucket(num_running), self.num_seats)
             self._cycling = CapturedSeats(self._seats.part(0, num_seats), self._recorder, self._recordings)
         self._cycling.scores_tokens = any(seat.request.num_logprobs is not None for seat in self._running)
 
@@ -299,9 +300,10 @@ def depth_problem(target: TargetModel, largest: TreeShape) -> str | None:
 def _end(seat: Seat, new: list[int]) -> int:
     """How many of the new tokens a seat emits, and why it ends there if it does; its rule's error ends it alone."""
     try:
+        num_emitted, finish_reason = seat.request.stop.check(seat.tokens, new)
         if seat.grammar is not None:
-            seat.grammar.check(new)
-        num_emitted, seat.finish_reason = seat.request.stop.check(seat.tokens, new)
+            seat.grammar.check(new[:num_emitted])
+        seat.finish_reason = finish_reason
     except Exception as error:  # a decoder, a test or a grammar of the user's
         seat.error, seat.finish_reason = error, "error"
         return 0

@@ -32,7 +32,7 @@ class SamplingParams:
     """How one row chooses its tokens, in the order and with the meaning of transformers.
 
     `logit_bias` is added and the penalties are applied first; then, at temperature > 0, temperature, top-k, top-p and
-    min-p. Temperature 0 is greedy.
+    min-p. Temperature 0 is greedy, and so is one below COLDEST.
 
     Raises:
         ValueError: a value out of range, naming the field.
@@ -68,7 +68,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         penalty = self.repetition_penalty
         _require("temperature", self.temperature, lambda t: 0 <= t <= LARGEST, "at least 0, and a float32")
-        _require("top_k", self.top_k, lambda k: isinstance(k, int) and k >= 0, "an integer of at least 0")
+        if self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
+        _require("top_k", self.top_k, lambda k: isinstance(k, int) and 0 <= k < 2**63, "an integer from 0 to 2^63-1")
         _require("top_p", self.top_p, lambda p: 0 < p <= 1, "above 0 and at most 1")
         _require("min_p", self.min_p, lambda p: 0 <= p <= 1, "from 0 to 1")
         _require("repetition_penalty", penalty, lambda r: 0 < r <= LARGEST, "above 0, and a float32")
@@ -83,6 +85,8 @@ class SamplingParams:
 
 LARGEST = torch.finfo(torch.float32).max
 """Of what is kept in float32 by seat."""
+COLDEST = 1e-30
+"""Logits by a smaller temperature are beyond float32."""
 
 
 def _require(name: str, value: object, ok: Callable[[Any], bool], expected: str) -> None:

@@ -67,8 +67,7 @@ class StopRule:
         reach = longest + 4
         while reach < len(tokens) and not self._reads(tokens[-reach:-1], longest):
             reach *= 2
-        tail, before = text_behind(tokens[-reach:], self.decode), text_behind(tokens[-reach:-1], self.decode)
-        num_known = len(before.rstrip(NO_CHARACTER))  # a character whose bytes were not all there is new
+        tail, num_known = text_behind(tokens[-reach:], self.decode), _num_known(tokens[-reach:], self.decode)
         return any((start := tail.rfind(text)) >= 0 and start + len(text) > num_known for text in self.stop_strings)
 
     def _reads(self, tokens: list[int], longest: int) -> bool:
@@ -91,11 +90,19 @@ def text_behind(tokens: list[int], decode: Decode) -> str:
     return doubled[len(first) :] if is_clear else text
 
 
+def _num_known(tokens: list[int], decode: Decode) -> int:
+    """Characters before the last token; one whose bytes were not all there is new."""
+    return len(text_behind(tokens[:-1], decode).rstrip(NO_CHARACTER))
+
+
 def cut_at_stop(tokens: list[int], stop_strings: Sequence[str], tokenizer: Any) -> str:
-    """The text of new tokens before the first stop string, without special tokens."""
+    """The text of new tokens before the stop string that the last one completes, without special tokens.
+
+    Others before it, within a least number of tokens, have ended nothing.
+    """
     decode = exact_decode(tokenizer)
-    text = text_behind(tokens, decode)
-    ends = [end for stop in stop_strings if (end := text.find(stop)) >= 0]
+    text, num_known = text_behind(tokens, decode), _num_known(tokens, decode)
+    ends = [end for stop in stop_strings if (end := text.find(stop, max(0, num_known - len(stop) + 1))) >= 0]
     if not ends:
         return str(tokenizer.decode(tokens, skip_special_tokens=True))
     kept = text[len(text) - len(decode(tokens)) : min(ends)]
@@ -105,7 +112,7 @@ def cut_at_stop(tokens: list[int], stop_strings: Sequence[str], tokenizer: Any) 
 
 
 MAX_TOKENS_PER_CHARACTER = 4
-"""A UTF-8 character has at most four bytes; bytes that are none by then are shown as they are."""
+"""A UTF-8 character has at most four bytes; what is none by then is shown as it is, but for what may begin another."""
 
 
 class TextStream:
@@ -126,10 +133,22 @@ class TextStream:
         self._tokens.append(token)
         before = self._decode(self._tokens[self._start : self._read])
         text = self._decode(self._tokens[self._start :])
-        if text.endswith("\ufffd") and len(self._tokens) - self._read < MAX_TOKENS_PER_CHARACTER:
-            return ""
-        self._start, self._read = self._read, len(self._tokens)
+        end = len(self._tokens)
+        if text.endswith(NO_CHARACTER):
+            if end - self._read < MAX_TOKENS_PER_CHARACTER:
+                return ""
+            text, end = self._before_another(text)
+        self._start, self._read = self._read, end
         return text[len(before) :]
+
+    def _before_another(self, text: str) -> tuple[str, int]:
+        """The text, and its tokens' end, up to last ones that may begin another character; else all of it."""
+        num_tokens = len(self._tokens)
+        for end in range(num_tokens - MAX_TOKENS_PER_CHARACTER + 1, num_tokens):
+            certain = self._decode(self._tokens[self._start : end])
+            if certain + self._decode(self._tokens[end:]) == text:
+                return certain, end
+        return text, num_tokens
 
     def flush(self) -> str:
         """The text still held back, once no token follows."""

@@ -4,13 +4,15 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from draftwing.data.prompts import Prompt
 from draftwing.drafts.kinds import PLAIN
+from draftwing.engine.stopping import text_behind
 from draftwing.evaluation.compare import WARM_UP_TOKENS, Decode, Decoded, decode_in_turn, merged
 from draftwing.evaluation.journal import Journal, Run
 
@@ -212,16 +214,33 @@ class _Conversation:
                 expected = None if reference is None else reference.tokens
                 identical = self._is_identical(method, outcome, expected)
                 self.journal.add(_as_run(key, method, prompt, len(ids), outcome, identical))
+        if isinstance(plain := outcomes.get(PLAIN), list):
+            self._compare_earlier(key, plain[-1].tokens)
 
-    def _is_identical(self, method: str, repeats: Sequence[Decoded], expected: list[int] | None) -> bool | None:
+    def _compare_earlier(self, key: tuple[str, float, int, int], expected: list[int] | None) -> None:
+        """Compare what an earlier run, in which plain decoding had failed, could not."""
+        for method in self.evaluation.all_methods:
+            run = self.journal.runs.get((*key, method))
+            if run is not None and run.identical is None:
+                identical = self._is_identical(method, [run], expected)
+                if identical is not None:
+                    self.journal.add(replace(run, identical=identical))
+
+    def _is_identical(self, method: str, repeats: Sequence[Decoded | Run], expected: list[int] | None) -> bool | None:
         if expected is None or (self.temperature > 0 and method in self.evaluation.rivals):
             return None
-        text = self._text(expected)
-        return all(one.tokens == expected if one.text is None else one.text == text for one in repeats)
+        texts = self._texts(expected)
+        return all(one.tokens == expected if one.text is None else one.text in texts for one in repeats)
 
     def _text(self, tokens: list[int] | None) -> str:
         text: str = self.evaluation.tokenizer.decode(tokens, skip_special_tokens=True)
         return text
+
+    def _texts(self, tokens: list[int]) -> set[str]:
+        """How other engines may write these tokens: decoders differ in a first space, and in spaces before marks."""
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        decode = partial(self.evaluation.tokenizer.decode, **options)
+        return {self._text(tokens), decode(tokens), text_behind(tokens, decode)}
 
 
 def _as_run(

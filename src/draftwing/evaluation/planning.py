@@ -13,6 +13,7 @@ from rich.table import Table
 from draftwing.drafts.load_draft import ACCEPTANCE_FILE
 from draftwing.engine.statistics import Statistics
 from draftwing.evaluation.compare import Start, timed
+from draftwing.files import write_text
 from draftwing.plans.acceptance import EDGES, NUM_DEPTHS, AcceptanceTable
 from draftwing.plans.costs import CycleCosts
 from draftwing.plans.lessons import Experience
@@ -93,7 +94,7 @@ def save_acceptance(folder: Path, tables: dict[str, AcceptanceTable]) -> Path:
     file = folder / ACCEPTANCE_FILE
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     known |= {name: table.as_dict() for name, table in tables.items()}
-    file.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(known, indent=2) + "\n")
     return file
 
 

@@ -82,8 +82,8 @@ class Lessons:
         if key not in self.watched:
             return False
         plan, taken = self.watched.pop(key)
-        if taken.num_cycles < WATCHED_CYCLES or key in self.renewed:
-            return False
+        if taken.num_cycles < WATCHED_CYCLES or key in self.renewed or not plan.expected_seconds:
+            return False  # also where nothing was drafted, so that no plan was asked
         ratio = (taken.total_seconds - taken.seconds["prefill"]) / plan.expected_seconds
         return ratio < 1 / MOST_DRIFT or (ratio > MOST_DRIFT and not free_cores().are_shared)
 

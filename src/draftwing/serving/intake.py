@@ -133,7 +133,8 @@ class Intake:
             FieldError: a field that is out of range for this model.
         """
         prompts = [self.prompt_ids(prompt, body.add_special_tokens is not False) for prompt in body.prompts]
-        asked = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        most = self.limits.max_new_tokens or COMPLETION_TOKENS
+        asked = min(COMPLETION_TOKENS, most) if body.max_tokens is None else body.max_tokens
         call = self._call(body, prompts, asked, body.logprobs, "prompt", bool(body.echo))
         if not body.echo:
             return call

@@ -72,8 +72,8 @@ class ServerMetrics:
             return
         self._first.labels(self._model).observe(ticket.first - ticket.submitted)
         self._whole.labels(self._model).observe(ticket.ended - ticket.submitted)
-        if len(ticket.seat.tokens) > 1:
-            self._each.labels(self._model).observe((ticket.ended - ticket.first) / (len(ticket.seat.tokens) - 1))
+        if (num_later := len(ticket.seat.tokens) - ticket.num_first) > 0:
+            self._each.labels(self._model).observe((ticket.ended - ticket.first) / num_later)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         counter = Counter(name, text, ("model_name", *labels), registry=self._registry)

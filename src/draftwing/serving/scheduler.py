@@ -55,7 +55,10 @@ Deliver = Callable[[int, Delivery], None]
 
 @dataclass(eq=False)
 class Ticket:
-    """One submitted request: its seat once it has one, and when it got on, in seconds of `time.perf_counter`."""
+    """One submitted request: its seat once it has one, and when it got on, in seconds of `time.perf_counter`.
+
+    Its first tokens come `num_first` at once.
+    """
 
     request: Request
     index: int
@@ -64,6 +67,7 @@ class Ticket:
     seat: Seat | None = None
     seated: float | None = None
     first: float | None = None
+    num_first: int = 0
     ended: float | None = None
 
 
@@ -235,11 +239,12 @@ class Scheduler:
     def _hand_out(self, event: Event) -> None:
         """Give a request what a cycle brought it; one that cannot take it is cancelled."""
         ticket, seat = self._seated[event.seat], event.seat
+        now = time.perf_counter()
+        if ticket.first is None and event.tokens:
+            ticket.first, ticket.num_first = now, len(event.tokens)
         if seat.finish_reason:
             del self._seated[seat]
-            ticket.ended = time.perf_counter()
-        if ticket.first is None and event.tokens:
-            ticket.first = time.perf_counter()
+            ticket.ended = now
         brought = event.tokens, event.num_accepted, event.logprobs
         if not _deliver(ticket, Delivery(*brought, seat.finish_reason, *_told(seat.error))):
             self._end([ticket], None)

@@ -32,7 +32,7 @@ class Letters:
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in text]}
 
-    def decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool, **options: bool) -> str:
         return "".join(map(chr, tokens))
 
 
@@ -119,6 +119,20 @@ def test_a_method_that_raises_is_left_out_and_the_others_go_on(tmp_path: Path) -
     rows = {(row.data, row.method): row for row in measured(what, Journal(SETTINGS, tmp_path))}
     assert rows["d", "broken"].failure is None
     assert len(rows["d", "broken"].runs) == 3
+
+
+def test_what_plain_decoding_gives_later_is_compared_with_what_was_there(tmp_path: Path) -> None:
+    """Plain decoding fails once; the next call finds what differs from it."""
+    plain, methods = Method(), {"same": Method(), "wrong": Method(wrong=True)}
+    plain.fails_at, plain.fails_after = RuntimeError("out of memory"), 2
+    what = evaluation({"plain": plain} | methods, temperatures=(0.0,), data=prompt_sets()[::-1])
+    measured(what, Journal(SETTINGS, tmp_path))
+    plain.fails_at = None
+    for _ in range(2):  # and once more, from what was written
+        rows = {(row.data, row.method): row.figures for row in measured(what, Journal(SETTINGS, tmp_path))}
+        shares = {method: [figures and figures.identical_share for (_, name), figures in rows.items() if name == method]
+                  for method in methods}  # fmt: skip
+        assert shares == {"same": [1.0, 1.0], "wrong": [0.0, 0.0]}
 
 
 def test_without_plains_answer_there_is_no_second_turn() -> None:
@@ -233,6 +247,21 @@ def test_an_engine_that_gives_text_is_compared_by_text() -> None:
     assert figures["other"].speedup.value == pytest.approx((1 / 2) / (5 / 1))  # tokens/s, not seconds
     assert figures["same"].acceptance_length is None
     assert rows["same"].stage_seconds == {}
+
+
+@pytest.mark.parametrize("text", [" A b", "A b"])
+def test_other_engines_may_show_a_first_space(text: str) -> None:
+    """As a server does for SentencePiece's tokens, whose decoder eats it."""
+
+    class Pieces(Letters):
+        def decode(self, tokens: Sequence[int], skip_special_tokens: bool, **options: bool) -> str:
+            return "".join({0: " A", 1: " b"}[token] for token in tokens).removeprefix(" ")
+
+    methods = {"plain": lambda *_, **options: Decoded(1.0, 2, [0, 1])}
+    server = {"server": lambda *_, **options: Decoded(1.0, 2, text=text)}
+    what = evaluation(methods, rivals=server, tokenizer=Pieces(), data=prompt_sets()[1:], temperatures=(0.0,))
+    (figures,) = [row.figures for row in measured(what) if row.method == "server"]
+    assert figures is not None and figures.identical_share == 1.0
 
 
 def slow_rates(chains: Sequence[int], depth: int) -> list[float]:

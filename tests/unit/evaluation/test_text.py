@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
@@ -13,6 +15,7 @@ from draftwing.data.prompts import Prompt
 from draftwing.engine.generation import Committed
 from draftwing.engine.stopping import TextStream
 from draftwing.evaluation.side_by_side import LEGEND, print_text, show_completions
+from draftwing.serving.token_texts import _bytes_of_characters
 from draftwing.training.train_language_model import train_tokenizer
 
 
@@ -70,10 +73,21 @@ def test_bytes_that_never_become_a_character_are_shown_in_the_end(tokenizer: Pre
 def test_bytes_that_are_no_character_do_not_hold_the_stream_forever(tokenizer: PreTrainedTokenizerFast) -> None:
     stream = TextStream(tokenizer)
     (continuation,) = tokenizer("字").input_ids[1:2]
-    shown = [stream.push(continuation) for _ in range(4)]
-    assert shown[:3] == ["", "", ""]
-    assert set(shown[3]) == {"\ufffd"}
-    assert stream.push(tokenizer("a").input_ids[0]) == "a"
+    shown = [stream.push(continuation) for _ in range(9)]
+    assert shown == ["", "", ""] + ["\ufffd"] * 6  # the last three may still begin a character
+    assert stream.push(tokenizer("a").input_ids[0]) == "\ufffd" * 3 + "a"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from([b"a", b"\xf0", b"\x80", b"\xe6", "🙂".encode(), "橘".encode(), "é".encode()]), max_size=9)
+)
+def test_stray_bytes_cost_no_character(tokenizer: PreTrainedTokenizerFast, parts: list[bytes]) -> None:
+    """Bytes that are none in front of some that are: the pieces still join to the text."""
+    symbol = {byte: character for character, byte in _bytes_of_characters().items()}
+    ids = [tokenizer.convert_tokens_to_ids(symbol[byte]) for byte in b"".join(parts)]
+    stream = TextStream(tokenizer)
+    assert "".join(map(stream.push, ids)) + stream.flush() == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def test_flush_after_whole_characters_has_nothing_left(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from conftest import costs, requests_for, run
 from draftwing.api import SpeculativeModel
 from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.engine import memory
-from draftwing.engine.engine import Engine, Request
+from draftwing.engine.engine import Engine, Event, Request, Seat
 from draftwing.engine.options import GenerateOptions
+from draftwing.serving.metrics import ServerMetrics
 from draftwing.serving.scheduler import Busy, Delivery, Draining, Scheduler, Ticket
 from draftwing.target.model import TargetModel
 
@@ -83,8 +85,29 @@ def test_requests_get_their_own_tokens(target: TargetModel, start: Callable[...,
     assert set(client.reasons) <= {"eos", "length"}
     for ticket in client.tickets:
         assert ticket.submitted <= ticket.seated <= ticket.first <= ticket.ended
+        assert 1 <= ticket.num_first <= len(ticket.seat.tokens)
     assert scheduler.statistics.num_tokens == sum(map(len, client.tokens))
     assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
+
+
+def test_an_answer_of_one_cycle_has_no_time_between_its_tokens() -> None:
+    """Its first tokens are its last; a histogram's sum must not fall."""
+    (request,) = requests_for([[1, 2, 3]], eos=(), max_new_tokens=4)
+    figures = SimpleNamespace(seconds={}, num_cycles=0, accepted_at=[], reached_at=[])
+    metrics = ServerMetrics(SimpleNamespace(num_running=0, num_waiting=0, statistics=figures), 1, "m")  # type: ignore[arg-type]
+    for cycles in ([[5, 6, 7, 8]], [[5, 6, 7], [8]]):
+        seat = Seat(request, 0)
+        ticket = Ticket(request, 0, lambda *_: None, seat=seat, seated=0.0, submitted=0.0)
+        line = SimpleNamespace(_seated={seat: ticket})
+        for tokens in cycles:
+            seat.tokens += tokens
+            seat.finish_reason = "length" if len(seat.tokens) == 4 else None
+            Scheduler._hand_out(line, Event(seat, tokens, 0, []))  # type: ignore[arg-type]
+        assert ticket.first is not None and ticket.ended is not None and ticket.first <= ticket.ended
+        metrics._time(ticket)
+    page = metrics.page().decode()
+    assert 'draftwing_token_seconds_count{model_name="m"} 1.0' in page
+    assert 'draftwing_token_seconds_sum{model_name="m"} -' not in page
 
 
 def test_several_choices_read_one_prompt_once(target: TargetModel, start: Callable[..., Scheduler]) -> None:

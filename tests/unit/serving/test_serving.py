@@ -588,6 +588,14 @@ def test_unknown_models_paths_and_methods(client: TestClient) -> None:
     assert response.headers["allow"] == "POST"
 
 
+def test_a_completion_that_names_no_length_gets_what_the_server_allows(scheduler: FakeScheduler) -> None:
+    for most, expected in ((8, 8), (99, 16), (None, 16)):
+        intake = Intake(TOKENIZER, len(TOKENIZER), (EOS, 0), Limits(4, 512, most))
+        with TestClient(create_app(scheduler, intake, IDENTITY)) as client:  # type: ignore[arg-type]
+            assert client.post("/v1/completions", json=TEXT).status_code == 200
+        assert asked(scheduler).stop.max_new_tokens == expected
+
+
 def test_what_the_engine_refuses_has_the_apis_name(client: TestClient, scheduler: FakeScheduler) -> None:
     def check(request: Request) -> None:
         raise ValueError("max_new_tokens: the prompt has 9 tokens, and 8 new ones would pass the model's 10 positions")
