@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -675,4 +676,16 @@ def test_a_few_cycles_say_nothing_of_the_machine(target: TargetModel, heads: dic
     model = SpeculativeModel(target, heads["eagle3"])
     model._lessons.costs[1, False] = costs(plain=1e6)
     model.generate(torch.tensor([[1, 2, 3]]), plan="auto", max_new_tokens=8)
+    assert not model._lessons.are_outdated((1, False))
+
+
+def test_cycles_without_drafts_say_nothing_of_the_machine(
+    target: TargetModel, heads: dict[str, DraftNetwork], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that is never asked expects no seconds."""
+    monkeypatch.setattr("draftwing.plans.lessons.WATCHED_CYCLES", 10)
+    model = SpeculativeModel(target, heads["eagle3"])
+    model._lessons.costs[1, False] = costs()
+    (request,) = requests_for([[1, 2, 3]], max_new_tokens=40, eos=())
+    model.start_requests([replace(request, drafts=False)], GenerateOptions(plan="auto")).run()
     assert not model._lessons.are_outdated((1, False))

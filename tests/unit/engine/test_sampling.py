@@ -121,6 +121,13 @@ class TestWarping:
         sampler = sampler_of(SamplingParams(temperature=5.0, top_k=1, seed=3))
         assert choose_at_root(sampler, logits).tolist() == [int(logits.argmax())]
 
+    @pytest.mark.parametrize("temperature", [1e-300, 1e-38, 9e-31, 1e-30])
+    def test_temperatures_near_0_are_greedy(self, temperature: float) -> None:
+        """Though logits divided by them may be beyond float32."""
+        logits = random_logits(rows=1) * 100
+        sampler = sampler_of(SamplingParams(temperature=temperature, top_p=0.9, seed=3))
+        assert choose_at_root(sampler, logits).tolist() == [int(logits.argmax())]
+
     def test_bias_then_penalty_in_transformers_order(self) -> None:
         """A greedy choice is the argmax of the processed scores, so processed scores can be compared through it."""
         history = [3, 4, 4, 9]
@@ -417,6 +424,7 @@ class TestParameters:
             ("temperature", float("nan")),
             ("top_k", -1),
             ("top_k", 2.5),
+            ("top_k", 2**63),
             ("top_p", 0.0),
             ("top_p", 1.1),
             ("min_p", -0.1),
