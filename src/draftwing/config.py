@@ -193,8 +193,9 @@ class EagleStage(HeadStage):
     aux_layers: tuple[int, ...] = ()
     """EAGLE-3's feature layers: i is the output of layer i (0: the embeddings); empty means 2, n//2, n-3."""
     train_embedding: bool = False
-    """Whether the head trains an embedding of its own, from a copy of the target's; a new one reads the target's else.
-    Engines that put the target's in its place, as the reference EAGLE code does, then draft with another head."""
+    """Whether the head trains an embedding of its own, which starts as a copy of the target's. Otherwise a new head
+    reads the target's, and a continued one keeps its own, if it has one, as it is. Engines that put the target's in
+    its place, as the reference EAGLE code does, draft with another head then."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,19 +27,24 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]") -> None:
-    """Write a safetensors file so that a cut leaves no half one, for the same people as other new files.
+    """Write a safetensors file so that a cut leaves no half one under its name.
 
-    (The library's own are for nobody but their owner.)
+    It is written beside that under a name that the next try overwrites: a shard may have gigabytes.
     """
     from safetensors.torch import save_file
 
     partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    partial.touch()
-    mode = partial.stat().st_mode
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
-    partial.chmod(mode)
+    open_to_others(partial)
     partial.replace(path)
+
+
+def open_to_others(file: Path) -> None:
+    """Give a file the mode of other new ones; safetensors makes its files readable for their owner alone."""
+    beside = _beside(file)
+    beside.touch()
+    file.chmod(beside.stat().st_mode)
+    beside.unlink()
 
 
 UNFINISHED = ".draftwing-partial"

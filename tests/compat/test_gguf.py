@@ -158,6 +158,14 @@ def test_a_file_is_dequantised_once(file: Path, cache: Path, monkeypatch: pytest
     assert resolve_target(str(copy)) == folder, "the contents count, not the name"
 
 
+def test_the_dequantised_file_is_for_whom_others_are(file: Path, cache: Path) -> None:
+    """A container's image is built by one user and run by another."""
+    draftwing.load(str(file))
+    (cache / "other").touch()
+    modes = {path.stat().st_mode for path in cache.rglob("*") if path.is_file()}
+    assert modes == {(cache / "other").stat().st_mode}
+
+
 def test_another_file_of_the_same_name_is_another_model(file: Path) -> None:
     first = resolve_target(str(file))
     write(file, quantised="Q4_1")

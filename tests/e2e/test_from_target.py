@@ -78,8 +78,7 @@ def test_requests_that_begin_as_they_are_told(tmp_path: Path, capsys: pytest.Cap
     assert write(output, 3, *prefixed) == 0
     for row in rows_of(output):
         assert row["messages"][0]["content"].startswith(("Show me", "Complete this"))
-    for more in ((), (*prefixed, "--seed", "1")):
-        assert write(output, 4, *more) == 2
+    assert write(output, 4, *prefixed, "--seed", "1") == 2
     assert write(output, 3) == 2
     assert "request_prefixes was ['Show me', 'Complete this'], is None" in capsys.readouterr().err
     assert write(output, 4, *prefixed) == 0

@@ -177,8 +177,9 @@ def timed_run(model: Any, ids: list[int], settings: dict[str, Any]) -> tuple[Any
     from draftwing.evaluation.compare import timed
 
     generation, seconds = timed(model.start, [ids], **settings)
-    tokens = generation.outputs[0].tokens
-    text = cut_at_stop(tokens, settings["stop"], model.tokenizer)
+    output = generation.outputs[0]
+    tokens = output.tokens
+    text = cut_at_stop(tokens, settings["stop"] if output.finish_reason == "stop" else (), model.tokenizer)
     return generation, {
         "text": text,
         "token_ids": tokens,

@@ -16,7 +16,6 @@ from draftwing.cli.arguments import (
     read_by,
     seed,
     temperature,
-    temperatures,
 )
 from draftwing.cli.output import headline, new_console, note, say_saved
 from draftwing.drafts.kinds import head_objectives
@@ -37,6 +36,11 @@ EXAMPLES = """examples:
       --model org/model --concurrency 64 --shard 1/8 --output build/answers-1.jsonl
   draftwing prepare --from-target 1000 --target smollm2 --max-new-tokens 256 --output build/rows.jsonl --preview 3
   draftwing prepare --features --data build/data --target path/to/model --output build/features --storage fp8"""
+
+
+def in_turn(text: str) -> tuple[float, ...]:
+    """An option's temperatures, separated by commas; one that is there twice has two turns."""
+    return tuple(map(temperature, text.split(",")))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,9 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     answers.add_argument(
         "--shard", type=read_by(_parse_shard), default="1/1", help="answer part I of N, as 2/8 (default: 1/1)"
     )
-    answers.add_argument(
-        "--temperatures", type=temperatures, nargs="+", default=[(0.0, 1.0)], help="in turn (default: 0,1)"
-    )
+    answers.add_argument("--temperatures", type=in_turn, nargs="+", default=[(0.0, 1.0)], help="in turn (default: 0,1)")
     answers.add_argument(
         "--max-new-tokens",
         type=positive,

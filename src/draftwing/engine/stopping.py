@@ -112,7 +112,7 @@ def cut_at_stop(tokens: list[int], stop_strings: Sequence[str], tokenizer: Any) 
 
 
 MAX_TOKENS_PER_CHARACTER = 4
-"""A UTF-8 character has at most four bytes; what is none by then is shown as it is, but for what may begin another."""
+"""A UTF-8 character has at most four bytes: those that are none by then are shown, but for some that may begin one."""
 
 
 class TextStream:
@@ -137,12 +137,15 @@ class TextStream:
         if text.endswith(NO_CHARACTER):
             if end - self._read < MAX_TOKENS_PER_CHARACTER:
                 return ""
-            text, end = self._before_another(text)
+            text, end = self._certain_part(text)
         self._start, self._read = self._read, end
         return text[len(before) :]
 
-    def _before_another(self, text: str) -> tuple[str, int]:
-        """The text, and its tokens' end, up to last ones that may begin another character; else all of it."""
+    def _certain_part(self, text: str) -> tuple[str, int]:
+        """The text before last tokens that may begin another character, and where these begin.
+
+        All of it where they cannot be told apart.
+        """
         num_tokens = len(self._tokens)
         for end in range(num_tokens - MAX_TOKENS_PER_CHARACTER + 1, num_tokens):
             certain = self._decode(self._tokens[self._start : end])

@@ -214,8 +214,8 @@ class _Conversation:
                 expected = None if reference is None else reference.tokens
                 identical = self._is_identical(method, outcome, expected)
                 self.journal.add(_as_run(key, method, prompt, len(ids), outcome, identical))
-        if isinstance(plain := outcomes.get(PLAIN), list):
-            self._compare_earlier(key, plain[-1].tokens)
+        if (plain := self.journal.runs.get((*key, PLAIN))) is not None:
+            self._compare_earlier(key, plain.tokens)
 
     def _compare_earlier(self, key: tuple[str, float, int, int], expected: list[int] | None) -> None:
         """Compare what an earlier run, in which plain decoding had failed, could not."""

@@ -54,7 +54,7 @@ class Run:
 class Journal:
     """The runs so far, in memory and, with a folder, in its `runs.jsonl`, whose first line has the settings.
 
-    A last line that was cut while it was written is dropped.
+    Of several lines of one run the last counts. A last line that was cut while it was written is dropped.
 
     Raises:
         ValueError: the folder holds runs of other settings (the differences are named), or another kind of file, or

@@ -94,8 +94,8 @@ def user_turn(tokenizer: Any) -> UserTurn:
 
 
 @dataclass(frozen=True)
-class Opening:
-    """What a request is sampled behind: the user's turn, opened, with a prefix; and the prefix alone (ids)."""
+class Beginning:
+    """The ids that a request is sampled behind: the opening of a user's turn and a prefix; and the prefix alone."""
 
     ids: list[int]
     prefix: list[int]
@@ -108,7 +108,7 @@ class Author:
     the `prefixes`, with which its request begins.
 
     Raises:
-        ValueError: no room for an answer, or a prefix with special tokens.
+        ValueError: no room for an answer, or a prefix with special tokens or the end of a turn.
     """
 
     def __init__(
@@ -124,36 +124,36 @@ class Author:
         self._config, self._tokenizer, self._answers = config, tokenizer, answers
         self.temperature, self.max_request_tokens, self.prefixes = temperature, max_request_tokens, tuple(prefixes)
         turn = user_turn(tokenizer)
-        self._openings = [self._opened(turn, prefix) for prefix in self.prefixes or ("",)]
+        self._beginnings = [self._beginning(turn, prefix) for prefix in self.prefixes or ("",)]
         self._stop = StopRule(
             max_request_tokens,
             tuple({*turn.end_ids, *eos_token_ids}),
             turn.end_texts,
             exact_decode(tokenizer),
         )
-        num_opening = max(len(opening.ids) for opening in self._openings)
-        room = config.sequence_length - num_opening - max_request_tokens
+        num_begun = max(len(beginning.ids) for beginning in self._beginnings)
+        room = config.sequence_length - num_begun - max_request_tokens
         if room < 1:
             raise ValueError(
                 f"sequence_length: {config.sequence_length} leaves no room for an answer behind a request "
-                f"of {max_request_tokens} tokens and the {num_opening} that open it"
+                f"of {max_request_tokens} tokens and the {num_begun} that begin it"
             )
 
-    def _opened(self, turn: UserTurn, prefix: str) -> Opening:
+    def _beginning(self, turn: UserTurn, prefix: str) -> Beginning:
         prefix_ids = encode_text(prefix, self._tokenizer)
-        if not {*prefix_ids}.isdisjoint(self._tokenizer.all_special_ids):
+        if not {*prefix_ids}.isdisjoint((*self._tokenizer.all_special_ids, *turn.end_ids)):
             raise ValueError(f"request_prefixes: {prefix!r} has special tokens")
         if ends := [text for text in turn.end_texts if text in prefix]:
             raise ValueError(f"request_prefixes: {prefix!r} has {ends[0]!r} in it, which ends a user's turn")
-        return Opening(encode_text((turn.opening + prefix).rstrip(" "), self._tokenizer), prefix_ids)
+        return Beginning(encode_text((turn.opening + prefix).rstrip(" "), self._tokenizer), prefix_ids)
 
     def write(self, number: int) -> Task[Row | Dropped]:
         """The row of a number."""
         seed = self._config.seed
         asking = row_seed(seed, 2 * number)
-        opening = random.Random(asking).choice(self._openings)
+        beginning = random.Random(asking).choice(self._beginnings)
         sampling = SamplingParams(self.temperature, logit_bias=self._answers.bias, seed=asking)
-        request = self._read_request((yield Request(opening.ids, sampling, self._stop)), opening.prefix)
+        request = self._read_request((yield Request(beginning.ids, sampling, self._stop)), beginning.prefix)
         if isinstance(request, Dropped):
             return request
         messages = {"role": "user", "content": request}, {"role": "assistant", "content": ""}

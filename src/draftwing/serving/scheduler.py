@@ -57,7 +57,7 @@ Deliver = Callable[[int, Delivery], None]
 class Ticket:
     """One submitted request: its seat once it has one, and when it got on, in seconds of `time.perf_counter`.
 
-    Its first tokens come `num_first` at once.
+    At `first` came its first `num_first` tokens.
     """
 
     request: Request

@@ -19,7 +19,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, __version__
 
-from draftwing.files import cache_folder, whole_folder, write_text
+from draftwing.files import cache_folder, open_to_others, whole_folder, write_text
 from draftwing.target.model import one_line
 
 logger = logging.getLogger(__name__)
@@ -118,6 +118,8 @@ def _write(file: Path, folder: Path, role: str) -> None:
     model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     with whole_folder(folder) as partial:
         model.save_pretrained(partial)
+        for weights in partial.glob("*.safetensors"):
+            open_to_others(weights)
         tokenizer.save_pretrained(partial)
         sizes = {written.name: written.stat().st_size for written in partial.iterdir()}
         write_text(partial / RECORD, json.dumps({"source": str(file), "sizes": sizes}, indent=2) + "\n")

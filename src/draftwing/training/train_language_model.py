@@ -17,6 +17,7 @@ from draftwing.data.corpus import Row
 from draftwing.data.features import check_positions
 from draftwing.data.prompts import write_held_out_prompts
 from draftwing.data.rows import Rejects, read_rows
+from draftwing.files import open_to_others
 from draftwing.target.load import load_tokenizer
 from draftwing.target.model import TargetModel
 from draftwing.training.frozen_target import frozen_target
@@ -63,8 +64,8 @@ def train_language_model(config: LanguageModelStage) -> dict[str, float]:
         if not config.tokenizer:
             write_held_out_prompts(rows.held_out, output / "prompts.jsonl")
         model.to(torch.bfloat16).save_pretrained(output)
-        for weights in output.glob("*.safetensors"):  # which safetensors writes for their owner alone
-            weights.chmod((output / "config.json").stat().st_mode)
+        for weights in output.glob("*.safetensors"):
+            open_to_others(weights)
     return trainer.finish(metrics)
 
 

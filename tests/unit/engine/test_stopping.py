@@ -221,7 +221,7 @@ class TestErrors:
         ("one two", ("x",), "one two"),
         ("a;", (",", ";"), "a"),
         (";", (";",), ""),
-        ("a,b;;", (";;", ";"), "a,b"),  # the first one ended it not, within a least number of tokens
+        ("a,b;;", (";;", ";"), "a,b"),  # the first one did not end it, within a least number of tokens
         ("a.bb.", (".",), "a.bb"),
         ("a.bb", (".",), "a.bb"),
     ],

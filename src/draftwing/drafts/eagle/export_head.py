@@ -93,7 +93,7 @@ def _gguf_obstacles(config: DraftConfig, request: ExportRequest) -> Iterator[str
 
 
 def _faults(head: HeadFile, request: ExportRequest, added: Tensors) -> Iterator[str]:
-    """What an engine takes without a word and then drafts worse with. Of the tensors some were `added` for it."""
+    """What an engine takes without a word and then drafts worse with; `added` tensors are what the head got for it."""
     config, engine = head.config, request.engine
     for name, readers in OPTION_READERS.items():
         if getattr(config, name) and engine not in readers:
@@ -150,7 +150,8 @@ def _for_engine(engine: str, head: HeadFile, values: dict[str, Any]) -> dict[str
 def _added_tensors(head: HeadFile, request: ExportRequest) -> Tensors:
     """What published EAGLE-1 files have and a head of ours may lack: the embedding, and for SGLang the bias.
 
-    SGLang's EAGLE-1 always has a bias, which stays random where the file has none.
+    SGLang's EAGLE-1 always has a bias, which stays random where the file has none. EAGLE-3 heads need no embedding,
+    also where the target scales its own: they norm what they read of it.
     """
     added: Tensors = {}
     if head.is_eagle3:

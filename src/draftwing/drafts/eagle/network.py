@@ -22,7 +22,7 @@ class DraftNetwork(nn.Module):
     """What both kinds have in common.
 
     The target's embedding is shared and not stored, unless a head has one of its own (as it must when it is narrower
-    than the target). So is the target's output head.
+    than the target). So is the target's output head, where the configuration says that the head has none.
     """
 
     _embed: tuple[Shared]
@@ -39,7 +39,10 @@ class DraftNetwork(nn.Module):
         return self.rotary.cos.dtype
 
     def take_embedding(self, target_embedding: Shared, own_embedding: bool) -> None:
-        """Read the target's embedding, or have an own one. (Its place among the parameters is part of checkpoints.)"""
+        """Read the target's embedding, or make one of the head's own.
+
+        Called where that has its place among the parameters, which is part of checkpoints.
+        """
         if own_embedding:
             self.embed_tokens = nn.Embedding(self.config.vocab_size, self.config.hidden_size)
         self._embed = (self.embed_tokens if own_embedding else target_embedding,)
