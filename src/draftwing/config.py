@@ -137,6 +137,9 @@ class LanguageModelStage(Stage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        of_tokenizer = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"} & self.architecture.keys()
+        if self.objective == "language_model" and of_tokenizer:
+            raise ValueError(f"architecture.{min(of_tokenizer)}: a language_model has its tokenizer's; expected none")
         if self.teacher and not self.tokenizer:
             raise ValueError("tokenizer: a language_model that learns from a teacher needs the teacher's tokenizer")
 
@@ -273,7 +276,7 @@ def check_keys(values: Iterable[str], known: Iterable[str]) -> None:
 def suggestion(name: str, known: Iterable[str]) -> str:
     """What to say of a name that is not known: the nearest that is, or all."""
     known = list(known)
-    nearest = difflib.get_close_matches(name, known, n=1)
+    nearest = difflib.get_close_matches(str(name), known, n=1)
     return f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
 
 

@@ -169,6 +169,30 @@ def test_an_option_is_read_there_or_refused(
     assert not out.exists()
 
 
+def test_gguf_heads_that_are_not_read(target: str, target_gguf: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Windows, scaled positions and quantised weights, which other writers may have; what is written is read back."""
+    fields, add = gguf_heads._fields, gguf_heads._add_tensor
+    draft = eagle3(tmp_path / "draft")
+
+    def with_window(*arguments: Any) -> dict[str, Any]:
+        return fields(*arguments) | {"attention.sliding_window": 64}
+
+    monkeypatch.setattr(gguf_heads, "_fields", with_window)
+    with pytest.raises(ValueError, match=r"has eagle3.attention.sliding_window 64, which is not read here"):
+        export_draft(draft, target, "llama.cpp", tmp_path / "out", target_gguf=target_gguf)
+    monkeypatch.undo()
+
+    def quantised(writer: Any, name: str, tensor: torch.Tensor, config: Any, dtype: torch.dtype) -> None:
+        if name != "output.weight":
+            return add(writer, name, tensor, config, dtype)
+        kind = gguf.GGMLQuantizationType.Q8_0
+        return writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+
+    monkeypatch.setattr(gguf_heads, "_add_tensor", quantised)
+    with pytest.raises(ValueError, match=r"output.weight is quantised \(Q8_0\); quantised heads are not read"):
+        export_draft(draft, target, "llama.cpp", tmp_path / "out", target_gguf=target_gguf)
+
+
 def test_eagle1_heads(target: str, tmp_path: Path) -> None:
     """vLLM takes `bias` for the attention's and drops fc's; SGLang always has one, which must not stay random."""
     plain, biased = eagle1(tmp_path / "plain"), eagle1(tmp_path / "biased", fc_bias=True)

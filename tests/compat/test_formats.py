@@ -353,6 +353,17 @@ def test_a_head_without_an_embedding_reads_the_targets(target: TargetModel, tmp_
     assert not torch.equal(outputs[1], outputs[2])
 
 
+@pytest.mark.parametrize("kinds", [["sliding", "full"], ["full", "sliding"]])
+def test_layers_of_two_kinds_of_attention_are_refused(kinds: list[str], target: TargetModel, tmp_path: Path) -> None:
+    values, shapes = TINY_HEADS["eagle3"]
+    second = {name.replace("layers.0", "layers.1"): shape for name, shape in eagle1_shapes(TINY).items()}
+    shapes = shapes | {name: shape for name, shape in second.items() if name.startswith("layers.1")}
+    windows = {"sliding_window": 16, "layer_types": [f"{kind}_attention" for kind in kinds]}
+    folder = write_files(tmp_path, values | windows, random_tensors(shapes, TARGET_IDS))
+    with pytest.raises(ValueError, match="the layers of a head have one kind of attention here, these have two"):
+        load_head(str(folder), target)
+
+
 def test_several_layers_survive_the_round_trip(target: TargetModel, tmp_path: Path) -> None:
     """Layers behind the first are plain ones, layers.1 and on in every file."""
     values, shapes = TINY_HEADS["eagle3"]

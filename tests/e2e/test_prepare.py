@@ -8,6 +8,10 @@ import pytest
 import yaml
 from conftest import SLOW
 from forked import Forked
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from draftwing.cli import main
 from draftwing.data.prepared import open_prepared
@@ -46,6 +50,16 @@ def recipe(folder: Path, name: str, **values: Any) -> str:
     stage |= {"draft_vocab_size": 512, "ttt_steps": 2, "evaluate_rows": 4, "log_every": 1}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(stage | values), encoding="utf-8")
     return str(folder / f"{name}.yaml")
+
+
+def test_a_tokenizer_whose_ids_have_gaps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vocabulary = Tokenizer(WordLevel({"[UNK]": 0, "a": 1, "c": 2, "b": 9}, unk_token="[UNK]"))
+    vocabulary.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=vocabulary, unk_token="[UNK]").save_pretrained(tmp_path / "target")
+    (tmp_path / "data.jsonl").write_text(json_line({"text": "a b c b"}) * 60, encoding="utf-8")
+    data, output = str(tmp_path / "data.jsonl"), str(tmp_path / "prepared")
+    told = call(capsys, "prepare", "--data", data, "--target", str(tmp_path / "target"), "--output", output, "--json")
+    assert told["distinct_tokens"] == 3
 
 
 def test_it_says_so_when_the_rows_held_out_are_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

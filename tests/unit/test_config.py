@@ -207,6 +207,11 @@ class TestOverrides:
         ({"init_from": "head", "architecture": {"fc_norm": True}}, "architecture: the head of init_from has its own"),
         ({"decode_prompts": 2, "device_map": "auto"}, "decode_prompts: a target that device_map splits cannot decode"),
         ({"objective": "language_model", "parallel": "fsdp2"}, "parallel: a language_model is trained with ddp"),
+        (
+            {"objective": "language_model", "architecture": {"vocab_size": 9}},
+            "architecture.vocab_size: a language_model has its tokenizer's",
+        ),
+        ({1: 2}, "1: unknown key"),
         ({"accumulation_steps": 0}, "accumulation_steps: expected at least 1, got 0"),
         ({"max_rows": -1}, "max_rows: expected at least 1, got -1"),
         ({"max_rows": "all"}, "max_rows: expected int, got 'all'"),

@@ -48,7 +48,7 @@ def _decode(process: EngineProcess, port: int, prompt: list[int], task: EngineTa
     if not isinstance(tokens, list):
         raise ValueError(process.failure(f"answers at /completion without tokens: {str(whole)[:200]}"))
     stream = _text(process, port, "completion", asked | {"stream": True, "timings_per_token": True})
-    chunks = [_object(process, "completion", line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+    chunks = [_object(process, "completion", line[6:]) for line in stream.split("\n") if line.startswith("data: {")]
     return EngineAnswer(tokens, cycles_of([chunk.get("timings", {}) for chunk in chunks], task.depth))
 
 

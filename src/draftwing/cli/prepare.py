@@ -130,7 +130,7 @@ def _tokenise(options: argparse.Namespace) -> None:
     settings = PrepareSettings(tuple(options.data), options.sequence_length, options.max_rows, options.seed)
     workers = options.workers or min(8, os.cpu_count() or 1)
     prepared = prepare(settings, tokenizer, Path(options.output), workers)
-    statistics = summarise(prepared, len(tokenizer))
+    statistics = summarise(prepared, 1 + max(tokenizer.get_vocab().values()))  # ids may have gaps
     if summary := prepared.describe_rejects():
         note(summary, "yellow")
     if not prepared.splits["held_out"]:

@@ -48,16 +48,8 @@ def read_documents(config: HeadStage, tokenizer: Any) -> Splits[Example]:
     return documents
 
 
-def as_training_rows(
-    documents: Splits[Example], config: HeadStage, target: TargetModel, feature_layers: tuple[int, ...]
-) -> Splits[Example]:
-    """What the trainer iterates over: documents with their stored `features`, packed, if the recipe says so.
-
-    Of the held-out rows there are `evaluate_rows`.
-
-    Raises:
-        ValueError: a document that the target cannot read: longer than its positions, or with ids that it has not.
-    """
+def check_readable(documents: Splits[Example], target: TargetModel) -> None:
+    """Raise a ValueError for a document that the target cannot read: longer than its positions, or with other ids."""
     train, held_out = documents.train, documents.held_out
     longest = max((*lengths_of(train), *lengths_of(held_out)), default=0)
     check_positions(longest, target.max_positions, "set it to at most")
@@ -66,6 +58,16 @@ def as_training_rows(
             f"input_ids: a document has the token {largest} and the target {target.vocab_size} embeddings; "
             "is the tokenizer the target's own?"
         )
+
+
+def as_training_rows(
+    documents: Splits[Example], config: HeadStage, target: TargetModel, feature_layers: tuple[int, ...]
+) -> Splits[Example]:
+    """What the trainer iterates over: documents with their stored `features`, packed, if the recipe says so.
+
+    Of the held-out rows there are `evaluate_rows`.
+    """
+    train, held_out = documents.train, documents.held_out
     if config.features:
         if not (isinstance(train, StoredExamples) and isinstance(held_out, StoredExamples)):
             raise ValueError("features: needs as `data` the prepared folder that the features were made from")

@@ -143,13 +143,20 @@ def write_held_out_prompts(rows: Sequence[Row], path: Path, count: int = 16) -> 
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def _is_long_answer(messages: Sequence[Message]) -> bool:
+    if [message["role"] for message in messages] != ["user", "assistant"]:
+        return False
+    texts = [message.get("content") for message in messages]
+    return all(isinstance(text, str) for text in texts) and str(texts[1]).count("\n") >= 8
+
+
 def held_out_prompts(rows: Sequence[Row], count: int) -> list[dict[str, Any]]:
     """Rows for a prompts file from a corpus's held-out rows: every other a request, every other an opening of code.
 
-    Spread evenly over the rows; the opening is a function's signature and its first lines.
+    Spread evenly over the rows of one request and a long answer; the opening is a function's signature and its first
+    lines.
     """
-    chats = [row["messages"] for row in rows if "messages" in row]
-    chats = [messages for messages in chats if messages[1]["content"].count("\n") >= 8]
+    chats = [row["messages"] for row in rows if _is_long_answer(row.get("messages") or [])]
     step = max(1, len(chats) // count)
     prompts: list[dict[str, Any]] = []
     for index, (request, answer) in enumerate(chats[::step][:count]):

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from draftwing.data.chat_template import normalise
 from draftwing.data.corpus import Row, Splits
@@ -94,13 +94,14 @@ class Rejects:
 
 
 def _as_line(reject: Reject) -> str:
-    return json.dumps(asdict(reject), ensure_ascii=False) + "\n"
+    text = json.dumps(asdict(reject), ensure_ascii=False)  # half a surrogate pair is written as JSON's escape
+    return text.encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 def read_rejects(path: Path, count: int | None = None) -> list[Reject]:
     """The first rejects of a file."""
-    lines = path.read_text(encoding="utf-8").splitlines()[:count]
-    return [Reject(**json.loads(line)) for line in lines]
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # texts may hold other line breaks, which JSON leaves
+    return [Reject(**json.loads(line)) for line in lines[:count]]
 
 
 def describe(found: Sequence[Reject], num_rows: int, path: Path) -> str:
@@ -142,15 +143,19 @@ def select_rows(names: str | Sequence[str], max_rows: int | None = None, seed: i
 
 
 def read_rows(
-    names: str | Sequence[str], max_rows: int | None = None, seed: int = 0, rejects: Rejects | None = None
-) -> Splits[Row]:
-    """Read the rows that `select_rows` chooses into memory. Malformed ones go to `rejects`.
+    names: str | Sequence[str],
+    max_rows: int | None = None,
+    seed: int = 0,
+    rejects: Rejects | None = None,
+    make: Callable[[Row], Any] = normalise,
+) -> Splits[Any]:
+    """Read the rows that `select_rows` chooses and keep what `make` makes of each. Unfit ones go to `rejects`.
 
     Raises:
-        ValueError: as `select_rows`; without `rejects`, the first malformed row (named by its line).
+        ValueError: as `select_rows`; without `rejects`, the first unfit row (named by its line).
     """
     selection = select_rows(names, max_rows, seed)
-    train, held_out = (list(made_from(refs, normalise, rejects)) for refs in (selection.train, selection.held_out))
+    train, held_out = (list(made_from(refs, make, rejects)) for refs in (selection.train, selection.held_out))
     if rejects is not None:
         rejects.sort()
         rejects.check(len(selection.train) + len(selection.held_out))

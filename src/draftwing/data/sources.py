@@ -84,6 +84,7 @@ class ListSource:
         row = self._rows[index]
         if not isinstance(row, dict):
             raise ValueError(f"expected an object, got {type(row).__name__}")
+        _check_unicode(row)
         return row
 
     def line(self, index: int) -> int:
@@ -231,12 +232,17 @@ def parse_row(text: str) -> Row:
         raise ValueError(f"no JSON object: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
-    if "\\ud" in text.lower():  # escapes can say half a surrogate pair, which no tokenizer or file takes
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"not Unicode: {error}") from None
+    if "\\ud" in text.lower():
+        _check_unicode(row)
     return row
+
+
+def _check_unicode(row: Row) -> None:
+    """Refuse half a surrogate pair, which escapes can say and no tokenizer or file takes."""
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not Unicode: {error}") from None
 
 
 def _is_marked(line: bytes) -> bool:

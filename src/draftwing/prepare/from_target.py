@@ -191,7 +191,7 @@ def read_prefixes(path: str) -> list[str]:
         ValueError: no file of UTF-8 text, or no text in it.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"request_prefixes: {path} cannot be read: {error}") from error
     prefixes = [prefix for line in lines if (prefix := line.strip())]

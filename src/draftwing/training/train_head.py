@@ -16,6 +16,7 @@ from draftwing.data.chat_template import Example
 from draftwing.data.examples import (
     Collator,
     as_training_rows,
+    check_readable,
     count_supervised,
     fingerprint_of,
     lengths_of,
@@ -58,6 +59,7 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     target = frozen_target(config, config.target)
     tokenizer = load_tokenizer(config.target)
     documents = read_documents(config, tokenizer)
+    check_readable(documents, target)
     head: Any = objective.make(config, target, documents.train).to(target.device)
     module = objective.training(head, target, config)
     if is_main_process():

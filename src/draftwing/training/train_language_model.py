@@ -1,6 +1,7 @@
 """Train a small Llama from scratch: a target with its tokenizer (the embedded one), or a draft model for a target."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from draftwing.config import LanguageModelStage, check_keys
 from draftwing.data import fingerprint
-from draftwing.data.chat_template import encode_row
+from draftwing.data.chat_template import Example, encode_row, normalise
 from draftwing.data.corpus import Row
 from draftwing.data.features import check_positions
+from draftwing.data.prepared import REJECTS
 from draftwing.data.prompts import write_held_out_prompts
 from draftwing.data.rows import Rejects, read_rows
 from draftwing.files import open_to_others
@@ -36,18 +38,19 @@ def train_language_model(config: LanguageModelStage) -> dict[str, float]:
     where the rows say that it spoke (their `loss_mask`).
     """
     output = Path(config.output)
-    rows = read_rows(config.data, config.max_rows, rejects=Rejects(output / "rejects.jsonl"))
-    tokenizer = _tokenizer(config, rows.train)
+    tokenizer = _tokenizer(config)
+    make = partial(_with_documents, tokenizer=tokenizer, is_new=not config.tokenizer)
+    found = read_rows(config.data, config.max_rows, rejects=Rejects(output / REJECTS), make=make)
     target = _load_teacher(config, tokenizer)
     torch.manual_seed(config.seed)
     model = new_model(config, tokenizer, len(tokenizer) if target is None else target.vocab_size)
     for limit in (model.config.max_position_embeddings, None if target is None else target.max_positions):
         check_positions(config.sequence_length, limit, "set it to at most")
     is_masked = target is not None
-    held_out = blocks(rows.held_out, tokenizer, config.sequence_length, is_masked)[: config.evaluate_rows]
+    held_out = blocks(_documents(found.held_out), tokenizer, config.sequence_length, is_masked)[: config.evaluate_rows]
     if is_masked:
         held_out += not_learnt(held_out, -len(held_out) % (config.batch_size * num_processes()))
-    train = blocks(rows.train, tokenizer, config.sequence_length, is_masked)
+    train = blocks(_documents(found.train), tokenizer, config.sequence_length, is_masked)
     trainer = new_trainer(
         config,
         model,
@@ -61,11 +64,11 @@ def train_language_model(config: LanguageModelStage) -> dict[str, float]:
         trainer.teacher = target
     metrics = trainer.run()
     if is_main_process():
-        if not config.tokenizer:
-            write_held_out_prompts(rows.held_out, output / "prompts.jsonl")
         model.to(torch.bfloat16).save_pretrained(output)
         for weights in output.glob("*.safetensors"):
             open_to_others(weights)
+        if not config.tokenizer:
+            write_held_out_prompts([row for row, _ in found.held_out], output / "prompts.jsonl")
     return trainer.finish(metrics)
 
 
@@ -151,14 +154,16 @@ def new_model(config: LanguageModelStage, tokenizer: Any, vocab_size: int) -> Ll
     return model
 
 
-def blocks(rows: Iterable[Row], tokenizer: Any, length: int, is_masked: bool = False) -> list[Block]:
-    """All rows one after the other, each closed by the end-of-text token, cut into blocks of `length` tokens.
+def blocks(documents: Iterable[Example], tokenizer: Any, length: int, is_masked: bool = False) -> list[Block]:
+    """All documents one after the other, each closed by the end-of-text token, cut into blocks of `length` tokens.
 
-    If it `is_masked`, the tokens outside of the rows' loss masks are read but not learnt; neither is a block's first,
+    If it `is_masked`, the tokens outside of their loss masks are read but not learnt; neither is a block's first,
     which nothing predicts.
     """
     end_of_text, not_said = torch.tensor([_end_of_text(tokenizer)]), torch.tensor([False])
-    examples = [example for row in rows for example in encode_row(row, tokenizer)]
+    examples = list(documents)
+    if not examples:
+        return []
     ids = torch.cat([part for example in examples for part in (example.input_ids, end_of_text)])
     labels = ids
     if is_masked:
@@ -180,21 +185,39 @@ def _end_of_text(tokenizer: Any) -> int:
     return int(tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id))
 
 
-def _tokenizer(config: LanguageModelStage, rows: Iterable[Row]) -> Any:
+def _tokenizer(config: LanguageModelStage) -> Any:
     """The tokenizer of the run, kept in its folder: a resumed run keeps its vocabulary."""
     output = Path(config.output)
     if is_main_process() and not (output / "tokenizer.json").exists():
         if config.tokenizer:
             tokenizer = load_tokenizer(config.tokenizer)
         else:
-            tokenizer = train_tokenizer((_row_text(row) for row in rows), config.vocab_size)
+            texts = read_rows(config.data, config.max_rows, rejects=Rejects(output / REJECTS), make=_row_text)
+            tokenizer = train_tokenizer(texts.train, config.vocab_size)
         tokenizer.save_pretrained(output)
     wait_for_others()
     return PreTrainedTokenizerFast.from_pretrained(output)
 
 
 def _row_text(row: Row) -> str:
-    return row["text"] if "text" in row else "\n".join(message["content"] for message in row["messages"])
+    """What a tokenizer learns from."""
+    row = normalise(row)
+    if "input_ids" in row:
+        raise ValueError("input_ids: a tokenizer that is trained here has other ids; expected messages or a text")
+    if "text" in row:
+        return str(row["text"])
+    return "\n".join(message.get("content") or "" for message in row["messages"])
+
+
+def _with_documents(row: Row, tokenizer: Any, is_new: bool) -> tuple[Row, list[Example]]:
+    """A row and its documents; a new tokenizer's come from text alone."""
+    if is_new:
+        _row_text(row)
+    return normalise(row), encode_row(row, tokenizer)
+
+
+def _documents(found: Iterable[tuple[Row, list[Example]]]) -> Iterator[Example]:
+    return (document for _, documents in found for document in documents)
 
 
 END_OF_TEXT = "<|endoftext|>"

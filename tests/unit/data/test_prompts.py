@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from draftwing.data.benchmarks import BENCHMARKS, load_benchmark
-from draftwing.data.prompts import Prompt, as_prompt, read_prompts, spread
+from draftwing.data.prompts import Prompt, as_prompt, read_prompts, spread, write_held_out_prompts
 
 
 class Letters:
@@ -192,6 +192,23 @@ def test_tools_are_told_of_in_every_turn() -> None:
 def test_training_rows_are_prompts_without_the_answer_at_their_end() -> None:
     row = {"conversations": [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "1."}], "prompt": None}
     assert text_of(as_prompt(row, "here").token_ids(Letters("template"))) == "<u>one?<a>"
+
+
+def test_prompts_are_made_of_one_request_and_a_long_answer(tmp_path: Path) -> None:
+    """Other conversations are left out, whatever they are."""
+    user, answer = {"role": "user", "content": "Write it."}, {"role": "assistant", "content": "line\n" * 9}
+    call = {"role": "assistant", "content": None, "tool_calls": []}
+    others = [
+        [user],
+        [],
+        [user, answer, user, answer],
+        [{"role": "system", "content": "s"}, user, answer],
+        [user, call],
+    ]
+    rows: list[dict[str, Any]] = [{"messages": messages} for messages in (*others, [user, answer])]
+    write_held_out_prompts([{"text": "x"}, {"input_ids": [1]}, *rows], tmp_path / "prompts.jsonl")
+    (prompt,) = read_prompts(tmp_path / "prompts.jsonl")
+    assert prompt.messages == (user,)
 
 
 def test_arrays_and_texts_are_files_of_prompts(tmp_path: Path) -> None:

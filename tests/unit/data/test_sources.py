@@ -11,7 +11,7 @@ import pytest
 
 from draftwing.config import TrainConfig
 from draftwing.data.examples import read_documents
-from draftwing.data.rows import Rejects, read_rejects, read_rows, select_rows
+from draftwing.data.rows import Reject, Rejects, read_rejects, read_rows, select_rows
 from draftwing.data.sources import HubSource, JsonlSource, open_source
 
 from draftwing.target.load import load_tokenizer  # isort: skip
@@ -202,6 +202,26 @@ class TestRejects:
         assert reasons.keys() == {2, 3}
         assert "not Unicode: 'utf-8' codec can't encode character '\\ud83d'" in reasons[2]
         assert "no JSON object: maximum recursion depth" in reasons[3]
+
+    def test_neither_is_it_in_an_array(self, tmp_path: Path) -> None:
+        (tmp_path / "a.json").write_text(
+            '[{"text": "one"}, {"text": "\\ud83d"}, {"question": "\\ud83d"}, {"text": "two"}]'
+        )
+        found = Rejects(tmp_path / "rejects.jsonl")
+        read_rows(str(tmp_path / "a.json"), rejects=found)
+        assert [(reject.line, reject.reason[:11]) for reject in read_rejects(found.path)] == [
+            (2, "not Unicode"),
+            (3, "not Unicode"),
+        ]
+
+    @pytest.mark.parametrize("text", ["a\u2028b\u2029c\x85d", "half \ud83d of a pair", "\n\r\x0c"])
+    def test_rejects_come_back_as_they_were(self, tmp_path: Path, text: str) -> None:
+        """Line breaks of other kinds stand in them as they are."""
+        found = Rejects(tmp_path / "rejects.jsonl")
+        for line in (1, 2):
+            found.add(Reject("a.jsonl", line, text, text))
+        assert read_rejects(found.path) == found.found
+        assert len(Rejects(found.path, keep=1)) == 1
 
     def test_a_later_run_does_not_add_to_the_file(self, tmp_path: Path, tokenizer: Any) -> None:
         data = write(tmp_path / "a.jsonl", GOOD, {"question": "?"}, GOOD)

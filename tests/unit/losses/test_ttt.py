@@ -585,6 +585,12 @@ class TestOptions:
         shared, copied = (head.double().embed(tokens, torch.float64) for head in heads)
         torch.testing.assert_close(copied, shared)
 
+    def test_a_window_that_training_would_not_apply_is_refused(self, target: TargetModel) -> None:
+        config = dataclasses.replace(EAGLE1, architecture={"sliding_window": 40}, sequence_length=40)
+        assert new_head(config, target, []).config.sliding_window == 40
+        with pytest.raises(ValueError, match=r"architecture.sliding_window: training reads whole rows, .* got 40"):
+            new_head(dataclasses.replace(config, sequence_length=41), target, [])
+
     def test_medusa_heads_read_no_embedding(self) -> None:
         with pytest.raises(ValueError, match="train_embedding: is for an EAGLE head"):
             dataclasses.replace(EAGLE3, objective="medusa", train_embedding=True)

@@ -150,7 +150,7 @@ def sort_fields(values: Mapping[str, Any], tensor_names: Collection[str], is_eag
                 "nothing of what the head computes, delete it there"
             )
     fields.refused += [*_other_networks(values, layer_values), *_rope_problems(layer_values)]
-    if (act := layer_values.get("hidden_act", "silu")) not in ACTIVATIONS:
+    if (act := layer_values.get("hidden_act") or "silu") not in ACTIVATIONS:
         fields.refused.append(f"hidden_act: expected one of {', '.join(ACTIVATIONS)}, got {act!r}")
     return fields
 

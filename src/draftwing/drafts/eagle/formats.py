@@ -394,7 +394,7 @@ def _common_config(values: Mapping[str, Any], tensors: Tensors, layer: str) -> d
         "trained_length": values.get("trained_length"),
         "rope_parameters": values["rope_parameters"],
         "hidden_act": values.get("hidden_act") or "silu",
-        "sliding_window": sliding_window(values, max(1, _count_layers(tensors))),
+        "sliding_window": sliding_window(values, _count_layers(tensors) + (layer == "midlayer")),
         "attention_bias": f"{layer}.self_attn.q_proj.bias" in tensors,
         "output_bias": f"{layer}.self_attn.o_proj.bias" in tensors,
         "mlp_bias": f"{layer}.mlp.gate_proj.bias" in tensors,

@@ -41,6 +41,8 @@ NAMES = {
 """Our parameters' names and the file's."""
 TURNED = {"blk.0.attn_q.weight": "num_attention_heads", "blk.0.attn_k.weight": "num_key_value_heads"}
 """Tensors whose rows RoPE turns, and how many heads they have."""
+UNPACKED = ("F16", "BF16", "F32", "F64", "I32", "I64")
+"""llama.cpp's names of types whose numbers stand in the file as they are."""
 FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 """llama.cpp's numbers of the dtype that most tensors have."""
 
@@ -172,6 +174,9 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], Tensors]:
 
 def _values(file: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json that says the same."""
+    for key in ("rope.scaling.type", "attention.sliding_window"):
+        if fields.get(key) not in (None, "none", 0):
+            raise ValueError(f"draft: {file} has {ARCHITECTURE}.{key} {fields[key]!r}, which is not read here")
     try:
         theta, width, head_dim = (
             fields["rope.freq_base"],
@@ -209,6 +214,8 @@ def _shortest(value: float) -> float:
 def _tensor(entry: Any) -> torch.Tensor:
     """A tensor of the file, in the dtype that it has there."""
     gguf = _package()
+    if entry.tensor_type not in (gguf.GGMLQuantizationType[name] for name in UNPACKED):
+        raise ValueError(f"draft: {entry.name} is quantised ({entry.tensor_type.name}); quantised heads are not read")
     shape = [int(size) for size in reversed(entry.shape)]
     if entry.tensor_type == gguf.GGMLQuantizationType.BF16:
         raw = np.ascontiguousarray(entry.data).view(np.int16)

@@ -53,6 +53,8 @@ def new_config(stage: TrainConfig, target_config: Any, vocab_size: int) -> Draft
         "target_hidden_size": hidden_size,
         **stage.architecture,
     }
+    if problem := _window_problem(sizes.get("sliding_window"), stage):
+        raise ValueError(f"architecture.{problem}")
     if sizes["hidden_size"] != hidden_size:  # it reads the target's embedding and starts from its output head
         raise ValueError(f"architecture.hidden_size: expected the target's {hidden_size}, got {sizes['hidden_size']}")
     if has_own_vocabulary(stage):
@@ -62,6 +64,13 @@ def new_config(stage: TrainConfig, target_config: Any, vocab_size: int) -> Draft
         sizes["aux_layers"] = stage.aux_layers or default_aux_layers(num_layers)
         sizes["draft_vocab_size"] = min(stage.draft_vocab_size or vocab_size, vocab_size)
     return DraftConfig(**sizes)
+
+
+def _window_problem(window: int | None, stage: TrainConfig) -> str | None:
+    """Why a head with a sliding window would learn with more than it reads when it drafts."""
+    if window is None or window >= stage.sequence_length:
+        return None
+    return f"sliding_window: training reads whole rows, so it must be at least the sequence_length, got {window}"
 
 
 def has_own_vocabulary(stage: TrainConfig) -> bool:
@@ -104,6 +113,8 @@ def continued_head(stage: TrainConfig, target: TargetModel, train: Sequence[Exam
     if is_eagle3 != has_own_vocabulary(stage):
         found = "an EAGLE-3 head" if is_eagle3 else "an EAGLE-1/2 head"
         raise ValueError(f"init_from: {stage.init_from} is {found}, the objective is {stage.objective}")
+    if problem := _window_problem(head.config.sliding_window, stage):
+        raise ValueError(f"init_from: {stage.init_from}: {problem}")
     if head.config.trained_length is not None or stage.sequence_length > head.config.window:
         longest = max(stage.sequence_length, head.config.window)
         head.config = dataclasses.replace(head.config, trained_length=longest)
