@@ -140,6 +140,10 @@ def test_a_model_that_was_trained_on_is_another_one(tmp_path: Path) -> None:
     os.utime(weights, (0, 10**9))
     assert eval_setup._stamped("mine", tmp_path) == "mine of 2001-09-09T01:46:40+00:00" != before
     assert eval_setup._stamped("org/name", tmp_path / "nowhere") == "org/name"
+    file = tmp_path / "head.gguf"
+    file.touch()
+    os.utime(file, (0, 10**9))
+    assert eval_setup._stamped("mine", file) == "mine of 2001-09-09T01:46:40+00:00"
 
 
 def test_a_method_that_fails_is_marked_and_the_others_are_written(
@@ -192,6 +196,7 @@ def test_transformers_is_measured_beside(prompts: Path, capsys: pytest.CaptureFi
         (["--target", "x", "--methods", "eagle3"], "methods: eagle3 needs a draft"),
         (["--draft", "a=x", "--draft", "a=y"], "draft: two drafts are called a"),
         (["--data", "mt_bech"], "data: expected NAME=PATH, a file, or one of embedded, mt_bench"),
+        (["--data", "mt_bench="], "data: expected NAME=PATH, got 'mt_bench='"),
         (["--data", "mine=no/such.jsonl"], "no such file: no/such.jsonl"),
         (["--data", "{empty}"], "empty.jsonl is empty"),
         (["--data", "{other}"], "line 1: expected one of prompt, messages, conversations, turns"),

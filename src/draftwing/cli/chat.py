@@ -72,9 +72,9 @@ def run(options: argparse.Namespace) -> None:
     from draftwing.data.prompts import has_chat_template
     from draftwing.target.load import load_tokenizer
 
-    if not has_chat_template(load_tokenizer(options.target)):  # before the model
-        raise ValueError("chat: the target's tokenizer has no chat template; `draftwing generate` continues its texts")
     more = execution(options) | {"remeasure": options.remeasure}
+    if not has_chat_template(load_tokenizer(options.target, **more)):  # before the model
+        raise ValueError("chat: the target's tokenizer has no chat template; `draftwing generate` continues its texts")
     model = load(options.target, draft, options.dtype, options.device, method, **more)
     settings = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "plan")}
     chat = Chat(model, settings, options.system, options.json)

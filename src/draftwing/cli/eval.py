@@ -117,8 +117,10 @@ def run(options: argparse.Namespace) -> int:
     check_drafts(wanted, drafts)
     data = read_data(options, sources)
     settings = settings_of(options, drafts, wanted, data)
+    # What is there is thrown away once all is ready; whether it can go on is asked before models are loaded.
+    prepared = prepare(options, drafts, wanted, data) if options.fresh else None
     journal, remarks = Journal(settings, options.output, options.fresh), Remarks()
-    methods, evaluation = prepare(options, drafts, wanted, data)
+    methods, evaluation = prepared or prepare(options, drafts, wanted, data)
     is_stopped = False
     columns = (
         TextColumn("{task.description}"),
@@ -159,6 +161,8 @@ def _data_sources(texts: Sequence[str]) -> dict[str, str]:
     sources: dict[str, str] = {}
     for part in (part for text in texts for part in text.split(",")):
         name, has_path, path = part.partition("=")
+        if has_path and not path:
+            raise ValueError(f"data: expected NAME=PATH, got {part!r}")
         if not has_path and name not in KNOWN_DATA:
             if not Path(part).is_file():
                 raise ValueError(f"data: expected NAME=PATH, a file, or one of {', '.join(KNOWN_DATA)}; got {part!r}")
@@ -181,6 +185,7 @@ def _report(
     from draftwing.evaluation.compare import memory_kind
     from draftwing.evaluation.figures import ablations, result_rows
     from draftwing.evaluation.report import Report
+    from draftwing.intervals import FEWEST_PROMPTS
     from draftwing.provenance import provenance
 
     chains = [
@@ -191,6 +196,11 @@ def _report(
     is_chat = any(prompt.messages for data in evaluation.data for prompt in data.prompts)
     if is_chat and not has_chat_template(evaluation.tokenizer):
         warnings.append("the tokenizer has no chat template: turns are put as plain text")
+    warnings += [
+        f"{data.name}: intervals over fewer than {FEWEST_PROMPTS} prompts mean nothing, and it has {len(data.prompts)}"
+        for data in evaluation.data
+        if len(data.prompts) < FEWEST_PROMPTS
+    ]
     target = f"{options.target} in {options.quantize}" if options.quantize else options.target
     title = f"{target} on {options.device}, up to {options.max_new_tokens} new tokens"
     memory = memory_kind(options.device)

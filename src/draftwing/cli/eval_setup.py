@@ -13,7 +13,7 @@ import torch
 
 from draftwing.api import SpeculativeModel, load
 from draftwing.cli.arguments import execution
-from draftwing.cli.output import new_console
+from draftwing.cli.output import new_console, note
 from draftwing.data.benchmarks import load_benchmark
 from draftwing.data.prompts import read_prompts, spread
 from draftwing.drafts.kinds import default_plan, family_of, resolve_method, serves
@@ -23,7 +23,7 @@ from draftwing.evaluation.compare import Decode, decoder, with_peak
 from draftwing.evaluation.evaluate import Evaluation, PromptSet
 from draftwing.evaluation.rivals import endpoint_rival, transformers_rivals
 from draftwing.evaluation.specs import MethodSpec, WantedMethod
-from draftwing.target.load import load_stock, resolve_target
+from draftwing.target.load import HUB_OPTIONS, load_stock, resolve_target
 
 EMBEDDED_SAMPLE, LARGEST_SAMPLE = 8, 80
 """Prompts by default: of the embedded ones, and of any other data set at most."""
@@ -100,9 +100,10 @@ def settings_of(
 
 def _stamped(name: str, folder: Path) -> str:
     """A model's name with the time of its weights: one that was trained on is another one."""
-    if not folder.is_dir():  # a target on the hub
+    if not folder.exists():  # a target on the hub
         return name
     weights = [file for ending in ("safetensors", "bin", "pt") for file in folder.glob(f"*.{ending}")]
+    weights += [folder] if folder.is_file() else []
     newest = max((file.stat().st_mtime for file in weights), default=0.0)  # loading says what is missing
     return f"{name} of {datetime.fromtimestamp(newest, UTC).isoformat(timespec='seconds')}"
 
@@ -114,9 +115,11 @@ def prepare(
     rivals = _endpoints(options)  # before the models: a server that is not there is found out at once
     more = execution(options) | {"remeasure": options.remeasure}
     draft_dtype = more.pop("draft_dtype")  # of the drafts, which are loaded behind the target
+    if draft_dtype and not drafts:
+        raise ValueError("draft_dtype: for a draft head, and no draft is loaded")
     with new_console(stderr=True).status("loading models"):
         bare = load(options.target, dtype=options.dtype, device=options.device, **more)
-        models = {name: bare.with_draft(path, draft_dtype=draft_dtype) for name, path in drafts.items()}
+        models = _with_drafts(bare, drafts, draft_dtype, is_named=bool(options.draft))
         device = bare.target.device
         rivals |= {name: with_peak(decode, device) for name, decode in _transformers(options, bare).items()}
     methods: dict[str, MethodSpec] = {}
@@ -166,9 +169,25 @@ def _endpoints(options: argparse.Namespace) -> dict[str, Decode]:
     return rivals
 
 
+def _with_drafts(
+    bare: SpeculativeModel, drafts: dict[str, str], draft_dtype: str | None, is_named: bool
+) -> dict[str, SpeculativeModel]:
+    """The target with each draft; of drafts that nobody has named, those that the dtype is not for are left out."""
+    models = {}
+    for name, path in drafts.items():
+        try:
+            models[name] = bare.with_draft(path, draft_dtype=draft_dtype)
+        except ValueError as error:
+            if is_named or not str(error).startswith("draft_dtype:"):
+                raise
+            note(f"{name} is left out: {error}", "yellow")
+    return models
+
+
 def _transformers(options: argparse.Namespace, bare: SpeculativeModel) -> dict[str, Decode]:
     if "transformers" not in options.against:
         return {}
     dtype, device = bare.target.dtype, options.device
     assistant = load_stock(options.assistant, dtype, device) if options.assistant else None
-    return transformers_rivals(load_stock(options.target, dtype, device, options.quantize), assistant)
+    files = {name: value for name, value in execution(options).items() if name in HUB_OPTIONS}
+    return transformers_rivals(load_stock(options.target, dtype, device, options.quantize, **files), assistant)

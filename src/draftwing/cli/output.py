@@ -38,7 +38,7 @@ def print_facts(table: "Table") -> None:
     if console.width < UNBOUNDED:
         console.print(table)
         return
-    print(table.title)
+    print(Text.from_markup(str(table.title)))
     for name, text in zip(*(column.cells for column in table.columns), strict=True):
         print(f"{Text.from_markup(str(name))}: {Text.from_markup(str(text))}")
 

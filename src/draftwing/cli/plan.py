@@ -42,6 +42,9 @@ def run(options: argparse.Namespace) -> None:
     from draftwing.evaluation.planning import as_tables, implied_plan, measure_plan, save_acceptance
 
     prompts = read_prompts(options.prompts or EMBEDDED_PROMPTS)
+    place = resolve_draft(suitable_draft(options.draft, options.method))
+    if options.save and place.is_file():
+        raise ValueError(f"save: acceptance is kept in a draft's folder, and {place} is a file")
     model = load(options.target, options.draft, **loading(options))
     ids = [prompt.token_ids(model.tokenizer) for prompt in prompts]
     settings = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens}
@@ -59,6 +62,8 @@ def run(options: argparse.Namespace) -> None:
             batch_size,
             **settings,
         )
+    name = "sampled" if options.temperature > 0 else "greedy"
+    saved = [save_acceptance(place, {name: report.experience.acceptance})] if options.save else []
     if options.json:
         print(json.dumps(report.as_dict()))
     else:
@@ -66,9 +71,5 @@ def run(options: argparse.Namespace) -> None:
         console.print(as_tables(report))
         for sentence in implied_plan(report):
             console.print(sentence)
-    if options.save:
-        name = "sampled" if options.temperature > 0 else "greedy"
-        file = save_acceptance(
-            resolve_draft(suitable_draft(options.draft, options.method)), {name: report.experience.acceptance}
-        )
-        say_saved(file)
+    if saved:
+        say_saved(*saved)

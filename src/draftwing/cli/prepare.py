@@ -38,6 +38,17 @@ EXAMPLES = """examples:
   draftwing prepare --features --data build/data --target path/to/model --output build/features --storage fp8"""
 
 
+USED_WITH = {
+    **dict.fromkeys(("shard", "draft", "max_new_tokens"), ("regenerate", "from_target")),
+    "endpoint": ("regenerate",),
+    "model": ("endpoint",),
+    "request_prefixes": ("from_target",),
+    **dict.fromkeys(("aux_layers", "verify"), ("features",)),
+}
+"""Options, and those that they say something of."""
+UNSET = (None, False, (1, 1))
+
+
 def in_turn(text: str) -> tuple[float, ...]:
     """An option's temperatures, separated by commas; one that is there twice has two turns."""
     return tuple(map(temperature, text.split(",")))
@@ -108,8 +119,9 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("features: one of --regenerate, --features and --from-target at a time")
     if bool(options.data) == bool(options.from_target):
         raise ValueError("data: expected --data, or --from-target N, which needs none")
-    if options.request_prefixes and not options.from_target:
-        raise ValueError("request_prefixes: is for --from-target")
+    for name, modes in USED_WITH.items():
+        if getattr(options, name) not in UNSET and not any(getattr(options, mode) for mode in modes):
+            raise ValueError(f"{name}: is for {' and '.join('--' + mode.replace('_', '-') for mode in modes)}")
     if options.from_target:
         _write_from_target(options)
     elif options.regenerate:

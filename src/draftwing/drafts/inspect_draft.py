@@ -1,5 +1,6 @@
 """What a draft's folder holds, and what does not fit."""
 
+from rich.markup import escape
 from rich.table import Table
 
 from draftwing.drafts.family import DraftReport
@@ -31,7 +32,7 @@ def target_sizes(name: str) -> TargetSizes:
 
 def report_table(report: DraftReport, target: str | None = None) -> Table:
     """The report as people read it; `target` is the one that the draft was checked against."""
-    table = Table(show_header=False, title=report.folder)
+    table = Table(show_header=False, title=escape(report.folder))
     table.add_row("format", report.format.replace("_", " "))
     table.add_row("parameters", f"{report.num_parameters:,} ({report.dtype})")
     for row in report.rows():

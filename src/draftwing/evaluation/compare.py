@@ -84,7 +84,10 @@ def merged(runs: Sequence[Decoded]) -> Statistics:
 
 def warm_up(start: Start, prompt: Sequence[int], max_new_tokens: int, **options: Any) -> None:
     """Decode a few tokens that nobody counts."""
-    timed(start, [prompt], max_new_tokens=min(WARM_UP_TOKENS, max_new_tokens), **options)
+    most = min(WARM_UP_TOKENS, max_new_tokens)
+    if least := options.get("min_new_tokens"):
+        options["min_new_tokens"] = min(least, most)
+    timed(start, [prompt], max_new_tokens=most, **options)
 
 
 def timed(start: Start, prompts: Sequence[Sequence[int]], **options: Any) -> tuple[Generation, float]:

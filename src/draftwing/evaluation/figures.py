@@ -211,10 +211,10 @@ def ablations(rows: Sequence[ResultRow], specs: Mapping[str, MethodSpec]) -> lis
         for other in known:
             if (one.data, one.temperature) == (other.data, other.temperature):
                 what = choice_between(specs[one.method], specs[other.method])
-                if what == CHOICES["uncoupled"] and one.temperature == 0:  # there is no noise
+                if what is None or (what == CHOICES["uncoupled"] and one.temperature == 0):  # there is no noise
                     continue
                 cycles, seconds = (rate_ratio(one.runs, other.runs, per) for per in ("num_cycles", "seconds"))
-                if what and cycles and seconds:
+                if cycles and seconds:
                     found.append(Ablation(what, one.data, one.temperature, one.method, other.method, cycles, seconds))
     return found
 

@@ -1,6 +1,7 @@
 """An evaluation's results for people: a console table, and one self-contained HTML page."""
 
 import json
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from draftwing.charts import as_page
@@ -40,13 +42,13 @@ def as_tables(report: Report) -> Group:
     for row in report.rows:
         title = f"{row.data}, T = {row.temperature:g}"
         if title not in tables:
-            tables[title] = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True)
+            tables[title] = Table(title=escape(title), box=SIMPLE_HEAD, collapse_padding=True)
             tables[title].add_column("method", overflow="fold")
             for column in ("tokens/s", "speed-up", "tau", "same", "turns"):
                 tables[title].add_column(column, justify="right", no_wrap=True)
         speed = f"{row.figures.tokens_per_second.value:.0f}" if row.figures else ""
-        tables[title].add_row(row.method, speed, *_main_cells(row)[1:])
-    return Group(report.title, *tables.values())
+        tables[title].add_row(escape(row.method), speed, *_main_cells(row)[1:])
+    return Group(escape(report.title), *tables.values())
 
 
 def remarks(report: Report) -> list[str]:
@@ -123,7 +125,7 @@ def _main_cells(row: ResultRow) -> tuple[str, str, str, str, str]:
         return "", "", "", "", turns
     figures = row.figures
     share = figures.identical_share
-    identical = "" if share is None else "all" if share == 1 else f"{share:.0%}"
+    identical = "" if share is None else "all" if share == 1 else f"{math.floor(100 * share)}%"
     speed = figures.tokens_per_second
     speed_text = f"{speed.value:.0f} [{speed.low:.0f}, {speed.high:.0f}]"
     return speed_text, _shown(figures.speedup), _shown(figures.acceptance_length), identical, turns

@@ -69,13 +69,15 @@ def empty_model(folder: str, role: Role = "target") -> TargetModel:
     return TargetModel(model.eval(), role=role)
 
 
-def load_stock(name: str, dtype: torch.dtype, device: str | torch.device, quantize: str | None = None) -> Any:
-    """A causal language model as transformers runs it, to compare with.
+def load_stock(
+    name: str, dtype: torch.dtype, device: str | torch.device, quantize: str | None = None, **options: Any
+) -> Any:
+    """A causal language model as transformers runs it, to compare with; `options` are its `from_pretrained`'s.
 
     Raises:
         ValueError: a name that cannot be loaded.
     """
-    return _load_on(torch.device(device), name, dtype, "model", quantize, attn_implementation=None)
+    return _load_on(torch.device(device), name, dtype, "model", quantize, attn_implementation=None, **options)
 
 
 def _load_on(
