@@ -421,7 +421,7 @@ def start(*arguments: str) -> tuple[Forked, str]:
         ("--host 203.0.113.1 --port 0", "host: cannot listen at 203.0.113.1"),
         ("--api-key-file nowhere.txt", "nowhere.txt"),
         ("--seats 0", "--seats: expected a whole number from 1 on"),
-        ("--target tiny --plan chain:2", "plan: plain drafts nothing"),
+        ("--method plain --plan chain:2", "plan: plain drafts nothing"),
         ("--port 0 --max-model-len 5000 --plan off", "max_model_len: expected from 2 tokens to the model's 1024"),
     ],
 )
