@@ -39,12 +39,13 @@ def save_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]") -> None:
     partial.replace(path)
 
 
-def open_to_others(file: Path) -> None:
-    """Give a file the mode of other new ones; safetensors makes its files readable for their owner alone."""
-    beside = _beside(file)
-    beside.touch()
-    file.chmod(beside.stat().st_mode)
-    beside.unlink()
+def open_to_others(*files: Path) -> None:
+    """Give files the mode of other new ones; safetensors makes its files readable for their owner alone."""
+    for file in files:
+        beside = _beside(file)
+        beside.touch()
+        file.chmod(beside.stat().st_mode)
+        beside.unlink()
 
 
 UNFINISHED = ".draftwing-partial"

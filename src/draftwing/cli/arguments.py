@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -68,12 +68,26 @@ share = number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 positive_share = number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 
 
+def temperatures_in_turn(text: str) -> tuple[float, ...]:
+    """An option's temperatures, separated by commas; one that is there twice has two turns."""
+    return tuple(map(temperature, text.split(",")))
+
+
 def temperatures(text: str) -> tuple[float, ...]:
     """An option's temperatures, separated by commas."""
-    values = tuple(map(temperature, text.split(",")))
+    values = temperatures_in_turn(text)
     if len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"expected each once, got {text}")
     return values
+
+
+def without_use(
+    options: argparse.Namespace, used_with: Mapping[str, Collection[str]], asked: Collection[str]
+) -> Iterator[tuple[str, Collection[str]]]:
+    """Options that are given and say something of no part that is `asked` for, each with the parts that it is for."""
+    for name, parts in used_with.items():
+        if getattr(options, name) and not any(part in asked for part in parts):
+            yield name, parts
 
 
 class _UseThreads(argparse.Action):

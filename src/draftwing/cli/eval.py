@@ -117,10 +117,8 @@ def run(options: argparse.Namespace) -> int:
     check_drafts(wanted, drafts)
     data = read_data(options, sources)
     settings = settings_of(options, drafts, wanted, data)
-    # What is there is thrown away once all is ready; whether it can go on is asked before models are loaded.
-    prepared = prepare(options, drafts, wanted, data) if options.fresh else None
     journal, remarks = Journal(settings, options.output, options.fresh), Remarks()
-    methods, evaluation = prepared or prepare(options, drafts, wanted, data)
+    methods, evaluation = prepare(options, drafts, wanted, data)
     is_stopped = False
     columns = (
         TextColumn("{task.description}"),

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftwing.cli.arguments import DRAFTS, TARGETS, above_zero
+from draftwing.cli.arguments import DRAFTS, TARGETS, above_zero, without_use
 from draftwing.cli.output import new_console, note, say_saved
 from draftwing.config import DTYPES
 from draftwing.drafts.family import ENGINES
@@ -122,10 +122,9 @@ def _check_options(options: argparse.Namespace) -> None:
     asked = {name for name, value in parts.items() if value is not None}
     if not asked:
         raise ValueError("output: name the folder to write; without one a folder is checked or published (--check)")
-    for name, places in USED_WITH.items():
-        if getattr(options, name) and not asked & places:
-            option = name.replace("_", "-")
-            raise ValueError(f"{option}: has no use without {' or '.join(f'--{place}' for place in sorted(places))}")
+    for name, places in without_use(options, USED_WITH, asked):
+        option = name.replace("_", "-")
+        raise ValueError(f"{option}: has no use without {' or '.join(f'--{place}' for place in sorted(places))}")
     if options.output is None and not Path(options.draft).is_dir():
         raise ValueError(f"draft: {options.draft} is no folder that was exported; name one to write (--output)")
     for name in ("target", "to") if options.output is not None else ():

@@ -42,8 +42,8 @@ def run(options: argparse.Namespace) -> None:
     from draftwing.evaluation.planning import as_tables, implied_plan, measure_plan, save_acceptance
 
     prompts = read_prompts(options.prompts or EMBEDDED_PROMPTS)
-    place = resolve_draft(suitable_draft(options.draft, options.method))
-    if options.save and place.is_file():
+    place = resolve_draft(suitable_draft(options.draft, options.method)) if options.save else None
+    if place is not None and place.is_file():
         raise ValueError(f"save: acceptance is kept in a draft's folder, and {place} is a file")
     model = load(options.target, options.draft, **loading(options))
     ids = [prompt.token_ids(model.tokenizer) for prompt in prompts]
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
             **settings,
         )
     name = "sampled" if options.temperature > 0 else "greedy"
-    saved = [save_acceptance(place, {name: report.experience.acceptance})] if options.save else []
+    saved = None if place is None else save_acceptance(place, {name: report.experience.acceptance})
     if options.json:
         print(json.dumps(report.as_dict()))
     else:
@@ -71,5 +71,5 @@ def run(options: argparse.Namespace) -> None:
         console.print(as_tables(report))
         for sentence in implied_plan(report):
             console.print(sentence)
-    if saved:
-        say_saved(*saved)
+    if saved is not None:
+        say_saved(saved)

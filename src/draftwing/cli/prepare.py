@@ -16,6 +16,8 @@ from draftwing.cli.arguments import (
     read_by,
     seed,
     temperature,
+    temperatures_in_turn,
+    without_use,
 )
 from draftwing.cli.output import headline, new_console, note, say_saved
 from draftwing.drafts.kinds import head_objectives
@@ -46,12 +48,6 @@ USED_WITH = {
     **dict.fromkeys(("aux_layers", "verify"), ("features",)),
 }
 """Options, and those that they say something of."""
-UNSET = (None, False, (1, 1))
-
-
-def in_turn(text: str) -> tuple[float, ...]:
-    """An option's temperatures, separated by commas; one that is there twice has two turns."""
-    return tuple(map(temperature, text.split(",")))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,10 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     answers.add_argument("--endpoint", help="let an OpenAI-compatible server answer, such as http://localhost:8000/v1")
     answers.add_argument("--model", help="the endpoint's name of the target")
     answers.add_argument("--concurrency", type=positive, default=16, help="requests in flight (default: 16)")
+    answers.add_argument("--shard", type=read_by(_parse_shard), help="answer part I of N, as 2/8 (default: 1/1)")
     answers.add_argument(
-        "--shard", type=read_by(_parse_shard), default="1/1", help="answer part I of N, as 2/8 (default: 1/1)"
+        "--temperatures", type=temperatures_in_turn, nargs="+", default=[(0.0, 1.0)], help="in turn (default: 0,1)"
     )
-    answers.add_argument("--temperatures", type=in_turn, nargs="+", default=[(0.0, 1.0)], help="in turn (default: 0,1)")
     answers.add_argument(
         "--max-new-tokens",
         type=positive,
@@ -119,9 +115,9 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("features: one of --regenerate, --features and --from-target at a time")
     if bool(options.data) == bool(options.from_target):
         raise ValueError("data: expected --data, or --from-target N, which needs none")
-    for name, modes in USED_WITH.items():
-        if getattr(options, name) not in UNSET and not any(getattr(options, mode) for mode in modes):
-            raise ValueError(f"{name}: is for {' and '.join('--' + mode.replace('_', '-') for mode in modes)}")
+    asked = {mode for modes in USED_WITH.values() for mode in modes if getattr(options, mode)}
+    for name, modes in without_use(options, USED_WITH, asked):
+        raise ValueError(f"{name}: is for {' and '.join('--' + mode.replace('_', '-') for mode in modes)}")
     if options.from_target:
         _write_from_target(options)
     elif options.regenerate:
@@ -191,7 +187,7 @@ def _write_from_target(options: argparse.Namespace) -> None:
     author = Author(config, tokenizer, answers, ends, *asked)
     answers.say_what_is_never_chosen()
     engine = model.engine(options.batch_size, config.sequence_length)
-    figures = write_from_target(config, author, engine, options.from_target, RunPart(*options.shard))
+    figures = write_from_target(config, author, engine, options.from_target, RunPart(*options.shard or ()))
     _print_figures(options, figures)
     if not options.json:
         _show_rows(options, tokenizer)
@@ -229,7 +225,7 @@ def _regenerate(options: argparse.Namespace) -> None:
     from draftwing.prepare.self_generated import RunPart
 
     answer = _answer_by_endpoint if options.endpoint else _answer_by_engine
-    _print_figures(options, answer(options, RunPart(*options.shard)))
+    _print_figures(options, answer(options, RunPart(*options.shard or ())))
     say_saved(options.output)
 
 

@@ -229,8 +229,7 @@ class _Conversation:
     def _is_identical(self, method: str, repeats: Sequence[Decoded | Run], expected: list[int] | None) -> bool | None:
         if expected is None or (self.temperature > 0 and method in self.evaluation.rivals):
             return None
-        texts = self._texts(expected)
-        return all(one.tokens == expected if one.text is None else one.text in texts for one in repeats)
+        return all(one.tokens == expected if one.text is None else one.text in self._texts(expected) for one in repeats)
 
     def _text(self, tokens: list[int] | None) -> str:
         text: str = self.evaluation.tokenizer.decode(tokens, skip_special_tokens=True)

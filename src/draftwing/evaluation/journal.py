@@ -54,7 +54,8 @@ class Run:
 class Journal:
     """The runs so far, in memory and, with a folder, in its `runs.jsonl`, whose first line has the settings.
 
-    Of several lines of one run the last counts. A last line that was cut while it was written is dropped.
+    A file that is begun anew takes the place of an older one with its first run. Of several lines of one run the last
+    counts. A last line that was cut while it was written is dropped.
 
     Raises:
         ValueError: the folder holds runs of other settings (the differences are named), or another kind of file, or
@@ -64,6 +65,7 @@ class Journal:
     def __init__(self, settings: Settings, folder: Path | None = None, fresh: bool = False) -> None:
         self.runs: dict[tuple[str, float, int, int, str], Run] = {}
         self._file = None if folder is None else folder / FILE
+        self._new_settings: Settings | None = None
         if folder is None or self._file is None:
             return
         if folder.is_file():
@@ -74,7 +76,7 @@ class Journal:
         if lines:
             self._read(self._file, lines, settings)
         if not self.runs:
-            write_text(self._file, json.dumps({"settings": settings}) + "\n")
+            self._new_settings = settings
         elif cut:
             os.truncate(self._file, len("".join(line + "\n" for line in whole).encode()))
 
@@ -96,6 +98,9 @@ class Journal:
         """Keep a run, on disk before anything else happens."""
         self.runs[run.key] = run
         if self._file is not None:
+            if self._new_settings is not None:
+                write_text(self._file, json.dumps({"settings": self._new_settings}) + "\n")
+                self._new_settings = None
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(run)) + "\n")
                 file.flush()

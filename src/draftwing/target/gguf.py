@@ -118,8 +118,7 @@ def _write(file: Path, folder: Path, role: str) -> None:
     model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     with whole_folder(folder) as partial:
         model.save_pretrained(partial)
-        for weights in partial.glob("*.safetensors"):
-            open_to_others(weights)
+        open_to_others(*partial.glob("*.safetensors"))
         tokenizer.save_pretrained(partial)
         sizes = {written.name: written.stat().st_size for written in partial.iterdir()}
         write_text(partial / RECORD, json.dumps({"source": str(file), "sizes": sizes}, indent=2) + "\n")

@@ -65,8 +65,7 @@ def train_language_model(config: LanguageModelStage) -> dict[str, float]:
     metrics = trainer.run()
     if is_main_process():
         model.to(torch.bfloat16).save_pretrained(output)
-        for weights in output.glob("*.safetensors"):
-            open_to_others(weights)
+        open_to_others(*output.glob("*.safetensors"))
         if not config.tokenizer:
             write_held_out_prompts([row for row, _ in found.held_out], output / "prompts.jsonl")
     return trainer.finish(metrics)
@@ -199,11 +198,17 @@ def _tokenizer(config: LanguageModelStage) -> Any:
     return PreTrainedTokenizerFast.from_pretrained(output)
 
 
-def _row_text(row: Row) -> str:
-    """What a tokenizer learns from."""
+def _row_of_text(row: Row) -> Row:
+    """The row, normalised, for a tokenizer that is trained here."""
     row = normalise(row)
     if "input_ids" in row:
         raise ValueError("input_ids: a tokenizer that is trained here has other ids; expected messages or a text")
+    return row
+
+
+def _row_text(row: Row) -> str:
+    """What a tokenizer learns from."""
+    row = _row_of_text(row)
     if "text" in row:
         return str(row["text"])
     return "\n".join(message.get("content") or "" for message in row["messages"])
@@ -211,9 +216,8 @@ def _row_text(row: Row) -> str:
 
 def _with_documents(row: Row, tokenizer: Any, is_new: bool) -> tuple[Row, list[Example]]:
     """A row and its documents; a new tokenizer's come from text alone."""
-    if is_new:
-        _row_text(row)
-    return normalise(row), encode_row(row, tokenizer)
+    row = _row_of_text(row) if is_new else normalise(row)
+    return row, encode_row(row, tokenizer)
 
 
 def _documents(found: Iterable[tuple[Row, list[Example]]]) -> Iterator[Example]:
