@@ -22,7 +22,7 @@ from conftest import (
     requests_for,
     run,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tape import TapeRecorder
 from test_bits import packed_target
@@ -144,6 +144,7 @@ def test_each_request_has_the_tokens_that_it_has_alone(
 
     @settings(max_examples=3, deadline=None, derandomize=True, database=None)
     @given(st.integers(0, 2**32), st.integers(2, 5))
+    @example(3, 5)  # whose prompts share beginnings, whatever the drafts
     def check(seed: int, num_seats: int) -> None:
         nonlocal num_shared
         num_shared += assert_as_alone(target, ways[method], seed, num_seats)[0]
