@@ -2,10 +2,12 @@
 
 import inspect
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +70,15 @@ def custom_generate(
     What changes the tokens is honoured as `generate` has prepared it, or refused by its name. Every
     logits processor and stopping criterion sees each step as without drafts, your own ones too; where
     they might tell rows apart, or scores are returned, the rows of a batch advance together, which
-    accepts less. A `streamer` gets the first row's tokens cycle by cycle, and its end also where
+    accepts less, and so they do for a `streamer`, which gets each step's tokens `[B]`, and its end also where
     decoding fails.
 
     The model is not changed, so its passes round as its own kernels do: in bfloat16 (and on GPUs) two
     nearly equal logits may swap, and a token differ from stock's. A model that `load` has made has no
     such differences on a CPU (docs/mechanisms.md).
 
-    With `return_dict_in_generate=True` the output has `statistics`. A cache that is handed over empty
-    stays so.
+    With `return_dict_in_generate=True` the output has `statistics`, and no `past_key_values`: a cache that is handed
+    over, which must be empty, stays so, with a warning.
     Keep the returned function: it loads the draft once per model, and trees that size themselves learn from each call.
 
     Args:
@@ -85,8 +87,9 @@ def custom_generate(
         seed: None: each call draws its seed from torch's generator, so that `torch.manual_seed` repeats it.
         tokenizer: the target's, for `stop`, and for a draft model with another number of ids.
         options: `ngram`, `draft_window`, `coupled` and `stop` of GenerateOptions, and the fields of HeadOptions.
-            Give stop strings here, or as a StopStringCriteria: transformers keeps the `tokenizer` that its own
-            `stop_strings` needs from drop-ins, and says that it could not locate one.
+            Give stop strings here, where the new text is searched, or as a StopStringCriteria, which also finds one
+            that begins in the prompt: transformers keeps the `tokenizer` that its own `stop_strings` needs from
+            drop-ins, and says that it could not locate one.
 
     Raises:
         ValueError: an unknown option; on use, a setting that is not supported (the message names it).
@@ -127,12 +130,18 @@ class _DropIn:
         try:
             mask = kwargs.pop("attention_mask", None)
             check_call(arguments, model, generation_config)
-            check_inputs(input_ids, mask, inputs_given(arguments, generation_config) | kwargs)
-            call = _Call(input_ids, mask, logits_processor or (), stopping_criteria or (), generation_config)
+            given = inputs_given(arguments, generation_config)
+            check_inputs(input_ids, mask, given | kwargs, model.config)
+            if given.get("past_key_values") is not None:
+                warnings.warn("past_key_values: draftwing has caches of its own; this one stays empty", stacklevel=3)
+            is_streamed = streamer is not None
+            call = _Call(
+                input_ids, mask, logits_processor or (), stopping_criteria or (), generation_config, is_streamed
+            )
             generation, steps = self._start(TargetModel(model), call)
             for committed in generation.cycles():
-                for token in committed.tokens[0] if streamer is not None else ():
-                    streamer.put(torch.tensor([token]))
+                for tokens in zip(*committed.tokens, strict=True) if is_streamed else ():
+                    streamer.put(torch.tensor(tokens))
         finally:
             for module, was_training in were_training:
                 module.training = was_training
@@ -146,18 +155,21 @@ class _DropIn:
 
     def _start(self, target: TargetModel, call: "_Call") -> tuple[Generation, "_StockSteps | None"]:
         """A generation, and who chooses its tokens where our sampling and stops are not the call's."""
+        # Before a draft is loaded, and for what draws only: torch's generator goes on as it does without drafts.
+        seed = int(torch.randint(2**31, ())) if self.seed is None and call.config.do_sample else self.seed or 0
         speculative = self._speculative(target)
         sampling, is_same = call.sampling()
         settings = GenerateOptions(
             **self.options | sampling,
             max_new_tokens=call.limit,
             eos_token_id=call.eos_token_ids(target.vocab_size),
-            seed=int(torch.randint(2**31, ())) if self.seed is None else self.seed,
+            seed=seed,
         )
         requests = speculative.requests(unpad(call.input_ids, call.attention_mask), settings)
-        if is_same and call.ends_rows_alone(CUT_CRITERIA, settings) and not call.kept:
+        in_step = call.is_of_one_piece(settings)
+        if is_same and call.ends_rows_alone(CUT_CRITERIA, settings) and not (call.kept or in_step):
             return speculative.start_requests(requests, settings), None
-        steps = _StockSteps(call, requests[0].stop, in_step=call.is_of_one_piece(settings))
+        steps = _StockSteps(call, requests[0].stop, in_step)
         requests = [
             replace(
                 request,
@@ -181,7 +193,8 @@ class _DropIn:
             _check_fits(self.draft, target)
             return _Known(fits, self.draft, Lessons())
         name = suitable_draft(str(self.draft), self.method)
-        draft = load_draft(name, target, options=self.head_options, tokenizer=self.tokenizer)
+        with torch.random.fork_rng(devices=()):
+            draft = load_draft(name, target, options=self.head_options, tokenizer=self.tokenizer)
         return _Known(fits, family_of_draft(draft).kind.prepack(draft, compiles=False), Lessons(read_acceptance(name)))
 
 
@@ -213,14 +226,19 @@ def _check_fits(draft: Draft | None, target: TargetModel) -> None:
 
 
 def _arguments_of_caller() -> Mapping[str, Any]:
-    """What `hf_model.generate` was called with; nothing if another function calls us.
+    """What `hf_model.generate` was called with; nothing if it has not called us.
 
     transformers (5.17 to 5.23 at least) keeps some arguments from a `custom_generate`, so they are read
     from the frame of `generate`: a streamer, which got the prompt, and whose reader in another thread
     would wait for ever; an assistant; and model inputs under the names that the user gave them.
     """
     caller = sys._getframe(2)  # a variable for our own frame would keep it, and what it points to, until a collection
-    return caller.f_locals if caller.f_code is inspect.unwrap(GenerationMixin.generate).__code__ else {}
+    generate = inspect.unwrap(GenerationMixin.generate).__code__
+    while (
+        caller.f_code is not generate and caller.f_back is not None
+    ):  # a function around this one may be what is called
+        caller = caller.f_back
+    return caller.f_locals if caller.f_code is generate else {}
 
 
 CUT_CRITERIA = frozenset((EosTokenCriteria, MaxLengthCriteria))
@@ -236,6 +254,7 @@ class _Call:
     processors: Sequence[Any]
     criteria: Sequence[Any]
     config: Any
+    is_streamed: bool
 
     @property
     def limit(self) -> int:
@@ -285,7 +304,8 @@ class _Call:
         is_by_row = all(
             type(processor) in PREFIX_PROCESSORS and not _has_rows(processor) for processor in self.processors
         )
-        return bool(self.kept) or not is_by_row or not self.ends_rows_alone(ROW_CRITERIA, settings)
+        is_shown = bool(self.kept) or self.is_streamed
+        return is_shown or not is_by_row or not self.ends_rows_alone(ROW_CRITERIA, settings)
 
 
 class _StockSteps:
@@ -303,6 +323,8 @@ class _StockSteps:
         self._has_ended = torch.zeros(num_rows, dtype=torch.bool, device=call.input_ids.device)
         self._lengths: list[int | None] = [None] * num_rows
         self._kept: dict[str, list[torch.Tensor]] = {name: [] for name in call.kept}
+        # What is kept, by processors too, must not be an inference tensor, unless the caller's own are.
+        self._of_inference = torch.is_inference_mode_enabled()
 
     def kept(self, name: str) -> tuple[torch.Tensor, ...] | None:
         """The `scores` or `logits [B, V]` of each step, None if they were not asked for."""
@@ -316,10 +338,7 @@ class _StockSteps:
     def choose(self, rows: Sequence[int], logits: torch.Tensor, noise: torch.Tensor | None) -> list[int]:
         if self._lengths[rows[0]] is not None:  # accepted past the end; nobody is to see that
             return [0] * len(rows)
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # tensors that are kept must not be inference tensors
+        with torch.inference_mode(self._of_inference), torch.no_grad():
             return self._step(list(rows), logits, noise)
 
     def _step(self, rows: list[int], logits: torch.Tensor, noise: torch.Tensor | None) -> list[int]:
@@ -329,6 +348,8 @@ class _StockSteps:
         for name, step in (("scores", scores), ("logits", logits)):
             if name in self._kept:
                 self._kept[name].append(step)
+        if noise is not None:
+            _check_drawable(scores)
         tokens = (scores if noise is None else scores + noise.to(scores.device)).argmax(-1)
         if self._pad is not None:
             tokens = tokens.masked_fill(self._has_ended[rows], self._pad)
@@ -347,6 +368,13 @@ def _completes(stop: StopRule, prompt_length: int, texts: torch.Tensor, scores: 
     return torch.tensor(ends, device=texts.device)
 
 
+def _check_drawable(scores: torch.Tensor) -> None:
+    """Raise a ValueError where the processors left a row of `scores [B, V]` nothing to draw, as transformers raises."""
+    highest = scores.amax(-1)  # NaN where one score is
+    if not highest.isfinite().all():
+        raise ValueError(f"scores: the processors left {highest.tolist()} as the rows' highest; nothing can be drawn")
+
+
 def _has_rows(processor: Any) -> bool:
     """Whether a processor has values of its own for each row."""
     return isinstance(getattr(processor, "prompt_ignore_length", None), torch.Tensor)
@@ -357,4 +385,4 @@ def _as_ids(value: Any) -> list[int]:
         return []
     if isinstance(value, torch.Tensor):
         return [int(token) for token in value.flatten()]
-    return [value] if isinstance(value, int) else list(value)
+    return [int(value)] if isinstance(value, Integral) else [int(token) for token in value]

@@ -34,6 +34,8 @@ from transformers.generation.logits_process import (
     WatermarkLogitsProcessor,
 )
 
+from draftwing.target.model import attention_windows
+
 # fmt: off
 HONOURED_FIELDS = frozenset((
     # as processors, stopping criteria or prompts that transformers prepares from them
@@ -137,16 +139,24 @@ def check_config(config: Any) -> None:
             raise ValueError(f"{name}: not supported by draftwing, got {value!r}")
 
 
-def check_inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, inputs: Mapping[str, Any]) -> None:
+def check_inputs(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, inputs: Mapping[str, Any], model_config: Any
+) -> None:
     """Raise a ValueError for a model input that might change tokens, beside `input_ids [B, S]`.
 
-    The same for prompts padded on the right, after which transformers goes on from the padding.
+    The same for prompts padded on the right, after which transformers goes on from the padding, and for gaps
+    in the prompts of a model with sliding windows, which count the gaps in transformers.
     """
     if not len(input_ids):
         raise ValueError("input_ids: expected at least one prompt")
     if attention_mask is not None and not attention_mask[:, -1].all():
         row = int((attention_mask[:, -1] == 0).nonzero()[0])
         raise ValueError(f"attention_mask: prompt {row} ends in padding; pad prompts on the left")
+    gaps = (left_paddings(attention_mask, input_ids) < 0).nonzero().flatten().tolist()
+    if gaps and any(attention_windows(model_config.get_text_config()).values()):
+        raise ValueError(
+            f"attention_mask: prompt {gaps[0]} has gaps, which draftwing supports without sliding windows only"
+        )
     for name, value in inputs.items():
         is_neutral = NEUTRAL_INPUTS.get(name, _is_nothing)
         if value is not None and not is_neutral(value, input_ids, attention_mask):

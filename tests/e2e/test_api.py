@@ -131,6 +131,20 @@ def test_drop_in_takes_its_seed_from_torch(heads: dict[str, DraftNetwork]) -> No
     assert outputs[0] == outputs[1] != outputs[2]
 
 
+def test_loading_a_draft_leaves_the_seed_alone(tiny_and_head: tuple[Any, Any, Any]) -> None:
+    """The first call, which loads it, draws what later ones draw; and torch's generator goes on as without drafts."""
+    stock, tokenizer, _ = tiny_and_head
+    prompt, fast = tokenizer("def main(args):", return_tensors="pt"), draftwing.custom_generate("tiny", plan="chain:3")
+    outputs = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        outputs.append(stock.generate(**prompt, max_new_tokens=8, do_sample=True, custom_generate=fast).tolist())
+    assert outputs[0] == outputs[1]
+    state = torch.get_rng_state()
+    stock.generate(**prompt, max_new_tokens=2, do_sample=False, custom_generate=draftwing.custom_generate("tiny"))
+    assert torch.get_rng_state().equal(state)
+
+
 def test_drop_in_leaves_the_training_mode_and_returns_statistics(heads: dict[str, DraftNetwork]) -> None:
     stock = tiny_llama().train()
     stock.model.layers[0].eval()  # a part may be frozen

@@ -5,8 +5,10 @@ Batches are ragged, trees branch, and rows end at different steps.
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import EOS, SLOW, VOCAB_SIZE, tiny_llama
@@ -17,11 +19,14 @@ from transformers import (
     GPT2LMHeadModel,
     LogitsProcessor,
     LogitsProcessorList,
+    MistralConfig,
+    MistralForCausalLM,
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
     SynthIDTextWatermarkingConfig,
 )
+from transformers.generation import BaseStreamer
 from transformers.generation import logits_process as processing
 from transformers.generation import stopping_criteria as stopping
 
@@ -104,6 +109,27 @@ class AfterTokens(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.num_calls += 1
         return torch.arange(len(input_ids)) + 3 <= self.num_calls
+
+
+def _not_a_number(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(scores, torch.nan)
+
+
+NOT_A_NUMBER = LogitsProcessorList([_not_a_number])
+
+
+class Recorded(BaseStreamer):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.puts: list[list[Any]] = []
+        self.has_ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.puts.append(value.tolist())
+
+    def end(self) -> None:
+        self.has_ended = True
 
 
 class AllRowsSaid(StoppingCriteria):
@@ -404,9 +430,81 @@ def test_inputs_that_change_nothing_are_taken(stock: Any, fast: Any, num_rows: i
         {"logits_to_keep": 1},
         {"prefill_chunk_size": 2},
     ):
-        assert stock.generate(**COMMON, **prompts, **options, custom_generate=fast).tolist() == expected
+        warns = pytest.warns(UserWarning) if "past_key_values" in options else nullcontext()
+        with warns:
+            assert stock.generate(**COMMON, **prompts, **options, custom_generate=fast).tolist() == expected
     with pytest.raises(ValueError, match=r"^cache_implementation: not supported by draftwing, got 'quantized'"):
         check_config(GenerationConfig(cache_implementation="quantized"))
+
+
+def test_a_cache_that_stays_empty_is_warned_of(stock: Any, fast: Any) -> None:
+    """Whoever goes on with it would have no context."""
+    with pytest.warns(UserWarning, match=r"^past_key_values: .* stays empty"):
+        output = stock.generate(
+            **COMMON, **batch(), past_key_values=DynamicCache(), return_dict_in_generate=True, custom_generate=fast
+        )
+    assert output.past_key_values is None
+
+
+@pytest.mark.parametrize("options", [{}, {"no_repeat_ngram_size": 2}, {"sequence_bias": {(3,): 1.0}} | KEPT])
+def test_inference_mode_changes_nothing(stock: Any, fast: Any, options: dict[str, Any]) -> None:
+    expected = tokens(stock.generate(**COMMON, **batch(), **options))
+    with torch.inference_mode():
+        assert tokens(stock.generate(**COMMON, **batch(), **options, custom_generate=fast)) == expected
+
+
+@pytest.mark.parametrize("options", [{"suppress_tokens": list(range(VOCAB_SIZE))}, {"logits_processor": NOT_A_NUMBER}])
+def test_nothing_to_draw_is_an_error(stock: Any, fast: Any, options: dict[str, Any]) -> None:
+    """As transformers raises it."""
+    with pytest.raises(ValueError, match=r"^scores: the processors left \["):
+        stock.generate(**COMMON | {"do_sample": True}, **batch(), **options, custom_generate=fast)
+
+
+def test_gaps_in_prompts_are_for_models_without_sliding_windows(stock: Any, fast: Any) -> None:
+    """transformers' windows count what is masked, which is not read here."""
+    gaps = {"input_ids": torch.tensor([[5, 6, 7, 3, 3, 5, 6]]), "attention_mask": torch.tensor([[1, 1, 1, 0, 0, 1, 1]])}
+    assert tokens(stock.generate(**COMMON, **gaps, custom_generate=fast)) == tokens(stock.generate(**COMMON, **gaps))
+    config = MistralConfig(**stock.config.to_dict() | {"sliding_window": 4, "architectures": None})
+    mistral = MistralForCausalLM(config).double().eval()
+    lookup = draftwing.custom_generate(None, method="ngram")
+    with pytest.raises(ValueError, match=r"^attention_mask: prompt 0 has gaps"):
+        mistral.generate(**COMMON, **gaps, custom_generate=lookup)
+    expected = tokens(mistral.generate(**COMMON, **batch()))
+    assert tokens(mistral.generate(**COMMON, **batch(), custom_generate=lookup)) == expected
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_streamer_gets_each_step(stock: Any, fast: Any, num_rows: int, is_wrapped: bool) -> None:
+    """The tokens of all rows, as from transformers; also where a function of the user's calls the drop-in."""
+
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        return fast(*arguments, **options)
+
+    expected, streamed = Recorded(), Recorded()
+    common = COMMON | batch(ROWS[:num_rows])
+    stock.generate(**common, streamer=expected)
+    stock.generate(**common, streamer=streamed, custom_generate=wrapper if is_wrapped else fast)
+    assert streamed.puts == expected.puts
+    assert streamed.has_ended
+
+
+def test_a_numpy_integer_is_an_id(stock: Any, fast: Any, plain: list[list[int]]) -> None:
+    common = COMMON | {"pad_token_id": np.int64(0), "eos_token_id": np.int64(EOS)}
+    assert tokens(stock.generate(**common, **batch(), custom_generate=fast)) == plain
+
+
+@pytest.mark.parametrize(
+    "options", [{"do_sample": True}, {"repetition_penalty": 1.1}, {"do_sample": True, "top_p": 0.8}]
+)
+def test_torchs_default_dtype_changes_nothing(stock: Any, fast: Any, options: dict[str, Any]) -> None:
+    common = COMMON | {"max_new_tokens": 40, "custom_generate": fast} | options
+    expected = tokens(stock.generate(**common, **batch()))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert tokens(stock.generate(**common, **batch())) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_cache_with_contents_is_refused(stock: Any, fast: Any) -> None:

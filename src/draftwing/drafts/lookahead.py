@@ -105,7 +105,7 @@ class LookaheadDrafter(Drafter):
         depths = torch.arange(1, plan.depth + 1, device=root.device).repeat(plan.width)
         zero, is_root = torch.zeros_like(root)[:, None], torch.ones_like(root, dtype=torch.bool)[:, None]
         is_guess = torch.zeros_like(self._window_depths, dtype=torch.bool)
-        no_scores = torch.full((num_seats, plan.num_nodes - 1), torch.nan, device=root.device)
+        no_scores = torch.full((num_seats, plan.num_nodes - 1), torch.nan, dtype=torch.float32, device=root.device)
         scores = torch.cat((zero.float(), no_scores), 1)
         return DraftTree(
             tokens=torch.cat((root[:, None], ngrams.flatten(1), self._window.flatten(1)[:, 1:]), 1),

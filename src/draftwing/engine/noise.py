@@ -33,7 +33,7 @@ class Noise(BySeat):
         self._tokens = torch.arange(vocab_size, device=device)
         self._seeds = torch.zeros(num_seats, dtype=torch.int64, device=device)
         self._num_ahead = max(NOISE_WINDOW, most_positions)
-        self._kept = torch.empty(num_seats, 2 * self._num_ahead, vocab_size, device=device)
+        self._kept = torch.empty(num_seats, 2 * self._num_ahead, vocab_size, dtype=torch.float32, device=device)
         self._filled_to = np.zeros(num_seats, dtype=np.int64)
 
     def admit(self, seat: int, seed: int) -> None:

@@ -30,7 +30,7 @@ class Penalties(BySeat):
     def __init__(self, num_seats: int, vocab_size: int, device: torch.device) -> None:
         for name in FACTORS:
             neutral = 1.0 if name == "repetition_penalty" else 0.0
-            setattr(self, f"_{name}", torch.full((num_seats, 1, 1), neutral, device=device))
+            setattr(self, f"_{name}", torch.full((num_seats, 1, 1), neutral, dtype=torch.float32, device=device))
         self._shape, self._device = (num_seats, vocab_size), device
         self._seen = torch.zeros(self._shape, dtype=torch.bool, device=device)
         self._counts: torch.Tensor | None = None  # [S, V], made when a row asks for it

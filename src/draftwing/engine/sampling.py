@@ -237,12 +237,14 @@ class Sampler(BySeat):
             getattr(self, f"_{name}")[seat] = getattr(params, name)
         self._penalties.admit(seat, params, prompt, stop)
         if params.logit_bias and self._bias is None:
-            self._bias = torch.zeros(num_seats, 1, self._vocab_size, device=self._device)
+            self._bias = torch.zeros(num_seats, 1, self._vocab_size, dtype=torch.float32, device=self._device)
         if self._bias is not None:
             self._bias[seat] = 0
             if params.logit_bias:
                 tokens = torch.tensor([*params.logit_bias], device=self._device)
-                self._bias[seat, 0, tokens] = torch.tensor([*params.logit_bias.values()], device=self._device).float()
+                self._bias[seat, 0, tokens] = torch.tensor(
+                    [*params.logit_bias.values()], dtype=torch.float32, device=self._device
+                )
         if params.temperature > 0:
             if self._noise is None:
                 self._noise = Noise(num_seats, self._vocab_size, self._device, self._depth + 2)

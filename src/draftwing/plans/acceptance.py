@@ -27,7 +27,7 @@ class CalibratedSize(Sizing):
 
     def __init__(self, device: torch.device) -> None:
         self._edges = torch.tensor(EDGES, dtype=torch.float32, device=device)
-        self._correction = torch.zeros(NUM_DEPTHS, len(EDGES) + 1, device=device)
+        self._correction = torch.zeros(NUM_DEPTHS, len(EDGES) + 1, dtype=torch.float32, device=device)
 
     @torch.inference_mode()
     def learn(self, table: "AcceptanceTable") -> None:

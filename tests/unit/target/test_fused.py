@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ SIZES = {
     "attn_implementation": ATTENTION,
 }
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+INDUCTOR = pytest.param("inductor", marks=[pytest.mark.slow, needs_a_compiler])
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +43,19 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers are packed as a GPU's are, whatever their dtype."""
     monkeypatch.setattr(packed, "PackedProduct", JoinedProduct)
     monkeypatch.setattr(packed, "_can_pack", lambda layer: True)
+
+
+@pytest.fixture
+def compile_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Compile as far as graphs, or all the way, which takes a minute."""
+
+    def choose(backend: str) -> None:
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        monkeypatch.setattr(Elementwise, "compiled", staticmethod(Elementwise.compiled.__wrapped__))  # not the kept one
+        torch.compiler.reset()
+        counters.clear()
+
+    return choose
 
 
 def llama() -> PreTrainedModel:
@@ -113,15 +128,18 @@ def head_pass(head: DraftNetwork) -> tuple[torch.Tensor, ...]:
     return output, head.feed_back(output), head.logits(output)
 
 
-@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=needs_a_compiler)])
+@pytest.mark.parametrize("backend", ["", "eager", INDUCTOR])
 @pytest.mark.parametrize("kind", ["eagle1", "eagle3"])
-def test_fused_heads_are_the_heads(kind: str, compiles: bool) -> None:
+def test_fused_heads_are_the_heads(kind: str, backend: str, compile_with: Callable[[str], None]) -> None:
     expected = head_pass(random_head(kind))
     head = random_head(kind)
-    pack_head(head, compiles)
+    if backend:
+        compile_with(backend)
+    pack_head(head, compiles=bool(backend))
     fused = [type(module).__name__ for module in head.modules() if type(module).__module__ == pack_head.__module__]
     assert len(fused) == (3 if kind == "eagle3" else 2), "two layers, and EAGLE-3's norm"
     torch.testing.assert_close(head_pass(head), expected, atol=1e-4, rtol=1e-4)
+    assert not backend or counters["stats"]["unique_graphs"] > 2
 
 
 @pytest.mark.parametrize("kind", ["eagle1", "eagle3"])
@@ -147,19 +165,17 @@ def test_single_layers_share_their_weights() -> None:
     assert model.lm_head.product.weight.data_ptr() == weight.data_ptr()
 
 
-@needs_a_compiler
-def test_compiled_steps_are_the_same() -> None:
+@pytest.mark.parametrize("backend", ["eager", INDUCTOR])
+def test_compiled_steps_are_the_same(backend: str, compile_with: Callable[[str], None]) -> None:
+    compile_with(backend)
     expected, output = tree_pass(TargetModel(qwen3())), tree_pass(pack_target(TargetModel(qwen3()), compiles=True))
     torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    assert counters["stats"]["unique_graphs"] > 2
 
 
-def test_more_versions_are_compiled_than_torch_does_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_versions_are_compiled_than_torch_does_by_itself(compile_with: Callable[[str], None]) -> None:
     """A target, heads and draft models in one process: past torch's limit the steps would stay as written."""
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend="eager"))
-    monkeypatch.setattr(Elementwise, "compiled", staticmethod(Elementwise.compiled.__wrapped__))  # not the kept one
-    torch.compiler.reset()
-    counters.clear()
+    compile_with("eager")
     with torch._dynamo.config.patch(recompile_limit=8):  # and as it was behind
         steps = Elementwise.compiled()
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -167,7 +183,6 @@ def test_more_versions_are_compiled_than_torch_does_by_itself(monkeypatch: pytes
                 weight = torch.ones(shape[-1], dtype=dtype)
                 steps.normalise(torch.ones(shape, dtype=dtype), weight, torch.tensor(1e-6))
     assert counters["stats"]["unique_graphs"] > 8
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("has_headers", [False, True])
