@@ -28,7 +28,7 @@ from draftwing.drafts.load_draft import load_draft, read_acceptance, resolve_dra
 from draftwing.engine.captured import CudaRecorder, Recorder
 from draftwing.engine.engine import Engine, NewDrafter, Request, bucket, check_requests, depth_problem
 from draftwing.engine.generation import Committed, Generation
-from draftwing.engine.memory import check_memory, seat_bytes
+from draftwing.engine.memory import check_memory, has_room, seat_bytes
 from draftwing.engine.options import GenerateOptions
 from draftwing.engine.statistics import Statistics
 from draftwing.engine.stopping import exact_decode
@@ -53,6 +53,8 @@ LOAD_OPTIONS = (
 
 SMALLEST_CAPACITY = 1024
 """Tokens that the seats of an engine that is kept hold at least."""
+MOST_KEPT = 2
+"""Idle engines that are kept. Each holds all of its seats' memory, and other drafting options want another engine."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class SpeculativeModel:
         self._lessons = lessons or Lessons()
         self._captures = capture and target.device.type == "cuda" and not target.is_split
         self._planner = Planner(target, draft, self.method, self._lessons, self._recorder)
-        self._engines: dict[_EngineKey, Engine] = {}  # idle ones, kept for their recordings
+        self._engines: dict[_EngineKey, Engine] = {}  # idle ones, kept for their recordings, the newest last
 
     def with_method(self, method: str) -> "SpeculativeModel":
         """The same weights, decoding another way."""
@@ -230,10 +232,15 @@ class SpeculativeModel:
             kept.plan = plan
             return kept
         kept = None  # its memory may be needed
-        drafter = self._new_drafter(key, plan)
+        drafter, sizes = self._new_drafter(key, plan), (num_seats, capacity)
         if self._captures:  # it is kept, so that it should serve others as well
-            num_seats, capacity = bucket(num_seats), bucket(max(capacity, SMALLEST_CAPACITY))
-        return Engine(self.target, drafter, num_seats, capacity, plan, self._recorder(), key.coupled)
+            larger = bucket(num_seats), bucket(max(capacity, SMALLEST_CAPACITY))
+            num_bytes = 2 * larger[0] * seat_bytes(self.target, drafter, larger[1], plan.largest)  # half is for passes
+            while self._engines and not has_room(num_bytes, self.device):
+                self._drop_oldest()
+            if has_room(num_bytes, self.device):
+                sizes = larger
+        return Engine(self.target, drafter, *sizes, plan, self._recorder(), key.coupled)
 
     def _new_drafter(self, key: "_EngineKey", plan: Plan) -> NewDrafter:
         wanted = DrafterOptions(key.with_lookup, key.draft_window, plan.largest)
@@ -280,8 +287,16 @@ class SpeculativeModel:
         return _EngineKey(drafts, self._planner.looks_up(settings), settings.draft_window, coupled), plan
 
     def _keep(self, key: "_EngineKey", engine: Engine) -> None:
-        if engine.is_recorded:
-            self._engines[key] = engine
+        if not engine.is_recorded:
+            return
+        self._engines.pop(key, None)
+        if len(self._engines) >= MOST_KEPT:
+            self._drop_oldest()
+        self._engines[key] = engine
+
+    def _drop_oldest(self) -> None:
+        """Give up the idle engine that was kept first."""
+        del self._engines[next(iter(self._engines))]
 
     def _recorder(self) -> Recorder | None:
         return CudaRecorder(self.target.device) if self._captures else None

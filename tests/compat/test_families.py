@@ -68,12 +68,14 @@ MIXED_WINDOWS = {
 GPT_SIZES = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
 FAMILIES = {
     "llama": family("Llama"),
+    "llama-with-keys-of-others": family("Llama", use_sliding_window=True, sliding_window=4096, max_window_layers=2),
     "qwen2": family("Qwen2"),
     "qwen2-windows": family("Qwen2", use_sliding_window=True, **MIXED_WINDOWS),
     "qwen2_moe": experts("Qwen2Moe", num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16),
     "qwen3": family("Qwen3", head_dim=16),
     "qwen3_moe": experts("Qwen3Moe", head_dim=8, num_experts=4, moe_intermediate_size=16),
     "mistral": family("Mistral", sliding_window=WINDOW),
+    "mistral-with-keys-of-others": family("Mistral", sliding_window=WINDOW, use_sliding_window=False),
     "mixtral": experts("Mixtral", num_local_experts=4, sliding_window=WINDOW),
     "ministral": family("Ministral", head_dim=8, **MIXED_WINDOWS),
     "phi": family("Phi"),
@@ -285,6 +287,14 @@ def test_a_recurrent_state_is_refused(name: str) -> None:
 def test_a_model_without_positions_is_refused(prefix: str) -> None:
     with pytest.raises(ValueError, match=f"{prefix}ForCausalLM takes no position_ids"):
         TargetModel(build(family(prefix), "eager"))
+
+
+def test_a_window_that_only_caches_read_is_refused() -> None:
+    """transformers keeps every key of a config.json; its `generate` would forget what its own pass reads."""
+    with pytest.raises(
+        ValueError, match=r"^target: LlamaForCausalLM cannot be verified as a tree: its modules know no"
+    ):
+        TargetModel(build(family("Llama", sliding_window=WINDOW), ATTENTION))
 
 
 def test_falcon_with_alibi_is_refused() -> None:

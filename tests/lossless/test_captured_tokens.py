@@ -25,8 +25,10 @@ from conftest import (
 )
 from tape import TapeRecorder
 
+from draftwing import api
+from draftwing.api import SpeculativeModel
 from draftwing.drafts.eagle.network import DraftNetwork
-from draftwing.engine import captured
+from draftwing.engine import captured, memory
 from draftwing.engine import engine as engine_module
 from draftwing.engine.captured import CapturedSeats, CudaRecorder, context_bound
 from draftwing.engine.engine import Engine, NewDrafter
@@ -277,6 +279,73 @@ def test_what_cannot_be_captured_is_decoded_without(
     with pytest.warns(UserWarning, match="LlamaForCausalLM cannot be captured.*turns to the host"):
         generation = generate(target, requests, drafters["eagle3"], "chain:4", recorder=TapeRecorder())
     assert tokens_of(generation) == plain(target, requests)
+
+
+def test_only_so_many_cycles_stay_recorded(
+    target: TargetModel, drafters: dict[str, NewDrafter], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server runs for weeks, with every number of seats and every context; what is used stays."""
+    monkeypatch.setattr(captured, "MOST_RECORDINGS", 2)
+    requests, recorder = requests_for(prompts, eos=()), TapeRecorder()
+    engine = Engine(target, drafters["eagle3"], len(prompts), CAPACITY, TreePlan.chain(2), recorder)
+    for plan in (TreePlan.chain(2), TreePlan.parse("tree:4x4x16"), TreePlan.chain(2)):
+        engine.plan = plan
+        assert tokens_of(Generation(engine, requests).run()) == plain(target, requests)
+        assert len(engine._recordings) == 2
+    num_recorded = recorder.num_recorded
+    one_row = requests_for(prompts[:1], eos=())
+    for _ in range(2):
+        assert tokens_of(Generation(engine, one_row).run()) == plain(target, one_row)
+    assert recorder.num_recorded == num_recorded
+
+
+class FullRecorder(TapeRecorder):
+    """Has memory for so many recordings: the trial's three and some more."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def record(self, step: Any) -> Any:
+        if self.num_recorded >= self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().record(step)
+
+
+@pytest.mark.parametrize("most", [3, 6, 7])
+def test_a_cycle_that_cannot_be_recorded_runs_as_it_is_written(
+    target: TargetModel, drafters: dict[str, NewDrafter], prompts: list[list[int]], most: int
+) -> None:
+    """A full memory ends no request: the other recordings give theirs up, then cycles are slower."""
+    requests = requests_for(prompts, temperature=0.8)
+    engine = Engine(
+        target, drafters["eagle3"], len(prompts), CAPACITY, TreePlan.parse("tree:4x4x16"), FullRecorder(most)
+    )
+    with pytest.warns(UserWarning, match="a cycle cannot be recorded, so it is slower: CUDA out of memory"):
+        for _ in range(2):
+            assert tokens_of(Generation(engine, requests).run()) == plain(target, requests)
+    assert set(engine._recordings.values()) == {None}
+    assert tokens_of(Generation(engine, requests).run()) == plain(target, requests), "and nothing is tried again"
+
+
+def test_idle_engines_are_few_and_no_larger_than_memory_allows(
+    target: TargetModel, heads: dict[str, DraftNetwork], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each holds all of its seats' memory; they are rounded up, so that they serve others, only where there is room."""
+    model = SpeculativeModel(target, heads["eagle3"])
+    monkeypatch.setattr(model, "_captures", True)
+    monkeypatch.setattr(api, "CudaRecorder", lambda device: TapeRecorder())
+    sizes = []
+    for window in (8, 9, 10):
+        generation = model.start(prompts[:3], max_new_tokens=4, plan="chain:2", draft_window=window)
+        sizes.append((generation._engine.num_seats, generation._engine.capacity))
+        generation.run()
+        monkeypatch.setattr(memory, "free_bytes", lambda device: 2**20)
+    assert sizes[0] == (4, api.SMALLEST_CAPACITY)
+    longest = max(map(len, prompts[:3])) + 4
+    assert sizes[1:] == [(3, longest)] * 2
+    assert len(model._engines) == 1, "those before gave their memory up"
+    monkeypatch.undo()
 
 
 def test_the_watch_for_what_turns_to_the_host_is_silent_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:

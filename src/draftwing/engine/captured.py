@@ -22,6 +22,8 @@ from draftwing.engine.tree_plan import TreeShape
 T = TypeVar("T")
 SMALLEST_BOUND = 256
 """Contexts are recorded for up to so many tokens, then for half as much again, twice as much, ..."""
+MOST_RECORDINGS = 256
+"""Cycles that an engine keeps recorded, each with its results; the one that was used longest ago gives way."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,19 @@ class CapturedCycle:
     commit: Recorded[None]
 
 
+Recordings = dict[tuple[object, ...], CapturedCycle | None]
+"""An engine's recordings, the one used last at the end; None: it could not be made."""
+
+
 class CapturedSeats:
     """The first seats. Their cycles are recorded when first needed, and kept in `recordings` for later ones.
 
-    A cycle begins with `make_ready`, whose time is no cycle's.
+    A cycle begins with `make_ready`, whose time is no cycle's. One that cannot be recorded runs as it is written.
     """
 
-    def __init__(self, seats: Seats, recorder: Recorder, recordings: dict[tuple[object, ...], CapturedCycle]) -> None:
+    def __init__(self, seats: Seats, recorder: Recorder, recordings: Recordings) -> None:
         self._seats, self._recorder, self._recordings = seats, recorder, recordings
+        self._current: CapturedCycle | None = None
         self._has_read = False  # what the last commit kept, as its recording does
 
     @property
@@ -124,31 +131,57 @@ class CapturedSeats:
         context = context_bound(seats.bound, seats.cache.capacity)
         key = (len(seats.lengths), plan, context, seats.sampler.work, seats.scores_tokens)
         seconds = 0.0
-        if key not in self._recordings:
+        if key in self._recordings:
+            self._current = self._recordings.pop(key)
+        else:
             start = idle_since(seats.target.device)
             seats.prepare(plan)
-            self._recordings[key] = self.record(plan, context)
+            if len(self._recordings) >= MOST_RECORDINGS:
+                del self._recordings[next(iter(self._recordings))]
+            self._current = self._record_if_possible(plan, context)
             seconds = time.perf_counter() - start
-        self._current = self._recordings[key]
+        self._recordings[key] = self._current
         return seconds
 
     def draft(self, plan: TreeShape) -> DraftTree:
+        if self._current is None:
+            return self._seats.draft(plan)
         self._seats.prepare(plan)
         self._current.draft.replay()
         return self._current.draft.result
 
     def verify(self, tree: DraftTree) -> Verification:
+        if self._current is None:
+            return self._seats.verify(tree)
         self._current.verify.replay()
         return self._current.verify.result
 
     def commit(self, plan: TreeShape, tree: DraftTree, verification: Verification) -> None:
-        self._current.commit.replay()
-        self._has_read = plan.depth > 0
+        if self._current is None:
+            self._seats.commit(plan, tree, verification)
+        else:
+            self._current.commit.replay()
+        self._has_read = plan.depth > 0 and self._current is not None
 
     def count(self, num_committed: Array) -> None:
         self._seats.count(num_committed)
         if self._has_read:
             self._seats.mark_read()
+
+    def _record_if_possible(self, plan: TreeShape, context: int) -> CapturedCycle | None:
+        """As `record`, with the memory of all other recordings if need be; None, and a warning, if that fails too."""
+        bound = self.bound
+        while True:
+            try:
+                return self.record(plan, context)
+            except RuntimeError as error:  # out of memory, as a rule
+                held = [key for key, cycle in self._recordings.items() if cycle is not None]
+                if not held:
+                    self.bound = bound
+                    warnings.warn(f"a cycle cannot be recorded, so it is slower: {_reason(error)}", stacklevel=2)
+                    return None
+                for key in held:
+                    del self._recordings[key]
 
     def record(self, plan: TreeShape, context: int) -> CapturedCycle:
         """Record the steps of a plan for contexts up to a bound, while no seat commits anything."""
@@ -198,8 +231,12 @@ def can_record(seats: Seats, plan: TreeShape, recorder: Recorder) -> bool:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error.__context__ or error).splitlines()[0]
         name = type(seats.target.model).__name__
-        warnings.warn(f"{name} cannot be captured, so cycles are slower: {reason}", stacklevel=2)
+        warnings.warn(f"{name} cannot be captured, so cycles are slower: {_reason(error)}", stacklevel=2)
         return False
     return True
+
+
+def _reason(error: RuntimeError) -> str:
+    """Why a recording failed: what was raised first, of which the end of a capture makes another error."""
+    return str(error.__context__ or error).splitlines()[0]

@@ -8,7 +8,7 @@ from itertools import dropwhile, islice, takewhile
 import numpy as np
 import torch
 
-from draftwing.engine.captured import CapturedCycle, CapturedSeats, Recorder, can_record, idle_since
+from draftwing.engine.captured import CapturedSeats, Recorder, Recordings, can_record, idle_since
 from draftwing.engine.drafter import MOST_UNREAD, PREFILL_CHUNK, Drafter
 from draftwing.engine.grammar import Grammar
 from draftwing.engine.logprobs import TokenLogprobs
@@ -77,7 +77,7 @@ class Engine:
         drafter = new_drafter(num_seats, num_slots)
         self._seats = Seats(target, drafter, num_seats, num_slots, largest.max_depth, coupled)
         self._order = Order(self._seats, num_seats, keeps)
-        self._recordings: dict[tuple[object, ...], CapturedCycle] = {}
+        self._recordings: Recordings = {}
         self._deferred: list[Work] = []
         start = idle_since(target.device)
         is_recorded = recorder is not None and can_record(self._seats, largest.cut_to(1), recorder)

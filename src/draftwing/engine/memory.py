@@ -30,14 +30,20 @@ def seat_bytes(target: TargetModel, new_drafter: NewDrafter, capacity: int, larg
 
 def check_memory(num_seats: int, capacity: int, num_bytes: int, device: torch.device) -> None:
     """Raise a ValueError where so many seats of `num_bytes` each do not fit into what is free on a device."""
+    if has_room(num_seats * num_bytes, device):
+        return
+    free = free_bytes(device) or 0
+    raise ValueError(
+        f"seats: {num_seats} seats of {capacity} tokens take {in_words(num_seats * num_bytes)} "
+        f"({in_words(num_bytes)} each), and of the {in_words(free)} that are free on {device} they may have "
+        f"{MOST_SHARE:.0%}: expected at most {int(MOST_SHARE * free / num_bytes)} seats, or fewer tokens"
+    )
+
+
+def has_room(num_bytes: int, device: torch.device) -> bool:
+    """Whether seats may have so much of what is free on a device."""
     free = free_bytes(device)
-    if free is not None and num_seats * num_bytes > MOST_SHARE * free:
-        most = int(MOST_SHARE * free / num_bytes)
-        raise ValueError(
-            f"seats: {num_seats} seats of {capacity} tokens take {in_words(num_seats * num_bytes)} "
-            f"({in_words(num_bytes)} each), and of the {in_words(free)} that are free on {device} they may have "
-            f"{MOST_SHARE:.0%}: expected at most {most} seats, or fewer tokens"
-        )
+    return free is None or num_bytes <= MOST_SHARE * free
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -397,18 +398,34 @@ def attention_windows(config: Any) -> dict[str, int | None]:
     """The attention kinds of a model's layers and their sliding windows (None: all of the context).
 
     Raises:
-        ValueError: a kind of attention that is not known.
+        ValueError: a kind of attention that is not known; a window that transformers' caches know, its modules not.
     """
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
+    window = _declared(config, "sliding_window")
+    ignored = getattr(config, "sliding_window", None) if window is None else None
+    if ignored is not None and ignored < getattr(config, "max_position_embeddings", 0):
+        raise ValueError(
+            f"its modules know no sliding_window, transformers' caches do, and config.json has {ignored}: its passes "
+            "and its cached ones would differ; set it to null there"
+        )
+    if _declared(config, "use_sliding_window") is False:
         window = None
-    kinds = set(getattr(config, "layer_types", None) or ())
+    kinds = set(_declared(config, "layer_types") or ())
     if not kinds:
         return {"full_attention": window}
     known = {"full_attention": None, "sliding_attention": window}
     for kind in sorted(kinds - known.keys()):
         raise ValueError(f"its layers of type {kind!r} have no mask of their own here")
     return {kind: known[kind] for kind in sorted(kinds)}
+
+
+def _declared(config: Any, name: str) -> Any:
+    """A field of a model's configuration; None if its class has no such field, since then no module reads it.
+
+    transformers keeps every key of a config.json. What a hub repository's own code reads is not known.
+    """
+    kind = type(config)
+    is_known = kind.__module__.startswith("transformers.models.")
+    return None if is_known and name not in signature(kind.__init__).parameters else getattr(config, name, None)
 
 
 AttentionInterface.register(ATTENTION, attention_forward)
