@@ -42,6 +42,8 @@ class SamplingParams:
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
+    """Keep the likeliest tokens that hold this share together, and those that tie with the last of them: which of
+    equal ones transformers drops is its sort's choice, on each device another."""
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0

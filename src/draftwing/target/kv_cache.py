@@ -15,11 +15,15 @@ from draftwing.by_seat import BySeat
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of one layer's cache: key/value heads and the widths of a key and of a value."""
+    """Sizes of one layer's cache: key/value heads and the widths of a key and of a value; and where the layer lies.
+
+    Without a device it lies where the cache does.
+    """
 
     num_heads: int
     key_dim: int
     value_dim: int
+    device: torch.device | None = None
 
 
 class KVCache(BySeat):
@@ -42,17 +46,17 @@ class KVCache(BySeat):
         self.dtype = dtype
         self.bound = 0
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        # Layers of one shape share a slab [layers, B * slots, heads, dim], so that a commit is one gather and one copy.
+        # Layers of one shape on one device share a slab [layers, B * slots, heads, dim]: one gather commits.
         # Each row has one slot more than its capacity: writes of padding land there and nothing ever reads it.
         self._num_slots = capacity + 1
-        sides = [(layer.num_heads, layer.key_dim) for layer in layers]
-        sides += [(layer.num_heads, layer.value_dim) for layer in layers]
+        sides = [(layer.device or device, layer.num_heads, layer.key_dim) for layer in layers]
+        sides += [(layer.device or device, layer.num_heads, layer.value_dim) for layer in layers]
         self._slabs = {
-            shape: torch.zeros(sides.count(shape), batch_size * self._num_slots, *shape, dtype=dtype, device=device)
-            for shape in dict.fromkeys(sides)
+            side: torch.zeros(sides.count(side), batch_size * self._num_slots, *side[1:], dtype=dtype, device=side[0])
+            for side in dict.fromkeys(sides)
         }
-        free = {shape: iter(slab) for shape, slab in self._slabs.items()}
-        views = [next(free[shape]) for shape in sides]
+        free = {side: iter(slab) for side, slab in self._slabs.items()}
+        views = [next(free[side]) for side in sides]
         self._keys, self._values = views[: len(layers)], views[len(layers) :]
         self._row_starts = torch.arange(batch_size, device=device)[:, None] * self._num_slots
 
@@ -61,7 +65,7 @@ class KVCache(BySeat):
         part.batch_size = last - first
         part.lengths = self.lengths[first:last]
         slots = self._slots_of(first, last)
-        part._slabs = {shape: slab[:, slots] for shape, slab in self._slabs.items()}
+        part._slabs = {side: slab[:, slots] for side, slab in self._slabs.items()}
         part._keys = [keys[slots] for keys in self._keys]
         part._values = [values[slots] for values in self._values]
         part._row_starts = self._row_starts[: last - first]
@@ -134,6 +138,7 @@ class KVCache(BySeat):
             source = self._flat(self.lengths[:, None] + path[:, 1:]).flatten()
             goal = self.slots_behind(path.shape[1])[:, 1:].flatten()
             for slab in self._slabs.values():
+                source, goal = source.to(slab.device), goal.to(slab.device)
                 slab.index_copy_(1, goal, slab[:, source])  # index_select would copy all of a slab that is a view
         self.lengths += num_kept
         self.bound = min(self.bound + max_kept, self.capacity)
@@ -147,7 +152,7 @@ class KVCache(BySeat):
         return slots.clamp(max=self.capacity) + self._row_starts
 
     def _write_one(self, buffer: torch.Tensor, new: torch.Tensor, slots: torch.Tensor, num_read: int) -> torch.Tensor:
-        buffer.index_copy_(0, slots, new.transpose(1, 2).flatten(0, 1).to(buffer.dtype))
+        buffer.index_copy_(0, slots.to(buffer.device), new.transpose(1, 2).flatten(0, 1).to(buffer.dtype))
         return buffer.view(self.batch_size, self._num_slots, *buffer.shape[1:])[:, :num_read].transpose(1, 2)
 
 

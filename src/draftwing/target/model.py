@@ -318,7 +318,7 @@ class TargetModel:
                     f"{self.role}: layer {index} of {name} keeps a recurrent state, which cannot be rolled back "
                     "after a rejected draft"
                 )
-            shapes.append(LayerShape(keys.shape[1], keys.shape[-1], values.shape[-1]))
+            shapes.append(LayerShape(keys.shape[1], keys.shape[-1], values.shape[-1], keys.device))
         if not shapes:
             raise ValueError(f"{self.role}: {name} keeps no keys and values, so every pass would begin anew")
         return shapes, logits.shape[-1]

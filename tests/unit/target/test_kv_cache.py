@@ -27,6 +27,22 @@ def write(cache: KVCache, num_new: int, first: int) -> tuple[torch.Tensor, torch
     return cache.write(0, keys, -keys, cache.slots_behind(num_new), cache.num_read(num_new))
 
 
+def test_each_layer_is_kept_where_it_lies() -> None:
+    """A target that is split over devices: here a CPU and one that computes nothing."""
+    meta = torch.device("meta")
+    cache = KVCache([LayerShape(1, 2, 2), LayerShape(1, 2, 2, meta)], 2, 8, torch.float64, CPU)
+    slots = cache.slots_behind(3)
+    for layer, device in enumerate((CPU, meta)):
+        new = torch.ones(2, 1, 3, 2, dtype=torch.float64, device=device)
+        for part in cache.write(layer, new, new, slots, cache.num_read(3)):
+            assert part.device == device and part.shape == (2, 1, 3, 2)
+    cache.commit(torch.tensor([[0, 2], [0, 1]]), torch.tensor([2, 1]), max_kept=2)
+    cache.copy_seat(0, 1, 2)
+    cache.exchange(0, 1, 2)
+    cache.part(1, 2).clear(0, 2)
+    assert cache.lengths.tolist() == [2, 0]
+
+
 def test_commit_gathers_the_path() -> None:
     cache = positions_cache(batch_size=2, capacity=10, num_new=5)
     # Row 0 keeps nodes 0, 2, 4; row 1 keeps its root. Entries past num_kept are 0, as walk() makes them.
