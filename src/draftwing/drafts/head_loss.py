@@ -1,6 +1,7 @@
 """What a head learns from one batch, whatever its kind: the token that comes one, two, ... steps later."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,12 +48,13 @@ class HeadLoss(nn.Module):
         weight = output_head.weight
         self._target_head = OutputHead(weight, output_head.bias, target.logit_transform)
         ids = head.vocab.target_ids
-        # The target's head over the draft vocabulary, and each target token's draft id, -1 if it has none.
-        self._teacher_head, self._draft_ids = self._target_head, torch.arange(target.vocab_size, device=weight.device)
+        # The target's head over the draft vocabulary, and where that is not all of it, each target token's draft id, -1
+        # if it has none.
+        self._teacher_head, self._draft_ids = self._target_head, None
         if ids is not None:
             ids = ids.to(weight.device)
             self._teacher_head = self._target_head.rows(ids)
-            self._draft_ids = torch.full_like(self._draft_ids, -1)
+            self._draft_ids = torch.full((target.vocab_size,), -1, device=weight.device)
             self._draft_ids[ids] = torch.arange(len(ids), device=weight.device)
 
     def compile_parts(self) -> None:
@@ -143,8 +145,10 @@ class HeadLoss(nn.Module):
         self, outputs: torch.Tensor, last_hidden: torch.Tensor, valid: torch.Tensor, step_weights: torch.Tensor
     ) -> torch.Tensor:
         """The weighted sum of the losses of `outputs [U, J, D]`, taught by the target's `last_hidden [U, D]`."""
-        best, log_total = summarize(last_hidden, self._target_head)
-        teacher = Teacher(last_hidden, self._teacher_head.ready(), log_total, self._draft_ids[best])
+        teacher = Teacher(last_hidden, self._teacher_head.ready())
+        if self._draft_ids is not None:
+            best, log_total = summarize(last_hidden, self._target_head)
+            teacher = replace(teacher, log_total=log_total, best=self._draft_ids[best])
         loss, sums = self._token_loss(outputs, teacher, valid, step_weights)
         figures = {"loss": sums.loss, "accuracy": sums.hits, "acceptance_rate": sums.acceptance}
         self._add(figures, valid.sum(0))

@@ -16,6 +16,8 @@ from draftwing.target.logits import LogitTransform
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 """How many logits exist at a time. About five tensors of this size live together; a CPU is faster where its cache holds
 them, a GPU with fewer and larger products."""
+LEAST_ROWS = 256
+"""But so many rows of logits at least: with fewer, a product takes as long as reading the output head does."""
 NO_TRANSFORM = LogitTransform()
 
 
@@ -45,18 +47,21 @@ class OutputHead:
 @dataclass(frozen=True)
 class Teacher:
     """The target at U slots: `hidden [U, D]` into its `head` over the draft vocabulary, `log_total [U]` (logsumexp of
-    its logits over all of the vocabulary) and `best [U]` (draft id of its argmax over all, -1 if there is none)."""
+    its logits over all of the vocabulary) and `best [U]` (draft id of its argmax over all, -1 if there is none); both
+    are None where the draft vocabulary is all of it, for there they follow from the head's logits."""
 
     hidden: torch.Tensor
     head: OutputHead
-    log_total: torch.Tensor
-    best: torch.Tensor
+    log_total: torch.Tensor | None = None
+    best: torch.Tensor | None = None
 
     def probs(self, chunk: slice) -> TeacherProbs:
         """The target's probabilities at some of the slots."""
         logits = self.head.logits(self.hidden[chunk])
-        target_probs = (logits - self.log_total[chunk, None]).exp()
-        return TeacherProbs(target_probs, logits.softmax(-1), self.best[chunk])
+        draft_probs = logits.softmax(-1)
+        if self.log_total is None or self.best is None:
+            return TeacherProbs(draft_probs, draft_probs, logits.argmax(-1))
+        return TeacherProbs((logits - self.log_total[chunk, None]).exp(), draft_probs, self.best[chunk])
 
 
 @torch.no_grad()
@@ -128,7 +133,8 @@ class _FusedLoss(torch.autograd.Function):
         ]
         sums = torch.zeros(3, outputs.shape[1], dtype=settings.step_weights.dtype, device=outputs.device)
         total = sums.new_zeros(())
-        size = _chunk_size(outputs, outputs.shape[1] * len(weight))
+        num_steps = outputs.shape[1]
+        size = max(_chunk_size(outputs, num_steps * len(weight)), LEAST_ROWS // max(1, num_steps))
         with torch.autocast(outputs.device.type, enabled=False):  # what is to be cast is; the rest stays wide
             for start in range(0, len(outputs), size):
                 total += _run_chunk(slice(start, start + size), outputs, head, settings, gradients, sums)

@@ -36,6 +36,7 @@ class LargestTensor(TorchDispatchMode):
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two slots at a time; seven rows of the vocabulary."""
     monkeypatch.setitem(fused_head.CHUNK_ELEMENTS, "cpu", 2 * STEPS * DRAFT_VOCAB)
+    monkeypatch.setattr(fused_head, "LEAST_ROWS", 1)
 
 
 def random_teacher(transform: LogitTransform, ids: torch.Tensor) -> tuple[Teacher, TeacherProbs]:
@@ -82,6 +83,34 @@ def test_equals_materialised_logits(loss: Loss, transform: LogitTransform) -> No
     assert sums.hits.tolist() == hits.sum(0).tolist()
     inputs = (outputs, weight, bias)
     torch.testing.assert_close(torch.autograd.grad(3 * total, inputs), torch.autograd.grad(3 * expected, inputs))
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+def test_a_teacher_of_the_whole_vocabulary_needs_no_summary(loss: Loss) -> None:
+    torch.manual_seed(5)
+    head = OutputHead(torch.randn(VOCAB, WIDTH).double(), torch.randn(VOCAB).double())
+    hidden, (outputs, _, _, valid) = torch.randn(SLOTS, WIDTH).double(), random_student()
+    best, log_total = summarize(hidden, head)
+    results = []
+    for teacher in (Teacher(hidden, head), Teacher(hidden, head, log_total, best)):
+        total, sums = fused_loss(outputs, head, teacher, valid, STEP_WEIGHTS, slot_loss(loss, ETA))
+        results.append((total, *vars(sums).values(), *torch.autograd.grad(total, outputs)))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_chunks_have_rows_enough_for_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large vocabulary a few rows are as slow as many: reading the output head takes the time."""
+    sizes = []
+    chunk = fused_head._run_chunk
+    monkeypatch.setattr(
+        fused_head, "_run_chunk", lambda rows, *rest: (sizes.append(rows.stop - rows.start), chunk(rows, *rest))[1]
+    )
+    outputs, weight, _, valid = random_student()
+    teacher, _ = random_teacher(LogitTransform(), torch.arange(DRAFT_VOCAB))
+    for least in (1, 5 * STEPS):
+        monkeypatch.setattr(fused_head, "LEAST_ROWS", least)
+        fused_loss(outputs, OutputHead(weight), teacher, valid, STEP_WEIGHTS, slot_loss("kl", ETA))
+    assert sizes == [2] * 6 + [5] * 3
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
