@@ -9,6 +9,8 @@ TEST_PROCESSES ?= 2
 ENGINES := build/engines
 QUIET_PIP := bin/pip install --quiet --disable-pip-version-check
 export TOKENIZERS_PARALLELISM := false
+# Empty, so as if it were not set: with it, each of the tests' processes would compile torch and transformers anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo chat test tests slow clients engines check static setup assets tables clean
 
@@ -28,8 +30,9 @@ test: setup
 
 # In this order, so that the short files are the last, and no process waits long for another.
 tests: setup
-	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder tests/e2e tests/lossless tests/compat tests/unit tests/architecture \
-	    -m "not slow and not gpu"
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" \
+	    tests/e2e tests/architecture tests/lossless tests/compat \
+	    $(wildcard tests/unit/t*) $(filter-out tests/unit/t% tests/unit/__pycache__,$(wildcard tests/unit/*))
 
 # What `make test` leaves out: all combinations, compiled training, minutes-long runs.
 slow: setup

@@ -1,5 +1,6 @@
 """Shared models: tiny, random, float64, made here; the heads are trained for a few seconds so that they draft well."""
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -87,8 +88,16 @@ def _measurements_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DRAFTWING_CACHE", str(shared / "cache"))
         patch.setattr("draftwing.plans.costs.SECONDS", 0.0)
-        patch.setattr("draftwing.plans.planner.measure_costs", partial(measure_costs, num_rounds=1))
+        patch.setattr("draftwing.plans.planner.measure_costs", partial(measure_costs, num_rounds=1, contexts=(64,)))
+        for module in ("compare", "evaluate"):
+            patch.setattr(f"draftwing.evaluation.{module}.WARM_UP_TOKENS", 1)
         yield
+
+
+def pytest_collection_finish() -> None:
+    """The Trainer collects garbage, which takes half a second where all that is imported is looked at."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

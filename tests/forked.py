@@ -13,7 +13,8 @@ from pathlib import Path
 
 import httpx
 
-IMPORTED = ["draftwing.api", "draftwing.prepare.tokens", "draftwing.serving.server", "uvicorn"]
+IMPORTED = ["draftwing.api", "draftwing.cli", "draftwing.prepare.tokens", "draftwing.serving.server"]
+IMPORTED += ["draftwing.training.stage", "uvicorn"]
 COMMAND = "import sys; from draftwing.__main__ import run; sys.exit(run())"
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(IMPORTED)
@@ -22,17 +23,21 @@ _CONTEXT.set_forkserver_preload(IMPORTED)
 class Forked:
     """A program that runs: its process, what it has written to files so far, and its exit status at its end.
 
-    `program` is Python; `arguments` stand behind its sys.argv[0]; `said` is what it reads.
+    `program` is Python; `arguments` stand behind its sys.argv[0]; `said` is what it reads. Or it reads from and writes
+    to a `terminal`, a device file.
     """
 
-    def __init__(self, program: str, arguments: Sequence[str] = (), said: str = "") -> None:
+    def __init__(
+        self, program: str, arguments: Sequence[str] = (), said: str = "", terminal: str | None = None
+    ) -> None:
         folder = Path(tempfile.mkdtemp())
         weakref.finalize(self, shutil.rmtree, folder)
         self._out, self._errors = folder / "stdout", folder / "stderr"
         (folder / "stdin").write_text(said, encoding="utf-8")
         for file in (self._out, self._errors):
             file.touch()
-        self._process = _CONTEXT.Process(target=_run, args=(folder, program, list(arguments), dict(os.environ)))
+        files = [terminal] * 3 if terminal else [folder / name for name in ("stdin", "stdout", "stderr")]
+        self._process = _CONTEXT.Process(target=_run, args=(files, program, list(arguments), dict(os.environ)))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -75,11 +80,11 @@ def is_up(url: str) -> bool:
         return False
 
 
-def _run(folder: Path, program: str, arguments: list[str], environment: dict[str, str]) -> None:
+def _run(files: list[Path | str], program: str, arguments: list[str], environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    for number, (name, mode) in enumerate((("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY), ("stderr", os.O_WRONLY))):
-        file = os.open(folder / name, mode | os.O_APPEND)
+    for number, (name, mode) in enumerate(zip(files, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):
+        file = os.open(name, mode | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any, Protocol
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 COLOURS = ("#1f77b4", "#d95f02", "#2a9d5c", "#c2255c", "#7048a8", "#8a6d3b", "#0b8a9e", "#666666", "#b8860b", "#444bb5")
 BAR, LINE = 420, 22
@@ -32,11 +33,16 @@ class Bar(Protocol):
 
 def as_page(template: Path, **values: Any) -> str:
     """A page from its template (Jinja), which may call this module's functions."""
+    return _compiled(template).render(values)
+
+
+@cache
+def _compiled(template: Path) -> Template:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.globals |= {"as_words": as_words, "bar_chart": bar_chart, "line_chart": line_chart}
-    return environment.from_string(template.read_text(encoding="utf-8")).render(values)
+    return environment.from_string(template.read_text(encoding="utf-8"))
 
 
 def bar_chart(bars: Mapping[str, Bar], mark: float | None = None) -> str:

@@ -68,10 +68,9 @@ def test_mistakes_import_nothing_heavy(command: str) -> None:
 
 
 def test_a_name_of_the_public_api_is_imported_when_it_is_asked_for() -> None:
-    program = "import sys, draftwing; assert 'torch' not in sys.modules; draftwing.{}; print('torch' in sys.modules)"
-    for name, needs_torch in (("load", True), ("TreePlan", False)):
-        ended = subprocess.run([sys.executable, "-c", program.format(name)], capture_output=True, text=True)
-        assert ended.stdout.strip() == str(needs_torch), ended.stderr
+    program = "import sys, draftwing; print(draftwing.TreePlan(2, 2, 4), 'torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.stdout == "tree:2x2x4 False\n", ended.stderr
 
 
 def test_the_public_names_are_listed_for_tools_and_for_the_interpreter_alike() -> None:
@@ -101,7 +100,7 @@ sys.exit(run())
 """
 
 
-@pytest.mark.parametrize("module", ["draftwing.cli", "draftwing.cli.train", "torch", "torch.nn", "transformers"])
+@pytest.mark.parametrize("module", ["draftwing.cli", "draftwing.cli.train", "torch", "transformers"])
 def test_ctrl_c_during_imports_is_one_line(module: str) -> None:
     command = ("generate", "--target", "tiny", "--prompt", "x")
     ended = subprocess.run([sys.executable, "-c", INTERRUPTED, module, *command], capture_output=True, text=True)

@@ -21,8 +21,17 @@ def run_program(source: str) -> str:
     return out.getvalue()
 
 
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_run_and_are_short(example: Path) -> None:
+    source = example.read_text(encoding="utf-8")
+    assert source.count("\n") <= 40
+    output = run_program(source)
+    assert output
+    assert "the same tokens: False" not in output
+
+
 def test_the_readme_program_runs() -> None:
-    """As its reader runs it: by itself."""
+    """As its reader runs it: by itself. The examples above have measured costs, if roughly, as they are kept."""
     (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     process = Forked(program)
     assert process.wait(120) == 0, process.errors
@@ -41,15 +50,6 @@ def test_a_family_in_one_file_decodes_the_same_tokens() -> None:
     assert "the same tokens: True" in process.out
     (num_accepted,) = re.findall(r"accepted: (\d+)", process.out)
     assert int(num_accepted) > 0
-
-
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
-def test_examples_run_and_are_short(example: Path) -> None:
-    source = example.read_text(encoding="utf-8")
-    assert source.count("\n") <= 40
-    output = run_program(source)
-    assert output
-    assert "the same tokens: False" not in output
 
 
 def test_the_commands_of_the_readme_exist() -> None:

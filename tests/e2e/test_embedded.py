@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,13 +50,18 @@ def test_speculation_keeps_the_tokens(
         assert fast.tokens == plain.tokens
 
 
+@cache
+def rival(draft: str | None, method: str) -> SpeculativeModel:
+    return draftwing.load("tiny", draft=draft, method=method)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("method", ["lookahead", *RIVALS])
 def test_rivals_keep_the_tokens(prompts: list[Prompt], method: str, temperature: float) -> None:
     draft = RIVALS.get(method)
     if draft and not EMBEDDED_DRAFTS[draft].is_dir():
         pytest.skip(f"{draft} is not embedded yet")
-    model = draftwing.load("tiny", draft=draft, method=method)
+    model = rival(draft, method)
     fast = decode(model, prompts[0], temperature=temperature, plan=PLANS.get(method))
     assert fast.tokens == decode(model.with_method("plain"), prompts[0], temperature=temperature).tokens
     assert fast.statistics.acceptance_length > 1

@@ -1,7 +1,6 @@
 """`draftwing prepare --from-target` with the embedded target: no data goes in, and a head trains on what comes out."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +56,11 @@ def test_rows_are_what_the_target_says(made: Path) -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [["--batch-size", "1"], ["--batch-size", "3"], ["--draft", "tiny", "--batch-size", "2"]],
+    ["2 --batch-size 1", "4 --batch-size 3", "4 --draft tiny --batch-size 2"],
 )
-def test_seats_and_drafts_change_nothing(made: Path, tmp_path: Path, more: Sequence[str]) -> None:
-    assert write(tmp_path / "rows.jsonl", 4, *more) == 0
+def test_seats_and_drafts_change_nothing(made: Path, tmp_path: Path, more: str) -> None:
+    count, *options = more.split()
+    assert write(tmp_path / "rows.jsonl", int(count), *options) == 0
     assert_begins(made, tmp_path)
 
 

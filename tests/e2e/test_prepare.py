@@ -82,7 +82,7 @@ def test_rows_that_the_target_cannot_read_do_not_train(tmp_path: Path, capsys: p
     """The embedded target has 1024 positions; beyond them a head would learn what it never says."""
     rows = [{"text": "def f(a):\n    return a\n" * 400} for _ in range(3)]
     (tmp_path / "data.jsonl").write_text("".join(map(json_line, rows)), encoding="utf-8")
-    data = str(tmp_path / "data.jsonl")
+    data, shortest = str(tmp_path / "data.jsonl"), {"max_steps": 1, "batch_size": 1, "ttt_steps": 1, "evaluate_rows": 1}
     for objective in ("eagle3", "medusa"):
         stage = recipe(tmp_path, "head", data=data, objective=objective, sequence_length=1025)
         assert main(["train", stage]) == 2
@@ -90,7 +90,7 @@ def test_rows_that_the_target_cannot_read_do_not_train(tmp_path: Path, capsys: p
             "a document has 1025 tokens and the target 1024 positions; set it to at most 1024"
             in capsys.readouterr().err
         )
-    assert main(["train", recipe(tmp_path, "head", data=data, sequence_length=1024, max_steps=1)]) == 0
+    assert main(["train", recipe(tmp_path, "head", data=data, sequence_length=1024, **shortest)]) == 0
     language_model = {"objective": "language_model", "target": "", "tokenizer": "tiny", "sequence_length": 65}
     language_model |= {"architecture": {"max_position_embeddings": 64, "hidden_size": 32, "num_attention_heads": 2}}
     assert main(["train", recipe(tmp_path, "model", data=data, **language_model)]) == 2

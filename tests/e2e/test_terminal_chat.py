@@ -4,14 +4,14 @@ import io
 import json
 import os
 import pty
-import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import Forked
+from forked import COMMAND, Forked
 from rich.console import Console
 
 import draftwing
@@ -169,28 +169,19 @@ def test_a_signal_ends_an_answer_and_not_the_program() -> None:
     assert process.errors.count("tokens/s") == 2
 
 
-def test_a_terminal() -> None:
+def test_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts, colours, and the end of the conversation by Ctrl-D."""
-    program = "import sys; from draftwing.cli import main; sys.exit(main(sys.argv[1:]))"
+    monkeypatch.setenv("TERM", "xterm")
     options = ["chat", "--target", "tiny", "--draft", "tiny", "--plan", "chain:3", "--max-new-tokens", "16"]
     outer, inner = pty.openpty()
-    environment = os.environ | {"TERM": "xterm"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *options], stdin=inner, stdout=inner, stderr=inner, env=environment
-    )
-    os.close(inner)
+    process = Forked(COMMAND, options, terminal=os.ttyname(inner))
     os.write(outer, f"{QUESTION}\n/quit\n".encode())
-    text = b""
-    while True:
-        try:
-            part = os.read(outer, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        text += part
-    os.close(outer)
     assert process.wait() == 0
+    os.close(inner)
+    text = b""
+    with suppress(OSError), open(outer, "rb", buffering=0) as screen:  # the end of what the other end has written
+        while part := screen.read(4096):
+            text += part
     for expected_text in (b"> ", b"/help lists commands", b"\x1b[32m", b"tokens/s"):
         assert expected_text in text
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from conftest import SLOW, tiny_llama
+from forked import Forked
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
@@ -32,7 +33,7 @@ from draftwing.training.processes import end_processes, start_processes
 from draftwing.training.train_language_model import train_tokenizer
 
 STEPS = 10
-TAU = "decode_prompts=2"
+TAU = "decode_prompts=1"
 CHILDREN = get_context("forkserver")
 """Starts processes that have imported everything already."""
 
@@ -275,10 +276,11 @@ class TestSeveralProcesses:
             assert others == pytest.approx(losses[0], rel=1e-4)
             assert_same(weights_of(folder, output), weights_of(folder, "taught"), rtol=1e-3, atol=1e-5)
 
-    def test_a_process_that_ends_has_said_all(self, tmp_path: Path) -> None:
+    def test_a_process_that_ends_has_said_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What is buffered and registered for the end is not lost with the interpreter's own farewell."""
         script = (
-            "import atexit\n"
+            "import atexit, sys\n"
+            "sys.stdout = open(1, 'w')  # buffered\n"
             "from draftwing.training.processes import end_processes, start_processes\n"
             "start_processes()\n"
             "atexit.register(print, 'registered')\n"
@@ -288,9 +290,10 @@ class TestSeveralProcesses:
         )
         host, port = free_address().split(":")
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": host, "MASTER_PORT": port}
-        environment = os.environ | alone | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-        assert (result.returncode, result.stdout) == (3, "said\nregistered\n"), result.stderr
+        for name, value in alone.items():
+            monkeypatch.setenv(name, value)
+        process = Forked(script)
+        assert (process.wait(), process.out) == (3, "said\nregistered\n"), process.errors
 
 
 def losses_of(record: dict[str, Any]) -> list[float]:
@@ -455,7 +458,7 @@ class TestRecord:
 
     def test_true_tau_is_what_the_engine_decodes(self, folder: Path, whole: dict[str, Any]) -> None:
         assert all(1 <= entry["eval_tau"] <= 4 for entry in whole["history"] if "eval_loss" in entry)
-        tree = train(folder, "tree", TAU, "decode_plan=tree:4x3x12")
+        tree = train(folder, "tree", TAU, "decode_plan=tree:4x3x12", "evaluate_every=100")
         assert tree["metrics"]["eval_tau"] >= whole["metrics"]["eval_tau"]
 
     def test_the_report_shows_the_curves(self, folder: Path, whole: dict[str, Any]) -> None:
@@ -609,13 +612,13 @@ def test_the_last_good_checkpoint_is_kept(
     output = f"broken_{step}_{where}"
     with monkeypatch.context() as patch:
         patch.setattr(loop.Trainer, "training_step", broken_step)
-        assert main(command_of(folder, output, TAU)) == 2
+        assert main(command_of(folder, output)) == 2
     kept = 4 if (step, where) == (8, "loss") else step // 4 * 4
     said = capsys.readouterr().err
     assert f"the {where} of step {step + 1} is not finite; the last good checkpoint is " in said
     assert f"checkpoint-{kept}." in said
     as_strict_json((folder / output / "training.json").read_text())
-    train(folder, output, TAU)
+    train(folder, output)
     assert_same(weights_of(folder, output), weights_of(folder, "one"), rtol=0, atol=0)
 
 

@@ -56,11 +56,13 @@ def enumerate_outputs(target: TargetModel, sampling: SamplingParams) -> dict[tup
     return outputs
 
 
-def sample_outputs(small: tuple[TargetModel, DraftNetwork], sampling: SamplingParams) -> Counter[tuple[int, ...]]:
-    """Counts of the outputs of NUM_SEEDS seeds, with coupled drafts."""
+def sample_outputs(
+    small: tuple[TargetModel, DraftNetwork], sampling: SamplingParams, num_seeds: int = NUM_SEEDS
+) -> Counter[tuple[int, ...]]:
+    """Counts of the outputs of so many seeds, with coupled drafts."""
     target, head = small
     counts: Counter[tuple[int, ...]] = Counter()
-    for first in range(0, NUM_SEEDS, 500):
+    for first in range(0, num_seeds, 500):
         seeds = range(first, first + 500)
         requests = [Request(PROMPT, SamplingParams(**(vars(sampling) | {"seed": s})), StopRule(3)) for s in seeds]
         generation = generate(target, requests, eagle(head), "tree:3x2x6", coupled=True)
@@ -107,7 +109,7 @@ def test_noise_that_ignores_the_position_is_noticed(
     original = Noise.at
     monkeypatch.setattr(Noise, "at", lambda self, positions: original(self, torch.full_like(positions, len(PROMPT))))
     sampling = SamplingParams(temperature=1.3)
-    assert chi_square_p_value(sample_outputs(small, sampling), enumerate_outputs(small[0], sampling)) < 0.001
+    assert chi_square_p_value(sample_outputs(small, sampling, 500), enumerate_outputs(small[0], sampling)) < 0.001
 
 
 def test_emitting_the_coupled_drafts_is_noticed(
@@ -116,7 +118,7 @@ def test_emitting_the_coupled_drafts_is_noticed(
     """Sabotage: the drafts, draws from the head's distribution with the target's noise, are never checked."""
     monkeypatch.setattr("draftwing.engine.seats.walk", accept_always)
     sampling = SamplingParams(temperature=1.3)
-    assert chi_square_p_value(sample_outputs(small, sampling), enumerate_outputs(small[0], sampling)) < 0.001
+    assert chi_square_p_value(sample_outputs(small, sampling, 500), enumerate_outputs(small[0], sampling)) < 0.001
 
 
 def test_a_wrong_temperature_is_noticed(
@@ -126,4 +128,4 @@ def test_a_wrong_temperature_is_noticed(
     original = Sampler._warp
     monkeypatch.setattr(Sampler, "_warp", lambda self, scores: original(self, scores * 1.3))
     sampling = SamplingParams(temperature=0.7)
-    assert chi_square_p_value(sample_outputs(small, sampling), enumerate_outputs(small[0], sampling)) < 0.001
+    assert chi_square_p_value(sample_outputs(small, sampling, 500), enumerate_outputs(small[0], sampling)) < 0.001

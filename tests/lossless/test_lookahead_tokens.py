@@ -60,9 +60,10 @@ def test_the_token_limit_is_exact(target: TargetModel, prompts: list[list[int]],
 
 def test_every_stop_position_is_exact(target: TargetModel, prompts: list[list[int]]) -> None:
     (full,) = run(target, requests_for(prompts[:1], max_new_tokens=60, eos=()))
-    for eos in dict.fromkeys(full):
-        (tokens,) = run(target, requests_for(prompts[:1], max_new_tokens=60, eos=(eos,)), lookahead(PLAN), PLAN)
-        assert tokens == full[: full.index(eos) + 1]
+    ends = dict.fromkeys(full)
+    requests = [requests_for(prompts[:1], max_new_tokens=60, eos=(end,))[0] for end in ends]
+    for end, tokens in zip(ends, run(target, requests, lookahead(PLAN), PLAN), strict=True):
+        assert tokens == full[: full.index(end) + 1]
 
 
 def test_guesses_reach_past_the_models_last_position(target: TargetModel) -> None:

@@ -96,9 +96,10 @@ def test_every_stop_position_is_exact(
 ) -> None:
     """Each token of a plain run is made the end-of-sequence token in turn: the output ends where it first occurs."""
     (full,) = run(target, requests_for(repetitive[:1], eos=()))
-    for eos in dict.fromkeys(full):
-        (tokens,) = run(target, requests_for(repetitive[:1], eos=(eos,)), *method_of(heads, method, plan))
-        assert tokens == full[: full.index(eos) + 1]
+    ends = dict.fromkeys(full)
+    requests = [requests_for(repetitive[:1], eos=(end,))[0] for end in ends]
+    for end, tokens in zip(ends, run(target, requests, *method_of(heads, method, plan)), strict=True):
+        assert tokens == full[: full.index(end) + 1]
 
 
 # Sabotaged twins: each breaks one thing that merging must keep, and the comparison above must notice.
