@@ -57,3 +57,6 @@ class TapeRecorder:
         with tape:
             result = step()
         return Recorded(result, tape.replay)
+
+    def forget(self) -> None:
+        """Each tape has memory of its own."""

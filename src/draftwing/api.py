@@ -262,7 +262,8 @@ class SpeculativeModel:
         if num_seats < 1:
             raise ValueError(f"seats: expected at least 1, got {num_seats}")
         num_bytes = self.seat_bytes(capacity, settings) if num_bytes is None else num_bytes
-        check_memory(num_seats, capacity, num_bytes, self.device)
+        if not self.target.is_split:  # else each device has its layers' share
+            check_memory(num_seats, capacity, num_bytes, self.device)
         powers = range(bucket(num_seats).bit_length())
         batches = [(2**power, sampled) for power, sampled in product(powers, (False, True))]
         key, plan = self._drafting(settings, capacity, batches)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def custom_generate(
     What changes the tokens is honoured as `generate` has prepared it, or refused by its name. Every
     logits processor and stopping criterion sees each step as without drafts, your own ones too; where
     they might tell rows apart, or scores are returned, the rows of a batch advance together, which
-    accepts less, and so they do for a `streamer`, which gets each step's tokens `[B]`, and its end also where
+    accepts less. The same holds for a `streamer`. It gets each step's tokens `[B]`, and its end even where
     decoding fails.
 
     The model is not changed, so its passes round as its own kernels do: in bfloat16 (and on GPUs) two
@@ -123,7 +124,7 @@ class _DropIn:
         streamer: Any = None,
         **kwargs: Any,
     ) -> Any:
-        arguments = _arguments_of_caller()
+        arguments = _arguments_of_caller(model)
         streamer = arguments.get("streamer") if streamer is None else streamer
         were_training = [(module, module.training) for module in model.modules()]
         model.eval()
@@ -133,7 +134,7 @@ class _DropIn:
             given = inputs_given(arguments, generation_config)
             check_inputs(input_ids, mask, given | kwargs, model.config)
             if given.get("past_key_values") is not None:
-                warnings.warn("past_key_values: draftwing has caches of its own; this one stays empty", stacklevel=3)
+                warnings.warn("past_key_values: draftwing has caches of its own; this one stays empty", stacklevel=4)
             is_streamed = streamer is not None
             call = _Call(
                 input_ids, mask, logits_processor or (), stopping_criteria or (), generation_config, is_streamed
@@ -225,20 +226,21 @@ def _check_fits(draft: Draft | None, target: TargetModel) -> None:
         )
 
 
-def _arguments_of_caller() -> Mapping[str, Any]:
-    """What `hf_model.generate` was called with; nothing if it has not called us.
+def _arguments_of_caller(model: Any) -> Mapping[str, Any]:
+    """What `model.generate` was called with; nothing if it has not called us.
 
     transformers (5.17 to 5.23 at least) keeps some arguments from a `custom_generate`, so they are read
     from the frame of `generate`: a streamer, which got the prompt, and whose reader in another thread
     would wait for ever; an assistant; and model inputs under the names that the user gave them.
     """
-    caller = sys._getframe(2)  # a variable for our own frame would keep it, and what it points to, until a collection
     generate = inspect.unwrap(GenerationMixin.generate).__code__
-    while (
-        caller.f_code is not generate and caller.f_back is not None
-    ):  # a function around this one may be what is called
+    # Not our own frame: a variable would keep it, and what it points to, until a collection.
+    caller: FrameType | None = sys._getframe(2)
+    while caller is not None:  # `generate` may have called a function around this one
+        if caller.f_code is generate and caller.f_locals["self"] is model:
+            return caller.f_locals
         caller = caller.f_back
-    return caller.f_locals if caller.f_code is generate else {}
+    return {}
 
 
 CUT_CRITERIA = frozenset((EosTokenCriteria, MaxLengthCriteria))

@@ -110,6 +110,9 @@ FAMILIES = {
     "nemotron": family("Nemotron"),
     "helium": family("Helium", head_dim=8),
     "starcoder2": family("Starcoder2", sliding_window=WINDOW),
+    "modernbert-decoder": family(
+        "ModernBertDecoder", local_attention=2 * WINDOW, layer_types=MIXED_WINDOWS["layer_types"]
+    ),
     "stablelm": family("StableLm"),
     "gpt_neox": family("GPTNeoX"),
     "gpt2": Family("GPT2LMHeadModel", "GPT2Config", GPT_SIZES),

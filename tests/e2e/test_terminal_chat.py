@@ -176,12 +176,13 @@ def test_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     outer, inner = pty.openpty()
     process = Forked(COMMAND, options, terminal=os.ttyname(inner))
     os.write(outer, f"{QUESTION}\n/quit\n".encode())
-    assert process.wait() == 0
+    status = process.wait()
     os.close(inner)
     text = b""
     with suppress(OSError), open(outer, "rb", buffering=0) as screen:  # the end of what the other end has written
         while part := screen.read(4096):
             text += part
+    assert status == 0, text
     for expected_text in (b"> ", b"/help lists commands", b"\x1b[32m", b"tokens/s"):
         assert expected_text in text
 

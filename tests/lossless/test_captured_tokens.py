@@ -3,6 +3,7 @@
 import re
 import time
 import warnings
+import weakref
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -300,19 +301,37 @@ def test_only_so_many_cycles_stay_recorded(
 
 
 class FullRecorder(TapeRecorder):
-    """Has memory for so many recordings: the trial's three and some more."""
+    """Has memory for so many recordings, behind the trial's three."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
-        self.most = most
+        self.most, self.held = most, 0
 
     def record(self, step: Any) -> Any:
-        if self.num_recorded >= self.most:
+        if self.num_recorded >= 3 and self.held >= self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return super().record(step)
+        recorded = super().record(step)
+        self.held += 1
+        weakref.finalize(recorded, self._lose)
+        return recorded
+
+    def _lose(self) -> None:
+        self.held -= 1
 
 
-@pytest.mark.parametrize("most", [3, 6, 7])
+def test_a_full_memory_is_given_to_the_cycle_that_needs_it(
+    target: TargetModel, drafters: dict[str, NewDrafter], prompts: list[list[int]]
+) -> None:
+    """With room for one cycle each is recorded when it comes, without a warning."""
+    requests = requests_for(prompts[:1], eos=())
+    engine = Engine(target, drafters["eagle3"], 1, CAPACITY, TreePlan.chain(3), FullRecorder(3))
+    for plan in (TreePlan.chain(2), TreePlan.chain(3), TreePlan.chain(2)):
+        engine.plan = plan
+        assert tokens_of(Generation(engine, requests).run()) == plain(target, requests)
+        assert len(engine._recordings) == 1 and None not in engine._recordings.values()
+
+
+@pytest.mark.parametrize("most", [0, 1, 2])
 def test_a_cycle_that_cannot_be_recorded_runs_as_it_is_written(
     target: TargetModel, drafters: dict[str, NewDrafter], prompts: list[list[int]], most: int
 ) -> None:
@@ -335,6 +354,9 @@ def test_idle_engines_are_few_and_no_larger_than_memory_allows(
     model = SpeculativeModel(target, heads["eagle3"])
     monkeypatch.setattr(model, "_captures", True)
     monkeypatch.setattr(api, "CudaRecorder", lambda device: TapeRecorder())
+    for window in (5, 6, 7):
+        model.generate(prompts[:1], max_new_tokens=2, plan="chain:2", draft_window=window)
+    assert len(model._engines) == api.MOST_KEPT
     sizes = []
     for window in (8, 9, 10):
         generation = model.start(prompts[:3], max_new_tokens=4, plan="chain:2", draft_window=window)
@@ -345,7 +367,6 @@ def test_idle_engines_are_few_and_no_larger_than_memory_allows(
     longest = max(map(len, prompts[:3])) + 4
     assert sizes[1:] == [(3, longest)] * 2
     assert len(model._engines) == 1, "those before gave their memory up"
-    monkeypatch.undo()
 
 
 def test_the_watch_for_what_turns_to_the_host_is_silent_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:

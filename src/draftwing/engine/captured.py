@@ -43,6 +43,9 @@ class Recorder(Protocol):
     def record(self, step: Callable[[], T]) -> Recorded[T]:
         """Record a step without running it."""
 
+    def forget(self) -> None:
+        """All recordings are gone: those that come share no memory with them."""
+
 
 class CudaRecorder:
     """Records CUDA graphs that share one pool of memory and a stream of their own."""
@@ -75,14 +78,19 @@ class CudaRecorder:
             result = step()
         return Recorded(result, graph.replay)
 
+    def forget(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                yield
-            current.wait_stream(self._stream)
+            try:
+                with torch.cuda.stream(self._stream):
+                    yield
+            finally:  # decoding may go on without a recording that failed
+                current.wait_stream(self._stream)
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,7 @@ class CapturedSeats:
             seats.prepare(plan)
             if len(self._recordings) >= MOST_RECORDINGS:
                 del self._recordings[next(iter(self._recordings))]
+            self._current = None  # it would hold memory
             self._current = self._record_if_possible(plan, context)
             seconds = time.perf_counter() - start
         self._recordings[key] = self._current
@@ -169,19 +178,21 @@ class CapturedSeats:
             self._seats.mark_read()
 
     def _record_if_possible(self, plan: TreeShape, context: int) -> CapturedCycle | None:
-        """As `record`, with the memory of all other recordings if need be; None, and a warning, if that fails too."""
+        """As `record`, if need be with the memory of all other recordings; None, with a warning, if it fails."""
         bound = self.bound
         while True:
             try:
                 return self.record(plan, context)
-            except RuntimeError as error:  # out of memory, as a rule
+            except RuntimeError as error:
                 held = [key for key, cycle in self._recordings.items() if cycle is not None]
-                if not held:
+                is_full = any(isinstance(cause, torch.OutOfMemoryError) for cause in (error, error.__context__))
+                if not (is_full and held):
                     self.bound = bound
                     warnings.warn(f"a cycle cannot be recorded, so it is slower: {_reason(error)}", stacklevel=2)
                     return None
-                for key in held:
-                    del self._recordings[key]
+            for key in held:
+                del self._recordings[key]
+            self._recorder.forget()
 
     def record(self, plan: TreeShape, context: int) -> CapturedCycle:
         """Record the steps of a plan for contexts up to a bound, while no seat commits anything."""

@@ -3,11 +3,10 @@
 The stock module does the arithmetic; tree mask and positions are arguments, and nothing is written onto it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from inspect import signature
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -402,7 +401,8 @@ def attention_windows(config: Any) -> dict[str, int | None]:
     """
     window = _declared(config, "sliding_window")
     ignored = getattr(config, "sliding_window", None) if window is None else None
-    if ignored is not None and ignored < getattr(config, "max_position_embeddings", 0):
+    cached = getattr(config, "layer_types", None) or ("sliding_attention",)
+    if ignored and "sliding_attention" in cached and ignored < (getattr(config, "max_position_embeddings", 0) or 0):
         raise ValueError(
             f"its modules know no sliding_window, transformers' caches do, and config.json has {ignored}: its passes "
             "and its cached ones would differ; set it to null there"
@@ -423,9 +423,15 @@ def _declared(config: Any, name: str) -> Any:
 
     transformers keeps every key of a config.json. What a hub repository's own code reads is not known.
     """
-    kind = type(config)
+    kind: Callable[[], Any] = type(config)
     is_known = kind.__module__.startswith("transformers.models.")
-    return None if is_known and name not in signature(kind.__init__).parameters else getattr(config, name, None)
+    return None if is_known and not hasattr(_usual(kind), name) else getattr(config, name, None)
+
+
+@cache
+def _usual(kind: Callable[[], Any]) -> Any:
+    """A configuration of this class as it is where a config.json says nothing."""
+    return kind()
 
 
 AttentionInterface.register(ATTENTION, attention_forward)
