@@ -13,6 +13,7 @@ published tau, not measured here.
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -83,7 +84,9 @@ def main() -> int:
     plans = [TreePlan.parse(plan) for plan in options.plans]
     largest = max(plans, key=lambda plan: (plan.num_nodes, plan.width))
     costs = measure_costs(
-        target, new_drafter, options.batch_size, largest, options.rounds, (options.context,), recorder, options.sampled
+        *(target, new_drafter, options.batch_size, largest, options.rounds, (options.context,), recorder),
+        sampled=options.sampled,
+        most_seconds=math.inf,
     )
     kv_bytes = kv_cache_bytes(target, options)
     result = {
@@ -120,7 +123,7 @@ def random_target(shape: str, device: torch.device, dtype: torch.dtype) -> PreTr
         head_dim=head_dim,
         vocab_size=vocab,
         tie_word_embeddings=bool(tied),
-        max_position_embeddings=131072 if hidden > 1024 else 1024,
+        max_position_embeddings=131072,
         bos_token_id=None,
         eos_token_id=None,
         attn_implementation=ATTENTION,

@@ -37,7 +37,7 @@ def main() -> int:
                     temperature=temperature,
                     seed=seed,
                     max_new_tokens=options.max_new_tokens,
-                    plan=options.plan,
+                    plan=options.plan if one is model else "off",
                 ).run()
                 for one in (model, model.with_method("plain"))
             )

@@ -44,8 +44,8 @@ def main() -> int:
     eagle1 = load(options.target, draft=options.eagle1, dtype=options.dtype, device=options.device)
     methods = {"plain": eagle3.with_method("plain").start, "eagle1": eagle1.with_method("eagle1").start}
     for plan in options.plans:
-        methods[f"eagle2 {plan}"] = partial(eagle1.with_method("eagle2").start, plan=plan)
-        methods[f"eagle3 {plan}"] = partial(eagle3.start, plan=plan)
+        methods[f"eagle2 {plan}"] = partial(eagle1.with_method("eagle2").start, plan=plan, ngram=False)
+        methods[f"eagle3 {plan}"] = partial(eagle3.start, plan=plan, ngram=False)  # of auto too: fixed trees have none
     if options.random_head:
         head = load_draft(suitable_draft(options.eagle3, "eagle3"), eagle3.target)
         methods[RANDOM] = random_head(eagle3, head)

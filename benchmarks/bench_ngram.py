@@ -4,8 +4,8 @@
     python benchmarks/bench_ngram.py --measure position --positions 4096 --bucket 512 --output position.json
 
 Two sets of prompts. `open-ended`: the embedded ones, continued freely. `edit`: each shows a function and asks for it
-with one name changed. The embedded target cannot copy, so the answers of `edit` are prescribed (see Replay): its rows
-are those of a target that edits without a mistake. `position` follows tau along long open-ended outputs; for more
+with one name changed. The embedded target cannot copy, so the answers of `edit` are prescribed (see FusedReplay): its
+rows are those of a target that edits without a mistake. `position` follows tau along long open-ended outputs; for more
 `--positions` than the target has, its rotary positions are stretched (YaRN, arXiv 2309.00071), which the embedded one
 bears without training.
 """
@@ -28,6 +28,7 @@ from draftwing.engine.generation import Generation
 from draftwing.evaluation.compare import Start
 from draftwing.evaluation.side_by_side import measure
 from draftwing.provenance import write_record
+from draftwing.target.fused import FusedTarget
 from draftwing.target.kv_cache import KVCache
 from draftwing.target.model import TargetModel, TargetOutput
 
@@ -39,15 +40,12 @@ TRAINED_POSITIONS = 512
 """Of the embedded target: its recipe's `sequence_length`."""
 
 
-class Replay(TargetModel):
+class FusedReplay(FusedTarget):
     """A target that says a prescribed `text` whatever it reads; its passes, their cost and features are true."""
 
     def __init__(self, target: TargetModel, text: Sequence[int]) -> None:
         super().__init__(target.model)
         self._text = torch.tensor(text, device=target.device)
-
-    def _check_tree(self) -> None:
-        """The target has been tried already, and a prescribed text is that of no branch."""
 
     def forward_tree(
         self, tokens: torch.Tensor, depths: torch.Tensor, ancestors: torch.Tensor, cache: KVCache, *args: Any, **kw: Any
@@ -126,7 +124,7 @@ def edit_of(model: SpeculativeModel, prompt: Prompt) -> tuple[Prompt, list[int]]
 def replayed_methods(model: SpeculativeModel, edits: dict[tuple[int, ...], list[int]]) -> dict[str, Start]:
     """The methods over targets that answer each prompt as prescribed."""
     replays = {
-        prompt: methods_of(SpeculativeModel(Replay(model.target, text), model.draft, model.tokenizer))
+        prompt: methods_of(SpeculativeModel(FusedReplay(model.target, text), model.draft, model.tokenizer))
         for prompt, text in edits.items()
     }
 

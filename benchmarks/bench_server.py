@@ -186,10 +186,11 @@ def measure(
     answers: dict[str, list[Answer]] = defaultdict(list)
     for number in range(options.rounds + 1):
         texts = {}
+        of_round = [begun_anew(body, f"{clients}.{number}.{index}") for index, body in enumerate(bodies)]
         for name, url in tuple(urls.items()):
             try:
-                seconds, got = ask_all(url, [body | {"model": called(name)} for body in bodies], clients)
-            except httpx.TransportError:
+                seconds, got = ask_all(url, [body | {"model": called(name)} for body in of_round], clients)
+            except httpx.HTTPError:
                 if name in SERVERS:
                     raise
                 print(f"{name} has ended with {clients} clients, and is left out")
@@ -227,6 +228,11 @@ def as_row(
     }
 
 
+def begun_anew(body: dict[str, Any], name: str) -> dict[str, Any]:
+    """A request whose prompt no server has read before: some keep what they have read, and `generate` does not."""
+    return body | {"prompt": f"# {name}\n{body['prompt']}"}
+
+
 def called(name: str) -> str:
     """What a server calls the model."""
     return TARGET if name == "transformers" else "tiny"
@@ -262,7 +268,8 @@ def measure_http(model: Any, url: str, bodies: Sequence[dict[str, Any]], options
     ratios = []
     with httpx.Client(timeout=600) as client:
         for number in range(options.rounds + 1):
-            for body in bodies[: options.http_requests]:
+            for index, body in enumerate(bodies[: options.http_requests]):
+                body = begun_anew(body, f"http {number}.{index}")
                 answer = ask(client, url, body)
                 more = {"temperature": body["temperature"], "seed": body["seed"]}
                 prompt = model.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
@@ -289,9 +296,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--llama-server", metavar="PATH", help="llama.cpp's server is measured too")
     parser.add_argument("--target-gguf", help="the embedded target for it, in bfloat16")
     parser.add_argument("--transformers", action="store_true", help="its server is measured too")
-    parser.add_argument("--threads", type=int, default=2, help="of llama.cpp's server (default: 2)")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of llama.cpp's server (default: all cores)"
+    )
     parser.add_argument("--output", help="write the figures with their provenance to this JSON file")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.llama_server and not options.target_gguf:
+        parser.error("--llama-server: needs --target-gguf, the embedded target's file")
+    return options
 
 
 if __name__ == "__main__":

@@ -24,11 +24,14 @@ from draftwing.charts import line_chart
 from draftwing.config import TrainConfig
 from draftwing.data.prompts import read_prompts
 from draftwing.embedded import EMBEDDED_PROMPTS
+from draftwing.files import check_same
 from draftwing.provenance import write_record
 from draftwing.training.stage import train_stage
 
 BATCH_SIZE = 16
 PLANS = ("chain:5", "tree:4x5x26")
+SETTINGS = ("target", "rows", "smallest", "ttt_steps", "num_prompts", "max_new_tokens")
+"""Options that a kept result must have been made with; its folder's name has the others."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,13 @@ def main() -> int:
             continue
         length = f"{options.steps} steps" if options.epochs is None else f"{options.epochs:g} epochs"
         folder = Path(options.folder) / f"{variant.name} {length}".replace(" ", "_").replace(",", "")
-        finished = folder / "result.json"
+        finished, settings = folder / "result.json", {name: getattr(options, name) for name in SETTINGS}
         if not finished.is_file():
             row = train_and_measure(variant, folder, options)
-            finished.write_text(json.dumps(row), encoding="utf-8")
-        rows.append(json.loads(finished.read_text(encoding="utf-8")))
+            finished.write_text(json.dumps(row | {"settings": settings}), encoding="utf-8")
+        row = json.loads(finished.read_text(encoding="utf-8"))
+        check_same(row.pop("settings", {}), settings, finished)
+        rows.append(row)
     print_table(rows)
     if options.plot:
         Path(options.plot).write_text(plot(rows), encoding="utf-8")

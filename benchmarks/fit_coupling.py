@@ -188,10 +188,12 @@ def trace_row(
     assert output.features is not None
     recorder = Recorder(tokens[0], output.logits[0], temperature, seed)
     drafter.observe(tokens[:, 1 : len(prompt)], output.features[:, : len(prompt) - 1], torch.tensor([len(prompt) - 1]))
+    drafter.catch_up(len(prompt) - 1)
     for root in range(len(prompt) - 1, length - 1):
         recorder.is_on_text = True
-        drafter.grow(tokens[:, root], TreePlan.chain(depth), root, recorder)
+        drafter.grow(tokens[:, root], TreePlan.chain(depth), recorder)
         drafter.observe(tokens[:, root + 1 : root + 2], output.features[:, root : root + 1], torch.tensor([1]))
+        drafter.catch_up(1)
     return recorder.nodes
 
 

@@ -238,7 +238,7 @@ def main() -> int:
     pack_head(inflated)
     model = SpeculativeModel(target, inflated, tokenizer, "eagle3")
     methods = {"plain": model.with_method("plain").start}
-    methods |= {f"eagle3 {plan}": partial(model.start, plan=plan) for plan in options.plans}
+    methods |= {f"eagle3 {plan}": partial(model.start, plan=plan, ngram=False) for plan in options.plans}
     if options.random_head:
         methods[RANDOM] = random_head(model, inflate_head(head, target, options.draft_vocab_size))
     prompts = read_prompts(EMBEDDED_PROMPTS)[: options.num_prompts]

@@ -62,6 +62,10 @@ DRAWS = Goal("sampling in draft, ms", 0.1), Goal("sampling in verify, ms", 0.1)
 """What the part "sampled" takes longer than "cycle": 0.3 and 0.2 before noise, quotient and choice were one kernel."""
 
 
+TOLD = {f"--{name}" for name in ("shape", "rounds", "repeats", "context", "batch-size", "num-prompts")}
+"""Options by which a result is known to be a part's."""
+
+
 def parts(tiny: bool) -> list[Part]:
     """What is measured, in this order. The goals are for an H100 at the shape of Llama 3.1 8B, bfloat16."""
     shape, small = ("tiny", "tiny") if tiny else ("llama-3.1-8b", "llama-3.2-1b")
@@ -131,8 +135,9 @@ def is_there(part: Part, folder: Path, device: str) -> bool:
     if not result.exists():
         return False
     made_with = json.loads(result.read_text(encoding="utf-8"))["options"]
-    shape = dict(zip(part.arguments, part.arguments[1:], strict=False)).get("--shape")
-    return bool(made_with["device"] == device and made_with.get("shape") == shape)
+    given = dict(zip(part.arguments, part.arguments[1:], strict=False))
+    made_alike = all(str(made_with.get(name[2:].replace("-", "_"))) == given[name] for name in TOLD & given.keys())
+    return made_with["device"] == device and made_alike
 
 
 def measure(part: Part, folder: Path, options: argparse.Namespace, console: Console) -> bool:

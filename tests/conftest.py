@@ -3,7 +3,6 @@
 import gc
 import os
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import combinations as combinations_of
 from itertools import product
 from typing import Any
@@ -16,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start, 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, if it is installed; read at its import
 
+from forked import measure_roughly
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftwing.config import TrainConfig
@@ -38,7 +38,7 @@ from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree import DraftTree, Verdict
 from draftwing.engine.tree_plan import Plan, TreePlan
 from draftwing.plans.auto import AutoPlan, SizedPlan
-from draftwing.plans.costs import CycleCosts, measure_costs
+from draftwing.plans.costs import CycleCosts
 from draftwing.plans.lessons import Experience
 from draftwing.target.fused import pack_target
 from draftwing.target.interface import ATTENTION
@@ -87,8 +87,7 @@ def _measurements_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterat
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DRAFTWING_CACHE", str(shared / "cache"))
-        patch.setattr("draftwing.plans.costs.SECONDS", 0.0)
-        patch.setattr("draftwing.plans.planner.measure_costs", partial(measure_costs, num_rounds=1, contexts=(64,)))
+        measure_roughly()
         for module in ("compare", "evaluate"):
             patch.setattr(f"draftwing.evaluation.{module}.WARM_UP_TOKENS", 1)
         yield

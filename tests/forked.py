@@ -9,9 +9,12 @@ import tempfile
 import time
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import httpx
+
+from draftwing.plans import costs, planner
 
 IMPORTED = ["draftwing.api", "draftwing.cli", "draftwing.prepare.tokens", "draftwing.serving.server"]
 IMPORTED += ["draftwing.training.stage", "uvicorn"]
@@ -72,6 +75,12 @@ class Forked:
         self._process.join()
 
 
+def measure_roughly() -> None:
+    """Tests need costs, not good ones: they are measured once, at one context."""
+    costs.SECONDS = 0.0
+    planner.measure_costs = partial(costs.measure_costs, num_rounds=1, contexts=(64,))  # type: ignore[attr-defined]
+
+
 def is_up(url: str) -> bool:
     """Whether a server takes requests."""
     try:
@@ -89,4 +98,5 @@ def _run(files: list[Path | str], program: str, arguments: list[str], environmen
         os.close(file)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
     sys.argv = ["-c", *arguments]
+    measure_roughly()
     exec(compile(program, "a program", "exec"), {"__name__": "__main__"})

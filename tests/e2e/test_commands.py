@@ -168,7 +168,9 @@ def test_self_generated_rows_are_what_the_target_says_and_resume(
     recipe |= {"data": str(folder / "data.jsonl"), "sequence_length": 48, "prompt_length": 8, "batch_size": 8}
     (folder / "self.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     call(capsys, "train", str(folder / "self.yaml"))
-    whole = output.read_bytes()
+    whole, record = output.read_bytes(), (folder / "self.json").read_bytes()
+    assert main(["train", str(folder / "self.yaml")]) == 0
+    assert (output.read_bytes(), (folder / "self.json").read_bytes()) == (whole, record), "finished already"
     rows = [json.loads(line) for line in whole.splitlines()]
     assert any(row["held_out"] for row in rows)
     assert all(len(row["input_ids"]) == len(row["loss_mask"]) <= 48 for row in rows)

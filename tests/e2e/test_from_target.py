@@ -56,7 +56,7 @@ def test_rows_are_what_the_target_says(made: Path) -> None:
 
 @pytest.mark.parametrize(
     "more",
-    ["2 --batch-size 1", "4 --batch-size 3", "4 --draft tiny --batch-size 2"],
+    ["4 --batch-size 1", "4 --batch-size 3", "4 --draft tiny --batch-size 2"],
 )
 def test_seats_and_drafts_change_nothing(made: Path, tmp_path: Path, more: str) -> None:
     count, *options = more.split()

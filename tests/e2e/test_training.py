@@ -280,7 +280,7 @@ class TestSeveralProcesses:
         """What is buffered and registered for the end is not lost with the interpreter's own farewell."""
         script = (
             "import atexit, sys\n"
-            "sys.stdout = open(1, 'w')  # buffered\n"
+            "by_line, sys.stdout = sys.stdout, open(1, 'w', closefd=False)\n"
             "from draftwing.training.processes import end_processes, start_processes\n"
             "start_processes()\n"
             "atexit.register(print, 'registered')\n"

@@ -11,7 +11,7 @@ EXAMPLES = """examples:
   draftwing doctor --target tiny --draft tiny
   draftwing doctor --target path/to/model --draft path/to/head --prompts prompts.jsonl --json
   draftwing doctor --target path/to/model --draft path/to/head --aux-layers 2,16,29   # is it right now?"""
-EXIT_STATUS = "Exit status: 0 if nothing is wrong, 1 if a fault was found, 2 if the draft cannot be loaded."
+EXIT_STATUS = "Exit status: 0 if no fault was found, 1 if one was, 2 if the draft cannot be loaded."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -188,6 +188,7 @@ def measure_costs(
     contexts: Sequence[int] = CONTEXTS,
     recorder: Recorder | None = None,
     sampled: bool = False,
+    most_seconds: float | None = None,
 ) -> CycleCosts:
     """Time the engine's own stages with the plans that tell them apart, up to the largest.
 
@@ -195,8 +196,9 @@ def measure_costs(
 
     The plans take turns, each round in another order, so that a drift of the machine, the growing context and what a
     cycle leaves to the next bear on all alike. The text is random (seeded, the same each time). Takes 400 cycles at
-    most, and 140 where they are long: SECONDS bound what comes behind these.
+    most, and 140 where they are long: `most_seconds` (default: SECONDS) bound what comes behind these.
     """
+    most_seconds = SECONDS if most_seconds is None else most_seconds
     limit = target.max_positions or 4 * CONTEXTS[-1]
     contexts = sorted({max(1, min(context, limit // 4)) for context in contexts})
     some_widths, some_sizes = (WIDTHS, NUM_NODES) if recorder is None else (RECORDED_WIDTHS, RECORDED_NODES)
@@ -215,7 +217,7 @@ def measure_costs(
     for context, (requests, rounds) in zip(contexts, texts, strict=True):
         cycles, start = _Cycles(plans), time.perf_counter()
         for part in range(PARTS):
-            if part and time.perf_counter() - start > SECONDS:
+            if part and time.perf_counter() - start > most_seconds:
                 break
             engine.plan = _Schedule(plans, rounds)
             generation = Generation(engine, requests)

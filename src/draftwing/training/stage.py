@@ -62,6 +62,8 @@ def _generate(config: TrainConfig) -> dict[str, float]:
         metrics = write_self_generated(config)
         seconds = round(time.perf_counter() - start)
         run_log = {"metrics": metrics, "seconds": seconds, "recipe": config.as_dict(), "provenance": provenance()}
-        write_text(Path(config.output).with_suffix(".json"), to_json(run_log, indent=2) + "\n")
+        record = Path(config.output).with_suffix(".json")
+        if metrics["new_tokens"] or not record.exists():  # else it tells of the run that has written the rows
+            write_text(record, to_json(run_log, indent=2) + "\n")
     wait_for_others()
     return metrics
