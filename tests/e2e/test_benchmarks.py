@@ -21,12 +21,12 @@ RUNS = {
     "bench_server.py": f"--clients 2 --num-requests 2 --rounds 1 --http-requests 1 {FEW}",
     "bench_train_step.py": "--steps 1 --ttt-steps 2 --sequence-length 64",
     "fit_coupling.py": f"--temperatures 1 --num-nodes 40 {FEW}",
-    "inflate.py": f"--shape tiny --num-prompts 1 --repeats 1 --plans auto chain:3 {FEW}",
 }
 ELSEWHERE = {
     "chat_rig.py": "tests/e2e/test_from_target.py",
     "check_engines.py": "`make engines`",
     "data_scaling.py": "needs rows of a target's own",
+    "inflate.py": "tests/unit/target/test_inflated.py has its functions; its shapes are a GPU's",
     "on_gpu.py": "runs some of these, on a GPU or with --tiny",
     "target_gguf.py": "`make engines`",
     "vllm_command.py": "tests/clients",
