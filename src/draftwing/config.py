@@ -47,7 +47,7 @@ class Stage:
     passes."""
     max_rows: int | None = at_least(1, None)
     architecture: Mapping[str, Any] = field(default_factory=dict)
-    """Overrides of the trained network's configuration (Hugging Face names: `hidden_size`, ...)."""
+    """Overrides of the trained network's configuration (Hugging Face names: `intermediate_size`, ...)."""
     sequence_length: int = at_least(1, 512)
     batch_size: int = at_least(1, 8)
     """Rows of one process's forward pass; an optimizer step reads batch_size x accumulation_steps x processes rows."""

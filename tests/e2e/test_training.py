@@ -476,12 +476,13 @@ class TestRecord:
         ("aux_layers=[1,2,9]", "error: aux_layers: expected numbers of hidden states from 0 to 6, the number of the "),
         ("aux_layers=[-1,2,3]", "error: aux_layers: expected numbers of hidden states from 0 to 6, the number of the "),
         ("architecture.hidden_size=16", "error: architecture.hidden_size: expected the target's 32, got 16"),
+        ("objective=medusa architecture.hidden_size=16", "error: architecture: Medusa heads have none; medusa_heads "),
     ],
 )
 def test_shapes_that_the_target_does_not_have_are_found_first(
     folder: Path, capsys: pytest.CaptureFixture[str], plan: tuple[str, ...], override: str, message: str
 ) -> None:
-    assert main([*command_of(folder, "unfit", override), *plan]) == 2
+    assert main([*command_of(folder, "unfit", *override.split()), *plan]) == 2
     assert message in capsys.readouterr().err
     assert not (folder / "unfit").exists()
 

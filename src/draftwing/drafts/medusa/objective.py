@@ -72,7 +72,8 @@ class MedusaObjective(Objective):
     """`medusa` of a recipe."""
 
     def check(self, stage: TrainConfig, target_config: Any) -> None:
-        pass
+        if stage.architecture:
+            raise ValueError("architecture: Medusa heads have none; medusa_heads says how many there are")
 
     def make(self, stage: TrainConfig, target: TargetModel, train: Sequence[Example]) -> MedusaModel:
         return new_medusa(stage, target)
@@ -87,6 +88,7 @@ class MedusaObjective(Objective):
         save_medusa(MedusaHeads(head.config, tensors), folder, target_name, SAVED_DTYPE)
 
     def sizes(self, stage: TrainConfig, target_config: Any, made_before: Mapping[str, HeadSizes]) -> HeadSizes:
+        self.check(stage, target_config)
         config = MedusaConfig(target_config.hidden_size, target_config.vocab_size, stage.medusa_heads)
         return HeadSizes({name: shape.numel() for name, shape in expected_medusa_shapes(config).items()}, config)
 
