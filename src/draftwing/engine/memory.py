@@ -1,5 +1,6 @@
 """Whether an engine's seats fit into memory: what one of them holds, and what is free."""
 
+import math
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,20 +31,19 @@ def seat_bytes(target: TargetModel, new_drafter: NewDrafter, capacity: int, larg
 
 def check_memory(num_seats: int, capacity: int, num_bytes: int, device: torch.device) -> None:
     """Raise a ValueError where so many seats of `num_bytes` each do not fit into what is free on a device."""
-    if has_room(num_seats * num_bytes, device):
-        return
-    free = free_bytes(device) or 0
-    raise ValueError(
-        f"seats: {num_seats} seats of {capacity} tokens take {in_words(num_seats * num_bytes)} "
-        f"({in_words(num_bytes)} each), and of the {in_words(free)} that are free on {device} they may have "
-        f"{MOST_SHARE:.0%}: expected at most {int(MOST_SHARE * free / num_bytes)} seats, or fewer tokens"
-    )
+    room = room_for_seats(device)
+    if num_seats * num_bytes > room:
+        raise ValueError(
+            f"seats: {num_seats} seats of {capacity} tokens take {in_words(num_seats * num_bytes)} "
+            f"({in_words(num_bytes)} each), and of the {in_words(room / MOST_SHARE)} that are free on {device} they "
+            f"may have {MOST_SHARE:.0%}: expected at most {int(room / num_bytes)} seats, or fewer tokens"
+        )
 
 
-def has_room(num_bytes: int, device: torch.device) -> bool:
-    """Whether seats may have so much of what is free on a device."""
+def room_for_seats(device: torch.device) -> float:
+    """Bytes that seats may have of what is free on a device; without a limit where the system does not say."""
     free = free_bytes(device)
-    return free is None or num_bytes <= MOST_SHARE * free
+    return math.inf if free is None else MOST_SHARE * free
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -55,7 +55,7 @@ def free_bytes(device: torch.device) -> int | None:
     return min((number for number in free if number is not None), default=None)
 
 
-def in_words(num_bytes: int) -> str:
+def in_words(num_bytes: float) -> str:
     """A number of bytes for people."""
     return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
 
