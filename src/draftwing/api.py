@@ -28,7 +28,7 @@ from draftwing.drafts.load_draft import load_draft, read_acceptance, resolve_dra
 from draftwing.engine.captured import CudaRecorder, Recorder
 from draftwing.engine.engine import Engine, NewDrafter, Request, bucket, check_requests, depth_problem
 from draftwing.engine.generation import Committed, Generation
-from draftwing.engine.memory import check_memory, room_for_seats, seat_bytes
+from draftwing.engine.memory import bytes_for_seats, check_memory, seat_bytes
 from draftwing.engine.options import GenerateOptions
 from draftwing.engine.statistics import Statistics
 from draftwing.engine.stopping import exact_decode
@@ -236,9 +236,9 @@ class SpeculativeModel:
         if self._captures:  # it is kept, so that it should serve others as well
             larger = bucket(num_seats), bucket(max(capacity, SMALLEST_CAPACITY))
             num_bytes = 2 * larger[0] * seat_bytes(self.target, drafter, larger[1], plan.largest)  # half is for passes
-            while self._engines and num_bytes > room_for_seats(self.device):
+            while self._engines and num_bytes > bytes_for_seats(self.device):
                 self._drop_oldest()
-            if num_bytes <= room_for_seats(self.device):
+            if num_bytes <= bytes_for_seats(self.device):
                 sizes = larger
         return Engine(self.target, drafter, *sizes, plan, self._recorder(), key.coupled)
 

@@ -31,7 +31,7 @@ def seat_bytes(target: TargetModel, new_drafter: NewDrafter, capacity: int, larg
 
 def check_memory(num_seats: int, capacity: int, num_bytes: int, device: torch.device) -> None:
     """Raise a ValueError where so many seats of `num_bytes` each do not fit into what is free on a device."""
-    room = room_for_seats(device)
+    room = bytes_for_seats(device)
     if num_seats * num_bytes > room:
         raise ValueError(
             f"seats: {num_seats} seats of {capacity} tokens take {in_words(num_seats * num_bytes)} "
@@ -40,7 +40,7 @@ def check_memory(num_seats: int, capacity: int, num_bytes: int, device: torch.de
         )
 
 
-def room_for_seats(device: torch.device) -> float:
+def bytes_for_seats(device: torch.device) -> float:
     """Bytes that seats may have of what is free on a device; without a limit where the system does not say."""
     free = free_bytes(device)
     return math.inf if free is None else MOST_SHARE * free
