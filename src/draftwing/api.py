@@ -28,7 +28,8 @@ from draftwing.drafts.load_draft import load_draft, read_acceptance, resolve_dra
 from draftwing.engine.captured import CudaRecorder, Recorder
 from draftwing.engine.engine import Engine, NewDrafter, Request, bucket, check_requests, depth_problem
 from draftwing.engine.generation import Committed, Generation
-from draftwing.engine.memory import bytes_for_seats, check_memory, seat_bytes
+from draftwing.engine.kept_engines import KeptEngines, sizes_to_keep
+from draftwing.engine.memory import check_memory, seat_bytes
 from draftwing.engine.options import GenerateOptions
 from draftwing.engine.statistics import Statistics
 from draftwing.engine.stopping import exact_decode
@@ -50,11 +51,6 @@ LOAD_OPTIONS = (
     *("attn_implementation", "device_map", "revision", "trust_remote_code"),
 )
 """What `load` takes, the most used of `from_pretrained` among them; to suggest one for another."""
-
-SMALLEST_CAPACITY = 1024
-"""Tokens that the seats of an engine that is kept hold at least."""
-MOST_KEPT = 2
-"""Idle engines that are kept. Each holds all of its seats' memory, and other drafting options want another engine."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class SpeculativeModel:
         self._lessons = lessons or Lessons()
         self._captures = capture and target.device.type == "cuda" and not target.is_split
         self._planner = Planner(target, draft, self.method, self._lessons, self._recorder)
-        self._engines: dict[_EngineKey, Engine] = {}  # idle ones, kept for their recordings, the newest last
+        self._kept = KeptEngines(target.device)
 
     def with_method(self, method: str) -> "SpeculativeModel":
         """The same weights, decoding another way."""
@@ -220,29 +216,24 @@ class SpeculativeModel:
         key, plan = self._drafting(settings, most_new, [(num_seats, is_sampled)])
         longest = max(request.most_tokens for request in requests)
         engine = self._engine(key, num_seats, longest, plan)
-        generation = Generation(engine, requests, partial(self._keep, key), num_seats)
+        generation = Generation(engine, requests, partial(self._kept.keep, key), num_seats)
         if len(requests) == 1:
             self._planner.watch(plan, (1, is_sampled), generation.statistics)
         return generation
 
-    def _engine(self, key: "_EngineKey", num_seats: int, capacity: int, plan: Plan) -> Engine:
+    def _engine(self, key: _EngineKey, num_seats: int, capacity: int, plan: Plan) -> Engine:
         """An engine for so many requests: a kept one that is large enough, or a new one."""
-        kept = self._engines.pop(key, None)
-        if kept is not None and kept.can_serve(num_seats, capacity, plan):
-            kept.plan = plan
+        if (kept := self._kept.take(key, num_seats, capacity, plan)) is not None:
             return kept
-        kept = None  # its memory may be needed
         drafter, sizes = self._new_drafter(key, plan), (num_seats, capacity)
-        if self._captures:  # it is kept, so that it should serve others as well
-            larger = bucket(num_seats), bucket(max(capacity, SMALLEST_CAPACITY))
-            num_bytes = 2 * larger[0] * seat_bytes(self.target, drafter, larger[1], plan.largest)  # half is for passes
-            while self._engines and num_bytes > bytes_for_seats(self.device):
-                self._drop_oldest()
-            if num_bytes <= bytes_for_seats(self.device):
+        if self._captures:
+            larger = sizes_to_keep(num_seats, capacity)
+            of_a_seat = seat_bytes(self.target, drafter, larger[1], plan.largest)
+            if self._kept.makes_room_for(2 * larger[0] * of_a_seat):  # half is for passes
                 sizes = larger
         return Engine(self.target, drafter, *sizes, plan, self._recorder(), key.coupled)
 
-    def _new_drafter(self, key: "_EngineKey", plan: Plan) -> NewDrafter:
+    def _new_drafter(self, key: _EngineKey, plan: Plan) -> NewDrafter:
         wanted = DrafterOptions(key.with_lookup, key.draft_window, plan.largest)
         return new_drafter(self.method if key.drafts else PLAIN, self.draft, self.target, wanted)
 
@@ -281,23 +272,11 @@ class SpeculativeModel:
 
     def _drafting(
         self, settings: GenerateOptions, max_new_tokens: int, measured: Iterable[tuple[int, bool]] = ()
-    ) -> tuple["_EngineKey", Plan]:
+    ) -> tuple[_EngineKey, Plan]:
         """What settings ask of an engine's drafter, and its plan; the arguments are those of Planner.plan."""
         plan = self._planner.plan(settings, max_new_tokens, measured)
         drafts, coupled = plan.largest.depth > 0, settings.coupled is not False
         return _EngineKey(drafts, self._planner.looks_up(settings), settings.draft_window, coupled), plan
-
-    def _keep(self, key: "_EngineKey", engine: Engine) -> None:
-        if not engine.is_recorded:
-            return
-        self._engines.pop(key, None)
-        if len(self._engines) >= MOST_KEPT:
-            self._drop_oldest()
-        self._engines[key] = engine
-
-    def _drop_oldest(self) -> None:
-        """Give up the idle engine that was kept first."""
-        del self._engines[next(iter(self._engines))]
 
     def _recorder(self) -> Recorder | None:
         return CudaRecorder(self.target.device) if self._captures else None

@@ -29,7 +29,7 @@ from tape import TapeRecorder
 from draftwing import api
 from draftwing.api import SpeculativeModel
 from draftwing.drafts.eagle.network import DraftNetwork
-from draftwing.engine import captured, memory
+from draftwing.engine import captured, kept_engines, memory
 from draftwing.engine import engine as engine_module
 from draftwing.engine.captured import CapturedSeats, CudaRecorder, context_bound
 from draftwing.engine.engine import Engine, NewDrafter
@@ -356,17 +356,17 @@ def test_idle_engines_are_few_and_no_larger_than_memory_allows(
     monkeypatch.setattr(api, "CudaRecorder", lambda device: TapeRecorder())
     for window in (5, 6, 7):
         model.generate(prompts[:1], max_new_tokens=2, plan="chain:2", draft_window=window)
-    assert len(model._engines) == api.MOST_KEPT
+    assert len(model._kept) == kept_engines.MOST_KEPT
     sizes = []
     for window in (8, 9, 10):
         generation = model.start(prompts[:3], max_new_tokens=4, plan="chain:2", draft_window=window)
         sizes.append((generation._engine.num_seats, generation._engine.capacity))
         generation.run()
         monkeypatch.setattr(memory, "free_bytes", lambda device: 2**20)
-    assert sizes[0] == (4, api.SMALLEST_CAPACITY)
+    assert sizes[0] == (4, kept_engines.SMALLEST_CAPACITY)
     longest = max(map(len, prompts[:3])) + 4
     assert sizes[1:] == [(3, longest)] * 2
-    assert len(model._engines) == 1, "those before gave their memory up"
+    assert len(model._kept) == 1, "those before gave their memory up"
 
 
 def test_the_watch_for_what_turns_to_the_host_is_silent_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
