@@ -1,8 +1,8 @@
 """What a head learns from one batch, whatever its kind: the token that comes one, two, ... steps later."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +12,18 @@ from draftwing.losses.fused_head import OutputHead, StepSums, Teacher, fused_los
 from draftwing.losses.slot_losses import slot_loss, widen
 from draftwing.losses.slots import SupervisedSlots, document_positions
 from draftwing.target.model import TargetModel
+
+
+class Lesson(NamedTuple):
+    """What a batch teaches: `features [B, S, F]` to read and the `last_hidden [B, S, D]` that the target's head reads.
+
+    With the `positions [B, S]` of its tokens in their documents, and the slots that are supervised.
+    """
+
+    features: torch.Tensor
+    last_hidden: torch.Tensor
+    positions: torch.Tensor
+    slots: SupervisedSlots
 
 
 class HeadLoss(nn.Module):
@@ -89,6 +101,24 @@ class HeadLoss(nn.Module):
             num_items_in_batch: `[J]` (the Trainer's name), the slots of all batches whose gradients are summed, by
                 step; default: of this batch alone.
         """
+        lesson = self._read(input_ids, loss_mask, document_ids, features, last_hidden)
+        outputs = self._run_steps(lesson.features, input_ids, lesson.positions, document_ids, lesson.slots)
+        valid = lesson.slots.valid(self.num_steps)
+        num_slots = valid.sum(0) if num_items_in_batch is None else num_items_in_batch
+        step_weights = (self._decay(outputs.device) / num_slots.clamp(min=1)).to(widen(outputs[:0]).dtype)
+        taught = lesson.last_hidden.flatten(0, 1)[lesson.slots.teacher]
+        return {"loss": self._loss(outputs, taught, valid, step_weights)}
+
+    def _read(
+        self,
+        input_ids: torch.Tensor,
+        loss_mask: torch.Tensor,
+        document_ids: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+        last_hidden: torch.Tensor | None = None,
+        **_: Any,
+    ) -> Lesson:
+        """What a batch teaches, from its stored features or by a pass of the target; arguments as in `forward`."""
         positions = _positions(loss_mask, document_ids)
         slots = SupervisedSlots.of(loss_mask, positions)  # waits for the device, so before there is much to wait for
         if last_hidden is None:
@@ -97,13 +127,19 @@ class HeadLoss(nn.Module):
             features, last_hidden = states.features, states.last_hidden
         features = last_hidden if features is None else features
         # The target may be in bf16, the head's weights are not.
-        outputs = self._run_steps(
-            features.to(next(self.head.parameters()).dtype), input_ids, positions, document_ids, slots
-        )
-        valid = slots.valid(self.num_steps)
-        num_slots = valid.sum(0) if num_items_in_batch is None else num_items_in_batch
-        step_weights = (self._decay(outputs.device) / num_slots.clamp(min=1)).to(widen(outputs[:0]).dtype)
-        return {"loss": self._loss(outputs, last_hidden.flatten(0, 1)[slots.teacher], valid, step_weights)}
+        return Lesson(features.to(next(self.head.parameters()).dtype), last_hidden, positions, slots)
+
+    @property
+    def tokens_to_start(self) -> int:
+        """How many tokens `start` would best read; 0: a new head of this kind starts as it is."""
+        return 0
+
+    def start(
+        self,
+        batches: Iterable[dict[str, torch.Tensor]],
+        reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+    ) -> None:
+        """Fit in a new head what needs no steps; the batches are those of `forward`, `reduce` sums over processes."""
 
     def count_slots(self, loss_mask: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
         """The number of slots that each training-time-test step supervises, `[J]`."""

@@ -92,6 +92,8 @@ class ResumableTrainer(Trainer):
         wait_for_others()  # nobody writes before everyone has looked
         if checkpoint is not None and is_main_process():
             logger.info("resuming from %s", checkpoint)
+        if checkpoint is None:
+            self.start()
         with StopOnSignal() as stop:
             self.add_callback(stop)
             try:
@@ -104,6 +106,9 @@ class ResumableTrainer(Trainer):
         evaluated = [entry for entry in last if "eval_loss" in entry and entry["step"] == self.state.global_step]
         metrics: dict[str, float] = evaluated[0] if evaluated else self.evaluate()
         return {name: value for name, value in metrics.items() if name.startswith("eval_")}
+
+    def start(self) -> None:
+        """What a run does before its first step; one that continues has done it."""
 
     def finish(self, metrics: dict[str, float]) -> dict[str, float]:
         """Record that the run is over and what was made is written; gives the metrics back."""

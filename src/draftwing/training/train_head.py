@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -130,6 +132,32 @@ class HeadTrainer(ResumableTrainer):
         lengths, rows_per_step = lengths_of(self.train_dataset), int(self.settings["rows_per_step"])
         order: list[int] = get_length_grouped_indices(lengths, rows_per_step, generator=generator)
         return order
+
+    def start(self) -> None:
+        """Fit what a new head can know before its first step."""
+        wanted = self._module.tokens_to_start
+        if not wanted or self._module.stage.init_from:
+            return
+        mine, size = self._first_rows(wanted), self.config.batch_size
+        shown = track(
+            range(0, len(mine), size), "first weights", console=Console(stderr=True), disable=not is_main_process()
+        )
+        rows = ([self.train_dataset[index] for index in mine[first : first + size]] for first in shown)
+        batches = (self._prepare_inputs(self.data_collator(batch)) for batch in rows)
+        self._module.start(batches, sum_over_processes)
+
+    def _first_rows(self, num_tokens: int) -> list[int]:
+        """This process's share of the first rows of the first epoch, which have so many tokens together if all have.
+
+        All processes have equally many; some come twice where they do not divide.
+        """
+        order = self.order(torch.Generator().manual_seed(self.config.seed))
+        lengths = lengths_of(self.train_dataset)
+        so_far = accumulate(lengths[index] for index in order)
+        num_rows = 1 + sum(1 for _ in takewhile(lambda total: total < num_tokens, so_far))
+        per_process = -(-min(num_rows, len(order)) // num_processes())
+        mine = range(process_index(), per_process * num_processes(), num_processes())
+        return [order[index % len(order)] for index in mine]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor]:
         """The batches of one optimizer step, and how many slots they supervise over all processes."""

@@ -81,11 +81,20 @@ class EagleModel(DraftNetwork):
             DecoderLayer(config, layer, input_norm=layer > 0) for layer in range(config.num_hidden_layers)
         )
 
+    def last_of_layers(self) -> list[nn.Module]:
+        """The linear layers whose outputs the decoder layers add to what they read."""
+        ends = ("self_attn.o_proj", "mlp.down_proj")
+        return [layer.get_submodule(name) for layer in self.layers for name in ends]
+
+    def fc_inputs(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """What `fc` reads, `[B, N, 2 * D]`; the arguments are those of `forward`."""
+        return torch.cat((self.embed(tokens, hidden.dtype), hidden), dim=-1)
+
     def forward(
         self, hidden: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
     ) -> torch.Tensor:
         """`hidden [B, N, D]` at slots t, `tokens [B, N]` one step ahead -> predicted features `[B, N, D]`."""
-        x: torch.Tensor = self.fc(torch.cat((self.embed(tokens, hidden.dtype), hidden), dim=-1))
+        x: torch.Tensor = self.fc(self.fc_inputs(hidden, tokens))
         rotation = self.rotary(positions)
         for layer in self.layers:
             x = layer(x, rotation, attend)

@@ -4,7 +4,7 @@ losses/ttt.py says what a step reads and predicts.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from draftwing.config import Eagle1Stage, TrainConfig
 from draftwing.data.chat_template import Example
 from draftwing.drafts.eagle.formats import HeadFormat
 from draftwing.drafts.eagle.load_head import build_network, network_shapes
-from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Layer, Eagle3Model
+from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Layer, Eagle3Model, EagleModel
 from draftwing.drafts.eagle.new_head import continued_head, continued_sizes, new_config, new_head
 from draftwing.drafts.eagle.save_head import save_head, to_head
 from draftwing.drafts.fit import Tensors, sizes_of
@@ -22,6 +22,7 @@ from draftwing.drafts.head_loss import HeadLoss
 from draftwing.drafts.objective import SAVED_DTYPE, HeadCosts, HeadSizes, Objective
 from draftwing.layers import DecoderLayer, DraftConfig
 from draftwing.losses.fused_head import OutputHead
+from draftwing.losses.least_squares import LeastSquares
 from draftwing.losses.slot_losses import feature_regression
 from draftwing.losses.slots import SupervisedSlots
 from draftwing.losses.ttt import TttAttention, shift_left
@@ -58,11 +59,39 @@ class EagleTraining(HeadLoss):
         return torch.stack(outputs, dim=1)
 
 
+SLOTS_PER_INPUT = 64
+"""Tokens that `start` reads for each number that `fc` does: enough that reading more hardly helps (docs/LOG.md)."""
+
+
 class Eagle1Training(EagleTraining):
     """The next features are learnt too, from noisy ones (EAGLE paper, 3.2)."""
 
+    head: EagleModel
     stage: Eagle1Stage
     steps_key = "feature_steps"
+
+    @property
+    def tokens_to_start(self) -> int:
+        return SLOTS_PER_INPUT * self.head.fc.in_features
+
+    @torch.no_grad()
+    def start(
+        self,
+        batches: Iterable[dict[str, torch.Tensor]],
+        reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+    ) -> None:
+        """Make `fc` the linear map that estimates the next feature best; the layers add nothing to it yet."""
+        head, fit = self.head, LeastSquares()
+        for batch in batches:
+            lesson = self._read(**batch)
+            has_student = lesson.slots.valid(1)[:, 0]
+            student, teacher = lesson.slots.student(0)[has_student], lesson.slots.teacher[has_student]
+            inputs = head.fc_inputs(lesson.features, shift_left(batch["input_ids"], 1))
+            fit.add(inputs.flatten(0, 1)[student], lesson.last_hidden.flatten(0, 1)[teacher])
+        for linear in (head.fc, *head.last_of_layers()):
+            for parameter in linear.parameters():
+                parameter.zero_()
+        head.fc.weight.copy_(fit.solve(reduce).T)
 
     @property
     def token_weight(self) -> float:
