@@ -265,12 +265,12 @@ def from_mapping(config_class: type[Config], values: Mapping[str, Any]) -> Confi
     return config_class(**{name: _checked(name, hints[name], value) for name, value in values.items()})
 
 
-def check_keys(values: Iterable[str], known: Iterable[str]) -> None:
-    """Raise a ValueError for the first key that is not known, naming the nearest that is."""
+def check_keys(values: Iterable[str], known: Iterable[str], within: str = "") -> None:
+    """Raise a ValueError for the first key that is not known, naming the nearest that is; `within` goes before it."""
     known = list(known)
     for key in values:
         if key not in known:
-            raise ValueError(f"{key}: unknown key; {suggestion(key, known)}")
+            raise ValueError(f"{within}{key}: unknown key; {suggestion(key, known)}")
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

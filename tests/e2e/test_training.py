@@ -224,6 +224,14 @@ class TestSeveralProcesses:
         assert_same(weights_of(folder, "ddp"), weights_of(folder, "one"), rtol=1e-3, atol=1e-5)
         assert_same_figures(record_of(folder, "ddp"), whole)
 
+    def test_an_eagle1_head_starts_and_learns_as_in_one_process(self, folder: Path) -> None:
+        """It is fitted to the same rows first; its noise, which each process draws for itself, is off."""
+        quiet = ("objective=eagle1", "feature_noise=0", "evaluate_every=100", "save_every=100")
+        train(folder, "one_quiet", *quiet)
+        address, command = free_address(), command_of(folder, "two_quiet", *quiet, "batch_size=2")
+        assert statuses(train_as, *((rank, address, command) for rank in range(2))) == [0, 0]
+        assert_same(weights_of(folder, "two_quiet"), weights_of(folder, "one_quiet"), rtol=1e-3, atol=1e-5)
+
     def test_shards_stopped_and_continued_equal_one_process(self, folder: Path, whole: dict[str, Any]) -> None:
         """FSDP2 with accumulated batches; one process hears SIGTERM, both stop after that step and then go on."""
         command = command_of(folder, "fsdp2", "batch_size=1", "accumulation_steps=2", "parallel=fsdp2")
@@ -476,6 +484,8 @@ class TestRecord:
         ("aux_layers=[1,2,9]", "error: aux_layers: expected numbers of hidden states from 0 to 6, the number of the "),
         ("aux_layers=[-1,2,3]", "error: aux_layers: expected numbers of hidden states from 0 to 6, the number of the "),
         ("architecture.hidden_size=16", "error: architecture.hidden_size: expected the target's 32, got 16"),
+        ("architecture.draft_vocab_size=100", "error: architecture.draft_vocab_size: unknown key"),
+        ("objective=eagle1 architecture.aux_layers=[1,3,5]", "error: architecture.aux_layers: unknown key"),
         ("objective=medusa architecture.hidden_size=16", "error: architecture: Medusa heads have none; medusa_heads "),
     ],
 )

@@ -13,16 +13,27 @@ from draftwing.losses.slot_losses import slot_loss, widen
 from draftwing.losses.slots import SupervisedSlots, document_positions
 from draftwing.target.model import TargetModel
 
+SumOver = Callable[[torch.Tensor], torch.Tensor]
+"""Sums a tensor over the processes that train together."""
 
-class Lesson(NamedTuple):
-    """What a batch teaches: `features [B, S, F]` to read and the `last_hidden [B, S, D]` that the target's head reads.
 
-    With the `positions [B, S]` of its tokens in their documents, and the slots that are supervised.
+class TaughtBatch(NamedTuple):
+    """A batch with what its target knows of it.
+
+    Attributes:
+        input_ids: `[B, S]`.
+        document_ids: `[B, S]` of packed rows, else None.
+        positions: `[B, S]`, of tokens in their documents.
+        features: `[B, S, F]`, which the head reads.
+        last_hidden: `[B, S, D]`, which the target's output head reads.
+        slots: those that are supervised.
     """
 
+    input_ids: torch.Tensor
+    document_ids: torch.Tensor | None
+    positions: torch.Tensor
     features: torch.Tensor
     last_hidden: torch.Tensor
-    positions: torch.Tensor
     slots: SupervisedSlots
 
 
@@ -101,12 +112,12 @@ class HeadLoss(nn.Module):
             num_items_in_batch: `[J]` (the Trainer's name), the slots of all batches whose gradients are summed, by
                 step; default: of this batch alone.
         """
-        lesson = self._read(input_ids, loss_mask, document_ids, features, last_hidden)
-        outputs = self._run_steps(lesson.features, input_ids, lesson.positions, document_ids, lesson.slots)
-        valid = lesson.slots.valid(self.num_steps)
+        batch = self._read(input_ids, loss_mask, document_ids, features, last_hidden)
+        outputs = self._run_steps(batch)
+        valid = batch.slots.valid(self.num_steps)
         num_slots = valid.sum(0) if num_items_in_batch is None else num_items_in_batch
         step_weights = (self._decay(outputs.device) / num_slots.clamp(min=1)).to(widen(outputs[:0]).dtype)
-        taught = lesson.last_hidden.flatten(0, 1)[lesson.slots.teacher]
+        taught = batch.last_hidden.flatten(0, 1)[batch.slots.teacher]
         return {"loss": self._loss(outputs, taught, valid, step_weights)}
 
     def _read(
@@ -116,9 +127,8 @@ class HeadLoss(nn.Module):
         document_ids: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
         last_hidden: torch.Tensor | None = None,
-        **_: Any,
-    ) -> Lesson:
-        """What a batch teaches, from its stored features or by a pass of the target; arguments as in `forward`."""
+    ) -> TaughtBatch:
+        """A batch with its stored features or those of a pass of the target; arguments as in `forward`."""
         positions = _positions(loss_mask, document_ids)
         slots = SupervisedSlots.of(loss_mask, positions)  # waits for the device, so before there is much to wait for
         if last_hidden is None:
@@ -127,36 +137,28 @@ class HeadLoss(nn.Module):
             features, last_hidden = states.features, states.last_hidden
         features = last_hidden if features is None else features
         # The target may be in bf16, the head's weights are not.
-        return Lesson(features.to(next(self.head.parameters()).dtype), last_hidden, positions, slots)
+        features = features.to(next(self.head.parameters()).dtype)
+        return TaughtBatch(input_ids, document_ids, positions, features, last_hidden, slots)
 
     @property
     def tokens_to_start(self) -> int:
         """How many tokens `start` would best read; 0: a new head of this kind starts as it is."""
         return 0
 
-    def start(
-        self,
-        batches: Iterable[dict[str, torch.Tensor]],
-        reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
-    ) -> None:
-        """Fit in a new head what needs no steps; the batches are those of `forward`, `reduce` sums over processes."""
+    def start(self, batches: Iterable[dict[str, torch.Tensor]], sum_over: SumOver) -> None:
+        """Fit in a new head what needs no steps; the batches are those of `forward`."""
 
     def count_slots(self, loss_mask: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
         """The number of slots that each training-time-test step supervises, `[J]`."""
         slots = SupervisedSlots.of(loss_mask, _positions(loss_mask, document_ids))
         return slots.valid(self.num_steps).sum(0)
 
-    def pop_metrics(
-        self, training: bool, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
-    ) -> dict[str, float]:
-        """Means over the training or evaluation slots since the last call: loss, each step's figures, tau_sim.
-
-        `reduce` sums a tensor over the processes.
-        """
+    def pop_metrics(self, training: bool, sum_over: SumOver = lambda sums: sums) -> dict[str, float]:
+        """Means over the training or evaluation slots since the last call: loss, each step's figures, tau_sim."""
         sums, self._sums[training] = self._sums[training], {}
         if not sums:
             return {}
-        totals = reduce(torch.stack(list(sums.values()))).tolist()
+        totals = sum_over(torch.stack(list(sums.values()))).tolist()
         metrics = {name: total / max(count, 1) for name, (total, count) in zip(sums, totals, strict=True)}
         loss, product, tau = 0.0, 1.0, 1.0
         for step, weight in enumerate(self._decay(torch.device("cpu")).tolist()):
@@ -166,14 +168,7 @@ class HeadLoss(nn.Module):
             tau += product
         return metrics | {"loss": loss, "tau_sim": tau}
 
-    def _run_steps(
-        self,
-        features: torch.Tensor,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        document_ids: torch.Tensor | None,
-        slots: SupervisedSlots,
-    ) -> torch.Tensor:
+    def _run_steps(self, batch: TaughtBatch) -> torch.Tensor:
         """What the output head reads at each step, at the slots that predict the teacher's: `[U, J, D]`."""
         raise NotImplementedError
 

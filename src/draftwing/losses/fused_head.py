@@ -68,14 +68,12 @@ class Teacher:
 def summarize(hidden: torch.Tensor, head: OutputHead) -> tuple[torch.Tensor, torch.Tensor]:
     """The argmax (ties to the lowest id) and logsumexp `[U]` of a head's logits, a part of the vocabulary at a time."""
     size = _chunk_size(hidden, len(hidden))
-    best, highest, log_total = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
+    best = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    highest = log_total = torch.full_like(best, -torch.inf, dtype=widen(hidden[:0]).dtype)
     for start in range(0, len(head.weight), size):
         logits = head.rows(slice(start, start + size)).logits(hidden)
         values, ids = logits.max(-1)
         part = logits.logsumexp(-1)
-        if start == 0:
-            best, highest, log_total = ids, values, part
-            continue
         best = torch.where(values > highest, ids + start, best)
         highest = torch.maximum(values, highest)
         log_total = torch.logaddexp(log_total, part)

@@ -60,7 +60,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to be written: documents `[first, first + count)` of a split."""
+    """One shard to be written: some documents of a split, in turn."""
 
     split: str
     file: str
@@ -113,9 +113,9 @@ class FeatureWriter:
 
     def _check_fit(self) -> None:
         target = self._target
-        known = range(1, target.num_layers + 1)
+        known = range(target.num_layers + 1)
         if not self._layers or (self._layers != (NORMED,) and not {*self._layers} <= {*known}):
-            raise ValueError(f"aux_layers: expected some of 1 to {target.num_layers}, got {self._layers}")
+            raise ValueError(f"aux_layers: expected some of 0 to {target.num_layers}, got {self._layers}")
         longest = max(length for examples in self._examples.values() for length in examples.lengths)
         check_positions(longest, target.max_positions, "prepare the data with --sequence-length")
 
@@ -135,7 +135,7 @@ class FeatureWriter:
         Raises:
             ValueError: the disk cannot hold it.
         """
-        num_tokens = sum(self._examples[job.split].lengths[i] for job in self._jobs for i in job.documents)
+        num_tokens = self._tokens_to_come
         num_bytes = int(num_tokens * self.bytes_per_token * SPARE)
         parent = next(folder for folder in (self._folder, *self._folder.absolute().parents) if folder.exists())
         free = shutil.disk_usage(parent).free
@@ -144,6 +144,10 @@ class FeatureWriter:
         if num_bytes > free:
             raise ValueError(f"output: {self._folder}: the disk cannot hold the features: {estimate}")
         return estimate
+
+    @property
+    def _tokens_to_come(self) -> int:
+        return sum(self._examples[job.split].lengths[i] for job in self._jobs for i in job.documents)
 
     def _rate(self) -> float:
         job = self._jobs[0]
@@ -159,8 +163,7 @@ class FeatureWriter:
         self._save(complete=False)
         columns = (BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
-            total = sum(self._examples[job.split].lengths[i] for job in self._jobs for i in job.documents)
-            shown = progress.add_task("features", total=total * self.bytes_per_token)
+            shown = progress.add_task("features", total=self._tokens_to_come * self.bytes_per_token)
             for job in self._jobs:
                 tensors = self._tensors(job, lambda tokens: progress.advance(shown, tokens * self.bytes_per_token))
                 self._done[job.split].append(write_shard(self._folder, job.file, tensors, len(job.documents)))

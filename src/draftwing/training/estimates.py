@@ -18,12 +18,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from draftwing.config import LanguageModelStage, SelfGeneratedStage, Stage, TrainConfig
 from draftwing.drafts.kinds import objective_named
 from draftwing.drafts.objective import HeadSizes
+from draftwing.losses.fused_head import CHUNK_ELEMENTS, LEAST_ROWS
 from draftwing.target.load import read_target_config
 
 REACHED = 0.4
 """The assumed share of the rate of large products that a training step reaches."""
-LOGIT_CHUNK = 5 * 2**25
-"""Numbers that live at a time where a head's logits and their loss are taken, chunk by chunk."""
+LOGIT_TENSORS = 5
+"""Tensors of a chunk's logits that live at a time where their loss is taken."""
 Shapes = dict[str, int]
 """Number of elements by parameter name."""
 
@@ -166,7 +167,8 @@ def _estimate_head(
     params, target = of_target
     costs = objective_named(stage.objective).costs(stage, target, sizes)
     trained, active, tokens = sizes.num_elements - costs.frozen, active_params(params, target), _tokens(stage)
-    size, logits = _bytes(stage), min(LOGIT_CHUNK, 5 * tokens * costs.logits)
+    size, most_logits = _bytes(stage), max(CHUNK_ELEMENTS["cuda"], LEAST_ROWS * sizes.config.draft_vocab_size)
+    logits = LOGIT_TENSORS * min(most_logits, tokens * costs.logits)
     memory = _frozen_target_memory(stage, params, target, num_processes, sizes.config.feature_layers)
     memory |= _trained_memory(stage, trained, costs.frozen, num_processes)
     memory |= {

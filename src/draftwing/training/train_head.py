@@ -1,8 +1,9 @@
 """Train a head of any kind for a frozen target; an evaluation measures acceptance length, simulated and decoded."""
 
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from draftwing.engine.tree_plan import NamedTree, TreePlan
 from draftwing.target.load import load_tokenizer, read_target_config
 from draftwing.target.model import TargetModel
 from draftwing.training.frozen_target import frozen_target
-from draftwing.training.loop import ResumableTrainer, new_trainer, wants_compile
+from draftwing.training.loop import ResumableTrainer, WholeSteps, new_trainer, wants_compile
 from draftwing.training.processes import (
     is_main_process,
     num_processes,
@@ -147,17 +148,12 @@ class HeadTrainer(ResumableTrainer):
         self._module.start(batches, sum_over_processes)
 
     def _first_rows(self, num_tokens: int) -> list[int]:
-        """This process's share of the first rows of the first epoch, which have so many tokens together if all have.
-
-        All processes have equally many; some come twice where they do not divide.
-        """
-        order = self.order(torch.Generator().manual_seed(self.config.seed))
-        lengths = lengths_of(self.train_dataset)
-        so_far = accumulate(lengths[index] for index in order)
-        num_rows = 1 + sum(1 for _ in takewhile(lambda total: total < num_tokens, so_far))
-        per_process = -(-min(num_rows, len(order)) // num_processes())
-        mine = range(process_index(), per_process * num_processes(), num_processes())
-        return [order[index % len(order)] for index in mine]
+        """This process's share of a random sample of rows that have so many tokens together, in whole steps."""
+        size, lengths = int(self.settings["rows_per_step"]), lengths_of(self.train_dataset)
+        rows = list(WholeSteps(super().order, len(lengths), size, self.config.seed))
+        totals = list(accumulate(lengths[row] for row in rows))
+        num_steps = 1 + bisect_left(totals[size - 1 :: size], num_tokens)
+        return rows[process_index() : num_steps * size : num_processes()]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor]:
         """The batches of one optimizer step, and how many slots they supervise over all processes."""

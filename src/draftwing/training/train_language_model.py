@@ -140,7 +140,7 @@ def _load_teacher(config: LanguageModelStage, tokenizer: Any) -> TargetModel | N
 def new_model(config: LanguageModelStage, tokenizer: Any, vocab_size: int) -> LlamaForCausalLM:
     """A randomly initialised Llama with the recipe's architecture and the tokenizer's special tokens."""
     end_of_turn, end_of_text = tokenizer.eos_token_id, _end_of_text(tokenizer)
-    check_keys(config.architecture, LlamaConfig().to_dict())
+    check_keys(config.architecture, LlamaConfig().to_dict(), "architecture.")
     llama_config = LlamaConfig(
         vocab_size=vocab_size,
         bos_token_id=None,

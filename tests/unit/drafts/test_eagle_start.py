@@ -34,7 +34,7 @@ def started(target: TargetModel, batches: list[dict[str, torch.Tensor]], **archi
     torch.manual_seed(1)
     config = TrainConfig(**{**CONFIG.as_dict(), "architecture": architecture})
     training = head_training(new_head(config, target, []), target, config)
-    training.start(batches)
+    training.start(batches, lambda sums: sums)
     assert isinstance(training, EagleTraining)
     return training
 

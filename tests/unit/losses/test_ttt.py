@@ -668,9 +668,9 @@ class TestMetrics:
         training.pop_metrics(training=False)
         training(input_ids[:1], loss_mask[:1])
         others: list[torch.Tensor] = []
-        training.pop_metrics(training=False, reduce=lambda sums: others.append(sums) or sums)
+        training.pop_metrics(training=False, sum_over=lambda sums: others.append(sums) or sums)
         training(input_ids[1:], loss_mask[1:])
-        metrics = training.pop_metrics(training=False, reduce=lambda sums: sums + others[0])
+        metrics = training.pop_metrics(training=False, sum_over=lambda sums: sums + others[0])
         assert metrics["loss"] == pytest.approx(whole)
 
     @torch.no_grad()

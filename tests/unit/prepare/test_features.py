@@ -247,11 +247,11 @@ class TestFit:
         with pytest.raises(ValueError, match=r"other settings: storage was 'bf16', is 'fp8'"):
             FeatureWriter(prepared, target, LAYERS, "fp8", Path(folder))
 
-    @pytest.mark.parametrize("layers", [(), (0, 3, 5), (1, 3, 7)])
+    @pytest.mark.parametrize("layers", [(), (1, 3, 7), (-2, 3, 5)])
     def test_layers_that_the_target_lacks(
         self, tmp_path: Path, prepared: Prepared, target: TargetModel, layers: tuple[int, ...]
     ) -> None:
-        with pytest.raises(ValueError, match="aux_layers: expected some of 1 to 6"):
+        with pytest.raises(ValueError, match="aux_layers: expected some of 0 to 6"):
             FeatureWriter(prepared, target, layers, "bf16", tmp_path / "x")
 
     def test_documents_beyond_the_targets_positions(self, tmp_path: Path, prepared: Prepared) -> None:

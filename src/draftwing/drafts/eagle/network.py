@@ -81,10 +81,16 @@ class EagleModel(DraftNetwork):
             DecoderLayer(config, layer, input_norm=layer > 0) for layer in range(config.num_hidden_layers)
         )
 
-    def last_of_layers(self) -> list[nn.Module]:
-        """The linear layers whose outputs the decoder layers add to what they read."""
-        ends = ("self_attn.o_proj", "mlp.down_proj")
-        return [layer.get_submodule(name) for layer in self.layers for name in ends]
+    @torch.no_grad()
+    def start_from(self, weight: torch.Tensor) -> None:
+        """Make `fc` the linear map `weight [D, 2 * D]`, to which the layers add nothing yet."""
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            for parameter in (*layer.self_attn.o_proj.parameters(), *layer.mlp.down_proj.parameters()):
+                parameter.zero_()
+        for parameter in self.fc.parameters():
+            parameter.zero_()
+        self.fc.weight.copy_(weight)
 
     def fc_inputs(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """What `fc` reads, `[B, N, 2 * D]`; the arguments are those of `forward`."""

@@ -19,8 +19,11 @@ from draftwing.drafts.objective import HeadSizes
 from draftwing.layers import DraftConfig
 from draftwing.target.model import TargetModel
 
-OF_FILES_ALONE = {"has_fc", "own_lm_head"}
-"""What a new head always has."""
+NOT_TO_CHOOSE = {
+    *("has_fc", "own_lm_head"),
+    *("vocab_size", "target_hidden_size", "aux_layers", "draft_vocab_size", "trained_length"),
+}
+"""What a new head always has, and what its target or keys of the recipe say."""
 
 
 def new_config(stage: TrainConfig, target_config: Any, vocab_size: int) -> DraftConfig:
@@ -36,7 +39,8 @@ def new_config(stage: TrainConfig, target_config: Any, vocab_size: int) -> Draft
     def of_target(name: str, otherwise: Any) -> Any:
         return getattr(target_config, name, None) or otherwise
 
-    check_keys(stage.architecture, {field.name for field in dataclasses.fields(DraftConfig)} - OF_FILES_ALONE)
+    to_choose = [field.name for field in dataclasses.fields(DraftConfig) if field.name not in NOT_TO_CHOOSE]
+    check_keys(stage.architecture, to_choose, "architecture.")
     hidden_size, num_heads = int(target_config.hidden_size), target_config.num_attention_heads
     num_layers = int(target_config.num_hidden_layers)
     sizes: dict[str, Any] = {

@@ -4,7 +4,7 @@ losses/ttt.py says what a step reads and predicts.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,17 @@ import torch
 from draftwing.config import Eagle1Stage, TrainConfig
 from draftwing.data.chat_template import Example
 from draftwing.drafts.eagle.formats import HeadFormat
+from draftwing.drafts.eagle.linear_fit import linear_fit
 from draftwing.drafts.eagle.load_head import build_network, network_shapes
 from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Layer, Eagle3Model, EagleModel
 from draftwing.drafts.eagle.new_head import continued_head, continued_sizes, new_config, new_head
 from draftwing.drafts.eagle.save_head import save_head, to_head
 from draftwing.drafts.fit import Tensors, sizes_of
-from draftwing.drafts.head_loss import HeadLoss
+from draftwing.drafts.head_loss import HeadLoss, SumOver, TaughtBatch
 from draftwing.drafts.objective import SAVED_DTYPE, HeadCosts, HeadSizes, Objective
 from draftwing.layers import DecoderLayer, DraftConfig
 from draftwing.losses.fused_head import OutputHead
-from draftwing.losses.least_squares import LeastSquares
 from draftwing.losses.slot_losses import feature_regression
-from draftwing.losses.slots import SupervisedSlots
 from draftwing.losses.ttt import TttAttention, shift_left
 from draftwing.target.model import TargetModel
 
@@ -41,26 +40,19 @@ class EagleTraining(HeadLoss):
     def num_steps(self) -> int:
         return int(getattr(self.stage, self.steps_key))
 
-    def _run_steps(
-        self,
-        features: torch.Tensor,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        document_ids: torch.Tensor | None,
-        slots: SupervisedSlots,
-    ) -> torch.Tensor:
+    def _run_steps(self, batch: TaughtBatch) -> torch.Tensor:
         head = self.head
-        head.rotary.reserve(input_ids.shape[1] + self.num_steps)
-        hidden, attend, outputs = head.project(features), TttAttention(document_ids), []
+        head.rotary.reserve(batch.input_ids.shape[1] + self.num_steps)
+        hidden, attend, outputs = head.project(batch.features), TttAttention(batch.document_ids), []
         for step in range(self.num_steps):
-            output = head(hidden, shift_left(input_ids, 1 + step), positions + step, attend)
-            outputs.append(head.readout(output.flatten(0, 1).index_select(0, slots.student(step))))
+            output = head(hidden, shift_left(batch.input_ids, 1 + step), batch.positions + step, attend)
+            outputs.append(head.readout(output.flatten(0, 1).index_select(0, batch.slots.student(step))))
             hidden = head.feed_back(output)
         return torch.stack(outputs, dim=1)
 
 
-SLOTS_PER_INPUT = 64
-"""Tokens that `start` reads for each number that `fc` does: enough that reading more hardly helps (docs/LOG.md)."""
+TOKENS_PER_INPUT = 64
+"""Tokens that the first fit is made from, for each number that `fc` reads."""
 
 
 class Eagle1Training(EagleTraining):
@@ -72,35 +64,28 @@ class Eagle1Training(EagleTraining):
 
     @property
     def tokens_to_start(self) -> int:
-        return SLOTS_PER_INPUT * self.head.fc.in_features
+        return TOKENS_PER_INPUT * self.head.fc.in_features
 
     @torch.no_grad()
-    def start(
-        self,
-        batches: Iterable[dict[str, torch.Tensor]],
-        reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
-    ) -> None:
-        """Make `fc` the linear map that estimates the next feature best; the layers add nothing to it yet."""
-        head, fit = self.head, LeastSquares()
-        for batch in batches:
-            lesson = self._read(**batch)
-            has_student = lesson.slots.valid(1)[:, 0]
-            student, teacher = lesson.slots.student(0)[has_student], lesson.slots.teacher[has_student]
-            inputs = head.fc_inputs(lesson.features, shift_left(batch["input_ids"], 1))
-            fit.add(inputs.flatten(0, 1)[student], lesson.last_hidden.flatten(0, 1)[teacher])
-        for linear in (head.fc, *head.last_of_layers()):
-            for parameter in linear.parameters():
-                parameter.zero_()
-        head.fc.weight.copy_(fit.solve(reduce).T)
+    def start(self, batches: Iterable[dict[str, torch.Tensor]], sum_over: SumOver) -> None:
+        """Make the head the linear map that estimates the next feature best."""
+        self.head.start_from(linear_fit(map(self._linear_pairs, batches), sum_over).T)
+
+    def _linear_pairs(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `fc` reads at supervised slots, `[U, 2 * D]`, and the features to estimate from it, `[U, D]`."""
+        taught = self._read(**batch)
+        inputs = self.head.fc_inputs(taught.features, shift_left(taught.input_ids, 1)).flatten(0, 1)
+        return inputs[taught.slots.student(0)], taught.last_hidden.flatten(0, 1)[taught.slots.teacher]
 
     @property
     def token_weight(self) -> float:
         return self.stage.token_loss_weight
 
-    def _run_steps(self, features: torch.Tensor, *batch: Any) -> torch.Tensor:
+    def _run_steps(self, batch: TaughtBatch) -> torch.Tensor:
         if self.training:
-            features = features + (torch.rand_like(features) * 2 - 1) * self.stage.feature_noise
-        return super()._run_steps(features, *batch)
+            noise = (torch.rand_like(batch.features) * 2 - 1) * self.stage.feature_noise
+            batch = batch._replace(features=batch.features + noise)
+        return super()._run_steps(batch)
 
     def _loss(
         self, outputs: torch.Tensor, last_hidden: torch.Tensor, valid: torch.Tensor, step_weights: torch.Tensor

@@ -28,6 +28,11 @@ class MedusaConfig:
         """The number of the hidden state that is read: the final norm's output."""
         return (-1,)
 
+    @property
+    def draft_vocab_size(self) -> int:
+        """All of the target's tokens can be drafted."""
+        return self.vocab_size
+
 
 class ResBlock(nn.Module):
     """`x + SiLU(linear(x))`."""

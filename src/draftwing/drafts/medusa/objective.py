@@ -14,13 +14,12 @@ from torch import nn
 from draftwing.config import MedusaStage, TrainConfig
 from draftwing.data.chat_template import Example
 from draftwing.drafts.fit import Tensors
-from draftwing.drafts.head_loss import HeadLoss
+from draftwing.drafts.head_loss import HeadLoss, TaughtBatch
 from draftwing.drafts.load_draft import load_draft
 from draftwing.drafts.medusa.files import MedusaHeads, expected_medusa_shapes, save_medusa
 from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel, ResBlock
 from draftwing.drafts.objective import SAVED_DTYPE, HeadCosts, HeadSizes, Objective
 from draftwing.losses.fused_head import OutputHead, StepSums, Teacher, fused_loss
-from draftwing.losses.slots import SupervisedSlots
 from draftwing.target.model import TargetModel
 
 
@@ -38,16 +37,9 @@ class MedusaTraining(HeadLoss):
     def output_matrices(self) -> list[torch.Tensor]:
         return [output_of(head).weight for head in self.head]
 
-    def _run_steps(
-        self,
-        features: torch.Tensor,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        document_ids: torch.Tensor | None,
-        slots: SupervisedSlots,
-    ) -> torch.Tensor:
-        flat = features.flatten(0, 1)
-        read = (flat.index_select(0, slots.student(step)) for step in range(self.num_steps))
+    def _run_steps(self, batch: TaughtBatch) -> torch.Tensor:
+        flat = batch.features.flatten(0, 1)
+        read = (flat.index_select(0, batch.slots.student(step)) for step in range(self.num_steps))
         return torch.stack([blocks_of(head)(x) for head, x in zip(self.head, read, strict=True)], dim=1)
 
     def _token_loss(
