@@ -151,6 +151,8 @@ def _resolve(
     """The drafts that serve a method, one row each; a row names its draft where there are several."""
     spec = item.spec
     if spec.draft is not None:
+        if spec.draft not in models:
+            raise ValueError(f"methods: {spec}: the draft {spec.draft} is left out, for draft_dtype is for heads alone")
         resolve_method(spec.method, models[spec.draft].draft)
         return [(spec, models[spec.draft])]
     if serves(spec.method, None):
@@ -158,7 +160,7 @@ def _resolve(
     serving = {name: model for name, model in models.items() if serves(spec.method, model.draft)}
     if item.is_required and not serving:
         raise ValueError(f"methods: none of the drafts ({', '.join(models)}) serves {spec.method}")
-    return [(spec if len(serving) == 1 else spec.using(name), model) for name, model in serving.items()]
+    return [(spec if len(serving) == 1 else replace(spec, draft=name), model) for name, model in serving.items()]
 
 
 def _endpoints(options: argparse.Namespace) -> dict[str, Decode]:

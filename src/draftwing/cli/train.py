@@ -115,7 +115,7 @@ def _table(stage: TrainConfig, plan: Any, num_processes: int) -> "Table":
 
     table = Table(title=f"{plan.objective} -> {plan.output}", show_header=False, title_justify="left")
     values = stage.as_dict()
-    changed = {name: value for name, value in values.items() if value and value != getattr(TrainConfig, name, 0)}
+    changed = {name: value for name, value in values.items() if value != getattr(TrainConfig, name, {})}
     table.add_row("recipe", ", ".join(f"{name} {value}" for name, value in changed.items()))
     table.add_row("target", f"{plan.target_params:,} parameters, {plan.target_active_params:,} multiply per token")
     table.add_row("trained", f"{plan.trained_params:,} parameters, and {plan.frozen_params:,} frozen")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from draftwing.config import suggestion
@@ -38,10 +38,6 @@ class MethodSpec:
     @property
     def is_chain(self) -> bool:
         return self.plan is not None and self.plan.startswith("chain:")
-
-    def using(self, draft: str) -> "MethodSpec":
-        """The same with the draft of that name."""
-        return replace(self, draft=draft)
 
     @staticmethod
     def parse(text: str, methods: Sequence[str]) -> "MethodSpec":

@@ -11,14 +11,10 @@ from typing_extensions import TypedDict
 
 from draftwing.serving.schema import FieldError
 
-TYPES = {
-    400: "invalid_request_error",
+TYPES = {  # others are an invalid_request_error
     401: "authentication_error",
     404: "not_found_error",
-    405: "invalid_request_error",
-    413: "invalid_request_error",
     429: "rate_limit_error",
-    499: "client_closed_request",
     500: "server_error",
     503: "service_unavailable",
 }
@@ -68,7 +64,7 @@ class ApiError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of an error that is its own."""
+    """What a client is told of an error: of one that is not its own, nothing."""
     match error:
         case ApiError():
             return error

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from draftwing.serving.errors import ApiError
+from draftwing.serving.errors import ApiError, as_api_error
 from draftwing.serving.schema import MAX_BODY_BYTES
 
 logger = logging.getLogger(__name__)
@@ -39,10 +39,10 @@ class Front:
             await self._app(scope, _limited(receive), visit.send)
         except ApiError as error:
             await error.response()(scope, receive, visit.send)
-        except Exception:
+        except Exception as error:
             logger.exception("%s %s has failed", scope["method"], json.dumps(scope["path"]))
             if visit.status is None:
-                await ApiError(500, "the request has failed").response()(scope, receive, visit.send)
+                await as_api_error(error).response()(scope, receive, visit.send)
         finally:
             if scope["path"] not in QUIET or (visit.status or 500) >= 500:
                 visit.log()

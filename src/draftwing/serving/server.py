@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from draftwing.serving.answers import Answer, ChatShape, CompletionShape, usage
 from draftwing.serving.conversations import ChatRequest
-from draftwing.serving.errors import ApiError
+from draftwing.serving.errors import ApiError, as_api_error
 from draftwing.serving.intake import Call, Intake
 from draftwing.serving.metrics import ServerMetrics
 from draftwing.serving.response_schema import ResponseRequest
@@ -127,6 +127,11 @@ class _Work:
                 self._answers[index].take(delivery)
         except Gone:
             return Response(status_code=499)
+        except ApiError:
+            raise
+        except Exception:
+            self._end = "error"
+            raise
         finally:
             self._settle()
         return JSONResponse(await self._write(partial(self._outlet.whole, self._answers)))
@@ -143,9 +148,10 @@ class _Work:
             yield self._outlet.failure(error)
         except Gone:
             return
-        except Exception:  # a stream that has begun has no status to say it with, and must not just stop
+        except Exception as error:  # a stream that has begun has no status to say it with, and must not just stop
             logger.exception("an answer could not be written")
-            yield self._outlet.failure(ApiError(500, "the request has failed"))
+            self._end = "error"
+            yield self._outlet.failure(as_api_error(error))
         finally:
             self._settle()
 

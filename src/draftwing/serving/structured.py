@@ -99,7 +99,7 @@ def check_schema(schema: Any) -> None:
     num_references = 0
     for part in _parts(schema):
         if isinstance(part, int | float) and part < LEAST:
-            raise ValueError(f"expected no number below {LEAST}, got {part:.6g}")
+            raise ValueError(f"expected no number below {LEAST}, got {str(part)[:20]}")
         if isinstance(part, dict):
             for pattern in (part.get("pattern"), *_names(part.get("patternProperties"))):
                 if isinstance(pattern, str):
@@ -200,40 +200,37 @@ class Forms:
         Raises:
             ValueError: a schema that is none or has keywords that cannot be kept, or a tokenizer that cannot be read.
         """
-        tokenizer = self._tokenizer
-        from llguidance import LLMatcher
-
         check_schema(schema)
         try:
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=EXACTLY)
+            grammar = self._matcher.grammar_from_json_schema(schema, overrides=EXACTLY)
         except RecursionError:
             raise ValueError("the schema is nested too deeply") from None
-        return self._allowed(tokenizer, grammar)
+        return self._allowed(grammar)
 
     def calls(self, grammar: str) -> AllowedTokens:
         """Texts of a grammar; raises as `json` does."""
-        tokenizer = self._tokenizer
-        from llguidance import LLMatcher
-
-        return self._allowed(tokenizer, LLMatcher.grammar_from_lark(grammar))
+        return self._allowed(self._matcher.grammar_from_lark(grammar))
 
     def regex(self, pattern: str) -> AllowedTokens:
         """Texts that match a regular expression from their beginning to their end; raises as `json` does."""
-        tokenizer = self._tokenizer
-        from llguidance import LLMatcher
-
         check_pattern(pattern)
-        return self._allowed(tokenizer, LLMatcher.grammar_from_regex(pattern))
+        return self._allowed(self._matcher.grammar_from_regex(pattern))
 
-    def _allowed(self, tokenizer: Any, grammar: str) -> AllowedTokens:
-        from llguidance import LLMatcher
-
-        matcher = LLMatcher(tokenizer, grammar, log_level=0)
+    def _allowed(self, grammar: str) -> AllowedTokens:
+        matcher = self._matcher(self._tokenizer, grammar, log_level=0)
         if not matcher.is_error():
             matcher.compute_bitmask()  # tells a form that no text has
         if matcher.is_error():
             raise ValueError(_in_a_line(matcher.get_error()))
         return AllowedTokens(matcher, self._vocab_size, self._ends)
+
+    @property
+    def _matcher(self) -> Any:
+        """llguidance's parser, where the tokenizer can be read for it."""
+        self._tokenizer  # noqa: B018 - raises what is missing
+        from llguidance import LLMatcher
+
+        return LLMatcher
 
     @cached_property
     def _tokenizer(self) -> Any:
