@@ -300,6 +300,22 @@ def test_only_so_many_cycles_stay_recorded(
     assert recorder.num_recorded == num_recorded
 
 
+def test_a_recording_that_fails_without_a_word_is_told_by_its_kind(
+    target: TargetModel, drafters: dict[str, NewDrafter], prompts: list[list[int]]
+) -> None:
+    class Silent(TapeRecorder):
+        def record(self, step: Any) -> Any:
+            try:
+                next(iter(()))
+            except StopIteration:
+                raise RuntimeError("the capture has ended")  # noqa: B904 - as the end of a capture does
+
+    requests = requests_for(prompts[:1])
+    with pytest.warns(UserWarning, match="cannot be captured, so cycles are slower: StopIteration"):
+        generation = generate(target, requests, drafters["eagle3"], "chain:2", recorder=Silent())
+    assert tokens_of(generation) == plain(target, requests)
+
+
 class FullRecorder(TapeRecorder):
     """Has memory for so many recordings, behind the trial's three."""
 

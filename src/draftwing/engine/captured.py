@@ -18,6 +18,7 @@ from draftwing.engine.readback import Array
 from draftwing.engine.seats import Seats, Verification
 from draftwing.engine.tree import DraftTree
 from draftwing.engine.tree_plan import TreeShape
+from draftwing.target.model import one_line
 
 T = TypeVar("T")
 SMALLEST_BOUND = 256
@@ -185,8 +186,7 @@ class CapturedSeats:
                 return self.record(plan, context)
             except RuntimeError as error:
                 held = [key for key, cycle in self._recordings.items() if cycle is not None]
-                is_full = any(isinstance(cause, torch.OutOfMemoryError) for cause in (error, error.__context__))
-                if not (is_full and held):
+                if not (_is_full(error) and held):
                     self.bound = bound
                     warnings.warn(f"a cycle cannot be recorded, so it is slower: {_reason(error)}", stacklevel=2)
                     return None
@@ -239,15 +239,20 @@ def can_record(seats: Seats, plan: TreeShape, recorder: Recorder) -> bool:
         return False
     try:
         CapturedSeats(seats.part(0, 1), recorder, {}).record(plan, context_bound(1, seats.cache.capacity))
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if _is_full(error):
+            raise
         name = type(seats.target.model).__name__
         warnings.warn(f"{name} cannot be captured, so cycles are slower: {_reason(error)}", stacklevel=2)
         return False
     return True
 
 
+def _is_full(error: RuntimeError) -> bool:
+    """Whether memory was full: said by the error, or by the one of which the end of a capture made another."""
+    return any(isinstance(cause, torch.OutOfMemoryError) for cause in (error, error.__context__))
+
+
 def _reason(error: RuntimeError) -> str:
     """Why a recording failed: what was raised first, of which the end of a capture makes another error."""
-    return str(error.__context__ or error).splitlines()[0]
+    return one_line(error.__context__ or error)

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from draftwing.engine.engine import Request
 from draftwing.engine.logprobs import TokenLogprobs
 from draftwing.engine.options import row_seed
-from draftwing.serving.answers import CompletionShape
+from draftwing.serving.answers import Answer, CompletionShape
 from draftwing.serving.app import create_app
 from draftwing.serving.intake import Intake, Limits
 from draftwing.serving.json_lines import JsonLines, json_lines
@@ -627,6 +627,18 @@ def test_a_request_that_fails_is_an_error_in_either_form() -> None:
         assert "MemoryError" in problem(client.post("/v1/completions", json=TEXT), 500)["message"]
         chunks = events(client.post("/v1/completions", json=TEXT | {"stream": True}).text)
         assert chunks[-1]["error"]["type"] == "server_error"
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}])
+def test_an_answer_that_cannot_be_written_is_counted_as_an_error(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, more: dict[str, bool]
+) -> None:
+    def take(self: Answer, delivery: Any) -> None:
+        raise RuntimeError("no text")
+
+    monkeypatch.setattr(Answer, "take", take)
+    assert "the request has failed" in client.post("/v1/completions", json=TEXT | more).text
+    assert 'draftwing_requests_total{end="error",model_name="tiny"} 1.0' in client.get("/metrics").text
 
 
 def test_a_mistake_of_ours_shows_nothing_of_the_machine(client: TestClient, scheduler: FakeScheduler) -> None:

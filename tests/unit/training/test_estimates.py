@@ -224,6 +224,9 @@ def test_the_command_shows_and_prints_it(tmp_path: Path, capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     assert "8,190,735,360 parameters" in shown
     assert "Time assumes 400 TFLOP/s per process, as given" in shown
+    assert main([*command, "--set", "bf16=false", "--set", "max_grad_norm=0"]) == 0
+    shown = capsys.readouterr().out
+    assert "bf16 False" in shown and "max_grad_norm 0.0" in shown, "what is switched off is said, too"
     assert main([*command, "--stage", "1", "--json"]) == 0
     (stage,) = json.loads(capsys.readouterr().out)["stages"]
     assert stage["memory_total"] == sum(stage["memory"].values())
