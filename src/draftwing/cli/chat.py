@@ -42,9 +42,6 @@ HELP = """/plain             decode plainly from now on, or draft again
 /clear             begin another conversation
 /quit              end (also Ctrl-D); Ctrl-C ends an answer"""
 
-NO_MORE: dict[str, Any] = {"stop": [], "ngram": None, "draft_window": None}
-"""What `print_comparison` reads beside a chat's settings."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options."""
@@ -230,7 +227,7 @@ class Chat:
             raise ValueError("compare: nothing has been answered yet")
         ids, settings = self._prompt(self._drafting, self._messages[:-1])
         if not self._is_quiet:
-            print_comparison(self._drafting, ids, settings | NO_MORE, as_json=False)
+            print_comparison(self._drafting, ids, settings | {"stop": []}, as_json=False)
 
     def _clear(self, _: str) -> None:
         self._messages = list(self._beginning)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from draftwing.data.corpus import Row
 from draftwing.data.messages import SHOWN, THOUGHTS, Message, present, read_conversation, read_flag
@@ -47,7 +46,7 @@ def cut(example: Example, length: int) -> list[Example]:
     return pieces
 
 
-def encode_row(row: Row, tokenizer: PreTrainedTokenizerFast) -> list[Example]:
+def encode_row(row: Row, tokenizer: Any) -> list[Example]:
     """Tokenise one row: one example, or several of a conversation whose chat template rewrites earlier turns.
 
     Raises:
@@ -152,13 +151,11 @@ def encode_conversation(
     tokenizer: Any,
     tools: list[Any] | None = None,
     truncated: bool = False,
-    add_generation_prompt: bool = False,
 ) -> list[Example]:
     """Tokenise a conversation; the assistant's turns are supervised, tool calls too, if the template writes them.
 
     It is one example as long as its rendering grows from turn to turn. Where the template rewrites an earlier turn
-    another one begins, in which only the turns from there on are supervised. The last example ends as the conversation
-    does if `add_generation_prompt`, and with a supervised turn otherwise.
+    another one begins, in which only the turns from there on are supervised. What follows the last answer is read, too.
 
     `truncated` says that the last answer was cut off, so that its end-of-turn token is not supervised.
 
@@ -173,8 +170,8 @@ def encode_conversation(
         if message["role"] == "assistant":
             is_cut = truncated and index == len(messages) - 1
             _go_on(renderings, *_render_turn(messages[: index + 1], tokenizer, tools, is_cut))
-    whole = render(messages, tokenizer, add_generation_prompt, tools)
-    if add_generation_prompt or not renderings or whole.startswith(renderings[-1].text):
+    whole = render(messages, tokenizer, tools=tools)
+    if not renderings or whole.startswith(renderings[-1].text):
         _go_on(renderings, whole)
     return [_encode_rendering(rendering, tokenizer) for rendering in renderings]
 

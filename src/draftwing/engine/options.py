@@ -41,9 +41,12 @@ class GenerateOptions:
             tree, or for that method alone `lookahead:WxNxG`) or a TreePlan; None is the method's default. `auto` sizes
             each tree by what it is expected to bring; the first time on a machine it measures what a cycle costs, for a
             second or two (it logs so). With the method `ngram` it drafts in the cycles in which that is faster by the
-            clock. Levels beyond `max_new_tokens` are left out, and with `off` the options below say nothing.
+            clock. Levels beyond `max_new_tokens` are left out, and with `off` the three options below say nothing.
         coupled: unless False, rank draft candidates with the target's own noise; the same output, more of
             it drafted when sampling.
+        ngram: whether tokens that followed the same ones before are looked up and merged into trees; None: where the
+            method has that, if it pays.
+        draft_window: tokens that a draft head reads at most; None: what it was trained on.
         is_done: a further end, called with a row and its new tokens after each (slow).
     """
 

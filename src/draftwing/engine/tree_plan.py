@@ -197,11 +197,6 @@ class TreePlan(_Named):
         return StaticTree(paths)
 
     @staticmethod
-    def lookahead(num_columns: int, ngram_length: int, num_ngrams: int) -> "LookaheadTree":
-        """Lookahead decoding's tree."""
-        return LookaheadTree(num_columns, ngram_length, num_ngrams)
-
-    @staticmethod
     def parse(text: str) -> "NamedTree":
         """Read `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `lookahead:WxNxG`, or the static tree of a paper.
 

@@ -90,9 +90,9 @@ def _load_on(
         if dtype is None and lacks_bfloat16:
             dtype = torch.float32  # a quantised model cannot be converted
     try:
-        is_quantized = is_quantized_file(resolve_target(name), **options) or "quantization_config" in options
+        is_quantized = is_quantized_file(resolve_target(name, role), **options) or "quantization_config" in options
     except OSError as error:
-        reason = "cannot load" if Path(resolve_target(name)).is_dir() else "no folder and no reachable hub id:"
+        reason = "cannot load" if Path(resolve_target(name, role)).is_dir() else "no folder and no reachable hub id:"
         raise ValueError(f"{role}: {reason} {name!r}: {one_line(error)}") from error
     if is_quantized and device.type != "cpu":
         # Weights are packed for the device that they are on, and must not be moved. accelerate places them.
@@ -113,7 +113,7 @@ def load_model(name: str, dtype: torch.dtype | None = None, role: str = "target"
     options.setdefault("attn_implementation", ATTENTION)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            resolve_target(name), dtype=dtype or "auto", output_loading_info=True, **options
+            resolve_target(name, role), dtype=dtype or "auto", output_loading_info=True, **options
         )
     except (OSError, ImportError, TypeError) as error:  # no such model; a package that an option needs; no such option
         raise ValueError(f"{role}: cannot load {name!r}: {one_line(error)}") from error

@@ -102,7 +102,7 @@ class Product(ABC):
 
     @abstractmethod
     def add_to(self, residual: torch.Tensor, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-        """The residual `[R, out]` plus the product of `x [R, in]`, rounded once; it may `overwrite` the residual."""
+        """The residual `[R, out]` plus the product of `x [R, in]`; it may `overwrite` the residual."""
 
 
 class PackedProduct(Product):
