@@ -24,7 +24,7 @@ HUB_OPTIONS = ("cache_dir", "code_revision", "force_download", "local_files_only
 """What of `from_pretrained`'s options says where files come from and whether their code is run."""
 
 
-def resolve_target(name: str | PathLike[str], role: Role = "target") -> str:
+def resolve_target(name: str | PathLike[str], role: str = "target") -> str:
     """A folder or hub id for the target `name`: one of EMBEDDED_TARGETS, a GGUF file, a folder (of one), a hub id.
 
     Raises:
