@@ -2,9 +2,10 @@
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations as combinations_of
 from itertools import product
+from pathlib import Path as FilePath
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -40,6 +41,7 @@ from draftwing.engine.tree_plan import Plan, TreePlan
 from draftwing.plans.auto import AutoPlan, SizedPlan
 from draftwing.plans.costs import CycleCosts
 from draftwing.plans.lessons import Experience
+from draftwing.target import native
 from draftwing.target.fused import pack_target
 from draftwing.target.interface import ATTENTION
 from draftwing.target.model import TargetModel
@@ -52,6 +54,29 @@ Path = tuple[int, ...]
 """The tokens from a tree's root, which is left out, to a node."""
 
 torch.set_num_threads(1)  # the models are tiny; threads only add noise
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a C compiler."""
+    monkeypatch.setattr(native, "library", lambda: None)
+
+
+@pytest.fixture
+def sabotaged_native(monkeypatch: pytest.MonkeyPatch, tmp_path: FilePath) -> Iterator[Callable[[str, str], None]]:
+    """Compiles native.c with one of its texts replaced by another."""
+
+    def replace(found: str, by: str) -> None:
+        source = native.SOURCE.read_text("utf-8")
+        assert source.count(found) == 1
+        (tmp_path / "native.c").write_text(source.replace(found, by))
+        monkeypatch.setattr(native, "SOURCE", tmp_path / "native.c")
+        monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path))
+        native.library.cache_clear()
+        assert native.library() is not None
+
+    yield replace
+    native.library.cache_clear()
 
 
 def tiny_llama(seed: int = 0, **overrides: int) -> LlamaForCausalLM:

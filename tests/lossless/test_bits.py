@@ -1,6 +1,6 @@
 """On a CPU the speculative pass gives plain decoding's logits to the last bit, in float32 and in bfloat16."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from draftwing.engine.tree import DraftTree
+from draftwing.target import native
 from draftwing.target.fused import FusedTarget, can_fuse
 from draftwing.target.interface import ATTENTION
 from draftwing.target.model import TargetModel
@@ -53,7 +54,16 @@ FAMILIES = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
 }
-PASSES = {"stock": TargetModel, "fused": FusedTarget}
+PASSES = {"stock": TargetModel, "fused": FusedTarget, "without a compiler": FusedTarget}
+
+
+@pytest.fixture(params=PASSES)
+def passes(request: pytest.FixtureRequest) -> str:
+    """The stock modules' pass, and the one that is written out: in C, and for torch."""
+    name: str = request.param
+    if name == "without a compiler":
+        request.getfixturevalue("without_native")
+    return name
 
 
 def packed_target(dtype: torch.dtype | str, passes: str = "stock", family: str = "llama") -> TargetModel:
@@ -124,7 +134,6 @@ def test_wide_products_keep_a_rows_bits_from_some_rows_on(kind: torch.dtype | st
     assert packed_target(kind).best_single_row == layer[0].product.least_rows
 
 
-@pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("dtype", KINDS)
 @torch.inference_mode()
 def test_each_node_of_a_tree_has_the_bits_of_plain_decoding(dtype: torch.dtype | str, passes: str) -> None:
@@ -141,7 +150,6 @@ def _as_many_threads_afterwards() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.usefixtures("_as_many_threads_afterwards")
 @torch.inference_mode()
@@ -178,7 +186,7 @@ def test_torchs_own_products_are_known_to_round_by_the_number_of_threads(monkeyp
     assert torch.get_num_threads() == 1
 
 
-@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("passes", ["stock", "without a compiler"], indirect=True)
 @torch.inference_mode()
 def test_bits_differ_when_attention_sums_in_the_models_own_dtype(passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotaged twin: without float64 sums, the order of a branch's keys shows."""
@@ -188,10 +196,25 @@ def test_bits_differ_when_attention_sums_in_the_models_own_dtype(passes: str, mo
     assert not all(torch.equal(in_tree[node], plain_logits(target, node)) for node in range(len(TOKENS)))
 
 
+@pytest.mark.skipif(native.library() is None, reason="this machine has no C compiler")
+@torch.inference_mode()
+def test_bits_differ_when_keys_are_read_in_an_order_that_depends_on_gaps(
+    sabotaged_native: Callable[[str, str], None],
+) -> None:
+    heads = "for (int64_t head = h * groups; head"
+    sabotaged_native(
+        heads,
+        "if (visible[count - 1] >= count) { int32_t s = visible[0]; visible[0] = visible[1]; visible[1] = s; }" + heads,
+    )
+    target = packed_target(torch.float32, "fused")
+    in_tree = tree_logits(target)
+    assert not all(torch.equal(in_tree[node], plain_logits(target, node)) for node in range(len(TOKENS)))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
-def test_the_fused_pass_computes_what_the_stock_modules_do(family: str) -> None:
-    stock, fused = (packed_target(torch.float32, passes, family) for passes in PASSES)
+def test_the_fused_pass_computes_what_the_stock_modules_do(family: str, passes: str) -> None:
+    stock, fused = (packed_target(torch.float32, name, family) for name in ("stock", passes))
     tokens, depths = torch.tensor([TOKENS]), torch.tensor([DEPTHS])
     ancestors = torch.ones(1, len(TOKENS), len(TOKENS), dtype=torch.bool).tril()
     layers = (0, 2, 4)

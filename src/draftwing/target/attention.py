@@ -2,6 +2,7 @@
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from shutil import which
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+
+from draftwing.target.kv_cache import KVCache
 
 FEW_QUERIES = 128
 """Nodes of a pass whose attention splits the context over a GPU; with more there is work for all of it anyway."""
@@ -48,6 +51,21 @@ def grouped_attention(
     packed = queries.reshape(batch_size, keys.shape[1], groups * num_queries, queries.shape[-1])
     output = functional.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scale)
     return output.reshape(batch_size, num_heads, num_queries, values.shape[-1])
+
+
+@dataclass(frozen=True)
+class CacheAttention:
+    """How a pass attends to a cache: its nodes' keys and values are stored in `slots [B, N]`, and of each seat's first
+    `num_read` slots they read those that `mask [B, 1, N, num_read]` shows. An `Attend` (layers.py)."""
+
+    cache: KVCache
+    slots: torch.Tensor
+    num_read: int
+    mask: torch.Tensor
+
+    def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        keys, values = self.cache.write(layer, keys, values, self.slots, self.num_read)
+        return grouped_attention(queries, keys, values, self.mask).transpose(1, 2)
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype, num_queries: int, width: int) -> bool:

@@ -6,8 +6,8 @@ one's on a GPU between its products. This is a second implementation of the laye
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 
 from draftwing.layers import Attend
 from draftwing.rotary import rotate
-from draftwing.target.attention import grouped_attention, has_triton
+from draftwing.target import native
+from draftwing.target.attention import CacheAttention, has_triton
 from draftwing.target.hidden_states import NORMED
 from draftwing.target.interface import ATTENTION, Role
 from draftwing.target.model import TargetModel, TargetOutput, TreePass, attention_windows
-from draftwing.target.packed import PackedLinear, Product, pack_linears
+from draftwing.target.native import NativeLayer, NativePass
+from draftwing.target.packed import NativeProduct, PackedLinear, Product, pack_linears
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 MOST_COMPILED = 64
@@ -34,6 +36,11 @@ class Norm:
 
     weight: torch.Tensor
     eps: torch.Tensor
+
+    @property
+    def numbers(self) -> tuple[torch.Tensor, float]:
+        """Weight and epsilon as native.c takes them."""
+        return self.weight.contiguous(), float(self.eps)
 
 
 def normalise(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
@@ -57,7 +64,7 @@ def gate(gate_up: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Elementwise:
-    """What a pass does between its products: as written, or compiled into one kernel each.
+    """What a pass does between its products: as written, compiled into one kernel each, or native.c's.
 
     Compiling is worth it where kernels are replayed without Python in between (captured.py), not on a CPU
     (docs/LOG.md).
@@ -80,6 +87,7 @@ class Elementwise:
 
 
 AS_WRITTEN = Elementwise()
+NATIVE = Elementwise(native.normalise)
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,16 @@ class Nodes:
     attend: Attend
     steps: Elementwise
 
+    @cached_property
+    def native(self) -> NativePass | None:
+        """The same for native.c, if it takes these rotations and this cache."""
+        attend = self.attend
+        if not isinstance(attend, CacheAttention) or attend.mask.dtype != torch.bool:
+            return None
+        if not (native.serves(self.cos) and attend.cache.dtype == torch.float32):
+            return None
+        return NativePass(self.cos, self.signed_sin, attend.cache, attend.slots, attend.mask[:, 0])
+
     def normalise(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """`x [R, D]`, or each head of `x [R, H, dim]`, by an RMS norm."""
         return self.steps.normalise(x, norm.weight, norm.eps)
@@ -112,7 +130,10 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer's weights behind its input norm; `heads_norm` is over each query and key head (Qwen3)."""
+    """One decoder layer's weights behind its input norm; `heads_norm` is over each query and key head (Qwen3).
+
+    Where native.c runs it, `native` has the same weights.
+    """
 
     index: int
     num_heads: int
@@ -123,9 +144,12 @@ class Layer:
     mlp_norm: Norm
     gate_up: Product
     down: Product
+    native: NativeLayer | None = None
 
     def run(self, residual: torch.Tensor, inputs: torch.Tensor, nodes: Nodes, overwrite: bool) -> torch.Tensor:
         """The layer's output `[R, D]` from its residual `[R, D]`, which it may `overwrite`, and normed `inputs`."""
+        if self.native is not None and nodes.native is not None:
+            return self.native.run(nodes.native, self.index, residual, inputs, overwrite)
         num_rotated = self.num_heads + self.num_key_heads
         heads = self.queries_keys_values(inputs).unflatten(-1, (num_rotated + self.num_key_heads, -1))
         rotated = heads[:, :num_rotated]
@@ -134,7 +158,7 @@ class Layer:
         rotated = nodes.steps.rotate_to(nodes.dtype, rotated, nodes.cos, nodes.signed_sin)
         rotated, values = (nodes.spread(part).transpose(1, 2) for part in (rotated, heads[:, num_rotated:]))
         queries, keys = rotated.split((self.num_heads, self.num_key_heads), dim=1)
-        attended = nodes.attend(self.index, queries, keys, values).reshape(len(inputs), -1)
+        attended = nodes.attend(self.index, queries, keys, values).to(inputs.dtype).reshape(len(inputs), -1)
         x = self.attention_output.add_to(residual, attended, overwrite=overwrite)
         gated = nodes.steps.gate(self.gate_up(nodes.normalise(x, self.mlp_norm)))
         return self.down.add_to(x, gated, overwrite=True)
@@ -177,7 +201,7 @@ def pack_target(target: TargetModel, compiles: bool | None = None) -> TargetMode
     pack_linears(target.model)
     if not can_fuse(target.model):
         return target
-    fused = FusedTarget(target.model, target.role, elementwise(target.device, compiles))
+    fused = FusedTarget(target.model, target.role, elementwise(target.device, compiles, target.dtype))
     if target.role == "draft" or target.device.type != "cuda":
         return fused
     from draftwing.target.row_pass import row_problem, row_target  # which are made of a FusedTarget
@@ -185,10 +209,13 @@ def pack_target(target: TargetModel, compiles: bool | None = None) -> TargetMode
     return fused if row_problem(fused) else row_target(fused)
 
 
-def elementwise(device: torch.device, compiles: bool | None) -> Elementwise:
+def elementwise(device: torch.device, compiles: bool | None, dtype: torch.dtype) -> Elementwise:
+    """The steps for weights of a dtype on a device; `compiles` as in `pack_target`."""
     if compiles is None:
         compiles = device.type == "cuda" and has_triton()
-    return Elementwise.compiled() if compiles else AS_WRITTEN
+    if compiles:
+        return Elementwise.compiled()
+    return NATIVE if native.serves(torch.empty(0, dtype=dtype, device=device)) else AS_WRITTEN
 
 
 class FusedTarget(TargetModel):
@@ -207,6 +234,22 @@ class FusedTarget(TargetModel):
         self._norm = read_norm(decoder.norm)
 
     @property
+    def attention_dtype(self) -> torch.dtype:
+        """Of native.c's layers it is float32: their sums over keys have one order."""
+        return torch.float32 if self._is_native else super().attention_dtype
+
+    @property
+    def _is_native(self) -> bool:
+        return all(layer.native is not None for layer in self._decoder_layers)
+
+    def _masks(
+        self, visible: torch.Tensor, positions: torch.Tensor, slot_positions: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        if self._is_native:
+            return visible.unsqueeze(1)
+        return super()._masks(visible, positions, slot_positions, dtype)
+
+    @property
     def head_dims(self) -> tuple[int, int]:
         """Numbers of a key, and how many of them are rotated."""
         one = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
@@ -216,11 +259,7 @@ class FusedTarget(TargetModel):
         """Nothing: the model was checked as it came."""
 
     def _run(self, tree: TreePass, feature_layers: tuple[int, ...], last_logits_only: bool) -> TargetOutput:
-        def attend(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-            keys, values = tree.cache.write(layer, keys, values, tree.slots, tree.num_read)
-            attended = grouped_attention(queries, keys, values, tree.masks).transpose(1, 2)
-            return attended.to(embedded.dtype, memory_format=torch.contiguous_format)
-
+        attend = CacheAttention(tree.cache, tree.slots, tree.num_read, tree.masks)
         embedded = self.embedding(tree.tokens)
         cos, sin = (table.flatten(0, 1).unsqueeze(1) for table in self._rotary(embedded, tree.positions))
         half = cos.shape[-1] // 2
@@ -248,7 +287,7 @@ def read_layer(layer: Any, index: int) -> Layer:
     if hasattr(attention, "q_norm"):
         weights = [attention.q_norm.weight.expand(num_heads, -1), attention.k_norm.weight.expand(num_key_heads, -1)]
         heads_norm = Norm(torch.cat(weights).detach(), _scalar_like(weights[0], epsilon(attention.q_norm)))
-    return Layer(
+    fused = Layer(
         index,
         num_heads,
         num_key_heads,
@@ -259,6 +298,17 @@ def read_layer(layer: Any, index: int) -> Layer:
         gate_up=mlp.gate_proj.product,
         down=mlp.down_proj.product,
     )
+    return replace(fused, native=native_layer(fused))
+
+
+def native_layer(layer: Layer) -> NativeLayer | None:
+    """The layer for native.c, if that has its products."""
+    products = layer.queries_keys_values, layer.attention_output, layer.gate_up, layer.down
+    panels = [product.panels for product in products if isinstance(product, NativeProduct)]
+    if len(panels) < len(products):
+        return None
+    heads_norm = None if layer.heads_norm is None else layer.heads_norm.numbers
+    return NativeLayer(panels, heads_norm, layer.mlp_norm.numbers, layer.num_heads, layer.num_key_heads)
 
 
 def read_norm(norm: nn.Module) -> Norm:

@@ -165,10 +165,15 @@ class TargetModel:
 
         A branch's keys do not lie in a tree in the order in which plain decoding has them, so sums over them round
         differently. On a CPU they are taken in float64, whose differences vanish when the result is rounded. Not so
-        with another attention than ours, nor where the cache keeps latents that the model expands after reading (MLA).
+        with another attention than ours.
         """
-        is_ours = self.model.config._attn_implementation == ATTENTION and not getattr(self.config, "kv_lora_rank", None)
-        return torch.float64 if is_ours and self.device.type == "cpu" else self.dtype
+        return torch.float64 if self.has_our_attention and self.device.type == "cpu" else self.dtype
+
+    @property
+    def has_our_attention(self) -> bool:
+        """Whether target/attention.py reads the cache: not where that keeps latents which the model expands (MLA)."""
+        is_ours: bool = self.model.config._attn_implementation == ATTENTION
+        return is_ours and not getattr(self.config, "kv_lora_rank", None)
 
     def forward_tree(
         self,

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from draftwing.target import native
 from draftwing.target.attention import kernels_take, on_device, serves_row_kernels
 from draftwing.target.rounded import RoundedLinear, to_int8
 from draftwing.target.row_layout import RowProduct, Tiles
@@ -124,6 +125,20 @@ class PackedProduct(Product):
         return total
 
 
+class NativeProduct(Product):
+    """native.c's: it reads 16 bits of each weight that these hold, and sums in float32."""
+
+    def __init__(self, layers: Sequence[nn.Linear], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__(layers)
+        self.panels = native.Panels(weight, bias)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.panels.multiply(x)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        return self.panels.multiply(x, residual, overwrite)
+
+
 class HalfProduct(Product):
     """FBGEMM's: weights in float16, inputs and sums in float32. Half the bytes of PackedProduct, and half its time.
 
@@ -211,6 +226,8 @@ def _product(layers: Sequence[nn.Linear]) -> Product:
         return Int8Product(layers, weight, bias)
     if weight.device.type != "cpu" or weight.dtype == torch.float64:
         return JoinedProduct(layers, weight, bias)
+    if native.serves(weight):
+        return NativeProduct(layers, weight, bias)
     if weight.dtype == torch.float32 and same_rows():
         exponent = half_exponent(weight)
         if exponent is not None:

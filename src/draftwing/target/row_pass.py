@@ -167,7 +167,7 @@ def rounding_problem(target: TargetModel) -> str | None:
         return row_problem(target) or "its pass is not the row pass"
     if target.bits_depend_on_threads:
         return "some of its products are torch's own"
-    return None if target.attention_dtype == torch.float64 else "its attention is not draftwing's"
+    return None if target.has_our_attention else "its attention is not draftwing's"
 
 
 def row_problem(target: TargetModel) -> str | None:

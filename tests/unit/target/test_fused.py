@@ -39,7 +39,7 @@ INDUCTOR = pytest.param("inductor", marks=[pytest.mark.slow, needs_a_compiler])
 
 
 @pytest.fixture(autouse=True)
-def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, without_native: None) -> None:
     """Layers are packed as a GPU's are, whatever their dtype."""
     monkeypatch.setattr(packed, "PackedProduct", JoinedProduct)
     monkeypatch.setattr(packed, "_can_pack", lambda layer: True)

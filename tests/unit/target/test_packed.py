@@ -1,4 +1,4 @@
-"""Products of few rows: weights that 16 bits hold are kept in 16 bits, with the sums of float32."""
+"""Products of few rows without native.c: weights that 16 bits hold are kept in 16 bits, with the sums of float32."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,10 @@ from torch import nn
 from draftwing.target import packed
 from draftwing.target.packed import HalfProduct, PackedProduct, half_exponent, pack_linears, same_rows
 
-pytestmark = pytest.mark.skipif(not same_rows(), reason="this machine has no products with float16 weights")
+pytestmark = [
+    pytest.mark.skipif(not same_rows(), reason="this machine has no products with float16 weights"),
+    pytest.mark.usefixtures("without_native"),
+]
 
 
 def linear(num_inputs: int = 48, num_outputs: int = 32, bias: bool = False, scale: float = 1.0) -> nn.Linear:

@@ -426,7 +426,7 @@ TOKENS = [8, 9, 10, 11, 12, 13, 14]
 
 
 @pytest.fixture
-def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, without_native: None) -> None:
     """Layers are packed, and keys kept, as a GPU's are; weights are split although they are small."""
     monkeypatch.setattr(packed, "PackedProduct", JoinedProduct)
     monkeypatch.setattr(packed, "_can_pack", lambda layer: True)

@@ -14,7 +14,7 @@ from draftwing.drafts.ngram import NgramDrafter
 from draftwing.engine.drafter import Drafter, Ranking, Unread
 from draftwing.engine.tree import DraftTree
 from draftwing.engine.tree_plan import TreeShape
-from draftwing.target.attention import grouped_attention, kernels_take
+from draftwing.target.attention import CacheAttention, kernels_take
 from draftwing.target.kv_cache import KVCache, LayerShape, visible_slots
 
 
@@ -113,13 +113,8 @@ class EagleDrafter(Drafter):
         slots: torch.Tensor,
     ) -> torch.Tensor:
         """The network over new nodes; `visible [B, N, S]` are the slots that each one reads."""
-        cache, mask = self._cache, visible.unsqueeze(1)
-
-        def attend(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-            keys, values = cache.write(layer, keys, values, slots, visible.shape[-1])
-            return grouped_attention(queries, keys, values, mask).transpose(1, 2)
-
-        output: torch.Tensor = self._model(hidden, tokens, positions.clamp(max=cache.capacity), attend)
+        attend = CacheAttention(self._cache, slots, visible.shape[-1], visible.unsqueeze(1))
+        output: torch.Tensor = self._model(hidden, tokens, positions.clamp(max=self._cache.capacity), attend)
         return output
 
 

@@ -16,8 +16,8 @@ def pack_head(head: nn.Module, compiles: bool | None = None) -> None:
 
     `compiles`: as for targets.
     """
-    device = next(head.parameters()).device
-    steps = elementwise(device, compiles)
+    weight = next(head.parameters())
+    steps = elementwise(weight.device, compiles, weight.dtype)
     pack_linears(head)
     for name, module in list(head.named_modules()):
         if isinstance(module, Eagle3Layer) and _is_known(module):

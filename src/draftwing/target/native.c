@@ -1,0 +1,340 @@
+/* A CPU's pass in float32: products, and decoder layers as a whole. native.py compiles this file and calls it.
+
+   A row's numbers depend on that row alone, and on the order of what it reads: not on other rows, on threads, or on
+   gaps between the slots that it reads. Every sum has one order, written out here, which the compiler may not change
+   (no -ffast-math, and -ffp-contract=off). Sizes and strides are in numbers; the last dimension has no gaps. */
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#else
+static int omp_get_thread_num(void) { return 0; }
+#endif
+
+#if defined(__AVX512F__)
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+enum { WIDTH = 2 * LANES, ROWS = 6 };
+enum Kind { FLOAT32, BFLOAT16, FLOAT16 };
+
+typedef float Lanes __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t Numbers __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+#define AT(pointer) (*(Lanes *)(pointer))
+#define INLINE static inline __attribute__((always_inline))
+
+/* Weights [outputs, inputs] as panels of WIDTH outputs: [panels, inputs, WIDTH]. The bias may be NULL. */
+typedef struct {
+    const void *panels;
+    const float *bias;
+    int64_t inputs, outputs, kind;
+} Product;
+
+typedef struct {
+    Product queries_keys_values, attention_output, gate_up, down;
+    const float *heads_norm, *mlp_norm; /* [heads, dim] of queries and keys, or NULL; [outputs] */
+    float heads_eps, mlp_eps;
+    int64_t heads, key_heads, dim;
+} Layer;
+
+/* What the layers of a pass share. Rows are batch * nodes; row r writes slot slots[r] of all seats' slots. */
+typedef struct {
+    const float *cos, *signed_sin; /* [rows, turned] */
+    const int64_t *slots;
+    const uint8_t *visible; /* [batch, nodes, read] by strides: which of its seat's slots a node reads */
+    int64_t batch_stride, node_stride;
+    int64_t batch, nodes, turned, read, slots_per_seat;
+    float *scratch;
+    int64_t threads;
+} Pass;
+
+int64_t panel_width(void) { return WIDTH; }
+
+INLINE Lanes all(float value) { return value - (Lanes){}; }
+
+INLINE Lanes choose(Numbers which, Lanes yes, Lanes no) {
+    return (Lanes)(((Numbers)yes & which) | ((Numbers)no & ~which));
+}
+
+/* a * b + c, rounded once where the machine can. */
+INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+#if defined(__AVX512F__)
+    return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (Lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE float total(Lanes x) {
+    float sums[LANES];
+    memcpy(sums, &x, sizeof sums);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) sums[i] += sums[i + width];
+    return sums[0];
+}
+
+INLINE float dot(const float *a, const float *b, int64_t length) {
+    Lanes even = all(0), odd = all(0);
+    int64_t i = 0;
+    for (; i + 2 * LANES <= length; i += 2 * LANES) {
+        even = multiply_add(AT(a + i), AT(b + i), even);
+        odd = multiply_add(AT(a + i + LANES), AT(b + i + LANES), odd);
+    }
+    for (; i + LANES <= length; i += LANES) even = multiply_add(AT(a + i), AT(b + i), even);
+    float sum = total(even + odd);
+    for (; i < length; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* e^x within some units in the last place: 2^n by its exponent times e^(x - n ln 2) by a polynomial. NaN stays. */
+INLINE Lanes exponential(Lanes x) {
+    const Lanes rounder = all(12582912.0f); /* 1.5 * 2^23: adding it leaves whole numbers */
+    x = choose(x > 88.0f, all(88.0f), x);
+    x = choose(x < -87.0f, all(-87.0f), x);
+    Lanes shifted = x * 1.44269504f + rounder, n = shifted - rounder;
+    Lanes r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    Lanes p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return (Lanes)((Numbers)p + (((Numbers)shifted - (Numbers)rounder) << 23));
+}
+
+INLINE Lanes load(const char *weights, int64_t index, int kind) {
+    if (kind == FLOAT32) return AT((const float *)weights + index);
+    const void *halves = (const uint16_t *)weights + index;
+#if defined(__AVX512F__)
+    __m256i read = _mm256_loadu_si256(halves);
+    return (Lanes)(kind == FLOAT16 ? _mm512_cvtph_ps(read) : (__m512)((Numbers)_mm512_cvtepu16_epi32(read) << 16));
+#elif defined(__AVX2__) && defined(__F16C__)
+    __m128i read = _mm_loadu_si128(halves);
+    return (Lanes)(kind == FLOAT16 ? _mm256_cvtph_ps(read) : (__m256)((Numbers)_mm256_cvtepu16_epi32(read) << 16));
+#else
+    Numbers bits = __builtin_convertvector(*(const Halves *)halves, Numbers);
+    if (kind == BFLOAT16) return (Lanes)(bits << 16);
+    /* The exponent's bias is 112 less. Subnormal numbers come out right, too. */
+    Lanes size = (Lanes)((bits & 0x7fff) << 13) * 0x1p112f;
+    return (Lanes)((Numbers)size | ((bits & 0x8000) << 16));
+#endif
+}
+
+/* `rows` rows of x times one panel, plus bias and what `added` holds, if anything: `count` outputs of each. */
+INLINE void multiply_block(const Product *product, int64_t panel, int kind, int rows, const float *x, int64_t stride,
+                           const float *added, float *out) {
+    const int64_t inputs = product->inputs, outputs = product->outputs, first = panel * WIDTH;
+    const char *weights = (const char *)product->panels + panel * inputs * WIDTH * (kind == FLOAT32 ? 4 : 2);
+    Lanes sums[ROWS][2];
+    for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = all(0);
+    for (int64_t k = 0; k < inputs; k++) {
+        __builtin_prefetch(weights + (inputs + k) * WIDTH * 2, 0, 2);
+        Lanes low = load(weights, k * WIDTH, kind), high = load(weights, k * WIDTH + LANES, kind);
+        for (int r = 0; r < rows; r++) {
+            Lanes factor = all(x[r * stride + k]);
+            sums[r][0] = multiply_add(low, factor, sums[r][0]);
+            sums[r][1] = multiply_add(high, factor, sums[r][1]);
+        }
+    }
+    int64_t count = outputs - first < WIDTH ? outputs - first : WIDTH;
+    for (int r = 0; r < rows; r++) {
+        float line[WIDTH];
+        memcpy(line, sums[r], sizeof line);
+        if (product->bias)
+            for (int64_t i = 0; i < count; i++) line[i] += product->bias[first + i];
+        if (added)
+            for (int64_t i = 0; i < count; i++) line[i] += added[r * outputs + first + i];
+        memcpy(out + r * outputs + first, line, (size_t)count * sizeof *line);
+    }
+}
+
+INLINE void multiply_panel(const Product *product, int64_t panel, int kind, int64_t rows, const float *x,
+                           int64_t stride, const float *added, float *out) {
+    const int64_t outputs = product->outputs;
+    int64_t r = 0;
+#define BLOCK_OF(number) \
+    multiply_block(product, panel, kind, number, x + r * stride, stride, added ? added + r * outputs : NULL, \
+                   out + r * outputs)
+    for (; rows - r > 8 || rows - r == ROWS; r += ROWS) BLOCK_OF(ROWS);
+    if (rows - r > ROWS) { /* 7 and 8 as halves, for a block of one or two waits for its sums */
+        BLOCK_OF(4);
+        r += 4;
+    }
+    switch (rows - r) {
+        case 1: BLOCK_OF(1); break;
+        case 2: BLOCK_OF(2); break;
+        case 3: BLOCK_OF(3); break;
+        case 4: BLOCK_OF(4); break;
+        case 5: BLOCK_OF(5); break;
+    }
+#undef BLOCK_OF
+}
+
+static void multiply_bfloat16(const Product *p, int64_t panel, int64_t rows, const float *x, int64_t stride,
+                              const float *added, float *out) {
+    multiply_panel(p, panel, BFLOAT16, rows, x, stride, added, out);
+}
+
+static void multiply_float16(const Product *p, int64_t panel, int64_t rows, const float *x, int64_t stride,
+                             const float *added, float *out) {
+    multiply_panel(p, panel, FLOAT16, rows, x, stride, added, out);
+}
+
+static void multiply_float32(const Product *p, int64_t panel, int64_t rows, const float *x, int64_t stride,
+                             const float *added, float *out) {
+    multiply_panel(p, panel, FLOAT32, rows, x, stride, added, out);
+}
+
+/* x [rows, inputs] times the weights -> out [rows, outputs], by all threads of the region that it is called in. */
+static void share_product(const Product *product, int64_t rows, const float *x, int64_t stride, const float *added,
+                          float *out) {
+    const int64_t panels = (product->outputs + WIDTH - 1) / WIDTH;
+#pragma omp for schedule(dynamic, 2)
+    for (int64_t panel = 0; panel < panels; panel++)
+        (product->kind == BFLOAT16  ? multiply_bfloat16
+         : product->kind == FLOAT16 ? multiply_float16
+                                    : multiply_float32)(product, panel, rows, x, stride, added, out);
+}
+
+void multiply(const Product *product, int64_t rows, const float *x, int64_t stride, const float *added, float *out,
+              int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    share_product(product, rows, x, stride, added, out);
+}
+
+INLINE void normalise_row(const float *x, int64_t dim, const float *weight, float eps, float *out) {
+    float scale = 1.0f / __builtin_sqrtf(dot(x, x, dim) / (float)dim + eps);
+    for (int64_t i = 0; i < dim; i++) out[i] = x[i] * scale * weight[i];
+}
+
+/* RMS norm of x [rows, heads, dim], by weight [dim], or [heads, dim] with a weight_stride. */
+void normalise(const float *x, int64_t row_stride, int64_t rows, int64_t heads, int64_t dim, const float *weight,
+               int64_t weight_stride, float eps, float *out, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t head = 0; head < heads; head++)
+            normalise_row(x + row * row_stride + head * dim, dim, weight + head * weight_stride, eps,
+                          out + (row * heads + head) * dim);
+}
+
+/* Rotate the first `turned` of a head's numbers, in place: pairs are (i, i + turned / 2). */
+INLINE void rotate(float *x, int64_t turned, const float *cos, const float *signed_sin) {
+    const int64_t half = turned / 2;
+    for (int64_t i = 0; i < half; i++) {
+        float low = x[i], high = x[half + i];
+        x[i] = low * cos[i] + high * signed_sin[i];
+        x[half + i] = high * cos[half + i] + low * signed_sin[half + i];
+    }
+}
+
+INLINE void gate_row(const float *gate_up, int64_t width, float *out) {
+    const float *up = gate_up + width;
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES)
+        AT(out + i) = AT(gate_up + i) / (exponential(-AT(gate_up + i)) + 1.0f) * AT(up + i);
+    for (; i < width; i++) out[i] = gate_up[i] / (exponential(all(-gate_up[i]))[0] + 1.0f) * up[i];
+}
+
+/* Softmax weights of one query at the visible slots of a key head. */
+INLINE void softmax(const float *query, const float *keys, int64_t stride, int64_t dim, float scale,
+                    const int32_t *visible, int64_t count, float *weights) {
+    for (int64_t j = 0; j < count; j++) weights[j] = dot(query, keys + visible[j] * stride, dim) * scale;
+    float largest = weights[0];
+    for (int64_t j = 1; j < count; j++) largest = weights[j] > largest ? weights[j] : largest;
+    Lanes sums = all(0);
+    int64_t j = 0;
+    for (; j + LANES <= count; j += LANES) sums += (AT(weights + j) = exponential(AT(weights + j) - largest));
+    float sum = total(sums);
+    for (; j < count; j++) sum += (weights[j] = exponential(all(weights[j] - largest))[0]);
+    for (j = 0; j < count; j++) weights[j] /= sum;
+}
+
+/* The visible slots' values, summed by their weights. */
+INLINE void weigh(const float *weights, const float *values, int64_t stride, int64_t dim, const int32_t *visible,
+                  int64_t count, float *out) {
+    int64_t i = 0;
+    for (; i + 4 * LANES <= dim; i += 4 * LANES) {
+        Lanes sums[4] = {};
+        for (int64_t j = 0; j < count; j++)
+            for (int b = 0; b < 4; b++)
+                sums[b] = multiply_add(AT(values + visible[j] * stride + i + b * LANES), all(weights[j]), sums[b]);
+        memcpy(out + i, sums, sizeof sums);
+    }
+    for (; i < dim; i++) {
+        out[i] = 0;
+        for (int64_t j = 0; j < count; j++) out[i] += values[visible[j] * stride + i] * weights[j];
+    }
+}
+
+/* Scratch of a pass over these rows, in numbers. */
+int64_t scratch_size(const Layer *layer, int64_t rows, int64_t read, int64_t threads) {
+    const int64_t attended = layer->heads * layer->dim, gated = layer->down.inputs;
+    return rows * (layer->queries_keys_values.outputs + attended + layer->attention_output.outputs + 3 * gated) +
+           2 * threads * read;
+}
+
+/* A decoder layer: its output [rows, D] from its residual [rows, D] and normed inputs; out may be the residual.
+   Keys and values [slots of all seats, key_heads, dim] are written. */
+void run_layer(const Layer *layer, const Pass *pass, float *keys, float *values, const float *residual,
+               const float *inputs, float *out) {
+    const int64_t rows = pass->batch * pass->nodes, dim = layer->dim, heads = layer->heads,
+                  key_heads = layer->key_heads, groups = heads / key_heads, size = layer->attention_output.outputs,
+                  joined = layer->queries_keys_values.outputs, gated = layer->down.inputs, slot = key_heads * dim;
+    const float scale = 1.0f / __builtin_sqrtf((float)dim);
+    float *projected = pass->scratch, *attended = projected + rows * joined, *normed = attended + rows * heads * dim,
+          *gate_up = normed + rows * size, *gates = gate_up + rows * 2 * gated, *own = gates + rows * gated;
+#pragma omp parallel num_threads((int)pass->threads) if (pass->threads > 1)
+    {
+        float *weights = own + 2 * omp_get_thread_num() * pass->read;
+        int32_t *visible = (int32_t *)(weights + pass->read);
+        share_product(&layer->queries_keys_values, rows, inputs, layer->queries_keys_values.inputs, NULL, projected);
+#pragma omp for
+        for (int64_t row = 0; row < rows; row++) {
+            float *x = projected + row * joined;
+            for (int64_t head = 0; head < heads + key_heads; head++) {
+                if (layer->heads_norm)
+                    normalise_row(x + head * dim, dim, layer->heads_norm + head * dim, layer->heads_eps,
+                                  x + head * dim);
+                rotate(x + head * dim, pass->turned, pass->cos + row * pass->turned,
+                       pass->signed_sin + row * pass->turned);
+            }
+            memcpy(keys + pass->slots[row] * slot, x + heads * dim, (size_t)slot * sizeof *x);
+            memcpy(values + pass->slots[row] * slot, x + heads * dim + slot, (size_t)slot * sizeof *x);
+        }
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t h = 0; h < key_heads; h++) {
+                const int64_t seat = row / pass->nodes, first = seat * pass->slots_per_seat * slot + h * dim;
+                const uint8_t *shown =
+                    pass->visible + seat * pass->batch_stride + row % pass->nodes * pass->node_stride;
+                int64_t count = 0;
+                for (int64_t s = 0; s < pass->read; s++) {
+                    visible[count] = (int32_t)s;
+                    count += shown[s] != 0;
+                }
+                for (int64_t head = h * groups; head < (h + 1) * groups; head++) {
+                    softmax(projected + row * joined + head * dim, keys + first, slot, dim, scale, visible, count,
+                            weights);
+                    weigh(weights, values + first, slot, dim, visible, count, attended + (row * heads + head) * dim);
+                }
+            }
+        share_product(&layer->attention_output, rows, attended, heads * dim, residual, out);
+#pragma omp for
+        for (int64_t row = 0; row < rows; row++)
+            normalise_row(out + row * size, size, layer->mlp_norm, layer->mlp_eps, normed + row * size);
+        share_product(&layer->gate_up, rows, normed, size, NULL, gate_up);
+#pragma omp for
+        for (int64_t row = 0; row < rows; row++) gate_row(gate_up + row * 2 * gated, gated, gates + row * gated);
+        share_product(&layer->down, rows, gates, gated, out, out);
+    }
+}

@@ -1,0 +1,251 @@
+"""native.c for tensors: a CPU's products and decoder layers in float32, without torch's operations in between.
+
+The file is compiled once, by the machine's C compiler, into the user's cache. Where there is no compiler, or it fails,
+`library()` is None, and torch's operations serve. A row's result has the same bits whatever passes with it.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import torch
+
+from draftwing.files import cache_folder
+from draftwing.target.kv_cache import KVCache
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = ("-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
+TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ())
+"""What is added, if the compiler takes it. Threads are those of the libgomp that torch has loaded, if it has."""
+SWITCH = "DRAFTWING_NATIVE"
+"""The variable that turns this off, with the value 0."""
+SMALL = 1 << 16
+"""Multiplications up to which one thread is as fast as several: some microseconds."""
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What weights may be kept in: their numbers in native.c."""
+
+_size, _pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [("panels", _pointer), ("bias", _pointer), ("inputs", _size), ("outputs", _size), ("kind", _size)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Product) for name in ("queries_keys_values", "attention_output", "gate_up", "down")),
+        *((name, _pointer) for name in ("heads_norm", "mlp_norm")),
+        *((name, ctypes.c_float) for name in ("heads_eps", "mlp_eps")),
+        *((name, _size) for name in ("heads", "key_heads", "dim")),
+    ]
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer) for name in ("cos", "signed_sin", "slots", "visible")),
+        *(
+            (name, _size)
+            for name in ("batch_stride", "node_stride", "batch", "nodes", "turned", "read", "slots_per_seat")
+        ),
+        ("scratch", _pointer),
+        ("threads", _size),
+    ]
+
+
+SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "panel_width": (),
+    "multiply": (_pointer, _size, _pointer, _size, _pointer, _pointer, ctypes.c_int),
+    "normalise": (_pointer, *4 * (_size,), _pointer, _size, ctypes.c_float, _pointer, ctypes.c_int),
+    "scratch_size": (_pointer, _size, _size, _size),
+    "run_layer": 7 * (_pointer,),
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled file; None if there is no compiler, if what it makes does not load, or if it is turned off."""
+    if os.environ.get(SWITCH) == "0":
+        return None
+    compiler = next(filter(None, map(which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+    if compiler is None:
+        logger.warning("there is no C compiler, so passes on this CPU take torch's operations, which are slower")
+        return None
+    reason = ""
+    for added in TRIED:
+        try:
+            loaded = ctypes.CDLL(str(_compiled(compiler, (*FLAGS, *added))))
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = reason or str(getattr(error, "stderr", None) or error)
+            continue
+        for name, signature in SIGNATURES.items():
+            getattr(loaded, name).argtypes, getattr(loaded, name).restype = signature, _size
+        return loaded
+    logger.warning("passes on this CPU take torch's operations, which are slower: %s: %.300s", compiler, reason)
+    return None
+
+
+def serves(tensor: torch.Tensor) -> bool:
+    """Whether numbers like these are multiplied here."""
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and library() is not None
+
+
+class Panels:
+    """A product's weight `[outputs, inputs]` in native.c's layout, in 16 bits where these hold it, and its bias."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.num_outputs, self.num_inputs = weight.shape
+        width = _library().panel_width()
+        self.kept_in = next(dtype for dtype in (torch.bfloat16, torch.float16, torch.float32) if _holds(dtype, weight))
+        missing = -self.num_outputs % width
+        padded = torch.nn.functional.pad(weight.to(self.kept_in), (0, 0, 0, missing))
+        self._weight = padded.view(-1, width, self.num_inputs).transpose(1, 2).contiguous()
+        self._bias = None if bias is None else bias.contiguous()
+        self.struct = _Product(
+            self._weight.data_ptr(), _address(self._bias), self.num_inputs, self.num_outputs, KINDS[self.kept_in]
+        )
+
+    def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None, overwrite: bool = False) -> torch.Tensor:
+        """`x [..., inputs] @ weight.T + bias`, plus `added [R, outputs]`, which it may `overwrite`."""
+        rows = x.reshape(-1, self.num_inputs).contiguous()
+        out = rows.new_empty(len(rows), self.num_outputs) if added is None or not overwrite else added
+        if added is not None:
+            added = added.contiguous()
+        work = len(rows) * self.num_inputs * self.num_outputs
+        library, threads = _library(), _threads(work)
+        struct = ctypes.byref(self.struct)
+        library.multiply(struct, len(rows), rows.data_ptr(), self.num_inputs, _address(added), out.data_ptr(), threads)
+        return out.view(*x.shape[:-1], self.num_outputs)
+
+
+class NativeLayer:
+    """A decoder layer as native.c runs it.
+
+    Its panels are those of queries, keys and values, of the attention's output, of gate and up, and of the MLP's
+    output. Norms are pairs of a weight and an epsilon.
+    """
+
+    def __init__(
+        self,
+        panels: Sequence[Panels],
+        heads_norm: tuple[torch.Tensor, float] | None,
+        mlp_norm: tuple[torch.Tensor, float],
+        num_heads: int,
+        num_key_heads: int,
+    ) -> None:
+        self._kept = panels, heads_norm, mlp_norm
+        dim = panels[0].num_outputs // (num_heads + 2 * num_key_heads)
+        heads, heads_eps = heads_norm or (None, 0.0)
+        structs = (part.struct for part in panels)
+        self._struct = _Layer(
+            *structs, _address(heads), mlp_norm[0].data_ptr(), heads_eps, mlp_norm[1], num_heads, num_key_heads, dim
+        )
+
+    def scratch(self, num_rows: int, num_read: int) -> torch.Tensor:
+        """Room for a pass over so many rows that read so many slots of each seat."""
+        size = _library().scratch_size(ctypes.byref(self._struct), num_rows, num_read, torch.get_num_threads())
+        return torch.empty(size, dtype=torch.float32)
+
+    def run(
+        self, nodes: "NativePass", index: int, residual: torch.Tensor, inputs: torch.Tensor, overwrite: bool
+    ) -> torch.Tensor:
+        """The output `[R, D]` of layer `index` from its residual, which it may `overwrite`, and normed inputs."""
+        out = residual if overwrite else torch.empty_like(residual)
+        tensors = (*nodes.cache.layer(index), residual, inputs, out)
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        _library().run_layer(ctypes.byref(self._struct), nodes.struct(self, len(inputs)), *pointers)
+        return out
+
+
+class NativePass:
+    """What the layers of a pass share: rotations `[R, 1, turned]`, and the cache, in whose `slots [B, N]` keys and
+    values are written, and of whose first S slots of each seat the nodes read the `visible [B, N, S]` ones."""
+
+    def __init__(
+        self, cos: torch.Tensor, signed_sin: torch.Tensor, cache: KVCache, slots: torch.Tensor, visible: torch.Tensor
+    ) -> None:
+        self.cache = cache
+        visible = visible if visible.stride(-1) == 1 else visible.contiguous()
+        cos, signed_sin, slots = (tensor.contiguous() for tensor in (cos, signed_sin, slots))
+        self._kept: list[torch.Tensor] = [cos, signed_sin, slots, visible]
+        self._struct = _Pass(
+            *(tensor.data_ptr() for tensor in self._kept),
+            *visible.stride()[:2],
+            *slots.shape,
+            cos.shape[-1],
+            visible.shape[-1],
+            cache.num_slots,
+            None,
+            torch.get_num_threads(),
+        )
+
+    def struct(self, layer: NativeLayer, num_rows: int) -> Any:
+        if self._struct.scratch is None:  # the layers of a model have the same sizes
+            self._kept.append(layer.scratch(num_rows, self._struct.read))
+            self._struct.scratch = self._kept[-1].data_ptr()
+        return ctypes.byref(self._struct)
+
+
+def normalise(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """As fused.py's, of `x [R, D]` or `[R, H, dim]`."""
+    heads, dim = (1, x.shape[1]) if x.dim() == 2 else x.shape[1:]
+    out = x.new_empty(x.shape)
+    weight_stride = dim if weight.dim() == 2 else 0
+    sizes = x.stride(0), len(x), heads, dim
+    pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    _library().normalise(pointers[0], *sizes, pointers[1], weight_stride, eps.item(), pointers[2], _threads(x.numel()))
+    return out
+
+
+def _library() -> ctypes.CDLL:
+    loaded = library()
+    assert loaded is not None
+    return loaded
+
+
+def _threads(work: int) -> int:
+    return torch.get_num_threads() if work > SMALL else 1
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _holds(dtype: torch.dtype, weight: torch.Tensor) -> bool:
+    return dtype == weight.dtype or torch.equal(weight.to(dtype).to(weight.dtype), weight)
+
+
+def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
+    """The library, from the cache or compiled now; in a folder of its own where the cache cannot be written.
+
+    Raises:
+        OSError, subprocess.SubprocessError: the compiler failed.
+    """
+    machine = f"{platform.machine()} {sorted(torch.cpu.get_capabilities().items())}"
+    key = hashlib.sha256("\0".join((SOURCE.read_text("utf-8"), compiler, *flags, machine)).encode()).hexdigest()[:16]
+    goal = cache_folder() / "native" / f"{key}.so"
+    if goal.is_file():
+        return goal
+    try:
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        building = tempfile.TemporaryDirectory(dir=goal.parent)
+    except OSError:
+        goal = Path(tempfile.mkdtemp(prefix="draftwing-")) / goal.name
+        building = tempfile.TemporaryDirectory(dir=goal.parent)
+    with building as folder:
+        compiled, linked = f"{folder}/native.o", f"{folder}/native.so"
+        # Linked without -fopenmp: it finds torch's libgomp, where it would else load one with threads of its own.
+        for command in ((*flags, "-c", str(SOURCE), "-o", compiled), ("-shared", compiled, "-o", linked)):
+            subprocess.run((compiler, *command), check=True, capture_output=True, text=True, timeout=120)
+        os.replace(linked, goal)
+    return goal

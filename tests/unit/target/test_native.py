@@ -1,0 +1,262 @@
+"""A CPU's products and layers in C: what torch computes, a row's bits whatever passes with it, and doing without."""
+
+import logging
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from draftwing.drafts.eagle.fused_layers import pack_head
+from draftwing.drafts.eagle.network import Eagle3Model, EagleModel
+from draftwing.layers import DraftConfig, DraftVocab
+from draftwing.target import fused, native
+from draftwing.target.attention import CacheAttention
+from draftwing.target.kv_cache import KVCache, LayerShape, visible_slots
+from draftwing.target.packed import NativeProduct, PackedProduct, pack_linears
+
+needs_library = pytest.mark.skipif(native.library() is None, reason="this machine has no C compiler")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1), (16, 8), (33, 100), (50, 7), (200, 576)]
+"""Outputs and inputs: fewer than a panel is wide, whole panels, and a part of one more."""
+
+
+@pytest.fixture(params=["this machine's flags", "any machine's flags"])
+def flags(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Compiled as usual, and as on a machine whose compiler knows no -march=native: without fused multiply-adds."""
+    if request.param == "any machine's flags":
+        monkeypatch.setattr(native, "TRIED", ((),))
+        native.library.cache_clear()
+    yield request.param
+    native.library.cache_clear()
+
+
+def saved_weight(dtype: torch.dtype, outputs: int, inputs: int) -> torch.Tensor:
+    """A float32 weight that was saved in a dtype, with the smallest numbers that it has."""
+    torch.manual_seed(0)
+    weight = torch.randn(outputs, inputs)
+    weight[0, 0] = 3 * torch.finfo(dtype).smallest_normal
+    if dtype == torch.float16:
+        weight[-1, -1] = 3 * 2.0**-24
+    return weight.to(dtype).float()
+
+
+@needs_library
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_products_are_torchs(dtype: torch.dtype, shape: tuple[int, int], flags: str) -> None:
+    weight, bias = saved_weight(dtype, *shape), torch.randn(shape[0])
+    panels = native.Panels(weight, bias)
+    for num_rows in (0, 1, 2, 5, 6, 7, 8, 9, 13, 40):
+        x, added = torch.randn(num_rows, shape[1]), torch.randn(num_rows, shape[0])
+        right = functional.linear(x.double(), weight.double(), bias.double())
+        torch.testing.assert_close(panels.multiply(x).double(), right, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(panels.multiply(x, added).double(), right + added, rtol=1e-5, atol=1e-4)
+        copy = added.clone()
+        assert panels.multiply(x, copy, overwrite=True).data_ptr() == copy.data_ptr()
+        assert copy.equal(panels.multiply(x, added))
+
+
+@needs_library
+def test_small_float16_numbers_are_read_exactly(flags: str) -> None:
+    weight = torch.tensor([[2.0**-24, 65504.0, -(2.0**-15), -0.0, 1 / 3]]).half().float()
+    panels = native.Panels(weight, None)
+    for column, number in enumerate(weight[0].tolist()):
+        assert panels.multiply(torch.eye(5)[column : column + 1]).item() == number
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_are_kept_in_16_bits_where_these_hold_them(dtype: torch.dtype) -> None:
+    assert native.Panels(saved_weight(dtype, 16, 8), None).kept_in == dtype
+    unusual = saved_weight(torch.bfloat16, 16, 8)
+    for number in (1 + 2**-20, torch.nan):
+        unusual[3, 3] = number
+        assert native.Panels(unusual, None).kept_in == torch.float32
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_any_number_of_rows_and_threads_has_the_bits_of_any_other(dtype: torch.dtype, threads: None) -> None:
+    panels = native.Panels(saved_weight(dtype, 200, 576), torch.randn(200))
+    x, added = torch.randn(70, 576), torch.randn(70, 200)
+    together = panels.multiply(x, added)
+    for number in range(1, 70):
+        torch.set_num_threads(1 + number % 3)
+        assert panels.multiply(x[-number:], added[-number:]).equal(together[-number:]), f"{number} rows"
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_library
+@torch.inference_mode()
+def test_a_sum_that_depends_on_the_rows_is_noticed(sabotaged_native: Callable[[str, str], None]) -> None:
+    sum_of_one = "sums[r][0] = multiply_add(low, factor, sums[r][0]);"
+    sabotaged_native(sum_of_one, f"if (rows == 1) sums[r][0] += low * factor; else {sum_of_one}")
+    panels = native.Panels(saved_weight(torch.bfloat16, 200, 576), None)
+    x = torch.randn(7, 576)
+    assert not panels.multiply(x[:1]).equal(panels.multiply(x)[:1])
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(1, 576), (5, 64), (3, 7), (4, 3, 16), (2, 5, 9)])
+@torch.inference_mode()
+def test_norms_are_those_that_are_written_out(shape: tuple[int, ...], flags: str) -> None:
+    x, eps = torch.randn(shape[0], *shape[1:-1], 2 * shape[-1])[..., : shape[-1]], torch.tensor(1e-5)
+    for weight in (torch.rand(shape[-1]), torch.rand(shape[1:])):
+        gapless = x.contiguous() if x.dim() == 3 else x  # a row of heads has no gaps
+        torch.testing.assert_close(native.normalise(gapless, weight, eps), fused.normalise(x, weight, eps))
+
+
+CONFIG = DraftConfig(
+    hidden_size=32,
+    intermediate_size=44,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    vocab_size=50,
+    draft_vocab_size=50,
+    target_hidden_size=32,
+    max_position_embeddings=64,
+)
+OPTIONS = {
+    "eagle1": {"num_hidden_layers": 2},
+    "eagle3": {"aux_layers": (0, 1, 2)},
+    "norms of heads": {"aux_layers": (0, 1, 2), "qk_norm": True, "num_hidden_layers": 2},
+    "biases": {"aux_layers": (0, 1, 2), "attention_bias": True, "output_bias": True, "mlp_bias": True},
+    "some of the numbers are rotated": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    },
+    "one key head for each": {"num_key_value_heads": 4, "head_dim": 64},
+}
+
+
+def random_head(options: str) -> EagleModel | Eagle3Model:
+    torch.manual_seed(0)
+    config, embedding = DraftConfig(**{**vars(CONFIG), **OPTIONS[options]}), nn.Embedding(50, 32)
+    if config.aux_layers:
+        return Eagle3Model(config, DraftVocab(None, 50), embedding, nn.Identity()).eval()
+    return EagleModel(config, embedding, nn.Identity()).eval()
+
+
+def passes(head: EagleModel | Eagle3Model, num_seats: int = 3, num_spare: int = 0) -> list[torch.Tensor]:
+    """Outputs of a pass over 9 tokens, and of one over a tree of 5 nodes behind 9, 4 and 7 of them."""
+    config = head.config
+    shape = LayerShape(config.num_key_value_heads, config.head_dim, config.head_dim)
+    cache = KVCache([shape] * config.num_hidden_layers, num_seats + num_spare, 20, torch.float32, torch.device("cpu"))
+    cache = cache.part(num_spare, num_seats + num_spare)
+    generator, outputs = torch.Generator().manual_seed(1), []
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    tree = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 1, 0, 0, 1]]).bool()
+    for ancestors, depths, num_kept in ((causal, torch.arange(9), [9, 4, 7]), (tree, [0, 1, 1, 2, 2], [1, 1, 1])):
+        number = len(ancestors)
+        hidden = torch.randn(num_seats, number, 32, generator=generator)
+        tokens = torch.randint(50, (num_seats, number), generator=generator)
+        visible = visible_slots(cache.lengths, ancestors.expand(num_seats, -1, -1), cache.num_read(number))
+        attend = CacheAttention(cache, cache.slots_behind(number), visible.shape[-1], visible.unsqueeze(1))
+        positions = cache.lengths[:, None] + torch.as_tensor(depths)
+        outputs.append(head(hidden, tokens, positions, attend))
+        cache.commit(None, torch.tensor(num_kept[:num_seats]), max_kept=9)
+    return outputs
+
+
+@needs_library
+@pytest.mark.parametrize("options", OPTIONS)
+@torch.inference_mode()
+def test_layers_are_those_of_the_modules(options: str, flags: str) -> None:
+    head = random_head(options)
+    expected = passes(head)
+    pack_head(head)
+    assert any(isinstance(module, fused.Layer) for layer in head.modules() for module in vars(layer).values())
+    for ours, theirs in zip(passes(head), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@needs_library
+@pytest.mark.parametrize("options", ["eagle1", "norms of heads"])
+@torch.inference_mode()
+def test_a_layers_bits_are_the_same_with_other_seats_and_threads(options: str, threads: None) -> None:
+    head = random_head(options)
+    pack_head(head)
+    together = passes(head)
+    torch.set_num_threads(3)
+    for ours, theirs in zip(passes(head, num_spare=2), together, strict=True):
+        assert ours.equal(theirs)
+
+
+@needs_library
+def test_a_layer_that_another_library_multiplies_for_is_written_out(without_native: None) -> None:
+    head = random_head("eagle3")
+    pack_head(head)
+    layer = vars(head.midlayer)["_layer"]
+    assert layer.native is None
+
+
+# Doing without
+
+
+def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(native, "which", lambda name: None)
+    with caplog.at_level(logging.WARNING):
+        assert native.library.__wrapped__() is None
+    assert "no C compiler" in caplog.text
+
+
+def test_a_compiler_that_fails_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = tmp_path / "broken-cc"
+    compiler.write_text("#!/bin/sh\necho 'out of order' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert native.library.__wrapped__() is None
+    assert "broken-cc" in caplog.text
+    assert "out of order" in caplog.text
+    assert [path.name for path in (tmp_path / "native").iterdir()] == []
+
+
+def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRAFTWING_NATIVE", "0")
+    assert native.library.__wrapped__() is None
+
+
+@needs_library
+def test_the_file_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path))
+    assert native.library.__wrapped__() is not None
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("compiled again"))
+    assert native.library.__wrapped__() is not None
+
+
+@needs_library
+def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "native").touch()
+    monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path))
+    assert native.library.__wrapped__() is not None
+
+
+@needs_library
+def test_products_without_it_are_anothers(without_native: None) -> None:
+    block = nn.Sequential(nn.Linear(8, 8))
+    block[0].weight.data.copy_(torch.randn(8, 8))
+    pack_linears(block)
+    assert isinstance(block[0].product, PackedProduct)
+
+
+@needs_library
+def test_products_with_it_are_its_own() -> None:
+    block = nn.Sequential(nn.Linear(8, 8))
+    pack_linears(block)
+    assert isinstance(block[0].product, NativeProduct)
