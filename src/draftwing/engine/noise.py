@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from draftwing.by_seat import BySeat
+from draftwing.target import native
 
 MASK32 = 0xFFFFFFFF
 NOISE_WINDOW = 32
@@ -80,10 +81,16 @@ def gumbel(seed: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) ->
     # Two keys a row: with one, the rows of two positions could be permutations of each other.
     first = _hash32(_hash32(positions ^ key) + positions)[:, None]
     second = _hash32(_hash32(positions + key) ^ 0x9E3779B9)[:, None]
-    bits = _hash32(_hash32(tokens ^ first) + second)
     # float32 keeps all bits of small uniforms, which make the large noise; those that would round to 1 are held below.
-    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
-    return uniform.neg_().log1p_().neg_().log_().neg_()
+    return _uniform(first, second, tokens).clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_()
+
+
+def _uniform(first: torch.Tensor, second: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Numbers between 0 and 1 `[P, V]` for the tokens 0 .. V - 1, by two keys `[P, 1]` for each position."""
+    if first.device.type == "cpu" and native.library() is not None:
+        return native.draw(first, second, len(tokens))
+    bits = _hash32(_hash32(tokens ^ first) + second)
+    return (bits.float() + 0.5) * 2.0**-32
 
 
 def _hash32(x: torch.Tensor) -> torch.Tensor:

@@ -195,11 +195,12 @@ static void multiply_float32(const Product *p, int64_t panel, int64_t rows, cons
     multiply_panel(p, panel, FLOAT32, rows, x, stride, added, out);
 }
 
-/* x [rows, inputs] times the weights -> out [rows, outputs], by all threads of the region that it is called in. */
+/* x [rows, inputs] times the weights -> out [rows, outputs], by the threads of the region that it is called in.
+   A thread takes some neighbouring panels at a time, since it fetches the next one ahead; a late thread takes fewer. */
 static void share_product(const Product *product, int64_t rows, const float *x, int64_t stride, const float *added,
-                          float *out) {
-    const int64_t panels = (product->outputs + WIDTH - 1) / WIDTH;
-#pragma omp for schedule(dynamic, 2)
+                          float *out, int64_t threads) {
+    const int64_t panels = (product->outputs + WIDTH - 1) / WIDTH, part = panels / (4 * threads) + 1;
+#pragma omp for schedule(dynamic, part)
     for (int64_t panel = 0; panel < panels; panel++)
         (product->kind == BFLOAT16  ? multiply_bfloat16
          : product->kind == FLOAT16 ? multiply_float16
@@ -209,7 +210,7 @@ static void share_product(const Product *product, int64_t rows, const float *x, 
 void multiply(const Product *product, int64_t rows, const float *x, int64_t stride, const float *added, float *out,
               int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    share_product(product, rows, x, stride, added, out);
+    share_product(product, rows, x, stride, added, out, threads);
 }
 
 INLINE void normalise_row(const float *x, int64_t dim, const float *weight, float eps, float *out) {
@@ -225,6 +226,22 @@ void normalise(const float *x, int64_t row_stride, int64_t rows, int64_t heads, 
         for (int64_t head = 0; head < heads; head++)
             normalise_row(x + row * row_stride + head * dim, dim, weight + head * weight_stride, eps,
                           out + (row * heads + head) * dim);
+}
+
+INLINE uint32_t hash(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x7FEB352Du;
+    x = (x ^ (x >> 15)) * 0x846CA68Bu;
+    return x ^ (x >> 16);
+}
+
+/* Uniform numbers of `count` tokens for each row with two keys, as noise.py has them. */
+void draw(const int64_t *first, const int64_t *second, int64_t rows, int64_t count, float *out, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const uint32_t one = (uint32_t)first[row], two = (uint32_t)second[row];
+        for (int64_t token = 0; token < count; token++)
+            out[row * count + token] = ((float)hash(hash((uint32_t)token ^ one) + two) + 0.5f) * 0x1p-32f;
+    }
 }
 
 /* Rotate the first `turned` of a head's numbers, in place: pairs are (i, i + turned / 2). */
@@ -297,7 +314,8 @@ void run_layer(const Layer *layer, const Pass *pass, float *keys, float *values,
     {
         float *weights = own + 2 * omp_get_thread_num() * pass->read;
         int32_t *visible = (int32_t *)(weights + pass->read);
-        share_product(&layer->queries_keys_values, rows, inputs, layer->queries_keys_values.inputs, NULL, projected);
+        share_product(&layer->queries_keys_values, rows, inputs, layer->queries_keys_values.inputs, NULL, projected,
+                      pass->threads);
 #pragma omp for
         for (int64_t row = 0; row < rows; row++) {
             float *x = projected + row * joined;
@@ -328,13 +346,13 @@ void run_layer(const Layer *layer, const Pass *pass, float *keys, float *values,
                     weigh(weights, values + first, slot, dim, visible, count, attended + (row * heads + head) * dim);
                 }
             }
-        share_product(&layer->attention_output, rows, attended, heads * dim, residual, out);
+        share_product(&layer->attention_output, rows, attended, heads * dim, residual, out, pass->threads);
 #pragma omp for
         for (int64_t row = 0; row < rows; row++)
             normalise_row(out + row * size, size, layer->mlp_norm, layer->mlp_eps, normed + row * size);
-        share_product(&layer->gate_up, rows, normed, size, NULL, gate_up);
+        share_product(&layer->gate_up, rows, normed, size, NULL, gate_up, pass->threads);
 #pragma omp for
         for (int64_t row = 0; row < rows; row++) gate_row(gate_up + row * 2 * gated, gated, gates + row * gated);
-        share_product(&layer->down, rows, gates, gated, out, out);
+        share_product(&layer->down, rows, gates, gated, out, out, pass->threads);
     }
 }

@@ -67,6 +67,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "panel_width": (),
     "multiply": (_pointer, _size, _pointer, _size, _pointer, _pointer, ctypes.c_int),
     "normalise": (_pointer, *4 * (_size,), _pointer, _size, ctypes.c_float, _pointer, ctypes.c_int),
+    "draw": (_pointer, _pointer, _size, _size, _pointer, ctypes.c_int),
     "scratch_size": (_pointer, _size, _size, _size),
     "run_layer": 7 * (_pointer,),
 }
@@ -204,6 +205,13 @@ def normalise(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch
     sizes = x.stride(0), len(x), heads, dim
     pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr()
     _library().normalise(pointers[0], *sizes, pointers[1], weight_stride, eps.item(), pointers[2], _threads(x.numel()))
+    return out
+
+
+def draw(first: torch.Tensor, second: torch.Tensor, count: int) -> torch.Tensor:
+    """Uniform numbers `[P, count]` by two keys `[P, 1]` for each row; noise.py writes them out."""
+    out = torch.empty(len(first), count, dtype=torch.float32)
+    _library().draw(first.data_ptr(), second.data_ptr(), *out.shape, out.data_ptr(), _threads(16 * out.numel()))
     return out
 
 
