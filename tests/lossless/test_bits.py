@@ -204,7 +204,8 @@ def test_bits_differ_when_keys_are_read_in_an_order_that_depends_on_gaps(
     heads = "for (int64_t head = h * groups; head"
     sabotaged_native(
         heads,
-        "if (visible[count - 1] >= count) { int32_t s = visible[0]; visible[0] = visible[1]; visible[1] = s; }" + heads,
+        "if (visible[count - 1] >= count) { int32_t s = visible[0]; visible[0] = visible[count / 2]; "
+        f"visible[count / 2] = s; }} {heads}",
     )
     target = packed_target(torch.float32, "fused")
     in_tree = tree_logits(target)

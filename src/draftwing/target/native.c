@@ -21,7 +21,7 @@ enum { LANES = 16 };
 enum { LANES = 8 };
 #endif
 enum { WIDTH = 2 * LANES, ROWS = 6 };
-enum Kind { FLOAT32, BFLOAT16, FLOAT16 };
+enum Kind { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 
 typedef float Lanes __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t Numbers __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -30,10 +30,11 @@ typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2), may_a
 #define AT(pointer) (*(Lanes *)(pointer))
 #define INLINE static inline __attribute__((always_inline))
 
-/* Weights [outputs, inputs] as panels of WIDTH outputs: [panels, inputs, WIDTH]. The bias may be NULL. */
+/* Weights [outputs, inputs] as panels of WIDTH outputs: [panels, inputs, WIDTH]. An output's sum is multiplied by its
+   scale, if there are some, before its bias is added, if there are any. */
 typedef struct {
     const void *panels;
-    const float *bias;
+    const float *scale, *bias;
     int64_t inputs, outputs, kind;
 } Product;
 
@@ -112,8 +113,21 @@ INLINE Lanes exponential(Lanes x) {
     return (Lanes)((Numbers)p + (((Numbers)shifted - (Numbers)rounder) << 23));
 }
 
+INLINE int64_t num_bytes(int kind) { return kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2; }
+
 INLINE Lanes load(const char *weights, int64_t index, int kind) {
     if (kind == FLOAT32) return AT((const float *)weights + index);
+    if (kind == INT8) {
+#if defined(__AVX512F__)
+        return (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(weights + index))));
+#elif defined(__AVX2__)
+        return (Lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(weights + index))));
+#else
+        Lanes numbers;
+        for (int i = 0; i < LANES; i++) numbers[i] = (float)((const int8_t *)weights)[index + i];
+        return numbers;
+#endif
+    }
     const void *halves = (const uint16_t *)weights + index;
 #if defined(__AVX512F__)
     __m256i read = _mm256_loadu_si256(halves);
@@ -134,11 +148,11 @@ INLINE Lanes load(const char *weights, int64_t index, int kind) {
 INLINE void multiply_block(const Product *product, int64_t panel, int kind, int rows, const float *x, int64_t stride,
                            const float *added, float *out) {
     const int64_t inputs = product->inputs, outputs = product->outputs, first = panel * WIDTH;
-    const char *weights = (const char *)product->panels + panel * inputs * WIDTH * (kind == FLOAT32 ? 4 : 2);
+    const char *weights = (const char *)product->panels + panel * inputs * WIDTH * num_bytes(kind);
     Lanes sums[ROWS][2];
     for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = all(0);
     for (int64_t k = 0; k < inputs; k++) {
-        __builtin_prefetch(weights + (inputs + k) * WIDTH * 2, 0, 2);
+        __builtin_prefetch(weights + (inputs + k) * WIDTH * num_bytes(kind), 0, 2); /* of the next panel */
         Lanes low = load(weights, k * WIDTH, kind), high = load(weights, k * WIDTH + LANES, kind);
         for (int r = 0; r < rows; r++) {
             Lanes factor = all(x[r * stride + k]);
@@ -150,6 +164,8 @@ INLINE void multiply_block(const Product *product, int64_t panel, int kind, int 
     for (int r = 0; r < rows; r++) {
         float line[WIDTH];
         memcpy(line, sums[r], sizeof line);
+        if (product->scale)
+            for (int64_t i = 0; i < count; i++) line[i] *= product->scale[first + i];
         if (product->bias)
             for (int64_t i = 0; i < count; i++) line[i] += product->bias[first + i];
         if (added)
@@ -180,20 +196,15 @@ INLINE void multiply_panel(const Product *product, int64_t panel, int kind, int6
 #undef BLOCK_OF
 }
 
-static void multiply_bfloat16(const Product *p, int64_t panel, int64_t rows, const float *x, int64_t stride,
-                              const float *added, float *out) {
-    multiply_panel(p, panel, BFLOAT16, rows, x, stride, added, out);
-}
-
-static void multiply_float16(const Product *p, int64_t panel, int64_t rows, const float *x, int64_t stride,
-                             const float *added, float *out) {
-    multiply_panel(p, panel, FLOAT16, rows, x, stride, added, out);
-}
-
-static void multiply_float32(const Product *p, int64_t panel, int64_t rows, const float *x, int64_t stride,
-                             const float *added, float *out) {
-    multiply_panel(p, panel, FLOAT32, rows, x, stride, added, out);
-}
+#define KIND_OF(name, kind) \
+    static void name(const Product *product, int64_t panel, int64_t rows, const float *x, int64_t stride, \
+                     const float *added, float *out) { \
+        multiply_panel(product, panel, kind, rows, x, stride, added, out); \
+    }
+KIND_OF(multiply_float32, FLOAT32)
+KIND_OF(multiply_bfloat16, BFLOAT16)
+KIND_OF(multiply_float16, FLOAT16)
+KIND_OF(multiply_int8, INT8)
 
 /* x [rows, inputs] times the weights -> out [rows, outputs], by the threads of the region that it is called in.
    A thread takes some neighbouring panels at a time, since it fetches the next one ahead; a late thread takes fewer. */
@@ -201,10 +212,12 @@ static void share_product(const Product *product, int64_t rows, const float *x, 
                           float *out, int64_t threads) {
     const int64_t panels = (product->outputs + WIDTH - 1) / WIDTH, part = panels / (4 * threads) + 1;
 #pragma omp for schedule(dynamic, part)
-    for (int64_t panel = 0; panel < panels; panel++)
-        (product->kind == BFLOAT16  ? multiply_bfloat16
-         : product->kind == FLOAT16 ? multiply_float16
-                                    : multiply_float32)(product, panel, rows, x, stride, added, out);
+    for (int64_t panel = 0; panel < panels; panel++) switch (product->kind) {
+            case FLOAT32: multiply_float32(product, panel, rows, x, stride, added, out); break;
+            case BFLOAT16: multiply_bfloat16(product, panel, rows, x, stride, added, out); break;
+            case FLOAT16: multiply_float16(product, panel, rows, x, stride, added, out); break;
+            case INT8: multiply_int8(product, panel, rows, x, stride, added, out); break;
+        }
 }
 
 void multiply(const Product *product, int64_t rows, const float *x, int64_t stride, const float *added, float *out,

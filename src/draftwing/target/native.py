@@ -32,14 +32,17 @@ SWITCH = "DRAFTWING_NATIVE"
 """The variable that turns this off, with the value 0."""
 SMALL = 1 << 16
 """Multiplications up to which one thread is as fast as several: some microseconds."""
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 """What weights may be kept in: their numbers in native.c."""
 
 _size, _pointer = ctypes.c_int64, ctypes.c_void_p
 
 
 class _Product(ctypes.Structure):
-    _fields_ = [("panels", _pointer), ("bias", _pointer), ("inputs", _size), ("outputs", _size), ("kind", _size)]
+    _fields_ = [
+        *((name, _pointer) for name in ("panels", "scale", "bias")),
+        *((name, _size) for name in ("inputs", "outputs", "kind")),
+    ]
 
 
 class _Layer(ctypes.Structure):
@@ -102,19 +105,21 @@ def serves(tensor: torch.Tensor) -> bool:
 
 
 class Panels:
-    """A product's weight `[outputs, inputs]` in native.c's layout, in 16 bits where these hold it, and its bias."""
+    """A product's weight `[outputs, inputs]` in native.c's layout, and its bias `[outputs]`.
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    A float32 weight is kept in 16 bits where these hold it. An int8 one comes with the `scale [outputs]` of its sums.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None = None) -> None:
         self.num_outputs, self.num_inputs = weight.shape
         width = _library().panel_width()
-        self.kept_in = next(dtype for dtype in (torch.bfloat16, torch.float16, torch.float32) if _holds(dtype, weight))
+        self.kept_in = next(dtype for dtype in (torch.bfloat16, torch.float16, weight.dtype) if _holds(dtype, weight))
         missing = -self.num_outputs % width
         padded = torch.nn.functional.pad(weight.to(self.kept_in), (0, 0, 0, missing))
-        self._weight = padded.view(-1, width, self.num_inputs).transpose(1, 2).contiguous()
-        self._bias = None if bias is None else bias.contiguous()
-        self.struct = _Product(
-            self._weight.data_ptr(), _address(self._bias), self.num_inputs, self.num_outputs, KINDS[self.kept_in]
-        )
+        panels = padded.view(-1, width, self.num_inputs).transpose(1, 2).contiguous()
+        self._kept = panels, *(None if part is None else part.float().contiguous() for part in (scale, bias))
+        addresses = map(_address, self._kept)
+        self.struct = _Product(*addresses, self.num_inputs, self.num_outputs, KINDS[self.kept_in])
 
     def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None, overwrite: bool = False) -> torch.Tensor:
         """`x [..., inputs] @ weight.T + bias`, plus `added [R, outputs]`, which it may `overwrite`."""
@@ -230,7 +235,9 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 
 
 def _holds(dtype: torch.dtype, weight: torch.Tensor) -> bool:
-    return dtype == weight.dtype or torch.equal(weight.to(dtype).to(weight.dtype), weight)
+    return dtype == weight.dtype or (
+        weight.is_floating_point() and torch.equal(weight.to(dtype).to(weight.dtype), weight)
+    )
 
 
 def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:

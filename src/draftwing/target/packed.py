@@ -126,11 +126,12 @@ class PackedProduct(Product):
 
 
 class NativeProduct(Product):
-    """native.c's: it reads 16 bits of each weight that these hold, and sums in float32."""
+    """native.c's: it reads 8 bits of rounded weights, 16 bits of those that these hold, and sums in float32."""
 
     def __init__(self, layers: Sequence[nn.Linear], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(layers)
-        self.panels = native.Panels(weight, bias)
+        numbers, scale = to_int8(weight) if isinstance(layers[0], RoundedLinear) else (weight, None)
+        self.panels = native.Panels(numbers, bias, scale)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.panels.multiply(x)
