@@ -30,8 +30,8 @@ TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ())
 """What is added, if the compiler takes it. Threads are those of the libgomp that torch has loaded, if it has."""
 SWITCH = "DRAFTWING_NATIVE"
 """The variable that turns this off, with the value 0."""
-SMALL = 1 << 16
-"""Multiplications up to which one thread is as fast as several: some microseconds."""
+LEAST_WORK = 1 << 17
+"""Multiplications that are worth a thread of their own: they take longer than waiting for it."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 """What weights may be kept in: their numbers in native.c."""
 
@@ -150,6 +150,7 @@ class NativeLayer:
         num_key_heads: int,
     ) -> None:
         self._kept = panels, heads_norm, mlp_norm
+        self._num_weights = sum(part.num_outputs * part.num_inputs for part in panels)
         dim = panels[0].num_outputs // (num_heads + 2 * num_key_heads)
         heads, heads_eps = heads_norm or (None, 0.0)
         structs = (part.struct for part in panels)
@@ -157,9 +158,13 @@ class NativeLayer:
             *structs, _address(heads), mlp_norm[0].data_ptr(), heads_eps, mlp_norm[1], num_heads, num_key_heads, dim
         )
 
-    def scratch(self, num_rows: int, num_read: int) -> torch.Tensor:
+    def threads(self, num_rows: int) -> int:
+        """How many threads share a pass over so many rows."""
+        return _threads(num_rows * self._num_weights)
+
+    def scratch(self, num_rows: int, num_read: int, threads: int) -> torch.Tensor:
         """Room for a pass over so many rows that read so many slots of each seat."""
-        size = _library().scratch_size(ctypes.byref(self._struct), num_rows, num_read, torch.get_num_threads())
+        size = _library().scratch_size(ctypes.byref(self._struct), num_rows, num_read, threads)
         return torch.empty(size, dtype=torch.float32)
 
     def run(
@@ -191,13 +196,12 @@ class NativePass:
             cos.shape[-1],
             visible.shape[-1],
             cache.num_slots,
-            None,
-            torch.get_num_threads(),
         )
 
     def struct(self, layer: NativeLayer, num_rows: int) -> Any:
         if self._struct.scratch is None:  # the layers of a model have the same sizes
-            self._kept.append(layer.scratch(num_rows, self._struct.read))
+            self._struct.threads = threads = layer.threads(num_rows)
+            self._kept.append(layer.scratch(num_rows, self._struct.read, threads))
             self._struct.scratch = self._kept[-1].data_ptr()
         return ctypes.byref(self._struct)
 
@@ -227,7 +231,8 @@ def _library() -> ctypes.CDLL:
 
 
 def _threads(work: int) -> int:
-    return torch.get_num_threads() if work > SMALL else 1
+    """Of torch's threads as many as have enough to do."""
+    return max(1, min(torch.get_num_threads(), work // LEAST_WORK))
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

@@ -108,7 +108,9 @@ def test_any_number_of_rows_and_threads_has_the_bits_of_any_other(dtype: torch.d
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The number may be set, and all of them get work."""
+    monkeypatch.setattr(native, "LEAST_WORK", 1)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
