@@ -114,6 +114,7 @@ def prefilled(target: TargetModel):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("passes")
 @torch.inference_mode()
 def test_wide_products_keep_a_rows_bits_from_some_rows_on(kind: torch.dtype | str) -> None:
     """A single row may round differently where there are many inputs, so plain decoding pads it."""

@@ -1,15 +1,13 @@
 """Linear layers of a frozen model for products of few rows; those that read the same tensor become one product.
 
-On a CPU weights take a library's own layout, for two things that torch's product with a plain weight lacks. A row's
-result has the same bits however many rows pass with it, from a few on, so that a tree's nodes and plain decoding's
-token agree to the last bit. And few rows are fast: nothing is laid out anew at each call, and all threads work. A pass
-of few rows is bound by reading weights, so float32 ones that 16 bits hold are kept in 16 bits.
+On a CPU weights take a layout of native.c's or a library's, for two things that torch's product with a plain weight
+lacks. A row's result has the same bits however many rows pass with it, from a few on, so that a tree's nodes and plain
+decoding's token agree to the last bit. And few rows are fast: nothing is laid out anew at each call, and all threads
+work. A pass of few rows is bound by reading weights, so float32 ones that 16 bits hold are kept in 16 bits in C.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import nn
@@ -140,86 +138,6 @@ class NativeProduct(Product):
         return self.panels.multiply(x, residual, overwrite)
 
 
-class HalfProduct(Product):
-    """FBGEMM's: weights in float16, inputs and sums in float32. Half the bytes of PackedProduct, and half its time.
-
-    For float32 weights that float16 holds once they are multiplied by a power of two: all that were saved in 16 bits.
-    """
-
-    def __init__(
-        self, layers: Sequence[nn.Linear], weight: torch.Tensor, bias: torch.Tensor | None, exponent: int
-    ) -> None:
-        super().__init__(layers)
-        self._same_rows = same_rows()
-        self.least_rows = self._same_rows[1]
-        self._scale = 2.0**-exponent
-        scaled = [None if part is None else part * 2.0**exponent for part in (weight, bias)]
-        self._multiply = torch.ops.quantized.linear_dynamic_fp16.default
-        self._weight = torch.ops.quantized.linear_prepack_fp16(*scaled)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._scaled(x).mul_(self._scale)
-
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-        return torch.add(residual, self._scaled(x), alpha=self._scale, out=residual if overwrite else None)
-
-    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
-        """The product by the weight as it is kept; rows are multiplied in company that leaves them their bits."""
-        if x.dim() > 2:
-            return self._scaled(x.flatten(0, -2)).view(*x.shape[:-1], -1)
-        num_rows = x.shape[0]
-        if num_rows > MOST_ROWS:
-            return torch.cat([self._scaled(part) for part in x.split(MOST_ROWS)])
-        missing = self._same_rows[num_rows] - num_rows
-        rows = functional.pad(x, (0, 0, 0, missing)) if missing else x
-        product: torch.Tensor = self._multiply(rows, self._weight)
-        return product[:num_rows] if missing else product
-
-
-MOST_ROWS = 120
-"""Rows that a HalfProduct multiplies at once."""
-
-
-@cache
-def same_rows() -> Sequence[int]:
-    """For each number of rows up to MOST_ROWS the next one whose rows all have the same bits; empty without FBGEMM.
-
-    FBGEMM multiplies several rows at a time, and the last ones of some numbers of rows one or two at a time, which sums
-    in another order. Which these are depends on the machine, so all are tried, on one row again and again.
-    """
-    if torch.backends.quantized.engine not in ("x86", "fbgemm"):
-        return ()
-    generator = torch.Generator().manual_seed(0)
-    row, weight = torch.randn(64, generator=generator), torch.randn(64, 64, generator=generator)
-    try:
-        packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
-        products = [
-            torch.ops.quantized.linear_dynamic_fp16(row.expand(number, -1).contiguous(), packed)
-            for number in range(1, MOST_ROWS + 1)
-        ]
-    except (AttributeError, RuntimeError):  # this torch, or this CPU, has none
-        return ()
-    usual = products[-1][0]
-    is_same = [False, *(bool((product == usual).all()) for product in products)]
-    if not is_same[MOST_ROWS]:
-        return ()
-    return [next(n for n in range(number, MOST_ROWS + 1) if is_same[n]) for number in range(MOST_ROWS + 1)]
-
-
-def half_exponent(weight: torch.Tensor) -> int | None:
-    """The power of two by which float16 holds a float32 weight, or None.
-
-    Numbers a billionth as large as the largest may lose bits, far below what sums in float32 round.
-    """
-    largest = weight.abs().max().item()
-    if not 0 < largest < math.inf:  # zeros need no power; NaN compares as false
-        return 0 if largest == 0 else None
-    exponent = 14 - math.frexp(largest)[1]
-    scaled = weight * 2.0**exponent
-    lost = scaled.half().float().sub_(scaled).abs_().max().item()
-    return exponent if lost <= 2.0**-24 else None
-
-
 def _product(layers: Sequence[nn.Linear]) -> Product:
     """The fastest product; on a CPU, but in float64, one whose bits do not depend on what passes with a row."""
     weight, bias = _joined(layers)
@@ -229,10 +147,6 @@ def _product(layers: Sequence[nn.Linear]) -> Product:
         return JoinedProduct(layers, weight, bias)
     if native.serves(weight):
         return NativeProduct(layers, weight, bias)
-    if weight.dtype == torch.float32 and same_rows():
-        exponent = half_exponent(weight)
-        if exponent is not None:
-            return HalfProduct(layers, weight, bias, exponent)
     return PackedProduct(layers, weight, bias)
 
 

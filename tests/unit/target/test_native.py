@@ -16,7 +16,7 @@ from draftwing.layers import DraftConfig, DraftVocab
 from draftwing.target import fused, native
 from draftwing.target.attention import CacheAttention
 from draftwing.target.kv_cache import KVCache, LayerShape, visible_slots
-from draftwing.target.packed import NativeProduct, PackedProduct, pack_linears
+from draftwing.target.packed import NativeProduct, pack_linears
 from draftwing.target.rounded import round_linears
 
 needs_library = pytest.mark.skipif(native.library() is None, reason="this machine has no C compiler")
@@ -263,14 +263,6 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch: pytest.Monk
     (tmp_path / "native").touch()
     monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path))
     assert native.library.__wrapped__() is not None
-
-
-@needs_library
-def test_products_without_it_are_anothers(without_native: None) -> None:
-    block = nn.Sequential(nn.Linear(8, 8))
-    block[0].weight.data.copy_(torch.randn(8, 8))
-    pack_linears(block)
-    assert isinstance(block[0].product, PackedProduct)
 
 
 @needs_library
