@@ -140,7 +140,7 @@ def what_costs_depend_on(target: TargetModel, draft: Draft, captured: bool) -> d
         sorted({type(part).__name__ for part in (draft, *network.modules())})
     )  # fused ones differ
     modules = (*target.model.modules(), *network.modules())
-    products = {type(module.product).__name__ for module in modules if isinstance(module, PackedLinear)}
+    products = {str(module.product) for module in modules if isinstance(module, PackedLinear)}
     where["products"] = ", ".join(sorted(products))
     where["captured"] = str(captured)
     where["attention"] = target.model.config._attn_implementation  # a user's own model has another

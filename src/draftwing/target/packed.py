@@ -85,6 +85,10 @@ class Product(ABC):
         self.dtype, self.device = layers[0].weight.dtype, layers[0].weight.device
         self._last: tuple[torch.Tensor, Sequence[torch.Tensor]] | None = None
 
+    def __str__(self) -> str:
+        """What its speed depends on."""
+        return type(self).__name__
+
     def output(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """The output of layer `index`; the others' are kept for the calls that follow with the same tensor."""
         if len(self.sizes) == 1:
@@ -130,6 +134,9 @@ class NativeProduct(Product):
         super().__init__(layers)
         numbers, scale = to_int8(weight) if isinstance(layers[0], RoundedLinear) else (weight, None)
         self.panels = native.Panels(numbers, bias, scale)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} of {self.panels.kept_in}"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.panels.multiply(x)
