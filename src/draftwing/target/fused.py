@@ -117,6 +117,8 @@ class Nodes:
             return None
         if not (native.serves(self.cos) and attend.cache.dtype == torch.float32):
             return None
+        if self.cos.shape[-1] > attend.cache.layer(0)[0].shape[-1]:  # an odd number of them, which torch refuses
+            return None
         return NativePass(self.cos, self.signed_sin, attend.cache, attend.slots, attend.mask[:, 0])
 
     def normalise(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -305,7 +307,8 @@ def native_layer(layer: Layer) -> NativeLayer | None:
     """The layer for native.c, if that has its products."""
     products = layer.queries_keys_values, layer.attention_output, layer.gate_up, layer.down
     panels = [product.panels for product in products if isinstance(product, NativeProduct)]
-    if len(panels) < len(products):
+    norms = [norm.weight for norm in (layer.heads_norm, layer.mlp_norm) if norm is not None]
+    if len(panels) < len(products) or not all(map(native.serves, norms)):
         return None
     heads_norm = None if layer.heads_norm is None else layer.heads_norm.numbers
     return NativeLayer(panels, heads_norm, layer.mlp_norm.numbers, layer.num_heads, layer.num_key_heads)

@@ -9,11 +9,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-#if defined(_OPENMP)
 #include <omp.h>
-#else
-static int omp_get_thread_num(void) { return 0; }
-#endif
 
 #if defined(__AVX512F__)
 enum { LANES = 16 };
@@ -278,6 +274,7 @@ INLINE void gate_row(const float *gate_up, int64_t width, float *out) {
 /* Softmax weights of one query at the visible slots of a key head. */
 INLINE void softmax(const float *query, const float *keys, int64_t stride, int64_t dim, float scale,
                     const int32_t *visible, int64_t count, float *weights) {
+    if (count == 0) return;
     for (int64_t j = 0; j < count; j++) weights[j] = dot(query, keys + visible[j] * stride, dim) * scale;
     float largest = weights[0];
     for (int64_t j = 1; j < count; j++) largest = weights[j] > largest ? weights[j] : largest;

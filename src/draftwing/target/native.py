@@ -9,9 +9,11 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from shutil import which
@@ -19,15 +21,15 @@ from typing import Any
 
 import torch
 
-from draftwing.files import cache_folder
+from draftwing.files import cache_folder, whole_folder
 from draftwing.target.kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
-TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ())
-"""What is added, if the compiler takes it. Threads are those of the libgomp that torch has loaded, if it has."""
+TRIED = (("-march=native", "-fopenmp"), ("-fopenmp",))
+"""What is added, if the compiler takes it. Threads are those of the libgomp that torch has loaded."""
 SWITCH = "DRAFTWING_NATIVE"
 """The variable that turns this off, with the value 0."""
 LEAST_WORK = 1 << 17
@@ -79,16 +81,16 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled file; None if there is no compiler, if what it makes does not load, or if it is turned off."""
-    if os.environ.get(SWITCH) == "0":
+    if os.environ.get(SWITCH) == "0" or os.name == "nt":
         return None
-    compiler = next(filter(None, map(which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+    compiler = next(filter(None, map(which, (os.environ.get("CC", "gcc"), "gcc", "cc", "clang"))), None)
     if compiler is None:
         logger.warning("there is no C compiler, so passes on this CPU take torch's operations, which are slower")
         return None
     reason = ""
     for added in TRIED:
         try:
-            loaded = ctypes.CDLL(str(_compiled(compiler, (*FLAGS, *added))))
+            loaded = _load(compiler, (*FLAGS, *added))
         except (OSError, subprocess.SubprocessError) as error:
             reason = reason or str(getattr(error, "stderr", None) or error)
             continue
@@ -122,11 +124,18 @@ class Panels:
         self.struct = _Product(*addresses, self.num_inputs, self.num_outputs, KINDS[self.kept_in])
 
     def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None, overwrite: bool = False) -> torch.Tensor:
-        """`x [..., inputs] @ weight.T + bias`, plus `added [R, outputs]`, which it may `overwrite`."""
+        """`x [..., inputs] @ weight.T + bias`, plus `added [R, outputs]`, which it may `overwrite`.
+
+        Raises:
+            TypeError: they are not float32, or not on the CPU.
+        """
+        for read in (x, added):
+            if read is not None and (read.dtype != torch.float32 or read.device.type != "cpu"):
+                raise TypeError(f"expected float32 on the CPU, got {read.dtype} on {read.device}")
         rows = x.reshape(-1, self.num_inputs).contiguous()
+        if added is not None and not added.is_contiguous():
+            added, overwrite = added.contiguous(), False
         out = rows.new_empty(len(rows), self.num_outputs) if added is None or not overwrite else added
-        if added is not None:
-            added = added.contiguous()
         work = len(rows) * self.num_inputs * self.num_outputs
         library, threads = _library(), _threads(work)
         struct = ctypes.byref(self.struct)
@@ -162,15 +171,18 @@ class NativeLayer:
         """How many threads share a pass over so many rows."""
         return _threads(num_rows * self._num_weights)
 
-    def scratch(self, num_rows: int, num_read: int, threads: int) -> torch.Tensor:
-        """Room for a pass over so many rows that read so many slots of each seat."""
-        size = _library().scratch_size(ctypes.byref(self._struct), num_rows, num_read, threads)
-        return torch.empty(size, dtype=torch.float32)
+    def scratch_size(self, num_rows: int, num_read: int, threads: int) -> int:
+        """Numbers of room for a pass over so many rows that read so many slots of each seat."""
+        size: int = _library().scratch_size(ctypes.byref(self._struct), num_rows, num_read, threads)
+        return size
 
     def run(
         self, nodes: "NativePass", index: int, residual: torch.Tensor, inputs: torch.Tensor, overwrite: bool
     ) -> torch.Tensor:
         """The output `[R, D]` of layer `index` from its residual, which it may `overwrite`, and normed inputs."""
+        if not residual.is_contiguous():
+            residual, overwrite = residual.contiguous(), False
+        inputs = inputs.contiguous()
         out = residual if overwrite else torch.empty_like(residual)
         tensors = (*nodes.cache.layer(index), residual, inputs, out)
         pointers = [tensor.data_ptr() for tensor in tensors]
@@ -188,7 +200,7 @@ class NativePass:
         self.cache = cache
         visible = visible if visible.stride(-1) == 1 else visible.contiguous()
         cos, signed_sin, slots = (tensor.contiguous() for tensor in (cos, signed_sin, slots))
-        self._kept: list[torch.Tensor] = [cos, signed_sin, slots, visible]
+        self._kept, self._scratch = (cos, signed_sin, slots, visible), torch.empty(0)
         self._struct = _Pass(
             *(tensor.data_ptr() for tensor in self._kept),
             *visible.stride()[:2],
@@ -199,10 +211,12 @@ class NativePass:
         )
 
     def struct(self, layer: NativeLayer, num_rows: int) -> Any:
-        if self._struct.scratch is None:  # the layers of a model have the same sizes
-            self._struct.threads = threads = layer.threads(num_rows)
-            self._kept.append(layer.scratch(num_rows, self._struct.read, threads))
-            self._struct.scratch = self._kept[-1].data_ptr()
+        """For this layer, whose sizes may be others than the last one's."""
+        self._struct.threads = threads = layer.threads(num_rows)
+        size = layer.scratch_size(num_rows, self._struct.read, threads)
+        if len(self._scratch) < size:
+            self._scratch = torch.empty(size, dtype=torch.float32)
+            self._struct.scratch = self._scratch.data_ptr()
         return ctypes.byref(self._struct)
 
 
@@ -245,27 +259,23 @@ def _holds(dtype: torch.dtype, weight: torch.Tensor) -> bool:
     )
 
 
-def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
-    """The library, from the cache or compiled now; in a folder of its own where the cache cannot be written.
+def _load(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
+    """The library, from the cache or compiled now, and kept there if that can be written.
 
     Raises:
-        OSError, subprocess.SubprocessError: the compiler failed.
+        OSError, subprocess.SubprocessError: the compiler failed, or what it made does not load.
     """
     machine = f"{platform.machine()} {sorted(torch.cpu.get_capabilities().items())}"
-    key = hashlib.sha256("\0".join((SOURCE.read_text("utf-8"), compiler, *flags, machine)).encode()).hexdigest()[:16]
-    goal = cache_folder() / "native" / f"{key}.so"
-    if goal.is_file():
-        return goal
-    try:
-        goal.parent.mkdir(parents=True, exist_ok=True)
-        building = tempfile.TemporaryDirectory(dir=goal.parent)
-    except OSError:
-        goal = Path(tempfile.mkdtemp(prefix="draftwing-")) / goal.name
-        building = tempfile.TemporaryDirectory(dir=goal.parent)
-    with building as folder:
+    parts = SOURCE.read_text("utf-8"), os.path.realpath(compiler), *flags, machine
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    with suppress(OSError, RuntimeError):  # not compiled yet; no home, and so no cache
+        return ctypes.CDLL(str(cache_folder() / "native" / name / "native.so"))
+    with tempfile.TemporaryDirectory() as folder:
         compiled, linked = f"{folder}/native.o", f"{folder}/native.so"
         # Linked without -fopenmp: it finds torch's libgomp, where it would else load one with threads of its own.
         for command in ((*flags, "-c", str(SOURCE), "-o", compiled), ("-shared", compiled, "-o", linked)):
             subprocess.run((compiler, *command), check=True, capture_output=True, text=True, timeout=120)
-        os.replace(linked, goal)
-    return goal
+        loaded = ctypes.CDLL(linked)
+        with suppress(OSError, RuntimeError), whole_folder(cache_folder() / "native" / name) as kept:
+            shutil.copy(linked, kept / "native.so")
+    return loaded
