@@ -57,6 +57,13 @@ torch.set_num_threads(1)  # the models are tiny; threads only add noise
 
 
 @pytest.fixture
+def as_many_threads_afterwards() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine without a C compiler."""
     monkeypatch.setattr(native, "library", lambda: None)

@@ -1,6 +1,6 @@
 """On a CPU the speculative pass gives plain decoding's logits to the last bit, in float32 and in bfloat16."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -144,15 +144,8 @@ def test_each_node_of_a_tree_has_the_bits_of_plain_decoding(dtype: torch.dtype |
         assert torch.equal(in_tree[node], plain_logits(target, node)), f"node {node}"
 
 
-@pytest.fixture
-def _as_many_threads_afterwards() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", KINDS)
-@pytest.mark.usefixtures("_as_many_threads_afterwards")
+@pytest.mark.usefixtures("as_many_threads_afterwards")
 @torch.inference_mode()
 def test_bits_are_the_same_on_any_number_of_threads(
     dtype: torch.dtype | str, passes: str, monkeypatch: pytest.MonkeyPatch
@@ -170,7 +163,7 @@ def test_bits_are_the_same_on_any_number_of_threads(
     assert torch.equal(logits[0], logits[2])
 
 
-@pytest.mark.usefixtures("_as_many_threads_afterwards")
+@pytest.mark.usefixtures("as_many_threads_afterwards")
 @torch.inference_mode()
 def test_torchs_own_products_are_known_to_round_by_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """There the number stays through a generation, whatever becomes free meanwhile."""

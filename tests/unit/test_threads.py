@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -103,16 +102,13 @@ def test_where_the_system_does_not_say_all_are_free(machine: Machine) -> None:
 
 
 @pytest.fixture
-def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def crowded(monkeypatch: pytest.MonkeyPatch, as_many_threads_afterwards: None) -> None:
     """Torch chose two threads by itself, and one core is free."""
-    before = torch.get_num_threads()
     torch.set_num_threads(2)
     for name in CHOSEN_BY:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(threads, "_torch_chooses", lambda: {2})
     monkeypatch.setattr(FreeCores, "look", lambda self: 1.1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_number_is_what_it_was_afterwards(crowded: None) -> None:

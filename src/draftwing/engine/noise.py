@@ -75,6 +75,8 @@ class Noise(BySeat):
 def gumbel(seed: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise `[P, V]` (float32) for one seed, from a 32-bit counter hash; no state.
 
+    `tokens [V]` are 0 .. V - 1, in this order.
+
     Exponentials come from 32 bits: uniforms of 24 bits saturate at large vocabularies and bias the tail.
     """
     key = _hash32(_hash32(seed & MASK32) ^ (seed >> 32))

@@ -56,15 +56,15 @@ def grouped_attention(
 @dataclass(frozen=True)
 class CacheAttention:
     """How a pass attends to a cache: its nodes' keys and values are stored in `slots [B, N]`, and of each seat's first
-    `num_read` slots they read those that `mask [B, 1, N, num_read]` shows. An `Attend` (layers.py)."""
+    S slots they read those that `mask [B, 1, N, S]` shows, which `grouped_attention` may want packed. An `Attend`
+    (layers.py)."""
 
     cache: KVCache
     slots: torch.Tensor
-    num_read: int
     mask: torch.Tensor
 
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        keys, values = self.cache.write(layer, keys, values, self.slots, self.num_read)
+        keys, values = self.cache.write(layer, keys, values, self.slots, num_read=self.mask.shape[-1])
         return grouped_attention(queries, keys, values, self.mask).transpose(1, 2)
 
 

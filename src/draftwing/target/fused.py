@@ -6,7 +6,7 @@ one's on a GPU between its products. This is a second implementation of the laye
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
@@ -132,10 +132,7 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer's weights behind its input norm; `heads_norm` is over each query and key head (Qwen3).
-
-    Where native.c runs it, `native` has the same weights.
-    """
+    """One decoder layer's weights behind its input norm; `heads_norm` is over each query and key head (Qwen3)."""
 
     index: int
     num_heads: int
@@ -146,7 +143,17 @@ class Layer:
     mlp_norm: Norm
     gate_up: Product
     down: Product
-    native: NativeLayer | None = None
+
+    @cached_property
+    def native(self) -> NativeLayer | None:
+        """The same for native.c, if that has its products and norms."""
+        products = self.queries_keys_values, self.attention_output, self.gate_up, self.down
+        panels = [product.panels for product in products if isinstance(product, NativeProduct)]
+        norms = [norm.weight for norm in (self.heads_norm, self.mlp_norm) if norm is not None]
+        if len(panels) < len(products) or not all(map(native.serves, norms)):
+            return None
+        heads_norm = None if self.heads_norm is None else self.heads_norm.numbers
+        return NativeLayer(panels, heads_norm, self.mlp_norm.numbers, self.num_heads, self.num_key_heads)
 
     def run(self, residual: torch.Tensor, inputs: torch.Tensor, nodes: Nodes, overwrite: bool) -> torch.Tensor:
         """The layer's output `[R, D]` from its residual `[R, D]`, which it may `overwrite`, and normed `inputs`."""
@@ -240,7 +247,7 @@ class FusedTarget(TargetModel):
         """Of native.c's layers it is float32: their sums over keys have one order."""
         return torch.float32 if self._is_native else super().attention_dtype
 
-    @property
+    @cached_property
     def _is_native(self) -> bool:
         return all(layer.native is not None for layer in self._decoder_layers)
 
@@ -261,7 +268,7 @@ class FusedTarget(TargetModel):
         """Nothing: the model was checked as it came."""
 
     def _run(self, tree: TreePass, feature_layers: tuple[int, ...], last_logits_only: bool) -> TargetOutput:
-        attend = CacheAttention(tree.cache, tree.slots, tree.num_read, tree.masks)
+        attend = CacheAttention(tree.cache, tree.slots, tree.masks)
         embedded = self.embedding(tree.tokens)
         cos, sin = (table.flatten(0, 1).unsqueeze(1) for table in self._rotary(embedded, tree.positions))
         half = cos.shape[-1] // 2
@@ -289,7 +296,7 @@ def read_layer(layer: Any, index: int) -> Layer:
     if hasattr(attention, "q_norm"):
         weights = [attention.q_norm.weight.expand(num_heads, -1), attention.k_norm.weight.expand(num_key_heads, -1)]
         heads_norm = Norm(torch.cat(weights).detach(), _scalar_like(weights[0], epsilon(attention.q_norm)))
-    fused = Layer(
+    return Layer(
         index,
         num_heads,
         num_key_heads,
@@ -300,18 +307,6 @@ def read_layer(layer: Any, index: int) -> Layer:
         gate_up=mlp.gate_proj.product,
         down=mlp.down_proj.product,
     )
-    return replace(fused, native=native_layer(fused))
-
-
-def native_layer(layer: Layer) -> NativeLayer | None:
-    """The layer for native.c, if that has its products."""
-    products = layer.queries_keys_values, layer.attention_output, layer.gate_up, layer.down
-    panels = [product.panels for product in products if isinstance(product, NativeProduct)]
-    norms = [norm.weight for norm in (layer.heads_norm, layer.mlp_norm) if norm is not None]
-    if len(panels) < len(products) or not all(map(native.serves, norms)):
-        return None
-    heads_norm = None if layer.heads_norm is None else layer.heads_norm.numbers
-    return NativeLayer(panels, heads_norm, layer.mlp_norm.numbers, layer.num_heads, layer.num_key_heads)
 
 
 def read_norm(norm: nn.Module) -> Norm:

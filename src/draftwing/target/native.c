@@ -141,7 +141,7 @@ INLINE Lanes load(const char *weights, int64_t index, int kind) {
 }
 
 /* `rows` rows of x times one panel, plus bias and what `added` holds, if anything: `count` outputs of each. */
-INLINE void multiply_block(const Product *product, int64_t panel, int kind, int rows, const float *x, int64_t stride,
+INLINE void multiply_block(const Product *product, int64_t panel, int kind, int rows, const float *x,
                            const float *added, float *out) {
     const int64_t inputs = product->inputs, outputs = product->outputs, first = panel * WIDTH;
     const char *weights = (const char *)product->panels + panel * inputs * WIDTH * num_bytes(kind);
@@ -151,7 +151,7 @@ INLINE void multiply_block(const Product *product, int64_t panel, int kind, int 
         __builtin_prefetch(weights + (inputs + k) * WIDTH * num_bytes(kind), 0, 2); /* of the next panel */
         Lanes low = load(weights, k * WIDTH, kind), high = load(weights, k * WIDTH + LANES, kind);
         for (int r = 0; r < rows; r++) {
-            Lanes factor = all(x[r * stride + k]);
+            Lanes factor = all(x[r * inputs + k]);
             sums[r][0] = multiply_add(low, factor, sums[r][0]);
             sums[r][1] = multiply_add(high, factor, sums[r][1]);
         }
@@ -171,12 +171,11 @@ INLINE void multiply_block(const Product *product, int64_t panel, int kind, int 
 }
 
 INLINE void multiply_panel(const Product *product, int64_t panel, int kind, int64_t rows, const float *x,
-                           int64_t stride, const float *added, float *out) {
-    const int64_t outputs = product->outputs;
+                           const float *added, float *out) {
+    const int64_t inputs = product->inputs, outputs = product->outputs;
     int64_t r = 0;
 #define BLOCK_OF(number) \
-    multiply_block(product, panel, kind, number, x + r * stride, stride, added ? added + r * outputs : NULL, \
-                   out + r * outputs)
+    multiply_block(product, panel, kind, number, x + r * inputs, added ? added + r * outputs : NULL, out + r * outputs)
     for (; rows - r > 8 || rows - r == ROWS; r += ROWS) BLOCK_OF(ROWS);
     if (rows - r > ROWS) { /* 7 and 8 as halves, for a block of one or two waits for its sums */
         BLOCK_OF(4);
@@ -193,9 +192,9 @@ INLINE void multiply_panel(const Product *product, int64_t panel, int kind, int6
 }
 
 #define KIND_OF(name, kind) \
-    static void name(const Product *product, int64_t panel, int64_t rows, const float *x, int64_t stride, \
-                     const float *added, float *out) { \
-        multiply_panel(product, panel, kind, rows, x, stride, added, out); \
+    static void name(const Product *product, int64_t panel, int64_t rows, const float *x, const float *added, \
+                     float *out) { \
+        multiply_panel(product, panel, kind, rows, x, added, out); \
     }
 KIND_OF(multiply_float32, FLOAT32)
 KIND_OF(multiply_bfloat16, BFLOAT16)
@@ -204,22 +203,21 @@ KIND_OF(multiply_int8, INT8)
 
 /* x [rows, inputs] times the weights -> out [rows, outputs], by the threads of the region that it is called in.
    A thread takes some neighbouring panels at a time, since it fetches the next one ahead; a late thread takes fewer. */
-static void share_product(const Product *product, int64_t rows, const float *x, int64_t stride, const float *added,
-                          float *out, int64_t threads) {
+static void share_product(const Product *product, int64_t rows, const float *x, const float *added, float *out,
+                          int64_t threads) {
     const int64_t panels = (product->outputs + WIDTH - 1) / WIDTH, part = panels / (4 * threads) + 1;
 #pragma omp for schedule(dynamic, part)
     for (int64_t panel = 0; panel < panels; panel++) switch (product->kind) {
-            case FLOAT32: multiply_float32(product, panel, rows, x, stride, added, out); break;
-            case BFLOAT16: multiply_bfloat16(product, panel, rows, x, stride, added, out); break;
-            case FLOAT16: multiply_float16(product, panel, rows, x, stride, added, out); break;
-            case INT8: multiply_int8(product, panel, rows, x, stride, added, out); break;
+            case FLOAT32: multiply_float32(product, panel, rows, x, added, out); break;
+            case BFLOAT16: multiply_bfloat16(product, panel, rows, x, added, out); break;
+            case FLOAT16: multiply_float16(product, panel, rows, x, added, out); break;
+            case INT8: multiply_int8(product, panel, rows, x, added, out); break;
         }
 }
 
-void multiply(const Product *product, int64_t rows, const float *x, int64_t stride, const float *added, float *out,
-              int threads) {
+void multiply(const Product *product, int64_t rows, const float *x, const float *added, float *out, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    share_product(product, rows, x, stride, added, out, threads);
+    share_product(product, rows, x, added, out, threads);
 }
 
 INLINE void normalise_row(const float *x, int64_t dim, const float *weight, float eps, float *out) {
@@ -324,8 +322,7 @@ void run_layer(const Layer *layer, const Pass *pass, float *keys, float *values,
     {
         float *weights = own + 2 * omp_get_thread_num() * pass->read;
         int32_t *visible = (int32_t *)(weights + pass->read);
-        share_product(&layer->queries_keys_values, rows, inputs, layer->queries_keys_values.inputs, NULL, projected,
-                      pass->threads);
+        share_product(&layer->queries_keys_values, rows, inputs, NULL, projected, pass->threads);
 #pragma omp for
         for (int64_t row = 0; row < rows; row++) {
             float *x = projected + row * joined;
@@ -356,13 +353,13 @@ void run_layer(const Layer *layer, const Pass *pass, float *keys, float *values,
                     weigh(weights, values + first, slot, dim, visible, count, attended + (row * heads + head) * dim);
                 }
             }
-        share_product(&layer->attention_output, rows, attended, heads * dim, residual, out, pass->threads);
+        share_product(&layer->attention_output, rows, attended, residual, out, pass->threads);
 #pragma omp for
         for (int64_t row = 0; row < rows; row++)
             normalise_row(out + row * size, size, layer->mlp_norm, layer->mlp_eps, normed + row * size);
-        share_product(&layer->gate_up, rows, normed, size, NULL, gate_up, pass->threads);
+        share_product(&layer->gate_up, rows, normed, NULL, gate_up, pass->threads);
 #pragma omp for
         for (int64_t row = 0; row < rows; row++) gate_row(gate_up + row * 2 * gated, gated, gates + row * gated);
-        share_product(&layer->down, rows, gates, gated, out, out, pass->threads);
+        share_product(&layer->down, rows, gates, out, out, pass->threads);
     }
 }

@@ -70,7 +70,7 @@ class _Pass(ctypes.Structure):
 
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "panel_width": (),
-    "multiply": (_pointer, _size, _pointer, _size, _pointer, _pointer, ctypes.c_int),
+    "multiply": (_pointer, _size, *3 * (_pointer,), ctypes.c_int),
     "normalise": (_pointer, *4 * (_size,), _pointer, _size, ctypes.c_float, _pointer, ctypes.c_int),
     "draw": (_pointer, _pointer, _size, _size, _pointer, ctypes.c_int),
     "scratch_size": (_pointer, _size, _size, _size),
@@ -137,9 +137,8 @@ class Panels:
             added, overwrite = added.contiguous(), False
         out = rows.new_empty(len(rows), self.num_outputs) if added is None or not overwrite else added
         work = len(rows) * self.num_inputs * self.num_outputs
-        library, threads = _library(), _threads(work)
-        struct = ctypes.byref(self.struct)
-        library.multiply(struct, len(rows), rows.data_ptr(), self.num_inputs, _address(added), out.data_ptr(), threads)
+        pointers = rows.data_ptr(), _address(added), out.data_ptr()
+        _library().multiply(ctypes.byref(self.struct), len(rows), *pointers, _threads(work))
         return out.view(*x.shape[:-1], self.num_outputs)
 
 
@@ -186,7 +185,7 @@ class NativeLayer:
         out = residual if overwrite else torch.empty_like(residual)
         tensors = (*nodes.cache.layer(index), residual, inputs, out)
         pointers = [tensor.data_ptr() for tensor in tensors]
-        _library().run_layer(ctypes.byref(self._struct), nodes.struct(self, len(inputs)), *pointers)
+        _library().run_layer(ctypes.byref(self._struct), nodes.struct(self), *pointers)
         return out
 
 
@@ -210,8 +209,9 @@ class NativePass:
             cache.num_slots,
         )
 
-    def struct(self, layer: NativeLayer, num_rows: int) -> Any:
+    def struct(self, layer: NativeLayer) -> Any:
         """For this layer, whose sizes may be others than the last one's."""
+        num_rows = self._struct.batch * self._struct.nodes
         self._struct.threads = threads = layer.threads(num_rows)
         size = layer.scratch_size(num_rows, self._struct.read, threads)
         if len(self._scratch) < size:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from draftwing.drafts.eagle.fused_layers import pack_head
 from draftwing.drafts.eagle.network import Eagle3Model, EagleModel
+from draftwing.engine.noise import gumbel
 from draftwing.layers import DraftConfig, DraftVocab
 from draftwing.target import fused, native
 from draftwing.target.attention import CacheAttention
@@ -129,12 +130,9 @@ def test_any_number_of_rows_and_threads_has_the_bits_of_any_other(dtype: torch.d
 
 
 @pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def threads(monkeypatch: pytest.MonkeyPatch, as_many_threads_afterwards: None) -> None:
     """The number may be set, and all of them get work."""
     monkeypatch.setattr(native, "LEAST_WORK", 1)
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @needs_library
@@ -155,6 +153,15 @@ def test_norms_are_those_that_are_written_out(shape: tuple[int, ...], flags: str
     for weight in (torch.rand(shape[-1]), torch.rand(shape[1:])):
         gapless = x.contiguous() if x.dim() == 3 else x  # a row of heads has no gaps
         torch.testing.assert_close(native.normalise(gapless, weight, eps), fused.normalise(x, weight, eps))
+
+
+@needs_library
+def test_noise_has_the_bits_of_what_torch_hashes(monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
+    of = torch.tensor(2**40 + 3), torch.arange(5, 8), torch.arange(1001)
+    in_c = gumbel(*of)
+    with monkeypatch.context() as without_c:
+        without_c.setattr(native, "library", lambda: None)
+        assert in_c.equal(gumbel(*of))
 
 
 CONFIG = DraftConfig(
@@ -202,7 +209,7 @@ def passes(head: EagleModel | Eagle3Model, num_seats: int = 3, num_spare: int = 
         hidden = torch.randn(num_seats, number, 32, generator=generator)
         tokens = torch.randint(50, (num_seats, number), generator=generator)
         visible = visible_slots(cache.lengths, ancestors.expand(num_seats, -1, -1), cache.num_read(number))
-        attend = CacheAttention(cache, cache.slots_behind(number), visible.shape[-1], visible.unsqueeze(1))
+        attend = CacheAttention(cache, cache.slots_behind(number), visible.unsqueeze(1))
         positions = cache.lengths[:, None] + torch.as_tensor(depths)
         outputs.append(head(hidden, tokens, positions, attend))
         cache.commit(None, torch.tensor(num_kept[:num_seats]), max_kept=9)
@@ -231,7 +238,7 @@ def test_a_residual_may_have_gaps() -> None:
         shape = LayerShape(2, 12, 12)
         cache = KVCache([shape], 3, 20, torch.float32, torch.device("cpu"))
         visible = torch.ones(3, 1, 1, 1, dtype=torch.bool)
-        return head(hidden, tokens, torch.zeros_like(tokens), CacheAttention(cache, cache.slots_behind(1), 1, visible))
+        return head(hidden, tokens, torch.zeros_like(tokens), CacheAttention(cache, cache.slots_behind(1), visible))
 
     expected = output()
     pack_head(head)

@@ -113,7 +113,7 @@ class EagleDrafter(Drafter):
         slots: torch.Tensor,
     ) -> torch.Tensor:
         """The network over new nodes; `visible [B, N, S]` are the slots that each one reads."""
-        attend = CacheAttention(self._cache, slots, visible.shape[-1], visible.unsqueeze(1))
+        attend = CacheAttention(self._cache, slots, visible.unsqueeze(1))
         output: torch.Tensor = self._model(hidden, tokens, positions.clamp(max=self._cache.capacity), attend)
         return output
 
