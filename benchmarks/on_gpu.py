@@ -24,7 +24,7 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 CHECKS = (
     *("tests/lossless/test_cuda.py", "tests/unit/target/test_row_pass.py"),
-    *("tests/unit/drafts/test_fused_levels.py", "tests/unit/engine/test_top_tokens.py"),
+    *("tests/unit/drafts/test_fused_levels.py", "tests/unit/engine/test_kernels.py"),
     *("tests/unit/target/test_split_attention.py", "tests/unit/losses/test_ttt.py"),
 )
 TREE, FIXED = "tree:10x8x60", ("chain:3", "tree:4x5x26")

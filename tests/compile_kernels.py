@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from draftwing.drafts import fused_levels
-from draftwing.engine import chosen_tokens, top_tokens, tree_kernels
+from draftwing.drafts.fused_levels import FusedLevels
+from draftwing.engine import triton_cycle
 from draftwing.engine.noise import KeptNoise
 from draftwing.engine.tree_plan import TreePlan
 from draftwing.plans.acceptance import CalibratedSize
@@ -153,17 +153,18 @@ def run_draft() -> None:
         learnt = CalibratedSize(torch.device("meta"))
         visible, parents = torch.zeros(1, 10, 1100, dtype=torch.bool), torch.zeros(1, 10, dtype=torch.int64)
         many = torch.empty(1, 60, 128256, dtype=torch.bfloat16), replace(noise, positions=roots.expand(1, 60))
-    top_tokens.top_tokens(logits, 10)
-    top_tokens.top_tokens(logits, 10, noise, ids, 0.8)
-    plans = TreePlan(10, 8, 60, sizing=learnt), TreePlan(fused_levels.MOST_WIDTH, 3, 60)
+    triton_cycle.top_tokens(logits, 10)
+    triton_cycle.top_tokens(logits, 10, noise, ids, 0.8)
+    plans = TreePlan(10, 8, 60, sizing=learnt), TreePlan(triton_cycle.MOST_WIDTH, 3, 60)
     for plan, target_ids in zip(plans, (ids, None), strict=True):
-        levels = fused_levels.FusedLevels(plan, target_ids, roots)
+        levels = FusedLevels(triton_cycle, plan, target_ids, roots)
         for count in (1, plan.width):
             found = torch.empty(1, count, plan.width, device="meta")
             levels.frontier = levels.add(found, found.long())
-    tree_kernels.best_nodes(roots[:, 0], fused_levels.FusedLevels(TreePlan(10, 8, 60), None, roots).candidates(), 60, 8)
-    fused_levels.inherit_slots(visible, parents, roots, 0)
-    chosen_tokens.choose_tokens(*many)
+        triton_cycle.best_nodes(roots[:, 0], levels.candidates(), 60, plan.depth)
+    triton_cycle.inherit_slots(visible, parents, roots, 0)
+    triton_cycle.choose_tokens(*many)
+    triton_cycle.choose_tokens(many[0], None)
 
 
 @torch.inference_mode()

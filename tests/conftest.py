@@ -3,12 +3,16 @@
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import combinations as combinations_of
 from itertools import product
 from pathlib import Path as FilePath
+from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +23,7 @@ if not torch.cuda.is_available():
 from forked import measure_roughly
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from draftwing import native
 from draftwing.config import TrainConfig
 from draftwing.data.chat_template import Example
 from draftwing.drafts.eagle.drafter import EagleDrafter
@@ -41,7 +46,6 @@ from draftwing.engine.tree_plan import Plan, TreePlan
 from draftwing.plans.auto import AutoPlan, SizedPlan
 from draftwing.plans.costs import CycleCosts
 from draftwing.plans.lessons import Experience
-from draftwing.target import native
 from draftwing.target.fused import pack_target
 from draftwing.target.interface import ATTENTION
 from draftwing.target.model import TargetModel
@@ -49,6 +53,8 @@ from draftwing.target.model import TargetModel
 VOCAB_SIZE = 64
 EOS = 11
 CPU = torch.device("cpu")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where kernels are tested."""
 SLOW = pytest.mark.slow
 Path = tuple[int, ...]
 """The tokens from a tree's root, which is left out, to a node."""
@@ -63,6 +69,27 @@ def as_many_threads_afterwards() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def _kernels_problem(name: str) -> str | None:
+    """Why these kernels do not run here."""
+    if name == "native_cycle":
+        return None if DEVICE == "cpu" and native.library() is not None else "no C compiler, or a GPU"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    import triton
+
+    if DEVICE == "cpu" and triton.__version__ < "3.7" and np.__version__ >= "2.4":
+        return "Triton's interpreter of before 3.7 cannot loop with numpy 2.4"
+    return None
+
+
+@pytest.fixture(params=["native_cycle", "triton_cycle"])
+def kernels(request: pytest.FixtureRequest) -> ModuleType:
+    """Those in C, and Triton's: on a GPU, or in Triton's interpreter."""
+    if problem := _kernels_problem(request.param):
+        pytest.skip(problem)
+    return import_module(f"draftwing.engine.{request.param}")
+
+
 @pytest.fixture
 def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine without a C compiler."""
@@ -71,13 +98,14 @@ def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sabotaged_native(monkeypatch: pytest.MonkeyPatch, tmp_path: FilePath) -> Iterator[Callable[[str, str], None]]:
-    """Compiles native.c with one of its texts replaced by another."""
+    """Compiles native/*.c with one text in them replaced by another."""
 
     def replace(found: str, by: str) -> None:
-        source = native.SOURCE.read_text("utf-8")
-        assert source.count(found) == 1
-        (tmp_path / "native.c").write_text(source.replace(found, by))
-        monkeypatch.setattr(native, "SOURCE", tmp_path / "native.c")
+        sources = {file.name: file.read_text("utf-8") for file in native.FOLDER.glob("*.[ch]")}
+        assert sum(source.count(found) for source in sources.values()) == 1
+        for name, source in sources.items():
+            (tmp_path / name).write_text(source.replace(found, by))
+        monkeypatch.setattr(native, "FOLDER", tmp_path)
         monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path))
         native.library.cache_clear()
         assert native.library() is not None

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from draftwing.engine.tree import DraftTree
-from draftwing.target import native
+from draftwing import native
 from draftwing.target.fused import FusedTarget, can_fuse
 from draftwing.target.interface import ATTENTION
 from draftwing.target.model import TargetModel

@@ -3,18 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, singledispatch
-from typing import TYPE_CHECKING
 
 import torch
 
+from draftwing.drafts.fused_levels import FusedLevels
 from draftwing.engine.drafter import Ranking
+from draftwing.engine.kernels import kernels_for
 from draftwing.engine.tree import Candidates, DraftTree, Frontier, best_subtree, join
 from draftwing.engine.tree_plan import LookupTree, RankPath, StaticTree, TreePlan, TreeShape
 from draftwing.layers import DraftVocab
-from draftwing.target.attention import kernels_take
-
-if TYPE_CHECKING:
-    from draftwing.drafts.fused_levels import FusedLevels
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Runs the nodes of the next level: their parents' indices `[B, K]` in the level before and their `tokens [B, K]`.
@@ -121,13 +118,10 @@ class Levels:
         return Frontier(tokens, scores, chosen + num_before, chosen // width)
 
 
-def _levels_of(plan: TreePlan, draft: RootedDraft) -> "Levels | FusedLevels":
-    """What takes a plan's levels: kernels, where every tree has all of them and scores need not be looked at."""
-    if plan.sizing.is_fixed and kernels_take(draft.root_logits):
-        from draftwing.drafts.fused_levels import MOST_WIDTH, FusedLevels  # which needs Triton
-
-        if plan.width <= MOST_WIDTH:
-            return FusedLevels(plan, draft.vocab.target_ids, draft.positions)
+def _levels_of(plan: TreePlan, draft: RootedDraft) -> Levels | FusedLevels:
+    kernels = kernels_for(draft.root_logits)
+    if kernels and plan.width <= kernels.MOST_WIDTH:
+        return FusedLevels(kernels, plan, draft.vocab.target_ids, draft.positions)
     return Levels(plan, draft)
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from draftwing import native
 from draftwing.by_seat import BySeat
-from draftwing.target import native
+from draftwing.engine import native_cycle
 
 MASK32 = 0xFFFFFFFF
 NOISE_WINDOW = 32
@@ -89,8 +90,8 @@ def gumbel(seed: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) ->
 
 def _uniform(first: torch.Tensor, second: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Numbers between 0 and 1 `[P, V]` for the tokens 0 .. V - 1, by two keys `[P, 1]` for each position."""
-    if first.device.type == "cpu" and native.library() is not None:
-        return native.draw(first, second, len(tokens))
+    if native.reads(first):
+        return native_cycle.draw(first, second, len(tokens))
     bits = _hash32(_hash32(tokens ^ first) + second)
     return (bits.float() + 0.5) * 2.0**-32
 

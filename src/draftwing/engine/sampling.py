@@ -16,12 +16,12 @@ import torch
 from draftwing.by_seat import BySeat
 from draftwing.engine.drafter import Scored
 from draftwing.engine.grammar import Grammar, forbid
+from draftwing.engine.kernels import kernels_for
 from draftwing.engine.noise import KeptNoise, Noise
 from draftwing.engine.penalties import Penalties
 from draftwing.engine.stepwise import Place, choose_in_steps
 from draftwing.engine.stopping import StopRule
 from draftwing.engine.tree import DraftTree
-from draftwing.target.attention import kernels_take
 
 LOGIT_ERROR = 0.8
 """Scale of a head's errors in log-probability at temperature 1, fitted on traces (benchmarks/fit_coupling.py)."""
@@ -103,7 +103,7 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class UnreadScores:
-    """What `in_full` would compute from a draft's logits, of which a GPU computes no more than the best.
+    """What `in_full` would compute from a draft's logits, of which kernels compute no more than the best.
 
     With `noise` that is the coupled ranking of Sampler.rank, over the draft's `target_ids`.
     """
@@ -115,18 +115,18 @@ class UnreadScores:
 
     def topk(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The best, `[B, K, k]`, and their ids."""
-        from draftwing.engine.top_tokens import MOST_WIDTH, top_tokens  # which needs Triton
-
-        if k <= MOST_WIDTH:
-            return top_tokens(self.logits, k, self.noise, self.target_ids, LOGIT_ERROR)
-        best, ids = self.in_full().topk(k)
+        kernels = kernels_for(self.logits)
+        if kernels is None or k > kernels.MOST_FOUND:
+            best, ids = self.in_full().topk(k)
+        else:
+            best, ids = kernels.top_tokens(self.logits, k, self.noise, self.target_ids, LOGIT_ERROR)
         return best, ids
 
 
 def uncoupled_rank(logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> Scored:
     """The papers' ranking: the draft's log-probabilities at temperature 1, whatever the target's sampling."""
     in_full = partial(log_probabilities, logits)
-    return UnreadScores(logits, in_full) if kernels_take(logits) else in_full()
+    return UnreadScores(logits, in_full) if kernels_for(logits) else in_full()
 
 
 COLUMNS = {
@@ -152,10 +152,9 @@ class SamplingWork:
     has_min_p: bool
 
     @property
-    def only_draws(self) -> bool:
-        """Whether the choice is among the target's logits as they are, with noise."""
-        changed = self.has_bias or self.has_repetition or self.has_counts or self.holds_ends
-        return self.draws and not self.cuts and not changed
+    def changes(self) -> bool:
+        """Whether the choice is not among the target's logits as they are, with noise or without."""
+        return self.cuts or self.has_bias or self.has_repetition or self.has_counts or self.holds_ends
 
     @property
     def cuts(self) -> bool:
@@ -282,10 +281,10 @@ class Sampler(BySeat):
             noise_at = partial(self._noise_below, lengths) if self.work.draws else None
             return choose_in_steps(self._places, logits, tree, noise_at)
         positions = lengths[:, None] + tree.depths + 1
-        if kernels_take(logits) and self.work.only_draws and not self.has_grammar:
-            from draftwing.engine.chosen_tokens import choose_tokens  # which needs Triton
-
-            return choose_tokens(logits, self._kept_noise(positions))
+        kernels = kernels_for(logits)
+        if kernels and not self.work.changes and not self.has_grammar:
+            chosen: torch.Tensor = kernels.choose_tokens(logits, self._kept_noise(positions) if self.work.draws else None)
+            return chosen
         scores = logits if logits.dtype == torch.float64 else logits.float()
         if self.work.has_bias:
             assert self._bias is not None
@@ -317,7 +316,7 @@ class Sampler(BySeat):
         if not self.work.draws:
             return uncoupled_rank(logits, positions, target_ids)
         in_full = partial(self._rank_all, logits, positions, target_ids)
-        if self.work.cuts or not kernels_take(logits):
+        if self.work.cuts or not kernels_for(logits):
             return in_full()
         return UnreadScores(logits, in_full, self._kept_noise(positions), target_ids)
 

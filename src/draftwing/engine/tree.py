@@ -10,7 +10,9 @@ from functools import cached_property
 
 import torch
 
-from draftwing.target.attention import kernels_take
+from draftwing import native
+from draftwing.engine import native_cycle
+from draftwing.engine.kernels import kernels_for
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class DraftTree:
     @cached_property
     def ancestors(self) -> torch.Tensor:
         """`[B, N, N]` bool: True where the column's node is the row's node or an ancestor of it."""
+        if native.reads(self.parents):
+            return native_cycle.ancestors(self.parents)
         num_nodes, device = self.num_nodes, self.tokens.device
         reach = torch.nn.functional.one_hot(self.parents, num_nodes).float() + torch.eye(num_nodes, device=device)
         steps = 1
@@ -75,6 +79,10 @@ class Candidates:
     log_probs: torch.Tensor
     parents: torch.Tensor
     depths: torch.Tensor
+
+    def first(self, count: int) -> "Candidates":
+        """The first so many."""
+        return self if count == self.tokens.shape[1] else Candidates(*(part[:, :count] for part in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -154,11 +162,10 @@ def best_subtree(root: torch.Tensor, candidates: Candidates, num_nodes: int, max
 
     A candidate scores at most what its parent does and comes after it, so a stable order takes parents first.
     """
-    if kernels_take(candidates.scores):
-        from draftwing.engine.tree_kernels import MOST_CANDIDATES, best_nodes  # which needs Triton
-
-        if candidates.scores.shape[1] <= MOST_CANDIDATES:
-            return best_nodes(root, candidates, num_nodes, max_depth)
+    kernels = kernels_for(candidates.scores)
+    if kernels and candidates.scores.shape[1] <= kernels.MOST_CANDIDATES:
+        best: DraftTree = kernels.best_nodes(root, candidates, num_nodes, max_depth)
+        return best
     scores = candidates.scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
     order = scores.sort(dim=1, descending=True, stable=True).indices
     chosen = order[:, : num_nodes - 1].sort(dim=1).values
@@ -223,6 +230,8 @@ def walk(tree: DraftTree, chosen: torch.Tensor) -> Verdict:
 
     A node without a choice, below 0, is not accepted.
     """
+    if native.reads(chosen):
+        return Verdict(*native_cycle.walk(tree, chosen))
     matches = tree.valid & (chosen.gather(1, tree.parents) == tree.tokens) & (chosen >= 0)
     matches[:, 0].fill_(True)  # an assignment would make a tensor of the value: a copy from the host
     accepted = ~(tree.ancestors & ~matches[:, None, :]).any(-1)

@@ -55,12 +55,7 @@ class Sizing:
     """What growth asks while it drafts a tree: the worth of a node, and whether more of them pay.
 
     By default the papers' way: drafters are believed, and trees always have their full shape.
-
-    Attributes:
-        is_fixed: whether they do, so that nothing is read while they grow, and a worth is what `bins` say.
     """
-
-    is_fixed = True
 
     def bins(self, depth: int) -> "Bins | None":
         """What is added to log-probabilities at `depth`; None: nothing."""
@@ -68,7 +63,12 @@ class Sizing:
 
     def worth(self, log_probs: "torch.Tensor", depth: int) -> "torch.Tensor":
         """Estimates of log P(a child is accepted | its parent is) from the drafter's own, any shape; at most 0."""
-        return log_probs
+        from torch import bucketize
+
+        bins = self.bins(depth)
+        if bins is None:
+            return log_probs
+        return (log_probs + bins.added.take(bucketize(log_probs, bins.edges))).clamp_(max=bins.most)
 
     def num_parents(self, scores: "torch.Tensor", depth: int) -> int:
         """Of how many nodes at `depth` to draft children, given their scores `[B, K]`, the best first; 0 ends it."""

@@ -37,10 +37,6 @@ class CalibratedSize(Sizing):
     def bins(self, depth: int) -> Bins:
         return Bins(self._edges, self._correction[min(depth, NUM_DEPTHS) - 1], MOST_WORTH)
 
-    def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
-        bins = self.bins(depth)
-        return (log_probs + bins.added.take(torch.bucketize(log_probs, bins.edges))).clamp_(max=bins.most)
-
 
 @dataclass(eq=False)
 class AcceptanceTable:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from draftwing.engine.readback import Array, CycleFacts
-from draftwing.engine.tree_plan import Sizing, TreePlan
+from draftwing.engine.tree_plan import Bins, Sizing, TreePlan
 from draftwing.plans.acceptance import NUM_DEPTHS, CalibratedSize
 from draftwing.plans.costs import CycleCosts
 
@@ -98,15 +98,14 @@ class PaidSize(Sizing):
 
     prices: Prices
     continuation: Sequence[float]
-    is_fixed = False
 
     def __init__(self, calibrated: CalibratedSize, rate: Rate) -> None:
         self._calibrated, self._rate = calibrated, rate
         self.levels_seconds = 0.0
 
-    def worth(self, log_probs: torch.Tensor, depth: int) -> torch.Tensor:
-        """The drafter's log-probabilities, corrected by how often such nodes at `depth` were accepted."""
-        return self._calibrated.worth(log_probs, depth)
+    def bins(self, depth: int) -> Bins | None:
+        """By how often such nodes at `depth` were accepted."""
+        return self._calibrated.bins(depth)
 
     def num_parents(self, scores: torch.Tensor, depth: int) -> int:
         """Of how many nodes at `depth`, with these scores `[B, K]`, the children bring most beyond their seconds."""

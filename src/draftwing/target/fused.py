@@ -8,6 +8,7 @@ one's on a GPU between its products. This is a second implementation of the laye
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,14 +16,15 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from draftwing import native
 from draftwing.layers import Attend
 from draftwing.rotary import rotate
-from draftwing.target import native
+from draftwing.target import native_layers
 from draftwing.target.attention import CacheAttention, has_triton
 from draftwing.target.hidden_states import NORMED
 from draftwing.target.interface import ATTENTION, Role
 from draftwing.target.model import TargetModel, TargetOutput, TreePass, attention_windows
-from draftwing.target.native import NativeLayer, NativePass
+from draftwing.target.native_layers import NativeLayers, NativePass, NormNumbers
 from draftwing.target.packed import NativeProduct, PackedLinear, Product, pack_linears
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -38,8 +40,8 @@ class Norm:
     eps: torch.Tensor
 
     @property
-    def numbers(self) -> tuple[torch.Tensor, float]:
-        """Weight and epsilon as native.c takes them."""
+    def numbers(self) -> NormNumbers:
+        """Weight and epsilon as layers.c takes them."""
         return self.weight.contiguous(), float(self.eps)
 
 
@@ -64,7 +66,7 @@ def gate(gate_up: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Elementwise:
-    """What a pass does between its products: as written, compiled into one kernel each, or native.c's.
+    """What a pass does between its products: as written, compiled into one kernel each, or in C.
 
     Compiling is worth it where kernels are replayed without Python in between (captured.py), not on a CPU
     (docs/LOG.md).
@@ -87,7 +89,7 @@ class Elementwise:
 
 
 AS_WRITTEN = Elementwise()
-NATIVE = Elementwise(native.normalise)
+NATIVE = Elementwise(native_layers.normalise)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Nodes:
 
     @cached_property
     def native(self) -> NativePass | None:
-        """The same for native.c, if it takes these rotations and this cache."""
+        """The same for layers.c, if it takes these rotations and this cache."""
         attend = self.attend
         if not isinstance(attend, CacheAttention) or attend.mask.dtype != torch.bool:
             return None
@@ -132,33 +134,45 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer's weights behind its input norm; `heads_norm` is over each query and key head (Qwen3)."""
+    """One decoder layer's weights; `heads_norm` is over each query and key head (Qwen3).
+
+    One with an `embedding_norm` reads `[norm(embedding); norm(state)]`, as an EAGLE-3 draft's first does. Without an
+    `input_norm` it reads the state as it is.
+    """
 
     index: int
     num_heads: int
     num_key_heads: int
+    input_norm: Norm | None
     queries_keys_values: Product
     heads_norm: Norm | None
     attention_output: Product
     mlp_norm: Norm
     gate_up: Product
     down: Product
+    embedding_norm: Norm | None = None
 
     @cached_property
-    def native(self) -> NativeLayer | None:
-        """The same for native.c, if that has its products and norms."""
+    def native(self) -> NativeLayers | None:
+        """The same for layers.c, if that has its products and norms."""
         products = self.queries_keys_values, self.attention_output, self.gate_up, self.down
+        norms = self.embedding_norm, self.input_norm, self.heads_norm, self.mlp_norm
         panels = [product.panels for product in products if isinstance(product, NativeProduct)]
-        norms = [norm.weight for norm in (self.heads_norm, self.mlp_norm) if norm is not None]
-        if len(panels) < len(products) or not all(map(native.serves, norms)):
+        if len(panels) < len(products) or not all(native.serves(norm.weight) for norm in norms if norm is not None):
             return None
-        heads_norm = None if self.heads_norm is None else self.heads_norm.numbers
-        return NativeLayer(panels, heads_norm, self.mlp_norm.numbers, self.num_heads, self.num_key_heads)
+        numbers = [None if norm is None else norm.numbers for norm in norms]
+        return NativeLayers.of(self.index, panels, numbers, self.num_heads, self.num_key_heads)
 
-    def run(self, residual: torch.Tensor, inputs: torch.Tensor, nodes: Nodes, overwrite: bool) -> torch.Tensor:
-        """The layer's output `[R, D]` from its residual `[R, D]`, which it may `overwrite`, and normed `inputs`."""
+    def run(
+        self, x: torch.Tensor, nodes: Nodes, overwrite: bool = False, embedding: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The states `[R, D]` behind the layer from those before, which it may `overwrite`."""
         if self.native is not None and nodes.native is not None:
-            return self.native.run(nodes.native, self.index, residual, inputs, overwrite)
+            return self.native.run(nodes.native, x, embedding, overwrite)
+        inputs = x if self.input_norm is None else nodes.normalise(x, self.input_norm)
+        if self.embedding_norm is not None:
+            assert embedding is not None
+            inputs = torch.cat((nodes.normalise(embedding, self.embedding_norm), inputs), dim=-1)
         num_rotated = self.num_heads + self.num_key_heads
         heads = self.queries_keys_values(inputs).unflatten(-1, (num_rotated + self.num_key_heads, -1))
         rotated = heads[:, :num_rotated]
@@ -168,7 +182,7 @@ class Layer:
         rotated, values = (nodes.spread(part).transpose(1, 2) for part in (rotated, heads[:, num_rotated:]))
         queries, keys = rotated.split((self.num_heads, self.num_key_heads), dim=1)
         attended = nodes.attend(self.index, queries, keys, values).to(inputs.dtype).reshape(len(inputs), -1)
-        x = self.attention_output.add_to(residual, attended, overwrite=overwrite)
+        x = self.attention_output.add_to(x, attended, overwrite=overwrite)
         gated = nodes.steps.gate(self.gate_up(nodes.normalise(x, self.mlp_norm)))
         return self.down.add_to(x, gated, overwrite=True)
 
@@ -238,23 +252,24 @@ class FusedTarget(TargetModel):
         self._steps = steps
         decoder: Any = model.model
         self._rotary = decoder.rotary_emb
-        self._input_norms = [read_norm(layer.input_layernorm) for layer in decoder.layers]
         self._decoder_layers = [read_layer(layer, index) for index, layer in enumerate(decoder.layers)]
         self._norm = read_norm(decoder.norm)
 
     @property
     def attention_dtype(self) -> torch.dtype:
-        """Of native.c's layers it is float32: their sums over keys have one order."""
-        return torch.float32 if self._is_native else super().attention_dtype
+        """Of layers.c's it is float32: their sums over keys have one order."""
+        return torch.float32 if self._native is not None else super().attention_dtype
 
     @cached_property
-    def _is_native(self) -> bool:
-        return all(layer.native is not None for layer in self._decoder_layers)
+    def _native(self) -> NativeLayers | None:
+        """All layers for layers.c, if that has each."""
+        parts = [layer.native for layer in self._decoder_layers if layer.native is not None]
+        return NativeLayers.joined(parts) if len(parts) == len(self._decoder_layers) else None
 
     def _masks(
         self, visible: torch.Tensor, positions: torch.Tensor, slot_positions: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        if self._is_native:
+        if self._native is not None:
             return visible.unsqueeze(1)
         return super()._masks(visible, positions, slot_positions, dtype)
 
@@ -277,14 +292,22 @@ class FusedTarget(TargetModel):
         nodes = Nodes((batch_size, num_nodes), cos, signed_sin, tree.cache.dtype, attend, self._steps)
         x: torch.Tensor = embedded.flatten(0, 1)
         hidden = {0: x}
-        for index, (layer, input_norm) in enumerate(zip(self._decoder_layers, self._input_norms, strict=True)):
-            x = layer.run(x, nodes.normalise(x, input_norm), nodes, overwrite=index not in feature_layers)
-            if index + 1 in feature_layers:
-                hidden[index + 1] = x
+        for first, last in pairwise(sorted({0, *feature_layers, self.num_layers} & {*range(self.num_layers + 1)})):
+            x = hidden[last] = self._run_between(x, first, last, nodes, overwrite=first not in feature_layers)
         last = hidden[NORMED] = nodes.normalise(x, self._norm)
         last, *parts = (nodes.spread(part) for part in (last, *(hidden[index] for index in feature_layers)))
         logits = self.output_head(last[:, -1:] if last_logits_only else last)
         return TargetOutput(logits, torch.cat(parts, dim=-1) if parts else None)
+
+
+    def _run_between(self, x: torch.Tensor, first: int, last: int, nodes: Nodes, overwrite: bool) -> torch.Tensor:
+        """The states `[R, D]` behind layers `first .. last - 1`, from those before, which it may `overwrite`."""
+        if self._native is not None and nodes.native is not None:
+            return self._native.run(nodes.native, x, overwrite=overwrite, first=first, last=last)
+        for layer in self._decoder_layers[first:last]:
+            x = layer.run(x, nodes, overwrite)
+            overwrite = True
+        return x
 
 
 def read_layer(layer: Any, index: int) -> Layer:
@@ -300,6 +323,7 @@ def read_layer(layer: Any, index: int) -> Layer:
         index,
         num_heads,
         num_key_heads,
+        input_norm=None if isinstance(layer.input_layernorm, nn.Identity) else read_norm(layer.input_layernorm),
         queries_keys_values=attention.q_proj.product,
         heads_norm=heads_norm,
         attention_output=attention.o_proj.product,

@@ -1,6 +1,6 @@
 """Linear layers of a frozen model for products of few rows; those that read the same tensor become one product.
 
-On a CPU weights take a layout of native.c's or a library's, for two things that torch's product with a plain weight
+On a CPU weights take a layout of layers.c or a library's, for two things that torch's product with a plain weight
 lacks. A row's result has the same bits however many rows pass with it, from a few on, so that a tree's nodes and plain
 decoding's token agree to the last bit. And few rows are fast: nothing is laid out anew at each call, and all threads
 work. A pass of few rows is bound by reading weights, so float32 ones that 16 bits hold are kept in 16 bits in C.
@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from draftwing.target import native
+from draftwing import native
+from draftwing.target import native_layers
 from draftwing.target.attention import kernels_take, on_device, serves_row_kernels
 from draftwing.target.rounded import RoundedLinear, to_int8
 from draftwing.target.row_layout import RowProduct, Tiles
@@ -128,12 +129,12 @@ class PackedProduct(Product):
 
 
 class NativeProduct(Product):
-    """native.c's: it reads 8 bits of rounded weights, 16 bits of those that these hold, and sums in float32."""
+    """layers.c: it reads 8 bits of rounded weights, 16 bits of those that these hold, and sums in float32."""
 
     def __init__(self, layers: Sequence[nn.Linear], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(layers)
         numbers, scale = to_int8(weight) if isinstance(layers[0], RoundedLinear) else (weight, None)
-        self.panels = native.Panels(numbers, bias, scale)
+        self.panels = native_layers.Panels(numbers, bias, scale)
 
     def __str__(self) -> str:
         return f"{super().__str__()} of {self.panels.kept_in}"

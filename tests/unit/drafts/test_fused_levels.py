@@ -1,24 +1,23 @@
-"""Trees that kernels grow are those of the steps written out; on a CPU in Triton's interpreter."""
+"""Trees that kernels grow are those of the steps written out: in C, and by Triton's kernels in its interpreter."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
+from conftest import DEVICE
 
-pytest.importorskip("triton")
-
-import triton
-
+from draftwing import native
 from draftwing.drafts import growth
 from draftwing.drafts.eagle import drafter
 from draftwing.drafts.eagle.drafter import _DraftedSlots
-from draftwing.drafts.fused_levels import BLOCK, FusedLevels
+from draftwing.drafts.fused_levels import FusedLevels
 from draftwing.drafts.growth import RootedDraft, grow_tree
 from draftwing.drafts.ngram import NgramDrafter
+from draftwing.engine import sampling
 from draftwing.engine import tree as tree_module
 from draftwing.engine.drafter import Ranking
 from draftwing.engine.sampling import Sampler, SamplingParams, UnreadScores, log_probabilities
@@ -28,19 +27,17 @@ from draftwing.layers import DraftVocab
 from draftwing.plans.acceptance import CalibratedSize
 from draftwing.target.kv_cache import KVCache, LayerShape
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = pytest.mark.skipif(
-    DEVICE.type == "cpu" and triton.__version__ < "3.7" and np.__version__ >= "2.4",
-    reason="Triton's interpreter of before 3.7 cannot loop with numpy 2.4",
-)
+BLOCK = 1024
+"""Slots of a program of Triton's."""
 VOCAB_SIZE, NUM_DRAFT_IDS = 60, 40
 
 
 @contextmanager
-def kernels(are_used: bool) -> Iterator[None]:
+def using(kernels: ModuleType | None) -> Iterator[None]:
+    """These kernels; None: torch's steps."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (growth, tree_module, drafter):
-            patch.setattr(module, "kernels_take", lambda tensor: are_used)
+        for module in (growth, tree_module, drafter, sampling):
+            patch.setattr(module, "kernels_for", lambda tensor: kernels)
         yield
 
 
@@ -61,8 +58,8 @@ def random_draft(num_rows: int, has_all_ids: bool = True, rank: Ranking = rank_p
     return RootedDraft(table[:num_rows, None], step, positions, vocab, rank)
 
 
-def grow(plan: TreePlan, draft: RootedDraft, are_used: bool) -> DraftTree:
-    with kernels(are_used):
+def grow(plan: TreePlan, draft: RootedDraft, kernels: ModuleType | None) -> DraftTree:
+    with using(kernels):
         return grow_tree(torch.arange(len(draft.positions), device=DEVICE), plan, draft)
 
 
@@ -97,21 +94,21 @@ def is_same_type(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     ],
 )
 @pytest.mark.parametrize("has_all_ids", [True, False])
-def test_trees_are_equal(plan: str, num_rows: int, sizing: str, has_all_ids: bool) -> None:
+def test_trees_are_equal(kernels: ModuleType, plan: str, num_rows: int, sizing: str, has_all_ids: bool) -> None:
     torch.manual_seed(1)
     shape = TreePlan.parse(plan)
     shape = TreePlan(shape.width, shape.depth, shape.num_nodes, sizing=learnt() if sizing == "learnt" else IN_FULL)
     draft = random_draft(num_rows, has_all_ids)
-    assert are_equal(grow(shape, draft, True), grow(shape, draft, False))
+    assert are_equal(grow(shape, draft, kernels), grow(shape, draft, None))
 
 
-def test_trees_ranked_with_the_targets_noise_are_equal() -> None:
+def test_trees_ranked_with_the_targets_noise_are_equal(kernels: ModuleType) -> None:
     """A greedy row beside a sampled one, and one whose filters rule most tokens out: those are -inf."""
     params = [SamplingParams(), SamplingParams(temperature=0.8, seed=3), SamplingParams(temperature=1.0, top_k=2)]
     sampler = Sampler.of(params, VOCAB_SIZE, DEVICE, depth=3)
     sampler.reserve([5, 6, 7], 3)
     draft = random_draft(3, has_all_ids=False, rank=sampler.rank)
-    trees = [grow(TreePlan(4, 3, 30), draft, are_used) for are_used in (True, False)]
+    trees = [grow(TreePlan(4, 3, 30), draft, used) for used in (kernels, None)]
     assert are_equal(*trees)
     assert not trees[0].valid.all()
 
@@ -119,7 +116,9 @@ def test_trees_ranked_with_the_targets_noise_are_equal() -> None:
 @pytest.mark.parametrize("sizing", [IN_FULL, "learnt"], ids=["in full", "learnt"])
 @pytest.mark.parametrize("broken", [torch.nan, -torch.inf], ids=str)
 @pytest.mark.parametrize("is_root", [True, False])
-def test_trees_of_what_is_no_number_are_equal(sizing: Sizing | str, broken: float, is_root: bool) -> None:
+def test_trees_of_what_is_no_number_are_equal(
+    kernels: ModuleType, sizing: Sizing | str, broken: float, is_root: bool
+) -> None:
     """All of a row's children at the root, or those of some nodes: nothing is left unwritten, nothing is believed."""
     plan = TreePlan(4, 3, 30, sizing=learnt() if isinstance(sizing, str) else sizing)
     whole = random_draft(3)
@@ -129,13 +128,13 @@ def test_trees_of_what_is_no_number_are_equal(sizing: Sizing | str, broken: floa
         return torch.where(is_broken, broken, rank_plainly(logits, positions, target_ids))
 
     draft = RootedDraft(whole.root_logits, whole.step, whole.positions, whole.vocab, rank)
-    trees = [grow(plan, draft, are_used) for are_used in (True, False)]
+    trees = [grow(plan, draft, used) for used in (kernels, None)]
     assert are_equal(*trees)
     assert not trees[0].valid.all() and trees[0].valid[:, 1].any()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what is no number
-def test_siblings_differ_where_a_lookup_meets_what_is_ruled_out() -> None:
+def test_siblings_differ_where_a_lookup_meets_what_is_ruled_out(kernels: ModuleType) -> None:
     """Two of four tokens are left; the text goes on with one of them."""
     lookup, vocab = NgramDrafter(1, 16, DEVICE), DraftVocab(None, VOCAB_SIZE)
     lookup.observe(torch.tensor([[0, 1] * 4], device=DEVICE), None, torch.tensor([8], device=DEVICE))
@@ -150,7 +149,7 @@ def test_siblings_differ_where_a_lookup_meets_what_is_ruled_out() -> None:
 
     draft = RootedDraft(logits, step, torch.tensor([[8]], device=DEVICE), vocab, rank)
     plan, merge = TreePlan(4, 2, 9).with_lookup(), partial(lookup.extend, longest=8)
-    with kernels(True):
+    with using(kernels):
         tree = grow_tree(torch.tensor([1], device=DEVICE), plan, draft, merge)
     nodes = zip(*(part[0, 1:].tolist() for part in (tree.parents, tree.tokens, tree.valid)), strict=True)
     valid = [(parent, token) for parent, token, is_valid in nodes if is_valid]
@@ -165,26 +164,26 @@ class _Forgetful(FusedLevels):
         return best and Frontier(best.tokens, torch.zeros_like(best.scores), best.numbers, best.parents)
 
 
-def test_a_twin_that_forgets_the_parents_scores_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_twin_that_forgets_the_parents_scores_is_found_out(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan, draft = TreePlan(3, 4, 20), random_draft(2)
-    expected = grow(plan, draft, False)
+    expected = grow(plan, draft, None)
 
     def levels_of(plan: TreePlan, draft: RootedDraft) -> FusedLevels:
-        return _Forgetful(plan, draft.vocab.target_ids, draft.positions)
+        return _Forgetful(kernels, plan, draft.vocab.target_ids, draft.positions)
 
     monkeypatch.setattr(growth, "_levels_of", levels_of)
-    assert not are_equal(grow(plan, draft, True), expected)
+    assert not are_equal(grow(plan, draft, kernels), expected)
 
 
-def test_a_sizing_that_looks_at_scores_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sizing_that_looks_at_scores_is_asked(kernels: ModuleType) -> None:
     class Narrow(Sizing):
-        is_fixed = False
-
         def num_parents(self, scores: torch.Tensor, depth: int) -> int:
             return 1 if depth == 1 else 0
 
     plan, draft = TreePlan(3, 4, 4, sizing=Narrow()), random_draft(1)
-    assert grow(plan, draft, True).max_depth == 2
+    assert grow(plan, draft, kernels).max_depth == 2
 
 
 def candidates(num_rows: int, count: int) -> Candidates:
@@ -198,17 +197,17 @@ def candidates(num_rows: int, count: int) -> Candidates:
 
 
 @pytest.mark.parametrize(("count", "num_nodes"), [(7, 8), (64, 2), (65, 40), (130, 1), (200, 150)])
-def test_the_best_nodes_are_equal(count: int, num_nodes: int) -> None:
+def test_the_best_nodes_are_equal(kernels: ModuleType, count: int, num_nodes: int) -> None:
     torch.manual_seed(0)
     drafted, trees = Candidates(*(part.to(DEVICE) for part in vars(candidates(2, count)).values())), []
-    for are_used in (True, False):
-        with kernels(are_used):
+    for used in (kernels, None):
+        with using(used):
             trees.append(best_subtree(torch.tensor([7, 8], device=DEVICE), drafted, num_nodes, 3))
     assert are_equal(*trees)
 
 
 @pytest.mark.parametrize("window", [5, 10**6])
-def test_drafted_nodes_see_the_same_slots(window: int) -> None:
+def test_drafted_nodes_see_the_same_slots(kernels: ModuleType, window: int) -> None:
     cache = KVCache([LayerShape(1, 2, 2)], 2, BLOCK + 20, torch.float32, DEVICE)
     cache.lengths.copy_(torch.tensor([3, BLOCK + 4]))
     cache.bound = BLOCK + 4
@@ -220,8 +219,8 @@ def test_drafted_nodes_see_the_same_slots(window: int) -> None:
             found += [levels.enter(parent.to(DEVICE)), levels.positions, levels.visible]
         return found
 
-    def run(are_used: bool) -> list[torch.Tensor]:
-        with kernels(are_used):
+    def run(used: ModuleType | None) -> list[torch.Tensor]:
+        with using(used):
             return enter_all()
 
-    assert all(map(torch.equal, run(True), run(False)))
+    assert all(map(torch.equal, run(kernels), run(None)))

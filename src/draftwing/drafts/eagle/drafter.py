@@ -12,9 +12,10 @@ from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.drafts.growth import RootedDraft, grow_tree
 from draftwing.drafts.ngram import NgramDrafter
 from draftwing.engine.drafter import Drafter, Ranking, Unread
+from draftwing.engine.kernels import kernels_for
 from draftwing.engine.tree import DraftTree
 from draftwing.engine.tree_plan import TreeShape
-from draftwing.target.attention import CacheAttention, kernels_take
+from draftwing.target.attention import CacheAttention
 from draftwing.target.kv_cache import KVCache, LayerShape, visible_slots
 
 
@@ -122,6 +123,7 @@ class _DraftedSlots:
     """Positions, slots and visibility of the drafted nodes, level by level, behind the committed slots."""
 
     def __init__(self, cache: KVCache, num_nodes: int, window: int) -> None:
+        self._kernels = kernels_for(cache.layer(0)[0])
         self._slots = cache.slots_behind(num_nodes)
         self._num_used = 0
         self._lengths = cache.lengths[:, None]
@@ -138,10 +140,8 @@ class _DraftedSlots:
         first, self._num_used = self._num_used, self._num_used + parent.shape[1]
         self.positions = self.positions + 1
         slots = self._slots[:, first : self._num_used]
-        if kernels_take(self.visible):
-            from draftwing.drafts.fused_levels import inherit_slots  # which needs Triton
-
-            self.visible = inherit_slots(self.visible, parent, self._lengths, first)
+        if self._kernels:
+            self.visible = self._kernels.inherit_slots(self.visible, parent, self._lengths, first)
             return slots
         inherited = self.visible.gather(1, parent[..., None].expand(-1, -1, self.visible.shape[-1]))
         own = self._lengths + torch.arange(first, self._num_used, device=parent.device)

@@ -1,5 +1,7 @@
 """An EAGLE network's layers in few operations: the arithmetic of layers.py and network.py (see target/fused.py)."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -50,14 +52,10 @@ class FusedDecoderLayer(nn.Module):
     def __init__(self, module: DecoderLayer, steps: Elementwise) -> None:
         super().__init__()
         self._layer, self._steps = read_layer(module, module.self_attn.layer), steps
-        norm = module.input_layernorm
-        self._input_norm = None if isinstance(norm, nn.Identity) else read_norm(norm)
 
     def forward(self, x: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
         nodes = _nodes(x, rotation, attend, self._steps)
-        residual = x.flatten(0, 1)
-        inputs = residual if self._input_norm is None else nodes.normalise(residual, self._input_norm)
-        return nodes.spread(self._layer.run(residual, inputs, nodes, overwrite=False))
+        return nodes.spread(self._layer.run(x.flatten(0, 1), nodes))
 
 
 class FusedEagle3Layer(nn.Module):
@@ -65,19 +63,21 @@ class FusedEagle3Layer(nn.Module):
 
     def __init__(self, module: Eagle3Layer, steps: Elementwise) -> None:
         super().__init__()
-        self._layer, self._steps = read_layer(module, module.self_attn.layer), steps
-        self._input_norm, self._hidden_norm = read_norm(module.input_layernorm), read_norm(module.hidden_norm)
-        self._norm_before_residual = module.norm_before_residual
+        hidden_norm = read_norm(module.hidden_norm)
+        self._norm_before_residual = hidden_norm if module.norm_before_residual else None
+        input_norm = None if module.norm_before_residual else hidden_norm
+        layer = read_layer(module, module.self_attn.layer)
+        self._layer = replace(layer, embedding_norm=layer.input_norm, input_norm=input_norm)
+        self._steps = steps
 
     def forward(
         self, embedding: torch.Tensor, hidden: torch.Tensor, rotation: Rotation, attend: Attend
     ) -> torch.Tensor:
         nodes = _nodes(hidden, rotation, attend, self._steps)
-        embedding, hidden = embedding.flatten(0, 1), hidden.flatten(0, 1)
-        normed = nodes.normalise(hidden, self._hidden_norm)
-        inputs = torch.cat((nodes.normalise(embedding, self._input_norm), normed), dim=-1)
-        residual = normed if self._norm_before_residual else hidden
-        return nodes.spread(self._layer.run(residual, inputs, nodes, overwrite=False))
+        embedding, x = embedding.flatten(0, 1), hidden.flatten(0, 1)
+        if self._norm_before_residual is not None:
+            x = nodes.normalise(x, self._norm_before_residual)
+        return nodes.spread(self._layer.run(x, nodes, embedding=embedding))
 
 
 def _nodes(hidden: torch.Tensor, rotation: Rotation, attend: Attend, steps: Elementwise) -> Nodes:

@@ -11,11 +11,12 @@ from conftest import tiny_llama
 from torch import nn
 from torch.nn import functional
 
+from draftwing import native
 from draftwing.drafts.eagle.fused_layers import pack_head
 from draftwing.drafts.eagle.network import Eagle3Model, EagleModel
 from draftwing.engine.noise import gumbel
 from draftwing.layers import DraftConfig, DraftVocab
-from draftwing.target import fused, native
+from draftwing.target import fused, native_layers
 from draftwing.target.attention import CacheAttention
 from draftwing.target.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.target.model import TargetModel
@@ -54,7 +55,7 @@ def saved_weight(dtype: torch.dtype, outputs: int, inputs: int) -> torch.Tensor:
 @torch.inference_mode()
 def test_products_are_torchs(dtype: torch.dtype, shape: tuple[int, int], flags: str) -> None:
     weight, bias = saved_weight(dtype, *shape), torch.randn(shape[0])
-    panels = native.Panels(weight, bias)
+    panels = native_layers.Panels(weight, bias)
     for num_rows in (0, 1, 2, 5, 6, 7, 8, 9, 13, 40):
         x, added = torch.randn(num_rows, shape[1]), torch.randn(num_rows, shape[0])
         right = functional.linear(x.double(), weight.double(), bias.double())
@@ -83,7 +84,7 @@ def test_rounded_weights_are_read_in_8_bits(shape: tuple[int, int], flags: str) 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_numbers_are_refused(dtype: torch.dtype) -> None:
-    panels = native.Panels(saved_weight(torch.float32, 16, 8), None)
+    panels = native_layers.Panels(saved_weight(torch.float32, 16, 8), None)
     with pytest.raises(TypeError, match="expected float32 on the CPU"):
         panels.multiply(torch.ones(2, 8, dtype=dtype))
     with pytest.raises(TypeError, match="expected float32 on the CPU"):
@@ -93,7 +94,7 @@ def test_other_numbers_are_refused(dtype: torch.dtype) -> None:
 @needs_library
 @torch.inference_mode()
 def test_what_is_added_may_have_gaps() -> None:
-    panels = native.Panels(saved_weight(torch.float32, 16, 8), None)
+    panels = native_layers.Panels(saved_weight(torch.float32, 16, 8), None)
     x, added = torch.randn(3, 8), torch.randn(3, 32)[:, :16]
     expected = panels.multiply(x, added.contiguous())
     assert panels.multiply(x, added, overwrite=True).equal(expected)
@@ -102,7 +103,7 @@ def test_what_is_added_may_have_gaps() -> None:
 @needs_library
 def test_small_float16_numbers_are_read_exactly(flags: str) -> None:
     weight = torch.tensor([[2.0**-24, 65504.0, -(2.0**-15), -0.0, 1 / 3]]).half().float()
-    panels = native.Panels(weight, None)
+    panels = native_layers.Panels(weight, None)
     for column, number in enumerate(weight[0].tolist()):
         assert panels.multiply(torch.eye(5)[column : column + 1]).item() == number
 
@@ -110,18 +111,18 @@ def test_small_float16_numbers_are_read_exactly(flags: str) -> None:
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_are_kept_in_16_bits_where_these_hold_them(dtype: torch.dtype) -> None:
-    assert native.Panels(saved_weight(dtype, 16, 8), None).kept_in == dtype
+    assert native_layers.Panels(saved_weight(dtype, 16, 8), None).kept_in == dtype
     unusual = saved_weight(torch.bfloat16, 16, 8)
     for number in (1 + 2**-20, torch.nan):
         unusual[3, 3] = number
-        assert native.Panels(unusual, None).kept_in == torch.float32
+        assert native_layers.Panels(unusual, None).kept_in == torch.float32
 
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
 def test_any_number_of_rows_and_threads_has_the_bits_of_any_other(dtype: torch.dtype, threads: None) -> None:
-    panels = native.Panels(saved_weight(dtype, 200, 576), torch.randn(200))
+    panels = native_layers.Panels(saved_weight(dtype, 200, 576), torch.randn(200))
     x, added = torch.randn(70, 576), torch.randn(70, 200)
     together = panels.multiply(x, added)
     for number in range(1, 70):
@@ -140,7 +141,7 @@ def threads(monkeypatch: pytest.MonkeyPatch, as_many_threads_afterwards: None) -
 def test_a_sum_that_depends_on_the_rows_is_noticed(sabotaged_native: Callable[[str, str], None]) -> None:
     sum_of_one = "sums[r][0] = multiply_add(low, factor, sums[r][0]);"
     sabotaged_native(sum_of_one, f"if (rows == 1) sums[r][0] += low * (factor * 1.0000002f); else {sum_of_one}")
-    panels = native.Panels(saved_weight(torch.bfloat16, 200, 576), None)
+    panels = native_layers.Panels(saved_weight(torch.bfloat16, 200, 576), None)
     x = torch.randn(7, 576)
     assert not panels.multiply(x[:1]).equal(panels.multiply(x)[:1])
 
@@ -152,7 +153,7 @@ def test_norms_are_those_that_are_written_out(shape: tuple[int, ...], flags: str
     x, eps = torch.randn(shape[0], *shape[1:-1], 2 * shape[-1])[..., : shape[-1]], torch.tensor(1e-5)
     for weight in (torch.rand(shape[-1]), torch.rand(shape[1:])):
         gapless = x.contiguous() if x.dim() == 3 else x  # a row of heads has no gaps
-        torch.testing.assert_close(native.normalise(gapless, weight, eps), fused.normalise(x, weight, eps))
+        torch.testing.assert_close(native_layers.normalise(gapless, weight, eps), fused.normalise(x, weight, eps))
 
 
 @needs_library

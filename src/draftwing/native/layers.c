@@ -1,30 +1,15 @@
-/* A CPU's pass in float32: products, and decoder layers as a whole. native.py compiles this file and calls it.
+/* A CPU's pass in float32: products, and decoder layers as a whole. target/native_layers.py calls this.
 
    A row's numbers depend on that row alone, and on the order of what it reads: not on other rows, on threads, or on
    gaps between the slots that it reads. Every sum has one order, written out here, which the compiler may not change
    (no -ffast-math, and -ffp-contract=off). Sizes and strides are in numbers; the last dimension has no gaps. */
 
-#include <stdint.h>
-#include <string.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-#include <omp.h>
+#include "lanes.h"
 
-#if defined(__AVX512F__)
-enum { LANES = 16 };
-#else
-enum { LANES = 8 };
-#endif
 enum { WIDTH = 2 * LANES, ROWS = 6 };
 enum Kind { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 
-typedef float Lanes __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t Numbers __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
-
-#define AT(pointer) (*(Lanes *)(pointer))
-#define INLINE static inline __attribute__((always_inline))
 
 /* Weights [outputs, inputs] as panels of WIDTH outputs: [panels, inputs, WIDTH]. An output's sum is multiplied by its
    scale, if there are some, before its bias is added, if there are any. */
@@ -34,10 +19,17 @@ typedef struct {
     int64_t inputs, outputs, kind;
 } Product;
 
+/* An RMS norm; without a weight there is none. */
+typedef struct {
+    const float *weight;
+    float eps;
+} Norm;
+
+/* A decoder layer. One with an embedding_norm reads [norm(embedding); norm(state)], as an EAGLE-3 draft's first does.
+   heads_norm [heads, dim] is of queries and keys. */
 typedef struct {
     Product queries_keys_values, attention_output, gate_up, down;
-    const float *heads_norm, *mlp_norm; /* [heads, dim] of queries and keys, or NULL; [outputs] */
-    float heads_eps, mlp_eps;
+    Norm embedding_norm, input_norm, heads_norm, mlp_norm;
     int64_t heads, key_heads, dim;
 } Layer;
 
@@ -53,61 +45,6 @@ typedef struct {
 } Pass;
 
 int64_t panel_width(void) { return WIDTH; }
-
-INLINE Lanes all(float value) { return value - (Lanes){}; }
-
-INLINE Lanes choose(Numbers which, Lanes yes, Lanes no) {
-    return (Lanes)(((Numbers)yes & which) | ((Numbers)no & ~which));
-}
-
-/* a * b + c, rounded once where the machine can. */
-INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
-#if defined(__AVX512F__)
-    return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-    return (Lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-    return a * b + c;
-#endif
-}
-
-INLINE float total(Lanes x) {
-    float sums[LANES];
-    memcpy(sums, &x, sizeof sums);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) sums[i] += sums[i + width];
-    return sums[0];
-}
-
-INLINE float dot(const float *a, const float *b, int64_t length) {
-    Lanes even = all(0), odd = all(0);
-    int64_t i = 0;
-    for (; i + 2 * LANES <= length; i += 2 * LANES) {
-        even = multiply_add(AT(a + i), AT(b + i), even);
-        odd = multiply_add(AT(a + i + LANES), AT(b + i + LANES), odd);
-    }
-    for (; i + LANES <= length; i += LANES) even = multiply_add(AT(a + i), AT(b + i), even);
-    float sum = total(even + odd);
-    for (; i < length; i++) sum += a[i] * b[i];
-    return sum;
-}
-
-/* e^x within some units in the last place: 2^n by its exponent times e^(x - n ln 2) by a polynomial. NaN stays. */
-INLINE Lanes exponential(Lanes x) {
-    const Lanes rounder = all(12582912.0f); /* 1.5 * 2^23: adding it leaves whole numbers */
-    x = choose(x > 88.0f, all(88.0f), x);
-    x = choose(x < -87.0f, all(-87.0f), x);
-    Lanes shifted = x * 1.44269504f + rounder, n = shifted - rounder;
-    Lanes r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    Lanes p = all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    return (Lanes)((Numbers)p + (((Numbers)shifted - (Numbers)rounder) << 23));
-}
 
 INLINE int64_t num_bytes(int kind) { return kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2; }
 
@@ -235,20 +172,16 @@ void normalise(const float *x, int64_t row_stride, int64_t rows, int64_t heads, 
                           out + (row * heads + head) * dim);
 }
 
-INLINE uint32_t hash(uint32_t x) {
-    x = (x ^ (x >> 16)) * 0x7FEB352Du;
-    x = (x ^ (x >> 15)) * 0x846CA68Bu;
-    return x ^ (x >> 16);
-}
-
-/* Uniform numbers of `count` tokens for each row with two keys, as noise.py has them. */
-void draw(const int64_t *first, const int64_t *second, int64_t rows, int64_t count, float *out, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; row++) {
-        const uint32_t one = (uint32_t)first[row], two = (uint32_t)second[row];
-        for (int64_t token = 0; token < count; token++)
-            out[row * count + token] = ((float)hash(hash((uint32_t)token ^ one) + two) + 0.5f) * 0x1p-32f;
+/* What a row's first product reads. */
+INLINE void read_row(const Layer *layer, const float *embedding, const float *x, int64_t size, float *inputs) {
+    if (layer->embedding_norm.weight) {
+        normalise_row(embedding, size, layer->embedding_norm.weight, layer->embedding_norm.eps, inputs);
+        inputs += size;
     }
+    if (layer->input_norm.weight)
+        normalise_row(x, size, layer->input_norm.weight, layer->input_norm.eps, inputs);
+    else
+        memcpy(inputs, x, (size_t)size * sizeof *x);
 }
 
 /* Rotate the first `turned` of a head's numbers, in place: pairs are (i, i + turned / 2). */
@@ -301,65 +234,82 @@ INLINE void weigh(const float *weights, const float *values, int64_t stride, int
     }
 }
 
-/* Scratch of a pass over these rows, in numbers. */
-int64_t scratch_size(const Layer *layer, int64_t rows, int64_t read, int64_t threads) {
+/* Scratch of one layer, in numbers. */
+INLINE int64_t scratch_of(const Layer *layer, int64_t rows, int64_t read, int64_t threads) {
     const int64_t attended = layer->heads * layer->dim, gated = layer->down.inputs;
-    return rows * (layer->queries_keys_values.outputs + attended + layer->attention_output.outputs + 3 * gated) +
+    return rows * (layer->queries_keys_values.inputs + layer->queries_keys_values.outputs + attended +
+                   layer->attention_output.outputs + 3 * gated) +
            2 * threads * read;
 }
 
-/* A decoder layer: its output [rows, D] from its residual [rows, D] and normed inputs; out may be the residual.
+/* Scratch of a pass over these rows, in numbers. */
+int64_t scratch_size(const Layer *layers, int64_t count, int64_t rows, int64_t read, int64_t threads) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t size = scratch_of(layers + i, rows, read, threads);
+        most = size > most ? size : most;
+    }
+    return most;
+}
+
+/* A decoder layer, by the threads of the region that it is called in: its states x [rows, D], which become its output.
    Keys and values [slots of all seats, key_heads, dim] are written. */
-void run_layer(const Layer *layer, const Pass *pass, float *keys, float *values, const float *residual,
-               const float *inputs, float *out) {
+static void run_layer(const Layer *layer, const Pass *pass, float *keys, float *values, const float *embedding,
+                      float *x) {
     const int64_t rows = pass->batch * pass->nodes, dim = layer->dim, heads = layer->heads,
                   key_heads = layer->key_heads, groups = heads / key_heads, size = layer->attention_output.outputs,
-                  joined = layer->queries_keys_values.outputs, gated = layer->down.inputs, slot = key_heads * dim;
+                  width = layer->queries_keys_values.inputs, joined = layer->queries_keys_values.outputs,
+                  gated = layer->down.inputs, slot = key_heads * dim;
     const float scale = 1.0f / __builtin_sqrtf((float)dim);
-    float *projected = pass->scratch, *attended = projected + rows * joined, *normed = attended + rows * heads * dim,
-          *gate_up = normed + rows * size, *gates = gate_up + rows * 2 * gated, *own = gates + rows * gated;
-#pragma omp parallel num_threads((int)pass->threads) if (pass->threads > 1)
-    {
-        float *weights = own + 2 * omp_get_thread_num() * pass->read;
-        int32_t *visible = (int32_t *)(weights + pass->read);
-        share_product(&layer->queries_keys_values, rows, inputs, NULL, projected, pass->threads);
+    float *inputs = pass->scratch, *projected = inputs + rows * width, *attended = projected + rows * joined,
+          *normed = attended + rows * heads * dim, *gate_up = normed + rows * size,
+          *gates = gate_up + rows * 2 * gated, *own = gates + rows * gated;
+    float *weights = own + 2 * omp_get_thread_num() * pass->read;
+    int32_t *visible = (int32_t *)(weights + pass->read);
 #pragma omp for
-        for (int64_t row = 0; row < rows; row++) {
-            float *x = projected + row * joined;
-            for (int64_t head = 0; head < heads + key_heads; head++) {
-                if (layer->heads_norm)
-                    normalise_row(x + head * dim, dim, layer->heads_norm + head * dim, layer->heads_eps,
-                                  x + head * dim);
-                rotate(x + head * dim, pass->turned, pass->cos + row * pass->turned,
-                       pass->signed_sin + row * pass->turned);
-            }
-            memcpy(keys + pass->slots[row] * slot, x + heads * dim, (size_t)slot * sizeof *x);
-            memcpy(values + pass->slots[row] * slot, x + heads * dim + slot, (size_t)slot * sizeof *x);
+    for (int64_t row = 0; row < rows; row++)
+        read_row(layer, embedding ? embedding + row * size : NULL, x + row * size, size, inputs + row * width);
+    share_product(&layer->queries_keys_values, rows, inputs, NULL, projected, pass->threads);
+#pragma omp for
+    for (int64_t row = 0; row < rows; row++) {
+        float *turned = projected + row * joined;
+        for (int64_t head = 0; head < heads + key_heads; head++) {
+            float *part = turned + head * dim;
+            if (layer->heads_norm.weight)
+                normalise_row(part, dim, layer->heads_norm.weight + head * dim, layer->heads_norm.eps, part);
+            rotate(part, pass->turned, pass->cos + row * pass->turned, pass->signed_sin + row * pass->turned);
         }
-#pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t row = 0; row < rows; row++)
-            for (int64_t h = 0; h < key_heads; h++) {
-                const int64_t seat = row / pass->nodes, first = seat * pass->slots_per_seat * slot + h * dim;
-                const uint8_t *shown =
-                    pass->visible + seat * pass->batch_stride + row % pass->nodes * pass->node_stride;
-                int64_t count = 0;
-                for (int64_t s = 0; s < pass->read; s++) {
-                    visible[count] = (int32_t)s;
-                    count += shown[s] != 0;
-                }
-                for (int64_t head = h * groups; head < (h + 1) * groups; head++) {
-                    softmax(projected + row * joined + head * dim, keys + first, slot, dim, scale, visible, count,
-                            weights);
-                    weigh(weights, values + first, slot, dim, visible, count, attended + (row * heads + head) * dim);
-                }
-            }
-        share_product(&layer->attention_output, rows, attended, residual, out, pass->threads);
-#pragma omp for
-        for (int64_t row = 0; row < rows; row++)
-            normalise_row(out + row * size, size, layer->mlp_norm, layer->mlp_eps, normed + row * size);
-        share_product(&layer->gate_up, rows, normed, NULL, gate_up, pass->threads);
-#pragma omp for
-        for (int64_t row = 0; row < rows; row++) gate_row(gate_up + row * 2 * gated, gated, gates + row * gated);
-        share_product(&layer->down, rows, gates, out, out, pass->threads);
+        memcpy(keys + pass->slots[row] * slot, turned + heads * dim, (size_t)slot * sizeof *keys);
+        memcpy(values + pass->slots[row] * slot, turned + heads * dim + slot, (size_t)slot * sizeof *values);
     }
+#pragma omp for collapse(2) schedule(dynamic)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t h = 0; h < key_heads; h++) {
+            const int64_t seat = row / pass->nodes, first = seat * pass->slots_per_seat * slot + h * dim;
+            const uint8_t *shown = pass->visible + seat * pass->batch_stride + row % pass->nodes * pass->node_stride;
+            int64_t count = 0;
+            for (int64_t s = 0; s < pass->read; s++) {
+                visible[count] = (int32_t)s;
+                count += shown[s] != 0;
+            }
+            for (int64_t head = h * groups; head < (h + 1) * groups; head++) {
+                softmax(projected + row * joined + head * dim, keys + first, slot, dim, scale, visible, count, weights);
+                weigh(weights, values + first, slot, dim, visible, count, attended + (row * heads + head) * dim);
+            }
+        }
+    share_product(&layer->attention_output, rows, attended, x, x, pass->threads);
+#pragma omp for
+    for (int64_t row = 0; row < rows; row++)
+        normalise_row(x + row * size, size, layer->mlp_norm.weight, layer->mlp_norm.eps, normed + row * size);
+    share_product(&layer->gate_up, rows, normed, NULL, gate_up, pass->threads);
+#pragma omp for
+    for (int64_t row = 0; row < rows; row++) gate_row(gate_up + row * 2 * gated, gated, gates + row * gated);
+    share_product(&layer->down, rows, gates, x, x, pass->threads);
+}
+
+/* Decoder layers one behind the other, each with its keys and its values. */
+void run_layers(const Layer *layers, int64_t count, const Pass *pass, float *const *keys, float *const *values,
+                const float *embedding, float *x) {
+#pragma omp parallel num_threads((int)pass->threads) if (pass->threads > 1)
+    for (int64_t i = 0; i < count; i++) run_layer(layers + i, pass, keys[i], values[i], embedding, x);
 }

@@ -1,0 +1,197 @@
+"""native/layers.c for tensors: a CPU's products and decoder layers in float32."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from draftwing import native
+from draftwing.target.kv_cache import KVCache
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+"""What weights may be kept in: their numbers in layers.c."""
+NormNumbers = tuple[torch.Tensor, float]
+"""An RMS norm's weight, without gaps, and its epsilon."""
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        *((name, native.pointer) for name in ("panels", "scale", "bias")),
+        *((name, native.size) for name in ("inputs", "outputs", "kind")),
+    ]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", native.pointer), ("eps", ctypes.c_float)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Product) for name in ("queries_keys_values", "attention_output", "gate_up", "down")),
+        *((name, _Norm) for name in ("embedding_norm", "input_norm", "heads_norm", "mlp_norm")),
+        *((name, native.size) for name in ("heads", "key_heads", "dim")),
+    ]
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = [
+        *((name, native.pointer) for name in ("cos", "signed_sin", "slots", "visible")),
+        *(
+            (name, native.size)
+            for name in ("batch_stride", "node_stride", "batch", "nodes", "turned", "read", "slots_per_seat")
+        ),
+        ("scratch", native.pointer),
+        ("threads", native.size),
+    ]
+
+
+class Panels:
+    """A product's weight `[outputs, inputs]` in layers.c's layout, and its bias `[outputs]`.
+
+    A float32 weight is kept in 16 bits where these hold it. An int8 one comes with the `scale [outputs]` of its sums.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None = None) -> None:
+        self.num_outputs, self.num_inputs = weight.shape
+        width = native.loaded().panel_width()
+        self.kept_in = next(dtype for dtype in (torch.bfloat16, torch.float16, weight.dtype) if _holds(dtype, weight))
+        missing = -self.num_outputs % width
+        padded = torch.nn.functional.pad(weight.to(self.kept_in), (0, 0, 0, missing))
+        panels = padded.view(-1, width, self.num_inputs).transpose(1, 2).contiguous()
+        self._kept = panels, *(None if part is None else part.float().contiguous() for part in (scale, bias))
+        addresses = map(native.address, self._kept)
+        self.struct = _Product(*addresses, self.num_inputs, self.num_outputs, KINDS[self.kept_in])
+
+    def multiply(self, x: torch.Tensor, added: torch.Tensor | None = None, overwrite: bool = False) -> torch.Tensor:
+        """`x [..., inputs] @ weight.T + bias`, plus `added [R, outputs]`, which it may `overwrite`.
+
+        Raises:
+            TypeError: they are not float32, or not on the CPU.
+        """
+        for read in (x, added):
+            if read is not None and (read.dtype != torch.float32 or read.device.type != "cpu"):
+                raise TypeError(f"expected float32 on the CPU, got {read.dtype} on {read.device}")
+        rows = x.reshape(-1, self.num_inputs).contiguous()
+        if added is not None and not added.is_contiguous():
+            added, overwrite = added.contiguous(), False
+        out = rows.new_empty(len(rows), self.num_outputs) if added is None or not overwrite else added
+        work = len(rows) * self.num_inputs * self.num_outputs
+        pointers = rows.data_ptr(), native.address(added), out.data_ptr()
+        native.loaded().multiply(ctypes.byref(self.struct), len(rows), *pointers, native.threads(work))
+        return out.view(*x.shape[:-1], self.num_outputs)
+
+
+class NativeLayers:
+    """Decoder layers, one behind the other, as layers.c runs them."""
+
+    def __init__(self, indices: Sequence[int], structs: Sequence[_Layer], kept: Sequence[Any]) -> None:
+        self._indices, self._kept = indices, kept  # what the structures point to
+        self._structs = (_Layer * len(structs))(*structs)
+        self._work = max(
+            sum(product.inputs * product.outputs for product in _products(struct)) for struct in self._structs
+        )
+
+    @staticmethod
+    def of(
+        index: int,
+        products: Sequence[Panels],
+        norms: Sequence[NormNumbers | None],
+        num_heads: int,
+        num_key_heads: int,
+    ) -> "NativeLayers":
+        """One layer. Its products are those of queries, keys and values, of the attention's output, of gate and up,
+        and of the MLP's output; its norms those of the embedding, of the input, of heads, and before the MLP."""
+        dim = products[0].num_outputs // (num_heads + 2 * num_key_heads)
+        pairs = [_Norm(None, 0.0) if norm is None else _Norm(norm[0].data_ptr(), norm[1]) for norm in norms]
+        struct = _Layer(*(product.struct for product in products), *pairs, num_heads, num_key_heads, dim)
+        return NativeLayers([index], [struct], (products, norms))
+
+    @staticmethod
+    def joined(parts: Sequence["NativeLayers"]) -> "NativeLayers":
+        """All of these, in their order."""
+        return NativeLayers(
+            [index for part in parts for index in part._indices],
+            [struct for part in parts for struct in part._structs],
+            [part._kept for part in parts],
+        )
+
+    def run(
+        self,
+        nodes: "NativePass",
+        x: torch.Tensor,
+        embedding: torch.Tensor | None = None,
+        overwrite: bool = False,
+        first: int = 0,
+        last: int | None = None,
+    ) -> torch.Tensor:
+        """The states `[R, D]` behind layers `first .. last - 1`, from those before, which it may `overwrite`.
+
+        A layer that reads it has the `embedding [R, D]`.
+        """
+        x = x if overwrite and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+        embedding = None if embedding is None else embedding.contiguous()
+        indices = self._indices[first:last]
+        keys, values = zip(*(nodes.cache.layer(index) for index in indices), strict=True)
+        structs = ctypes.byref(self._structs, first * ctypes.sizeof(_Layer))
+        given = nodes.struct(structs, len(indices), native.threads(len(x) * self._work))
+        addresses = (_addresses(keys), _addresses(values), native.address(embedding), x.data_ptr())
+        native.loaded().run_layers(structs, len(indices), given, *addresses)
+        return x
+
+
+class NativePass:
+    """What the layers of a pass share: rotations `[R, 1, turned]`, and the cache, in whose `slots [B, N]` keys and
+    values are written, and of whose first S slots of each seat the nodes read the `visible [B, N, S]` ones."""
+
+    def __init__(
+        self, cos: torch.Tensor, signed_sin: torch.Tensor, cache: KVCache, slots: torch.Tensor, visible: torch.Tensor
+    ) -> None:
+        self.cache = cache
+        visible = visible if visible.stride(-1) == 1 else visible.contiguous()
+        cos, signed_sin, slots = (tensor.contiguous() for tensor in (cos, signed_sin, slots))
+        self._kept, self._scratch = (cos, signed_sin, slots, visible), torch.empty(0)
+        self._struct = _Pass(
+            *(tensor.data_ptr() for tensor in self._kept),
+            *visible.stride()[:2],
+            *slots.shape,
+            cos.shape[-1],
+            visible.shape[-1],
+            cache.num_slots,
+        )
+
+    def struct(self, layers: Any, count: int, threads: int) -> Any:
+        """For so many layers on so many threads."""
+        struct = self._struct
+        struct.threads = threads
+        size = native.loaded().scratch_size(layers, count, struct.batch * struct.nodes, struct.read, threads)
+        if len(self._scratch) < size:
+            self._scratch = torch.empty(size, dtype=torch.float32)
+            struct.scratch = self._scratch.data_ptr()
+        return ctypes.byref(struct)
+
+
+def normalise(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """As fused.py's, of `x [R, D]` or `[R, H, dim]`."""
+    heads, dim = (1, x.shape[1]) if x.dim() == 2 else x.shape[1:]
+    out = x.new_empty(x.shape)
+    weight_stride = dim if weight.dim() == 2 else 0
+    rows = x.data_ptr(), x.stride(0), len(x), heads, dim
+    native.loaded().normalise(
+        *rows, weight.data_ptr(), weight_stride, eps.item(), out.data_ptr(), native.threads(x.numel())
+    )
+    return out
+
+
+def _products(layer: _Layer) -> list[_Product]:
+    return [layer.queries_keys_values, layer.attention_output, layer.gate_up, layer.down]
+
+
+def _addresses(tensors: Sequence[torch.Tensor]) -> Any:
+    return (native.pointer * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def _holds(dtype: torch.dtype, weight: torch.Tensor) -> bool:
+    return dtype == weight.dtype or (
+        weight.is_floating_point() and torch.equal(weight.to(dtype).to(weight.dtype), weight)
+    )
