@@ -42,6 +42,8 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "normalise": (pointer, *4 * (size,), pointer, size, ctypes.c_float, pointer, ctypes.c_int),
     "scratch_size": (pointer, *4 * (size,)),
     "run_layers": (pointer, size, *5 * (pointer,)),
+    "run_draft": 8 * (pointer,),
+    "read_out": (*2 * (pointer,), size, *3 * (pointer,), ctypes.c_int),
     "draw": (pointer, pointer, size, size, pointer, ctypes.c_int),
     "top_tokens": (pointer, *3 * (size,), *2 * (pointer,), ctypes.c_float, size, *2 * (pointer,), ctypes.c_int),
     "choose_tokens": (pointer, *3 * (size,), *2 * (pointer,), ctypes.c_int),

@@ -35,8 +35,8 @@ typedef struct {
 
 /* What the layers of a pass share. Rows are batch * nodes; row r writes slot slots[r] of all seats' slots. */
 typedef struct {
-    const float *cos, *signed_sin; /* [rows, turned] */
-    const int64_t *slots;
+    const float *cos, *signed_sin; /* [rows, turned], or [positions, turned] with the rows' positions */
+    const int64_t *slots, *positions;
     const uint8_t *visible; /* [batch, nodes, read] by strides: which of its seat's slots a node reads */
     int64_t batch_stride, node_stride;
     int64_t batch, nodes, turned, read, slots_per_seat;
@@ -273,11 +273,12 @@ static void run_layer(const Layer *layer, const Pass *pass, float *keys, float *
 #pragma omp for
     for (int64_t row = 0; row < rows; row++) {
         float *turned = projected + row * joined;
+        const int64_t angle = (pass->positions ? pass->positions[row] : row) * pass->turned;
         for (int64_t head = 0; head < heads + key_heads; head++) {
             float *part = turned + head * dim;
             if (layer->heads_norm.weight)
                 normalise_row(part, dim, layer->heads_norm.weight + head * dim, layer->heads_norm.eps, part);
-            rotate(part, pass->turned, pass->cos + row * pass->turned, pass->signed_sin + row * pass->turned);
+            rotate(part, pass->turned, pass->cos + angle, pass->signed_sin + angle);
         }
         memcpy(keys + pass->slots[row] * slot, turned + heads * dim, (size_t)slot * sizeof *keys);
         memcpy(values + pass->slots[row] * slot, turned + heads * dim + slot, (size_t)slot * sizeof *values);
@@ -312,4 +313,51 @@ void run_layers(const Layer *layers, int64_t count, const Pass *pass, float *con
                 const float *embedding, float *x) {
 #pragma omp parallel num_threads((int)pass->threads) if (pass->threads > 1)
     for (int64_t i = 0; i < count; i++) run_layer(layers + i, pass, keys[i], values[i], embedding, x);
+}
+
+/* An EAGLE network. What its first layer reads is fc [embedding; hidden], if there is an fc, or norm(hidden), or hidden;
+   layers with an embedding_norm read the embedding themselves. */
+typedef struct {
+    const float *embeddings; /* [tokens, D] */
+    Product fc;
+    Norm hidden_norm;
+    const Layer *layers;
+    int64_t num_layers;
+} Draft;
+
+/* Its outputs x [rows, D], from hidden [rows, D] and the tokens one step ahead. joined [rows, 2 D] is scratch. */
+void run_draft(const Draft *draft, const Pass *pass, float *const *keys, float *const *values, const float *hidden,
+               const int64_t *tokens, float *joined, float *x) {
+    const int64_t rows = pass->batch * pass->nodes, size = draft->layers->attention_output.outputs,
+                  width = draft->fc.panels ? 2 * size : size;
+#pragma omp parallel num_threads((int)pass->threads) if (pass->threads > 1)
+    {
+#pragma omp for
+        for (int64_t row = 0; row < rows; row++) {
+            const float *state = hidden + row * size;
+            float *out = draft->fc.panels ? joined + row * width + size : x + row * size;
+            memcpy(joined + row * width, draft->embeddings + tokens[row] * size, (size_t)size * sizeof *joined);
+            if (draft->hidden_norm.weight)
+                normalise_row(state, size, draft->hidden_norm.weight, draft->hidden_norm.eps, out);
+            else
+                memcpy(out, state, (size_t)size * sizeof *out);
+        }
+        if (draft->fc.panels) share_product(&draft->fc, rows, joined, NULL, x, pass->threads);
+        for (int64_t i = 0; i < draft->num_layers; i++)
+            run_layer(draft->layers + i, pass, keys[i], values[i], joined, x);
+    }
+}
+
+/* Logits [rows, outputs] of outputs x [rows, D], by a norm, if there is one, whose result is normed [rows, D]. */
+void read_out(const Norm *norm, const Product *head, int64_t rows, const float *x, float *normed, float *logits,
+              int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        if (norm->weight)
+#pragma omp for
+            for (int64_t row = 0; row < rows; row++)
+                normalise_row(x + row * head->inputs, head->inputs, norm->weight, norm->eps,
+                              normed + row * head->inputs);
+        share_product(head, rows, norm->weight ? normed : x, NULL, logits, threads);
+    }
 }

@@ -114,14 +114,7 @@ class Nodes:
     @cached_property
     def native(self) -> NativePass | None:
         """The same for layers.c, if it takes these rotations and this cache."""
-        attend = self.attend
-        if not isinstance(attend, CacheAttention) or attend.mask.dtype != torch.bool:
-            return None
-        if not (native.serves(self.cos) and attend.cache.dtype == torch.float32):
-            return None
-        if self.cos.shape[-1] > attend.cache.layer(0)[0].shape[-1]:  # an odd number of them, which torch refuses
-            return None
-        return NativePass(self.cos, self.signed_sin, attend.cache, attend.slots, attend.mask[:, 0])
+        return NativePass.of(self.cos, self.signed_sin, self.attend)
 
     def normalise(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """`x [R, D]`, or each head of `x [R, H, dim]`, by an RMS norm."""

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from draftwing import native
-from draftwing.target.kv_cache import KVCache
+from draftwing.layers import Attend
+from draftwing.target.attention import CacheAttention
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 """What weights may be kept in: their numbers in layers.c."""
@@ -34,9 +35,19 @@ class _Layer(ctypes.Structure):
     ]
 
 
+class _Draft(ctypes.Structure):
+    _fields_ = [
+        ("embeddings", native.pointer),
+        ("fc", _Product),
+        ("hidden_norm", _Norm),
+        ("layers", native.pointer),
+        ("num_layers", native.size),
+    ]
+
+
 class _Pass(ctypes.Structure):
     _fields_ = [
-        *((name, native.pointer) for name in ("cos", "signed_sin", "slots", "visible")),
+        *((name, native.pointer) for name in ("cos", "signed_sin", "slots", "positions", "visible")),
         *(
             (name, native.size)
             for name in ("batch_stride", "node_stride", "batch", "nodes", "turned", "read", "slots_per_seat")
@@ -103,8 +114,8 @@ class NativeLayers:
         """One layer. Its products are those of queries, keys and values, of the attention's output, of gate and up,
         and of the MLP's output; its norms those of the embedding, of the input, of heads, and before the MLP."""
         dim = products[0].num_outputs // (num_heads + 2 * num_key_heads)
-        pairs = [_Norm(None, 0.0) if norm is None else _Norm(norm[0].data_ptr(), norm[1]) for norm in norms]
-        struct = _Layer(*(product.struct for product in products), *pairs, num_heads, num_key_heads, dim)
+        structs = *(product.struct for product in products), *map(_norm, norms)
+        struct = _Layer(*structs, num_heads, num_key_heads, dim)
         return NativeLayers([index], [struct], (products, norms))
 
     @staticmethod
@@ -131,13 +142,23 @@ class NativeLayers:
         """
         x = x if overwrite and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
         embedding = None if embedding is None else embedding.contiguous()
-        indices = self._indices[first:last]
-        keys, values = zip(*(nodes.cache.layer(index) for index in indices), strict=True)
+        last = len(self._structs) if last is None else last
         structs = ctypes.byref(self._structs, first * ctypes.sizeof(_Layer))
-        given = nodes.struct(structs, len(indices), native.threads(len(x) * self._work))
-        addresses = (_addresses(keys), _addresses(values), native.address(embedding), x.data_ptr())
-        native.loaded().run_layers(structs, len(indices), given, *addresses)
+        given = self.given(nodes, first, last)
+        native.loaded().run_layers(structs, last - first, *given, native.address(embedding), x.data_ptr())
         return x
+
+    @property
+    def address(self) -> tuple[Any, int]:
+        """Where their structures lie, and how many there are."""
+        return ctypes.addressof(self._structs), len(self._structs)
+
+    def given(self, nodes: "NativePass", first: int = 0, last: int | None = None) -> tuple[Any, Any, Any]:
+        """What layers.c reads for some of them: the pass, and their keys and values."""
+        last = len(self._structs) if last is None else last
+        structs = ctypes.byref(self._structs, first * ctypes.sizeof(_Layer))
+        keys, values = zip(*(nodes.cache.layer(index) for index in self._indices[first:last]), strict=True)
+        return nodes.struct(structs, last - first, self._work), _addresses(keys), _addresses(values)
 
 
 class NativePass:
@@ -145,30 +166,84 @@ class NativePass:
     values are written, and of whose first S slots of each seat the nodes read the `visible [B, N, S]` ones."""
 
     def __init__(
-        self, cos: torch.Tensor, signed_sin: torch.Tensor, cache: KVCache, slots: torch.Tensor, visible: torch.Tensor
+        self, cos: torch.Tensor, signed_sin: torch.Tensor, attend: CacheAttention, positions: torch.Tensor | None
     ) -> None:
-        self.cache = cache
+        self.cache, visible = attend.cache, attend.mask[:, 0]
         visible = visible if visible.stride(-1) == 1 else visible.contiguous()
-        cos, signed_sin, slots = (tensor.contiguous() for tensor in (cos, signed_sin, slots))
-        self._kept, self._scratch = (cos, signed_sin, slots, visible), torch.empty(0)
+        cos, signed_sin, slots = (tensor.contiguous() for tensor in (cos, signed_sin, attend.slots))
+        positions = None if positions is None else positions.contiguous()
+        self._kept, self._scratch = (cos, signed_sin, slots, positions, visible), torch.empty(0)
         self._struct = _Pass(
-            *(tensor.data_ptr() for tensor in self._kept),
+            *map(native.address, self._kept),
             *visible.stride()[:2],
             *slots.shape,
             cos.shape[-1],
             visible.shape[-1],
-            cache.num_slots,
+            self.cache.num_slots,
         )
 
-    def struct(self, layers: Any, count: int, threads: int) -> Any:
-        """For so many layers on so many threads."""
+    @staticmethod
+    def of(
+        cos: torch.Tensor, signed_sin: torch.Tensor, attend: Attend, positions: torch.Tensor | None = None
+    ) -> "NativePass | None":
+        """If layers.c takes these rotations, of which rows have those at `positions [B, N]`, and this cache."""
+        if not isinstance(attend, CacheAttention) or attend.mask.dtype != torch.bool:
+            return None
+        if not (native.serves(cos) and attend.cache.dtype == torch.float32):
+            return None
+        if cos.shape[-1] > attend.cache.layer(0)[0].shape[-1]:  # an odd number of them, which torch refuses
+            return None
+        return NativePass(cos, signed_sin, attend, positions)
+
+    def struct(self, layers: Any, count: int, work: int) -> Any:
+        """For so many layers, and so many multiplications of a row."""
         struct = self._struct
-        struct.threads = threads
-        size = native.loaded().scratch_size(layers, count, struct.batch * struct.nodes, struct.read, threads)
+        num_rows = struct.batch * struct.nodes
+        struct.threads = threads = native.threads(num_rows * work)
+        size = native.loaded().scratch_size(layers, count, num_rows, struct.read, threads)
         if len(self._scratch) < size:
             self._scratch = torch.empty(size, dtype=torch.float32)
             struct.scratch = self._scratch.data_ptr()
         return ctypes.byref(struct)
+
+
+class NativeDraft:
+    """An EAGLE network as layers.c runs it: `layers` over `fc [embedding; hidden]`, or over the hidden state or its norm;
+    logits by a norm, if there is one, and a product."""
+
+    def __init__(
+        self,
+        embeddings: torch.Tensor,
+        fc: Panels | None,
+        hidden_norm: NormNumbers | None,
+        layers: NativeLayers,
+        norm: NormNumbers | None,
+        head: Panels,
+    ) -> None:
+        self._kept, self._layers, self._head = (embeddings, fc, hidden_norm, norm), layers, head
+        fc_struct = _Product() if fc is None else fc.struct
+        self._struct = _Draft(embeddings.data_ptr(), fc_struct, _norm(hidden_norm), *layers.address)
+        self._norm = _norm(norm)
+
+    def run(self, nodes: NativePass, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The outputs `[B, N, D]` from `hidden [B, N, D]` and the `tokens [B, N]` one step ahead."""
+        hidden, tokens, x = hidden.contiguous(), tokens.contiguous(), hidden.new_empty(hidden.shape)
+        joined = hidden.new_empty(2 * hidden.numel())
+        given = self._layers.given(nodes)
+        read = hidden.data_ptr(), tokens.data_ptr(), joined.data_ptr()
+        native.loaded().run_draft(ctypes.byref(self._struct), *given, *read, x.data_ptr())
+        return x
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Of outputs `[B, N, D]`."""
+        x, head = x.contiguous(), self._head
+        normed, logits = torch.empty_like(x), x.new_empty(*x.shape[:-1], head.num_outputs)
+        num_rows = x.numel() // head.num_inputs
+        native.loaded().read_out(
+            ctypes.byref(self._norm), ctypes.byref(head.struct), num_rows, x.data_ptr(), normed.data_ptr(),
+            logits.data_ptr(), native.threads(num_rows * head.num_inputs * head.num_outputs),
+        )  # fmt: skip
+        return logits
 
 
 def normalise(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
@@ -181,6 +256,10 @@ def normalise(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch
         *rows, weight.data_ptr(), weight_stride, eps.item(), out.data_ptr(), native.threads(x.numel())
     )
     return out
+
+
+def _norm(norm: NormNumbers | None) -> _Norm:
+    return _Norm() if norm is None else _Norm(norm[0].data_ptr(), norm[1])
 
 
 def _products(layer: _Layer) -> list[_Product]:

@@ -278,7 +278,7 @@ def test_a_layers_bits_are_the_same_with_other_seats_and_threads(options: str, t
 def test_a_layer_that_another_library_multiplies_for_is_written_out(without_native: None) -> None:
     head = random_head("eagle3")
     pack_head(head)
-    layer = vars(head.midlayer)["_layer"]
+    layer = vars(head.midlayer)["layer"]
     assert layer.native is None
 
 

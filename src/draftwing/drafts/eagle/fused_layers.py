@@ -6,14 +6,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from draftwing.drafts.eagle.network import Eagle3Layer
+from draftwing import native
+from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Layer, Eagle3Model, EagleModel
 from draftwing.layers import Attend, DecoderLayer, RMSNorm
 from draftwing.rotary import Rotation
 from draftwing.target.fused import Elementwise, Nodes, elementwise, is_packed, read_layer, read_norm
-from draftwing.target.packed import pack_linears
+from draftwing.target.native_layers import NativeDraft, NativeLayers, Panels
+from draftwing.target.packed import NativeProduct, PackedLinear, pack_linears
 
 
-def pack_head(head: nn.Module, compiles: bool | None = None) -> None:
+def pack_head(head: DraftNetwork, compiles: bool | None = None) -> None:
     """Pack a draft head's products, and fuse its layers whose products are all packed, with the output norm; in place.
 
     `compiles`: as for targets.
@@ -28,6 +30,32 @@ def pack_head(head: nn.Module, compiles: bool | None = None) -> None:
             head.set_submodule(name, FusedDecoderLayer(module, steps))
         elif isinstance(module, RMSNorm) and name == "norm":
             head.set_submodule(name, FusedNorm(module, steps))
+    head.native = _native(head)
+
+
+def _native(head: DraftNetwork) -> NativeDraft | None:
+    """The whole network for layers.c, if that has all of its parts."""
+    first = getattr(head, "midlayer", None)
+    modules = [module for module in (first, *head.layers) if module is not None]
+    fused = [module for module in modules if isinstance(module, FusedDecoderLayer | FusedEagle3Layer)]
+    layers = [module.layer.native for module in fused if module.layer.native is not None]
+    fc = _panels(head.fc) if isinstance(head, EagleModel) else None
+    output, embedding = _panels(head.output_head), head.embedding
+    norm = head.norm if isinstance(head, Eagle3Model) else None
+    is_whole = len(layers) == len(modules) and (fc is not None or not isinstance(head, EagleModel))
+    if not is_whole or output is None or type(embedding) is not nn.Embedding or not native.serves(embedding.weight):
+        return None
+    if not isinstance(norm, FusedNorm | None):
+        return None
+    hidden_norm = first.norm_before_residual if isinstance(first, FusedEagle3Layer) else None
+    numbers = [None if part is None else part.numbers for part in (hidden_norm, norm and norm.norm)]
+    weight = embedding.weight.detach().contiguous()
+    return NativeDraft(weight, fc, numbers[0], NativeLayers.joined(layers), numbers[1], output)
+
+
+def _panels(linear: object) -> Panels | None:
+    product = linear.product if isinstance(linear, PackedLinear) and type(linear) is PackedLinear else None
+    return product.panels if isinstance(product, NativeProduct) and len(product.sizes) == 1 else None
 
 
 def _is_known(layer: Eagle3Layer | DecoderLayer) -> bool:
@@ -39,11 +67,11 @@ class FusedNorm(nn.Module):
 
     def __init__(self, module: RMSNorm, steps: Elementwise) -> None:
         super().__init__()
-        self._norm, self._steps = read_norm(module), steps
+        self.norm, self._steps = read_norm(module), steps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, -2)  # as elsewhere, so that one compiled kernel serves all
-        return self._steps.normalise(rows, self._norm.weight, self._norm.eps).view(x.shape)
+        return self._steps.normalise(rows, self.norm.weight, self.norm.eps).view(x.shape)
 
 
 class FusedDecoderLayer(nn.Module):
@@ -51,11 +79,11 @@ class FusedDecoderLayer(nn.Module):
 
     def __init__(self, module: DecoderLayer, steps: Elementwise) -> None:
         super().__init__()
-        self._layer, self._steps = read_layer(module, module.self_attn.layer), steps
+        self.layer, self._steps = read_layer(module, module.self_attn.layer), steps
 
     def forward(self, x: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
         nodes = _nodes(x, rotation, attend, self._steps)
-        return nodes.spread(self._layer.run(x.flatten(0, 1), nodes))
+        return nodes.spread(self.layer.run(x.flatten(0, 1), nodes))
 
 
 class FusedEagle3Layer(nn.Module):
@@ -64,10 +92,10 @@ class FusedEagle3Layer(nn.Module):
     def __init__(self, module: Eagle3Layer, steps: Elementwise) -> None:
         super().__init__()
         hidden_norm = read_norm(module.hidden_norm)
-        self._norm_before_residual = hidden_norm if module.norm_before_residual else None
+        self.norm_before_residual = hidden_norm if module.norm_before_residual else None
         input_norm = None if module.norm_before_residual else hidden_norm
         layer = read_layer(module, module.self_attn.layer)
-        self._layer = replace(layer, embedding_norm=layer.input_norm, input_norm=input_norm)
+        self.layer = replace(layer, embedding_norm=layer.input_norm, input_norm=input_norm)
         self._steps = steps
 
     def forward(
@@ -75,9 +103,9 @@ class FusedEagle3Layer(nn.Module):
     ) -> torch.Tensor:
         nodes = _nodes(hidden, rotation, attend, self._steps)
         embedding, x = embedding.flatten(0, 1), hidden.flatten(0, 1)
-        if self._norm_before_residual is not None:
-            x = nodes.normalise(x, self._norm_before_residual)
-        return nodes.spread(self._layer.run(x, nodes, embedding=embedding))
+        if self.norm_before_residual is not None:
+            x = nodes.normalise(x, self.norm_before_residual)
+        return nodes.spread(self.layer.run(x, nodes, embedding=embedding))
 
 
 def _nodes(hidden: torch.Tensor, rotation: Rotation, attend: Attend, steps: Elementwise) -> Nodes:

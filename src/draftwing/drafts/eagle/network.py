@@ -13,6 +13,7 @@ from torch import nn
 
 from draftwing.layers import MLP, Attend, Attention, DecoderLayer, DraftConfig, DraftVocab, RMSNorm
 from draftwing.rotary import Rotary, Rotation
+from draftwing.target.native_layers import NativeDraft, NativePass
 
 Shared = Callable[[torch.Tensor], torch.Tensor]
 """A module of the target's that is shared and not stored."""
@@ -26,6 +27,8 @@ class DraftNetwork(nn.Module):
     """
 
     _embed: tuple[Shared]
+    native: NativeDraft | None = None
+    """The same in C, of a head that is packed for a CPU (fused_layers.py)."""
 
     def __init__(self, config: DraftConfig, vocab: DraftVocab, target_head: Shared) -> None:
         super().__init__()
@@ -47,9 +50,14 @@ class DraftNetwork(nn.Module):
             self.embed_tokens = nn.Embedding(self.config.vocab_size, self.config.hidden_size)
         self._embed = (self.embed_tokens if own_embedding else target_embedding,)
 
+    @property
+    def embedding(self) -> Shared:
+        """The target's, or the head's own."""
+        return self._embed[0]
+
     def embed(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The embeddings `[B, N, D]` of `tokens [B, N]`."""
-        return self._embed[0](tokens).to(dtype)
+        return self.embedding(tokens).to(dtype)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """The draft's state `[..., D]` from target features `[..., F]`; by default these themselves."""
@@ -63,9 +71,28 @@ class DraftNetwork(nn.Module):
         """What the output head reads of the output of `forward`."""
         return output
 
+    @property
+    def output_head(self) -> Shared:
+        """From `readout` to logits."""
+        return self._target_head[0]
+
     def logits(self, output: torch.Tensor) -> torch.Tensor:
         """Draft logits `[..., Vd]` from the output of `forward`."""
-        return self._target_head[0](self.readout(output))
+        return self.output_head(self.readout(output)) if self.native is None else self.native.logits(output)
+
+    def forward(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        """`hidden [B, N, D]` at slots t, `tokens [B, N]` one step ahead -> outputs `[B, N, D]`, before any norm."""
+        if self.native is not None:
+            nodes = NativePass.of(self.rotary.cos, self.rotary.sin, attend, positions)
+            if nodes is not None:
+                return self.native.run(nodes, hidden, tokens)
+        return self.run(hidden, tokens, self.rotary(positions), attend)
+
+    def run(self, hidden: torch.Tensor, tokens: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
+        """The network itself."""
+        raise NotImplementedError
 
 
 class EagleModel(DraftNetwork):
@@ -96,12 +123,9 @@ class EagleModel(DraftNetwork):
         """What `fc` reads, `[B, N, 2 * D]`; the arguments are those of `forward`."""
         return torch.cat((self.embed(tokens, hidden.dtype), hidden), dim=-1)
 
-    def forward(
-        self, hidden: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
-    ) -> torch.Tensor:
-        """`hidden [B, N, D]` at slots t, `tokens [B, N]` one step ahead -> predicted features `[B, N, D]`."""
+    def run(self, hidden: torch.Tensor, tokens: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
+        """The predicted features."""
         x: torch.Tensor = self.fc(self.fc_inputs(hidden, tokens))
-        rotation = self.rotary(positions)
         for layer in self.layers:
             x = layer(x, rotation, attend)
         return x
@@ -167,11 +191,8 @@ class Eagle3Model(DraftNetwork):
             features = self.input_norm(features)
         return self.fc(features) if self.config.has_fc else features
 
-    def forward(
-        self, hidden: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
-    ) -> torch.Tensor:
-        """`hidden [B, N, D]` at slots t, `tokens [B, N]` one step ahead -> outputs `[B, N, D]` before the norm."""
-        rotation = self.rotary(positions)
+    def run(self, hidden: torch.Tensor, tokens: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
+        """The outputs before the norm."""
         x: torch.Tensor = self.midlayer(self.embed(tokens, hidden.dtype), hidden, rotation, attend)
         for layer in self.layers:
             x = layer(x, rotation, attend)
@@ -185,6 +206,6 @@ class Eagle3Model(DraftNetwork):
         normed: torch.Tensor = self.norm(output)
         return normed
 
-    def logits(self, output: torch.Tensor) -> torch.Tensor:
-        head = self.lm_head if self.config.own_lm_head else self._target_head[0]
-        return head(self.readout(output))
+    @property
+    def output_head(self) -> Shared:
+        return self.lm_head if self.config.own_lm_head else self._target_head[0]
