@@ -16,8 +16,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from draftwing.engine.tree import DraftTree
 from draftwing import native
+from draftwing.engine.tree import DraftTree
 from draftwing.target.fused import FusedTarget, can_fuse
 from draftwing.target.interface import ATTENTION
 from draftwing.target.model import TargetModel

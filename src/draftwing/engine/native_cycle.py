@@ -130,9 +130,7 @@ def ancestors(parents: torch.Tensor) -> torch.Tensor:
     return reach
 
 
-def walk(
-    tree: "DraftTree", chosen: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def walk(tree: "DraftTree", chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The fields of tree.walk's verdict."""
     length, num_rows = tree.max_depth + 1, len(chosen)
     read = [part.contiguous() for part in (tree.tokens, tree.parents, tree.depths, tree.valid, chosen)]

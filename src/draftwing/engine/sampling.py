@@ -280,10 +280,10 @@ class Sampler(BySeat):
         if self._places:
             noise_at = partial(self._noise_below, lengths) if self.work.draws else None
             return choose_in_steps(self._places, logits, tree, noise_at)
-        positions = lengths[:, None] + tree.depths + 1
         kernels = kernels_for(logits)
         if kernels and not self.work.changes and not self.has_grammar:
-            chosen: torch.Tensor = kernels.choose_tokens(logits, self._kept_noise(positions) if self.work.draws else None)
+            kept = self._kept_noise(lengths[:, None] + tree.depths + 1) if self.work.draws else None
+            chosen: torch.Tensor = kernels.choose_tokens(logits, kept)
             return chosen
         scores = logits if logits.dtype == torch.float64 else logits.float()
         if self.work.has_bias:
@@ -296,7 +296,7 @@ class Sampler(BySeat):
         if not self.work.draws:
             return greedy
         assert self._noise is not None
-        noise = self._noise.at(positions)
+        noise = self._noise.at(lengths[:, None] + tree.depths + 1)
         sampled = (self._warp(scores) + noise).argmax(-1)
         return torch.where(self._temperature[..., 0] == 0, greedy, sampled)
 

@@ -287,11 +287,10 @@ class FusedTarget(TargetModel):
         hidden = {0: x}
         for first, last in pairwise(sorted({0, *feature_layers, self.num_layers} & {*range(self.num_layers + 1)})):
             x = hidden[last] = self._run_between(x, first, last, nodes, overwrite=first not in feature_layers)
-        last = hidden[NORMED] = nodes.normalise(x, self._norm)
-        last, *parts = (nodes.spread(part) for part in (last, *(hidden[index] for index in feature_layers)))
-        logits = self.output_head(last[:, -1:] if last_logits_only else last)
+        normed = hidden[NORMED] = nodes.normalise(x, self._norm)
+        normed, *parts = (nodes.spread(part) for part in (normed, *(hidden[index] for index in feature_layers)))
+        logits = self.output_head(normed[:, -1:] if last_logits_only else normed)
         return TargetOutput(logits, torch.cat(parts, dim=-1) if parts else None)
-
 
     def _run_between(self, x: torch.Tensor, first: int, last: int, nodes: Nodes, overwrite: bool) -> torch.Tensor:
         """The states `[R, D]` behind layers `first .. last - 1`, from those before, which it may `overwrite`."""

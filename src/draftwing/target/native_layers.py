@@ -208,8 +208,11 @@ class NativePass:
 
 
 class NativeDraft:
-    """An EAGLE network as layers.c runs it: `layers` over `fc [embedding; hidden]`, or over the hidden state or its norm;
-    logits by a norm, if there is one, and a product."""
+    """An EAGLE network as layers.c runs it.
+
+    Its layers read `fc [embedding; hidden]`, or the hidden state, or its norm. Logits are a product of the output, or
+    of its norm.
+    """
 
     def __init__(
         self,

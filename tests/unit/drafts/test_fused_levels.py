@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from draftwing import native
 from draftwing.drafts import growth
 from draftwing.drafts.eagle import drafter
 from draftwing.drafts.eagle.drafter import _DraftedSlots

@@ -1,4 +1,4 @@
-"""The kernels that find a draft's best tokens and the target's own, beside torch: in C, and Triton's in its interpreter."""
+"""The kernels that find a draft's best tokens and the target's own, beside torch's: in C, and Triton's."""
 
 from types import ModuleType
 

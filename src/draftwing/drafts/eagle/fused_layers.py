@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from draftwing import native
-from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Layer, Eagle3Model, EagleModel
+from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Layer, EagleModel
 from draftwing.layers import Attend, DecoderLayer, RMSNorm
 from draftwing.rotary import Rotation
 from draftwing.target.fused import Elementwise, Nodes, elementwise, is_packed, read_layer, read_norm
@@ -34,27 +34,33 @@ def pack_head(head: DraftNetwork, compiles: bool | None = None) -> None:
 
 
 def _native(head: DraftNetwork) -> NativeDraft | None:
-    """The whole network for layers.c, if that has all of its parts."""
-    first = getattr(head, "midlayer", None)
-    modules = [module for module in (first, *head.layers) if module is not None]
-    fused = [module for module in modules if isinstance(module, FusedDecoderLayer | FusedEagle3Layer)]
+    """The whole network for layers.c, if that has each of its parts."""
+    fused = [module for module in head.modules() if isinstance(module, FusedDecoderLayer | FusedEagle3Layer)]
     layers = [module.layer.native for module in fused if module.layer.native is not None]
-    fc = _panels(head.fc) if isinstance(head, EagleModel) else None
     output, embedding = _panels(head.output_head), head.embedding
-    norm = head.norm if isinstance(head, Eagle3Model) else None
-    is_whole = len(layers) == len(modules) and (fc is not None or not isinstance(head, EagleModel))
-    if not is_whole or output is None or type(embedding) is not nn.Embedding or not native.serves(embedding.weight):
+    if len(layers) < head.config.num_hidden_layers or output is None:
         return None
-    if not isinstance(norm, FusedNorm | None):
+    if type(embedding) is not nn.Embedding or not native.serves(embedding.weight):
         return None
-    hidden_norm = first.norm_before_residual if isinstance(first, FusedEagle3Layer) else None
-    numbers = [None if part is None else part.numbers for part in (hidden_norm, norm and norm.norm)]
+    fc = norm = hidden_norm = None
+    if isinstance(head, EagleModel):
+        fc = _panels(head.fc)
+        if fc is None:
+            return None
+    else:
+        norm = head.norm.norm.numbers if isinstance(head.norm, FusedNorm) else None
+        first = fused[0]
+        if isinstance(first, FusedEagle3Layer) and first.norm_before_residual is not None:
+            hidden_norm = first.norm_before_residual.numbers
+        if norm is None:
+            return None
     weight = embedding.weight.detach().contiguous()
-    return NativeDraft(weight, fc, numbers[0], NativeLayers.joined(layers), numbers[1], output)
+    return NativeDraft(weight, fc, hidden_norm, NativeLayers.joined(layers), norm, output)
 
 
 def _panels(linear: object) -> Panels | None:
-    product = linear.product if isinstance(linear, PackedLinear) and type(linear) is PackedLinear else None
+    """Of a layer that has a product for itself."""
+    product = linear.product if isinstance(linear, PackedLinear) else None
     return product.panels if isinstance(product, NativeProduct) and len(product.sizes) == 1 else None
 
 
