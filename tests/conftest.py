@@ -96,6 +96,15 @@ def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
 
 
+@pytest.fixture(params=["in C", "by torch"])
+def on_a_cpu(request: pytest.FixtureRequest) -> None:
+    """With the machine's C compiler and without one."""
+    if request.param == "by torch":
+        request.getfixturevalue("without_native")
+    elif native.library() is None:
+        pytest.skip("this machine has no C compiler")
+
+
 @pytest.fixture
 def sabotaged_native(monkeypatch: pytest.MonkeyPatch, tmp_path: FilePath) -> Iterator[Callable[[str, str], None]]:
     """Compiles native/*.c with one text in them replaced by another."""

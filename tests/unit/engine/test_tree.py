@@ -1,10 +1,13 @@
 """The tree's ancestor mask and the walk that accepts a path of it, on literal trees and against a slow loop."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draftwing.engine.tree import DraftTree, Verdict, root_tree, walk
+
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
 
 
 def tree_of(tokens: list[list[int]], parents: list[list[int]], valid: list[list[bool]] | None = None) -> DraftTree:

@@ -185,19 +185,22 @@ OPTIONS = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     },
     "one key head for each": {"num_key_value_heads": 4, "head_dim": 64},
+    "the residual is normed": {"aux_layers": (0, 1, 2), "norm_before_residual": True},
 }
 
 
 def random_head(options: str) -> EagleModel | Eagle3Model:
     torch.manual_seed(0)
     config, embedding = DraftConfig(**{**vars(CONFIG), **OPTIONS[options]}), nn.Embedding(50, 32)
+    target = nn.Sequential(nn.Linear(32, 50, bias=False))
+    pack_linears(target)
     if config.aux_layers:
-        return Eagle3Model(config, DraftVocab(None, 50), embedding, nn.Identity()).eval()
-    return EagleModel(config, embedding, nn.Identity()).eval()
+        return Eagle3Model(config, DraftVocab(None, 50), embedding, target[0]).eval()
+    return EagleModel(config, embedding, target[0]).eval()
 
 
 def passes(head: EagleModel | Eagle3Model, num_seats: int = 3, num_spare: int = 0) -> list[torch.Tensor]:
-    """Outputs of a pass over 9 tokens, and of one over a tree of 5 nodes behind 9, 4 and 7 of them."""
+    """Outputs and logits of a pass over 9 tokens, and of one over a tree of 5 nodes behind 9, 4 and 7 of them."""
     config = head.config
     shape = LayerShape(config.num_key_value_heads, config.head_dim, config.head_dim)
     cache = KVCache([shape] * config.num_hidden_layers, num_seats + num_spare, 20, torch.float32, torch.device("cpu"))
@@ -213,18 +216,23 @@ def passes(head: EagleModel | Eagle3Model, num_seats: int = 3, num_spare: int = 
         attend = CacheAttention(cache, cache.slots_behind(number), visible.unsqueeze(1))
         positions = cache.lengths[:, None] + torch.as_tensor(depths)
         outputs.append(head(hidden, tokens, positions, attend))
+        outputs.append(head.logits(outputs[-1]))
         cache.commit(None, torch.tensor(num_kept[:num_seats]), max_kept=9)
     return outputs
 
 
 @needs_library
 @pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("in_one_call", [True, False])
 @torch.inference_mode()
-def test_layers_are_those_of_the_modules(options: str, flags: str) -> None:
+def test_networks_and_their_layers_are_those_of_the_modules(options: str, in_one_call: bool, flags: str) -> None:
     head = random_head(options)
     expected = passes(head)
     pack_head(head)
     assert any(isinstance(module, fused.Layer) for layer in head.modules() for module in vars(layer).values())
+    assert head.native is not None
+    if not in_one_call:
+        head.native = None
     for ours, theirs in zip(passes(head), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
