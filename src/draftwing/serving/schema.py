@@ -150,10 +150,10 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    include_usage: bool | None = Field(None, description="a last chunk without choices has the usage")
-    continuous_usage_stats: bool | None = Field(None, description="every chunk has the usage so far")
-    draftwing: bool | None = Field(None, description="every chunk says which of its text was drafted")
-    include_obfuscation: bool | None = Field(None, description="changes nothing: chunks are never padded")
+    include_usage: Annotated[bool | None, Field(description="a last chunk without choices has the usage")] = None
+    continuous_usage_stats: Annotated[bool | None, Field(description="every chunk has the usage so far")] = None
+    draftwing: Annotated[bool | None, Field(description="every chunk says which of its text was drafted")] = None
+    include_obfuscation: Annotated[bool | None, Field(description="changes nothing: chunks are never padded")] = None
 
 
 class Known(BaseModel):

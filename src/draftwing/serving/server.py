@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from draftwing.serving.answers import Answer, ChatShape, CompletionShape, usage
+from draftwing.serving.answers import Answer, usage
 from draftwing.serving.conversations import ChatRequest
 from draftwing.serving.errors import ApiError, as_api_error
 from draftwing.serving.intake import Call, Intake
@@ -22,7 +22,7 @@ from draftwing.serving.response_schema import ResponseRequest
 from draftwing.serving.responses import ResponseOutlet
 from draftwing.serving.scheduler import Busy, Delivery, Draining, Scheduler
 from draftwing.serving.schema import CompletionRequest, FieldError, GenerationRequest
-from draftwing.serving.streams import Choices, Identity, Outlet
+from draftwing.serving.streams import Chats, Completions, Identity, Outlet
 from draftwing.serving.submission import Gone, Submission
 from draftwing.serving.token_texts import TokenTexts
 
@@ -42,8 +42,8 @@ class Server:
         self.scheduler, self.intake, self.identity = scheduler, intake, identity
         self.metrics = ServerMetrics(scheduler, intake.limits.num_seats, identity.name)
         self.texts = TokenTexts(intake.tokenizer)
-        self._completions = partial(Choices, CompletionShape(self.texts), "text_completion", "cmpl", identity)
-        self._chats = partial(Choices, ChatShape(self.texts), "chat.completion", "chatcmpl", identity)
+        self._completions = partial(Completions, self.texts, identity)
+        self._chats = partial(Chats, self.texts, identity)
         self._responses = partial(ResponseOutlet, identity)
         self._reader = ThreadPoolExecutor(1, "draftwing-tokenizer")  # long prompts must not keep others' streams
 

@@ -27,12 +27,12 @@ from transformers import PreTrainedTokenizerFast
 from draftwing.engine.engine import Request
 from draftwing.engine.logprobs import TokenLogprobs
 from draftwing.engine.options import row_seed
-from draftwing.serving.answers import Answer, CompletionShape
+from draftwing.serving.answers import Answer
 from draftwing.serving.app import create_app
 from draftwing.serving.intake import Intake, Limits
 from draftwing.serving.json_lines import JsonLines, json_lines
 from draftwing.serving.schema import MAX_BODY_BYTES
-from draftwing.serving.streams import Identity
+from draftwing.serving.streams import Identity, likeliest, name_of
 from draftwing.serving.token_texts import Offsets, TokenTexts
 from draftwing.target.load import load_tokenizer
 
@@ -262,15 +262,15 @@ def test_an_echo_alone_shows_no_new_token(prompt: list[int]) -> None:
 
 def test_tokens_of_one_text_are_told_apart() -> None:
     """lm-eval takes the likeliest name for the chosen one: two tokens must not share one."""
-    shape = CompletionShape(TokenTexts(TOKENIZER))
+    texts, same = TokenTexts(TOKENIZER), SameTexts(TOKENIZER)
     half, other = ids("字")[:2]
-    names = shape._top(half, TokenLogprobs(-2.0, [(other, -1.0), (SAID[0], -1.5)]), by_id=False)
+    names = likeliest(half, TokenLogprobs(-2.0, [(other, -1.0), (SAID[0], -1.5)]), texts, by_id=False)
     assert len(names) == 3
     assert list(names.values()) == [-1.0, -1.5, -2.0]
-    assert shape._name(half, by_id=False).startswith("bytes:\\x")
-    ambiguous = CompletionShape(SameTexts(TOKENIZER))
-    assert ambiguous._top(7, TokenLogprobs(-2.0, [(8, -1.0)]), by_id=False) == {"token_id:8": -1.0, "same": -2.0}
-    assert ambiguous._top(7, TokenLogprobs(-2.0, [(8, -1.0)]), by_id=True) == {"token_id:8": -1.0, "token_id:7": -2.0}
+    assert name_of(half, texts, by_id=False).startswith("bytes:\\x")
+    chances = TokenLogprobs(-2.0, [(8, -1.0)])
+    assert likeliest(7, chances, same, by_id=False) == {"token_id:8": -1.0, "same": -2.0}
+    assert likeliest(7, chances, same, by_id=True) == {"token_id:8": -1.0, "token_id:7": -2.0}
 
 
 def test_a_prompt_as_long_as_the_context_is_scored(client: TestClient, scheduler: FakeScheduler) -> None:
