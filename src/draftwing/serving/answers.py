@@ -207,7 +207,7 @@ class Answer:
 def usage(call: Call, answers: Sequence[Answer]) -> Usage:
     """Tokens of all answers so far; a prompt of several answers counts once."""
     made = sum(answer.num_tokens for answer in answers)
-    firsts = [answer.ticket.seat for answer in answers[:: call.num_choices]]
+    firsts = [answer.ticket.seat for answer in answers[:: call.body.num_choices]]
     accepted = sum(answer.num_accepted for answer in answers)  # of what was delivered; the engine may be ahead
     return {
         "prompt_tokens": call.num_prompt_tokens,

@@ -166,8 +166,7 @@ class Offer(BaseModel):
 class ConversationRequest(Offer, GenerationRequest):
     """What chats and responses have in common: an answer that may call functions."""
 
-    FORM: ClassVar[str] = "response_format"
-    """The field with the form that an answer must have."""
+    PROMPT: ClassVar[str] = "messages"
 
     @model_validator(mode="after")
     def _check_calls(self) -> "ConversationRequest":
@@ -192,6 +191,14 @@ class ChatRequest(ChatTools, ConversationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="counts instead of max_tokens")
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = Field(None, description="so many most probable tokens; needs logprobs")
+
+    @property
+    def limit_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def num_top(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
     def _check_fields(self) -> "ChatRequest":

@@ -17,7 +17,7 @@ TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 
 class ServerMetrics:
     """Counts requests as they end; what the engine counts is read when somebody asks."""
 
-    def __init__(self, scheduler: Scheduler, num_seats: int, model: str) -> None:
+    def __init__(self, scheduler: Scheduler, model: str) -> None:
         self._registry, self._model = CollectorRegistry(), model
         self._ended = self._counter("draftwing_requests", "Requests by how they ended", "end")
         self._prompt = self._counter("draftwing_prompt_tokens", "Tokens of prompts")
@@ -33,7 +33,7 @@ class ServerMetrics:
         self._accepted_at = self._counter(
             "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted draft tokens by depth, from 0", "position"
         )
-        self._gauge("draftwing_seats", "Requests that can be decoded at once").set(num_seats)
+        self._gauge("draftwing_seats", "Requests that can be decoded at once").set(scheduler.num_seats)
         for name in ("draftwing_requests_running", "vllm:num_requests_running"):
             self._gauge(name, "Requests that have a seat").set_function(lambda: scheduler.num_running)
         for name in ("draftwing_requests_waiting", "vllm:num_requests_waiting"):

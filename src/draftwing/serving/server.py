@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 Given = TypeVar("Given", bound=GenerationRequest)
 Written = TypeVar("Written")
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-FIELDS = {"max_new_tokens": "max_tokens", "input_ids": "prompt"}
-"""The API's names of fields that the engine calls otherwise."""
 
 
 class Server:
@@ -40,7 +38,7 @@ class Server:
 
     def __init__(self, scheduler: Scheduler, intake: Intake, identity: Identity) -> None:
         self.scheduler, self.intake, self.identity = scheduler, intake, identity
-        self.metrics = ServerMetrics(scheduler, intake.limits.num_seats, identity.name)
+        self.metrics = ServerMetrics(scheduler, identity.name)
         self.texts = TokenTexts(intake.tokenizer)
         self._completions = partial(Completions, self.texts, identity)
         self._chats = partial(Chats, self.texts, identity)
@@ -62,11 +60,11 @@ class Server:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
-        return await self._answer(body, self.intake.chat, self._chats, request)
+        return await self._answer(body, self.intake.conversation, self._chats, request)
 
     async def respond(self, body: ResponseRequest, request: Request) -> Response:
         """Answer a conversation in the newer form."""
-        return await self._answer(body, self.intake.response, self._responses, request)
+        return await self._answer(body, self.intake.conversation, self._responses, request)
 
     async def _answer(
         self, body: Given, read: Callable[[Given], Call], outlet: Callable[[Call], Outlet], request: Request
@@ -89,15 +87,15 @@ class Server:
         """What a body asks for, checked by all who have to do with it."""
         try:
             call = read(body)
-            for checked in call.requests[:: call.num_choices]:
+            for checked in call.requests[:: body.num_choices]:
                 self.scheduler.check(checked)
             return call
         except FieldError:
             raise
         except ValueError as error:  # the engine's: it begins with the field's name
-            field, _, problem = str(error).partition(": ")
-            field = FIELDS.get(field, field)
-            raise ApiError(400, f"{field}: {problem}", field) from None
+            name, _, problem = str(error).partition(": ")
+            names = {"max_new_tokens": body.limit_field, "input_ids": body.PROMPT}
+            raise FieldError(names.get(name, name), problem) from None
 
 
 class _Work:
@@ -157,7 +155,7 @@ class _Work:
 
     async def _write(self, write: Callable[[], Written]) -> Written:
         """Write something; beside the event loop where tokens must be named, which for a prompt's takes long."""
-        if self._call.num_top is None:
+        if self._call.body.num_top is None:
             return write()
         written: Written = await self._server.read(write)
         return written

@@ -135,7 +135,7 @@ class Completions(Choices):
         return self._written(answer, step.text, step.logprobs)
 
     def _written(self, answer: Answer, text: str, chances: Chances) -> CompletionChoice:
-        logprobs = None if self._call.num_top is None else self._logprobs(answer, chances)
+        logprobs = None if self._call.body.num_top is None else self._logprobs(answer, chances)
         return {"index": answer.index, "text": text, "logprobs": logprobs, "finish_reason": answer.finish_reason}
 
     def _logprobs(self, answer: Answer, scored: Chances) -> CompletionLogprobs:
@@ -190,7 +190,7 @@ class Chats(Choices):
         return {"index": answer.index, "delta": said, "logprobs": logprobs, "finish_reason": step.finish_reason}
 
     def _logprobs(self, scored: Chances) -> ChatLogprobs | None:
-        if self._call.num_top is None:
+        if self._call.body.num_top is None:
             return None
         return {"content": [self._chosen(token, chances) for token, chances in scored if chances is not None]}
 
