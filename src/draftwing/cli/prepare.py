@@ -118,6 +118,10 @@ def run(options: argparse.Namespace) -> None:
     asked = {mode for modes in USED_WITH.values() for mode in modes if getattr(options, mode)}
     for name, modes in without_use(options, USED_WITH, asked):
         raise ValueError(f"{name}: is for {' and '.join('--' + mode.replace('_', '-') for mode in modes)}")
+    if options.aux_layers and options.method != "eagle3":
+        raise ValueError(f"aux_layers: are what --method eagle3 stores, and the method is {options.method}")
+    if options.preview and (options.regenerate or options.features):
+        raise ValueError("preview: is for what is tokenised, and for --from-target")
     if options.from_target:
         _write_from_target(options)
     elif options.regenerate:
@@ -142,11 +146,11 @@ def _tokenise(options: argparse.Namespace) -> None:
     if summary := prepared.describe_rejects():
         note(summary, "yellow")
     if not prepared.splits["held_out"]:
-        warning = (
+        note(
             "nothing is held out, so no head can be trained: the rows marked `held_out`, or else the last ones of "
+            f"each source, cannot be used (see {REJECTS}) or supervise nothing",
+            "yellow",
         )
-        warning += f"each source, cannot be used (see {REJECTS}) or supervise nothing"
-        note(warning, "yellow")
     if options.json:
         print(json.dumps({"output": options.output, **statistics.as_dict()}))
     else:
