@@ -133,12 +133,10 @@ class ChatCompletion(Envelope):
 
 @dataclass(frozen=True)
 class Step:
-    """What a cycle brought an answer: text, log-probabilities by token, the end."""
+    """What a cycle brought an answer: text, log-probabilities by token."""
 
     text: str
-    calls: list[ToolCall]
     logprobs: Chances
-    finish_reason: FinishReason | None
     is_first: bool
     drafted: Drafted
 
@@ -190,7 +188,7 @@ class Answer:
                 self.finish_reason = "tool_calls"
         self.text += text
         self.logprobs += logprobs
-        return Step(text, self.calls, logprobs, self.finish_reason, is_first, drafted)
+        return Step(text, logprobs, is_first, drafted)
 
     @property
     def counts(self) -> CycleCounts:

@@ -118,17 +118,17 @@ def _answers(server: Server) -> APIRouter:
     @router.post("/v1/completions", responses=_stream_or(Completion), response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts or token ids."""
-        return await server.complete(body, request)
+        return await server.answer(body, request)
 
     @router.post("/v1/chat/completions", responses=_stream_or(ChatCompletion), response_model=None)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        return await server.chat(body, request)
+        return await server.answer(body, request)
 
     @router.post("/v1/responses", responses=_stream_or(ResponseBody), response_model=None)
     async def responses(body: ResponseRequest, request: Request) -> Response:
         """Answer a conversation, in OpenAI's newer form."""
-        return await server.respond(body, request)
+        return await server.answer(body, request)
 
     return router
 

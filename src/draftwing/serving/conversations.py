@@ -7,7 +7,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     WithJsonSchema,
     model_validator,
@@ -18,6 +17,7 @@ from draftwing.serving.schema import (
     FieldError,
     GenerationRequest,
     Logprobs,
+    Strict,
     Text,
     one_of_forms,
 )
@@ -69,10 +69,8 @@ Messages = Annotated[
 ]
 
 
-class Function(BaseModel):
+class Function(Strict):
     """A function that the model may call; `parameters` is the JSON schema of its arguments."""
-
-    model_config = ConfigDict(strict=True)
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
@@ -80,27 +78,21 @@ class Function(BaseModel):
     strict: bool | None = Field(None, description="schemas are kept where a call is required, and not otherwise")
 
 
-class Tool(BaseModel):
+class Tool(Strict):
     """What the model may call."""
-
-    model_config = ConfigDict(strict=True)
 
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(BaseModel):
+class FunctionName(Strict):
     """One of the functions."""
-
-    model_config = ConfigDict(strict=True)
 
     name: str
 
 
-class NamedTool(BaseModel):
+class NamedTool(Strict):
     """The tool that must be called."""
-
-    model_config = ConfigDict(strict=True)
 
     type: Literal["function"]
     function: FunctionName

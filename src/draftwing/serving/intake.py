@@ -124,12 +124,15 @@ class Intake:
     def _decode(self) -> Any:
         return exact_decode(self.tokenizer)
 
-    def completion(self, body: CompletionRequest) -> Call:
-        """What a completion asks for.
+    def read(self, body: CompletionRequest | ChatRequest | ResponseRequest) -> Call:
+        """What a body asks for.
 
         Raises:
             FieldError: a field that is out of range for this model.
         """
+        return self._completion(body) if isinstance(body, CompletionRequest) else self._conversation(body)
+
+    def _completion(self, body: CompletionRequest) -> Call:
         prompts = [self.prompt_ids(prompt, body.add_special_tokens is not False) for prompt in body.prompts]
         asked = body.num_asked
         if asked is None:
@@ -140,8 +143,7 @@ class Intake:
         texts = [prompt if isinstance(prompt, str) else self._decode(prompt) for prompt in body.prompts]
         return replace(call, prompt_texts=texts)
 
-    def conversation(self, body: ChatRequest | ResponseRequest) -> Call:
-        """What a chat or a response asks for; raises as `completion` does."""
+    def _conversation(self, body: ChatRequest | ResponseRequest) -> Call:
         tools = self._tool_use(body) if body.offered else None
         ids = self.chat_ids(body.messages, body.told, body.PROMPT)
         return self._call(body, [ids], body.num_asked, tools)
@@ -331,14 +333,8 @@ class Intake:
         )
 
     def _sampling(self, body: GenerationRequest, seed: int) -> SamplingParams:
-        given = {
-            "top_p": body.top_p,
-            "min_p": body.min_p,
-            "repetition_penalty": body.repetition_penalty,
-            "presence_penalty": body.presence_penalty,
-            "frequency_penalty": body.frequency_penalty,
-        }
-        more: dict[str, Any] = {name: value for name, value in given.items() if value}
+        names = ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        more: dict[str, Any] = {name: value for name in names if (value := getattr(body, name))}
         temperature = 1.0 if body.temperature is None else body.temperature
         bias = self._bias(body.logit_bias or {})
         return SamplingParams(temperature, top_k=max(0, body.top_k or 0), logit_bias=bias, seed=seed, **more)

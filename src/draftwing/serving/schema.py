@@ -145,10 +145,14 @@ class FieldError(ValueError):
         self.field, self.problem = field, problem
 
 
-class StreamOptions(BaseModel):
-    """What a stream carries beside its text."""
+class Strict(BaseModel):
+    """What is of another type is refused, not converted."""
 
     model_config = ConfigDict(strict=True)
+
+
+class StreamOptions(Strict):
+    """What a stream carries beside its text."""
 
     include_usage: Annotated[bool | None, Field(description="a last chunk without choices has the usage")] = None
     continuous_usage_stats: Annotated[bool | None, Field(description="every chunk has the usage so far")] = None

@@ -184,10 +184,10 @@ class Chats(Choices):
     def _part(self, answer: Answer, step: Step) -> dict[str, Any]:
         said: dict[str, Any] = {"role": "assistant"} if step.is_first else {}
         said["content"] = step.text
-        if step.calls:
-            said["tool_calls"] = [{"index": index} | call for index, call in enumerate(step.calls)]
+        if answer.calls:
+            said["tool_calls"] = [{"index": index} | call for index, call in enumerate(answer.calls)]
         logprobs = self._logprobs(step.logprobs)
-        return {"index": answer.index, "delta": said, "logprobs": logprobs, "finish_reason": step.finish_reason}
+        return {"index": answer.index, "delta": said, "logprobs": logprobs, "finish_reason": answer.finish_reason}
 
     def _logprobs(self, scored: Chances) -> ChatLogprobs | None:
         if self._call.body.num_top is None:
