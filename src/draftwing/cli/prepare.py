@@ -173,7 +173,7 @@ def _show(title: str, examples: "Iterable[Example]", tokenizer: Any) -> None:
 
 def _write_from_target(options: argparse.Namespace) -> None:
     _check_output(options, "--from-target")
-    if options.endpoint or options.max_rows:
+    if options.max_rows:
         raise ValueError(
             "from_target: says how many rows our own engine writes; --endpoint and --max-rows are not for it"
         )

@@ -142,7 +142,7 @@ def _tokens(server: Server) -> APIRouter:
         """The token ids of a prompt or of a conversation."""
         server.check_model(body.model)
         ids = await server.read(server.intake.tokenize, body)
-        texts = await server.read(server.texts.each, ids) if body.return_token_strs else None
+        texts = await server.read(lambda: list(map(server.texts.text, ids))) if body.return_token_strs else None
         return {"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": texts}
 
     @router.post("/detokenize")

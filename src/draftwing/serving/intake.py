@@ -1,10 +1,10 @@
 """From a body to what the engine is asked for: prompts as token ids, sampling, stops. The one place that maps them."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from draftwing.api import SpeculativeModel
@@ -81,20 +81,14 @@ class Call:
 
 @dataclass(frozen=True)
 class ToolUse:
-    """How an answer may call tools: the format, the functions' names, at most so many calls (None: any number).
+    """How an answer may call tools: `reader` makes what takes the calls out of it.
 
     The `marks` are special tokens of the format; `allowed` are tokens of a call, if there must be one.
     """
 
-    format: ToolFormat
-    names: frozenset[str]
-    most: int | None
+    reader: Callable[[], CallReader]
     marks: frozenset[int]
     allowed: AllowedTokens | None
-
-    def reader(self) -> CallReader:
-        """Takes the calls out of one answer."""
-        return CallReader(self.format, self.names, self.most)
 
 
 class Intake:
@@ -301,7 +295,7 @@ class Intake:
                 raise FieldError("tools", str(error)) from None
         names = frozenset(function.name for function in body.offered)
         most = 1 if body.parallel_tool_calls is False else None
-        return ToolUse(known, names, most, frozenset(special.values()), allowed)
+        return ToolUse(partial(CallReader, known, names, most), frozenset(special.values()), allowed)
 
     @cached_property
     def _knows_tools(self) -> bool:

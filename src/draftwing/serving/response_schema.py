@@ -155,9 +155,7 @@ class ResponseRequest(ConversationRequest):
         asked = None if self.text is None else self.text.format
         if asked is None or asked.type == "text":
             return None
-        named = None
-        if asked.content is not None:
-            named = NamedSchema(name=asked.name, schema=asked.content)
+        named = None if asked.content is None else NamedSchema(name=asked.name, schema=asked.content)
         return ResponseFormat(type=asked.type, json_schema=named, regex=asked.regex)
 
     @property
