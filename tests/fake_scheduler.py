@@ -18,6 +18,7 @@ class FakeScheduler:
     """Every request gets `cycles`, cut at its own limit; without an end it waits until it is cancelled."""
 
     seat_bytes = 1000
+    num_seats, max_model_len, max_queue = 4, 512, 12
 
     def __init__(self, cycles: Cycles = (), finish_reason: str | None = "length", error: str | None = None) -> None:
         self.cycles, self.finish_reason, self.error = cycles, finish_reason, error

@@ -166,7 +166,8 @@ class SpeculativeModel:
         """
         settings = _read_options(options)
         input_ids, attention_mask = read_prompts(input_ids, attention_mask)
-        generation = self._start(unpad(input_ids, attention_mask), settings).run()
+        requests = self.requests(unpad(input_ids, attention_mask), settings)
+        generation = self.start_requests(requests, settings).run()
         rows = [output.tokens for output in generation.outputs]
         sequences = append_padded(input_ids, rows, self._pad_token_id(settings))
         if not return_dict_in_generate:
@@ -184,15 +185,13 @@ class SpeculativeModel:
 
     def start(self, prompts: Sequence[Sequence[int]], **options: Any) -> Generation:
         """A generation over prompts given as token ids, prefilled and ready to cycle."""
-        return self._start(prompts, _read_options(options))
+        settings = _read_options(options)
+        return self.start_requests(self.requests(prompts, settings), settings)
 
     def check(self, prompts: Sequence[Sequence[int]], **options: Any) -> None:
         """Raise the ValueError that `start` would raise for one of these prompts, or for the options."""
         settings = _read_options(options)
         self._check(self.requests(prompts, settings), settings)
-
-    def _start(self, prompts: Sequence[Sequence[int]], settings: GenerateOptions) -> Generation:
-        return self.start_requests(self.requests(prompts, settings), settings)
 
     def requests(self, prompts: Sequence[Sequence[int]], settings: GenerateOptions) -> list[Request]:
         """What each prompt asks for."""
@@ -297,7 +296,12 @@ class SpeculativeModel:
             raise ValueError(problem)
         if torch.is_autocast_enabled(self.device.type):
             raise ValueError("torch.autocast: not supported by draftwing; load the model in the dtype it shall have")
-        self._check_draft_positions(longest)
+        limit = family_of(self.method).kind.max_positions(self.draft)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"max_new_tokens: prompt and new tokens may be {longest} together, which would pass the draft "
+                f"model's {limit} positions"
+            )
 
     def costs(self, batch_size: int, sampled: bool = False) -> CycleCosts:
         """What a cycle of so many rows costs with this draft, from this process, the disk's cache or a measurement."""
@@ -306,15 +310,6 @@ class SpeculativeModel:
     def experience(self, batch_size: int, sampled: bool) -> Experience:
         """What has been learnt of a draft by generations with as many rows."""
         return self._lessons.experience(batch_size, sampled)
-
-    def _check_draft_positions(self, num_tokens: int) -> None:
-        """Raise a ValueError where a draft would have to read more tokens than it has positions."""
-        limit = family_of(self.method).kind.max_positions(self.draft)
-        if limit is not None and num_tokens > limit:
-            raise ValueError(
-                f"max_new_tokens: prompt and new tokens may be {num_tokens} together, which would pass the draft "
-                f"model's {limit} positions"
-            )
 
     def _eos_token_ids(self, settings: GenerateOptions) -> tuple[int, ...]:
         eos = settings.eos_token_ids

@@ -9,30 +9,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
-from transformers.generation.logits_process import (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    ExponentialDecayLengthPenalty,
-    ForcedBOSTokenLogitsProcessor,
-    ForcedEOSTokenLogitsProcessor,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    SuppressTokensAtBeginLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopHLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-    WatermarkLogitsProcessor,
-)
+from transformers.generation import logits_process as stock
 
 from draftwing.target.model import attention_windows
 
@@ -63,14 +40,14 @@ NEUTRAL_FIELDS = frozenset((
 """Fields of GenerationConfig that change no token here."""
 
 PREFIX_PROCESSORS = frozenset((
-    EpsilonLogitsWarper, EtaLogitsWarper, ExponentialDecayLengthPenalty,
-    ForcedBOSTokenLogitsProcessor, ForcedEOSTokenLogitsProcessor, InfNanRemoveLogitsProcessor,
-    LogitNormalization, MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper, NoBadWordsLogitsProcessor, NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor,
-    SuppressTokensAtBeginLogitsProcessor, SuppressTokensLogitsProcessor, TemperatureLogitsWarper,
-    TopHLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper,
-    WatermarkLogitsProcessor,
+    stock.EpsilonLogitsWarper, stock.EtaLogitsWarper, stock.ExponentialDecayLengthPenalty,
+    stock.ForcedBOSTokenLogitsProcessor, stock.ForcedEOSTokenLogitsProcessor, stock.InfNanRemoveLogitsProcessor,
+    stock.LogitNormalization, stock.MinLengthLogitsProcessor, stock.MinNewTokensLengthLogitsProcessor,
+    stock.MinPLogitsWarper, stock.NoBadWordsLogitsProcessor, stock.NoRepeatNGramLogitsProcessor,
+    stock.RepetitionPenaltyLogitsProcessor, stock.SequenceBiasLogitsProcessor,
+    stock.SuppressTokensAtBeginLogitsProcessor, stock.SuppressTokensLogitsProcessor, stock.TemperatureLogitsWarper,
+    stock.TopHLogitsWarper, stock.TopKLogitsWarper, stock.TopPLogitsWarper, stock.TypicalLogitsWarper,
+    stock.WatermarkLogitsProcessor,
 ))
 """Processors that are functions of one row's text and scores.
 
@@ -81,13 +58,7 @@ Others may know rows by number, or count their calls.
 NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
-    "cache_implementation": (
-        "dynamic",
-        "offloaded",
-        "static",
-        "offloaded_static",
-        "hybrid",
-    ),  # not fewer bits
+    "cache_implementation": ("dynamic", "offloaded", "static", "offloaded_static", "hybrid"),  # not fewer bits
 }
 """Values that change no token, of fields that are refused else."""
 
@@ -95,11 +66,11 @@ ROW_CRITERIA = frozenset((EosTokenCriteria, MaxLengthCriteria, StopStringCriteri
 """Stopping criteria that are functions of one row's text."""
 
 FAST_PROCESSORS: dict[type, tuple[str, str]] = {
-    RepetitionPenaltyLogitsProcessor: ("repetition_penalty", "penalty"),
-    TemperatureLogitsWarper: ("temperature", "temperature"),
-    TopKLogitsWarper: ("top_k", "top_k"),
-    TopPLogitsWarper: ("top_p", "top_p"),
-    MinPLogitsWarper: ("min_p", "min_p"),
+    stock.RepetitionPenaltyLogitsProcessor: ("repetition_penalty", "penalty"),
+    stock.TemperatureLogitsWarper: ("temperature", "temperature"),
+    stock.TopKLogitsWarper: ("top_k", "top_k"),
+    stock.TopPLogitsWarper: ("top_p", "top_p"),
+    stock.MinPLogitsWarper: ("min_p", "min_p"),
 }
 """Processors that are also fields of SamplingParams, in its order: that field and their own."""
 
@@ -174,7 +145,7 @@ def fast_sampling(processors: Sequence[Any], paddings: torch.Tensor, is_sampled:
     last, is_exact = -1, True
     for processor in processors:
         kind = type(processor)
-        if not _is_fast(processor, paddings) or not (is_sampled or kind is RepetitionPenaltyLogitsProcessor):
+        if not _is_fast(processor, paddings) or not (is_sampled or kind is stock.RepetitionPenaltyLogitsProcessor):
             is_exact = False
             continue
         name, attribute = FAST_PROCESSORS[kind]
@@ -199,13 +170,13 @@ def _is_fast(processor: Any, paddings: torch.Tensor) -> bool:
         return False
     value = getattr(processor, FAST_PROCESSORS[type(processor)][1])
     usual, given = vars(type(processor)(value)), dict(vars(processor))
-    if isinstance(processor, RepetitionPenaltyLogitsProcessor):
+    if isinstance(processor, stock.RepetitionPenaltyLogitsProcessor):
         ignored = given.pop("prompt_ignore_length", None)
         usual.pop("prompt_ignore_length", None)
         ignored = torch.zeros_like(paddings) if ignored is None else ignored
         if not isinstance(ignored, torch.Tensor) or not ignored.cpu().equal(paddings.to(ignored.dtype)):
             return False
-    return usual == given and not (isinstance(processor, TopPLogitsWarper) and value == 0)
+    return usual == given and not (isinstance(processor, stock.TopPLogitsWarper) and value == 0)
 
 
 InputTest = Callable[[Any, torch.Tensor, torch.Tensor | None], bool]

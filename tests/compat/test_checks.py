@@ -419,7 +419,7 @@ def test_a_check_that_compared_no_cycle_says_so() -> None:
     short = compare("p", EngineAnswer([7], []), EngineAnswer([7], []))
     check = Check("vllm", "vllm", "1", [short])
     assert check.problems == ["drafts: no cycle could be compared; take prompts with longer answers (--prompts)"]
-    assert check.verdict == f"does not agree: {check.problems[0]}"
+    assert check.conclusion == f"does not agree: {check.problems[0]}"
 
 
 def test_the_command_says_what_is_missing(

@@ -249,6 +249,12 @@ def test_ctrl_c_leaves_a_folder_that_is_finished_later(
         (["--data", "nowhere.jsonl", "--output", "out"], "data: no such file: nowhere.jsonl"),
         (["--data", "x", "--output", "out", "--regenerate", "--features"], "one of --regenerate, --features and"),
         (["--data", "x", "--output", "out", "--regenerate"], "--regenerate writes a .jsonl file, got 'out'"),
+        (["--data", "x", "--output", "o.jsonl", "--regenerate", "--preview", "1"], "preview: is for what is tokenised"),
+        (["--data", "x", "--output", "out", "--features", "--preview", "1"], "preview: is for what is tokenised"),
+        (
+            ["--data", "x", "--output", "out", "--features", "--method", "eagle1", "--aux-layers", "1,2"],
+            "aux_layers: are what --method eagle3 stores, and the method is eagle1",
+        ),
         (["--data", "x", "y", "--output", "out", "--features"], "--features takes one prepared folder, got 2"),
         (
             ["--data", "nowhere", "--output", "out", "--features"],

@@ -26,10 +26,9 @@ from tools_template import CLAMP, SORT, TEMPLATE, chain
 import draftwing
 from draftwing.engine.options import GenerateOptions
 from draftwing.serving.app import create_app
-from draftwing.serving.intake import Intake, Limits
+from draftwing.serving.intake import Intake
 from draftwing.serving.scheduler import Scheduler
 from draftwing.serving.streams import Identity
-from draftwing.target.load import load_tokenizer
 
 NUMBERS = range(*map(int, os.environ.get("DRAFTWING_BODIES", "3000").split(":")))
 AT_ONCE = 8
@@ -179,11 +178,9 @@ async def send_all(app: Any) -> Counter[str]:
 @pytest.mark.slow
 def test_no_random_body_is_a_server_error() -> None:
     model = draftwing.load("tiny", draft="tiny", dtype="float32")
-    tokenizer = load_tokenizer("tiny")
-    tokenizer.chat_template = TEMPLATE
+    model.tokenizer.chat_template = TEMPLATE
     scheduler = Scheduler(model, 4, 256, GenerateOptions(plan="chain:3"), 200)
-    limits = Limits(4, 256, max_new_tokens=8, max_answers=100)
-    intake = Intake(tokenizer, model.target.vocab_size, model.target.eos_token_ids, limits)
+    intake = Intake(model, scheduler, max_new_tokens=8)
     scheduler.start()
     try:
         statuses = asyncio.run(send_all(create_app(scheduler, intake, Identity("tiny", "tiny", "test"))))

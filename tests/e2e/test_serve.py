@@ -32,7 +32,7 @@ from draftwing.api import SpeculativeModel
 from draftwing.cli import main
 from draftwing.engine.options import GenerateOptions
 from draftwing.serving.app import create_app
-from draftwing.serving.intake import Intake, Limits
+from draftwing.serving.intake import Intake
 from draftwing.serving.process import address_of, bind
 from draftwing.serving.scheduler import Scheduler
 from draftwing.serving.streams import Identity
@@ -53,9 +53,7 @@ class Served:
 
     def __init__(self, model: SpeculativeModel) -> None:
         self.scheduler = Scheduler(model, 3, LENGTH, GenerateOptions(plan="chain:3"), 4)
-        limits = Limits(3, LENGTH, max_answers=7)
-        intake = Intake(model.tokenizer, model.target.vocab_size, model.target.eos_token_ids, limits)
-        app = create_app(self.scheduler, intake, Identity("tiny", "tiny", "test"))
+        app = create_app(self.scheduler, Intake(model, self.scheduler), Identity("tiny", "tiny", "test"))
         self.scheduler.start()
         self._listener = bind("127.0.0.1", 0)
         self.url = address_of(self._listener)

@@ -57,7 +57,7 @@ class Check:
         return found
 
     @property
-    def verdict(self) -> str:
+    def conclusion(self) -> str:
         """All of it in a sentence."""
         if self.problems:
             return f"does not agree: {'; '.join(self.problems)}"

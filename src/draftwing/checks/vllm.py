@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -27,7 +28,8 @@ def vllm_session(python: Path, task: EngineTask) -> Iterator[EngineSession]:
     with tempfile.TemporaryDirectory(prefix="draftwing-") as folder:
         asked, answers = Path(folder) / "task.json", Path(folder) / "answers.jsonl"
         answers.touch()
-        asked.write_text(json.dumps(_as_asked(task)), encoding="utf-8")
+        changed = {"method": RENAMED.get(task.method, task.method), "capacity": task.capacity}
+        asked.write_text(json.dumps(asdict(task) | changed, default=str), encoding="utf-8")
         threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         with EngineProcess("vLLM", [python, SCRIPT, asked, answers], task.seconds, threads) as process:
             lines = (process.until(partial(_line, answers, index)) for index in count())
@@ -35,18 +37,6 @@ def vllm_session(python: Path, task: EngineTask) -> Iterator[EngineSession]:
             yield EngineSession(
                 version, (EngineAnswer(said["tokens"], said["cycles"]) for said in islice(lines, len(task.prompts)))
             )
-
-
-def _as_asked(task: EngineTask) -> dict[str, Any]:
-    return {
-        "target": str(task.target),
-        "folder": str(task.folder),
-        "method": RENAMED.get(task.method, task.method),
-        "prompts": task.prompts,
-        "num_tokens": task.num_tokens,
-        "depth": task.depth,
-        "capacity": task.capacity,
-    }
 
 
 def _line(file: Path, index: int) -> dict[str, Any] | None:

@@ -12,19 +12,8 @@ from typing import Any, NoReturn
 from draftwing.cli import chat, demo, doctor, eval, export, generate, inspect, plan, prepare, serve, train
 from draftwing.cli.output import note
 
-COMMANDS: dict[str, ModuleType] = {
-    "demo": demo,
-    "chat": chat,
-    "generate": generate,
-    "serve": serve,
-    "eval": eval,
-    "plan": plan,
-    "inspect": inspect,
-    "doctor": doctor,
-    "export": export,
-    "prepare": prepare,
-    "train": train,
-}
+MODULES = (demo, chat, generate, serve, eval, plan, inspect, doctor, export, prepare, train)
+COMMANDS: dict[str, ModuleType] = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 """Each module has SUMMARY, EXAMPLES, `add_arguments(parser)` and `run(options)`, which may return an exit status."""
 
 

@@ -208,9 +208,9 @@ def add_head_options(parser: argparse.ArgumentParser) -> None:
 
 def head_options(options: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_head_options` that were given, for `load`."""
-    names = ("aux_layers", "rope_theta", "rope_scaling", "norm_before_residual", "norm_output")
-    values = {name: getattr(options, name) for name in (*names, "fc_norm", "norm_before_fc", "d2t")}
-    return {name: value for name, value in values.items() if value is not None}
+    from draftwing.drafts.eagle.formats import HeadOptions
+
+    return {name: value for name in vars(HeadOptions()) if (value := getattr(options, name)) is not None}
 
 
 def layers(text: str) -> tuple[int, ...]:

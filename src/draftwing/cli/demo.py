@@ -91,7 +91,7 @@ def embedded_methods(options: argparse.Namespace) -> "tuple[SpeculativeModel, di
     from draftwing.api import load
 
     eagle3 = load("tiny", "tiny", options.dtype, options.device, remeasure=options.remeasure)
-    eagle1 = load("tiny", "tiny", options.dtype, options.device, method="eagle1")
+    eagle1 = eagle3.with_draft("tiny-eagle1", "eagle1")
     methods: dict[str, Start] = {
         "plain": eagle3.with_method("plain").start,
         "eagle1": eagle1.start,

@@ -68,11 +68,8 @@ def read_data(options: argparse.Namespace, sources: dict[str, str]) -> list[Prom
         is_embedded = name == "embedded"
         path = path or (str(EMBEDDED_PROMPTS) if is_embedded else "")
         prompts = read_prompts(path) if path else load_benchmark(name)
-        sets.append(
-            PromptSet(
-                name, spread(prompts, options.num_prompts or (EMBEDDED_SAMPLE if is_embedded else LARGEST_SAMPLE))
-            )
-        )
+        most = EMBEDDED_SAMPLE if is_embedded else LARGEST_SAMPLE
+        sets.append(PromptSet(name, spread(prompts, options.num_prompts or most)))
     return sets
 
 

@@ -177,7 +177,7 @@ def _check(request: "CheckRequest", is_json: bool) -> "Check":
     if not is_json:
         console = new_console()
         console.print(as_table(check))
-        console.print(check.verdict, style="red" if check.problems else "green", markup=False, soft_wrap=True)
+        console.print(check.conclusion, style="red" if check.problems else "green", markup=False, soft_wrap=True)
     return check
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from collections.abc import Iterable
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,10 @@ from draftwing.cli.output import headline, new_console, note, say_saved
 from draftwing.drafts.kinds import head_objectives
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from draftwing.api import SpeculativeModel
     from draftwing.config import TrainConfig
-    from draftwing.data.prepared import Prepared
-    from draftwing.prepare.self_generated import RunPart
+    from draftwing.data.chat_template import Example
+    from draftwing.prepare.self_generated import EngineAnswers, RunPart
 
 SUMMARY = "Prepare training data: tokenise it once, let the target answer or write it, or store the target's features."
 EXAMPLES = """examples:
@@ -118,6 +118,10 @@ def run(options: argparse.Namespace) -> None:
     asked = {mode for modes in USED_WITH.values() for mode in modes if getattr(options, mode)}
     for name, modes in without_use(options, USED_WITH, asked):
         raise ValueError(f"{name}: is for {' and '.join('--' + mode.replace('_', '-') for mode in modes)}")
+    if options.aux_layers and options.method != "eagle3":
+        raise ValueError(f"aux_layers: are what --method eagle3 stores, and the method is {options.method}")
+    if options.preview and (options.regenerate or options.features):
+        raise ValueError("preview: is for what is tokenised, and for --from-target")
     if options.from_target:
         _write_from_target(options)
     elif options.regenerate:
@@ -142,68 +146,63 @@ def _tokenise(options: argparse.Namespace) -> None:
     if summary := prepared.describe_rejects():
         note(summary, "yellow")
     if not prepared.splits["held_out"]:
-        warning = (
+        note(
             "nothing is held out, so no head can be trained: the rows marked `held_out`, or else the last ones of "
+            f"each source, cannot be used (see {REJECTS}) or supervise nothing",
+            "yellow",
         )
-        warning += f"each source, cannot be used (see {REJECTS}) or supervise nothing"
-        note(warning, "yellow")
     if options.json:
         print(json.dumps({"output": options.output, **statistics.as_dict()}))
     else:
-        console = new_console()
+        console, documents = new_console(), prepared.examples("train")
         for table in as_tables(statistics):
             console.print(table)
-        _show_documents(console, prepared, tokenizer, options.preview)
+        for index in range(min(options.preview, len(documents))):
+            _show(f"document {index}", [documents[index]], tokenizer)
     say_saved(options.output)
 
 
-def _show_documents(console: "Console", prepared: "Prepared", tokenizer: Any, count: int) -> None:
+def _show(title: str, examples: "Iterable[Example]", tokenizer: Any) -> None:
     from draftwing.prepare.data_statistics import as_coloured_text
 
-    documents = prepared.examples("train")
-    for index in range(min(count, len(documents))):
-        headline(console, f"document {index}: green is supervised")
-        console.print(as_coloured_text(documents[index], tokenizer), soft_wrap=True)
+    console = new_console()
+    headline(console, f"{title}: green is supervised")
+    for example in examples:
+        console.print(as_coloured_text(example, tokenizer), soft_wrap=True)
 
 
 def _write_from_target(options: argparse.Namespace) -> None:
     _check_output(options, "--from-target")
-    if options.endpoint or options.max_rows:
+    if options.max_rows:
         raise ValueError(
             "from_target: says how many rows our own engine writes; --endpoint and --max-rows are not for it"
         )
     from draftwing.api import load
     from draftwing.prepare.from_target import Author, read_prefixes, user_turn, write_from_target
-    from draftwing.prepare.self_generated import EngineAnswers, RunPart
+    from draftwing.prepare.self_generated import RunPart
     from draftwing.target.load import load_tokenizer
 
     prefixes = read_prefixes(options.request_prefixes) if options.request_prefixes else ()
     user_turn(load_tokenizer(options.target))  # before the model
     model = load(options.target, options.draft, options.dtype, options.device, None if options.draft else "ngram")
-    config = _as_stage(options, model.target.max_positions)
-    tokenizer, ends = model.tokenizer, model.target.eos_token_ids
-    answers = EngineAnswers(config, tokenizer, model.start_requests, ends, model.target.vocab_size)
+    config, answers = _our_answers(options, model)
     asked = options.request_temperature, options.max_request_tokens, prefixes
-    author = Author(config, tokenizer, answers, ends, *asked)
+    author = Author(config, model.tokenizer, answers, model.target.eos_token_ids, *asked)
     answers.say_what_is_never_chosen()
     engine = model.engine(options.batch_size, config.sequence_length)
     figures = write_from_target(config, author, engine, options.from_target, RunPart(*options.shard or ()))
     _print_figures(options, figures)
     if not options.json:
-        _show_rows(options, tokenizer)
+        _show_rows(options, model.tokenizer)
     say_saved(options.output)
 
 
 def _show_rows(options: argparse.Namespace, tokenizer: Any) -> None:
     from draftwing.data.chat_template import encode_row
-    from draftwing.prepare.data_statistics import as_coloured_text
 
-    console = new_console()
     with open(options.output, encoding="utf-8") as file:
         for index, line in enumerate(islice(file, options.preview)):
-            headline(console, f"row {index}: green is supervised")
-            for example in encode_row(json.loads(line), tokenizer):
-                console.print(as_coloured_text(example, tokenizer), soft_wrap=True)
+            _show(f"row {index}", encode_row(json.loads(line), tokenizer), tokenizer)
 
 
 def _check_output(options: argparse.Namespace, what: str) -> None:
@@ -229,26 +228,32 @@ def _regenerate(options: argparse.Namespace) -> None:
     say_saved(options.output)
 
 
-def _answer_by_engine(options: argparse.Namespace, shard: "RunPart") -> dict[str, float]:
+def _our_answers(options: argparse.Namespace, model: "SpeculativeModel") -> "tuple[TrainConfig, EngineAnswers]":
+    """The stage that the options ask for, and who answers in it."""
+    from draftwing.prepare.self_generated import EngineAnswers
+
+    target, config = model.target, _as_stage(options, model.target.max_positions)
+    start, ends = model.start_requests, target.eos_token_ids
+    return config, EngineAnswers(config, model.tokenizer, start, ends, target.vocab_size)
+
+
+def _answer_by_engine(options: argparse.Namespace, part: "RunPart") -> dict[str, float]:
     from draftwing.api import load
-    from draftwing.prepare.self_generated import EngineAnswers, regenerate
+    from draftwing.prepare.self_generated import regenerate
 
     model = load(options.target, options.draft, options.dtype, options.device)
-    config = _as_stage(options, model.target.max_positions)
-    answers = EngineAnswers(
-        config, model.tokenizer, model.start_requests, model.target.eos_token_ids, model.target.vocab_size
-    )
-    return regenerate(config, model.tokenizer, answers, shard)
+    config, answers = _our_answers(options, model)
+    return regenerate(config, model.tokenizer, answers, part)
 
 
-def _answer_by_endpoint(options: argparse.Namespace, shard: "RunPart") -> dict[str, float]:
+def _answer_by_endpoint(options: argparse.Namespace, part: "RunPart") -> dict[str, float]:
     from draftwing.prepare.endpoint import Endpoint, EndpointAnswers
     from draftwing.prepare.self_generated import regenerate
     from draftwing.target.load import load_tokenizer
 
     endpoint, config = Endpoint(options.endpoint, options.model), _as_stage(options)
     answers = EndpointAnswers(config, endpoint, options.concurrency)
-    return regenerate(config, load_tokenizer(options.target), answers, shard, source=f"{endpoint.url} {options.model}")
+    return regenerate(config, load_tokenizer(options.target), answers, part, source=f"{endpoint.url} {options.model}")
 
 
 def _as_stage(options: argparse.Namespace, max_positions: int | None = None) -> "TrainConfig":

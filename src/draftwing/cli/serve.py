@@ -127,7 +127,7 @@ def _serve(
 ) -> int:
     from draftwing.engine.options import GenerateOptions
     from draftwing.serving.app import create_app
-    from draftwing.serving.intake import Intake, Limits
+    from draftwing.serving.intake import Intake
     from draftwing.serving.process import address_of, serve
     from draftwing.serving.scheduler import Scheduler
     from draftwing.serving.streams import Identity
@@ -136,9 +136,7 @@ def _serve(
     length = options.max_model_len or min(model.target.max_positions or MAX_MODEL_LEN, MAX_MODEL_LEN)
     max_queue = 4 * options.seats if options.max_queue is None else options.max_queue
     scheduler = Scheduler(model, options.seats, length, settings, max_queue)
-    limits = Limits(options.seats, length, options.max_new_tokens, max_answers=options.seats + max_queue)
-    ends, parser = model.target.eos_token_ids, options.tool_call_parser
-    intake = Intake(model.tokenizer, model.target.vocab_size, ends, limits, parser)
+    intake = Intake(model, scheduler, options.max_new_tokens, options.tool_call_parser)
     name = options.served_name or (Path(target).resolve().name if Path(target).exists() else target)
     root = name if Path(target).exists() else target  # no path of this machine
     fingerprint = f"draftwing-{model.method}-{str(model.dtype).removeprefix('torch.')}"

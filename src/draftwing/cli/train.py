@@ -91,16 +91,16 @@ def _show_estimate(chosen: Sequence[TrainConfig], stages: Sequence[TrainConfig],
     from draftwing.training.estimates import REACHED, estimate_stages, measure_rate
 
     rate = options.tflops * 1e12 if options.tflops else REACHED * measure_rate()
-    plans = estimate_stages(stages, options.processes, rate)  # of all, for a stage may use what an earlier one makes
-    plans = [plan for stage, plan in zip(stages, plans, strict=True) if stage in chosen]
+    estimates = estimate_stages(stages, options.processes, rate)  # of all: a stage may use what an earlier one makes
+    estimates = [estimate for stage, estimate in zip(stages, estimates, strict=True) if stage in chosen]
     if options.json:
         settings = [stage.as_dict() for stage in chosen]
-        rows = [plan.as_dict() | {"recipe": recipe} for plan, recipe in zip(plans, settings, strict=True)]
+        rows = [each.as_dict() | {"recipe": recipe} for each, recipe in zip(estimates, settings, strict=True)]
         print(json.dumps({"processes": options.processes, "flops_per_second": rate, "stages": rows}))
         return
     console = new_console()
-    for stage, plan in zip(chosen, plans, strict=True):
-        print_facts(_table(stage, plan, options.processes))
+    for stage, estimate in zip(chosen, estimates, strict=True):
+        print_facts(_table(stage, estimate, options.processes))
     source = "as given" if options.tflops else f"{REACHED:.0%} of what large products reach on this machine"
     console.print(
         "Memory is one process's, with all rows full and on a GPU. Time assumes "
@@ -110,25 +110,28 @@ def _show_estimate(chosen: Sequence[TrainConfig], stages: Sequence[TrainConfig],
     )
 
 
-def _table(stage: TrainConfig, plan: Any, num_processes: int) -> "Table":
+def _table(stage: TrainConfig, estimate: Any, num_processes: int) -> "Table":
     from rich.table import Table
 
-    table = Table(title=f"{plan.objective} -> {plan.output}", show_header=False, title_justify="left")
+    table = Table(title=f"{estimate.objective} -> {estimate.output}", show_header=False, title_justify="left")
     values = stage.as_dict()
     changed = {name: value for name, value in values.items() if value != getattr(TrainConfig, name, {})}
     table.add_row("recipe", ", ".join(f"{name} {value}" for name, value in changed.items()))
-    table.add_row("target", f"{plan.target_params:,} parameters, {plan.target_active_params:,} multiply per token")
-    table.add_row("trained", f"{plan.trained_params:,} parameters, and {plan.frozen_params:,} frozen")
     table.add_row(
-        "a step", f"{plan.rows_per_step} rows, {plan.flops_per_step:.3g} FLOP in each of {num_processes} processes"
+        "target", f"{estimate.target_params:,} parameters, {estimate.target_active_params:,} multiply per token"
     )
-    table.add_row("all steps", f"at most {plan.most_tokens:,} tokens")
-    for name, size in plan.memory.items():
+    table.add_row("trained", f"{estimate.trained_params:,} parameters, and {estimate.frozen_params:,} frozen")
+    table.add_row(
+        "a step",
+        f"{estimate.rows_per_step} rows, {estimate.flops_per_step:.3g} FLOP in each of {num_processes} processes",
+    )
+    table.add_row("all steps", f"at most {estimate.most_tokens:,} tokens")
+    for name, size in estimate.memory.items():
         table.add_row(f"memory: {name}", _size(size))
-    table.add_row("memory: together", _size(sum(plan.memory.values())), end_section=True)
-    for name, size in plan.disk.items():
+    table.add_row("memory: together", _size(sum(estimate.memory.values())), end_section=True)
+    for name, size in estimate.disk.items():
         table.add_row(f"disk: {name}", _size(size))
-    table.add_row("time", "not estimated" if plan.seconds is None else f"{plan.seconds / 3600:,.2f} h")
+    table.add_row("time", "not estimated" if estimate.seconds is None else f"{estimate.seconds / 3600:,.2f} h")
     return table
 
 

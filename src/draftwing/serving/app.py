@@ -118,32 +118,32 @@ def _answers(server: Server) -> APIRouter:
     @router.post("/v1/completions", responses=_stream_or(Completion), response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts or token ids."""
-        return await server.complete(body, request)
+        return await server.answer(body, request)
 
     @router.post("/v1/chat/completions", responses=_stream_or(ChatCompletion), response_model=None)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        return await server.chat(body, request)
+        return await server.answer(body, request)
 
     @router.post("/v1/responses", responses=_stream_or(ResponseBody), response_model=None)
     async def responses(body: ResponseRequest, request: Request) -> Response:
         """Answer a conversation, in OpenAI's newer form."""
-        return await server.respond(body, request)
+        return await server.answer(body, request)
 
     return router
 
 
 def _tokens(server: Server) -> APIRouter:
     router = APIRouter(responses=documented(400, 401, 404, 413))
-    tokenizer, limits = server.intake.tokenizer, server.intake.limits
+    tokenizer, length = server.intake.tokenizer, server.scheduler.max_model_len
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Tokens:
         """The token ids of a prompt or of a conversation."""
         server.check_model(body.model)
         ids = await server.read(server.intake.tokenize, body)
-        texts = await server.read(server.texts.each, ids) if body.return_token_strs else None
-        return {"count": len(ids), "max_model_len": limits.max_model_len, "tokens": ids, "token_strs": texts}
+        texts = await server.read(lambda: list(map(server.texts.text, ids))) if body.return_token_strs else None
+        return {"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": texts}
 
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Detokenized:
@@ -156,7 +156,7 @@ def _tokens(server: Server) -> APIRouter:
         """Special tokens and the chat template."""
         names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
         known = {name: getattr(tokenizer, name, None) for name in names}
-        return {"tokenizer_class": type(tokenizer).__name__, "model_max_length": limits.max_model_len} | known
+        return {"tokenizer_class": type(tokenizer).__name__, "model_max_length": length} | known
 
     return router
 
@@ -175,7 +175,7 @@ def _about(server: Server) -> APIRouter:
             "owned_by": "draftwing",
             "root": identity.root,
             "parent": None,
-            "max_model_len": server.intake.limits.max_model_len,
+            "max_model_len": scheduler.max_model_len,
         }
 
     @router.get("/v1/models", responses=documented(401))

@@ -7,7 +7,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     WithJsonSchema,
     model_validator,
@@ -18,6 +17,7 @@ from draftwing.serving.schema import (
     FieldError,
     GenerationRequest,
     Logprobs,
+    Strict,
     Text,
     one_of_forms,
 )
@@ -69,10 +69,8 @@ Messages = Annotated[
 ]
 
 
-class Function(BaseModel):
+class Function(Strict):
     """A function that the model may call; `parameters` is the JSON schema of its arguments."""
-
-    model_config = ConfigDict(strict=True)
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
@@ -80,27 +78,21 @@ class Function(BaseModel):
     strict: bool | None = Field(None, description="schemas are kept where a call is required, and not otherwise")
 
 
-class Tool(BaseModel):
+class Tool(Strict):
     """What the model may call."""
-
-    model_config = ConfigDict(strict=True)
 
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(BaseModel):
+class FunctionName(Strict):
     """One of the functions."""
-
-    model_config = ConfigDict(strict=True)
 
     name: str
 
 
-class NamedTool(BaseModel):
+class NamedTool(Strict):
     """The tool that must be called."""
-
-    model_config = ConfigDict(strict=True)
 
     type: Literal["function"]
     function: FunctionName
@@ -166,8 +158,7 @@ class Offer(BaseModel):
 class ConversationRequest(Offer, GenerationRequest):
     """What chats and responses have in common: an answer that may call functions."""
 
-    FORM: ClassVar[str] = "response_format"
-    """The field with the form that an answer must have."""
+    PROMPT: ClassVar[str] = "messages"
 
     @model_validator(mode="after")
     def _check_calls(self) -> "ConversationRequest":
@@ -192,6 +183,14 @@ class ChatRequest(ChatTools, ConversationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="counts instead of max_tokens")
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = Field(None, description="so many most probable tokens; needs logprobs")
+
+    @property
+    def limit_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def num_top(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
     def _check_fields(self) -> "ChatRequest":

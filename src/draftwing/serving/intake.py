@@ -1,12 +1,13 @@
 """From a body to what the engine is asked for: prompts as token ids, sampling, stops. The one place that maps them."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+from draftwing.api import SpeculativeModel
 from draftwing.data.messages import read_message
 from draftwing.data.prompts import Prompt
 from draftwing.engine.engine import Request
@@ -14,7 +15,8 @@ from draftwing.engine.options import row_seed
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule, exact_decode
 from draftwing.serving.conversations import ChatRequest, ConversationRequest, TokenizeRequest
-from draftwing.serving.response_schema import OWN_NAMES, ResponseRequest
+from draftwing.serving.response_schema import ResponseRequest
+from draftwing.serving.scheduler import Scheduler
 from draftwing.serving.schema import (
     CompletionRequest,
     FieldError,
@@ -41,32 +43,22 @@ class ContextError(FieldError):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a server can take: seats, tokens of one, the most new ones (None: what is left), answers at once."""
-
-    num_seats: int
-    max_model_len: int
-    max_new_tokens: int | None = None
-    max_answers: int = 64
-
-
-@dataclass(frozen=True)
 class Call:
     """What a body asks for: a request for each answer, `num_choices` for each prompt, in the order of their indices."""
 
     body: GenerationRequest
     requests: list[Request]
     seed: int
-    num_choices: int
-    num_top: int | None
-    """Of each token's log-probabilities, how many; None: none are asked for."""
     prompts: Sequence[Sequence[int]]
-    prompt_texts: Sequence[str] | None = None
-    """What each answer begins with, if that is asked for."""
-    only_echoes: bool = False
-    """No new token is asked for; see `_scoring`."""
     tools: "ToolUse | None" = None
     """The answers may call some."""
+    prompt_texts: Sequence[str] | None = None
+    """What each answer begins with, if that is asked for."""
+
+    @property
+    def only_echoes(self) -> bool:
+        """Whether no new token is asked for; see `Intake._scoring`."""
+        return self.body.max_tokens == 0
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -80,92 +72,75 @@ class Call:
 
     def prompt(self, index: int) -> Sequence[int]:
         """What an answer answers."""
-        return self.prompts[index // self.num_choices]
+        return self.prompts[index // self.body.num_choices]
 
     def echo(self, index: int) -> str:
         """What an answer begins with: its prompt, if that is asked for."""
-        return "" if self.prompt_texts is None else self.prompt_texts[index // self.num_choices]
+        return "" if self.prompt_texts is None else self.prompt_texts[index // self.body.num_choices]
 
 
 @dataclass(frozen=True)
 class ToolUse:
-    """How an answer may call tools: the format, the functions' names, at most so many calls (None: any number).
+    """How an answer may call tools: `reader` makes what takes the calls out of it.
 
     The `marks` are special tokens of the format; `allowed` are tokens of a call, if there must be one.
     """
 
-    format: ToolFormat
-    names: frozenset[str]
-    most: int | None
+    reader: Callable[[], CallReader]
     marks: frozenset[int]
     allowed: AllowedTokens | None
 
-    def reader(self) -> CallReader:
-        """Takes the calls out of one answer."""
-        return CallReader(self.format, self.names, self.most)
-
 
 class Intake:
-    """Reads bodies for one model. `tool_format` is how it writes calls; None: the chat template tells."""
+    """Reads bodies for one model and its scheduler.
+
+    Args:
+        max_new_tokens: of a request; None: what its prompt leaves.
+        tool_format: how the model writes calls; None: the chat template tells.
+    """
 
     def __init__(
         self,
-        tokenizer: Any,
-        vocab_size: int,
-        eos_token_ids: Sequence[int],
-        limits: Limits,
+        model: SpeculativeModel,
+        scheduler: Scheduler,
+        max_new_tokens: int | None = None,
         tool_format: str | None = None,
     ) -> None:
-        self.tokenizer, self.limits = tokenizer, limits
-        template = str(getattr(tokenizer, "chat_template", None))
+        self.tokenizer, target = model.tokenizer, model.target
+        template = str(getattr(self.tokenizer, "chat_template", None))
         self._tool_format = format_of(template) if tool_format is None else FORMATS[tool_format]
-        self._vocab_size, self._eos = vocab_size, tuple(eos_token_ids)
-        self._forms = Forms(tokenizer, vocab_size, self._eos)
+        self._vocab_size, self._eos = target.vocab_size, tuple(target.eos_token_ids)
+        self._max_model_len, self._max_new_tokens = scheduler.max_model_len, max_new_tokens
+        self._max_answers = scheduler.num_seats + scheduler.max_queue
+        self._forms = Forms(self.tokenizer, self._vocab_size, self._eos)
 
     @cached_property
     def _decode(self) -> Any:
         return exact_decode(self.tokenizer)
 
-    def completion(self, body: CompletionRequest) -> Call:
-        """What a completion asks for.
+    def read(self, body: CompletionRequest | ChatRequest | ResponseRequest) -> Call:
+        """What a body asks for.
 
         Raises:
             FieldError: a field that is out of range for this model.
         """
+        return self._completion(body) if isinstance(body, CompletionRequest) else self._conversation(body)
+
+    def _completion(self, body: CompletionRequest) -> Call:
         prompts = [self.prompt_ids(prompt, body.add_special_tokens is not False) for prompt in body.prompts]
-        most = self.limits.max_new_tokens or COMPLETION_TOKENS
-        asked = min(COMPLETION_TOKENS, most) if body.max_tokens is None else body.max_tokens
-        call = self._call(body, prompts, asked, body.logprobs, "prompt", bool(body.echo))
+        asked = body.num_asked
+        if asked is None:
+            asked = min(COMPLETION_TOKENS, self._max_new_tokens or COMPLETION_TOKENS)
+        call = self._call(body, prompts, asked, echoes=bool(body.echo))
         if not body.echo:
             return call
         texts = [prompt if isinstance(prompt, str) else self._decode(prompt) for prompt in body.prompts]
-        return replace(call, prompt_texts=texts, only_echoes=body.max_tokens == 0)
+        return replace(call, prompt_texts=texts)
 
-    def chat(self, body: ChatRequest) -> Call:
-        """What a chat asks for; raises as `completion` does."""
-        num_top = (body.top_logprobs or 0) if body.logprobs else None
-        asked = body.max_completion_tokens or body.max_tokens
-        return self._conversation(body, body.messages, asked, num_top)
-
-    def response(self, body: ResponseRequest) -> Call:
-        """What a response asks for: a chat's, whose fields have other names; raises as `completion` does."""
-        try:
-            return self._conversation(body, body.messages, body.max_output_tokens, None)
-        except FieldError as error:
-            raise type(error)(OWN_NAMES.get(error.field, error.field), error.problem) from None
-
-    def _conversation(
-        self,
-        body: ConversationRequest,
-        messages: Sequence[dict[str, Any]],
-        asked: int | None,
-        num_top: int | None,
-    ) -> Call:
-        """What a conversation asks for, with at most `asked` new tokens; errors name a chat's fields."""
-        use = self._tool_use(body) if body.offered else None
-        ids, allowed = self.chat_ids(messages, body.told), None if use is None else use.allowed
-        call = self._call(body, [ids], asked, num_top, "messages", allowed=allowed)
-        return replace(call, tools=use)
+    def _conversation(self, body: ChatRequest | ResponseRequest) -> Call:
+        tools = self._tool_use(body) if body.offered else None
+        ids = self.chat_ids(body.messages, body.told, body.PROMPT)
+        return self._call(body, [ids], body.num_asked, tools)
 
     def tokenize(self, body: TokenizeRequest) -> list[int]:
         """The ids of a prompt or of a conversation."""
@@ -205,44 +180,45 @@ class Intake:
 
     def _check_characters(self, count: int, field: str) -> None:
         """Refuse a text that is far too long before it is tokenised."""
-        most = MOST_CHARACTERS * self.limits.max_model_len
+        most = MOST_CHARACTERS * self._max_model_len
         if count > most:
             raise ContextError(
                 field,
-                f"{count} characters do not fit into the context of {self.limits.max_model_len} tokens; "
+                f"{count} characters do not fit into the context of {self._max_model_len} tokens; "
                 f"at most {most} are read",
             )
 
-    def chat_ids(self, messages: Sequence[dict[str, Any]], tools: tuple[dict[str, Any], ...] = ()) -> list[int]:
-        """A conversation as the model reads it, up to where the assistant answers."""
+    def chat_ids(
+        self, messages: Sequence[dict[str, Any]], tools: tuple[dict[str, Any], ...] = (), field: str = "messages"
+    ) -> list[int]:
+        """A conversation as the model reads it, up to where the assistant answers; errors name its `field`."""
         parts = [turn.get(name) or "" for turn in messages for name in ("content", "tool_calls")]
-        self._check_characters(sum(len(str(part)) for part in (*parts, *tools)), "messages")
+        self._check_characters(sum(len(str(part)) for part in (*parts, *tools)), field)
         try:
             turns = [read_message(turn, f"turn {index}") for index, turn in enumerate(messages)]
             return Prompt("", messages=tuple(turns), tools=tools).token_ids(self.tokenizer)
         except ValueError as error:
-            raise FieldError("messages", str(error)) from None
+            raise FieldError(field, str(error)) from None
 
     def _call(
         self,
         body: GenerationRequest,
         prompts: list[list[int]],
         asked: int | None,
-        num_top: int | None,
-        field: str,
+        tools: ToolUse | None = None,
         echoes: bool = False,
-        allowed: AllowedTokens | None = None,
     ) -> Call:
-        num_choices, seed, allowed = body.num_choices, self._seed(body), allowed or self._allowed(body)
-        if len(prompts) * num_choices > self.limits.max_answers:
+        num_choices, num_top, seed = body.num_choices, body.num_top, self._seed(body)
+        allowed = (tools and tools.allowed) or self._allowed(body)
+        if len(prompts) * num_choices > self._max_answers:
             raise FieldError(
-                "n" if num_choices > 1 else field,
-                f"{len(prompts)} prompts with {num_choices} answers each are more than the {self.limits.max_answers} "
+                "n" if num_choices > 1 else body.PROMPT,
+                f"{len(prompts)} prompts with {num_choices} answers each are more than the {self._max_answers} "
                 "that this server has seats and places in its queue for (--seats, --max-queue)",
             )
         requests = list[Request]()
         for prompt in prompts:
-            num_new = self._room(prompt, asked, field)
+            num_new = self._room(body, prompt, asked)
             if (body.min_tokens or 0) > num_new:
                 raise FieldError("min_tokens", f"expected at most the {num_new} new tokens there may be")
             if not num_new:
@@ -254,7 +230,7 @@ class Intake:
                 scores, drafts = echoes and num_top is not None, body.draft is not False
                 own = None if allowed is None else allowed.copy()
                 requests.append(Request(prompt, sampling, stop, num_top, scores, own, drafts))
-        return Call(body, requests, seed, num_choices, num_top, prompts)
+        return Call(body, requests, seed, prompts, tools)
 
     def _scoring(self, prompt: list[int], num_top: int | None) -> Request:
         """What scores a prompt and makes nothing: its last token is the only one that may follow those before it.
@@ -265,23 +241,22 @@ class Intake:
         forced, scores = only_token(last, self._vocab_size), num_top is not None
         return Request(known, SamplingParams(0.0), StopRule(1), num_top, scores, forced, drafts=False)
 
-    def _room(self, prompt: list[int], asked: int | None, field: str) -> int:
+    def _room(self, body: GenerationRequest, prompt: list[int], asked: int | None) -> int:
         """New tokens of a prompt: as many as were asked for, or as there is room for."""
-        limits = self.limits
         if not prompt:
-            raise FieldError(field, "expected at least one token")
+            raise FieldError(body.PROMPT, "expected at least one token")
         if max(prompt) >= self._vocab_size:
-            raise FieldError(field, f"expected token ids below {self._vocab_size}, got {max(prompt)}")
-        room = limits.max_model_len - len(prompt)
+            raise FieldError(body.PROMPT, f"expected token ids below {self._vocab_size}, got {max(prompt)}")
+        room = self._max_model_len - len(prompt)
         if room < (1 if asked is None else asked):
             raise ContextError(
-                field,
-                f"the context has {limits.max_model_len} tokens; {len(prompt)} of the prompt and "
+                body.PROMPT,
+                f"the context has {self._max_model_len} tokens; {len(prompt)} of the prompt and "
                 f"{'at least 1' if asked is None else asked} new ones do not fit into it",
             )
-        most = min(room, limits.max_new_tokens or room)
+        most = min(room, self._max_new_tokens or room)
         if asked is not None and asked > most:
-            raise FieldError("max_tokens", f"this server makes at most {most} new tokens, not {asked}")
+            raise FieldError(body.limit_field, f"this server makes at most {most} new tokens, not {asked}")
         return most if asked is None else asked
 
     def _allowed(self, body: GenerationRequest) -> AllowedTokens | None:
@@ -296,7 +271,7 @@ class Intake:
                     return self._forms.json(schema)
             return self._forms.json({"type": "object"})
         except ValueError as error:
-            raise FieldError("response_format", str(error)) from None
+            raise FieldError(body.FORM, str(error)) from None
 
     def _known_format(self) -> ToolFormat:
         """How this model writes calls; raises a FieldError where it cannot be told of tools."""
@@ -320,7 +295,7 @@ class Intake:
                 raise FieldError("tools", str(error)) from None
         names = frozenset(function.name for function in body.offered)
         most = 1 if body.parallel_tool_calls is False else None
-        return ToolUse(known, names, most, frozenset(special.values()), allowed)
+        return ToolUse(partial(CallReader, known, names, most), frozenset(special.values()), allowed)
 
     @cached_property
     def _knows_tools(self) -> bool:
@@ -352,14 +327,8 @@ class Intake:
         )
 
     def _sampling(self, body: GenerationRequest, seed: int) -> SamplingParams:
-        given = {
-            "top_p": body.top_p,
-            "min_p": body.min_p,
-            "repetition_penalty": body.repetition_penalty,
-            "presence_penalty": body.presence_penalty,
-            "frequency_penalty": body.frequency_penalty,
-        }
-        more: dict[str, Any] = {name: value for name, value in given.items() if value}
+        names = ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        more: dict[str, Any] = {name: value for name in names if (value := getattr(body, name))}
         temperature = 1.0 if body.temperature is None else body.temperature
         bias = self._bias(body.logit_bias or {})
         return SamplingParams(temperature, top_k=max(0, body.top_k or 0), logit_bias=bias, seed=seed, **more)

@@ -1,6 +1,6 @@
 """What GET /metrics tells: draftwing's own figures, and vLLM's names for those that its tools read."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily
@@ -17,7 +17,7 @@ TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 
 class ServerMetrics:
     """Counts requests as they end; what the engine counts is read when somebody asks."""
 
-    def __init__(self, scheduler: Scheduler, num_seats: int, model: str) -> None:
+    def __init__(self, scheduler: Scheduler, model: str) -> None:
         self._registry, self._model = CollectorRegistry(), model
         self._ended = self._counter("draftwing_requests", "Requests by how they ended", "end")
         self._prompt = self._counter("draftwing_prompt_tokens", "Tokens of prompts")
@@ -33,7 +33,7 @@ class ServerMetrics:
         self._accepted_at = self._counter(
             "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted draft tokens by depth, from 0", "position"
         )
-        self._gauge("draftwing_seats", "Requests that can be decoded at once").set(num_seats)
+        self._gauge("draftwing_seats", "Requests that can be decoded at once").set(scheduler.num_seats)
         for name in ("draftwing_requests_running", "vllm:num_requests_running"):
             self._gauge(name, "Requests that have a seat").set_function(lambda: scheduler.num_running)
         for name in ("draftwing_requests_waiting", "vllm:num_requests_waiting"):
@@ -96,19 +96,16 @@ class _EngineFigures(Collector):
 
     def collect(self) -> Iterator[Metric]:
         figures = self._scheduler.statistics
-        by_stage = CounterMetricFamily("draftwing_stage_seconds", "Of cycles by stage", labels=("model_name", "stage"))
-        for stage, seconds in list(figures.seconds.items()):
-            by_stage.add_metric((self._model, stage), seconds)
+        yield self._family("draftwing_stage_seconds", "Of cycles by stage", "stage", list(figures.seconds.items()))
         cycles = CounterMetricFamily("draftwing_cycles", "Cycles, summed over requests", labels=("model_name",))
         cycles.add_metric((self._model,), figures.num_cycles)
-        labels = ("model_name", "depth")
-        accepted = CounterMetricFamily(
-            "draftwing_accepted_at", "Cycles that accepted a node at this depth", labels=labels
-        )
-        reached = CounterMetricFamily("draftwing_reached_at", "Cycles that came to this depth", labels=labels)
-        for depth, (num_accepted, num_reached) in enumerate(
-            zip(list(figures.accepted_at), list(figures.reached_at), strict=False), 1
-        ):
-            accepted.add_metric((self._model, str(depth)), num_accepted)
-            reached.add_metric((self._model, str(depth)), num_reached)
-        yield from (by_stage, cycles, accepted, reached)
+        yield cycles
+        accepted, reached = enumerate(list(figures.accepted_at), 1), enumerate(list(figures.reached_at), 1)
+        yield self._family("draftwing_accepted_at", "Cycles that accepted a node at this depth", "depth", accepted)
+        yield self._family("draftwing_reached_at", "Cycles that came to this depth", "depth", reached)
+
+    def _family(self, name: str, text: str, label: str, values: Iterable[tuple[object, float]]) -> Metric:
+        family = CounterMetricFamily(name, text, labels=("model_name", label))
+        for place, value in values:
+            family.add_metric((self._model, str(place)), value)
+        return family

@@ -3,10 +3,11 @@
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from threading import Lock, Thread
+from types import SimpleNamespace
 
 from prometheus_client import generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -70,22 +71,13 @@ class Peers:
 
 def joined(pages: Mapping[int, bytes]) -> bytes:
     """One page of several: every sample has its replica's number, so that nothing is summed that should not be."""
-    return generate_latest(_Joined(pages))  # type: ignore[arg-type]  # all that it asks of a registry is collect
-
-
-class _Joined:
-    def __init__(self, pages: Mapping[int, bytes]) -> None:
-        self._pages = pages
-
-    def collect(self) -> Iterator[Metric]:
-        families = dict[str, Metric]()
-        up = GaugeMetricFamily(UP, "Whether a replica has told its figures", labels=("replica",))
-        for number, page in self._pages.items():
-            up.add_metric((str(number),), bool(page))
-            for family in text_string_to_metric_families(page.decode()):
-                known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-                for sample in family.samples:
-                    labels = sample.labels | {"replica": str(number)}
-                    known.add_sample(sample.name, labels, sample.value)
-        yield up
-        yield from families.values()
+    families = dict[str, Metric]()
+    up = GaugeMetricFamily(UP, "Whether a replica has told its figures", labels=("replica",))
+    for number, page in pages.items():
+        up.add_metric((str(number),), bool(page))
+        for family in text_string_to_metric_families(page.decode()):
+            known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                known.add_sample(sample.name, sample.labels | {"replica": str(number)}, sample.value)
+    registry = SimpleNamespace(collect=lambda: (up, *families.values()))  # all that is asked of one
+    return generate_latest(registry)  # type: ignore[arg-type]

@@ -28,8 +28,6 @@ INPUTS = "a text, or a list of messages with role and content, function calls an
 TOOL_CHOICES = 'none, auto, required, or {"type": "function", "name": ...}'
 ELSEWHERE = {"max_tokens": "max_output_tokens", "response_format": "text.format"}
 """Fields of the other routes that have another name here."""
-OWN_NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text"}
-"""What a chat's fields are called here, for errors."""
 NOT_HERE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("previous_response_id", "conversation", "prompt", "background", "reasoning"), ()),
     "include": (["reasoning.encrypted_content"],),
@@ -109,6 +107,7 @@ class TextOptions(Known):
 class ResponseRequest(ConversationRequest):
     """The body of POST /v1/responses."""
 
+    PROMPT: ClassVar[str] = "input"
     FORM: ClassVar[str] = "text"
 
     input: Annotated[Text | Items, one_of_forms(INPUTS), BeforeValidator(check_unicode)] = Field(description=INPUTS)
@@ -132,7 +131,9 @@ class ResponseRequest(ConversationRequest):
         for name, other in ELSEWHERE.items():
             if getattr(self, name) is not None:
                 raise FieldError(name, f"is called {other} here")
-        if self.stream_options is not None and self.stream_options.model_fields_set - {"include_obfuscation"}:
+        if self.stream_options is not None and any(
+            self.stream_options.model_dump(exclude={"include_obfuscation"}).values()
+        ):
             raise FieldError("stream_options", "expected include_obfuscation alone; a last event has the usage")
         if self.num_choices > 1:
             raise FieldError("n", "expected 1: a response is one answer")
@@ -146,13 +147,15 @@ class ResponseRequest(ConversationRequest):
             raise FieldError(name, problem)
 
     @property
+    def limit_field(self) -> str:
+        return "max_output_tokens"
+
+    @property
     def form(self) -> ResponseFormat | None:
         asked = None if self.text is None else self.text.format
         if asked is None or asked.type == "text":
             return None
-        named = None
-        if asked.content is not None:
-            named = NamedSchema(name=asked.name, schema=asked.content)
+        named = None if asked.content is None else NamedSchema(name=asked.name, schema=asked.content)
         return ResponseFormat(type=asked.type, json_schema=named, regex=asked.regex)
 
     @property

@@ -111,12 +111,11 @@ class ResponseOutlet:
         return begun + self._event("output_text.delta", **self._place, delta=step.text, logprobs=[])
 
     def closing(self, answers: Sequence[Answer]) -> bytes:
-        answer, status = answers[0], self._status(answers[0])
-        said = b"" if self._is_silent(answer) else self._end_message(answer.text, status)
-        first = 0 if self._is_silent(answer) else 1
-        calls = [self._call_events(call, place) for place, call in enumerate(answer.calls, first)]
-        last = self._event(status, response=self._response(status, answers))
-        return b"".join((said, *calls, last))
+        status, parts = self._status(answers[0]), list[bytes]()
+        for place, item in enumerate(self._output(answers[0])):
+            is_message = item["id"] == self._item
+            parts.append(self._end_message(answers[0].text, item) if is_message else self._call_events(item, place))
+        return b"".join(parts) + self._event(status, response=self._response(status, answers))
 
     def _begin_message(self) -> bytes:
         """The events in front of a message's text, once."""
@@ -127,31 +126,24 @@ class ResponseOutlet:
         added = self._event("output_item.added", output_index=0, item=item)
         return added + self._event("content_part.added", **self._place, part=self._part(""))
 
-    def _end_message(self, text: str, status: str) -> bytes:
-        begun = self._begin_message()
-        item = self._message(status, text)
-        return b"".join(
-            (
-                begun,
-                self._event("output_text.done", **self._place, text=text, logprobs=[]),
-                self._event("content_part.done", **self._place, part=self._part(text)),
-                self._event("output_item.done", output_index=0, item=item),
-            )
+    def _end_message(self, text: str, item: Mapping[str, Any]) -> bytes:
+        return (
+            self._begin_message()
+            + self._event("output_text.done", **self._place, text=text, logprobs=[])
+            + self._event("content_part.done", **self._place, part=self._part(text))
+            + self._event("output_item.done", output_index=0, item=item)
         )
 
-    def _call_events(self, call: ToolCall, place: int) -> bytes:
+    def _call_events(self, item: Mapping[str, Any], place: int) -> bytes:
         """The events of a call, which is known as a whole."""
-        item = self._call_item(call)
-        begun: dict[str, Any] = {**item, "status": "in_progress", "arguments": ""}
+        begun = {**item, "status": "in_progress", "arguments": ""}
         where, arguments = {"item_id": item["id"], "output_index": place}, item["arguments"]
         kind, name = "function_call_arguments", item["name"]
-        return b"".join(
-            (
-                self._event("output_item.added", output_index=place, item=begun),
-                self._event(f"{kind}.delta", **where, delta=arguments),
-                self._event(f"{kind}.done", **where, name=name, arguments=arguments),
-                self._event("output_item.done", output_index=place, item=item),
-            )
+        return (
+            self._event("output_item.added", output_index=place, item=begun)
+            + self._event(f"{kind}.delta", **where, delta=arguments)
+            + self._event(f"{kind}.done", **where, name=name, arguments=arguments)
+            + self._event("output_item.done", output_index=place, item=item)
         )
 
     def failure(self, error: ApiError) -> bytes:
@@ -186,12 +178,10 @@ class ResponseOutlet:
             **call["function"],
         }
 
-    def _is_silent(self, answer: Answer) -> bool:
-        """Whether there are calls alone, and no message."""
-        return bool(answer.calls) and not answer.text
-
     def _output(self, answer: Answer) -> list[OutputMessage | OutputCall]:
-        said = [] if self._is_silent(answer) else [self._message(self._status(answer), answer.text)]
+        """The message, which calls may stand in place of, and the calls."""
+        is_silent = answer.calls and not answer.text
+        said = [] if is_silent else [self._message(self._status(answer), answer.text)]
         return [*said, *map(self._call_item, answer.calls)]
 
     def _response(self, status: str, answers: Sequence[Answer] = ()) -> ResponseBody:

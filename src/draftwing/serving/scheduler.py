@@ -90,7 +90,7 @@ class Scheduler:
     ) -> None:
         self.seat_bytes = model.seat_bytes(max_model_len, settings)
         self._engine = model.engine(num_seats, max_model_len, settings, self.seat_bytes)
-        self._max_queue = max_queue
+        self.num_seats, self.max_model_len, self.max_queue = num_seats, max_model_len, max_queue
         self._changed = threading.Condition()  # guards what other threads change: the six below
         self._waiting: deque[Ticket] = deque()
         self._cancelled: set[Ticket] = set()
@@ -142,8 +142,8 @@ class Scheduler:
         with self._changed:
             if self._is_draining or self._has_failed:
                 raise Draining(FAILED if self._has_failed else "the server is shutting down")
-            num_free = self._engine.num_seats - self.num_running
-            if len(self._waiting) + len(tickets) > self._max_queue + num_free:
+            num_free = self.num_seats - self.num_running
+            if len(self._waiting) + len(tickets) > self.max_queue + num_free:
                 raise Busy(f"{len(self._waiting)} requests are waiting already")
             self._waiting += tickets
             self._changed.notify_all()

@@ -7,7 +7,7 @@ A field that would change the text and is not honoured is refused by name; other
 
 import difflib
 import logging
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -145,15 +145,19 @@ class FieldError(ValueError):
         self.field, self.problem = field, problem
 
 
-class StreamOptions(BaseModel):
-    """What a stream carries beside its text."""
+class Strict(BaseModel):
+    """What is of another type is refused, not converted."""
 
     model_config = ConfigDict(strict=True)
 
-    include_usage: bool | None = Field(None, description="a last chunk without choices has the usage")
-    continuous_usage_stats: bool | None = Field(None, description="every chunk has the usage so far")
-    draftwing: bool | None = Field(None, description="every chunk says which of its text was drafted")
-    include_obfuscation: bool | None = Field(None, description="changes nothing: chunks are never padded")
+
+class StreamOptions(Strict):
+    """What a stream carries beside its text."""
+
+    include_usage: Annotated[bool | None, Field(description="a last chunk without choices has the usage")] = None
+    continuous_usage_stats: Annotated[bool | None, Field(description="every chunk has the usage so far")] = None
+    draftwing: Annotated[bool | None, Field(description="every chunk says which of its text was drafted")] = None
+    include_obfuscation: Annotated[bool | None, Field(description="changes nothing: chunks are never padded")] = None
 
 
 class Known(BaseModel):
@@ -193,6 +197,11 @@ class ResponseFormat(Known):
 
 class GenerationRequest(Body):
     """What completions and chats have in common."""
+
+    PROMPT: ClassVar[str] = "prompt"
+    """The field with what is to be answered."""
+    FORM: ClassVar[str] = "response_format"
+    """The field with the form that an answer must have."""
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     best_of: int | None = Field(None, description="only the value of n")
@@ -247,6 +256,22 @@ class GenerationRequest(Body):
         """Answers for each prompt."""
         return self.n or 1
 
+    @property
+    def limit_field(self) -> str:
+        """The field that says how many new tokens there may be."""
+        return "max_tokens"
+
+    @property
+    def num_asked(self) -> int | None:
+        """New tokens that there may be; None: it does not say."""
+        num_asked: int | None = getattr(self, self.limit_field)
+        return num_asked
+
+    @property
+    def num_top(self) -> int | None:
+        """Of each token's log-probabilities, how many; None: none are asked for."""
+        return None
+
     @model_validator(mode="after")
     def _check_together(self) -> "GenerationRequest":
         if self.best_of is not None and self.best_of != self.num_choices:
@@ -283,6 +308,10 @@ class CompletionRequest(GenerationRequest):
         if self.max_tokens == 0 and not self.echo:
             raise FieldError("max_tokens", "expected at least 1; 0 is for echo alone")
         return self
+
+    @property
+    def num_top(self) -> int | None:
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:

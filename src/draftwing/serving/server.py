@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from draftwing.serving.answers import Answer, ChatShape, CompletionShape, usage
+from draftwing.serving.answers import Answer, usage
 from draftwing.serving.conversations import ChatRequest
 from draftwing.serving.errors import ApiError, as_api_error
 from draftwing.serving.intake import Call, Intake
@@ -21,18 +21,16 @@ from draftwing.serving.metrics import ServerMetrics
 from draftwing.serving.response_schema import ResponseRequest
 from draftwing.serving.responses import ResponseOutlet
 from draftwing.serving.scheduler import Busy, Delivery, Draining, Scheduler
-from draftwing.serving.schema import CompletionRequest, FieldError, GenerationRequest
-from draftwing.serving.streams import Choices, Identity, Outlet
+from draftwing.serving.schema import CompletionRequest, FieldError
+from draftwing.serving.streams import Chats, Completions, Identity, Outlet
 from draftwing.serving.submission import Gone, Submission
 from draftwing.serving.token_texts import TokenTexts
 
 logger = logging.getLogger(__name__)
 
-Given = TypeVar("Given", bound=GenerationRequest)
+Given = CompletionRequest | ChatRequest | ResponseRequest
 Written = TypeVar("Written")
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-FIELDS = {"max_new_tokens": "max_tokens", "input_ids": "prompt"}
-"""The API's names of fields that the engine calls otherwise."""
 
 
 class Server:
@@ -40,11 +38,8 @@ class Server:
 
     def __init__(self, scheduler: Scheduler, intake: Intake, identity: Identity) -> None:
         self.scheduler, self.intake, self.identity = scheduler, intake, identity
-        self.metrics = ServerMetrics(scheduler, intake.limits.num_seats, identity.name)
+        self.metrics = ServerMetrics(scheduler, identity.name)
         self.texts = TokenTexts(intake.tokenizer)
-        self._completions = partial(Choices, CompletionShape(self.texts), "text_completion", "cmpl", identity)
-        self._chats = partial(Choices, ChatShape(self.texts), "chat.completion", "chatcmpl", identity)
-        self._responses = partial(ResponseOutlet, identity)
         self._reader = ThreadPoolExecutor(1, "draftwing-tokenizer")  # long prompts must not keep others' streams
 
     async def read(self, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -56,23 +51,10 @@ class Server:
         if name is not None and name not in (self.identity.name, self.identity.root):
             raise ApiError(404, f"model: {name:.100} is not served here", "model", "model_not_found")
 
-    async def complete(self, body: CompletionRequest, request: Request) -> Response:
-        """Answer a completion."""
-        return await self._answer(body, self.intake.completion, self._completions, request)
-
-    async def chat(self, body: ChatRequest, request: Request) -> Response:
-        """Answer a chat."""
-        return await self._answer(body, self.intake.chat, self._chats, request)
-
-    async def respond(self, body: ResponseRequest, request: Request) -> Response:
-        """Answer a conversation in the newer form."""
-        return await self._answer(body, self.intake.response, self._responses, request)
-
-    async def _answer(
-        self, body: Given, read: Callable[[Given], Call], outlet: Callable[[Call], Outlet], request: Request
-    ) -> Response:
+    async def answer(self, body: Given, request: Request) -> Response:
+        """Answer what a body asks for, in the form of its route."""
         self.check_model(body.model)
-        call: Call = await self.read(self._call, body, read)
+        call: Call = await self.read(self._call, body)
         try:
             submission = Submission(self.scheduler, call, request.receive)
         except Busy as error:
@@ -80,24 +62,32 @@ class Server:
             raise ApiError(429, str(error)) from None
         except Draining as error:
             raise ApiError(503, str(error)) from None
-        work = _Work(self, call, submission, outlet(call), request)
+        work = _Work(self, call, submission, self._outlet(call), request)
         if body.stream:
             return StreamingResponse(work.stream(), media_type="text/event-stream", headers=UNBUFFERED)
         return await work.whole()
 
-    def _call(self, body: Given, read: Callable[[Given], Call]) -> Call:
+    def _outlet(self, call: Call) -> Outlet:
+        match call.body:
+            case CompletionRequest():
+                return Completions(self.texts, self.identity, call)
+            case ChatRequest():
+                return Chats(self.texts, self.identity, call)
+        return ResponseOutlet(self.identity, call)
+
+    def _call(self, body: Given) -> Call:
         """What a body asks for, checked by all who have to do with it."""
         try:
-            call = read(body)
-            for checked in call.requests[:: call.num_choices]:
+            call = self.intake.read(body)
+            for checked in call.requests[:: body.num_choices]:
                 self.scheduler.check(checked)
             return call
         except FieldError:
             raise
         except ValueError as error:  # the engine's: it begins with the field's name
-            field, _, problem = str(error).partition(": ")
-            field = FIELDS.get(field, field)
-            raise ApiError(400, f"{field}: {problem}", field) from None
+            name, _, problem = str(error).partition(": ")
+            names = {"max_new_tokens": body.limit_field, "input_ids": body.PROMPT}
+            raise FieldError(names.get(name, name), problem) from None
 
 
 class _Work:
@@ -157,7 +147,7 @@ class _Work:
 
     async def _write(self, write: Callable[[], Written]) -> Written:
         """Write something; beside the event loop where tokens must be named, which for a prompt's takes long."""
-        if self._call.num_top is None:
+        if self._call.body.num_top is None:
             return write()
         written: Written = await self._server.read(write)
         return written

@@ -17,10 +17,6 @@ class TokenTexts:
         self._tokenizer, decode = tokenizer, exact_decode(tokenizer)
         self._text = lru_cache(NUM_KEPT)(lambda token: decode([token]))
 
-    def each(self, tokens: Sequence[int]) -> list[str]:
-        """Each token alone."""
-        return [self.text(token) for token in tokens]
-
     def text(self, token: int) -> str:
         """A token alone; bytes that are no whole character are replacement characters."""
         return self._text(token)

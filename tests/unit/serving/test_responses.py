@@ -171,6 +171,8 @@ def test_a_wrong_field_is_named(client: TestClient, scheduler: FakeScheduler, fi
         *({"store": None}, {"tools": []}, {"metadata": {"a": "b"}}, {"truncation": "disabled"}, {"include": []}),
         {"include": ["reasoning.encrypted_content"]},
         {"stream": True, "stream_options": {"include_obfuscation": False}},
+        {"stream": True, "stream_options": None},
+        {"stream": True, "stream_options": {"include_usage": None, "draftwing": False}},
         {"text": {"format": None, "verbosity": None}},
         {"text": {"format": {"type": "text", "regex": None, "strictness": None}}},
     ],

@@ -94,7 +94,8 @@ def test_an_answer_of_one_cycle_has_no_time_between_its_tokens() -> None:
     """Its first tokens are its last; a histogram's sum must not fall."""
     (request,) = requests_for([[1, 2, 3]], eos=(), max_new_tokens=4)
     figures = SimpleNamespace(seconds={}, num_cycles=0, accepted_at=[], reached_at=[])
-    metrics = ServerMetrics(SimpleNamespace(num_running=0, num_waiting=0, statistics=figures), 1, "m")  # type: ignore[arg-type]
+    scheduler = SimpleNamespace(num_seats=1, num_running=0, num_waiting=0, statistics=figures)
+    metrics = ServerMetrics(scheduler, "m")  # type: ignore[arg-type]
     for cycles in ([[5, 6, 7, 8]], [[5, 6, 7], [8]]):
         seat = Seat(request, 0)
         ticket = Ticket(request, 0, lambda *_: None, seat=seat, seated=0.0, submitted=0.0)

@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,12 +28,12 @@ from transformers import PreTrainedTokenizerFast
 from draftwing.engine.engine import Request
 from draftwing.engine.logprobs import TokenLogprobs
 from draftwing.engine.options import row_seed
-from draftwing.serving.answers import Answer, CompletionShape
+from draftwing.serving.answers import Answer
 from draftwing.serving.app import create_app
-from draftwing.serving.intake import Intake, Limits
+from draftwing.serving.intake import Intake
 from draftwing.serving.json_lines import JsonLines, json_lines
 from draftwing.serving.schema import MAX_BODY_BYTES
-from draftwing.serving.streams import Identity
+from draftwing.serving.streams import Identity, likeliest, name_of
 from draftwing.serving.token_texts import Offsets, TokenTexts
 from draftwing.target.load import load_tokenizer
 
@@ -41,6 +42,8 @@ EOS = TOKENIZER.eos_token_id
 IDENTITY = Identity("tiny", "org/tiny", "draftwing-test")
 CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
 TEXT = {"prompt": "def main(args):"}
+LIMITS = ("max_tokens", "max_completion_tokens")
+"""What chats call the number of new tokens."""
 
 
 def ids(text: str) -> list[int]:
@@ -52,8 +55,12 @@ SAID = ids("    return args")
 CYCLES = [(SAID[:1], 0), (SAID[1:], len(SAID) - 2)]
 
 
-def client_of(scheduler: FakeScheduler, tokenizer: Any = TOKENIZER, **options: Any) -> TestClient:
-    intake = Intake(tokenizer, len(TOKENIZER), (EOS, 0), Limits(4, 512, max_answers=16))
+def client_of(
+    scheduler: FakeScheduler, tokenizer: Any = TOKENIZER, max_new_tokens: int | None = None, **options: Any
+) -> TestClient:
+    target = SimpleNamespace(vocab_size=len(TOKENIZER), eos_token_ids=(EOS, 0))
+    model = SimpleNamespace(tokenizer=tokenizer, target=target)
+    intake = Intake(model, scheduler, max_new_tokens)  # type: ignore[arg-type]
     app = create_app(scheduler, intake, IDENTITY, **options)  # type: ignore[arg-type]
     return TestClient(app, raise_server_exceptions=False)
 
@@ -262,15 +269,15 @@ def test_an_echo_alone_shows_no_new_token(prompt: list[int]) -> None:
 
 def test_tokens_of_one_text_are_told_apart() -> None:
     """lm-eval takes the likeliest name for the chosen one: two tokens must not share one."""
-    shape = CompletionShape(TokenTexts(TOKENIZER))
+    texts, same = TokenTexts(TOKENIZER), SameTexts(TOKENIZER)
     half, other = ids("字")[:2]
-    names = shape._top(half, TokenLogprobs(-2.0, [(other, -1.0), (SAID[0], -1.5)]), by_id=False)
+    names = likeliest(half, TokenLogprobs(-2.0, [(other, -1.0), (SAID[0], -1.5)]), texts, by_id=False)
     assert len(names) == 3
     assert list(names.values()) == [-1.0, -1.5, -2.0]
-    assert shape._name(half, by_id=False).startswith("bytes:\\x")
-    ambiguous = CompletionShape(SameTexts(TOKENIZER))
-    assert ambiguous._top(7, TokenLogprobs(-2.0, [(8, -1.0)]), by_id=False) == {"token_id:8": -1.0, "same": -2.0}
-    assert ambiguous._top(7, TokenLogprobs(-2.0, [(8, -1.0)]), by_id=True) == {"token_id:8": -1.0, "token_id:7": -2.0}
+    assert name_of(half, texts, by_id=False).startswith("bytes:\\x")
+    chances = TokenLogprobs(-2.0, [(8, -1.0)])
+    assert likeliest(7, chances, same, by_id=False) == {"token_id:8": -1.0, "same": -2.0}
+    assert likeliest(7, chances, same, by_id=True) == {"token_id:8": -1.0, "token_id:7": -2.0}
 
 
 def test_a_prompt_as_long_as_the_context_is_scored(client: TestClient, scheduler: FakeScheduler) -> None:
@@ -590,8 +597,7 @@ def test_unknown_models_paths_and_methods(client: TestClient) -> None:
 
 def test_a_completion_that_names_no_length_gets_what_the_server_allows(scheduler: FakeScheduler) -> None:
     for most, expected in ((8, 8), (99, 16), (None, 16)):
-        intake = Intake(TOKENIZER, len(TOKENIZER), (EOS, 0), Limits(4, 512, most))
-        with TestClient(create_app(scheduler, intake, IDENTITY)) as client:  # type: ignore[arg-type]
+        with client_of(scheduler, max_new_tokens=most) as client:
             assert client.post("/v1/completions", json=TEXT).status_code == 200
         assert asked(scheduler).stop.max_new_tokens == expected
 
@@ -602,6 +608,20 @@ def test_what_the_engine_refuses_has_the_apis_name(client: TestClient, scheduler
 
     scheduler.check = check
     assert problem(client.post("/v1/completions", json=TEXT))["param"] == "max_tokens"
+    for limit in LIMITS:
+        assert problem(client.post("/v1/chat/completions", json=CHAT | {limit: 8}))["param"] == limit
+    error = problem(client.post("/v1/responses", json={"input": "Hello"}))
+    assert error["param"] == "max_output_tokens"
+    assert error["message"].startswith("max_output_tokens: the prompt has 9 tokens")
+
+
+def test_a_limit_has_the_name_that_the_client_gave_it(scheduler: FakeScheduler) -> None:
+    with client_of(scheduler, max_new_tokens=8) as client:
+        for limit in LIMITS:
+            error = problem(client.post("/v1/chat/completions", json=CHAT | {limit: 9}))
+            assert (error["param"], error["message"].partition(":")[0]) == (limit, limit)
+        error = problem(client.post("/v1/responses", json={"input": "Hello", "max_output_tokens": 9}))
+        assert error["param"] == "max_output_tokens"
 
 
 def test_a_full_line_and_a_server_that_shuts_down(client: TestClient, scheduler: FakeScheduler) -> None:
