@@ -20,7 +20,7 @@ from draftwing.drafts.family import Draft, DrafterOptions
 from draftwing.drafts.fit import broken_tensors
 from draftwing.drafts.kinds import FAMILIES, family_of_files, new_drafter
 from draftwing.drafts.load_draft import check_head_options, open_draft
-from draftwing.intervals import Interval, gain_interval, ratio_interval
+from draftwing.intervals import Interval, Sums, ratio_interval
 from draftwing.target.model import TargetModel
 
 DEPTH = 5
@@ -252,18 +252,18 @@ def compare(
     """A finding from the traces of the same prompts, and from those that it is held against."""
     ours, theirs = _tokens_and_cycles(traces), _tokens_and_cycles(base)
     evidence = _likelihood_ratio(traces, base) if same_text else None
-    return Finding(name, means, ratio_interval(*ours), gain_interval(ours, theirs, LEVEL), evidence, options)
+    return Finding(name, means, ratio_interval(ours), ratio_interval(ours, theirs, LEVEL), evidence, options)
 
 
 def _likelihood_ratio(traces: Sequence[Trace], base: Sequence[Trace]) -> Interval:
     """Geometric mean over tokens and depths of the probability, divided by that of `base`."""
     differences = [float(np.nansum(one.log_probs - other.log_probs)) for one, other in zip(traces, base, strict=True)]
     counts = [float(np.isfinite(trace.log_probs).sum()) for trace in traces]
-    mean = ratio_interval(differences, counts, LEVEL)
+    mean = ratio_interval((differences, counts), level=LEVEL)
     value, low, high = np.exp((mean.value, mean.low, mean.high)).tolist()
     return Interval(value, low, high)
 
 
-def _tokens_and_cycles(traces: Sequence[Trace]) -> tuple[list[float], list[float]]:
+def _tokens_and_cycles(traces: Sequence[Trace]) -> Sums:
     emitted = [trace.cycles()[1] for trace in traces]
     return [float(row.sum()) for row in emitted], [float(len(row)) for row in emitted]

@@ -14,7 +14,7 @@ from draftwing.engine.tree_plan import STATIC_TREES, TreePlan
 from draftwing.evaluation.evaluate import Cell, Evaluation, Remarks
 from draftwing.evaluation.journal import Journal, Run
 from draftwing.evaluation.specs import MethodSpec
-from draftwing.intervals import Interval, gain_interval, ratio_interval
+from draftwing.intervals import Interval, Sums, ratio_interval
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ def figures_of(runs: Sequence[Run], plain: Sequence[Run]) -> Figures | None:
         len(runs),
         sum(run.num_tokens for run in runs),
         sum(run.seconds for run in runs),
-        ratio_interval(per_prompt(runs, "num_tokens"), per_prompt(runs, "seconds")),
+        ratio_interval(_tokens_per(runs, "seconds")),
         rate_ratio(runs, plain),
-        ratio_interval(per_prompt(runs, "num_tokens"), per_prompt(runs, "num_cycles")) if has_cycles else None,
+        ratio_interval(_tokens_per(runs, "num_cycles")) if has_cycles else None,
         sum(compared) / len(compared) if compared else None,
     )
 
@@ -130,8 +130,7 @@ def rate_ratio(runs: Sequence[Run], others: Sequence[Run], per: str = "seconds")
     mine, theirs = ([run for run in some if _turn(run) in shared] for some in (runs, others))
     if not shared or any(getattr(run, per) is None for run in mine + theirs):
         return None
-    mine_ratio, their_ratio = ((per_prompt(some, "num_tokens"), per_prompt(some, per)) for some in (mine, theirs))
-    return gain_interval(mine_ratio, their_ratio)
+    return ratio_interval(_tokens_per(mine, per), _tokens_per(theirs, per))
 
 
 def by_category(runs: Sequence[Run], plain: Sequence[Run]) -> dict[str, Figures]:
@@ -171,12 +170,14 @@ def _turn(run: Run) -> tuple[int, int]:
     return run.prompt, run.turn
 
 
-def per_prompt(runs: Sequence[Run], name: str) -> list[float]:
-    """Sums over each prompt's turns, in the order of the prompts."""
-    sums: dict[int, float] = defaultdict(float)
+def _tokens_per(runs: Sequence[Run], name: str) -> Sums:
+    """The tokens of each prompt's turns, and another field, summed; in the order of the prompts."""
+    tokens: dict[int, float] = defaultdict(float)
+    others: dict[int, float] = defaultdict(float)
     for run in sorted(runs, key=_turn):
-        sums[run.prompt] += getattr(run, name)
-    return list(sums.values())
+        tokens[run.prompt] += run.num_tokens
+        others[run.prompt] += getattr(run, name)
+    return list(tokens.values()), list(others.values())
 
 
 def _figures_of_run(run: Run) -> dict[str, Any]:
