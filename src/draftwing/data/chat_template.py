@@ -14,7 +14,7 @@ import torch
 from draftwing.data.corpus import Row
 from draftwing.data.messages import SHOWN, THOUGHTS, Message, present, read_conversation, read_flag
 
-CONVERSATION_FIELDS = ("messages", "conversations", "system", "tools", "functions")
+CONVERSATION_FIELDS = ("messages", "conversations", "system", "tools", "functions", "truncated")
 """What a row's conversation is read from."""
 
 
@@ -58,8 +58,7 @@ def encode_row(row: Row, tokenizer: Any) -> list[Example]:
     if "text" in row:
         ids = tokenizer(row["text"], add_special_tokens=True)["input_ids"]
         return [Example(torch.tensor(ids, dtype=torch.int64), torch.ones(len(ids), dtype=torch.bool))]
-    said = read_conversation(row)
-    return encode_conversation(said.messages, tokenizer, said.tools, said.truncated)
+    return encode_conversation(row["messages"], tokenizer, row.get("tools"), row.get("truncated", False))
 
 
 def _read_ids(row: Row, tokenizer: Any) -> Example:
@@ -91,10 +90,8 @@ def normalise(row: Row) -> Row:
         if not isinstance(row["text"], str):
             raise ValueError(f"text: expected a string, got {type(row['text']).__name__}")
         return row
-    said = read_conversation(row)
-    tools = {"tools": said.tools} if said.tools else {}
     others = {name: value for name, value in row.items() if name not in CONVERSATION_FIELDS}
-    return others | {"messages": said.messages} | tools
+    return others | read_conversation(row)
 
 
 def render(

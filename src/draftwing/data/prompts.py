@@ -122,12 +122,12 @@ def _read_messages(row: Row, place: str) -> tuple[tuple[Message, ...], tuple[Mes
         said = read_conversation(row)
     except ValueError as error:
         raise ValueError(f"prompts: {place}: {error}") from None
-    messages = said.messages
+    messages = said["messages"]
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
         raise ValueError(f"prompts: {place}: messages: expected something to answer, got answers alone")
-    return tuple(messages), tuple(said.tools or ())
+    return tuple(messages), tuple(said.get("tools", ()))
 
 
 def spread(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:

@@ -8,7 +8,7 @@ from rich.console import Console
 from draftwing.config import TrainConfig
 from draftwing.data.fingerprint import contents_of, data_content_of
 from draftwing.files import to_json, write_text
-from draftwing.prepare.self_generated import write_self_generated
+from draftwing.prepare.self_generated import count_answers, write_self_generated
 from draftwing.provenance import provenance
 from draftwing.training.checkpoints import check_continued, settings_of
 from draftwing.training.display import RUN_LOG, read_run_log
@@ -61,9 +61,10 @@ def _generate(config: TrainConfig) -> dict[str, float]:
         start = time.perf_counter()
         metrics = write_self_generated(config)
         seconds = round(time.perf_counter() - start)
-        run_log = {"metrics": metrics, "seconds": seconds, "recipe": config.as_dict(), "provenance": provenance()}
         record = Path(config.output).with_suffix(".json")
         if metrics["new_tokens"] or not record.exists():  # else it tells of the run that has written the rows
+            metrics |= count_answers(Path(config.output))
+            run_log = {"metrics": metrics, "seconds": seconds, "recipe": config.as_dict(), "provenance": provenance()}
             write_text(record, to_json(run_log, indent=2) + "\n")
     wait_for_others()
     return metrics
