@@ -97,16 +97,9 @@ class StoredExamples(Sequence[Example]):
         input_ids = self._reader.read("input_ids", start, stop).to(torch.int64)
         return Example(input_ids, self._reader.read("loss_mask", start, stop).clone())
 
-    def each_ids(self) -> Iterator[torch.Tensor]:
-        """The token ids of each file of the whole split."""
-        return self._reader.each("input_ids")
-
-    def token_counts(self, vocab_size: int) -> torch.Tensor:
-        """How often each token is supervised in the whole split, `[V]`."""
-        counts = torch.zeros(vocab_size, dtype=torch.int64)
-        for ids, mask in zip(self._reader.each("input_ids"), self._reader.each("loss_mask"), strict=True):
-            counts += torch.bincount(ids[mask], minlength=vocab_size)
-        return counts
+    def each_file(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The token ids and loss mask of each file of the whole split."""
+        return zip(self._reader.each("input_ids"), self._reader.each("loss_mask"), strict=True)
 
 
 def is_prepared(folder: str) -> bool:

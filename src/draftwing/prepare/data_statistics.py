@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from draftwing.data.chat_template import Example
+from draftwing.data.examples import count_supervised
 from draftwing.data.prepared import SPLITS, Prepared
 
 DRAFT_VOCAB_SIZES = (8192, 16384, 32768, 65536)
@@ -50,7 +51,7 @@ def summarise(prepared: Prepared, vocab_size: int) -> DataStatistics:
     """Count a prepared folder."""
     splits = {split: prepared.examples(split) for split in SPLITS}
     lengths = torch.tensor([length for examples in splits.values() for length in examples.lengths])
-    counts = sum((examples.token_counts(vocab_size) for examples in splits.values()), torch.zeros(vocab_size)).long()
+    counts = sum((count_supervised(examples, vocab_size) for examples in splits.values()), torch.zeros(vocab_size)).long()
     by_frequency = counts.sort(descending=True).values.cumsum(0)
     total = int(by_frequency[-1])
     sizes = [size for size in DRAFT_VOCAB_SIZES if size < vocab_size] or [vocab_size // 4, vocab_size // 2]

@@ -135,8 +135,7 @@ def read_questions(config: SelfGeneratedStage, tokenizer: Any) -> tuple[list[Que
         candidates = list(_candidates(refs, held_out, config, tokenizer, rejects))
         found[held_out] = [prompt for prompt, length in candidates if 0 < length <= config.sequence_length // 2]
         num_long += len(candidates) - len(found[held_out])
-    rejects.sort()
-    rejects.check(len(selection.train) + len(selection.held_out))
+    rejects.finish(len(selection.train) + len(selection.held_out))
     random.Random(config.seed).shuffle(found[False])
     chosen = [*found[True][: config.evaluate_rows], *found[False][: config.max_rows]]
     if not chosen:

@@ -123,8 +123,7 @@ class _Writer:
         self._save()
 
     def finish(self) -> Prepared:
-        self.rejects.sort()
-        self.rejects.check(self.counts.rows)
+        self.rejects.finish(self.counts.rows)
         if not self._splits["train"]:
             raise ValueError("data: nothing is supervised in any training row")
         self._index["provenance"] = provenance()
