@@ -98,18 +98,10 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; 1 if a method failed, or no turn could be decoded."""
     _check_engines(options)
     sources, wanted = _data_sources(options.data or ["embedded"]), options.methods
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from draftwing.cli.eval_setup import check_drafts, prepare, read_data, read_drafts, settings_of
     from draftwing.evaluation.evaluate import Remarks, evaluate
     from draftwing.evaluation.journal import Journal
+    from draftwing.progress import progress_bar
     from draftwing.target.load import check_device
 
     check_device(options.device)
@@ -120,14 +112,7 @@ def run(options: argparse.Namespace) -> int:
     journal, remarks = Journal(settings, options.output, options.fresh), Remarks()
     methods, evaluation = prepare(options, drafts, wanted, data)
     is_stopped = False
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=new_console(stderr=True), transient=True) as progress:
+    with progress_bar(console=new_console(stderr=True), transient=True) as progress:
         task = progress.add_task("decoding", total=evaluation.num_decodings)
         try:
             evaluate(evaluation, journal, remarks, lambda done: progress.advance(task, done))

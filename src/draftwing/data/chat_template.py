@@ -22,8 +22,8 @@ CONVERSATION_FIELDS = ("messages", "conversations", "system", "tools", "function
 class Example:
     """One tokenised sample: `input_ids [S]` (int64) and `loss_mask [S]` (bool, True on tokens the model should say).
 
-    Several documents packed into one have `document_ids [S]` (int64, ascending from 0). Stored `features [S, F]` and
-    `last_hidden [S, D]` (the input of the target's output head) spare the target's pass.
+    Several documents packed into one have `document_ids [S]` (int64, ascending from 0). Stored `last_hidden [S, D]`
+    (the input of the target's output head) and `features [S, F]`, if they are others, spare the target's pass.
     """
 
     input_ids: torch.Tensor

@@ -127,7 +127,8 @@ class Collator:
     """Pads rows on the right to the longest of the batch.
 
     A batch has `input_ids [B, S]` and `loss_mask [B, S]`; packed rows also `document_ids [B, S]`, which is -1 on
-    padding, and rows with stored features `features [B, S, F]` and `last_hidden [B, S, D]`.
+    padding, and rows with what is stored of the target `last_hidden [B, S, D]` and, if they are others,
+    `features [B, S, F]`.
     """
 
     def __init__(self, pad_token_id: int) -> None:

@@ -107,7 +107,7 @@ def is_prepared(folder: str) -> bool:
     return (Path(folder) / INDEX).is_file()
 
 
-def open_prepared(folder: str, tokenizer: Any = None) -> Prepared:
+def open_prepared(folder: str, tokenizer: Any) -> Prepared:
     """Open a prepared folder; its files are checked against their checksums.
 
     Raises:
@@ -117,12 +117,11 @@ def open_prepared(folder: str, tokenizer: Any = None) -> Prepared:
     index = read_index(path, FORMAT)
     if not index["complete"]:
         raise ValueError(f"data: {folder} is unfinished; run the same `draftwing prepare` again to go on")
-    if tokenizer is not None:
-        for name, value in hashes_of(tokenizer).items():
-            if index["tokenizer"][name] != value:
-                raise ValueError(
-                    f"data: {folder} was prepared with another {name} than the target's; prepare it for this target"
-                )
+    for name, value in hashes_of(tokenizer).items():
+        if index["tokenizer"][name] != value:
+            raise ValueError(
+                f"data: {folder} was prepared with another {name} than the target's; prepare it for this target"
+            )
     splits = shards_of(index)
     check_files(path, [shard for shards in splits.values() for shard in shards], checksums=True)
     return as_prepared(path, index)

@@ -51,7 +51,7 @@ def summarise(prepared: Prepared, vocab_size: int) -> DataStatistics:
     """Count a prepared folder."""
     splits = {split: prepared.examples(split) for split in SPLITS}
     lengths = torch.tensor([length for examples in splits.values() for length in examples.lengths])
-    counts = sum((count_supervised(examples, vocab_size) for examples in splits.values()), torch.zeros(vocab_size)).long()
+    counts = torch.stack([count_supervised(examples, vocab_size) for examples in splits.values()]).sum(0)
     by_frequency = counts.sort(descending=True).values.cumsum(0)
     total = int(by_frequency[-1])
     sizes = [size for size in DRAFT_VOCAB_SIZES if size < vocab_size] or [vocab_size // 4, vocab_size // 2]

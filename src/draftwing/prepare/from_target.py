@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from draftwing.config import SelfGeneratedStage
 from draftwing.data.chat_template import render
@@ -43,6 +42,7 @@ from draftwing.prepare.self_generated import (
     encode_text,
     resume,
 )
+from draftwing.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 MARK = "Q7Xw3Zk9"
@@ -357,9 +357,7 @@ def _settings(config: SelfGeneratedStage, author: Author, shard: RunPart, engine
 @contextmanager
 def _shown(wanted: int, num_done: int, statistics: Statistics) -> Iterator[Callable[[int], None]]:
     """A progress bar with the tokens per second."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    more = TimeRemainingColumn(), TextColumn("{task.fields[rate]:.0f} tokens/s")
-    with Progress(*columns, *more, console=Console(stderr=True)) as progress:
+    with progress_bar(TextColumn("{task.fields[rate]:.0f} tokens/s")) as progress:
         shown = progress.add_task("rows of the target's own", total=wanted, completed=num_done, rate=0.0)
         began = time.perf_counter()
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import DownloadColumn
 from torch import nn
 
 from draftwing.data.chat_template import Example
@@ -26,6 +25,7 @@ from draftwing.data.shards import (
     write_shard,
 )
 from draftwing.files import check_same
+from draftwing.progress import progress_bar
 from draftwing.provenance import provenance
 from draftwing.target.hidden_states import NORMED
 from draftwing.target.model import TargetModel
@@ -161,8 +161,7 @@ class FeatureWriter:
         """Write what is missing. Ctrl-C loses the shard that is being made."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._save(complete=False)
-        columns = (BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
+        with progress_bar(count=DownloadColumn()) as progress:
             shown = progress.add_task("features", total=self._tokens_to_come * self.bytes_per_token)
             for job in self._jobs:
                 tensors = self._tensors(job, lambda tokens: progress.advance(shown, tokens * self.bytes_per_token))

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
 from draftwing.data import fingerprint
@@ -41,6 +39,7 @@ from draftwing.data.shards import (
 )
 from draftwing.data.sources import RowRef
 from draftwing.files import check_same
+from draftwing.progress import progress_bar
 from draftwing.provenance import provenance
 
 logger = logging.getLogger(__name__)
@@ -151,8 +150,7 @@ def prepare(settings: PrepareSettings, tokenizer: Any, folder: Path, workers: in
         return open_prepared(str(folder), tokenizer)
     if writer.counts.rows:
         logger.info("resuming from %s: %d of %d rows are there", folder, writer.counts.rows, num_rows)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
+    with progress_bar() as progress:
         shown = progress.add_task("tokenising rows", total=num_rows, completed=writer.counts.rows)
         for split, refs in by_split.items():
             refs = refs[max(0, writer.counts.rows - (num_rows - len(refs) if split == "held_out" else 0)) :]

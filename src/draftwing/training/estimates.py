@@ -74,7 +74,7 @@ def estimate_stages(stages: Sequence[TrainConfig], num_processes: int, flops_per
         full_config = read(stage.target)
         target, text_config = count_params(full_config), full_config.get_text_config()
         if stage.objective == "self_generated":
-            plans.append(_estimate_rows(stage, target, text_config, num_processes))
+            plans.append(_estimate_rows(stage, target, text_config))
             continue
         heads[stage.output] = head = objective_named(stage.objective).sizes(stage, text_config, heads)
         plans.append(_estimate_head(stage, (target, text_config), head, num_processes, flops_per_second))
@@ -146,7 +146,7 @@ def _estimate_target(
     )
 
 
-def _estimate_rows(stage: SelfGeneratedStage, params: Shapes, config: Any, num_processes: int) -> StageEstimate:
+def _estimate_rows(stage: SelfGeneratedStage, params: Shapes, config: Any) -> StageEstimate:
     """A stage in which the target answers rows: it decodes, and nothing is trained."""
     cached = 2 * config.num_hidden_layers * _key_size(config)
     memory = {
@@ -154,7 +154,7 @@ def _estimate_rows(stage: SelfGeneratedStage, params: Shapes, config: Any, num_p
         "keys and values": _tokens(stage) * cached * _bytes(stage),
     }
     disk = {"rows, if max_rows is set": (stage.max_rows or 0) * stage.sequence_length * 10}  # digits, mask, commas
-    common = _common(stage, params, active_params(params, config), num_processes)
+    common = _common(stage, params, active_params(params, config), num_processes=1)
     common |= {"rows_per_step": stage.batch_size, "most_tokens": (stage.max_rows or 0) * stage.sequence_length}
     return StageEstimate(
         **common, trained_params=0, frozen_params=0, memory=memory, disk=disk, flops_per_step=0.0, seconds=None
