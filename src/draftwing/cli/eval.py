@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,20 +192,14 @@ def _report(
 def _show(options: argparse.Namespace, report: Any) -> None:
     """Print the results, and write them if asked."""
     from draftwing.evaluation.report import as_html, as_tables, remarks
-    from draftwing.provenance import write_record
 
-    rows = [row.as_dict() for row in report.rows]
-    more = {
-        "ablations": [asdict(ablation) for ablation in report.ablations],
-        "skipped": [asdict(skipped) for skipped in report.skipped],
-        "warnings": report.warnings,
-    }
+    record = report.as_dict()
     if options.output:  # before whoever reads what is printed may be gone
-        write_record(options.output / "results.json", rows, report.settings, **more)
+        write_text(options.output / "results.json", json.dumps(record, indent=2) + "\n")
         write_text(options.output / "report.html", as_html(report))
     console = new_console(stderr=options.json)
     if options.json:
-        print(json.dumps({"rows": rows, **more, "options": report.settings, "provenance": report.provenance}))
+        print(json.dumps(record))
     else:
         console.print(as_tables(report))
         console.print("Speed-ups are over plain; tau: tokens per target pass; same: turns whose output equals plain's.")

@@ -175,7 +175,7 @@ class Trials:
     def __init__(self, patient: Patient, transcripts: Sequence[Transcript], steps: StepCount) -> None:
         self._patient, self._transcripts, self._steps = patient, transcripts, steps
         self._suspects = patient.suspects(max(transcript.longest for transcript in transcripts))
-        steps.expect(1 + len(self._suspects))
+        steps.expect(1)
         steps.begin("as loaded")
         self.loaded = patient.traces(transcripts, {})
         self.findings: list[Finding] = []
@@ -213,10 +213,10 @@ class Trials:
             best, traces = best.joined(cure.suspect), cure.traces
             suspects = [trial.suspect for trial in trials if trial.evidence.high >= 1]
             suspects = [suspect for suspect in suspects if not suspect.options.keys() & best.options.keys()]
-            self._steps.expect(len(suspects))
         return best, traces
 
     def _try_beside(self, best: Suspect, base: list[Trace], suspects: Sequence[Suspect]) -> Iterator["_Trial"]:
+        self._steps.expect(len(suspects))
         for suspect in suspects:
             joined = best.joined(suspect)
             self._steps.begin(joined.name)

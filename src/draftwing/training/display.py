@@ -61,8 +61,7 @@ class RunLogKeeper(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.write(state.log_history)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.write(state.log_history)
+    on_save = on_evaluate
 
     def write(self, history: list[dict[str, float]], metrics: dict[str, float] | None = None) -> None:
         """Write the log of a run so far, or with its final `metrics` of a finished one."""

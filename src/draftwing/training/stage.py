@@ -47,10 +47,10 @@ def train_stage(config: TrainConfig) -> dict[str, float]:
 
 def _check_frozen_target(config: TrainConfig) -> None:
     """Raise a ValueError where a target in parts does not suit a stage that runs (`--set` reaches all stages)."""
-    for name in ("device_map", "shard_target"):
-        if getattr(config, name) and config.objective == "self_generated":
+    for name in config.splits:
+        if config.objective == "self_generated":
             raise ValueError(f"{name}: a target in parts cannot decode; let an endpoint answer (draftwing prepare)")
-        if getattr(config, name) and config.objective == "language_model" and not config.teacher:
+        if config.objective == "language_model" and not config.teacher:
             raise ValueError(f"{name}: a language_model without a teacher has no frozen target")
 
 
