@@ -57,8 +57,12 @@ def encode_row(row: Row, tokenizer: Any) -> list[Example]:
         return [_read_ids(row, tokenizer)]
     if "text" in row:
         ids = tokenizer(row["text"], add_special_tokens=True)["input_ids"]
-        return [Example(torch.tensor(ids, dtype=torch.int64), torch.ones(len(ids), dtype=torch.bool))]
+        return [_example(ids, [True] * len(ids))]
     return encode_conversation(row["messages"], tokenizer, row.get("tools"), row.get("truncated", False))
+
+
+def _example(ids: list[int], mask: list[Any]) -> Example:
+    return Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.bool))
 
 
 def _read_ids(row: Row, tokenizer: Any) -> Example:
@@ -73,7 +77,7 @@ def _read_ids(row: Row, tokenizer: Any) -> Example:
     mask = [True] * len(ids) if mask is None else mask
     if not isinstance(mask, list) or len(mask) != len(ids) or not all(entry in (0, 1) for entry in mask):
         raise ValueError(f"loss_mask: expected {len(ids)} entries as in input_ids, 0 or 1, got {str(mask)[:SHOWN]}")
-    return Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.bool))
+    return _example(ids, mask)
 
 
 def normalise(row: Row) -> Row:
@@ -170,7 +174,7 @@ def encode_conversation(
     whole = render(messages, tokenizer, tools=tools)
     if not renderings or whole.startswith(renderings[-1].text):
         _go_on(renderings, whole)
-    return [_encode_rendering(rendering, tokenizer) for rendering in renderings]
+    return [_example(*supervised_tokens(made.text, made.spans, tokenizer)) for made in renderings]
 
 
 @dataclass
@@ -212,11 +216,6 @@ def _render_turn(
             raise ValueError(f"chat_template: does not write the truncated turn {index} as it is")
         end = through.rindex(content) + len(content)
     return through, (len(before), end)
-
-
-def _encode_rendering(rendering: _Rendering, tokenizer: Any) -> Example:
-    ids, supervised = supervised_tokens(rendering.text, rendering.spans, tokenizer)
-    return Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(supervised, dtype=torch.bool))
 
 
 def _unfit(turn: int, content: str, through: str, before: str) -> str:
@@ -271,10 +270,7 @@ class _Prefixes:
     def tokens_within(self, start: int, stop: int) -> tuple[int, int]:
         """The slice of tokens that lie whole between two positions; a token across either of them does not."""
         first, last = self._find(range(start, stop + 1)), self._find(range(stop, start - 1, -1))
-        before, after = (
-            self._find(range(start, -1, -1)),
-            self._find(range(stop, len(self._text) + 1)),
-        )
+        before, after = self._find(range(start, -1, -1)), self._find(range(stop, len(self._text) + 1))
         assert before is not None and after is not None  # the text's own ends
         if first is None or last is None:
             first, last = after, after

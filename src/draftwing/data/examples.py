@@ -182,10 +182,10 @@ class PackedExamples(Sequence[Example]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
-        return join([self._documents[document] for document in self._rows[index]])
+        return as_one_row([self._documents[document] for document in self._rows[index]])
 
 
-def join(documents: Sequence[Example]) -> Example:
+def as_one_row(documents: Sequence[Example]) -> Example:
     """One row of several documents."""
     lengths = torch.tensor([len(document) for document in documents])
     return Example(

@@ -22,7 +22,7 @@ from draftwing.config import SelfGeneratedStage
 from draftwing.data.chat_template import encode_row, normalise, render
 from draftwing.data.corpus import Row
 from draftwing.data.features import check_positions
-from draftwing.data.fingerprint import contents_of, data_content_of
+from draftwing.data.fingerprint import contents_of, of_data
 from draftwing.data.messages import Message
 from draftwing.data.rows import Rejects, made_from, select_rows
 from draftwing.data.sources import RowRef
@@ -32,7 +32,7 @@ from draftwing.engine.generation import Generation, start_generation
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule, exact_decode
 from draftwing.engine.tree_plan import TreePlan
-from draftwing.files import check_same, write_text
+from draftwing.files import check_unchanged, write_text
 from draftwing.target.load import load_target, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def regenerate(
     names = ("data", "max_rows", "seed", "sequence_length", "prompt_length", "max_new_tokens", "temperatures")
     settings = {name: getattr(config, name) for name in names} | {"source": source or config.target}
     settings |= {"prompts": len(prompts), "shard": f"{shard.number}/{shard.count}"}
-    num_done = resume(output, settings, contents_of(config) | data_content_of(config))
+    num_done = resume(output, settings, contents_of(config) | of_data(config.data))
     mine = prompts[shard.number - 1 :: shard.count]
     if num_done:
         logger.info("resuming from %s: %d of %d rows are there", output, num_done, len(mine))
@@ -336,7 +336,7 @@ def resume(output: Path, settings: dict[str, Any], contents: dict[str, str]) -> 
     if num_done and beside.exists():
         earlier = json.loads(beside.read_text(encoding="utf-8"))
         known = {name: value for name, value in contents.items() if name in earlier}
-        check_same(earlier, settings | known, output)
+        check_unchanged(earlier, settings | known, output)
     write_text(beside, json.dumps(settings | contents) + "\n")
     return num_done
 

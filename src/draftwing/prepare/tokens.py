@@ -38,7 +38,7 @@ from draftwing.data.shards import (
     write_shard,
 )
 from draftwing.data.sources import RowRef
-from draftwing.files import check_same
+from draftwing.files import check_unchanged
 from draftwing.progress import progress_bar
 from draftwing.provenance import provenance
 
@@ -81,10 +81,10 @@ class _Writer:
         self._index |= contents
         if (folder / INDEX).exists():
             earlier = read_index(folder, FORMAT)
-            check_same(earlier["settings"], asdict(settings), folder)
+            check_unchanged(earlier["settings"], asdict(settings), folder)
             known = {name: value for name, value in contents.items() if name in earlier}
             fixed = {name: self._index[name] for name in ("tokenizer", "num_rows")}
-            check_same(earlier, fixed | known, folder)
+            check_unchanged(earlier, fixed | known, folder)
             self._index = earlier
         self.is_complete: bool = self._index["complete"]
         self.counts = Counts(**self._index["counts"])

@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from draftwing.config import Stage
-from draftwing.data.fingerprint import contents_of, data_content_of
+from draftwing.data.fingerprint import contents_of, of_data
 from draftwing.training.checkpoints import (
     complete_checkpoint,
     discard_checkpoint,
@@ -75,7 +75,7 @@ class ResumableTrainer(Trainer):
         super().__init__(**arguments)
         self.remove_callback(PrinterCallback)
         self.add_callback(Housekeeping(self))
-        self.run_log = RunLogKeeper(config, contents | data_content_of(config))
+        self.run_log = RunLogKeeper(config, contents | of_data(config.data))
         self.display = ProgressDisplay()
         if is_main_process():
             self.add_callback(self.display)

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from draftwing.config import TrainConfig
-from draftwing.data.fingerprint import contents_of, data_content_of
+from draftwing.data.fingerprint import contents_of, of_data
 from draftwing.files import to_json, write_text
 from draftwing.prepare.self_generated import count_answers, write_self_generated
 from draftwing.provenance import provenance
@@ -35,7 +35,7 @@ def train_stage(config: TrainConfig) -> dict[str, float]:
     if run_log and run_log.get("finished", True) and any(output.glob("*.safetensors")):
         # On one process both: how many there were no longer matters.
         made_with = settings_of(run_log["recipe"], num_processes=1) | run_log.get("inputs", {})
-        wanted = settings_of(config.as_dict(), num_processes=1) | contents_of(config) | data_content_of(config)
+        wanted = settings_of(config.as_dict(), num_processes=1) | contents_of(config) | of_data(config.data)
         check_continued(made_with, wanted, output / RUN_LOG)
         if is_main_process():
             begun = run_log["provenance"]["time"]
