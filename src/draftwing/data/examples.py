@@ -72,7 +72,7 @@ def as_training_rows(
             raise ValueError("features: needs as `data` the prepared folder that the features were made from")
         train, held_out = (FeatureExamples(part, config.features, target, feature_layers) for part in (train, held_out))
     if config.packing:
-        train, held_out = (PackedExamples(part, lengths_of(part), config.sequence_length) for part in (train, held_out))
+        train, held_out = (PackedExamples(part, config.sequence_length) for part in (train, held_out))
     return Splits(train, [held_out[i] for i in range(min(config.evaluate_rows, len(held_out)))])
 
 
@@ -173,9 +173,9 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 class PackedExamples(Sequence[Example]):
     """Documents packed into rows of at most `capacity` tokens, with the number of each token's document."""
 
-    def __init__(self, documents: Sequence[Example], lengths: Sequence[int], capacity: int) -> None:
-        self._documents = documents
-        self._rows = pack(lengths, capacity)
+    def __init__(self, documents: Sequence[Example], capacity: int) -> None:
+        lengths = lengths_of(documents)
+        self._documents, self._rows = documents, pack(lengths, capacity)
         self.lengths = [sum(lengths[document] for document in row) for row in self._rows]
 
     def __len__(self) -> int:

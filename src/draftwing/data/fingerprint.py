@@ -23,7 +23,8 @@ def of_path(name: str) -> str | None:
     if path.is_file():
         return f"{_of_file(path):08x}"
     files = sorted(file for file in path.glob("*") if file.suffix in WEIGHTS and file.is_file())
-    return _of_text("".join(f"{file.name} {_of_file(file):08x}\n" for file in files)) if files else None
+    listed = "".join(f"{file.name} {_of_file(file):08x}\n" for file in files)
+    return f"{zlib.crc32(listed.encode()):08x}" if files else None
 
 
 def of_data(names: str | Iterable[str]) -> dict[str, str]:
@@ -58,7 +59,3 @@ def _of_file(path: Path) -> int:
             file.seek(index * (num_blocks - 1) // max(1, num_read - 1) * BLOCK)
             value = zlib.crc32(file.read(BLOCK), value)
     return value
-
-
-def _of_text(text: str) -> str:
-    return f"{zlib.crc32(text.encode()):08x}"

@@ -6,6 +6,7 @@ Every interval is a bootstrap over prompts; the turns of a conversation stay tog
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product, zip_longest
 from typing import Any
 
 from draftwing.drafts.kinds import PLAIN, family_of
@@ -79,19 +80,18 @@ def result_rows(evaluation: Evaluation, journal: Journal, remarks: Remarks, chai
     for run in journal.runs.values():
         by_cell[run.data, run.temperature, run.method].append(run)
     chains, rows = set(chains), []
-    for data, temperature, method in evaluation.cells():
-        runs, plain = by_cell[data, temperature, method], by_cell[data, temperature, PLAIN]
-        skipped = {(skip.prompt, skip.turn) for skip in remarks.skipped if skip.data == data}
+    for data, temperature, method in product(evaluation.data, evaluation.temperatures, evaluation.all_methods):
+        runs, plain = by_cell[data.name, temperature, method], by_cell[data.name, temperature, PLAIN]
+        skipped = {(skip.prompt, skip.turn) for skip in remarks.skipped if skip.data == data.name}
         skipped -= {_turn(run) for run in plain}  # another temperature's answers were too long to go on from
-        num_turns = next(prompts.num_turns for prompts in evaluation.data if prompts.name == data)
         rates = acceptance_rates(runs)
         rows.append(
             ResultRow(
-                data,
+                data.name,
                 temperature,
                 method,
-                num_turns - len(skipped),
-                remarks.failures.get((data, temperature, method)),
+                data.num_turns - len(skipped),
+                remarks.failures.get((data.name, temperature, method)),
                 figures_of(runs, plain),
                 by_category(runs, plain),
                 rates,
@@ -145,9 +145,10 @@ def by_category(runs: Sequence[Run], plain: Sequence[Run]) -> dict[str, Figures]
 
 def acceptance_rates(runs: Sequence[Run]) -> list[DepthRate]:
     """Conditional acceptance by depth, all cycles of all runs together."""
-    depth = max((len(run.reached_at) for run in runs), default=0)
-    accepted = [sum(run.accepted_at[d] for run in runs if d < len(run.accepted_at)) for d in range(depth)]
-    reached = [sum(run.reached_at[d] for run in runs if d < len(run.reached_at)) for d in range(depth)]
+    accepted, reached = (
+        [sum(counts) for counts in zip_longest(*(getattr(run, name) for run in runs), fillvalue=0.0)]
+        for name in ("accepted_at", "reached_at")
+    )
     return [DepthRate(a / r if r else 0.0, r) for a, r in zip(accepted, reached, strict=True)]
 
 

@@ -272,8 +272,12 @@ class Kept:
         kept = Kept()
         if output.exists():
             with output.open(encoding="utf-8") as file:
-                for line in file:
-                    kept.take(_checked(json.loads(line), output))
+                for row in map(json.loads, file):
+                    if not row.keys() >= {"number", "messages", "loss_mask", "truncated"}:
+                        raise ValueError(
+                            f"output: {output} has rows that were not written by --from-target; use another output"
+                        )
+                    kept.take(row)
         return kept
 
     def take(self, result: Row | Dropped) -> Row | Dropped:
@@ -289,12 +293,6 @@ class Kept:
         self.num_answer_tokens += sum(result["loss_mask"])
         self.num_truncated += result["truncated"]
         return result
-
-
-def _checked(row: Row, output: Path) -> Row:
-    if row.keys() >= {"number", "messages", "loss_mask", "truncated"}:
-        return row
-    raise ValueError(f"output: {output} has rows that were not written by --from-target; use another output")
 
 
 def write_from_target(

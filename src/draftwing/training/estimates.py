@@ -37,14 +37,14 @@ class StageEstimate:
     output: str
     target_params: int
     target_active_params: int
-    trained_params: int
-    frozen_params: int
     rows_per_step: int
     most_tokens: int
     memory: Mapping[str, int]
     disk: Mapping[str, int]
-    flops_per_step: float
-    seconds: float | None
+    trained_params: int = 0
+    frozen_params: int = 0
+    flops_per_step: float = 0.0
+    seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
@@ -138,7 +138,6 @@ def _estimate_target(
     return StageEstimate(
         **_common(stage, target, target_active, num_processes),
         trained_params=total,
-        frozen_params=0,
         memory=memory,
         disk=disk,
         flops_per_step=flops,
@@ -156,9 +155,7 @@ def _estimate_rows(stage: SelfGeneratedStage, params: Shapes, config: Any) -> St
     disk = {"rows, if max_rows is set": (stage.max_rows or 0) * stage.sequence_length * 10}  # digits, mask, commas
     common = _common(stage, params, active_params(params, config), num_processes=1)
     common |= {"rows_per_step": stage.batch_size, "most_tokens": (stage.max_rows or 0) * stage.sequence_length}
-    return StageEstimate(
-        **common, trained_params=0, frozen_params=0, memory=memory, disk=disk, flops_per_step=0.0, seconds=None
-    )
+    return StageEstimate(**common, memory=memory, disk=disk)
 
 
 def _estimate_head(

@@ -142,15 +142,9 @@ def new_model(config: LanguageModelStage, tokenizer: Any, vocab_size: int) -> Ll
     """A randomly initialised Llama with the recipe's architecture and the tokenizer's special tokens."""
     end_of_turn, end_of_text = tokenizer.eos_token_id, _end_of_text(tokenizer)
     check_keys(config.architecture, LlamaConfig().to_dict(), "architecture.")
-    llama_config = LlamaConfig(
-        vocab_size=vocab_size,
-        bos_token_id=None,
-        eos_token_id=[end_of_turn, end_of_text],
-        pad_token_id=end_of_text,
-        **config.architecture,
-    )
-    model = LlamaForCausalLM(llama_config)
-    model.generation_config = GenerationConfig(eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text)
+    ends: dict[str, Any] = {"eos_token_id": [end_of_turn, end_of_text], "pad_token_id": end_of_text}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, bos_token_id=None, **ends, **config.architecture))
+    model.generation_config = GenerationConfig(**ends)
     return model
 
 

@@ -49,7 +49,7 @@ def test_a_packed_row_tells_its_documents_apart() -> None:
 
 
 def test_a_batch_of_packed_rows_is_padded_with_minus_one() -> None:
-    packed = PackedExamples([document(10, 4), document(20, 3), document(30, 1)], [4, 3, 1], capacity=4)
+    packed = PackedExamples([document(10, 4), document(20, 3), document(30, 1)], capacity=4)
     assert lengths_of(packed) == [4, 4]
     batch = Collator(pad_token_id=7)([packed[0], as_one_row([document(40, 2)])])
     assert batch["input_ids"].tolist() == [[10, 11, 12, 13], [40, 41, 7, 7]]
