@@ -125,6 +125,12 @@ def render(
     raise ValueError(f"chat_template: the template refuses the conversation: {problem}")
 
 
+def encode_text(text: str, tokenizer: Any) -> list[int]:
+    """The ids of a template's text, which has its special tokens in it."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
 def _as_template_reads(message: Message, template: str) -> Message:
     """A message with what was thought under all its names; a developer is the system to a template without any."""
     if message["role"] == "developer" and "developer" not in template:
@@ -265,7 +271,7 @@ class _Prefixes:
 
     def __init__(self, text: str, tokenizer: Any) -> None:
         self._text, self._tokenizer = text, tokenizer
-        self.ids = self._encode(text)
+        self.ids = encode_text(text, tokenizer)
 
     def tokens_within(self, start: int, stop: int) -> tuple[int, int]:
         """The slice of tokens that lie whole between two positions; a token across either of them does not."""
@@ -282,7 +288,7 @@ class _Prefixes:
     def _find(self, positions: Iterable[int]) -> _Border | None:
         """The first of the positions at which tokens meet."""
         for position in positions:
-            ids = self._encode(self._text[:position])
+            ids = encode_text(self._text[:position], self._tokenizer)
             if self.ids[: len(ids)] == ids:
                 return _Border(position, len(ids))
         return None
@@ -296,10 +302,6 @@ class _Prefixes:
         text = self._text[first.position : last.position]
         if "".join(said.split()) != "".join(text.split()):
             raise self._error(first.position, f"they seem to say {said[:SHOWN]!r}")
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
 
     def _error(self, position: int, why: str) -> ValueError:
         text = self._text[position : position + SHOWN]

@@ -1,7 +1,8 @@
 """What a prepared folder holds, in figures, a small plot, and samples coloured by what is supervised."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -93,16 +94,7 @@ def as_tables(statistics: DataStatistics) -> list[Table]:
 def as_coloured_text(example: Example, tokenizer: Any) -> Text:
     """A document, what the model is trained to say in green and the rest dimmed."""
     text = Text()
-    for supervised, ids in _runs(example):
-        text.append(tokenizer.decode(ids), style="green" if supervised else "dim")
+    pairs = zip(example.loss_mask.tolist(), example.input_ids.tolist(), strict=True)
+    for supervised, run in groupby(pairs, itemgetter(0)):
+        text.append(tokenizer.decode([token for _, token in run]), style="green" if supervised else "dim")
     return text
-
-
-def _runs(example: Example) -> Sequence[tuple[bool, list[int]]]:
-    """Stretches of tokens that are all supervised, or all not."""
-    runs: list[tuple[bool, list[int]]] = []
-    for token, supervised in zip(example.input_ids.tolist(), example.loss_mask.tolist(), strict=True):
-        if not runs or runs[-1][0] != supervised:
-            runs.append((supervised, []))
-        runs[-1][1].append(token)
-    return runs

@@ -22,7 +22,7 @@ import numpy as np
 from rich.progress import TextColumn
 
 from draftwing.config import SelfGeneratedStage
-from draftwing.data.chat_template import render
+from draftwing.data.chat_template import encode_text, render
 from draftwing.data.corpus import Row
 from draftwing.data.fingerprint import contents_of
 from draftwing.data.prompts import has_chat_template
@@ -39,7 +39,6 @@ from draftwing.prepare.self_generated import (
     Question,
     RunPart,
     complete_lines,
-    encode_text,
     resume,
 )
 from draftwing.progress import progress_bar

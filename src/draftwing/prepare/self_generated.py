@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from draftwing.config import SelfGeneratedStage
-from draftwing.data.chat_template import encode_row, normalise, render
+from draftwing.data.chat_template import encode_row, encode_text, normalise, render
 from draftwing.data.corpus import Row
 from draftwing.data.features import check_positions
 from draftwing.data.fingerprint import contents_of, of_data
@@ -178,12 +178,6 @@ def _pieces(text: str, config: SelfGeneratedStage, tokenizer: Any) -> list[tuple
     if not starts:
         raise ValueError(f"text: {len(ids)} tokens leave nothing to say after a prompt of {config.prompt_length}")
     return [ids[start : start + config.prompt_length] for start in starts]
-
-
-def encode_text(text: str, tokenizer: Any) -> list[int]:
-    """The ids of a template's text, which has its special tokens in it."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 class EngineAnswers:

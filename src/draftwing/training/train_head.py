@@ -213,10 +213,8 @@ class HeadTrainer(ResumableTrainer):
 
 def whole_tensors(head: nn.Module) -> dict[str, torch.Tensor]:
     """The head's parameters; those that are sharded are gathered, by all processes together."""
-    return {
-        name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        for name, parameter in ((name, parameter.detach()) for name, parameter in head.named_parameters())
-    }
+    weights = {name: parameter.detach() for name, parameter in head.named_parameters()}
+    return {name: weight.full_tensor() if isinstance(weight, DTensor) else weight for name, weight in weights.items()}
 
 
 def copy_of(head: nn.Module, target: TargetModel, objective: Objective) -> Any:
