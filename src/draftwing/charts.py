@@ -47,6 +47,8 @@ def _compiled(template: Path) -> Template:
 
 def bar_chart(bars: Mapping[str, Bar], mark: float | None = None) -> str:
     """Horizontal bars with their intervals as whiskers; `mark` draws a vertical line at a value."""
+    if not bars:
+        return "<p>Nothing was measured.</p>"
     most = max([bar.high for bar in bars.values()] + [mark or 0.0]) or 1.0
     label, beside = _room_for(bars), _room_for([f"{bar.value:.2f}" for bar in bars.values()])
     x = lambda value: label + BAR * value / most

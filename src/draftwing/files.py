@@ -74,7 +74,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def check_same(
+def check_unchanged(
     made_with: Mapping[str, Any],
     wanted: Mapping[str, Any],
     place: Path,

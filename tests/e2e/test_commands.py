@@ -182,6 +182,8 @@ def test_self_generated_rows_are_what_the_target_says_and_resume(
     output.write_bytes(b"".join(whole.splitlines(keepends=True)[:8]) + b'{"input_ids": [1, ')  # cut while writing
     assert main(["train", str(folder / "self.yaml")]) == 0
     assert output.read_bytes() == whole
+    resumed = json.loads((folder / "self.json").read_text(encoding="utf-8"))
+    assert resumed["metrics"] == json.loads(record)["metrics"], "of all rows, not of those of the last part"
     said = capsys.readouterr().err.splitlines()
     assert f"resuming from {output}: 8 of {len(rows)} rows are there" in said
     assert said[-1] == f"saved to {output}"

@@ -81,7 +81,12 @@ def transcribe_rows(
 
 
 def diagnose(folder: Path | str, target: TargetModel, transcript: Transcript, **options: Any) -> Diagnosis:
-    return examine(Patient(str(folder), target, HeadOptions(**options)), Text([transcript]), [], StepCount())
+    shown: list[tuple[int, int]] = []
+    steps = StepCount(lambda what, done, total: shown.append((done, total)))
+    diagnosis = examine(Patient(str(folder), target, HeadOptions(**options)), Text([transcript]), [], steps)
+    done, total = shown[-1]
+    assert done + 1 == total, "the last step is the last of those that were expected"
+    return diagnosis
 
 
 def tau_of(name: Path | str, target: TargetModel, transcript: Transcript, cure: Any = None) -> float:

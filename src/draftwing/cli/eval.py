@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,11 +97,10 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; 1 if a method failed, or no turn could be decoded."""
     _check_engines(options)
     sources, wanted = _data_sources(options.data or ["embedded"]), options.methods
-    from rich import progress as bars
-
     from draftwing.cli.eval_setup import check_drafts, prepare, read_data, read_drafts, settings_of
     from draftwing.evaluation.evaluate import Remarks, evaluate
     from draftwing.evaluation.journal import Journal
+    from draftwing.progress import progress_bar
     from draftwing.target.load import check_device
 
     check_device(options.device)
@@ -113,9 +111,7 @@ def run(options: argparse.Namespace) -> int:
     journal, remarks = Journal(settings, options.output, options.fresh), Remarks()
     methods, evaluation = prepare(options, drafts, wanted, data)
     is_stopped = False
-    columns = bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn()
-    times = bars.TimeElapsedColumn(), bars.TimeRemainingColumn()
-    with bars.Progress(*columns, *times, console=new_console(stderr=True), transient=True) as progress:
+    with progress_bar(console=new_console(stderr=True), transient=True) as progress:
         task = progress.add_task("decoding", total=evaluation.num_decodings)
         try:
             evaluate(evaluation, journal, remarks, lambda done: progress.advance(task, done))
@@ -196,20 +192,14 @@ def _report(
 def _show(options: argparse.Namespace, report: Any) -> None:
     """Print the results, and write them if asked."""
     from draftwing.evaluation.report import as_html, as_tables, remarks
-    from draftwing.provenance import write_record
 
-    rows = [row.as_dict() for row in report.rows]
-    more = {
-        "ablations": [asdict(ablation) for ablation in report.ablations],
-        "skipped": [asdict(skipped) for skipped in report.skipped],
-        "warnings": report.warnings,
-    }
+    record = report.as_dict()
     if options.output:  # before whoever reads what is printed may be gone
-        write_record(options.output / "results.json", rows, report.settings, **more)
+        write_text(options.output / "results.json", json.dumps(record, indent=2) + "\n")
         write_text(options.output / "report.html", as_html(report))
     console = new_console(stderr=options.json)
     if options.json:
-        print(json.dumps({"rows": rows, **more, "options": report.settings, "provenance": report.provenance}))
+        print(json.dumps(record))
     else:
         console.print(as_tables(report))
         console.print("Speed-ups are over plain; tau: tokens per target pass; same: turns whose output equals plain's.")

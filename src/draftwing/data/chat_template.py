@@ -14,7 +14,7 @@ import torch
 from draftwing.data.corpus import Row
 from draftwing.data.messages import SHOWN, THOUGHTS, Message, present, read_conversation, read_flag
 
-CONVERSATION_FIELDS = ("messages", "conversations", "system", "tools", "functions")
+CONVERSATION_FIELDS = ("messages", "conversations", "system", "tools", "functions", "truncated")
 """What a row's conversation is read from."""
 
 
@@ -22,8 +22,8 @@ CONVERSATION_FIELDS = ("messages", "conversations", "system", "tools", "function
 class Example:
     """One tokenised sample: `input_ids [S]` (int64) and `loss_mask [S]` (bool, True on tokens the model should say).
 
-    Several documents packed into one have `document_ids [S]` (int64, ascending from 0). Stored `features [S, F]` and
-    `last_hidden [S, D]` (the input of the target's output head) spare the target's pass.
+    Several documents packed into one have `document_ids [S]` (int64, ascending from 0). Stored `last_hidden [S, D]`
+    (the input of the target's output head) and `features [S, F]`, if they are others, spare the target's pass.
     """
 
     input_ids: torch.Tensor
@@ -57,9 +57,12 @@ def encode_row(row: Row, tokenizer: Any) -> list[Example]:
         return [_read_ids(row, tokenizer)]
     if "text" in row:
         ids = tokenizer(row["text"], add_special_tokens=True)["input_ids"]
-        return [Example(torch.tensor(ids, dtype=torch.int64), torch.ones(len(ids), dtype=torch.bool))]
-    said = read_conversation(row)
-    return encode_conversation(said.messages, tokenizer, said.tools, said.truncated)
+        return [_example(ids, [True] * len(ids))]
+    return encode_conversation(row["messages"], tokenizer, row.get("tools"), row.get("truncated", False))
+
+
+def _example(ids: list[int], mask: list[Any]) -> Example:
+    return Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.bool))
 
 
 def _read_ids(row: Row, tokenizer: Any) -> Example:
@@ -74,7 +77,7 @@ def _read_ids(row: Row, tokenizer: Any) -> Example:
     mask = [True] * len(ids) if mask is None else mask
     if not isinstance(mask, list) or len(mask) != len(ids) or not all(entry in (0, 1) for entry in mask):
         raise ValueError(f"loss_mask: expected {len(ids)} entries as in input_ids, 0 or 1, got {str(mask)[:SHOWN]}")
-    return Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.bool))
+    return _example(ids, mask)
 
 
 def normalise(row: Row) -> Row:
@@ -91,10 +94,8 @@ def normalise(row: Row) -> Row:
         if not isinstance(row["text"], str):
             raise ValueError(f"text: expected a string, got {type(row['text']).__name__}")
         return row
-    said = read_conversation(row)
-    tools = {"tools": said.tools} if said.tools else {}
     others = {name: value for name, value in row.items() if name not in CONVERSATION_FIELDS}
-    return others | {"messages": said.messages} | tools
+    return others | read_conversation(row)
 
 
 def render(
@@ -122,6 +123,12 @@ def render(
         except Exception as error:  # a template is a program: it may do anything with tools or calls of another form
             problem = problem or str(error)
     raise ValueError(f"chat_template: the template refuses the conversation: {problem}")
+
+
+def encode_text(text: str, tokenizer: Any) -> list[int]:
+    """The ids of a template's text, which has its special tokens in it."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def _as_template_reads(message: Message, template: str) -> Message:
@@ -173,7 +180,7 @@ def encode_conversation(
     whole = render(messages, tokenizer, tools=tools)
     if not renderings or whole.startswith(renderings[-1].text):
         _go_on(renderings, whole)
-    return [_encode_rendering(rendering, tokenizer) for rendering in renderings]
+    return [_example(*supervised_tokens(made.text, made.spans, tokenizer)) for made in renderings]
 
 
 @dataclass
@@ -215,11 +222,6 @@ def _render_turn(
             raise ValueError(f"chat_template: does not write the truncated turn {index} as it is")
         end = through.rindex(content) + len(content)
     return through, (len(before), end)
-
-
-def _encode_rendering(rendering: _Rendering, tokenizer: Any) -> Example:
-    ids, supervised = supervised_tokens(rendering.text, rendering.spans, tokenizer)
-    return Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(supervised, dtype=torch.bool))
 
 
 def _unfit(turn: int, content: str, through: str, before: str) -> str:
@@ -269,15 +271,12 @@ class _Prefixes:
 
     def __init__(self, text: str, tokenizer: Any) -> None:
         self._text, self._tokenizer = text, tokenizer
-        self.ids = self._encode(text)
+        self.ids = encode_text(text, tokenizer)
 
     def tokens_within(self, start: int, stop: int) -> tuple[int, int]:
         """The slice of tokens that lie whole between two positions; a token across either of them does not."""
         first, last = self._find(range(start, stop + 1)), self._find(range(stop, start - 1, -1))
-        before, after = (
-            self._find(range(start, -1, -1)),
-            self._find(range(stop, len(self._text) + 1)),
-        )
+        before, after = self._find(range(start, -1, -1)), self._find(range(stop, len(self._text) + 1))
         assert before is not None and after is not None  # the text's own ends
         if first is None or last is None:
             first, last = after, after
@@ -289,7 +288,7 @@ class _Prefixes:
     def _find(self, positions: Iterable[int]) -> _Border | None:
         """The first of the positions at which tokens meet."""
         for position in positions:
-            ids = self._encode(self._text[:position])
+            ids = encode_text(self._text[:position], self._tokenizer)
             if self.ids[: len(ids)] == ids:
                 return _Border(position, len(ids))
         return None
@@ -303,10 +302,6 @@ class _Prefixes:
         text = self._text[first.position : last.position]
         if "".join(said.split()) != "".join(text.split()):
             raise self._error(first.position, f"they seem to say {said[:SHOWN]!r}")
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
 
     def _error(self, position: int, why: str) -> ValueError:
         text = self._text[position : position + SHOWN]

@@ -42,13 +42,13 @@ def read_stdlib(root: Path | None = None) -> Splits[Row]:
     held_out: list[Row] = []
     for path in _source_files(root):
         source = path.read_text(encoding="utf-8", errors="replace")
-        rows = held_out if is_held_out(path.relative_to(root)) else train
+        rows = held_out if in_held_out_module(path.relative_to(root)) else train
         rows.append({"text": source})
         rows.extend(chat_rows(source))
     return Splits(train, held_out)
 
 
-def is_held_out(relative: Path) -> bool:
+def in_held_out_module(relative: Path) -> bool:
     """Whether a file (path relative to the library's root) belongs to a held-out module or package."""
     return relative.parts[0].removesuffix(".py") in HELD_OUT_MODULES
 

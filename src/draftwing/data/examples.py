@@ -1,7 +1,7 @@
 """Tokenised samples as the trainer takes them: cut to length, packed, batched."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from draftwing.data.chat_template import Example, cut, encode_row
 from draftwing.data.corpus import Splits
 from draftwing.data.features import FeatureExamples, check_positions
 from draftwing.data.prepared import StoredExamples, is_prepared, open_prepared
-from draftwing.data.rows import Rejects, made_from, select_rows
+from draftwing.data.rows import Rejects, describe, made_from, select_rows
 from draftwing.data.sources import RowRef
 from draftwing.target.model import TargetModel
 
@@ -41,10 +41,9 @@ def read_documents(config: HeadStage, tokenizer: Any) -> Splits[Example]:
         _tokenise(selection.held_out, tokenizer, length, rejects),
     )
     num_rows = len(selection.train) + len(selection.held_out)
-    rejects.sort()
-    rejects.check(num_rows)
+    rejects.finish(num_rows)
     if rejects.found:
-        _note(rejects.summary(num_rows))
+        _note(describe(rejects.found, num_rows, rejects.path))
     return documents
 
 
@@ -73,7 +72,7 @@ def as_training_rows(
             raise ValueError("features: needs as `data` the prepared folder that the features were made from")
         train, held_out = (FeatureExamples(part, config.features, target, feature_layers) for part in (train, held_out))
     if config.packing:
-        train, held_out = (PackedExamples(part, lengths_of(part), config.sequence_length) for part in (train, held_out))
+        train, held_out = (PackedExamples(part, config.sequence_length) for part in (train, held_out))
     return Splits(train, [held_out[i] for i in range(min(config.evaluate_rows, len(held_out)))])
 
 
@@ -93,18 +92,21 @@ def _note(text: str) -> None:
 
 def count_supervised(documents: Sequence[Example], vocab_size: int) -> torch.Tensor:
     """How often each token is supervised, `[V]`; of a prepared folder, in all of its split."""
-    if isinstance(documents, StoredExamples):
-        return documents.token_counts(vocab_size)
     counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for document in documents:
-        counts += torch.bincount(document.input_ids[document.loss_mask], minlength=vocab_size)
+    for ids, mask in _ids_and_masks(documents):
+        counts += torch.bincount(ids[mask], minlength=vocab_size)
     return counts
 
 
 def largest_id(documents: Sequence[Example]) -> int:
     """The largest token id; of a prepared folder, in all of its split."""
-    tensors = documents.each_ids() if isinstance(documents, StoredExamples) else (row.input_ids for row in documents)
-    return max((int(ids.max()) for ids in tensors if ids.numel()), default=0)
+    return max((int(ids.max()) for ids, _ in _ids_and_masks(documents) if ids.numel()), default=0)
+
+
+def _ids_and_masks(documents: Sequence[Example]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    if isinstance(documents, StoredExamples):
+        return documents.each_file()
+    return ((document.input_ids, document.loss_mask) for document in documents)
 
 
 def fingerprint_of(documents: Sequence[Example]) -> str:
@@ -125,7 +127,8 @@ class Collator:
     """Pads rows on the right to the longest of the batch.
 
     A batch has `input_ids [B, S]` and `loss_mask [B, S]`; packed rows also `document_ids [B, S]`, which is -1 on
-    padding, and rows with stored features `features [B, S, F]` and `last_hidden [B, S, D]`.
+    padding, and rows with what is stored of the target `last_hidden [B, S, D]` and, if they are others,
+    `features [B, S, F]`.
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -170,19 +173,19 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 class PackedExamples(Sequence[Example]):
     """Documents packed into rows of at most `capacity` tokens, with the number of each token's document."""
 
-    def __init__(self, documents: Sequence[Example], lengths: Sequence[int], capacity: int) -> None:
-        self._documents = documents
-        self._rows = pack(lengths, capacity)
+    def __init__(self, documents: Sequence[Example], capacity: int) -> None:
+        lengths = lengths_of(documents)
+        self._documents, self._rows = documents, pack(lengths, capacity)
         self.lengths = [sum(lengths[document] for document in row) for row in self._rows]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
-        return join([self._documents[document] for document in self._rows[index]])
+        return as_one_row([self._documents[document] for document in self._rows[index]])
 
 
-def join(documents: Sequence[Example]) -> Example:
+def as_one_row(documents: Sequence[Example]) -> Example:
     """One row of several documents."""
     lengths = torch.tensor([len(document) for document in documents])
     return Example(

@@ -94,7 +94,7 @@ class FeatureExamples(Sequence[Example]):
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
         document, (start, stop) = self._documents[index], self._documents.spans[index]
         last_hidden = self._read("last_hidden", start, stop)
-        features = self._read("features", start, stop) if self._has_own_features else last_hidden
+        features = self._read("features", start, stop) if self._has_own_features else None
         return Example(document.input_ids, document.loss_mask, None, features, last_hidden)
 
     def _read(self, name: str, start: int, stop: int) -> torch.Tensor:

@@ -23,11 +23,13 @@ def of_path(name: str) -> str | None:
     if path.is_file():
         return f"{_of_file(path):08x}"
     files = sorted(file for file in path.glob("*") if file.suffix in WEIGHTS and file.is_file())
-    return _of_text("".join(f"{file.name} {_of_file(file):08x}\n" for file in files)) if files else None
+    listed = "".join(f"{file.name} {_of_file(file):08x}\n" for file in files)
+    return f"{zlib.crc32(listed.encode()):08x}" if files else None
 
 
-def of_data(names: Iterable[str]) -> dict[str, str]:
+def of_data(names: str | Iterable[str]) -> dict[str, str]:
     """Hashes of the files, or of the prepared folder, that `data` names; empty if it names none."""
+    names = (names,) if isinstance(names, str) else names
     found = [value for name in names if (value := of_path(name)) is not None]
     return {"content of data": " ".join(found)} if found else {}
 
@@ -37,11 +39,6 @@ def contents_of(config: Stage) -> dict[str, str]:
     names, recipe = ("target", "teacher", "init_from"), config.as_dict()
     found = {name: of_path(recipe[name]) for name in names if recipe.get(name)}
     return {f"content of {name}": value for name, value in found.items() if value is not None}
-
-
-def data_content_of(config: Stage) -> dict[str, str]:
-    """Hashes of the files, or of the prepared folder, that a stage's `data` names."""
-    return of_data((config.data,) if isinstance(config.data, str) else config.data)
 
 
 def of_tensors(tensors: Iterable[torch.Tensor]) -> str:
@@ -62,7 +59,3 @@ def _of_file(path: Path) -> int:
             file.seek(index * (num_blocks - 1) // max(1, num_read - 1) * BLOCK)
             value = zlib.crc32(file.read(BLOCK), value)
     return value
-
-
-def _of_text(text: str) -> str:
-    return f"{zlib.crc32(text.encode()):08x}"

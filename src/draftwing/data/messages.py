@@ -5,7 +5,6 @@ Training rows, prompts, regeneration and endpoints read them here, so that all h
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from draftwing.data.corpus import Row
@@ -31,17 +30,10 @@ SHOWN = 40
 """Characters shown of a text in an error."""
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """Turns, and the tools that the model is told of. The last answer may be `truncated`, cut off at a limit."""
+def read_conversation(row: Row) -> Row:
+    """The conversation of a row (`messages`, or ShareGPT's `conversations`, with `system`, `tools`, `truncated`).
 
-    messages: list[Message]
-    tools: list[Message] | None = None
-    truncated: bool = False
-
-
-def read_conversation(row: Row) -> Conversation:
-    """The conversation of a row: its `messages`, or ShareGPT's `conversations`; with `system`, `tools`, `truncated`.
+    It has `messages`, `tools` if the model is told of any, and `truncated` if its last answer was cut off at a limit.
 
     Raises:
         ValueError: no such field, or one of another form.
@@ -57,7 +49,12 @@ def read_conversation(row: Row) -> Conversation:
     system = row.get("system")
     if isinstance(system, str) and system and messages[0]["role"] not in ("system", "developer"):
         messages.insert(0, {"role": "system", "content": system})
-    return Conversation(messages, read_tools(row), read_flag(row, "truncated"))
+    said: Row = {"messages": messages}
+    if tools := _read_tools(row):
+        said["tools"] = tools
+    if read_flag(row, "truncated"):
+        said["truncated"] = True
+    return said
 
 
 def read_flag(row: Row, name: str) -> bool:
@@ -72,15 +69,15 @@ def read_flag(row: Row, name: str) -> bool:
     return bool(value)
 
 
-def read_tools(row: Row) -> list[Message] | None:
-    """The `tools` of a row (formerly `functions`), which may be a list or its JSON; None if there are none.
+def _read_tools(row: Row) -> list[Message]:
+    """The `tools` of a row (formerly `functions`), which may be a list or its JSON.
 
     Raises:
         ValueError: they are no list of objects.
     """
     tools = parsed(row.get("tools") or row.get("functions"))
     if not tools:
-        return None
+        return []
     tools = [parsed(tool) for tool in tools] if isinstance(tools, list) else [tools]
     if not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(

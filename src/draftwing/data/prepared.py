@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,9 @@ class Counts:
     """Documents longer than a sequence, which became several."""
     unsupervised: int = 0
     """Pieces left out because the model says nothing in them."""
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -97,16 +100,9 @@ class StoredExamples(Sequence[Example]):
         input_ids = self._reader.read("input_ids", start, stop).to(torch.int64)
         return Example(input_ids, self._reader.read("loss_mask", start, stop).clone())
 
-    def each_ids(self) -> Iterator[torch.Tensor]:
-        """The token ids of each file of the whole split."""
-        return self._reader.each("input_ids")
-
-    def token_counts(self, vocab_size: int) -> torch.Tensor:
-        """How often each token is supervised in the whole split, `[V]`."""
-        counts = torch.zeros(vocab_size, dtype=torch.int64)
-        for ids, mask in zip(self._reader.each("input_ids"), self._reader.each("loss_mask"), strict=True):
-            counts += torch.bincount(ids[mask], minlength=vocab_size)
-        return counts
+    def each_file(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The token ids and loss mask of each file of the whole split."""
+        return zip(self._reader.each("input_ids"), self._reader.each("loss_mask"), strict=True)
 
 
 def is_prepared(folder: str) -> bool:
@@ -114,7 +110,7 @@ def is_prepared(folder: str) -> bool:
     return (Path(folder) / INDEX).is_file()
 
 
-def open_prepared(folder: str, tokenizer: Any = None) -> Prepared:
+def open_prepared(folder: str, tokenizer: Any) -> Prepared:
     """Open a prepared folder; its files are checked against their checksums.
 
     Raises:
@@ -124,12 +120,11 @@ def open_prepared(folder: str, tokenizer: Any = None) -> Prepared:
     index = read_index(path, FORMAT)
     if not index["complete"]:
         raise ValueError(f"data: {folder} is unfinished; run the same `draftwing prepare` again to go on")
-    if tokenizer is not None:
-        for name, value in hashes_of(tokenizer).items():
-            if index["tokenizer"][name] != value:
-                raise ValueError(
-                    f"data: {folder} was prepared with another {name} than the target's; prepare it for this target"
-                )
+    for name, value in hashes_of(tokenizer).items():
+        if index["tokenizer"][name] != value:
+            raise ValueError(
+                f"data: {folder} was prepared with another {name} than the target's; prepare it for this target"
+            )
     splits = shards_of(index)
     check_files(path, [shard for shards in splits.values() for shard in shards], checksums=True)
     return as_prepared(path, index)

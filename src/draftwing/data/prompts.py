@@ -11,6 +11,8 @@ from draftwing.data.corpus import Row
 from draftwing.data.messages import Message, present, read_conversation
 from draftwing.data.sources import open_file
 
+MOST_HELD_OUT = 16
+"""Prompts that are made of held-out rows."""
 FIELDS = ("prompt", "messages", "conversations", "turns", "text")
 
 
@@ -122,12 +124,12 @@ def _read_messages(row: Row, place: str) -> tuple[tuple[Message, ...], tuple[Mes
         said = read_conversation(row)
     except ValueError as error:
         raise ValueError(f"prompts: {place}: {error}") from None
-    messages = said.messages
+    messages = said["messages"]
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
         raise ValueError(f"prompts: {place}: messages: expected something to answer, got answers alone")
-    return tuple(messages), tuple(said.tools or ())
+    return tuple(messages), tuple(said.get("tools", ()))
 
 
 def spread(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
@@ -137,12 +139,6 @@ def spread(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
     return [prompts[index * len(prompts) // count] for index in range(count)]
 
 
-def write_held_out_prompts(rows: Sequence[Row], path: Path, count: int = 16) -> None:
-    """Write a prompts file made of held-out rows."""
-    lines = [json.dumps(prompt) for prompt in held_out_prompts(rows, count)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def _is_long_answer(messages: Sequence[Message]) -> bool:
     if [message["role"] for message in messages] != ["user", "assistant"]:
         return False
@@ -150,19 +146,19 @@ def _is_long_answer(messages: Sequence[Message]) -> bool:
     return all(isinstance(text, str) for text in texts) and str(texts[1]).count("\n") >= 8
 
 
-def held_out_prompts(rows: Sequence[Row], count: int) -> list[dict[str, Any]]:
-    """Rows for a prompts file from a corpus's held-out rows: every other a request, every other an opening of code.
+def write_held_out_prompts(rows: Sequence[Row], path: Path) -> None:
+    """Write a prompts file from a corpus's held-out rows: every other a request, every other an opening of code.
 
     Spread evenly over the rows of one request and a long answer; the opening is a function's signature and its first
     lines.
     """
     chats = [row["messages"] for row in rows if _is_long_answer(row.get("messages") or [])]
-    step = max(1, len(chats) // count)
+    step = max(1, len(chats) // MOST_HELD_OUT)
     prompts: list[dict[str, Any]] = []
-    for index, (request, answer) in enumerate(chats[::step][:count]):
+    for index, (request, answer) in enumerate(chats[::step][:MOST_HELD_OUT]):
         title = request["content"].split("\n")[0].removeprefix("Write the Python function ").rstrip(".")
         if index % 2 == 0:
             prompts.append({"name": title, "messages": [request]})
         else:
             prompts.append({"name": title, "prompt": "\n".join(answer["content"].split("\n")[:4]) + "\n"})
-    return prompts
+    path.write_text("\n".join(map(json.dumps, prompts)) + "\n", encoding="utf-8")

@@ -57,38 +57,31 @@ class Rejects:
         self._writes = os.environ.get("RANK", "0") == "0"
         self.found: list[Reject] = []
         if self._writes and path.exists():
-            self.found = read_rejects(path, keep)
+            kept = read_rejects(path, keep)
             path.unlink()
-            for reject in self.found:
-                self._write(reject)
+            for reject in kept:
+                self.add(reject)
 
     def __len__(self) -> int:
         return len(self.found)
 
     def add(self, reject: Reject) -> None:
         self.found.append(reject)
-        self._write(reject)
+        if self._writes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_as_line(reject))
 
-    def _write(self, reject: Reject) -> None:
-        if not self._writes:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_as_line(reject))
+    def finish(self, num_rows: int) -> None:
+        """Bring them into the order of the sources' lines; rows are read in a random one.
 
-    def sort(self) -> None:
-        """Bring them into the order of the sources' lines; rows are read in a random one."""
+        Raises:
+            ValueError: none of `num_rows` rows was good; it has the first reason.
+        """
         if self.found != (ordered := sorted(self.found, key=lambda reject: (reject.source, reject.line))):
             self.found = ordered
             if self._writes:
                 write_text(self.path, "".join(map(_as_line, ordered)))
-
-    def summary(self, num_rows: int) -> str:
-        """One line for people; empty if every row was good."""
-        return describe(self.found, num_rows, self.path) if self.found else ""
-
-    def check(self, num_rows: int) -> None:
-        """Raise a ValueError with the first reason if none of `num_rows` rows was good."""
         if self.found and len(self) >= num_rows:
             raise ValueError(f"data: {describe(self.found, num_rows, self.path)}")
 
@@ -157,8 +150,7 @@ def read_rows(
     selection = select_rows(names, max_rows, seed)
     train, held_out = (list(made_from(refs, make, rejects)) for refs in (selection.train, selection.held_out))
     if rejects is not None:
-        rejects.sort()
-        rejects.check(len(selection.train) + len(selection.held_out))
+        rejects.finish(len(selection.train) + len(selection.held_out))
     return Splits(train, held_out)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,6 @@ from draftwing.engine.engine import Request, check_requests
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule
 from draftwing.intervals import FEWEST_PROMPTS
-from draftwing.target.model import TargetModel
 
 BATCH = 8
 TEXT_GAIN = 2.0
@@ -104,28 +103,26 @@ def decode_prompts(
     has_template = has_chat_template(tokenizer)
     if not has_template:
         prompts = [as_raw(prompt) for prompt in prompts]
-    ways = {"": (prompts, temperature, patient.layers_of_suspects)}
-    other = 0.0 if temperature > 0 else 1.0
-    ways[f"temperature {other:g}"] = prompts, other, patient.feature_layers
-    if any(prompt.messages for prompt in prompts):
-        ways[RAW] = [as_raw(prompt) for prompt in prompts], temperature, patient.feature_layers
-    elif has_template:
-        ways[TEMPLATED] = [as_chat(prompt) for prompt in prompts], temperature, patient.feature_layers
     stop = StopRule(max_new_tokens, patient.target.eos_token_ids)
-    requests = {
-        name: [
-            Request(prompt.token_ids(tokenizer), SamplingParams(degree, seed=row), stop)
-            for row, prompt in enumerate(asked)
-        ]
-        for name, (asked, degree, _) in ways.items()
-    }
-    for rows in requests.values():
-        check_requests(patient.target, rows)  # all, before the first is decoded
+
+    def requests_for(asked: Iterable[Prompt], degree: float) -> list[Request]:
+        ids = (prompt.token_ids(tokenizer) for prompt in asked)
+        return [Request(row, SamplingParams(degree, seed=seed), stop) for seed, row in enumerate(ids)]
+
+    other = 0.0 if temperature > 0 else 1.0
+    ways = {"": requests_for(prompts, temperature), f"temperature {other:g}": requests_for(prompts, other)}
+    if any(prompt.messages for prompt in prompts):
+        ways[RAW] = requests_for(map(as_raw, prompts), temperature)
+    elif has_template:
+        ways[TEMPLATED] = requests_for(map(as_chat, prompts), temperature)
+    for requests in ways.values():
+        check_requests(patient.target, requests)  # all, before the first is decoded
     steps.expect(len(ways))
     texts: dict[str, list[Transcript]] = {}
-    for name, (_, _, layers) in ways.items():
+    for name, requests in ways.items():
         steps.begin(f"the target alone, {name or 'as asked'}")
-        batches = (requests[name][first : first + BATCH] for first in range(0, len(requests[name]), BATCH))
+        layers = patient.feature_layers if name else patient.layers_of_suspects
+        batches = (requests[first : first + BATCH] for first in range(0, len(requests), BATCH))
         texts[name] = [transcribe(patient.target, batch, layers) for batch in batches]
     return Text(texts.pop(""), texts)
 
@@ -149,11 +146,8 @@ def examine(patient: Patient, text: Text, clues: Sequence[str], steps: StepCount
     trials = Trials(patient, text.transcripts, steps)
     loaded = compare("as loaded", "", trials.loaded, trials.loaded)
     positions = tau_by_position(trials.loaded)
-    if text.overflows:
-        return Diagnosis(_overflow(patient.target), loaded, [], [], positions, list(clues))
-    if patient.broken:
-        verdict = Conclusion(f"Fault: the draft's {'; '.join(patient.broken)}; fetch or train it anew.", True)
-        return Diagnosis(verdict, loaded, [], [], positions, list(clues))
+    if broken := _broken_numbers(patient, text):
+        return Diagnosis(broken, loaded, [], [], positions, list(clues))
     steps.expect(len(text.otherwise))
     otherwise = []
     for name, transcripts in text.otherwise.items():
@@ -171,10 +165,15 @@ def examine(patient: Patient, text: Text, clues: Sequence[str], steps: StepCount
     return Diagnosis(verdict, loaded, trials.findings, otherwise, positions, list(clues))
 
 
-def _overflow(target: TargetModel) -> Conclusion:
-    dtype = str(target.dtype).removeprefix("torch.")
-    cure = {"dtype": "float32" if target.device.type == "cpu" else "bfloat16"}
-    return Conclusion(f"Fault: the target's features overflow in {dtype}; pass {advice(cure)}.", True, cure)
+def _broken_numbers(patient: Patient, text: Text) -> Conclusion | None:
+    """Which fault spoils every figure: features that overflow, or a draft's file with NaN or infinity in it."""
+    if text.overflows:
+        dtype = str(patient.target.dtype).removeprefix("torch.")
+        cure = {"dtype": "float32" if patient.target.device.type == "cpu" else "bfloat16"}
+        return Conclusion(f"Fault: the target's features overflow in {dtype}; pass {advice(cure)}.", True, cure)
+    if patient.broken:
+        return Conclusion(f"Fault: the draft's {'; '.join(patient.broken)}; fetch or train it anew.", True)
+    return None
 
 
 def conclude(

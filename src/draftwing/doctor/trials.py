@@ -20,7 +20,7 @@ from draftwing.drafts.family import Draft, DrafterOptions
 from draftwing.drafts.fit import broken_tensors
 from draftwing.drafts.kinds import FAMILIES, family_of_files, new_drafter
 from draftwing.drafts.load_draft import check_head_options, open_draft
-from draftwing.intervals import Interval, gain_interval, ratio_interval
+from draftwing.intervals import Interval, Sums, ratio_interval
 from draftwing.target.model import TargetModel
 
 DEPTH = 5
@@ -175,7 +175,7 @@ class Trials:
     def __init__(self, patient: Patient, transcripts: Sequence[Transcript], steps: StepCount) -> None:
         self._patient, self._transcripts, self._steps = patient, transcripts, steps
         self._suspects = patient.suspects(max(transcript.longest for transcript in transcripts))
-        steps.expect(1 + len(self._suspects))
+        steps.expect(1)
         steps.begin("as loaded")
         self.loaded = patient.traces(transcripts, {})
         self.findings: list[Finding] = []
@@ -213,10 +213,10 @@ class Trials:
             best, traces = best.joined(cure.suspect), cure.traces
             suspects = [trial.suspect for trial in trials if trial.evidence.high >= 1]
             suspects = [suspect for suspect in suspects if not suspect.options.keys() & best.options.keys()]
-            self._steps.expect(len(suspects))
         return best, traces
 
     def _try_beside(self, best: Suspect, base: list[Trace], suspects: Sequence[Suspect]) -> Iterator["_Trial"]:
+        self._steps.expect(len(suspects))
         for suspect in suspects:
             joined = best.joined(suspect)
             self._steps.begin(joined.name)
@@ -252,18 +252,18 @@ def compare(
     """A finding from the traces of the same prompts, and from those that it is held against."""
     ours, theirs = _tokens_and_cycles(traces), _tokens_and_cycles(base)
     evidence = _likelihood_ratio(traces, base) if same_text else None
-    return Finding(name, means, ratio_interval(*ours), gain_interval(ours, theirs, LEVEL), evidence, options)
+    return Finding(name, means, ratio_interval(ours), ratio_interval(ours, theirs, LEVEL), evidence, options)
 
 
 def _likelihood_ratio(traces: Sequence[Trace], base: Sequence[Trace]) -> Interval:
     """Geometric mean over tokens and depths of the probability, divided by that of `base`."""
     differences = [float(np.nansum(one.log_probs - other.log_probs)) for one, other in zip(traces, base, strict=True)]
     counts = [float(np.isfinite(trace.log_probs).sum()) for trace in traces]
-    mean = ratio_interval(differences, counts, LEVEL)
+    mean = ratio_interval((differences, counts), level=LEVEL)
     value, low, high = np.exp((mean.value, mean.low, mean.high)).tolist()
     return Interval(value, low, high)
 
 
-def _tokens_and_cycles(traces: Sequence[Trace]) -> tuple[list[float], list[float]]:
+def _tokens_and_cycles(traces: Sequence[Trace]) -> Sums:
     emitted = [trace.cycles()[1] for trace in traces]
     return [float(row.sum()) for row in emitted], [float(len(row)) for row in emitted]

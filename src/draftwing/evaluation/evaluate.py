@@ -73,20 +73,13 @@ class Evaluation:
 
     @property
     def all_methods(self) -> dict[str, Decode]:
-        plain = {PLAIN: self.methods[PLAIN]}
-        return plain | dict(self.methods) | dict(self.rivals)
+        return {PLAIN: self.methods[PLAIN], **self.methods, **self.rivals}
 
     @property
     def num_decodings(self) -> int:
         """How often a prompt is decoded in all."""
         turns = sum(data.num_turns for data in self.data)
         return turns * len(self.temperatures) * len(self.all_methods) * self.repeats
-
-    def cells(self) -> list[Cell]:
-        """The rows of the results, in order."""
-        names, temperatures = [data.name for data in self.data], self.temperatures
-        return [(name, temperature, method) for name in names for temperature in temperatures
-                for method in self.all_methods]  # fmt: skip
 
 
 @dataclass

@@ -6,6 +6,7 @@ Every interval is a bootstrap over prompts; the turns of a conversation stay tog
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product, zip_longest
 from typing import Any
 
 from draftwing.drafts.kinds import PLAIN, family_of
@@ -14,7 +15,7 @@ from draftwing.engine.tree_plan import STATIC_TREES, TreePlan
 from draftwing.evaluation.evaluate import Cell, Evaluation, Remarks
 from draftwing.evaluation.journal import Journal, Run
 from draftwing.evaluation.specs import MethodSpec
-from draftwing.intervals import Interval, gain_interval, ratio_interval
+from draftwing.intervals import Interval, Sums, ratio_interval
 
 
 @dataclass(frozen=True)
@@ -79,19 +80,18 @@ def result_rows(evaluation: Evaluation, journal: Journal, remarks: Remarks, chai
     for run in journal.runs.values():
         by_cell[run.data, run.temperature, run.method].append(run)
     chains, rows = set(chains), []
-    for data, temperature, method in evaluation.cells():
-        runs, plain = by_cell[data, temperature, method], by_cell[data, temperature, PLAIN]
-        skipped = {(skip.prompt, skip.turn) for skip in remarks.skipped if skip.data == data}
+    for data, temperature, method in product(evaluation.data, evaluation.temperatures, evaluation.all_methods):
+        runs, plain = by_cell[data.name, temperature, method], by_cell[data.name, temperature, PLAIN]
+        skipped = {(skip.prompt, skip.turn) for skip in remarks.skipped if skip.data == data.name}
         skipped -= {_turn(run) for run in plain}  # another temperature's answers were too long to go on from
-        num_turns = next(prompts.num_turns for prompts in evaluation.data if prompts.name == data)
         rates = acceptance_rates(runs)
         rows.append(
             ResultRow(
-                data,
+                data.name,
                 temperature,
                 method,
-                num_turns - len(skipped),
-                remarks.failures.get((data, temperature, method)),
+                data.num_turns - len(skipped),
+                remarks.failures.get((data.name, temperature, method)),
                 figures_of(runs, plain),
                 by_category(runs, plain),
                 rates,
@@ -114,9 +114,9 @@ def figures_of(runs: Sequence[Run], plain: Sequence[Run]) -> Figures | None:
         len(runs),
         sum(run.num_tokens for run in runs),
         sum(run.seconds for run in runs),
-        ratio_interval(per_prompt(runs, "num_tokens"), per_prompt(runs, "seconds")),
+        ratio_interval(_tokens_per(runs, "seconds")),
         rate_ratio(runs, plain),
-        ratio_interval(per_prompt(runs, "num_tokens"), per_prompt(runs, "num_cycles")) if has_cycles else None,
+        ratio_interval(_tokens_per(runs, "num_cycles")) if has_cycles else None,
         sum(compared) / len(compared) if compared else None,
     )
 
@@ -130,8 +130,7 @@ def rate_ratio(runs: Sequence[Run], others: Sequence[Run], per: str = "seconds")
     mine, theirs = ([run for run in some if _turn(run) in shared] for some in (runs, others))
     if not shared or any(getattr(run, per) is None for run in mine + theirs):
         return None
-    mine_ratio, their_ratio = ((per_prompt(some, "num_tokens"), per_prompt(some, per)) for some in (mine, theirs))
-    return gain_interval(mine_ratio, their_ratio)
+    return ratio_interval(_tokens_per(mine, per), _tokens_per(theirs, per))
 
 
 def by_category(runs: Sequence[Run], plain: Sequence[Run]) -> dict[str, Figures]:
@@ -146,9 +145,10 @@ def by_category(runs: Sequence[Run], plain: Sequence[Run]) -> dict[str, Figures]
 
 def acceptance_rates(runs: Sequence[Run]) -> list[DepthRate]:
     """Conditional acceptance by depth, all cycles of all runs together."""
-    depth = max((len(run.reached_at) for run in runs), default=0)
-    accepted = [sum(run.accepted_at[d] for run in runs if d < len(run.accepted_at)) for d in range(depth)]
-    reached = [sum(run.reached_at[d] for run in runs if d < len(run.reached_at)) for d in range(depth)]
+    accepted, reached = (
+        [sum(counts) for counts in zip_longest(*(getattr(run, name) for run in runs), fillvalue=0.0)]
+        for name in ("accepted_at", "reached_at")
+    )
     return [DepthRate(a / r if r else 0.0, r) for a, r in zip(accepted, reached, strict=True)]
 
 
@@ -171,12 +171,14 @@ def _turn(run: Run) -> tuple[int, int]:
     return run.prompt, run.turn
 
 
-def per_prompt(runs: Sequence[Run], name: str) -> list[float]:
-    """Sums over each prompt's turns, in the order of the prompts."""
-    sums: dict[int, float] = defaultdict(float)
+def _tokens_per(runs: Sequence[Run], name: str) -> Sums:
+    """The tokens of each prompt's turns, and another field, summed; in the order of the prompts."""
+    tokens: dict[int, float] = defaultdict(float)
+    others: dict[int, float] = defaultdict(float)
     for run in sorted(runs, key=_turn):
-        sums[run.prompt] += getattr(run, name)
-    return list(sums.values())
+        tokens[run.prompt] += run.num_tokens
+        others[run.prompt] += getattr(run, name)
+    return list(tokens.values()), list(others.values())
 
 
 def _figures_of_run(run: Run) -> dict[str, Any]:

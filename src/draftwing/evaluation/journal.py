@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from draftwing.files import check_same, write_text
+from draftwing.files import check_unchanged, write_text
 
 logger = logging.getLogger(__name__)
 FILE = "runs.jsonl"
@@ -91,7 +91,7 @@ class Journal:
             self.runs[run.key] = run
         if self.runs:
             wanted = {**dict.fromkeys(before), **settings}
-            check_same(before, wanted, file, "Name another folder, or start anew with --fresh")
+            check_unchanged(before, wanted, file, "Name another folder, or start anew with --fresh")
             logger.info("resuming from %s: %d runs are there", file, len(self.runs))
 
     def add(self, run: Run) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,17 @@ class Report:
     memory: str
     settings: Mapping[str, Any]
     provenance: Mapping[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready results."""
+        return {
+            "rows": [row.as_dict() for row in self.rows],
+            "ablations": [asdict(ablation) for ablation in self.ablations],
+            "skipped": [asdict(skipped) for skipped in self.skipped],
+            "warnings": self.warnings,
+            "options": self.settings,
+            "provenance": self.provenance,
+        }
 
 
 def as_tables(report: Report) -> Group:

@@ -1,7 +1,8 @@
 """What a prepared folder holds, in figures, a small plot, and samples coloured by what is supervised."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from draftwing.data.chat_template import Example
+from draftwing.data.examples import count_supervised
 from draftwing.data.prepared import SPLITS, Prepared
 
 DRAFT_VOCAB_SIZES = (8192, 16384, 32768, 65536)
@@ -50,7 +52,7 @@ def summarise(prepared: Prepared, vocab_size: int) -> DataStatistics:
     """Count a prepared folder."""
     splits = {split: prepared.examples(split) for split in SPLITS}
     lengths = torch.tensor([length for examples in splits.values() for length in examples.lengths])
-    counts = sum((examples.token_counts(vocab_size) for examples in splits.values()), torch.zeros(vocab_size)).long()
+    counts = torch.stack([count_supervised(examples, vocab_size) for examples in splits.values()]).sum(0)
     by_frequency = counts.sort(descending=True).values.cumsum(0)
     total = int(by_frequency[-1])
     sizes = [size for size in DRAFT_VOCAB_SIZES if size < vocab_size] or [vocab_size // 4, vocab_size // 2]
@@ -92,16 +94,7 @@ def as_tables(statistics: DataStatistics) -> list[Table]:
 def as_coloured_text(example: Example, tokenizer: Any) -> Text:
     """A document, what the model is trained to say in green and the rest dimmed."""
     text = Text()
-    for supervised, ids in _runs(example):
-        text.append(tokenizer.decode(ids), style="green" if supervised else "dim")
+    pairs = zip(example.loss_mask.tolist(), example.input_ids.tolist(), strict=True)
+    for supervised, run in groupby(pairs, itemgetter(0)):
+        text.append(tokenizer.decode([token for _, token in run]), style="green" if supervised else "dim")
     return text
-
-
-def _runs(example: Example) -> Sequence[tuple[bool, list[int]]]:
-    """Stretches of tokens that are all supervised, or all not."""
-    runs: list[tuple[bool, list[int]]] = []
-    for token, supervised in zip(example.input_ids.tolist(), example.loss_mask.tolist(), strict=True):
-        if not runs or runs[-1][0] != supervised:
-            runs.append((supervised, []))
-        runs[-1][1].append(token)
-    return runs

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from draftwing.config import SelfGeneratedStage
-from draftwing.data.chat_template import render
+from draftwing.data.chat_template import encode_text, render
 from draftwing.data.corpus import Row
 from draftwing.data.fingerprint import contents_of
 from draftwing.data.prompts import has_chat_template
@@ -40,9 +39,9 @@ from draftwing.prepare.self_generated import (
     Question,
     RunPart,
     complete_lines,
-    encode_text,
     resume,
 )
+from draftwing.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 MARK = "Q7Xw3Zk9"
@@ -272,8 +271,12 @@ class Kept:
         kept = Kept()
         if output.exists():
             with output.open(encoding="utf-8") as file:
-                for line in file:
-                    kept.take(_checked(json.loads(line), output))
+                for row in map(json.loads, file):
+                    if not row.keys() >= {"number", "messages", "loss_mask", "truncated"}:
+                        raise ValueError(
+                            f"output: {output} has rows that were not written by --from-target; use another output"
+                        )
+                    kept.take(row)
         return kept
 
     def take(self, result: Row | Dropped) -> Row | Dropped:
@@ -289,12 +292,6 @@ class Kept:
         self.num_answer_tokens += sum(result["loss_mask"])
         self.num_truncated += result["truncated"]
         return result
-
-
-def _checked(row: Row, output: Path) -> Row:
-    if row.keys() >= {"number", "messages", "loss_mask", "truncated"}:
-        return row
-    raise ValueError(f"output: {output} has rows that were not written by --from-target; use another output")
 
 
 def write_from_target(
@@ -357,9 +354,7 @@ def _settings(config: SelfGeneratedStage, author: Author, shard: RunPart, engine
 @contextmanager
 def _shown(wanted: int, num_done: int, statistics: Statistics) -> Iterator[Callable[[int], None]]:
     """A progress bar with the tokens per second."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    more = TimeRemainingColumn(), TextColumn("{task.fields[rate]:.0f} tokens/s")
-    with Progress(*columns, *more, console=Console(stderr=True)) as progress:
+    with progress_bar(TextColumn("{task.fields[rate]:.0f} tokens/s")) as progress:
         shown = progress.add_task("rows of the target's own", total=wanted, completed=num_done, rate=0.0)
         began = time.perf_counter()
 

@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.progress import track
 
 from draftwing.config import SelfGeneratedStage
-from draftwing.data.chat_template import encode_row, normalise, render
+from draftwing.data.chat_template import encode_row, encode_text, normalise, render
 from draftwing.data.corpus import Row
 from draftwing.data.features import check_positions
-from draftwing.data.fingerprint import contents_of, data_content_of
-from draftwing.data.messages import Message, read_conversation
+from draftwing.data.fingerprint import contents_of, of_data
+from draftwing.data.messages import Message
 from draftwing.data.rows import Rejects, made_from, select_rows
 from draftwing.data.sources import RowRef
 from draftwing.engine.drafter import NoDrafter
@@ -32,7 +32,7 @@ from draftwing.engine.generation import Generation, start_generation
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule, exact_decode
 from draftwing.engine.tree_plan import TreePlan
-from draftwing.files import check_same, write_text
+from draftwing.files import check_unchanged, write_text
 from draftwing.target.load import load_target, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -92,11 +92,11 @@ def regenerate(
     """
     shard = shard or RunPart()
     output = Path(config.output)
-    prompts, counts = read_prompts(config, tokenizer)
+    prompts, counts = read_questions(config, tokenizer)
     names = ("data", "max_rows", "seed", "sequence_length", "prompt_length", "max_new_tokens", "temperatures")
     settings = {name: getattr(config, name) for name in names} | {"source": source or config.target}
     settings |= {"prompts": len(prompts), "shard": f"{shard.number}/{shard.count}"}
-    num_done = resume(output, settings, contents_of(config) | data_content_of(config))
+    num_done = resume(output, settings, contents_of(config) | of_data(config.data))
     mine = prompts[shard.number - 1 :: shard.count]
     if num_done:
         logger.info("resuming from %s: %d of %d rows are there", output, num_done, len(mine))
@@ -111,7 +111,17 @@ def regenerate(
     return {"rows": len(mine), "new_tokens": num_tokens, "failed": num_failed, **counts}
 
 
-def read_prompts(config: SelfGeneratedStage, tokenizer: Any) -> tuple[list[Question], dict[str, float]]:
+def count_answers(output: Path) -> dict[str, float]:
+    """The figures of all of a file's rows, those of earlier parts of its run too."""
+    figures: dict[str, float] = {"new_tokens": 0, "failed": 0}
+    with output.open(encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            figures["new_tokens"] += sum(row.get("loss_mask", ()))
+            figures["failed"] += "error" in row
+    return figures
+
+
+def read_questions(config: SelfGeneratedStage, tokenizer: Any) -> tuple[list[Question], dict[str, float]]:
     """The prompts of a recipe's data, `evaluate_rows` held-out ones first, and counts of rows that give none.
 
     A conversation's first question, or the first tokens of each piece of a text, must leave room for an answer: at
@@ -125,8 +135,7 @@ def read_prompts(config: SelfGeneratedStage, tokenizer: Any) -> tuple[list[Quest
         candidates = list(_candidates(refs, held_out, config, tokenizer, rejects))
         found[held_out] = [prompt for prompt, length in candidates if 0 < length <= config.sequence_length // 2]
         num_long += len(candidates) - len(found[held_out])
-    rejects.sort()
-    rejects.check(len(selection.train) + len(selection.held_out))
+    rejects.finish(len(selection.train) + len(selection.held_out))
     random.Random(config.seed).shuffle(found[False])
     chosen = [*found[True][: config.evaluate_rows], *found[False][: config.max_rows]]
     if not chosen:
@@ -143,19 +152,19 @@ def _candidates(
     def make(row: Row) -> list[tuple[Question, int]]:
         if "input_ids" in row and row.keys().isdisjoint(("text", "messages", "conversations")):
             raise ValueError("input_ids: token ids cannot be regenerated; expected messages, conversations or text")
-        row = normalise(row)
+        row = normalise({name: value for name, value in row.items() if name != "input_ids"})
         if "text" in row:
             return [(Question(0, held_out, ids=piece), len(piece)) for piece in _pieces(row["text"], config, tokenizer)]
-        said = read_conversation(row)
-        roles = [message["role"] for message in said.messages]
+        messages, tools = row["messages"], row.get("tools", ())
+        roles = [message["role"] for message in messages]
         if "assistant" not in roles:
             raise ValueError("messages: no assistant turn to regenerate")
-        if "tool" in roles or any("tool_calls" in message for message in said.messages):
+        if "tool" in roles or any("tool_calls" in message for message in messages):
             raise ValueError("messages: tool calls cannot be regenerated: nobody runs the tools")
         if roles[0] == "assistant":
             raise ValueError("messages: turn 0 is an answer; expected what it answers before it")
-        first = encode_text(render(said.messages[: roles.index("assistant")], tokenizer, True, said.tools), tokenizer)
-        return [(Question(0, held_out, tuple(said.messages), tools=tuple(said.tools or ())), len(first))]
+        first = encode_text(render(messages[: roles.index("assistant")], tokenizer, True, tools or None), tokenizer)
+        return [(Question(0, held_out, tuple(messages), tools=tuple(tools)), len(first))]
 
     shown = track(refs, "reading prompts", console=Console(stderr=True), disable=len(refs) < 1000)
     for prompts in made_from(shown, make, rejects):
@@ -169,12 +178,6 @@ def _pieces(text: str, config: SelfGeneratedStage, tokenizer: Any) -> list[tuple
     if not starts:
         raise ValueError(f"text: {len(ids)} tokens leave nothing to say after a prompt of {config.prompt_length}")
     return [ids[start : start + config.prompt_length] for start in starts]
-
-
-def encode_text(text: str, tokenizer: Any) -> list[int]:
-    """The ids of a template's text, which has its special tokens in it."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 class EngineAnswers:
@@ -327,7 +330,7 @@ def resume(output: Path, settings: dict[str, Any], contents: dict[str, str]) -> 
     if num_done and beside.exists():
         earlier = json.loads(beside.read_text(encoding="utf-8"))
         known = {name: value for name, value in contents.items() if name in earlier}
-        check_same(earlier, settings | known, output)
+        check_unchanged(earlier, settings | known, output)
     write_text(beside, json.dumps(settings | contents) + "\n")
     return num_done
 

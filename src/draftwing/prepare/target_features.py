@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import DownloadColumn
 from torch import nn
 
 from draftwing.data.chat_template import Example
@@ -25,7 +24,8 @@ from draftwing.data.shards import (
     write_index,
     write_shard,
 )
-from draftwing.files import check_same
+from draftwing.files import check_unchanged
+from draftwing.progress import progress_bar
 from draftwing.provenance import provenance
 from draftwing.target.hidden_states import NORMED
 from draftwing.target.model import TargetModel
@@ -81,6 +81,8 @@ class FeatureWriter:
         self, prepared: Prepared, target: TargetModel, feature_layers: tuple[int, ...], storage: Storage, folder: Path
     ) -> None:
         self._target, self._layers, self._storage, self._folder = target, feature_layers, storage, folder
+        self._stored_layers = () if feature_layers == (NORMED,) else feature_layers
+        """The layers that are kept beside the last one."""
         self._examples = {split: prepared.examples(split) for split in SPLITS}
         self._index: dict[str, Any] = {
             "format": FORMAT,
@@ -94,7 +96,7 @@ class FeatureWriter:
         if (folder / INDEX).exists():
             earlier = read_index(folder, FORMAT)
             fixed = ("prepared", "target", "feature_layers", "storage")
-            check_same(earlier, {name: self._index[name] for name in fixed}, folder)
+            check_unchanged(earlier, {name: self._index[name] for name in fixed}, folder)
             self._index = earlier
         self._done = shards_of(self._index)
         if num_done := sum(map(len, self._done.values())):
@@ -123,11 +125,6 @@ class FeatureWriter:
     def bytes_per_token(self) -> int:
         width = self._target.hidden_size
         return (len(self._stored_layers) + 1) * (2 * width if self._storage == "bf16" else width + 4)
-
-    @property
-    def _stored_layers(self) -> tuple[int, ...]:
-        """The layers that are kept beside the last one."""
-        return () if self._layers == (NORMED,) else self._layers
 
     def estimate(self) -> Estimate:
         """Bytes and time still to come; runs the first batch to time it.
@@ -161,8 +158,7 @@ class FeatureWriter:
         """Write what is missing. Ctrl-C loses the shard that is being made."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._save(complete=False)
-        columns = (BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
+        with progress_bar(count=DownloadColumn()) as progress:
             shown = progress.add_task("features", total=self._tokens_to_come * self.bytes_per_token)
             for job in self._jobs:
                 tensors = self._tensors(job, lambda tokens: progress.advance(shown, tokens * self.bytes_per_token))

@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
 from draftwing.data import fingerprint
@@ -40,7 +38,8 @@ from draftwing.data.shards import (
     write_shard,
 )
 from draftwing.data.sources import RowRef
-from draftwing.files import check_same
+from draftwing.files import check_unchanged
+from draftwing.progress import progress_bar
 from draftwing.provenance import provenance
 
 logger = logging.getLogger(__name__)
@@ -60,9 +59,7 @@ class Chunk:
     loss_mask: Array
     lengths: list[int]
     rejects: list[Reject]
-    num_split: int
-    num_cut: int
-    num_unsupervised: int
+    counts: Counts
 
 
 class _Writer:
@@ -84,10 +81,10 @@ class _Writer:
         self._index |= contents
         if (folder / INDEX).exists():
             earlier = read_index(folder, FORMAT)
-            check_same(earlier["settings"], asdict(settings), folder)
+            check_unchanged(earlier["settings"], asdict(settings), folder)
             known = {name: value for name, value in contents.items() if name in earlier}
             fixed = {name: self._index[name] for name in ("tokenizer", "num_rows")}
-            check_same(earlier, fixed | known, folder)
+            check_unchanged(earlier, fixed | known, folder)
             self._index = earlier
         self.is_complete: bool = self._index["complete"]
         self.counts = Counts(**self._index["counts"])
@@ -95,13 +92,10 @@ class _Writer:
         self._splits = shards_of(self._index)
         self._chunks: list[Chunk] = []
 
-    def add(self, split: str, chunk: Chunk, num_rows: int) -> None:
+    def add(self, split: str, chunk: Chunk) -> None:
         """Take in the next rows; full shards are written."""
         self._chunks.append(chunk)
-        self.counts.rows += num_rows
-        self.counts.split += chunk.num_split
-        self.counts.cut += chunk.num_cut
-        self.counts.unsupervised += chunk.num_unsupervised
+        self.counts += chunk.counts
         for reject in chunk.rejects:
             self.rejects.add(reject)
         self.counts.rejected = len(self.rejects)
@@ -123,8 +117,7 @@ class _Writer:
         self._save()
 
     def finish(self) -> Prepared:
-        self.rejects.sort()
-        self.rejects.check(self.counts.rows)
+        self.rejects.finish(self.counts.rows)
         if not self._splits["train"]:
             raise ValueError("data: nothing is supervised in any training row")
         self._index["provenance"] = provenance()
@@ -152,30 +145,27 @@ def prepare(settings: PrepareSettings, tokenizer: Any, folder: Path, workers: in
         return open_prepared(str(folder), tokenizer)
     if writer.counts.rows:
         logger.info("resuming from %s: %d of %d rows are there", folder, writer.counts.rows, num_rows)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
+    with progress_bar() as progress:
         shown = progress.add_task("tokenising rows", total=num_rows, completed=writer.counts.rows)
         for split, refs in by_split.items():
             refs = refs[max(0, writer.counts.rows - (num_rows - len(refs) if split == "held_out" else 0)) :]
-            for num_read, chunk in _tokenise(refs, tokenizer, settings.sequence_length, workers):
-                writer.add(split, chunk, num_read)
-                progress.advance(shown, num_read)
+            for chunk in _tokenise(refs, tokenizer, settings.sequence_length, workers):
+                writer.add(split, chunk)
+                progress.advance(shown, chunk.counts.rows)
             if refs:
                 writer.flush(split)
     return writer.finish()
 
 
-def _tokenise(refs: Sequence[RowRef], tokenizer: Any, length: int, workers: int) -> Iterator[tuple[int, Chunk]]:
-    """Yield chunks of rows in order, each with how many rows it was made from."""
-    starts = range(0, len(refs), CHUNK_ROWS)
-    tasks = ([find_row(ref) for ref in refs[start : start + CHUNK_ROWS]] for start in starts)
-    sizes = [min(CHUNK_ROWS, len(refs) - start) for start in starts]
+def _tokenise(refs: Sequence[RowRef], tokenizer: Any, length: int, workers: int) -> Iterator[Chunk]:
+    """Yield chunks of rows in order."""
+    tasks = ([find_row(ref) for ref in refs[i : i + CHUNK_ROWS]] for i in range(0, len(refs), CHUNK_ROWS))
     if workers == 1 or len(refs) < ROWS_WORTH_A_POOL:
-        yield from zip(sizes, (tokenise_chunk(task, tokenizer, length) for task in tasks), strict=True)
+        yield from (tokenise_chunk(task, tokenizer, length) for task in tasks)
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), _ignore_interrupts) as executor:
         work = partial(_tokenise_elsewhere, name=tokenizer.name_or_path, length=length)
-        yield from zip(sizes, map_in_order(executor, work, tasks, ahead=4 * workers), strict=True)
+        yield from map_in_order(executor, work, tasks, ahead=4 * workers)
 
 
 def _tokenise_elsewhere(found: list[FoundRow | Reject], name: str, length: int) -> Chunk:
@@ -192,25 +182,25 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def tokenise_chunk(found: Iterable[FoundRow | Reject], tokenizer: Any, length: int) -> Chunk:
+def tokenise_chunk(found: Sequence[FoundRow | Reject], tokenizer: Any, length: int) -> Chunk:
     """Tokenise rows and cut them into pieces of at most `length` tokens."""
     pieces: list[Example] = []
     rejects: list[Reject] = []
-    num_split = num_cut = num_unsupervised = 0
+    counts = Counts(len(found))
     for item in found:
         examples = item if isinstance(item, Reject) else item.make(lambda row: encode_row(row, tokenizer))
         if isinstance(examples, Reject):
             rejects.append(examples)
             continue
-        num_split += len(examples) > 1
+        counts.split += len(examples) > 1
         for example in examples:
             supervised = cut(example, length)
             pieces += supervised
             num_pieces = max(1, -(-len(example) // length))
-            num_cut += num_pieces > 1
-            num_unsupervised += num_pieces - len(supervised)
+            counts.cut += num_pieces > 1
+            counts.unsupervised += num_pieces - len(supervised)
     ids, mask = (
         np.concatenate([np.empty(0, dtype), *(getattr(piece, name).numpy() for piece in pieces)]).astype(dtype)
         for name, dtype in (("input_ids", np.int32), ("loss_mask", np.bool_))
     )
-    return Chunk(ids, mask, [len(piece) for piece in pieces], rejects, num_split, num_cut, num_unsupervised)
+    return Chunk(ids, mask, [len(piece) for piece in pieces], rejects, counts)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from draftwing.config import TrainConfig
-from draftwing.files import check_same, write_text
+from draftwing.files import check_unchanged, write_text
 
 MARK = "recipe.json"
 FREE_KEYS = frozenset(
@@ -46,7 +46,9 @@ def check_continued(made_with: Mapping[str, Any], wanted: Mapping[str, Any], pla
     """
     made_with = DEFAULTS | dict(made_with)
     recorded = {name: value for name, value in wanted.items() if name in made_with}
-    check_same(made_with, recorded, place, "Undo the change, name another output, or delete the folder to start over")
+    check_unchanged(
+        made_with, recorded, place, "Undo the change, name another output, or delete the folder to start over"
+    )
 
 
 def newest_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:

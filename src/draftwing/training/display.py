@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from draftwing.charts import as_page
 from draftwing.config import Stage
 from draftwing.files import to_json, write_text
+from draftwing.progress import progress_bar
 from draftwing.provenance import provenance
 
 RUN_LOG = "training.json"
@@ -26,8 +25,7 @@ class ProgressDisplay(TrainerCallback):
     """A progress bar with the latest figures, and each log line above it; of the main process, on stderr."""
 
     def __init__(self) -> None:
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._progress = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
+        self._progress = progress_bar()
         self._task = self._progress.add_task("training")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -63,8 +61,7 @@ class RunLogKeeper(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.write(state.log_history)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.write(state.log_history)
+    on_save = on_evaluate
 
     def write(self, history: list[dict[str, float]], metrics: dict[str, float] | None = None) -> None:
         """Write the log of a run so far, or with its final `metrics` of a finished one."""

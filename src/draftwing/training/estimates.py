@@ -37,14 +37,14 @@ class StageEstimate:
     output: str
     target_params: int
     target_active_params: int
-    trained_params: int
-    frozen_params: int
     rows_per_step: int
     most_tokens: int
     memory: Mapping[str, int]
     disk: Mapping[str, int]
-    flops_per_step: float
-    seconds: float | None
+    trained_params: int = 0
+    frozen_params: int = 0
+    flops_per_step: float = 0.0
+    seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
@@ -74,7 +74,7 @@ def estimate_stages(stages: Sequence[TrainConfig], num_processes: int, flops_per
         full_config = read(stage.target)
         target, text_config = count_params(full_config), full_config.get_text_config()
         if stage.objective == "self_generated":
-            plans.append(_estimate_rows(stage, target, text_config, num_processes))
+            plans.append(_estimate_rows(stage, target, text_config))
             continue
         heads[stage.output] = head = objective_named(stage.objective).sizes(stage, text_config, heads)
         plans.append(_estimate_head(stage, (target, text_config), head, num_processes, flops_per_second))
@@ -138,7 +138,6 @@ def _estimate_target(
     return StageEstimate(
         **_common(stage, target, target_active, num_processes),
         trained_params=total,
-        frozen_params=0,
         memory=memory,
         disk=disk,
         flops_per_step=flops,
@@ -146,7 +145,7 @@ def _estimate_target(
     )
 
 
-def _estimate_rows(stage: SelfGeneratedStage, params: Shapes, config: Any, num_processes: int) -> StageEstimate:
+def _estimate_rows(stage: SelfGeneratedStage, params: Shapes, config: Any) -> StageEstimate:
     """A stage in which the target answers rows: it decodes, and nothing is trained."""
     cached = 2 * config.num_hidden_layers * _key_size(config)
     memory = {
@@ -154,11 +153,9 @@ def _estimate_rows(stage: SelfGeneratedStage, params: Shapes, config: Any, num_p
         "keys and values": _tokens(stage) * cached * _bytes(stage),
     }
     disk = {"rows, if max_rows is set": (stage.max_rows or 0) * stage.sequence_length * 10}  # digits, mask, commas
-    common = _common(stage, params, active_params(params, config), num_processes)
+    common = _common(stage, params, active_params(params, config), num_processes=1)
     common |= {"rows_per_step": stage.batch_size, "most_tokens": (stage.max_rows or 0) * stage.sequence_length}
-    return StageEstimate(
-        **common, trained_params=0, frozen_params=0, memory=memory, disk=disk, flops_per_step=0.0, seconds=None
-    )
+    return StageEstimate(**common, memory=memory, disk=disk)
 
 
 def _estimate_head(

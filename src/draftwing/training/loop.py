@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from draftwing.config import Stage
-from draftwing.data.fingerprint import contents_of, data_content_of
+from draftwing.data.fingerprint import contents_of, of_data
 from draftwing.training.checkpoints import (
     complete_checkpoint,
     discard_checkpoint,
@@ -30,6 +30,7 @@ from draftwing.training.muon import MuonAdamW, hidden_matrices
 from draftwing.training.processes import is_main_process, num_processes, sum_over_processes, wait_for_others
 
 logger = logging.getLogger(__name__)
+Held = TypeVar("Held")
 
 
 class WholeSteps(Sampler[int]):
@@ -74,7 +75,7 @@ class ResumableTrainer(Trainer):
         super().__init__(**arguments)
         self.remove_callback(PrinterCallback)
         self.add_callback(Housekeeping(self))
-        self.run_log = RunLogKeeper(config, contents | data_content_of(config))
+        self.run_log = RunLogKeeper(config, contents | of_data(config.data))
         self.display = ProgressDisplay()
         if is_main_process():
             self.add_callback(self.display)
@@ -269,6 +270,12 @@ def new_trainer(
         eval_dataset=eval_dataset,
         data_collator=data_collator,
     )
+
+
+def filled_up(held_out: Sequence[Held], blank: Callable[[Held], Held], config: Stage) -> list[Held]:
+    """Held-out rows, and `blank` ones that count for nothing, so that processes have equally many whole batches."""
+    missing = -len(held_out) % (config.batch_size * num_processes())
+    return [*held_out, *(blank(row) for row in held_out[:1] for _ in range(missing))]
 
 
 def wants_compile(config: Stage) -> bool:

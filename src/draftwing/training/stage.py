@@ -6,9 +6,9 @@ from pathlib import Path
 from rich.console import Console
 
 from draftwing.config import TrainConfig
-from draftwing.data.fingerprint import contents_of, data_content_of
+from draftwing.data.fingerprint import contents_of, of_data
 from draftwing.files import to_json, write_text
-from draftwing.prepare.self_generated import write_self_generated
+from draftwing.prepare.self_generated import count_answers, write_self_generated
 from draftwing.provenance import provenance
 from draftwing.training.checkpoints import check_continued, settings_of
 from draftwing.training.display import RUN_LOG, read_run_log
@@ -35,7 +35,7 @@ def train_stage(config: TrainConfig) -> dict[str, float]:
     if run_log and run_log.get("finished", True) and any(output.glob("*.safetensors")):
         # On one process both: how many there were no longer matters.
         made_with = settings_of(run_log["recipe"], num_processes=1) | run_log.get("inputs", {})
-        wanted = settings_of(config.as_dict(), num_processes=1) | contents_of(config) | data_content_of(config)
+        wanted = settings_of(config.as_dict(), num_processes=1) | contents_of(config) | of_data(config.data)
         check_continued(made_with, wanted, output / RUN_LOG)
         if is_main_process():
             begun = run_log["provenance"]["time"]
@@ -47,10 +47,10 @@ def train_stage(config: TrainConfig) -> dict[str, float]:
 
 def _check_frozen_target(config: TrainConfig) -> None:
     """Raise a ValueError where a target in parts does not suit a stage that runs (`--set` reaches all stages)."""
-    for name in ("device_map", "shard_target"):
-        if getattr(config, name) and config.objective == "self_generated":
+    for name in config.splits:
+        if config.objective == "self_generated":
             raise ValueError(f"{name}: a target in parts cannot decode; let an endpoint answer (draftwing prepare)")
-        if getattr(config, name) and config.objective == "language_model" and not config.teacher:
+        if config.objective == "language_model" and not config.teacher:
             raise ValueError(f"{name}: a language_model without a teacher has no frozen target")
 
 
@@ -61,9 +61,10 @@ def _generate(config: TrainConfig) -> dict[str, float]:
         start = time.perf_counter()
         metrics = write_self_generated(config)
         seconds = round(time.perf_counter() - start)
-        run_log = {"metrics": metrics, "seconds": seconds, "recipe": config.as_dict(), "provenance": provenance()}
         record = Path(config.output).with_suffix(".json")
         if metrics["new_tokens"] or not record.exists():  # else it tells of the run that has written the rows
+            metrics |= count_answers(Path(config.output))
+            run_log = {"metrics": metrics, "seconds": seconds, "recipe": config.as_dict(), "provenance": provenance()}
             write_text(record, to_json(run_log, indent=2) + "\n")
     wait_for_others()
     return metrics

@@ -37,7 +37,7 @@ from draftwing.engine.tree_plan import NamedTree, TreePlan
 from draftwing.target.load import load_tokenizer, read_target_config
 from draftwing.target.model import TargetModel
 from draftwing.training.frozen_target import frozen_target
-from draftwing.training.loop import ResumableTrainer, WholeSteps, new_trainer, wants_compile
+from draftwing.training.loop import ResumableTrainer, WholeSteps, filled_up, new_trainer, wants_compile
 from draftwing.training.processes import (
     is_main_process,
     num_processes,
@@ -70,8 +70,8 @@ def train_head(config: TrainConfig) -> dict[str, float]:
     if wants_compile(config):
         module.compile_parts()
     rows = as_training_rows(documents, config, target, head.config.feature_layers)
-    held_out = list(rows.held_out)
-    held_out += unsupervised(held_out, -len(held_out) % (config.batch_size * num_processes()))
+    blank = lambda row: dataclasses.replace(row, loss_mask=torch.zeros_like(row.loss_mask))
+    held_out = filled_up(rows.held_out, blank, config)
     tokens, collator = fingerprint_of(documents.train), Collator(tokenizer.pad_token_id or 0)
     trainer = new_trainer(config, module, rows.train, held_out, tokens, collator, HeadTrainer)
     assert isinstance(trainer, HeadTrainer)
@@ -108,11 +108,6 @@ def decode_plan(config: HeadStage) -> NamedTree:
         return TreePlan.parse(config.decode_plan) if config.decode_plan else TreePlan.chain(config.ttt_steps)
     except ValueError as error:
         raise ValueError(f"decode_plan: {error}") from None
-
-
-def unsupervised(rows: Sequence[Example], count: int) -> list[Example]:
-    """Rows that count for nothing: processes evaluate equally many batches, and none counts a row twice."""
-    return [dataclasses.replace(rows[0], loss_mask=torch.zeros_like(rows[0].loss_mask))] * count if rows else []
 
 
 def prompt_of(example: Example, config: Stage) -> list[int]:
@@ -218,10 +213,8 @@ class HeadTrainer(ResumableTrainer):
 
 def whole_tensors(head: nn.Module) -> dict[str, torch.Tensor]:
     """The head's parameters; those that are sharded are gathered, by all processes together."""
-    return {
-        name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        for name, parameter in ((name, parameter.detach()) for name, parameter in head.named_parameters())
-    }
+    weights = {name: parameter.detach() for name, parameter in head.named_parameters()}
+    return {name: weight.full_tensor() if isinstance(weight, DTensor) else weight for name, weight in weights.items()}
 
 
 def copy_of(head: nn.Module, target: TargetModel, objective: Objective) -> Any:

@@ -1,6 +1,6 @@
 """Train a small Llama from scratch: a target with its tokenizer (the embedded one), or a draft model for a target."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from draftwing.files import open_to_others
 from draftwing.target.load import load_tokenizer
 from draftwing.target.model import TargetModel
 from draftwing.training.frozen_target import frozen_target
-from draftwing.training.loop import ResumableTrainer, new_trainer
+from draftwing.training.loop import ResumableTrainer, filled_up, new_trainer
 from draftwing.training.processes import is_main_process, num_processes, sum_over_processes, wait_for_others
 
 Block = dict[str, torch.Tensor]
@@ -49,7 +49,8 @@ def train_language_model(config: LanguageModelStage) -> dict[str, float]:
     is_masked = target is not None
     held_out = blocks(_documents(found.held_out), tokenizer, config.sequence_length, is_masked)[: config.evaluate_rows]
     if is_masked:
-        held_out += not_learnt(held_out, -len(held_out) % (config.batch_size * num_processes()))
+        blank = lambda block: block | {"labels": torch.full_like(block["labels"], IGNORED)}
+        held_out = filled_up(held_out, blank, config)
     train = blocks(_documents(found.train), tokenizer, config.sequence_length, is_masked)
     trainer = new_trainer(
         config,
@@ -141,15 +142,9 @@ def new_model(config: LanguageModelStage, tokenizer: Any, vocab_size: int) -> Ll
     """A randomly initialised Llama with the recipe's architecture and the tokenizer's special tokens."""
     end_of_turn, end_of_text = tokenizer.eos_token_id, _end_of_text(tokenizer)
     check_keys(config.architecture, LlamaConfig().to_dict(), "architecture.")
-    llama_config = LlamaConfig(
-        vocab_size=vocab_size,
-        bos_token_id=None,
-        eos_token_id=[end_of_turn, end_of_text],
-        pad_token_id=end_of_text,
-        **config.architecture,
-    )
-    model = LlamaForCausalLM(llama_config)
-    model.generation_config = GenerationConfig(eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text)
+    ends: dict[str, Any] = {"eos_token_id": [end_of_turn, end_of_text], "pad_token_id": end_of_text}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, bos_token_id=None, **ends, **config.architecture))
+    model.generation_config = GenerationConfig(**ends)
     return model
 
 
@@ -172,11 +167,6 @@ def blocks(documents: Iterable[Example], tokenizer: Any, length: int, is_masked:
     whole = ids.numel() // length * length
     pairs = zip(ids[:whole].view(-1, length), labels[:whole].view(-1, length), strict=True)
     return [{"input_ids": block, "labels": block_labels} for block, block_labels in pairs]
-
-
-def not_learnt(held_out: Sequence[Block], count: int) -> list[Block]:
-    """Blocks that count for nothing: processes evaluate equally many batches, and none counts a block twice."""
-    return [block | {"labels": torch.full_like(block["labels"], IGNORED)} for block in held_out[:1]] * count
 
 
 def _end_of_text(tokenizer: Any) -> int:

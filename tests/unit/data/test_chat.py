@@ -84,7 +84,7 @@ def test_sharegpt_rows_equal_openai_rows(tokenizer: PreTrainedTokenizerFast) -> 
     turns = [("system", "yes"), ("human", "hello"), ("gpt", "hello you")]
     row = {"conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
     messages = [say("system", "yes"), say("user", "hello"), say("assistant", "hello you")]
-    assert read_conversation(row).messages == messages
+    assert read_conversation(row)["messages"] == messages
     (ours,), (theirs,) = encode_row(row, tokenizer), encode_row({"messages": messages}, tokenizer)
     assert torch.equal(ours.input_ids, theirs.input_ids)
     assert torch.equal(ours.loss_mask, theirs.loss_mask)
@@ -246,12 +246,12 @@ class TestForms:
         ],
     )
     def test_arguments_are_a_mapping(self, calls: Row) -> None:
-        (message,) = read_conversation({"messages": [{"role": "assistant", "content": None} | calls]}).messages
+        (message,) = read_conversation({"messages": [{"role": "assistant", "content": None} | calls]})["messages"]
         assert message == {"role": "assistant", "content": "", "tool_calls": [call_of({"a": 2, "b": None})]}
 
     def test_no_arguments_are_an_empty_mapping(self) -> None:
         for arguments in (None, "", "{}", {}):
-            (message,) = read_conversation({"messages": [CALL | {"tool_calls": [call_of(arguments)]}]}).messages
+            (message,) = read_conversation({"messages": [CALL | {"tool_calls": [call_of(arguments)]}]})["messages"]
             assert message["tool_calls"] == [call_of({})]
 
     @pytest.mark.parametrize("arguments", ["{broken", "[1]", 5])
@@ -272,7 +272,7 @@ class TestForms:
             {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 2}'}},
             {"role": "function", "name": "add", "content": "5"},
         ]
-        assert read_conversation({"messages": turns}).messages == [
+        assert read_conversation({"messages": turns})["messages"] == [
             {"role": "assistant", "content": "", "tool_calls": [call_without_id({"a": 2})]},
             {"role": "tool", "name": "add", "content": "5"},
         ]
@@ -282,26 +282,26 @@ class TestForms:
         row = {"conversations": [{"from": who, "value": text} for who, text in turns], "system": "be brief"}
         row["tools"] = json.dumps([{"name": "add", "parameters": {}}])
         read = read_conversation(row)
-        assert read.messages == [
+        assert read["messages"] == [
             say("system", "be brief"),
             say("user", "2+3?"),
             {"role": "assistant", "content": "", "tool_calls": [call_without_id({"a": 2})]},
             say("tool", "5"),
         ]
-        assert read.tools == [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+        assert read["tools"] == [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 
     def test_conversations_may_have_openai_turns_and_their_fields(self) -> None:
         messages = [say("user", "hi"), say("assistant", "yes") | {"name": "Ann"}]
-        assert read_conversation({"conversations": messages}).messages == messages
-        assert read_conversation({"messages": json.dumps(messages)}).messages == messages
+        assert read_conversation({"conversations": messages})["messages"] == messages
+        assert read_conversation({"messages": json.dumps(messages)})["messages"] == messages
 
     @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
     def test_what_was_thought_has_one_name(self, name: str) -> None:
         turn = {"role": "assistant", "content": None, name: "hm", "reasoning_details": None}
         expected = {"role": "assistant", "content": "", "reasoning_content": "hm"}
-        assert read_conversation({"messages": [turn]}).messages == [expected]
+        assert read_conversation({"messages": [turn]})["messages"] == [expected]
         both = turn | {"reasoning_content": "hm", "thinking": ""}
-        assert read_conversation({"messages": [both]}).messages == [expected]
+        assert read_conversation({"messages": [both]})["messages"] == [expected]
 
     @pytest.mark.parametrize("reads", ["reasoning_content", "reasoning", "thinking"])
     def test_a_template_finds_it_under_the_name_that_it_reads(

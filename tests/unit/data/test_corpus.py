@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from draftwing.data.corpus import Row, Splits, chat_rows, is_held_out, read_stdlib
+from draftwing.data.corpus import Row, Splits, chat_rows, in_held_out_module, read_stdlib
 
 ADD = '''def add(a, b):
     """Add two numbers.
@@ -142,4 +142,4 @@ class TestReadStdlib:
     [("json/decoder.py", True), ("csv.py", True), ("csvs.py", False), ("email/queue.py", False)],
 )
 def test_is_held_out(path: str, expected: bool) -> None:
-    assert is_held_out(Path(path)) == expected
+    assert in_held_out_module(Path(path)) == expected

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from draftwing.data.chat_template import Example
-from draftwing.data.examples import Collator, PackedExamples, join, lengths_of, pack
+from draftwing.data.examples import Collator, PackedExamples, as_one_row, lengths_of, pack
 
 
 def document(first: int, length: int, supervised: bool = True) -> Example:
@@ -41,7 +41,7 @@ def test_packing_wastes_little() -> None:
 
 
 def test_a_packed_row_tells_its_documents_apart() -> None:
-    row = join([document(10, 2), document(20, 3, supervised=False)])
+    row = as_one_row([document(10, 2), document(20, 3, supervised=False)])
     assert row.input_ids.tolist() == [10, 11, 20, 21, 22]
     assert row.loss_mask.tolist() == [True, True, False, False, False]
     assert row.document_ids is not None
@@ -49,9 +49,9 @@ def test_a_packed_row_tells_its_documents_apart() -> None:
 
 
 def test_a_batch_of_packed_rows_is_padded_with_minus_one() -> None:
-    packed = PackedExamples([document(10, 4), document(20, 3), document(30, 1)], [4, 3, 1], capacity=4)
+    packed = PackedExamples([document(10, 4), document(20, 3), document(30, 1)], capacity=4)
     assert lengths_of(packed) == [4, 4]
-    batch = Collator(pad_token_id=7)([packed[0], join([document(40, 2)])])
+    batch = Collator(pad_token_id=7)([packed[0], as_one_row([document(40, 2)])])
     assert batch["input_ids"].tolist() == [[10, 11, 12, 13], [40, 41, 7, 7]]
     assert batch["document_ids"].tolist() == [[0, 0, 0, 0], [0, 0, -1, -1]]
     assert batch["loss_mask"].tolist() == [[True] * 4, [True, True, False, False]]
@@ -69,7 +69,9 @@ def test_stored_features_are_packed_and_padded_beside_their_tokens() -> None:
         values = torch.full((length, 2), value)
         return Example(plain.input_ids, plain.loss_mask, None, values, -values[:, :1])
 
-    batch = Collator(0)([join([with_features(2, 1.0), with_features(1, 2.0)]), join([with_features(2, 3.0)])])
+    batch = Collator(0)(
+        [as_one_row([with_features(2, 1.0), with_features(1, 2.0)]), as_one_row([with_features(2, 3.0)])]
+    )
     assert batch["features"][..., 0].tolist() == [[1.0, 1.0, 2.0], [3.0, 3.0, 0.0]]
     assert batch["last_hidden"].shape == (2, 3, 1)
     assert batch["last_hidden"][0, 2, 0] == -2.0

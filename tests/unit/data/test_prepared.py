@@ -116,7 +116,7 @@ def test_a_run_that_was_stopped_goes_on(
             prepare(settings, tokenizer, tmp_path / "stopped")
     if num_shards:
         with pytest.raises(ValueError, match="is unfinished; run the same `draftwing prepare` again"):
-            open_prepared(str(tmp_path / "stopped"))
+            open_prepared(str(tmp_path / "stopped"), tokenizer)
     again = prepare(settings, tokenizer, tmp_path / "stopped")
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
     assert (again.counts, again.splits) == (whole.counts, whole.splits)
@@ -193,7 +193,7 @@ def test_damage_is_noticed(tmp_path: Path, data: str, tokenizer: Any, how: str, 
     prepare(PrepareSettings((data,)), tokenizer, tmp_path / "out")
     damage(tmp_path / "out", how)
     with pytest.raises(ValueError, match=f"train-00000.safetensors: .*{message}"):
-        open_prepared(str(tmp_path / "out"))
+        open_prepared(str(tmp_path / "out"), tokenizer)
 
 
 def test_statistics_are_counted(tmp_path: Path, tokenizer: Any) -> None:

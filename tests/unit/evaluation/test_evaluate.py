@@ -448,6 +448,10 @@ def test_charts_are_images_of_their_own() -> None:
         assert "a <b>" in [text.text for text in image.iter("{http://www.w3.org/2000/svg}text")]
 
 
+def test_a_bar_chart_without_bars_says_so() -> None:
+    assert bar_chart({}, mark=1.0) == "<p>Nothing was measured.</p>"
+
+
 NARROW = (0.9, 0.00079, 123456.0, -0.000123, -5.0)
 LONG = "eagle1@tiny-eagle1-of-yesterday:tree:10x7x60+uncoupled+ngram"
 

@@ -17,7 +17,7 @@ from draftwing.data.chat_template import encode_conversation, encode_row
 from draftwing.engine.engine import NewDrafter, Request
 from draftwing.engine.generation import Generation, start_generation
 from draftwing.engine.tree_plan import TreePlan
-from draftwing.prepare.self_generated import EngineAnswers, RunPart, StartGeneration, read_prompts, regenerate
+from draftwing.prepare.self_generated import EngineAnswers, RunPart, StartGeneration, read_questions, regenerate
 from draftwing.target.model import TargetModel
 from draftwing.training.train_language_model import CHAT_TEMPLATE, train_tokenizer
 
@@ -159,7 +159,7 @@ def test_rows_are_read_as_their_ids_and_answered_anew_as_their_text(
         assert row["text"] == tokenizer.decode(row["input_ids"], skip_special_tokens=True) if "text" in row else True
     path = tmp_path / "own.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows if "messages" in row), encoding="utf-8")
-    prompts, counts = read_prompts(replace(config, data=str(path), output=str(tmp_path / "again.jsonl")), tokenizer)
+    prompts, counts = read_questions(replace(config, data=str(path), output=str(tmp_path / "again.jsonl")), tokenizer)
     assert len(prompts) == 6
     assert counts["rejected"] == 0
 
@@ -296,7 +296,7 @@ def test_rows_that_give_no_prompt_are_counted(config: TrainConfig, tokenizer: Pr
             {"input_ids": [5, 6, 7]},
         ):
             file.write(json.dumps(row) + "\n")
-    prompts, counts = read_prompts(config, tokenizer)
+    prompts, counts = read_questions(config, tokenizer)
     assert counts == {"rejected": 4, "too_long": 1}
     assert [prompt.number for prompt in prompts] == list(range(len(prompts)))
     rejects = Path(config.output).with_suffix(".rejects.jsonl").read_text(encoding="utf-8")
@@ -308,4 +308,4 @@ def test_rows_that_give_no_prompt_are_counted(config: TrainConfig, tokenizer: Pr
 def test_data_without_any_prompt_is_an_error(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     short = TrainConfig(**config.as_dict() | {"sequence_length": 4, "prompt_length": 3})
     with pytest.raises(ValueError, match="has no prompt of at most 2 tokens"):
-        read_prompts(short, tokenizer)
+        read_questions(short, tokenizer)
