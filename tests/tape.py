@@ -1,12 +1,14 @@
 """A stand-in for CUDA graphs on a CPU: a tape of operations, to be replayed with the storage that they had."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from draftwing import native
 from draftwing.engine.captured import Recorded
 
 HOST_OPERATIONS = (
@@ -18,11 +20,20 @@ HOST_OPERATIONS = (
 
 
 class Tape(TorchDispatchMode):
-    """Operations with the tensors that they were called with."""
+    """Operations with the tensors that they were called with. As on a GPU, C computes nothing meanwhile."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __enter__(self) -> Self:
+        self._without_c = patch.object(native, "library", lambda: None)
+        self._without_c.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._without_c.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in HOST_OPERATIONS:

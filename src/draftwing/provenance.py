@@ -20,6 +20,7 @@ def provenance() -> dict[str, Any]:
     is_cuda = torch.cuda.is_available()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "draftwing": version("draftwing"),
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,

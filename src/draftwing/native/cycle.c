@@ -295,7 +295,8 @@ void visible_slots(const int64_t *lengths, const uint8_t *ancestors, int64_t bat
         }
 }
 
-/* Accept the longest branch whose tokens are chosen [rows, nodes] at their parents; a choice below 0 is none. */
+/* Accept the longest branch whose tokens are chosen [rows, nodes] at their parents. A node without a choice, below 0, is
+   not accepted. */
 void walk(const int64_t *tokens, const int64_t *parents, const int64_t *depths, const uint8_t *valid,
           const int64_t *chosen, int64_t rows, int64_t nodes, int64_t length, uint8_t *accepted, int64_t *path,
           int64_t *num_accepted, int64_t *emitted) {
@@ -306,7 +307,7 @@ void walk(const int64_t *tokens, const int64_t *parents, const int64_t *depths, 
         num_accepted[row] = 0;
         for (int64_t node = 1; node < nodes; node++) {
             const int64_t parent = start + parents[start + node];
-            accepted[start + node] = valid[start + node] && accepted[parent] && chosen[parent] >= 0 &&
+            accepted[start + node] = valid[start + node] && accepted[parent] && chosen[start + node] >= 0 &&
                                      chosen[parent] == tokens[start + node];
             if (!accepted[start + node]) continue;
             num_accepted[row]++;

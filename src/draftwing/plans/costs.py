@@ -151,7 +151,7 @@ def what_costs_depend_on(target: TargetModel, draft: Draft, captured: bool) -> d
 @cache
 def _machine() -> dict[str, Any]:
     made_by = provenance()
-    return {name: made_by[name] for name in ("device", "cores", "torch", "transformers")}
+    return {name: made_by[name] for name in ("draftwing", "device", "cores", "torch", "transformers")}
 
 
 def cached_costs(key: Mapping[str, Any], measure: Callable[[], CycleCosts], since: float = 0.0) -> CycleCosts:

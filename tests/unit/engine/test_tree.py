@@ -105,6 +105,11 @@ class TestWalk:
         assert verdict.num_accepted.tolist() == [0]
         assert verdict.bonus.tolist() == [11]
 
+    def test_a_node_without_a_choice_of_its_own_is_not_accepted(self) -> None:
+        verdict = verdict_of(tree_of([TOKENS], [PARENTS]), [[11, ~5, 0, 0, 0, 0]])
+        assert verdict.num_accepted.tolist() == [0]
+        assert verdict.bonus.tolist() == [11]
+
     def test_rows_of_a_batch_are_independent(self) -> None:
         tree = tree_of([TOKENS, TOKENS, TOKENS], [PARENTS, PARENTS, [0, 0, 1, 2, 3, 4]])
         verdict = verdict_of(tree, [[99, 0, 0, 0, 0, 0], [12, 0, 15, 0, 0, 77], [11, 12, 13, 14, 15, 16]])
