@@ -20,7 +20,10 @@ HOST_OPERATIONS = (
 
 
 class Tape(TorchDispatchMode):
-    """Operations with the tensors that they were called with. As on a GPU, C computes nothing meanwhile."""
+    """Operations with the tensors that they were called with.
+
+    As on a GPU, C computes nothing meanwhile: the models must not be packed for it.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -174,7 +174,7 @@ class DraftVocab:
     """
 
     def __init__(self, target_ids: torch.Tensor | None, target_vocab_size: int) -> None:
-        self.target_ids = target_ids
+        self.target_ids = None if target_ids is None else target_ids.contiguous()  # kernels read it
         self.target_vocab_size = target_vocab_size
 
     def __len__(self) -> int:

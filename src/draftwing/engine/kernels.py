@@ -1,4 +1,7 @@
-"""Which kernels run a cycle's small steps, those beside its networks, in single calls."""
+"""Which kernels run a cycle's small steps, those beside its networks, in single calls.
+
+The walk and the masks, which only C has, are chosen where they are written out, by `native.reads`.
+"""
 
 from types import ModuleType
 

@@ -1,6 +1,7 @@
 """native/cycle.c for tensors: what a cycle does beside its networks, on a CPU.
 
-The functions are the exact twins of torch's steps in the modules that choose them, as Triton's are on a GPU.
+The functions are the twins of torch's steps in the modules that choose them, as Triton's are on a GPU: exact ones, but
+for the rounding of `top_tokens`, which only ranks drafts.
 """
 
 import ctypes

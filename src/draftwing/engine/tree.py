@@ -4,7 +4,7 @@ Acceptance is one rule for every method: the target chooses its own token at eac
 parent is and the parent's chosen token is this node's token. The last accepted node's choice is the bonus token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -82,7 +82,7 @@ class Candidates:
 
     def first(self, count: int) -> "Candidates":
         """The first so many."""
-        return self if count == self.tokens.shape[1] else Candidates(*(part[:, :count] for part in vars(self).values()))
+        return Candidates(*first_columns(vars(self).values(), count))
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,12 @@ class Frontier:
 
     def first(self, count: int) -> "Frontier":
         """The best so many."""
-        return self if count == self.tokens.shape[1] else Frontier(*(part[:, :count] for part in vars(self).values()))
+        return Frontier(*first_columns(vars(self).values(), count))
+
+
+def first_columns(parts: Iterable[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """The first `count` of each part `[B, N]`."""
+    return [part if part.shape[1] == count else part[:, :count] for part in parts]
 
 
 def join(parts: Sequence[Candidates]) -> Candidates:
@@ -162,6 +167,7 @@ def best_subtree(root: torch.Tensor, candidates: Candidates, num_nodes: int, max
 
     A candidate scores at most what its parent does and comes after it, so a stable order takes parents first.
     """
+    num_nodes = min(num_nodes, 1 + candidates.scores.shape[1])
     kernels = kernels_for(candidates.scores)
     if kernels and candidates.scores.shape[1] <= kernels.MOST_CANDIDATES:
         best: DraftTree = kernels.best_nodes(root, candidates, num_nodes, max_depth)

@@ -1,6 +1,7 @@
 """What a cycle does beside its networks by small Triton kernels, on a GPU, where torch takes ten for each.
 
-They are the exact twins of torch's steps in the modules that choose them, as those in C are on a CPU.
+They are the twins of torch's steps in the modules that choose them, as those in C are on a CPU: exact ones, but for the
+rounding of `top_tokens`, which only ranks drafts.
 """
 
 from typing import TYPE_CHECKING

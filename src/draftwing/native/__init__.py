@@ -70,13 +70,14 @@ def library() -> ctypes.CDLL | None:
     reason = ""
     for added in TRIED:
         try:
-            loaded = _load(compiler, (*FLAGS, *added))
+            found = _load(compiler, (*FLAGS, *added))
         except (OSError, subprocess.SubprocessError) as error:
             reason = reason or str(getattr(error, "stderr", None) or error)
             continue
         for name, signature in SIGNATURES.items():
-            getattr(loaded, name).argtypes, getattr(loaded, name).restype = signature, size
-        return loaded
+            function = getattr(found, name)
+            function.argtypes, function.restype = signature, size  # which those that return nothing leave open
+        return found
     logger.warning("passes on this CPU take torch's operations, which are slower: %s: %.300s", compiler, reason)
     return None
 
@@ -89,6 +90,15 @@ def serves(tensor: torch.Tensor) -> bool:
 def reads(tensor: torch.Tensor) -> bool:
     """Whether token ids, or what else is no float, are read here."""
     return tensor.device.type == "cpu" and library() is not None
+
+
+def visible_slots(lengths: torch.Tensor, ancestors: torch.Tensor, num_read: int) -> torch.Tensor:
+    """As kv_cache.visible_slots."""
+    lengths, ancestors = lengths.contiguous(), ancestors.contiguous()
+    visible = ancestors.new_empty(*ancestors.shape[:2], num_read)
+    sizes = *ancestors.shape, num_read
+    loaded().visible_slots(lengths.data_ptr(), ancestors.data_ptr(), *sizes, visible.data_ptr())
+    return visible
 
 
 def loaded() -> ctypes.CDLL:

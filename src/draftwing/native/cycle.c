@@ -1,7 +1,7 @@
 /* What a cycle does beside its networks: noise, the best tokens, a tree's levels and nodes, the walk that accepts.
 
-   engine/native_cycle.py calls this. A row's results depend on that row alone. What is no number counts as its torch
-   twin counts it. Sizes and strides are in numbers; the last dimension has no gaps. */
+   engine/native_cycle.py calls this. A row's results depend on that row alone. Sizes and strides are in numbers; the last
+   dimension has no gaps. */
 
 #include <math.h>
 #include <stdlib.h>
@@ -125,15 +125,13 @@ void top_tokens(const float *logits, int64_t batch, int64_t nodes, int64_t count
     }
 }
 
-/* What is no number counts as the highest. */
 INLINE Lanes score_of(Lanes logits, const float *added, float temperature) {
-    Lanes score = logits;
-    if (added) score = logits / temperature + AT(added);
-    return choose(score == score, score, all(INFINITY));
+    if (!added) return logits;
+    return logits / temperature + AT(added);
 }
 
 /* The token of each row of logits [batch, nodes, count] that has the highest of logits / T + noise, or of logits; the
-   first of equal ones. */
+   first of equal ones. What is no number is above all. */
 void choose_tokens(const float *logits, int64_t batch, int64_t nodes, int64_t count, const Noise *noise,
                    int64_t *chosen, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -152,10 +150,11 @@ void choose_tokens(const float *logits, int64_t batch, int64_t nodes, int64_t co
                 x = rest[0], noise_here = added ? rest[1] : NULL;
             }
             Lanes score = score_of(AT(x), noise_here, temperature);
-            if (!any(score > highest)) continue;
+            if (!any(~(score <= highest))) continue;
             memcpy(scores, &score, sizeof scores);
-            for (int64_t lane = 0; lane < width; lane++)
-                if (scores[lane] > highest) highest = scores[lane], best = i + lane;
+            for (int64_t lane = 0; lane < width && highest == highest; lane++)
+                if (!(scores[lane] <= highest)) highest = scores[lane], best = i + lane;
+            if (highest != highest) break;
         }
         chosen[row] = best;
     }

@@ -74,7 +74,8 @@ INLINE Lanes exponential(Lanes x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    return (Lanes)((Numbers)p + (((Numbers)shifted - (Numbers)rounder) << 23));
+    Lanes power = (Lanes)((Numbers)p + (((Numbers)shifted - (Numbers)rounder) << 23));
+    return choose(x == x, power, x);
 }
 
 #endif

@@ -348,16 +348,14 @@ void run_draft(const Draft *draft, const Pass *pass, float *const *keys, float *
     }
 }
 
-/* Logits [rows, outputs] of outputs x [rows, D], by a norm, if there is one, whose result is normed [rows, D]. */
+/* Logits [rows, outputs] of outputs x [rows, D], by a norm, whose result is normed [rows, D]. */
 void read_out(const Norm *norm, const Product *head, int64_t rows, const float *x, float *normed, float *logits,
               int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        if (norm->weight)
 #pragma omp for
-            for (int64_t row = 0; row < rows; row++)
-                normalise_row(x + row * head->inputs, head->inputs, norm->weight, norm->eps,
-                              normed + row * head->inputs);
-        share_product(head, rows, norm->weight ? normed : x, NULL, logits, threads);
+        for (int64_t row = 0; row < rows; row++)
+            normalise_row(x + row * head->inputs, head->inputs, norm->weight, norm->eps, normed + row * head->inputs);
+        share_product(head, rows, normed, NULL, logits, threads);
     }
 }

@@ -285,7 +285,8 @@ class FusedTarget(TargetModel):
         nodes = Nodes((batch_size, num_nodes), cos, signed_sin, tree.cache.dtype, attend, self._steps)
         x: torch.Tensor = embedded.flatten(0, 1)
         hidden = {0: x}
-        for first, last in pairwise(sorted({0, *feature_layers, self.num_layers} & {*range(self.num_layers + 1)})):
+        num_layers = len(self._decoder_layers)  # the configuration may name more, which the stock pass leaves out, too
+        for first, last in pairwise(sorted({0, *feature_layers, num_layers} & {*range(num_layers + 1)})):
             x = hidden[last] = self._run_between(x, first, last, nodes, overwrite=first not in feature_layers)
         normed = hidden[NORMED] = nodes.normalise(x, self._norm)
         normed, *parts = (nodes.spread(part) for part in (normed, *(hidden[index] for index in feature_layers)))

@@ -164,11 +164,7 @@ def visible_slots(lengths: torch.Tensor, ancestors: torch.Tensor, num_read: int)
     """
     num_behind = ancestors.shape[-1]
     if native.reads(lengths):
-        ancestors = ancestors.contiguous()
-        visible = ancestors.new_empty(*ancestors.shape[:2], num_read)
-        sizes = *ancestors.shape, num_read
-        native.loaded().visible_slots(lengths.data_ptr(), ancestors.data_ptr(), *sizes, visible.data_ptr())
-        return visible
+        return native.visible_slots(lengths, ancestors, num_read)
     behind = torch.arange(num_read, device=lengths.device) - lengths[:, None]  # [B, S], 0 at the first new slot
     index = behind.clamp(0, num_behind - 1)[:, None, :].expand(-1, ancestors.shape[1], -1)
     in_tree = ancestors.gather(2, index) & (behind < num_behind)[:, None, :]

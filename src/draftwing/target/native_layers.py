@@ -142,10 +142,8 @@ class NativeLayers:
         """
         x = x if overwrite and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
         embedding = None if embedding is None else embedding.contiguous()
-        last = len(self._structs) if last is None else last
-        structs = ctypes.byref(self._structs, first * ctypes.sizeof(_Layer))
         given = self.given(nodes, first, last)
-        native.loaded().run_layers(structs, last - first, *given, native.address(embedding), x.data_ptr())
+        native.loaded().run_layers(*given, native.address(embedding), x.data_ptr())
         return x
 
     @property
@@ -153,12 +151,13 @@ class NativeLayers:
         """Where their structures lie, and how many there are."""
         return ctypes.addressof(self._structs), len(self._structs)
 
-    def given(self, nodes: "NativePass", first: int = 0, last: int | None = None) -> tuple[Any, Any, Any]:
-        """What layers.c reads for some of them: the pass, and their keys and values."""
-        last = len(self._structs) if last is None else last
+    def given(self, nodes: "NativePass", first: int = 0, last: int | None = None) -> tuple[Any, ...]:
+        """What layers.c reads of some of them: their structures, how many, the pass, and their keys and values."""
+        indices = self._indices[first:last]
         structs = ctypes.byref(self._structs, first * ctypes.sizeof(_Layer))
-        keys, values = zip(*(nodes.cache.layer(index) for index in self._indices[first:last]), strict=True)
-        return nodes.struct(structs, last - first, self._work), _addresses(keys), _addresses(values)
+        keys, values = zip(*map(nodes.cache.layer, indices), strict=True)
+        struct = nodes.struct(structs, len(indices), self._work)
+        return structs, len(indices), struct, _addresses(keys), _addresses(values)
 
 
 class NativePass:
@@ -210,8 +209,8 @@ class NativePass:
 class NativeDraft:
     """An EAGLE network as layers.c runs it.
 
-    Its layers read `fc [embedding; hidden]`, or the hidden state, or its norm. Logits are a product of the output, or
-    of its norm.
+    Its layers read `fc [embedding; hidden]`, or the hidden state, or its norm. `read_out` is the norm and the product
+    of a network that has an output head of its own.
     """
 
     def __init__(
@@ -220,30 +219,31 @@ class NativeDraft:
         fc: Panels | None,
         hidden_norm: NormNumbers | None,
         layers: NativeLayers,
-        norm: NormNumbers | None,
-        head: Panels,
+        read_out: tuple[NormNumbers, Panels] | None,
     ) -> None:
-        self._kept, self._layers, self._head = (embeddings, fc, hidden_norm, norm), layers, head
+        self._kept, self._layers, self._read_out = (embeddings, fc, hidden_norm), layers, read_out
         fc_struct = _Product() if fc is None else fc.struct
         self._struct = _Draft(embeddings.data_ptr(), fc_struct, _norm(hidden_norm), *layers.address)
-        self._norm = _norm(norm)
 
     def run(self, nodes: NativePass, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """The outputs `[B, N, D]` from `hidden [B, N, D]` and the `tokens [B, N]` one step ahead."""
         hidden, tokens, x = hidden.contiguous(), tokens.contiguous(), hidden.new_empty(hidden.shape)
-        joined = hidden.new_empty(2 * hidden.numel())
-        given = self._layers.given(nodes)
+        joined = hidden.new_empty(2, hidden.numel())
+        _, _, *given = self._layers.given(nodes)
         read = hidden.data_ptr(), tokens.data_ptr(), joined.data_ptr()
         native.loaded().run_draft(ctypes.byref(self._struct), *given, *read, x.data_ptr())
         return x
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Of outputs `[B, N, D]`."""
-        x, head = x.contiguous(), self._head
+    def logits(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Of outputs `[B, N, D]`; None without an output head, or without C."""
+        if self._read_out is None or not native.serves(x):
+            return None
+        norm, head = self._read_out
+        x = x.contiguous()
         normed, logits = torch.empty_like(x), x.new_empty(*x.shape[:-1], head.num_outputs)
         num_rows = x.numel() // head.num_inputs
         native.loaded().read_out(
-            ctypes.byref(self._norm), ctypes.byref(head.struct), num_rows, x.data_ptr(), normed.data_ptr(),
+            ctypes.byref(_norm(norm)), ctypes.byref(head.struct), num_rows, x.data_ptr(), normed.data_ptr(),
             logits.data_ptr(), native.threads(num_rows * head.num_inputs * head.num_outputs),
         )  # fmt: skip
         return logits

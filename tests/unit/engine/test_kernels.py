@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from draftwing.engine import sampling
+from draftwing import native
+from draftwing.engine import native_cycle, sampling
 from draftwing.engine.noise import KeptNoise
 from draftwing.engine.sampling import Sampler, SamplingParams, UnreadScores, uncoupled_rank
 from draftwing.engine.tree import DraftTree, root_tree
@@ -102,6 +103,16 @@ def test_the_targets_tokens_are_torchs(kernels: ModuleType, vocab_size: int, par
     ours, theirs = choices(kernels, sampler, logits, tree)
     assert torch.equal(ours, theirs)
     assert len(set(ours.flatten().tolist())) > 2
+
+
+@pytest.mark.parametrize("broken", [[3, 9], [9, 3]])
+def test_what_is_no_number_is_chosen_before_infinity(broken: list[int]) -> None:
+    """As torch does, in C, where a greedy row is chosen with it or without by what its neighbours ask for."""
+    if native.library() is None:
+        pytest.skip("this machine has no C compiler")
+    logits = torch.zeros(1, 1, 20)
+    logits[..., broken] = torch.tensor([torch.inf, torch.nan])
+    assert native_cycle.choose_tokens(logits, None).item() == logits.argmax(-1).item() == broken[1]
 
 
 def test_noise_of_another_position_is_found_out(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import logging
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from draftwing import native
 from draftwing.drafts.eagle.fused_layers import pack_head
+from draftwing.drafts.eagle.load_head import build_network
 from draftwing.drafts.eagle.network import Eagle3Model, EagleModel
 from draftwing.engine.noise import gumbel
 from draftwing.layers import DraftConfig, DraftVocab
@@ -268,6 +270,46 @@ def test_layers_may_differ_in_width() -> None:
     assert isinstance(target, fused.FusedTarget)
     output = target.prefill(tokens, torch.tensor([10]), target.new_cache(1, 20), all_logits=True)
     torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_library
+@torch.inference_mode()
+def test_a_model_may_have_fewer_layers_than_its_configuration_says() -> None:
+    """The stock pass runs those that there are."""
+    model = tiny_llama().float()
+    model.model.layers = model.model.layers[:2]
+    tokens = torch.arange(1, 11)[None]
+    expected = model(tokens, use_cache=False).logits
+    target = fused.pack_target(TargetModel(model))
+    output = target.prefill(tokens, torch.tensor([10]), target.new_cache(1, 20), all_logits=True)
+    torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_library
+@pytest.mark.parametrize("changes", [{}, {"aux_layers": (1, 2, 3)}, {"aux_layers": (1, 2, 3), "own_lm_head": False}])
+@torch.inference_mode()
+def test_heads_as_they_are_loaded_run_in_c(changes: dict[str, Any]) -> None:
+    """Whoever has the output head: the target's is a function."""
+    target = fused.pack_target(TargetModel(tiny_llama().float()))
+    sizes = {"vocab_size": 64, "draft_vocab_size": 64, "target_hidden_size": 32}
+    head = build_network(DraftConfig(**{**vars(CONFIG), **sizes, **changes}), target, None).eval()
+    expected = passes(head)
+    pack_head(head)
+    assert head.native is not None
+    for ours, theirs in zip(passes(head), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@needs_library
+@torch.inference_mode()
+def test_an_embedding_that_does_more_than_to_read_rows_is_called() -> None:
+    head = random_head("eagle3")
+    assert isinstance(head.embedding, nn.Embedding)
+    head.embedding.register_forward_hook(lambda module, inputs, output: 2 * output)
+    expected = passes(head)
+    pack_head(head)
+    for ours, theirs in zip(passes(head), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 @needs_library

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from draftwing import native
-from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Layer, EagleModel
+from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Layer, Eagle3Model, EagleModel
 from draftwing.layers import Attend, DecoderLayer, RMSNorm
 from draftwing.rotary import Rotation
 from draftwing.target.fused import Elementwise, Nodes, elementwise, is_packed, read_layer, read_norm
@@ -17,6 +17,8 @@ from draftwing.target.packed import NativeProduct, PackedLinear, pack_linears
 
 def pack_head(head: DraftNetwork, compiles: bool | None = None) -> None:
     """Pack a draft head's products, and fuse its layers whose products are all packed, with the output norm; in place.
+
+    On a CPU the whole of it becomes one call in C, if that has each part (`DraftNetwork.native`).
 
     `compiles`: as for targets.
     """
@@ -37,25 +39,24 @@ def _native(head: DraftNetwork) -> NativeDraft | None:
     """The whole network for layers.c, if that has each of its parts."""
     fused = [module for module in head.modules() if isinstance(module, FusedDecoderLayer | FusedEagle3Layer)]
     layers = [module.layer.native for module in fused if module.layer.native is not None]
-    output, embedding = _panels(head.output_head), head.embedding
-    if len(layers) < head.config.num_hidden_layers or output is None:
+    fc = _panels(head.fc) if isinstance(head, EagleModel) else None
+    is_whole = len(layers) == head.config.num_hidden_layers and (fc is None) != isinstance(head, EagleModel)
+    embedding = head.embedding
+    if not is_whole or not isinstance(embedding, nn.Embedding) or not _is_lookup(embedding):
         return None
-    if type(embedding) is not nn.Embedding or not native.serves(embedding.weight):
-        return None
-    fc = norm = hidden_norm = None
-    if isinstance(head, EagleModel):
-        fc = _panels(head.fc)
-        if fc is None:
-            return None
-    else:
-        norm = head.norm.norm.numbers if isinstance(head.norm, FusedNorm) else None
-        first = fused[0]
-        if isinstance(first, FusedEagle3Layer) and first.norm_before_residual is not None:
-            hidden_norm = first.norm_before_residual.numbers
-        if norm is None:
-            return None
+    first, read_out = fused[0], None
+    hidden_norm = first.residual_norm if isinstance(first, FusedEagle3Layer) else None
+    if isinstance(head, Eagle3Model) and isinstance(head.norm, FusedNorm) and (panels := _panels(head.output_head)):
+        read_out = head.norm.norm.numbers, panels
+    numbers = None if hidden_norm is None else hidden_norm.numbers
     weight = embedding.weight.detach().contiguous()
-    return NativeDraft(weight, fc, hidden_norm, NativeLayers.joined(layers), norm, output)
+    return NativeDraft(weight, fc, numbers, NativeLayers.joined(layers), read_out)
+
+
+def _is_lookup(embedding: nn.Embedding) -> bool:
+    """Whether it does no more than read rows that layers.c can read."""
+    does_more = "forward" in vars(embedding) or embedding._forward_pre_hooks or embedding._forward_hooks
+    return type(embedding) is nn.Embedding and not does_more and native.serves(embedding.weight)
 
 
 def _panels(linear: object) -> Panels | None:
@@ -98,7 +99,7 @@ class FusedEagle3Layer(nn.Module):
     def __init__(self, module: Eagle3Layer, steps: Elementwise) -> None:
         super().__init__()
         hidden_norm = read_norm(module.hidden_norm)
-        self.norm_before_residual = hidden_norm if module.norm_before_residual else None
+        self.residual_norm = hidden_norm if module.norm_before_residual else None
         input_norm = None if module.norm_before_residual else hidden_norm
         layer = read_layer(module, module.self_attn.layer)
         self.layer = replace(layer, embedding_norm=layer.input_norm, input_norm=input_norm)
@@ -109,8 +110,8 @@ class FusedEagle3Layer(nn.Module):
     ) -> torch.Tensor:
         nodes = _nodes(hidden, rotation, attend, self._steps)
         embedding, x = embedding.flatten(0, 1), hidden.flatten(0, 1)
-        if self.norm_before_residual is not None:
-            x = nodes.normalise(x, self.norm_before_residual)
+        if self.residual_norm is not None:
+            x = nodes.normalise(x, self.residual_norm)
         return nodes.spread(self.layer.run(x, nodes, embedding=embedding))
 
 

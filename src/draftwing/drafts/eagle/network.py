@@ -78,7 +78,8 @@ class DraftNetwork(nn.Module):
 
     def logits(self, output: torch.Tensor) -> torch.Tensor:
         """Draft logits `[..., Vd]` from the output of `forward`."""
-        return self.output_head(self.readout(output)) if self.native is None else self.native.logits(output)
+        logits = None if self.native is None else self.native.logits(output)
+        return self.output_head(self.readout(output)) if logits is None else logits
 
     def forward(
         self, hidden: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
