@@ -3,7 +3,6 @@
    engine/native_cycle.py calls this. A row's results depend on that row alone. Sizes and strides are in numbers; the last
    dimension has no gaps. */
 
-#include <math.h>
 #include <stdlib.h>
 
 #include "lanes.h"

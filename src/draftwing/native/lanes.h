@@ -3,6 +3,7 @@
 #ifndef LANES_H
 #define LANES_H
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #if defined(__x86_64__)
@@ -45,6 +46,24 @@ INLINE float total(Lanes x) {
     for (int width = LANES / 2; width > 0; width /= 2)
         for (int i = 0; i < width; i++) sums[i] += sums[i + width];
     return sums[0];
+}
+
+/* The totals of four vectors. */
+INLINE void totals(const Lanes *x, float *out) {
+#if defined(__AVX__)
+#if defined(__AVX512F__)
+#define PART(i) \
+    _mm256_add_ps(_mm512_castps512_ps256((__m512)x[i]), \
+                  _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)x[i]), 1)))
+#else
+#define PART(i) (__m256) x[i]
+#endif
+    __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(PART(0), PART(1)), _mm256_hadd_ps(PART(2), PART(3)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+#undef PART
+#else
+    for (int i = 0; i < 4; i++) out[i] = total(x[i]);
+#endif
 }
 
 INLINE float dot(const float *a, const float *b, int64_t length) {

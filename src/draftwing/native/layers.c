@@ -202,32 +202,67 @@ INLINE void gate_row(const float *gate_up, int64_t width, float *out) {
     for (; i < width; i++) out[i] = gate_up[i] / (exponential(all(-gate_up[i]))[0] + 1.0f) * up[i];
 }
 
+enum { SLOTS = 4 };
+
+/* A query times the keys of some slots, whose numbers are `visible`. */
+INLINE void dots(const float *query, const float *keys, int64_t stride, int64_t dim, const int32_t *visible,
+                 float *out) {
+    Lanes sums[SLOTS] = {};
+    int64_t i = 0;
+    for (; i + LANES <= dim; i += LANES)
+        for (int s = 0; s < SLOTS; s++)
+            sums[s] = multiply_add(AT(query + i), AT(keys + visible[s] * stride + i), sums[s]);
+    totals(sums, out);
+    for (; i < dim; i++)
+        for (int s = 0; s < SLOTS; s++) out[s] += query[i] * keys[visible[s] * stride + i];
+}
+
 /* Softmax weights of one query at the visible slots of a key head. */
 INLINE void softmax(const float *query, const float *keys, int64_t stride, int64_t dim, float scale,
                     const int32_t *visible, int64_t count, float *weights) {
-    if (count == 0) return;
-    for (int64_t j = 0; j < count; j++) weights[j] = dot(query, keys + visible[j] * stride, dim) * scale;
-    float largest = weights[0];
-    for (int64_t j = 1; j < count; j++) largest = weights[j] > largest ? weights[j] : largest;
-    Lanes sums = all(0);
+    Lanes sums = all(0), most = all(-INFINITY);
     int64_t j = 0;
-    for (; j + LANES <= count; j += LANES) sums += (AT(weights + j) = exponential(AT(weights + j) - largest));
+    for (; j + SLOTS <= count; j += SLOTS) dots(query, keys, stride, dim, visible + j, weights + j);
+    if (j < count) {
+        int32_t slots[SLOTS];
+        float found[SLOTS];
+        for (int64_t s = 0; s < SLOTS; s++) slots[s] = visible[j + s < count ? j + s : j];
+        dots(query, keys, stride, dim, slots, found);
+        memcpy(weights + j, found, (size_t)(count - j) * sizeof *found);
+    }
+    for (j = 0; j < count; j++) weights[j] *= scale;
+    for (j = 0; j + LANES <= count; j += LANES) most = choose(AT(weights + j) > most, AT(weights + j), most);
+    float largest = most[0];
+    for (int i = 1; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+    for (; j < count; j++) largest = weights[j] > largest ? weights[j] : largest;
+    for (j = 0; j + LANES <= count; j += LANES) sums += (AT(weights + j) = exponential(AT(weights + j) - largest));
     float sum = total(sums);
     for (; j < count; j++) sum += (weights[j] = exponential(all(weights[j] - largest))[0]);
     for (j = 0; j < count; j++) weights[j] /= sum;
+}
+
+/* `vectors` neighbouring vectors of the visible slots' values, summed by their weights. */
+INLINE void weigh_vectors(const float *weights, const float *values, int64_t stride, int vectors,
+                          const int32_t *visible, int64_t count, float *out) {
+    Lanes sums[8];
+    for (int b = 0; b < vectors; b++) sums[b] = all(0);
+    for (int64_t j = 0; j < count; j++)
+        for (int b = 0; b < vectors; b++)
+            sums[b] = multiply_add(AT(values + visible[j] * stride + b * LANES), all(weights[j]), sums[b]);
+    memcpy(out, sums, (size_t)vectors * sizeof *sums);
 }
 
 /* The visible slots' values, summed by their weights. */
 INLINE void weigh(const float *weights, const float *values, int64_t stride, int64_t dim, const int32_t *visible,
                   int64_t count, float *out) {
     int64_t i = 0;
-    for (; i + 4 * LANES <= dim; i += 4 * LANES) {
-        Lanes sums[4] = {};
-        for (int64_t j = 0; j < count; j++)
-            for (int b = 0; b < 4; b++)
-                sums[b] = multiply_add(AT(values + visible[j] * stride + i + b * LANES), all(weights[j]), sums[b]);
-        memcpy(out + i, sums, sizeof sums);
-    }
+#define WEIGH(vectors) \
+    for (; i + vectors * LANES <= dim; i += vectors * LANES) \
+        weigh_vectors(weights, values + i, stride, vectors, visible, count, out + i)
+    WEIGH(8);
+    WEIGH(4);
+    WEIGH(1);
+#undef WEIGH
     for (; i < dim; i++) {
         out[i] = 0;
         for (int64_t j = 0; j < count; j++) out[i] += values[visible[j] * stride + i] * weights[j];
@@ -283,9 +318,10 @@ static void run_layer(const Layer *layer, const Pass *pass, float *keys, float *
         memcpy(keys + pass->slots[row] * slot, turned + heads * dim, (size_t)slot * sizeof *keys);
         memcpy(values + pass->slots[row] * slot, turned + heads * dim + slot, (size_t)slot * sizeof *values);
     }
+    /* By heads first: a head's keys and values fit into a cache that all heads' do not. */
 #pragma omp for collapse(2) schedule(dynamic)
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t h = 0; h < key_heads; h++) {
+    for (int64_t h = 0; h < key_heads; h++)
+        for (int64_t row = 0; row < rows; row++) {
             const int64_t seat = row / pass->nodes, first = seat * pass->slots_per_seat * slot + h * dim;
             const uint8_t *shown = pass->visible + seat * pass->batch_stride + row % pass->nodes * pass->node_stride;
             int64_t count = 0;
