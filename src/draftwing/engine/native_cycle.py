@@ -31,7 +31,7 @@ class _Noise(ctypes.Structure):
 class _Candidates(ctypes.Structure):
     _fields_ = [
         *((name, native.pointer) for name in ("tokens", "scores", "log_probs", "parents", "depths")),
-        ("stride", native.size),
+        ("count", native.size),
     ]
 
 
@@ -118,8 +118,7 @@ def best_nodes(root: torch.Tensor, candidates: "Candidates", num_nodes: int, max
     valid = root.new_empty(num_rows, num_nodes, dtype=torch.bool)
     scores, log_probs = (candidates.scores.new_empty(num_rows, num_nodes) for _ in range(2))
     into = _struct(_Nodes, (tokens, parents, depths, valid, scores, log_probs))
-    num_candidates = candidates.scores.shape[1]
-    native.loaded().best_nodes(root.data_ptr(), _candidates(candidates), num_rows, num_candidates, num_nodes, into)
+    native.loaded().best_nodes(root.data_ptr(), _candidates(candidates), num_rows, num_nodes, into)
     return DraftTree(tokens, parents, depths, valid, scores, log_probs, max_depth)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -103,11 +104,12 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class UnreadScores:
-    """What `in_full` would compute from a draft's logits, of which kernels compute no more than the best.
+    """What `in_full` would compute from a draft's logits, of which `kernels` compute no more than the best.
 
     With `noise` that is the coupled ranking of Sampler.rank, over the draft's `target_ids`.
     """
 
+    kernels: ModuleType
     logits: torch.Tensor
     in_full: Callable[[], torch.Tensor]
     noise: KeptNoise | None = None
@@ -115,18 +117,18 @@ class UnreadScores:
 
     def topk(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The best, `[B, K, k]`, and their ids."""
-        kernels = kernels_for(self.logits)
-        if kernels is None or k > kernels.MOST_FOUND:
+        if k > self.kernels.MOST_FOUND:
             best, ids = self.in_full().topk(k)
         else:
-            best, ids = kernels.top_tokens(self.logits, k, self.noise, self.target_ids, LOGIT_ERROR)
+            best, ids = self.kernels.top_tokens(self.logits, k, self.noise, self.target_ids, LOGIT_ERROR)
         return best, ids
 
 
 def uncoupled_rank(logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> Scored:
     """The papers' ranking: the draft's log-probabilities at temperature 1, whatever the target's sampling."""
     in_full = partial(log_probabilities, logits)
-    return UnreadScores(logits, in_full) if kernels_for(logits) else in_full()
+    kernels = kernels_for(logits)
+    return UnreadScores(kernels, logits, in_full) if kernels else in_full()
 
 
 COLUMNS = {
@@ -316,9 +318,10 @@ class Sampler(BySeat):
         if not self.work.draws:
             return uncoupled_rank(logits, positions, target_ids)
         in_full = partial(self._rank_all, logits, positions, target_ids)
-        if self.work.cuts or not kernels_for(logits):
+        kernels = None if self.work.cuts else kernels_for(logits)
+        if kernels is None:
             return in_full()
-        return UnreadScores(logits, in_full, self._kept_noise(positions), target_ids)
+        return UnreadScores(kernels, logits, in_full, self._kept_noise(positions), target_ids)
 
     def _rank_all(self, logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> torch.Tensor:
         """The ranking of rows of which some draw."""

@@ -51,7 +51,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         *2 * (pointer,), *3 * (size,), *3 * (pointer,), size, pointer, ctypes.c_float, *2 * (size,), *2 * (pointer,)
     ),
     "inherit_slots": (pointer, *3 * (size,), *2 * (pointer,), *3 * (size,), pointer),
-    "best_nodes": (*2 * (pointer,), *3 * (size,), pointer),
+    "best_nodes": (*2 * (pointer,), *2 * (size,), pointer),
     "ancestors": (pointer, *2 * (size,), pointer),
     "visible_slots": (*2 * (pointer,), *4 * (size,), pointer),
     "walk": (*5 * (pointer,), *3 * (size,), *4 * (pointer,)),

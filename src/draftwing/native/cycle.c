@@ -159,12 +159,12 @@ void choose_tokens(const float *logits, int64_t batch, int64_t nodes, int64_t co
     }
 }
 
-/* Candidates by row, `stride` a row: see engine/tree.py. */
+/* Candidates by row, `count` a row: see engine/tree.py. */
 typedef struct {
     int64_t *tokens;
     float *scores, *log_probs;
     int64_t *parents, *depths;
-    int64_t stride;
+    int64_t count;
 } Candidates;
 
 typedef struct {
@@ -182,7 +182,7 @@ void grow_level(const float *log_probs, const int64_t *draft_ids, int64_t rows, 
                 const Frontier *next) {
     const int64_t children = parents * width;
     for (int64_t row = 0; row < rows; row++) {
-        const int64_t start = row * into->stride + first;
+        const int64_t start = row * into->count + first;
         float *scores = into->scores + start;
         Best best = {next->scores + row * width, next->numbers + row * width, 0, width};
         for (int64_t i = 0; i < children; i++) {
@@ -233,12 +233,12 @@ typedef struct {
 } Nodes;
 
 /* The root, then the best of the candidates in their order, numbered anew. What is no number counts as the lowest. */
-void best_nodes(const int64_t *root, const Candidates *from, int64_t rows, int64_t candidates, int64_t nodes,
-                const Nodes *into) {
+void best_nodes(const int64_t *root, const Candidates *from, int64_t rows, int64_t nodes, const Nodes *into) {
+    const int64_t candidates = from->count;
     int64_t *numbers = malloc(((size_t)nodes + (size_t)candidates) * sizeof *numbers), *node_of = numbers + nodes;
     float *scores = malloc((size_t)nodes * sizeof *scores);
     for (int64_t row = 0; row < rows; row++) {
-        const int64_t start = row * from->stride, goal = row * nodes;
+        const int64_t start = row * candidates, goal = row * nodes;
         Best best = {scores, numbers, 0, nodes - 1};
         for (int64_t i = 0; i < candidates; i++) {
             const float score = from->scores[start + i];

@@ -66,9 +66,9 @@ class Panels:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None = None) -> None:
         self.num_outputs, self.num_inputs = weight.shape
         width = native.loaded().panel_width()
-        self.kept_in = next(dtype for dtype in (torch.bfloat16, torch.float16, weight.dtype) if _holds(dtype, weight))
-        missing = -self.num_outputs % width
-        padded = torch.nn.functional.pad(weight.to(self.kept_in), (0, 0, 0, missing))
+        weight = _narrowest(weight)
+        self.kept_in, missing = weight.dtype, -self.num_outputs % width
+        padded = torch.nn.functional.pad(weight, (0, 0, 0, missing))
         panels = padded.view(-1, width, self.num_inputs).transpose(1, 2).contiguous()
         self._kept = panels, *(None if part is None else part.float().contiguous() for part in (scale, bias))
         addresses = map(native.address, self._kept)
@@ -222,6 +222,7 @@ class NativeDraft:
         read_out: tuple[NormNumbers, Panels] | None,
     ) -> None:
         self._kept, self._layers, self._read_out = (embeddings, fc, hidden_norm), layers, read_out
+        self._norm = _norm(read_out and read_out[0])
         fc_struct = _Product() if fc is None else fc.struct
         self._struct = _Draft(embeddings.data_ptr(), fc_struct, _norm(hidden_norm), *layers.address)
 
@@ -238,12 +239,11 @@ class NativeDraft:
         """Of outputs `[B, N, D]`; None without an output head, or without C."""
         if self._read_out is None or not native.serves(x):
             return None
-        norm, head = self._read_out
-        x = x.contiguous()
+        x, (_, head) = x.contiguous(), self._read_out
         normed, logits = torch.empty_like(x), x.new_empty(*x.shape[:-1], head.num_outputs)
         num_rows = x.numel() // head.num_inputs
         native.loaded().read_out(
-            ctypes.byref(_norm(norm)), ctypes.byref(head.struct), num_rows, x.data_ptr(), normed.data_ptr(),
+            ctypes.byref(self._norm), ctypes.byref(head.struct), num_rows, x.data_ptr(), normed.data_ptr(),
             logits.data_ptr(), native.threads(num_rows * head.num_inputs * head.num_outputs),
         )  # fmt: skip
         return logits
@@ -273,7 +273,9 @@ def _addresses(tensors: Sequence[torch.Tensor]) -> Any:
     return (native.pointer * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
-def _holds(dtype: torch.dtype, weight: torch.Tensor) -> bool:
-    return dtype == weight.dtype or (
-        weight.is_floating_point() and torch.equal(weight.to(dtype).to(weight.dtype), weight)
-    )
+def _narrowest(weight: torch.Tensor) -> torch.Tensor:
+    """The same numbers in 16 bits, if these hold them."""
+    for dtype in (torch.bfloat16, torch.float16) if weight.dtype == torch.float32 else ():
+        if torch.equal((narrow := weight.to(dtype)).float(), weight):
+            return narrow
+    return weight

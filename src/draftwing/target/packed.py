@@ -60,7 +60,7 @@ def _can_pack(layer: nn.Linear) -> bool:
     # Weights that are quantised or spread over processes are tensors of their own kinds.
     if type(layer.weight) is not nn.Parameter or type(layer.weight.data) is not torch.Tensor:
         return False
-    if "forward" in vars(layer) or layer._forward_pre_hooks or layer._forward_hooks:  # it does more than its product
+    if does_more(layer):
         return False
     dtype, device = layer.weight.dtype, layer.weight.device
     if device.type == "cuda" or (device.type == "cpu" and dtype == torch.float64):
@@ -68,6 +68,11 @@ def _can_pack(layer: nn.Linear) -> bool:
     if device.type != "cpu" or dtype not in PACKED_DTYPES or not torch.backends.mkldnn.is_available():
         return False
     return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def does_more(module: nn.Module) -> bool:
+    """Whether a module does more than its class says: hooks, or a `forward` of its own."""
+    return bool("forward" in vars(module) or module._forward_pre_hooks or module._forward_hooks)
 
 
 class Product(ABC):

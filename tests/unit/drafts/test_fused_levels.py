@@ -141,7 +141,7 @@ def test_siblings_differ_where_a_lookup_meets_what_is_ruled_out(kernels: ModuleT
     logits[..., :2] = torch.tensor([0.1, 0.0])
 
     def rank(logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> UnreadScores:
-        return UnreadScores(logits, partial(log_probabilities, logits))
+        return UnreadScores(kernels, logits, partial(log_probabilities, logits))
 
     def step(parent: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return logits.expand(1, tokens.shape[1], VOCAB_SIZE)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from draftwing.engine.tree import DraftTree, Verdict, root_tree, walk
 
-pytestmark = pytest.mark.usefixtures("on_a_cpu")
+pytestmark = pytest.mark.usefixtures("machine")
 
 
 def tree_of(tokens: list[list[int]], parents: list[list[int]], valid: list[list[bool]] | None = None) -> DraftTree:

@@ -96,7 +96,7 @@ def test_layers_of_different_shapes_are_committed_alike() -> None:
         assert torch.equal(read_values[:, :, :2], values[:, :, [0, 2]])
 
 
-@pytest.mark.usefixtures("on_a_cpu")
+@pytest.mark.usefixtures("machine")
 def test_visible_slots() -> None:
     """Rows of 2 and 0 committed tokens; a tree of a root and two children; 6 slots are read."""
     ancestors = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool).expand(2, 3, 3)

@@ -16,14 +16,6 @@ def linear(num_inputs: int = 48, num_outputs: int = 32, bias: bool = False, scal
     return layer
 
 
-@pytest.fixture(params=["as it is", "without a compiler"])
-def machine(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    if name == "without a compiler":
-        request.getfixturevalue("without_native")
-    return name
-
-
 @pytest.mark.usefixtures("machine")
 @torch.inference_mode()
 def test_layers_that_read_the_same_tensor_are_one_product() -> None:

@@ -12,7 +12,7 @@ from draftwing.layers import Attend, DecoderLayer, RMSNorm
 from draftwing.rotary import Rotation
 from draftwing.target.fused import Elementwise, Nodes, elementwise, is_packed, read_layer, read_norm
 from draftwing.target.native_layers import NativeDraft, NativeLayers, Panels
-from draftwing.target.packed import NativeProduct, PackedLinear, pack_linears
+from draftwing.target.packed import NativeProduct, PackedLinear, does_more, pack_linears
 
 
 def pack_head(head: DraftNetwork, compiles: bool | None = None) -> None:
@@ -42,7 +42,9 @@ def _native(head: DraftNetwork) -> NativeDraft | None:
     fc = _panels(head.fc) if isinstance(head, EagleModel) else None
     is_whole = len(layers) == head.config.num_hidden_layers and (fc is None) != isinstance(head, EagleModel)
     embedding = head.embedding
-    if not is_whole or not isinstance(embedding, nn.Embedding) or not _is_lookup(embedding):
+    if not is_whole or not isinstance(embedding, nn.Embedding) or type(embedding) is not nn.Embedding:
+        return None
+    if does_more(embedding) or not native.serves(embedding.weight):  # than to read rows that layers.c can read
         return None
     first, read_out = fused[0], None
     hidden_norm = first.residual_norm if isinstance(first, FusedEagle3Layer) else None
@@ -51,12 +53,6 @@ def _native(head: DraftNetwork) -> NativeDraft | None:
     numbers = None if hidden_norm is None else hidden_norm.numbers
     weight = embedding.weight.detach().contiguous()
     return NativeDraft(weight, fc, numbers, NativeLayers.joined(layers), read_out)
-
-
-def _is_lookup(embedding: nn.Embedding) -> bool:
-    """Whether it does no more than read rows that layers.c can read."""
-    does_more = "forward" in vars(embedding) or embedding._forward_pre_hooks or embedding._forward_hooks
-    return type(embedding) is nn.Embedding and not does_more and native.serves(embedding.weight)
 
 
 def _panels(linear: object) -> Panels | None:
