@@ -40,6 +40,7 @@ from draftwing.plans.planner import Planner
 from draftwing.target.fused import pack_target
 from draftwing.target.load import check_device, load_target, load_tokenizer, parse_dtype
 from draftwing.target.model import TargetModel
+from draftwing.target.packed import multiplies_in_c
 from draftwing.target.rounded import round_linears
 from draftwing.target.row_pass import rounding_problem
 from draftwing.threads import free_cores
@@ -110,9 +111,11 @@ class SpeculativeModel:
         _check_draft_dtype(draft_dtype)
         drafting = load_draft(draft, self.target, options=head_options, tokenizer=self.tokenizer)
         lessons, family = self._lessons.of_another(read_acceptance(draft)), family_of_draft(drafting)
-        if draft_dtype is not None:
-            if not family.has_int8:
-                raise ValueError(f"draft_dtype: for draft heads, and {draft} is {family.name}")
+        if draft_dtype is not None and not family.has_int8:
+            raise ValueError(f"draft_dtype: for draft heads, and {draft} is {family.name}")
+        if draft_dtype is None and family.has_int8 and multiplies_in_c(self.dtype, self.device):
+            draft_dtype = "int8"
+        if draft_dtype == "int8":
             round_linears(family.kind.network(drafting))
         packed = family.kind.prepack(drafting)
         return SpeculativeModel(self.target, packed, self.tokenizer, method, lessons, self._captures)
@@ -350,13 +353,13 @@ def load(
             one that needs no draft, none is loaded.
         capture: on a CUDA device, record cycles once and replay them (CUDA graphs).
         remeasure: measure anew what a cycle costs, by which trees size themselves; else it is kept on disk for 30 days.
-        draft_dtype: "int8" keeps the linear layers of a draft head in 8 bits; default: `dtype`. The output
-            stays the same, drafts may get worse; a GPU reads half the bytes.
-        options: `quantize="int8"` (or int4, float8) keeps the target's linear layers in fewer bits, by torchao; files
-            that are quantised already need none. The fields of HeadOptions (`aux_layers`, `rope_theta`, `norm_output`,
-            ...) override what a head's file says (see `draftwing inspect`, `draftwing doctor`). Others go to
-            transformers' `from_pretrained` of the target; those of HUB_OPTIONS (`revision`, `trust_remote_code`, ...)
-            to its tokenizer's, too.
+        draft_dtype: "int8" keeps the linear layers of a draft head in 8 bits, "target" in the target's dtype; default:
+            8 bits on a CPU whose products read them in C. The output stays the same, drafts may get worse.
+        options: `quantize="int8"` (or int4, float8) keeps the target's linear layers in fewer bits: on a CPU in C, else
+            by torchao; files that are quantised already need none. The fields of HeadOptions (`aux_layers`,
+            `rope_theta`, `norm_output`, ...) override what a head's file says (see `draftwing inspect`, `draftwing
+            doctor`). Others go to transformers' `from_pretrained` of the target; those of HUB_OPTIONS (`revision`,
+            `trust_remote_code`, ...) to its tokenizer's, too.
 
     Raises:
         ValueError: a name that cannot be loaded, a draft that does not fit, a model whose cache cannot be rolled back.

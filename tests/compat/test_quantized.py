@@ -1,4 +1,4 @@
-"""Targets whose linear layers are quantised: by torchao while loading, or by any package's own modules."""
+"""Targets whose linear layers are quantised: in C or by torchao while loading, or by any package's own modules."""
 
 import copy
 import json
@@ -13,6 +13,7 @@ from conftest import VOCAB_SIZE, eagle, generate, head_training, requests_for, r
 from torch import nn
 
 import draftwing
+from draftwing import native
 from draftwing.api import SpeculativeModel
 from draftwing.cli import main
 from draftwing.config import TrainConfig
@@ -22,6 +23,8 @@ from draftwing.target.fused import FusedTarget, pack_target
 from draftwing.target.load import load_target
 from draftwing.target.model import TargetModel
 from draftwing.target.packed import PackedLinear, multiplies_bfloat16, pack_linears
+from draftwing.target.rounded import round_linears
+from draftwing.target.row_pass import rounding_problem
 
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
 needs_bfloat16 = pytest.mark.skipif(not multiplies_bfloat16(), reason="in float32 rounding depends on the rows")
@@ -54,8 +57,19 @@ def rounded() -> TargetModel:
 
 
 @pytest.fixture(scope="module")
-def int8() -> SpeculativeModel:
-    return draftwing.load("tiny", draft="tiny", quantize="int8")
+def by_torchao() -> SpeculativeModel:
+    return draftwing.load("tiny", draft="tiny", quantize="int8", dtype="bfloat16")
+
+
+def check_tokens(model: SpeculativeModel, plan: str, temperature: float) -> None:
+    """Alone and in a batch, drafts are accepted, and change nothing."""
+    assert model.tokenizer is not None
+    prompts = [model.tokenizer(text)["input_ids"] for text in ("def read_lines(path):\n", "import ", "x = [1, 2")]
+    for batch in ([prompts[0]], prompts):
+        plain = model.with_method("plain").start(batch, max_new_tokens=32, temperature=temperature).run()
+        drafted = model.start(batch, max_new_tokens=32, temperature=temperature, plan=plan).run()
+        assert [row.tokens for row in drafted.outputs] == [row.tokens for row in plain.outputs]
+        assert drafted.statistics.acceptance_length > 1.2
 
 
 class TestModulesOfOtherClasses:
@@ -152,8 +166,62 @@ class TestLoading:
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
     ) -> None:
         monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-        assert main([*command, "--quantize", "int8"]) == 2
+        assert main([*command, "--quantize", "float8"]) == 2
         assert "quantize: needs torchao: pip install 'draftwing[quant]'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(native.library() is None, reason="this machine has no C compiler")
+class TestInC:
+    """On a CPU 8 bits need no torchao. tests/lossless/test_bits.py asserts the bits."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def int8() -> SpeculativeModel:
+        return draftwing.load("tiny", draft="tiny", quantize="int8")
+
+    def test_all_linear_layers_are_quantised(self, int8: SpeculativeModel) -> None:
+        assert isinstance(int8.target, FusedTarget) and int8.dtype == torch.float32
+        modules = list(int8.target.model.modules())
+        products = {module.product for module in modules if isinstance(module, PackedLinear)}
+        assert not any(isinstance(module, nn.Linear) for module in modules)
+        assert {product.panels.kept_in for product in products} == {torch.int8}
+        assert rounding_problem(int8.target) is None
+
+    def test_the_numbers_are_those_of_the_rounded_model(self, int8: SpeculativeModel) -> None:
+        tokens = torch.tensor([[1, 40, 300, 7, 20]])
+        model = load_target("tiny", torch.float32).model
+        round_linears(model)
+        with torch.inference_mode():
+            cache, count = int8.target.new_cache(1, 8), torch.tensor([5])
+            logits = int8.target.prefill(tokens, count, cache, all_logits=True).logits
+            torch.testing.assert_close(logits, model(tokens).logits, atol=0.02, rtol=0)
+
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    @pytest.mark.parametrize("plan", ["tree:4x4x16", "chain:4"])
+    def test_it_decodes_what_it_decodes_plainly(self, int8: SpeculativeModel, plan: str, temperature: float) -> None:
+        check_tokens(int8, plan, temperature)
+
+    def test_layers_that_do_more_than_a_product_stay(self) -> None:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model[0].register_forward_hook(lambda module, inputs, output: output.round())
+        round_linears(model)
+        assert [type(layer).__name__ for layer in model] == ["Linear", "RoundedLinear"]
+
+    def test_quantised_files_are_refused(self, tmp_path: Path) -> None:
+        model = tiny_llama()
+        model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        model.config.save_pretrained(tmp_path)
+        with pytest.raises(
+            ValueError, match=r"quantize: expected none, got 'int8': the files of .* are quantised already"
+        ):
+            draftwing.load(str(tmp_path), quantize="int8")
+
+    def test_the_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = (
+            "generate --target tiny --draft tiny --plan chain:3 --max-new-tokens 16 --quantize int8 --compare --json"
+        )
+        assert main([*arguments.split(), "--prompt", "def f("]) == 0
+        assert json.loads(capsys.readouterr().out)["identical"]
 
 
 @needs_torchao
@@ -161,24 +229,18 @@ class TestTorchao:
     @needs_bfloat16
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     @pytest.mark.parametrize("plan", ["tree:4x4x16", "chain:4"])
-    def test_int8_decodes_what_it_decodes_plainly(self, int8: SpeculativeModel, plan: str, temperature: float) -> None:
-        assert int8.tokenizer is not None
-        prompts = [int8.tokenizer(text)["input_ids"] for text in ("def read_lines(path):\n", "import ", "x = [1, 2")]
-        for batch in ([prompts[0]], prompts):
-            plain = int8.with_method("plain").start(batch, max_new_tokens=32, temperature=temperature)
-            drafted = int8.start(batch, max_new_tokens=32, temperature=temperature, plan=plan)
-            for generation in (plain, drafted):
-                list(generation.cycles())
-            assert [row.tokens for row in drafted.outputs] == [row.tokens for row in plain.outputs]
-            assert drafted.statistics.acceptance_length > 1.2
+    def test_int8_decodes_what_it_decodes_plainly(
+        self, by_torchao: SpeculativeModel, plan: str, temperature: float
+    ) -> None:
+        check_tokens(by_torchao, plan, temperature)
 
-    def test_what_is_quantised(self, int8: SpeculativeModel) -> None:
+    def test_what_is_quantised(self, by_torchao: SpeculativeModel) -> None:
         """The layers' products are, and left to their own kernels; the output head is not, and is packed."""
-        assert not isinstance(int8.target, FusedTarget)
-        weight = int8.target.model.model.layers[0].mlp.up_proj.weight
+        assert not isinstance(by_torchao.target, FusedTarget)
+        weight = by_torchao.target.model.model.layers[0].mlp.up_proj.weight
         assert type(weight).__module__.startswith("torchao.")
         if multiplies_bfloat16():
-            assert isinstance(int8.target.output_head, PackedLinear)
+            assert isinstance(by_torchao.target.output_head, PackedLinear)
 
     @needs_bfloat16
     @pytest.mark.parametrize("kind", ["int8", "float8"])
@@ -197,16 +259,8 @@ class TestTorchao:
         assert main([*arguments, "--max-new-tokens", "16", "--quantize", "float8", "--compare", "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
         assert result["identical"] or not multiplies_bfloat16()
-        arguments = [
-            "eval",
-            "--methods",
-            "eagle3:chain:2",
-            "--draft",
-            "tiny",
-            "--num-prompts",
-            "1",
-            "--max-new-tokens",
-            "8",
-        ]
-        assert main([*arguments, "--quantize", "int8", "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["options"]["quantize"] == "int8"
+        command = (
+            "eval --methods eagle3:chain:2 --draft tiny --num-prompts 1 --max-new-tokens 8 --quantize float8 --json"
+        )
+        assert main(command.split()) == 0
+        assert json.loads(capsys.readouterr().out)["options"]["quantize"] == "float8"

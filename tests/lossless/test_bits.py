@@ -1,4 +1,4 @@
-"""On a CPU the speculative pass gives plain decoding's logits to the last bit, in float32 and in bfloat16."""
+"""On a CPU the speculative pass gives plain decoding's logits to the last bit: in float32, bfloat16 and 8 bits."""
 
 from collections.abc import Callable
 
@@ -22,11 +22,13 @@ from draftwing.target.fused import FusedTarget, can_fuse
 from draftwing.target.interface import ATTENTION
 from draftwing.target.model import TargetModel
 from draftwing.target.packed import PackedLinear, pack_linears
+from draftwing.target.rounded import round_linears
 
 DTYPES = [torch.float32, torch.bfloat16]
 SAVED = "float32, saved in bfloat16"
 """Weights that 16 bits hold: they are multiplied by another library."""
-KINDS: list[torch.dtype | str] = [*DTYPES, SAVED]
+ROUNDED = "float32, rounded to 8 bits"
+KINDS: list[torch.dtype | str] = [*DTYPES, SAVED, ROUNDED]
 CONTEXT = [1, 2, 3, 4, 5, 6, 7]
 #          0 root
 #        1     2
@@ -66,6 +68,13 @@ def passes(request: pytest.FixtureRequest) -> str:
     return name
 
 
+def in_kind(model: torch.nn.Module, kind: torch.dtype | str) -> torch.nn.Module:
+    """A model of one of KINDS."""
+    if kind == ROUNDED:
+        round_linears(model)
+    return model.bfloat16().float() if kind == SAVED else model.to(kind if isinstance(kind, torch.dtype) else None)
+
+
 def packed_target(dtype: torch.dtype | str, passes: str = "stock", family: str = "llama") -> TargetModel:
     """A small random target with packed products, its biases and norms not at their initial zeros and ones."""
     torch.manual_seed(0)
@@ -74,8 +83,7 @@ def packed_target(dtype: torch.dtype | str, passes: str = "stock", family: str =
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter += 0.2 * torch.randn_like(parameter)
-    model = model.bfloat16().float() if dtype == SAVED else model.to(dtype)
-    pack_linears(model)
+    pack_linears(model := in_kind(model, dtype))
     if not any(isinstance(module, PackedLinear) for module in model.modules()):
         pytest.skip(f"no packed {dtype} products on this machine")
     assert can_fuse(model)
@@ -119,9 +127,8 @@ def prefilled(target: TargetModel):
 def test_wide_products_keep_a_rows_bits_from_some_rows_on(kind: torch.dtype | str) -> None:
     """A single row may round differently where there are many inputs, so plain decoding pads it."""
     torch.manual_seed(0)
-    dtype = torch.float32 if kind == SAVED else kind
-    layer = torch.nn.Sequential(torch.nn.Linear(4096, 1024, bias=False))
-    layer = layer.bfloat16().float() if kind == SAVED else layer.to(dtype)
+    dtype = kind if isinstance(kind, torch.dtype) else torch.float32
+    layer = in_kind(torch.nn.Sequential(torch.nn.Linear(4096, 1024, bias=False)), kind)
     pack_linears(layer)
     if not isinstance(layer[0], PackedLinear):
         pytest.skip(f"no packed {dtype} products on this machine")

@@ -2,17 +2,26 @@
 
    A row's numbers depend on that row alone, and on the order of what it reads: not on other rows, on threads, or on
    gaps between the slots that it reads. Every sum has one order, written out here, which the compiler may not change
-   (no -ffast-math, and -ffp-contract=off). Sizes and strides are in numbers; the last dimension has no gaps. */
+   (no -ffast-math, and -ffp-contract=off). Sizes and strides are in numbers; the last dimension has no gaps.
+
+   Weights of 8 bits are multiplied as whole numbers: a row becomes numbers of 16 bits and a scale. Such sums are exact,
+   and a machine does twice as many in a cycle as of float32. */
+
+#include <stdlib.h>
 
 #include "lanes.h"
 
 enum { WIDTH = 2 * LANES, ROWS = 6 };
 enum Kind { FLOAT32, BFLOAT16, FLOAT16, INT8 };
+enum { LARGEST = 32767, PART = 512 }; /* PART * 127 * LARGEST is below 2^31 */
 
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(LANES * 2), aligned(1), may_alias));
+typedef int16_t Pairs __attribute__((vector_size(LANES * 4), aligned(2), may_alias));
+typedef int16_t Shorts __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 
-/* Weights [outputs, inputs] as panels of WIDTH outputs: [panels, inputs, WIDTH]. An output's sum is multiplied by its
-   scale, if there are some, before its bias is added, if there are any. */
+/* Weights [outputs, inputs] as panels of WIDTH outputs: [panels, inputs, WIDTH], or of INT8, whose inputs go in pairs,
+   [panels, pairs, WIDTH, 2]. These have a scale for each output. There may be a bias. */
 typedef struct {
     const void *panels;
     const float *scale, *bias;
@@ -46,21 +55,10 @@ typedef struct {
 
 int64_t panel_width(void) { return WIDTH; }
 
-INLINE int64_t num_bytes(int kind) { return kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2; }
+INLINE int64_t num_bytes(int kind) { return kind == FLOAT32 ? 4 : 2; }
 
 INLINE Lanes load(const char *weights, int64_t index, int kind) {
     if (kind == FLOAT32) return AT((const float *)weights + index);
-    if (kind == INT8) {
-#if defined(__AVX512F__)
-        return (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(weights + index))));
-#elif defined(__AVX2__)
-        return (Lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(weights + index))));
-#else
-        Lanes numbers;
-        for (int i = 0; i < LANES; i++) numbers[i] = (float)((const int8_t *)weights)[index + i];
-        return numbers;
-#endif
-    }
     const void *halves = (const uint16_t *)weights + index;
 #if defined(__AVX512F__)
     __m256i read = _mm256_loadu_si256(halves);
@@ -77,48 +75,164 @@ INLINE Lanes load(const char *weights, int64_t index, int kind) {
 #endif
 }
 
-/* `rows` rows of x times one panel, plus bias and what `added` holds, if anything: `count` outputs of each. */
-INLINE void multiply_block(const Product *product, int64_t panel, int kind, int rows, const float *x,
-                           const float *added, float *out) {
-    const int64_t inputs = product->inputs, outputs = product->outputs, first = panel * WIDTH;
-    const char *weights = (const char *)product->panels + panel * inputs * WIDTH * num_bytes(kind);
-    Lanes sums[ROWS][2];
-    for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = all(0);
+/* Rows of a product: x [rows, inputs], and where the weights are INT8 their numbers [rows, 2 * pairs] and scales. */
+typedef struct {
+    const float *x;
+    const int16_t *numbers;
+    const float *scales;
+} Rows;
+
+INLINE int64_t num_pairs(int64_t inputs) { return (inputs + 1) / 2; }
+
+/* The float32 numbers that the numbers and scales of rows take. */
+INLINE int64_t rounded_size(int64_t rows, int64_t inputs) { return rows * (1 + num_pairs(inputs)); }
+
+/* A row's whole numbers, LARGEST at most, and their scale: not a number, where one in the row is none or infinite. */
+INLINE float round_row(const float *x, int64_t inputs, int16_t *numbers) {
+    const Lanes rounder = all(12582912.0f); /* 1.5 * 2^23: adding it leaves whole numbers */
+    const int64_t whole = inputs / LANES * LANES;
+    Lanes last = all(0), most = all(0), zeros = all(0);
+    memcpy(&last, x + whole, (size_t)(inputs - whole) * sizeof *x);
+    for (int64_t i = 0; i <= whole; i += LANES) {
+        const Lanes read = i < whole ? AT(x + i) : last, size = choose(read < 0.0f, -read, read);
+        most = choose(size > most, size, most);
+        zeros += read * 0.0f;
+    }
+    float largest = most[0];
+    for (int i = 1; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+    const float inverse = largest > 0 ? LARGEST / largest : 0;
+    for (int64_t i = 0; i <= whole; i += LANES) {
+        const Lanes read = i < whole ? AT(x + i) : last;
+        const Numbers rounded = (Numbers)(read * inverse + rounder) - (Numbers)rounder;
+        const Shorts narrow = __builtin_convertvector(rounded, Shorts);
+        memcpy(numbers + i, &narrow, (size_t)(i < whole ? LANES : 2 * num_pairs(inputs) - whole) * sizeof *numbers);
+    }
+    return largest / LARGEST + total(zeros);
+}
+
+INLINE Pairs load_pairs(const int8_t *weights) {
+#if defined(__AVX512BW__)
+    return (Pairs)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)weights));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    return (Pairs)_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)weights));
+#else
+    return __builtin_convertvector(*(const Bytes *)weights, Pairs);
+#endif
+}
+
+/* The sums, plus what the two products of each pair are. */
+INLINE Numbers add_products(Pairs a, Pairs b, Numbers sums) {
+#if defined(__AVX512VNNI__)
+    return (Numbers)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    return sums + (Numbers)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    return sums + (Numbers)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    for (int i = 0; i < LANES; i++) sums[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+    return sums;
+#endif
+}
+
+/* The bytes of a panel. */
+INLINE int64_t panel_size(const Product *product, int kind) {
+    return kind == INT8 ? num_pairs(product->inputs) * 2 * WIDTH : product->inputs * WIDTH * num_bytes(kind);
+}
+
+/* What is fetched of the next panel while a block is multiplied: its share, at an even pace. Blocks that fetched as much
+   as they read would wait for memory at first, and leave it idle afterwards. */
+typedef struct {
+    const char *next;
+    int64_t pace, left; /* steps for each step's bytes, and those until the next */
+} Ahead;
+
+INLINE void fetch_ahead(Ahead *ahead, int64_t bytes) {
+    if (--ahead->left > 0) return;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead->next + i, 0, 2);
+    ahead->next += bytes;
+    ahead->left = ahead->pace;
+}
+
+/* The sums of some rows times one panel of INT8. */
+INLINE void sum_numbers(const Product *product, int64_t panel, int count, Rows rows, Ahead ahead, Lanes sums[][2]) {
+    const int64_t pairs = num_pairs(product->inputs);
+    const int8_t *weights = (const int8_t *)product->panels + panel * panel_size(product, INT8);
+    for (int64_t first = 0; first < pairs; first += PART / 2) {
+        const int64_t end = pairs - first < PART / 2 ? pairs : first + PART / 2;
+        Numbers part[ROWS][2];
+        for (int r = 0; r < count; r++) part[r][0] = part[r][1] = (Numbers){};
+        for (int64_t k = first; k < end; k++) {
+            fetch_ahead(&ahead, 2 * WIDTH);
+            const Pairs low = load_pairs(weights + k * 2 * WIDTH), high = load_pairs(weights + k * 2 * WIDTH + WIDTH);
+            for (int r = 0; r < count; r++) {
+                int32_t pair;
+                memcpy(&pair, rows.numbers + 2 * (r * pairs + k), sizeof pair);
+                const Pairs factor = (Pairs)(pair - (Numbers){});
+                part[r][0] = add_products(low, factor, part[r][0]);
+                part[r][1] = add_products(high, factor, part[r][1]);
+            }
+        }
+        for (int r = 0; r < count; r++)
+            for (int half = 0; half < 2; half++) sums[r][half] += __builtin_convertvector(part[r][half], Lanes);
+    }
+}
+
+/* The sums of some rows times one panel of another kind. */
+INLINE void sum_floats(const Product *product, int64_t panel, int kind, int count, Rows rows, Ahead ahead,
+                       Lanes sums[][2]) {
+    const int64_t inputs = product->inputs;
+    const char *weights = (const char *)product->panels + panel * panel_size(product, kind);
     for (int64_t k = 0; k < inputs; k++) {
-        __builtin_prefetch(weights + (inputs + k) * WIDTH * num_bytes(kind), 0, 2); /* of the next panel */
+        fetch_ahead(&ahead, WIDTH * num_bytes(kind));
         Lanes low = load(weights, k * WIDTH, kind), high = load(weights, k * WIDTH + LANES, kind);
-        for (int r = 0; r < rows; r++) {
-            Lanes factor = all(x[r * inputs + k]);
+        for (int r = 0; r < count; r++) {
+            Lanes factor = all(rows.x[r * inputs + k]);
             sums[r][0] = multiply_add(low, factor, sums[r][0]);
             sums[r][1] = multiply_add(high, factor, sums[r][1]);
         }
     }
-    int64_t count = outputs - first < WIDTH ? outputs - first : WIDTH;
-    for (int r = 0; r < rows; r++) {
+}
+
+/* Rows `first .. first + count - 1` of all the `total` rows times one panel, plus bias and what `added` holds, if
+   anything. */
+INLINE void multiply_block(const Product *product, int64_t panel, int kind, int64_t first, int count, int64_t total,
+                           Rows rows, const float *added, float *out) {
+    const int64_t inputs = product->inputs, outputs = product->outputs, left = outputs - panel * WIDTH,
+                  number = left < WIDTH ? left : WIDTH, size = panel_size(product, kind),
+                  pace = (total + count - 1) / count;
+    const Ahead ahead = {(const char *)product->panels + (panel + 1) * size + size * first / total, pace, 1};
+    const float *scale = kind == INT8 ? product->scale + panel * WIDTH : NULL,
+                *bias = product->bias ? product->bias + panel * WIDTH : NULL;
+    Lanes sums[ROWS][2];
+    for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = all(0);
+    if (kind == INT8)
+        sum_numbers(product, panel, count, (Rows){.numbers = rows.numbers + first * 2 * num_pairs(inputs)}, ahead, sums);
+    else
+        sum_floats(product, panel, kind, count, (Rows){.x = rows.x + first * inputs}, ahead, sums);
+    for (int64_t r = first; r < first + count; r++) {
+        const int64_t place = r * outputs + panel * WIDTH;
         float line[WIDTH];
-        memcpy(line, sums[r], sizeof line);
-        if (product->scale)
-            for (int64_t i = 0; i < count; i++) line[i] *= product->scale[first + i];
-        if (product->bias)
-            for (int64_t i = 0; i < count; i++) line[i] += product->bias[first + i];
+        memcpy(line, sums[r - first], sizeof line);
+        if (scale)
+            for (int64_t i = 0; i < number; i++) line[i] *= scale[i] * rows.scales[r];
+        if (bias)
+            for (int64_t i = 0; i < number; i++) line[i] += bias[i];
         if (added)
-            for (int64_t i = 0; i < count; i++) line[i] += added[r * outputs + first + i];
-        memcpy(out + r * outputs + first, line, (size_t)count * sizeof *line);
+            for (int64_t i = 0; i < number; i++) line[i] += added[place + i];
+        memcpy(out + place, line, (size_t)number * sizeof *line);
     }
 }
 
-INLINE void multiply_panel(const Product *product, int64_t panel, int kind, int64_t rows, const float *x,
+INLINE void multiply_panel(const Product *product, int64_t panel, int kind, int64_t count, Rows rows,
                            const float *added, float *out) {
-    const int64_t inputs = product->inputs, outputs = product->outputs;
     int64_t r = 0;
-#define BLOCK_OF(number) \
-    multiply_block(product, panel, kind, number, x + r * inputs, added ? added + r * outputs : NULL, out + r * outputs)
-    for (; rows - r > 8 || rows - r == ROWS; r += ROWS) BLOCK_OF(ROWS);
-    if (rows - r > ROWS) { /* 7 and 8 as halves, for a block of one or two waits for its sums */
+#define BLOCK_OF(number) multiply_block(product, panel, kind, r, number, count, rows, added, out)
+    for (; count - r > 8 || count - r == ROWS; r += ROWS) BLOCK_OF(ROWS);
+    if (count - r > ROWS) { /* 7 and 8 as halves, for a block of one or two waits for its sums */
         BLOCK_OF(4);
         r += 4;
     }
-    switch (rows - r) {
+    switch (count - r) {
         case 1: BLOCK_OF(1); break;
         case 2: BLOCK_OF(2); break;
         case 3: BLOCK_OF(3); break;
@@ -129,32 +243,42 @@ INLINE void multiply_panel(const Product *product, int64_t panel, int kind, int6
 }
 
 #define KIND_OF(name, kind) \
-    static void name(const Product *product, int64_t panel, int64_t rows, const float *x, const float *added, \
-                     float *out) { \
-        multiply_panel(product, panel, kind, rows, x, added, out); \
+    static void name(const Product *product, int64_t panel, int64_t count, Rows rows, const float *added, float *out) { \
+        multiply_panel(product, panel, kind, count, rows, added, out); \
     }
 KIND_OF(multiply_float32, FLOAT32)
 KIND_OF(multiply_bfloat16, BFLOAT16)
 KIND_OF(multiply_float16, FLOAT16)
 KIND_OF(multiply_int8, INT8)
 
-/* x [rows, inputs] times the weights -> out [rows, outputs], by the threads of the region that it is called in.
-   A thread takes some neighbouring panels at a time, since it fetches the next one ahead; a late thread takes fewer. */
-static void share_product(const Product *product, int64_t rows, const float *x, const float *added, float *out,
-                          int64_t threads) {
-    const int64_t panels = (product->outputs + WIDTH - 1) / WIDTH, part = panels / (4 * threads) + 1;
+/* x [count, inputs] times the weights -> out [count, outputs], by the threads of the region that it is called in.
+   A thread takes some neighbouring panels at a time, since it fetches the next one ahead; a late thread takes fewer.
+   `scratch` has room for rounded_size. */
+static void share_product(const Product *product, int64_t count, const float *x, const float *added, float *out,
+                          float *scratch, int64_t threads) {
+    const int64_t panels = (product->outputs + WIDTH - 1) / WIDTH, part = panels / (4 * threads) + 1,
+                  inputs = product->inputs;
+    int16_t *numbers = (int16_t *)(scratch + count);
+    if (product->kind == INT8) {
+#pragma omp for
+        for (int64_t row = 0; row < count; row++)
+            scratch[row] = round_row(x + row * inputs, inputs, numbers + row * 2 * num_pairs(inputs));
+    }
+    const Rows rows = {x, numbers, scratch};
 #pragma omp for schedule(dynamic, part)
     for (int64_t panel = 0; panel < panels; panel++) switch (product->kind) {
-            case FLOAT32: multiply_float32(product, panel, rows, x, added, out); break;
-            case BFLOAT16: multiply_bfloat16(product, panel, rows, x, added, out); break;
-            case FLOAT16: multiply_float16(product, panel, rows, x, added, out); break;
-            case INT8: multiply_int8(product, panel, rows, x, added, out); break;
+            case FLOAT32: multiply_float32(product, panel, count, rows, added, out); break;
+            case BFLOAT16: multiply_bfloat16(product, panel, count, rows, added, out); break;
+            case FLOAT16: multiply_float16(product, panel, count, rows, added, out); break;
+            case INT8: multiply_int8(product, panel, count, rows, added, out); break;
         }
 }
 
 void multiply(const Product *product, int64_t rows, const float *x, const float *added, float *out, int threads) {
+    float *scratch = malloc((size_t)rounded_size(rows, product->inputs) * sizeof *scratch);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    share_product(product, rows, x, added, out, threads);
+    share_product(product, rows, x, added, out, scratch, threads);
+    free(scratch);
 }
 
 INLINE void normalise_row(const float *x, int64_t dim, const float *weight, float eps, float *out) {
@@ -269,21 +393,20 @@ INLINE void weigh(const float *weights, const float *values, int64_t stride, int
     }
 }
 
-/* Scratch of one layer, in numbers. */
+INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Scratch of one layer, in numbers: its own, and behind them what a product of it or before it rounds. */
 INLINE int64_t scratch_of(const Layer *layer, int64_t rows, int64_t read, int64_t threads) {
-    const int64_t attended = layer->heads * layer->dim, gated = layer->down.inputs;
-    return rows * (layer->queries_keys_values.inputs + layer->queries_keys_values.outputs + attended +
-                   layer->attention_output.outputs + 3 * gated) +
-           2 * threads * read;
+    const int64_t attended = layer->heads * layer->dim, gated = layer->down.inputs,
+                  size = layer->attention_output.outputs, inputs = layer->queries_keys_values.inputs;
+    return rows * (inputs + layer->queries_keys_values.outputs + attended + size + 3 * gated) + 2 * threads * read +
+           rounded_size(rows, larger(larger(inputs, 2 * size), larger(attended, gated)));
 }
 
 /* Scratch of a pass over these rows, in numbers. */
 int64_t scratch_size(const Layer *layers, int64_t count, int64_t rows, int64_t read, int64_t threads) {
     int64_t most = 0;
-    for (int64_t i = 0; i < count; i++) {
-        const int64_t size = scratch_of(layers + i, rows, read, threads);
-        most = size > most ? size : most;
-    }
+    for (int64_t i = 0; i < count; i++) most = larger(most, scratch_of(layers + i, rows, read, threads));
     return most;
 }
 
@@ -298,13 +421,14 @@ static void run_layer(const Layer *layer, const Pass *pass, float *keys, float *
     const float scale = 1.0f / __builtin_sqrtf((float)dim);
     float *inputs = pass->scratch, *projected = inputs + rows * width, *attended = projected + rows * joined,
           *normed = attended + rows * heads * dim, *gate_up = normed + rows * size,
-          *gates = gate_up + rows * 2 * gated, *own = gates + rows * gated;
+          *gates = gate_up + rows * 2 * gated, *own = gates + rows * gated,
+          *rounded = own + 2 * pass->threads * pass->read;
     float *weights = own + 2 * omp_get_thread_num() * pass->read;
     int32_t *visible = (int32_t *)(weights + pass->read);
 #pragma omp for
     for (int64_t row = 0; row < rows; row++)
         read_row(layer, embedding ? embedding + row * size : NULL, x + row * size, size, inputs + row * width);
-    share_product(&layer->queries_keys_values, rows, inputs, NULL, projected, pass->threads);
+    share_product(&layer->queries_keys_values, rows, inputs, NULL, projected, rounded, pass->threads);
 #pragma omp for
     for (int64_t row = 0; row < rows; row++) {
         float *turned = projected + row * joined;
@@ -334,14 +458,14 @@ static void run_layer(const Layer *layer, const Pass *pass, float *keys, float *
                 weigh(weights, values + first, slot, dim, visible, count, attended + (row * heads + head) * dim);
             }
         }
-    share_product(&layer->attention_output, rows, attended, x, x, pass->threads);
+    share_product(&layer->attention_output, rows, attended, x, x, rounded, pass->threads);
 #pragma omp for
     for (int64_t row = 0; row < rows; row++)
         normalise_row(x + row * size, size, layer->mlp_norm.weight, layer->mlp_norm.eps, normed + row * size);
-    share_product(&layer->gate_up, rows, normed, NULL, gate_up, pass->threads);
+    share_product(&layer->gate_up, rows, normed, NULL, gate_up, rounded, pass->threads);
 #pragma omp for
     for (int64_t row = 0; row < rows; row++) gate_row(gate_up + row * 2 * gated, gated, gates + row * gated);
-    share_product(&layer->down, rows, gates, x, x, pass->threads);
+    share_product(&layer->down, rows, gates, x, x, rounded, pass->threads);
 }
 
 /* Decoder layers one behind the other, each with its keys and its values. */
@@ -378,7 +502,7 @@ void run_draft(const Draft *draft, const Pass *pass, float *const *keys, float *
             else
                 memcpy(out, state, (size_t)size * sizeof *out);
         }
-        if (draft->fc.panels) share_product(&draft->fc, rows, joined, NULL, x, pass->threads);
+        if (draft->fc.panels) share_product(&draft->fc, rows, joined, NULL, x, pass->scratch, pass->threads);
         for (int64_t i = 0; i < draft->num_layers; i++)
             run_layer(draft->layers + i, pass, keys[i], values[i], joined, x);
     }
@@ -387,11 +511,13 @@ void run_draft(const Draft *draft, const Pass *pass, float *const *keys, float *
 /* Logits [rows, outputs] of outputs x [rows, D], by a norm, whose result is normed [rows, D]. */
 void read_out(const Norm *norm, const Product *head, int64_t rows, const float *x, float *normed, float *logits,
               int threads) {
+    float *scratch = malloc((size_t)rounded_size(rows, head->inputs) * sizeof *scratch);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for
         for (int64_t row = 0; row < rows; row++)
             normalise_row(x + row * head->inputs, head->inputs, norm->weight, norm->eps, normed + row * head->inputs);
-        share_product(head, rows, normed, NULL, logits, threads);
+        share_product(head, rows, normed, NULL, logits, scratch, threads);
     }
+    free(scratch);
 }

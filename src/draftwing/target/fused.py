@@ -25,7 +25,7 @@ from draftwing.target.hidden_states import NORMED
 from draftwing.target.interface import ATTENTION, Role
 from draftwing.target.model import TargetModel, TargetOutput, TreePass, attention_windows
 from draftwing.target.native_layers import NativeLayers, NativePass, NormNumbers
-from draftwing.target.packed import NativeProduct, PackedLinear, Product, pack_linears
+from draftwing.target.packed import NativeProduct, PackedLinear, Product, multiplies_in_c, pack_linears
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 MOST_COMPILED = 64
@@ -231,7 +231,7 @@ def elementwise(device: torch.device, compiles: bool | None, dtype: torch.dtype)
         compiles = device.type == "cuda" and has_triton()
     if compiles:
         return Elementwise.compiled()
-    return NATIVE if native.serves(torch.empty(0, dtype=dtype, device=device)) else AS_WRITTEN
+    return NATIVE if multiplies_in_c(dtype, device) else AS_WRITTEN
 
 
 class FusedTarget(TargetModel):

@@ -13,7 +13,8 @@ from draftwing.embedded import EMBEDDED_TARGETS, embedded_target
 from draftwing.target.gguf import dequantised, find_gguf
 from draftwing.target.interface import ATTENTION, Role
 from draftwing.target.model import TargetModel, one_line
-from draftwing.target.packed import multiplies_bfloat16
+from draftwing.target.packed import multiplies_bfloat16, multiplies_in_c
+from draftwing.target.rounded import round_linears
 
 HUB_OPTIONS = ("cache_dir", "code_revision", "force_download", "local_files_only", "proxies") + (
     "revision",
@@ -46,7 +47,7 @@ def load_target(
     """Load a causal language model with our attention function. `options` go to transformers' `from_pretrained`.
 
     Without a `dtype` it is the file's; on a CPU without bf16 products, and for float16 files there, float32.
-    `quantize` is one of QUANTIZATIONS.
+    `quantize` is one of QUANTIZATIONS. On a CPU with a C compiler "int8" is ours, in float32; else it is torchao's.
 
     Raises:
         ValueError: a name that cannot be loaded, missing tensors, a model that cannot verify trees. The message begins
@@ -85,7 +86,10 @@ def _load_on(
 ) -> Any:
     """A model on its device, or where a `device_map` in the options puts it; arguments as those of `load_target`."""
     lacks_bfloat16 = device.type == "cpu" and not multiplies_bfloat16()
-    if quantize is not None:
+    rounds = quantize == "int8" and dtype in (None, torch.float32) and multiplies_in_c(torch.float32, device)
+    if rounds:
+        dtype = torch.float32
+    elif quantize is not None:
         options["quantization_config"] = quantization_config(quantize, device)
         if dtype is None and lacks_bfloat16:
             dtype = torch.float32  # a quantised model cannot be converted
@@ -94,10 +98,14 @@ def _load_on(
     except OSError as error:
         reason = "cannot load" if Path(resolve_target(name, role)).is_dir() else "no folder and no reachable hub id:"
         raise ValueError(f"{role}: {reason} {name!r}: {one_line(error)}") from error
+    if is_quantized and rounds:
+        raise ValueError(f"quantize: expected none, got {quantize!r}: the files of {name!r} are quantised already")
     if is_quantized and device.type != "cpu":
         # Weights are packed for the device that they are on, and must not be moved. accelerate places them.
         options = {"device_map": str(device)} | options
     model = load_model(name, dtype, role, **options)
+    if rounds:
+        round_linears(model)
     if is_quantized or "device_map" in options:
         return model
     is_slow = model.dtype == torch.float16 or (model.dtype == torch.bfloat16 and lacks_bfloat16)

@@ -60,7 +60,8 @@ class _Pass(ctypes.Structure):
 class Panels:
     """A product's weight `[outputs, inputs]` in layers.c's layout, and its bias `[outputs]`.
 
-    A float32 weight is kept in 16 bits where these hold it. An int8 one comes with the `scale [outputs]` of its sums.
+    A float32 weight is kept in 16 bits where these hold it. An int8 one comes with the `scale [outputs]` of its sums,
+    and multiplies rows that are rounded to 16 bits.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None = None) -> None:
@@ -68,8 +69,9 @@ class Panels:
         width = native.loaded().panel_width()
         weight = _narrowest(weight)
         self.kept_in, missing = weight.dtype, -self.num_outputs % width
-        padded = torch.nn.functional.pad(weight, (0, 0, 0, missing))
-        panels = padded.view(-1, width, self.num_inputs).transpose(1, 2).contiguous()
+        together = 2 if weight.dtype == torch.int8 else 1  # inputs that lie side by side
+        padded = torch.nn.functional.pad(weight, (0, -self.num_inputs % together, 0, missing))
+        panels = padded.view(-1, width, padded.shape[1] // together, together).transpose(1, 2).contiguous()
         self._kept = panels, *(None if part is None else part.float().contiguous() for part in (scale, bias))
         addresses = map(native.address, self._kept)
         self.struct = _Product(*addresses, self.num_inputs, self.num_outputs, KINDS[self.kept_in])

@@ -16,7 +16,7 @@ from torch.nn import functional
 from draftwing import native
 from draftwing.target import native_layers
 from draftwing.target.attention import kernels_take, on_device, serves_row_kernels
-from draftwing.target.rounded import RoundedLinear, to_int8
+from draftwing.target.rounded import RoundedLinear, does_more, to_int8
 from draftwing.target.row_layout import RowProduct, Tiles
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
@@ -56,6 +56,11 @@ def multiplies_bfloat16() -> bool:
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
+def multiplies_in_c(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products are layers.c's there, which reads weights of 8 and 16 bits as they are."""
+    return device.type == "cpu" and native.serves(torch.empty(0, dtype=dtype))
+
+
 def _can_pack(layer: nn.Linear) -> bool:
     # Weights that are quantised or spread over processes are tensors of their own kinds.
     if type(layer.weight) is not nn.Parameter or type(layer.weight.data) is not torch.Tensor:
@@ -68,11 +73,6 @@ def _can_pack(layer: nn.Linear) -> bool:
     if device.type != "cpu" or dtype not in PACKED_DTYPES or not torch.backends.mkldnn.is_available():
         return False
     return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def does_more(module: nn.Module) -> bool:
-    """Whether a module does more than its class says: hooks, or a `forward` of its own."""
-    return bool("forward" in vars(module) or module._forward_pre_hooks or module._forward_hooks)
 
 
 class Product(ABC):
@@ -134,7 +134,7 @@ class PackedProduct(Product):
 
 
 class NativeProduct(Product):
-    """layers.c: it reads 8 bits of rounded weights, 16 bits of those that these hold, and sums in float32."""
+    """layers.c: it reads 8 bits of rounded weights, and 16 bits of float32 ones that these hold."""
 
     def __init__(self, layers: Sequence[nn.Linear], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(layers)

@@ -1,7 +1,8 @@
-"""Weights in 8 bits: int8 numbers and a float32 scale for each output, for drafts.
+"""Weights in 8 bits: int8 numbers and a float32 scale for each output.
 
-A draft's rounding cannot change what is decoded, only how much of it is accepted. Half the bytes of 16 bits are read
-where a kernel multiplies the numbers as they are (packed.py); elsewhere a weight holds what they stand for.
+A draft's rounding cannot change what is decoded, only how much of it is accepted. A target's makes another model of it.
+Half the bytes of 16 bits are read where a kernel multiplies the numbers as they are (packed.py); elsewhere a weight
+holds what they stand for.
 """
 
 import torch
@@ -33,8 +34,13 @@ class RoundedLinear(nn.Linear):
 
 
 def round_linears(network: nn.Module) -> None:
-    """Replace a network's linear layers by rounded ones, in place."""
+    """Replace a network's linear layers by rounded ones, in place; those that do more than their product stay."""
     for parent in [module for module in network.modules() if not isinstance(module, nn.Linear)]:
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and not does_more(child):
                 setattr(parent, name, RoundedLinear(child))
+
+
+def does_more(module: nn.Module) -> bool:
+    """Whether a module does more than its class says: hooks, or a `forward` of its own."""
+    return bool("forward" in vars(module) or module._forward_pre_hooks or module._forward_hooks)

@@ -23,7 +23,7 @@ from draftwing.target.attention import CacheAttention
 from draftwing.target.kv_cache import KVCache, LayerShape, visible_slots
 from draftwing.target.model import TargetModel
 from draftwing.target.packed import NativeProduct, pack_linears
-from draftwing.target.rounded import round_linears
+from draftwing.target.rounded import round_linears, to_int8
 
 needs_library = pytest.mark.skipif(native.library() is None, reason="this machine has no C compiler")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -68,19 +68,60 @@ def test_products_are_torchs(dtype: torch.dtype, shape: tuple[int, int], flags: 
         assert copy.equal(panels.multiply(x, added))
 
 
+def whole_products(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    """A rounded layer's outputs: rows in 16 bits, exact sums over 512 inputs, and their total in float32."""
+    numbers, scale = to_int8(layer.weight.detach())
+    largest, most = x.abs().amax(1, keepdim=True), torch.tensor(32767.0)
+    rounded = (x * (most / largest)).round().where(largest > 0, 0)
+    parts = zip(rounded.double().split(512, 1), numbers.double().split(512, 1), strict=True)
+    sums = sum(((row @ column.T).float() for row, column in parts), torch.zeros(1))
+    return sums * (scale * (largest / most)) + layer.bias
+
+
 @needs_library
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 513), (17, 1600)])
 @torch.inference_mode()
-def test_rounded_weights_are_read_in_8_bits(shape: tuple[int, int], flags: str) -> None:
+def test_weights_in_8_bits_are_multiplied_as_whole_numbers(shape: tuple[int, int], flags: str) -> None:
+    """So a row's bits are the same on every machine, whatever passes with it."""
     layer = nn.Linear(shape[1], shape[0])
     block = nn.Sequential(layer)
     round_linears(block)
-    x = torch.randn(9, shape[1])
-    right = block(x)
+    x = torch.randn(20, shape[1])
+    x[3], x[4] = 0, 1e-30
+    right, in_floats = whole_products(x, block[0]), block(x)
     pack_linears(block)
     assert block[0].product.panels.kept_in == torch.int8
-    torch.testing.assert_close(block(x), right, rtol=1e-5, atol=1e-4)
-    assert block(x[3:4]).equal(block(x)[3:4])
+    for num_rows in range(1, 21):
+        assert block(x[-num_rows:]).equal(right[-num_rows:]), f"{num_rows} rows"
+    torch.testing.assert_close(block(x), in_floats, rtol=1e-3, atol=1e-3)
+
+
+@needs_library
+@torch.inference_mode()
+def test_no_sum_of_whole_numbers_overflows(flags: str) -> None:
+    layer = nn.Linear(2048, 1, bias=False)
+    layer.weight.data.fill_(127.0)
+    block = nn.Sequential(layer)
+    round_linears(block)
+    pack_linears(block)
+    for sign in (1, -1):
+        assert block(torch.full((1, 2048), sign * 32767.0)).item() == sign * 127.0 * 32767 * 2048
+
+
+@needs_library
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@torch.inference_mode()
+def test_a_row_with_a_number_that_is_none_has_no_others(number: float, flags: str) -> None:
+    block = nn.Sequential(nn.Linear(19, 5))
+    round_linears(block)
+    pack_linears(block)
+    x = torch.randn(3, 19)
+    right = block(x)
+    x[1, 17] = number
+    assert block(x)[1].isnan().all() and block(x)[[0, 2]].equal(right[[0, 2]])
+    torch.testing.assert_close(
+        block(torch.full((1, 19), 1e-42)), block(torch.zeros(1, 19))
+    )  # 32767 / 1e-42 is infinite
 
 
 @needs_library
@@ -142,7 +183,7 @@ def threads(monkeypatch: pytest.MonkeyPatch, as_many_threads_afterwards: None) -
 @torch.inference_mode()
 def test_a_sum_that_depends_on_the_rows_is_noticed(sabotaged_native: Callable[[str, str], None]) -> None:
     sum_of_one = "sums[r][0] = multiply_add(low, factor, sums[r][0]);"
-    sabotaged_native(sum_of_one, f"if (rows == 1) sums[r][0] += low * (factor * 1.0000002f); else {sum_of_one}")
+    sabotaged_native(sum_of_one, f"if (count == 1) sums[r][0] += low * (factor * 1.0000002f); else {sum_of_one}")
     panels = native_layers.Panels(saved_weight(torch.bfloat16, 200, 576), None)
     x = torch.randn(7, 576)
     assert not panels.multiply(x[:1]).equal(panels.multiply(x)[:1])

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import draftwing
+from draftwing import native
 from draftwing.drafts.eagle.fused_layers import pack_head
 from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.target import packed
@@ -94,10 +95,19 @@ def test_rounded_heads_change_no_token(
     assert generation.statistics.acceptance_length > 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_head_is_in_8_bits_by_itself_where_c_reads_them(dtype: str, machine: str) -> None:
+    head = draftwing.load("tiny", draft="tiny", dtype=dtype).draft
+    product = head.lm_head.product
+    is_native = isinstance(product, packed.NativeProduct)
+    assert is_native == (dtype == "float32" and machine == "as it is" and native.library() is not None)
+    assert not is_native or product.panels.kept_in == torch.int8
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"draft": "tiny", "draft_dtype": "int3"}, "draft_dtype: expected int8, got 'int3'"),
+        ({"draft": "tiny", "draft_dtype": "int3"}, "draft_dtype: expected int8 or target, got 'int3'"),
         ({"draft_dtype": "int8"}, "draft_dtype: for a draft head, and no draft is loaded"),
         ({"draft": "tiny", "method": "ngram", "draft_dtype": "int8"}, "draft_dtype: .* no draft is loaded"),
     ],
@@ -110,7 +120,7 @@ def test_a_wrong_draft_dtype_is_one_error(options: dict[str, str], message: str)
 
 def test_the_embedded_head_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = draftwing.load("tiny", draft="tiny", draft_dtype="int8", dtype="float32")
-    own = draftwing.load("tiny", draft="tiny", dtype="float32")
+    own = draftwing.load("tiny", draft="tiny", draft_dtype="target", dtype="float32")
     options = {"max_new_tokens": 8, "plan": "chain:3"}
     tokens = [one.generate([[5, 6, 7]], **options).tolist() for one in (model, own)]
     assert tokens[0] == tokens[1]
@@ -119,5 +129,5 @@ def test_the_embedded_head_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(weights[0], numbers * scale[:, None], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(weights[0], weights[1], atol=1e-5, rtol=1e-5)
     monkeypatch.setattr("draftwing.api.load_draft", None)  # a wrong one is known before the draft is loaded
-    with pytest.raises(ValueError, match="draft_dtype: expected int8, got 'int3'"):
+    with pytest.raises(ValueError, match="draft_dtype: expected int8 or target, got 'int3'"):
         model.with_draft("tiny", draft_dtype="int3")

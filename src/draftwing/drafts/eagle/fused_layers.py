@@ -12,7 +12,8 @@ from draftwing.layers import Attend, DecoderLayer, RMSNorm
 from draftwing.rotary import Rotation
 from draftwing.target.fused import Elementwise, Nodes, elementwise, is_packed, read_layer, read_norm
 from draftwing.target.native_layers import NativeDraft, NativeLayers, Panels
-from draftwing.target.packed import NativeProduct, PackedLinear, does_more, pack_linears
+from draftwing.target.packed import NativeProduct, PackedLinear, pack_linears
+from draftwing.target.rounded import does_more
 
 
 def pack_head(head: DraftNetwork, compiles: bool | None = None) -> None:
