@@ -32,7 +32,7 @@ def decoded() -> dict[str, tuple[SpeculativeModel, list[EngineAnswer]]]:
     prompts = spread(read_prompts(EMBEDDED_PROMPTS), NUM_PROMPTS)[:NUM_COMPARED]
     found = {}
     for draft in sorted({draft for draft, _, _ in DECODED}):
-        model = load("tiny", draft=draft, dtype="float32")
+        model = load("tiny", draft=draft, dtype="float32", draft_dtype="target")
         ids = [prompt.token_ids(model.tokenizer) for prompt in prompts]
         found[draft] = model, [*decode_here(model, ids, NUM_TOKENS)]
     return found

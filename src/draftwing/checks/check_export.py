@@ -141,7 +141,7 @@ def check_export(request: CheckRequest, say: Callable[[str], None] = lambda text
 
 
 def _decode_and_compare(request: CheckRequest, say: Callable[[str], None]) -> Check:
-    model = load(request.target, draft=str(request.written), dtype="float32")
+    model = load(request.target, draft=str(request.written), dtype="float32", draft_dtype="target")
     names = [prompt.name for prompt in request.prompts]
     task = EngineTask(
         folder=request.folder.absolute(),

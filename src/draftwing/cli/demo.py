@@ -112,7 +112,6 @@ def methods_of(options: argparse.Namespace) -> "tuple[SpeculativeModel, dict[str
     model = load(options.target, draft, method=None if draft else "ngram", **where)
     names = dict.fromkeys(("plain", "lookahead", "ngram", model.method))
     methods = {name: (model if name == model.method else model.with_method(name)).start for name in names}
-    methods["ngram"] = partial(methods["ngram"], plan="auto")  # which pauses where it does not pay
     sizes = f" Trees of {model.method} size themselves." if draft else ""
     return model, methods, f"ngram and lookahead need no draft.{sizes}"
 

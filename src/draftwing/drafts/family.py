@@ -38,12 +38,14 @@ ENGINES = {
 
 
 class Method(NamedTuple):
-    """A way to decode: its name, its plan unless one is named, and which embedded draft of a target it is for."""
+    """A way to decode: its name, and its plan unless one is named."""
 
     name: str
     plan: str = "auto"
     embedded: str = ""
-    """Behind the target's name: `eagle1` for tiny-eagle1; empty: the draft that is called like the target."""
+    """The embedded draft that it is for, behind the target's name: `eagle1` for tiny-eagle1; empty: the target's own."""
+    clocked: str = ""
+    """The tree that `auto` tries and pauses by the clock, in a family that has none to size."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,13 @@ class Plain(Kind[None]):
 
 FAMILIES = [
     Family("plain decoding", Plain, (Method(PLAIN, "off"),), needs_draft=False, plans="none"),
-    Family("n-gram drafting", f"{_HERE}.ngram.Ngram", (Method("ngram", "chain:6"),), needs_draft=False, plans="chains"),
+    Family(
+        "n-gram drafting",
+        f"{_HERE}.ngram.Ngram",
+        (Method("ngram", clocked="chain:6"),),
+        needs_draft=False,
+        plans="chains",
+    ),
     Family(
         "Lookahead decoding",
         f"{_HERE}.lookahead.Lookahead",
@@ -202,8 +208,8 @@ def plan_for(method: str, plan: str | NamedTree | None) -> NamedTree | None:
     """
     family = family_of(method)
     plan = plan or default_plan(method)
-    if plan == "auto" and not family.needs_draft:  # nothing to size; the clock tells when it pays
-        plan = default_plan(method)
+    if plan == "auto" and not family.needs_draft:
+        plan = family.method(method).clocked or default_plan(method)
     if plan == "auto":
         return None
     tree_plan = TreePlan.parse(plan) if isinstance(plan, str) else plan

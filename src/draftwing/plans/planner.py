@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from draftwing.drafts.family import Draft
-from draftwing.drafts.kinds import family_of, new_drafter, plan_for, tree_shapes
+from draftwing.drafts.kinds import default_plan, family_of, new_drafter, plan_for, tree_shapes
 from draftwing.engine.captured import Recorder
 from draftwing.engine.engine import bucket
 from draftwing.engine.options import GenerateOptions
@@ -63,7 +63,8 @@ class Planner:
             return self._sized(with_lookup)
         if not tree.depth:
             return TreePlan.off()
-        if settings.plan == "auto" and family_of(self._method).plans == "chains":
+        by_itself = (settings.plan or default_plan(self._method)) == "auto"
+        if by_itself and family_of(self._method).method(self._method).clocked:
             return self._lessons.clocked.setdefault(tree, ClockedPlan(tree)).begin()
         # A fixed plan's trees depend on its requests alone, not on the generations before: its trial is its own.
         return LookupPlan(tree, LookupTrial()) if with_lookup else tree
