@@ -117,5 +117,5 @@ def head_to_continue(stage: TrainConfig, target: TargetModel, options: HeadOptio
     head = load_draft(stage.init_from, target, torch.float32, options)
     family = family_of_draft(head)
     if stage.objective not in family.objectives:
-        raise ValueError(f"init_from: {stage.init_from} is {family.name}, the objective is {stage.objective}")
+        raise ValueError(f"init_from: {stage.init_from} holds {family.name}, the objective is {stage.objective}")
     return head.train()

@@ -36,7 +36,7 @@ def save_head(
     head: HeadFile, folder: Path, target: TargetSizes, dtype: torch.dtype | None = None, verifier: str = ""
 ) -> None:
     """Write config.json and model.safetensors; the weights in `dtype` (default: as they are)."""
-    write_draft(*write_head(head, target, verifier), folder, "model.safetensors", dtype)
+    write_draft(*write_head(head, target, verifier), folder, dtype)
 
 
 def write_head(head: HeadFile, target: TargetSizes, verifier: str = "") -> tuple[dict[str, Any], Tensors]:

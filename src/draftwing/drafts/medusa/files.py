@@ -94,19 +94,14 @@ def read_medusa(values: Mapping[str, Any], tensors: Tensors) -> MedusaHeads:
     return MedusaHeads(MedusaConfig(hidden_size, vocab_size, max(heads) + 1, len(blocks)), renamed)
 
 
-def write_medusa(heads: MedusaHeads, target_name: str) -> tuple[dict[str, Any], Tensors]:
-    """The config.json and tensors of Medusa heads."""
+def save_medusa(heads: MedusaHeads, folder: Path, target_name: str, dtype: torch.dtype | None = None) -> None:
+    """Write config.json and medusa_lm_head.safetensors; the weights in `dtype` (default: as they are)."""
     values = {
         "medusa_num_heads": heads.config.num_heads,
         "medusa_num_layers": heads.config.num_layers,
         "base_model_name_or_path": target_name,
     }
-    return values, heads.tensors
-
-
-def save_medusa(heads: MedusaHeads, folder: Path, target_name: str, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and medusa_lm_head.safetensors; the weights in `dtype` (default: as they are)."""
-    write_draft(*write_medusa(heads, target_name), folder, "medusa_lm_head.safetensors", dtype)
+    write_draft(values, heads.tensors, folder, dtype, "medusa_lm_head.safetensors")
 
 
 def expected_medusa_shapes(config: MedusaConfig) -> dict[str, torch.Size]:
