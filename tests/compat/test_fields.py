@@ -227,6 +227,17 @@ def test_a_sliding_window_bounds_what_is_read(target: TargetModel, tmp_path: Pat
     assert load_draft(str(tmp_path / "out"), target).config == head.config
 
 
+def test_a_window_wider_than_the_rows_of_training_bounds_nothing(tmp_path: Path) -> None:
+    report = report_of(write(tmp_path, {"sliding_window": 128, "trained_length": 64}))
+    assert dict(report.rows())["reads"] == "the last 64 tokens (the length it was trained on)"
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "rms_norm_eps"])
+def test_null_says_as_much_as_a_field_that_is_absent(name: str, target: TargetModel, tmp_path: Path) -> None:
+    null, absent = (load_draft(write(tmp_path / str(value), {name: value}), target) for value in (None, ...))
+    assert null.config == absent.config
+
+
 def test_layer_types_say_whose_rope_is_the_heads(target: TargetModel, tmp_path: Path) -> None:
     ropes = {"full_attention": ROPE, "sliding_attention": {**ROPE, "rope_theta": 5e5}}
     for kind, theta in (("full_attention", 1e4), ("sliding_attention", 5e5)):

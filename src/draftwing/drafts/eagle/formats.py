@@ -138,7 +138,8 @@ def read_head(
         raise ValueError("fc.weight: missing; this is no EAGLE head")
     if head_format == "speculators" and values["speculators_model_type"] != "eagle3":
         raise ValueError(f"speculators_model_type: expected eagle3, got {values['speculators_model_type']!r}")
-    layer_values = dict(_required(values, "transformer_layer_config") if head_format == "speculators" else values)
+    layer_values = _required(values, "transformer_layer_config") if head_format == "speculators" else values
+    layer_values = {name: value for name, value in layer_values.items() if value is not None}
     layer_values["rope_parameters"] = _rope_parameters(layer_values, options)
     if head_format == "eagle1":
         for name in options.given.keys() - {"rope_theta", "rope_scaling"}:

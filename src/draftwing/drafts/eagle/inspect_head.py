@@ -93,7 +93,7 @@ def _notes(values: dict[str, Any], head: HeadFile, target: TargetSizes | None, f
     layer_values = values.get("transformer_layer_config", values)
     if not (layer_values.get("rope_theta") or layer_values.get("rope_parameters")):
         notes.append("rope_theta is missing from config.json; 10000 is used, as in the reference training code")
-    if config.sliding_window is not None:
+    if config.sliding_window == config.window:
         notes.append(f"sliding_window: it reads the last {config.window} tokens, and drafted ones beside them")
     if head.is_eagle3 and not config.aux_layers:
         notes.append("the file names no feature layers; with a target of n layers they are 2, n//2 and n-3")
