@@ -28,9 +28,9 @@ from published import (
 )
 from safetensors.torch import load_file, save_file
 
+from draftwing.drafts.eagle.build_head import expected_shapes, fit_problems
 from draftwing.drafts.eagle.fields import sort_fields
 from draftwing.drafts.eagle.formats import AUX_NORM_NAMES, HeadFile, HeadOptions, default_aux_layers, read_head
-from draftwing.drafts.eagle.load_head import expected_shapes, fit_problems
 from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.drafts.eagle.save_head import save_head, to_head, write_head
 from draftwing.drafts.fit import TargetSizes, sizes_of, tensor_problems

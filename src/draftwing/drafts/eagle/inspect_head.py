@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from draftwing.drafts.eagle.build_head import expected_shapes, fit_problems
 from draftwing.drafts.eagle.fields import Fields, sort_fields
 from draftwing.drafts.eagle.formats import HeadFile, default_or_none, read_head
-from draftwing.drafts.eagle.load_head import expected_shapes, fit_problems
 from draftwing.drafts.family import DraftFiles, DraftReport, counted
 from draftwing.drafts.fit import TargetSizes, broken_tensors, dtype_name, tensor_problems
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from draftwing.drafts.eagle.build_head import build_head
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.export_head import export_head
 from draftwing.drafts.eagle.formats import HeadFormat, HeadOptions, format_of, read_head
 from draftwing.drafts.eagle.fused_layers import pack_head
 from draftwing.drafts.eagle.inspect_head import HeadReport, inspect_head
-from draftwing.drafts.eagle.load_head import build_head
 from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Model, EagleModel
 from draftwing.drafts.export_draft import Export, ExportRequest
 from draftwing.drafts.family import Draft, DrafterOptions, DraftFiles, Kind

@@ -10,8 +10,8 @@ from torch import nn
 from draftwing.config import TrainConfig, check_keys
 from draftwing.data.chat_template import Example
 from draftwing.data.examples import count_supervised
+from draftwing.drafts.eagle.build_head import build_network, counted_layers, expected_shapes
 from draftwing.drafts.eagle.formats import HeadOptions, default_aux_layers, read_head
-from draftwing.drafts.eagle.load_head import build_network, counted_layers, expected_shapes
 from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Model
 from draftwing.drafts.fit import Tensors, embedding_rows, load_strictly
 from draftwing.drafts.load_draft import open_draft

@@ -12,8 +12,8 @@ import torch
 
 from draftwing.config import Eagle1Stage, TrainConfig
 from draftwing.data.chat_template import Example
+from draftwing.drafts.eagle.build_head import build_network, network_shapes
 from draftwing.drafts.eagle.formats import HeadFormat
-from draftwing.drafts.eagle.load_head import build_network, network_shapes
 from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Layer, Eagle3Model, EagleModel
 from draftwing.drafts.eagle.new_head import continued_head, continued_sizes, new_config, new_head
 from draftwing.drafts.eagle.save_head import save_head, to_head
