@@ -59,8 +59,7 @@ def _obstacles(head: HeadFile, request: ExportRequest) -> Iterator[str]:
         yield "no engine reads norms of a head's queries and keys"
     if config.hidden_act not in ("silu", "swish"):
         yield f"hidden_act: it computes silu alone, and the head has {config.hidden_act}"
-    biases = {"attention_bias": config.attention_bias, "output_bias": config.output_bias, "mlp_bias": config.mlp_bias}
-    given = [name for name, has_bias in biases.items() if has_bias]
+    given = [name for name in ("attention_bias", "output_bias", "mlp_bias") if getattr(config, name)]
     if given and (engine != "vllm" or config.attention_bias != config.output_bias):
         yield f"{', '.join(given)}: biases of a head's layer are not read there"
     if head.is_eagle3 and len(config.aux_layers) != 3 and config.aux_layers != (NORMED,):
@@ -97,8 +96,8 @@ def _faults(head: HeadFile, request: ExportRequest, added: Tensors) -> Iterator[
             yield f"{name}: it does not read this option; {', '.join(readers)} do"
     if config.sliding_window is not None:
         yield f"sliding_window: it does not read this option, and the head reads {config.sliding_window} tokens"
-    if engine == "eagle" and head.is_eagle3 and config.aux_layers != default_or_none(request.target.num_layers):
-        usual = default_or_none(request.target.num_layers)
+    usual = default_or_none(request.target.num_layers)
+    if engine == "eagle" and head.is_eagle3 and config.aux_layers != usual:
         yield f"aux_layers: it always reads the layers {usual}, and the head was trained on {config.aux_layers}"
     if engine == "vllm" and config.fc_bias:
         yield "fc.bias: it drops this tensor"

@@ -56,8 +56,8 @@ TURNED = {"blk.0.attn_q.weight": "num_attention_heads", "blk.0.attn_k.weight": "
 """Tensors whose rows RoPE turns, and how many heads they have."""
 UNPACKED = ("F16", "BF16", "F32", "F64", "I32", "I64")
 """llama.cpp's names of types whose numbers stand in the file as they are."""
-FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
-"""llama.cpp's numbers of the dtype that most tensors have."""
+FILE_TYPES = {torch.float32: ("F32", 0), torch.float16: ("F16", 1), torch.bfloat16: ("BF16", 32)}
+"""llama.cpp's names of dtypes, and its numbers of files in which most tensors have them."""
 
 
 def write_gguf(head: HeadFile, target_gguf: Path, file: Path, dtype: torch.dtype | None = None) -> None:
@@ -73,7 +73,7 @@ def write_gguf(head: HeadFile, target_gguf: Path, file: Path, dtype: torch.dtype
     writer = gguf.GGUFWriter(file, ARCHITECTURE)
     try:
         writer.add_name("EAGLE-3 head")
-        writer.add_file_type(FILE_TYPES[dtype])
+        writer.add_file_type(FILE_TYPES[dtype][1])
         for key, value in _fields(head.config).items():
             _add(writer, f"{ARCHITECTURE}.{key}", value)
         _copy_tokenizer(writer, target_gguf)
@@ -122,11 +122,8 @@ def _add_tensor(writer: Any, name: str, tensor: torch.Tensor, config: DraftConfi
     if tensor.ndim == 1:  # norms are always float32 there
         dtype = torch.float32
     values = tensor.to(dtype).float().cpu().contiguous().numpy()
-    kinds = {torch.float16: gguf.GGMLQuantizationType.F16, torch.bfloat16: gguf.GGMLQuantizationType.BF16}
-    if dtype in kinds:
-        writer.add_tensor(name, gguf.quants.quantize(values, kinds[dtype]), raw_dtype=kinds[dtype])
-    else:
-        writer.add_tensor(name, values)
+    kind = gguf.GGMLQuantizationType[FILE_TYPES[dtype][0]]
+    writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
 
 def _copy_tokenizer(writer: Any, target_gguf: Path) -> None:
@@ -203,11 +200,10 @@ def _shortest(value: float) -> float:
 
 def _tensor(entry: Any) -> torch.Tensor:
     """A tensor of the file, in the dtype that it has there."""
-    gguf = _package()
-    if entry.tensor_type not in (gguf.GGMLQuantizationType[name] for name in UNPACKED):
+    if entry.tensor_type.name not in UNPACKED:
         raise ValueError(f"draft: {entry.name} is quantised ({entry.tensor_type.name}); quantised heads are not read")
     shape = [int(size) for size in reversed(entry.shape)]
-    if entry.tensor_type == gguf.GGMLQuantizationType.BF16:
+    if entry.tensor_type.name == "BF16":
         raw = np.ascontiguousarray(entry.data).view(np.int16)
         return torch.from_numpy(raw.copy()).view(torch.bfloat16).reshape(shape)
     return torch.from_numpy(np.array(entry.data)).reshape(shape)

@@ -17,6 +17,7 @@ from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel
 from draftwing.drafts.save import write_draft
 
 MEDUSA_TENSOR = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)$")
+VLLM_TENSOR = re.compile(r"(?:blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)|lm_heads\.(\d+)\.weight)$")
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,6 @@ class MedusaHeads:
 
     config: MedusaConfig
     tensors: Tensors
-
-
-VLLM_TENSOR = re.compile(r"(?:blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)|lm_heads\.(\d+)\.weight)$")
 
 
 def to_vllm(heads: MedusaHeads) -> tuple[dict[str, Any], Tensors]:
