@@ -124,7 +124,7 @@ class HeadLoss(nn.Module):
             last_hidden: `[B, S, D]`, the output of the target's final norm, where the target need not be run;
                 `features [B, S, F]` with it, unless they are the same (EAGLE-1).
         """
-        positions = _positions(loss_mask, document_ids)
+        positions = document_positions(input_ids, document_ids)
         slots = SupervisedSlots.of(loss_mask, positions)  # waits for the device, so before there is much to wait for
         if last_hidden is None:
             layers = self.head.config.feature_layers
@@ -145,7 +145,7 @@ class HeadLoss(nn.Module):
 
     def count_slots(self, loss_mask: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
         """The number of slots that each training-time-test step supervises, `[J]`."""
-        slots = SupervisedSlots.of(loss_mask, _positions(loss_mask, document_ids))
+        slots = SupervisedSlots.of(loss_mask, document_positions(loss_mask, document_ids))
         return slots.valid(self.num_steps).sum(0)
 
     def pop_metrics(self, training: bool, sum_over: SumOver = lambda sums: sums) -> dict[str, float]:
@@ -217,10 +217,3 @@ class HeadLoss(nn.Module):
             for step, new in enumerate(torch.stack((totals.detach().double(), num_slots.double()), dim=1)):
                 key = f"{name}_{step}"
                 sums[key] = sums[key] + new if key in sums else new
-
-
-def _positions(tokens: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
-    """Positions `[B, S]` of a batch's tokens (any tensor of that shape)."""
-    if document_ids is None:
-        return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return document_positions(document_ids)
