@@ -99,10 +99,7 @@ class Medusa(Kind[MedusaModel]):
             format="medusa",
             dtype=dtype_name(heads.tensors),
             num_parameters=sum(tensor.numel() for tensor in heads.tensors.values()),
-            num_heads=config.num_heads,
-            num_layers=config.num_layers,
-            hidden_size=config.hidden_size,
-            vocab_size=config.vocab_size,
+            **vars(config),
             problems=problems,
             notes=notes,
         )
