@@ -113,7 +113,7 @@ def test_other_drafts_continue_too(folder: Path, capsys: pytest.CaptureFixture[s
     (folder / "more.yaml").write_text(yaml.safe_dump(stage), encoding="utf-8")
     more = call(capsys, "train", str(folder / "more.yaml"))
     assert more["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-2)  # its file is bfloat16
-    stage["init_from"] = str(folder / "eagle3")
+    stage |= {"output": str(folder / "medusa_none"), "init_from": str(folder / "eagle3")}
     (folder / "more.yaml").write_text(yaml.safe_dump(stage), encoding="utf-8")
     assert main(["train", str(folder / "more.yaml")]) == 2
     assert "holds an EAGLE-3 head, the objective is medusa" in capsys.readouterr().err
