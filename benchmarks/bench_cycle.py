@@ -31,10 +31,10 @@ from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
+from draftwing.drafts.eagle.build_head import build_network
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.formats import default_aux_layers
 from draftwing.drafts.eagle.fused_layers import pack_head
-from draftwing.drafts.eagle.load_head import build_network
 from draftwing.engine.captured import CudaRecorder
 from draftwing.engine.sampling import uncoupled_rank
 from draftwing.engine.tree_plan import TreePlan

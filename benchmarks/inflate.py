@@ -23,8 +23,8 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from draftwing.api import SpeculativeModel
 from draftwing.data.prompts import read_prompts
+from draftwing.drafts.eagle.build_head import build_network
 from draftwing.drafts.eagle.fused_layers import pack_head
-from draftwing.drafts.eagle.load_head import build_network
 from draftwing.drafts.eagle.network import Eagle3Model
 from draftwing.drafts.kinds import suitable_draft
 from draftwing.drafts.load_draft import load_draft

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from draftwing.drafts.fused_levels import FusedLevels
+from draftwing.drafts.growth import FusedLevels
 from draftwing.engine import triton_cycle
 from draftwing.engine.noise import KeptNoise
 from draftwing.engine.tree_plan import TreePlan

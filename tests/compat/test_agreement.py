@@ -38,10 +38,10 @@ from transformers import PreTrainedTokenizerFast
 
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.formats import HeadOptions
-from draftwing.drafts.eagle.load_head import load_head
 from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.drafts.eagle.save_head import save_head, to_head
 from draftwing.drafts.fit import sizes_of
+from draftwing.drafts.load_draft import load_draft
 from draftwing.engine.drafter import Drafter
 from draftwing.engine.tree import DraftTree
 from draftwing.target.model import TargetModel
@@ -223,22 +223,22 @@ def folder(head: Tensors, tmp_path: Path) -> Path:
 
 def test_our_drafts_are_the_reference_drafts(deep_target: TargetModel, head: Tensors, folder: Path) -> None:
     tokens, drafts, emitted = reference_run(head, deep_target.model)
-    ours = our_run(load_head(str(folder), deep_target), deep_target)
+    ours = our_run(load_draft(str(folder), deep_target), deep_target)
     assert ours == (tokens, drafts, len(tokens) / len(emitted))
 
 
 def test_they_agree_after_our_own_files_too(deep_target: TargetModel, head: Tensors, folder: Path) -> None:
-    network = load_head(str(folder), deep_target)
+    network = load_draft(str(folder), deep_target)
     _, drafts, _ = reference_run(head, deep_target.model)
     for head_format in ("eagle3", "speculators"):
         written = folder / head_format
         save_head(to_head(network, head_format), written, sizes_of(deep_target))  # type: ignore[arg-type]
-        assert our_run(load_head(str(written), deep_target), deep_target)[1] == drafts
+        assert our_run(load_draft(str(written), deep_target), deep_target)[1] == drafts
 
 
 def test_drafts_are_the_recorded_ones(deep_target: TargetModel, head: Tensors, folder: Path) -> None:
     recorded = json.loads(FIXTURE.read_text(encoding="utf-8"))
-    tokens, drafts, acceptance_length = our_run(load_head(str(folder), deep_target), deep_target)
+    tokens, drafts, acceptance_length = our_run(load_draft(str(folder), deep_target), deep_target)
     assert tokens == recorded["tokens"]
     assert drafts == recorded["drafts"]
     assert acceptance_length == len(recorded["tokens"]) / len(recorded["emitted"])
@@ -248,7 +248,7 @@ def test_llama_cpp_drafts_the_same(deep_target: TargetModel, head: Tensors, fold
     """Its pass over the prompt emits a token, which it drafts on from; ours is given that token."""
     recorded = json.loads(LLAMA_CPP.read_text(encoding="utf-8"))
     first, *following = recorded["tokens"]
-    ours = our_run(load_head(str(folder), deep_target), deep_target, begun=(first,))
+    ours = our_run(load_draft(str(folder), deep_target), deep_target, begun=(first,))
     assert ours == (following, recorded["drafts"], len(following) / len(recorded["drafts"]))
 
 
@@ -272,7 +272,7 @@ def test_a_misread_option_would_show(
 ) -> None:
     (folder / "config.json").write_text(json.dumps(CONFIG | changes), encoding="utf-8")
     _, drafts, _ = reference_run(head, deep_target.model)
-    assert our_run(load_head(str(folder), deep_target, options=HeadOptions(**overrides)), deep_target)[1] != drafts
+    assert our_run(load_draft(str(folder), deep_target, options=HeadOptions(**overrides)), deep_target)[1] != drafts
 
 
 def write_models(folder: Path) -> None:

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Qwen3Config
 
 from draftwing.drafts.eagle.inspect_head import HeadReport
-from draftwing.drafts.eagle.load_head import load_head
 from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.drafts.eagle.save_head import save_head, to_head
 from draftwing.drafts.fit import sizes_of
 from draftwing.drafts.inspect_draft import inspect_draft, report_table
+from draftwing.drafts.load_draft import load_draft
 from draftwing.target.attention import grouped_attention
 from draftwing.target.model import TargetModel
 
@@ -79,9 +79,9 @@ USED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", USED.values(), ids=USED)
 def test_a_used_field_changes_the_output(changes: dict[str, Any], target: TargetModel, tmp_path: Path) -> None:
-    plain = logits_of(load_head(write(tmp_path / "plain", {}), target))
+    plain = logits_of(load_draft(write(tmp_path / "plain", {}), target))
     folder = write(tmp_path / "changed", changes)
-    head = load_head(folder, target)
+    head = load_draft(folder, target)
     if "norm_output" in str(changes):  # it acts from the second draft step on
         assert head.config.norm_output
     else:
@@ -96,9 +96,9 @@ def test_a_used_field_changes_the_output(changes: dict[str, Any], target: Target
 def test_a_used_field_survives_writing(
     changes: dict[str, Any], head_format: Any, target: TargetModel, tmp_path: Path
 ) -> None:
-    head = load_head(write(tmp_path / "in", changes), target)
+    head = load_draft(write(tmp_path / "in", changes), target)
     save_head(to_head(head, head_format), tmp_path / "out", sizes_of(target))
-    again = load_head(str(tmp_path / "out"), target)
+    again = load_draft(str(tmp_path / "out"), target)
     assert again.config == head.config
     assert torch.equal(logits_of(again), logits_of(head))
 
@@ -131,9 +131,9 @@ IDLE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", IDLE.values(), ids=IDLE)
 def test_an_idle_field_changes_nothing(changes: dict[str, Any], target: TargetModel, tmp_path: Path) -> None:
-    plain = logits_of(load_head(write(tmp_path / "plain", {}), target))
+    plain = logits_of(load_draft(write(tmp_path / "plain", {}), target))
     folder = write(tmp_path / "changed", changes)
-    assert torch.equal(logits_of(load_head(folder, target)), plain)
+    assert torch.equal(logits_of(load_draft(folder, target)), plain)
     assert report_of(folder).problems == []
 
 
@@ -187,7 +187,7 @@ def test_a_field_that_would_change_the_network_is_refused_by_name(
         changes = {"eagle_config": {**AUX["eagle_config"], **changes["eagle_config"]}}
     folder = write(tmp_path, changes)
     with pytest.raises(ValueError, match=message):
-        load_head(folder, target)
+        load_draft(folder, target)
     try:
         (problem, *_) = report_of(folder).problems
     except ValueError as error:  # what cannot be read at all
@@ -207,7 +207,7 @@ def test_fields_of_a_speculators_layer_are_named_with_their_place(target: Target
 def test_options_of_eagle3_in_an_eagle1_file_are_refused(target: TargetModel, tmp_path: Path) -> None:
     folder = write(tmp_path, {"norm_output": True}, eagle1_shapes(TINY), TINY.values())
     with pytest.raises(ValueError, match="norm_output: only EAGLE-3 heads have it"):
-        load_head(folder, target)
+        load_draft(folder, target)
 
 
 def test_the_table_lists_used_and_idle_fields(tmp_path: Path) -> None:
@@ -220,17 +220,28 @@ def test_the_table_lists_used_and_idle_fields(tmp_path: Path) -> None:
 def test_a_sliding_window_bounds_what_is_read(target: TargetModel, tmp_path: Path) -> None:
     changes = {"sliding_window": 16, "layer_types": ["sliding_attention"], "trained_length": 64}
     folder = write(tmp_path / "in", changes)
-    head = load_head(folder, target)
+    head = load_draft(folder, target)
     assert head.config.window == 16
     assert any("the last 16 tokens" in note for note in report_of(folder).notes)
     save_head(to_head(head, "eagle3"), tmp_path / "out", sizes_of(target))
-    assert load_head(str(tmp_path / "out"), target).config == head.config
+    assert load_draft(str(tmp_path / "out"), target).config == head.config
+
+
+def test_a_window_wider_than_the_rows_of_training_bounds_nothing(tmp_path: Path) -> None:
+    report = report_of(write(tmp_path, {"sliding_window": 128, "trained_length": 64}))
+    assert dict(report.rows())["reads"] == "the last 64 tokens (the length it was trained on)"
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "rms_norm_eps"])
+def test_null_says_as_much_as_a_field_that_is_absent(name: str, target: TargetModel, tmp_path: Path) -> None:
+    null, absent = (load_draft(write(tmp_path / str(value), {name: value}), target) for value in (None, ...))
+    assert null.config == absent.config
 
 
 def test_layer_types_say_whose_rope_is_the_heads(target: TargetModel, tmp_path: Path) -> None:
     ropes = {"full_attention": ROPE, "sliding_attention": {**ROPE, "rope_theta": 5e5}}
     for kind, theta in (("full_attention", 1e4), ("sliding_attention", 5e5)):
-        head = load_head(write(tmp_path / kind, {"rope_parameters": ropes, "layer_types": [kind, "other"]}), target)
+        head = load_draft(write(tmp_path / kind, {"rope_parameters": ropes, "layer_types": [kind, "other"]}), target)
         assert head.config.rope_parameters["rope_theta"] == theta
 
 
@@ -238,7 +249,7 @@ def test_layer_types_say_whose_rope_is_the_heads(target: TargetModel, tmp_path: 
 
 
 def keys_written(changes: dict[str, Any], target: TargetModel, folder: Path, **of: Any) -> dict[str, Any]:
-    head = load_head(write(folder / "in", changes, **of), target)
+    head = load_draft(write(folder / "in", changes, **of), target)
     head_format: Any = "eagle3" if head.config.aux_layers else "eagle1"
     save_head(to_head(head, head_format), folder / "out", sizes_of(target))
     values: dict[str, Any] = json.loads((folder / "out" / "config.json").read_text())
@@ -262,9 +273,11 @@ def test_a_bias_of_fc_is_not_called_bias(target: TargetModel, tmp_path: Path) ->
 
 def test_files_of_before_still_load(target: TargetModel, tmp_path: Path) -> None:
     old = {"bias": True, "attention_bias": False, "target_hidden_size": 32, "fc_norm": False, "norm_output": False}
-    eagle1 = load_head(write(tmp_path / "1", old, eagle1_shapes(TINY, fc_bias=True), TINY.values()), target)
+    eagle1 = load_draft(write(tmp_path / "1", old, eagle1_shapes(TINY, fc_bias=True), TINY.values()), target)
     assert eagle1.config.fc_bias and not eagle1.config.attention_bias
-    assert load_head(write(tmp_path / "3", old), target).config == load_head(write(tmp_path / "new", {}), target).config
+    assert (
+        load_draft(write(tmp_path / "3", old), target).config == load_draft(write(tmp_path / "new", {}), target).config
+    )
 
 
 @pytest.mark.parametrize(("with_output", "key"), [(False, "qkv_bias"), (True, "attention_bias")])
@@ -275,6 +288,6 @@ def test_attention_biases_are_written_under_the_key_that_means_them(
     shapes = eagle1_shapes(TINY) | {f"layers.0.self_attn.{name}_proj.bias": (size,) for name, size in sizes.items()}
     written = keys_written({}, target, tmp_path, shapes=shapes, values=TINY.values())
     assert {name for name in ("qkv_bias", "attention_bias") if written.get(name)} == {key}
-    again = load_head(str(tmp_path / "out"), target)
+    again = load_draft(str(tmp_path / "out"), target)
     assert again.config.attention_bias and again.config.output_bias == with_output
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == shapes.keys()

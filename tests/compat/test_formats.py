@@ -28,13 +28,13 @@ from published import (
 )
 from safetensors.torch import load_file, save_file
 
+from draftwing.drafts.eagle.build_head import expected_shapes, fit_problems
 from draftwing.drafts.eagle.fields import sort_fields
 from draftwing.drafts.eagle.formats import AUX_NORM_NAMES, HeadFile, HeadOptions, default_aux_layers, read_head
-from draftwing.drafts.eagle.load_head import expected_shapes, fit_problems, load_head
 from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.drafts.eagle.save_head import save_head, to_head, write_head
 from draftwing.drafts.fit import TargetSizes, sizes_of, tensor_problems
-from draftwing.drafts.load_draft import read_draft_files
+from draftwing.drafts.load_draft import load_draft, read_draft_files
 from draftwing.target.attention import grouped_attention
 from draftwing.target.model import TargetModel
 
@@ -315,11 +315,11 @@ def assert_same_network(one: DraftNetwork, other: DraftNetwork) -> None:
 def test_reading_writing_and_reading_gives_the_same_network(
     head_folder: Path, target: TargetModel, tmp_path: Path
 ) -> None:
-    network = load_head(str(head_folder), target)
+    network = load_draft(str(head_folder), target)
     values, tensors = read_draft_files(head_folder)
     head = to_head(network, read_head(values, tensors, TINY_TARGET).format)
     save_head(head, tmp_path / "written", sizes_of(target), verifier="org/target")
-    assert_same_network(load_head(str(tmp_path / "written"), target), network)
+    assert_same_network(load_draft(str(tmp_path / "written"), target), network)
     written = load_file(tmp_path / "written" / "model.safetensors")
     assert written.keys() == tensors.keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
@@ -330,9 +330,9 @@ def test_reading_writing_and_reading_gives_the_same_network(
 def test_either_format_holds_either_head(name: str, head_format: Any, target: TargetModel, tmp_path: Path) -> None:
     """The options that only speculators' files have are written to EAGLE-3 files too."""
     values, shapes = TINY_HEADS[name]
-    network = load_head(str(write_files(tmp_path / "in", values, random_tensors(shapes, TARGET_IDS))), target)
+    network = load_draft(str(write_files(tmp_path / "in", values, random_tensors(shapes, TARGET_IDS))), target)
     save_head(to_head(network, head_format), tmp_path / "out", sizes_of(target))
-    assert_same_network(load_head(str(tmp_path / "out"), target), network)
+    assert_same_network(load_draft(str(tmp_path / "out"), target), network)
 
 
 def test_a_head_without_an_embedding_reads_the_targets(target: TargetModel, tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_a_head_without_an_embedding_reads_the_targets(target: TargetModel, tmp_
     ]
     del tensors["embed_tokens.weight"]
     folders.append(write_files(tmp_path / "none", values, tensors))
-    copy, other, none = (load_head(str(folder), target) for folder in folders)
+    copy, other, none = (load_draft(str(folder), target) for folder in folders)
     tokens = torch.arange(20).view(2, 10)
     outputs = [head.embed(tokens, torch.float32) for head in (copy, other, none)]
     assert torch.equal(outputs[0], outputs[2])
@@ -361,7 +361,7 @@ def test_layers_of_two_kinds_of_attention_are_refused(kinds: list[str], target: 
     windows = {"sliding_window": 16, "layer_types": [f"{kind}_attention" for kind in kinds]}
     folder = write_files(tmp_path, values | windows, random_tensors(shapes, TARGET_IDS))
     with pytest.raises(ValueError, match="the layers of a head have one kind of attention here, these have two"):
-        load_head(str(folder), target)
+        load_draft(str(folder), target)
 
 
 def test_several_layers_survive_the_round_trip(target: TargetModel, tmp_path: Path) -> None:
@@ -371,19 +371,19 @@ def test_several_layers_survive_the_round_trip(target: TargetModel, tmp_path: Pa
     second = {name: shape for name, shape in second.items() if name.startswith("layers.1")}
     shapes = shapes | second | norm_shapes(("layers.1.input_layernorm",), 32)
     tensors = random_tensors(shapes, TARGET_IDS)
-    network = load_head(str(write_files(tmp_path / "in", values, tensors)), target)
+    network = load_draft(str(write_files(tmp_path / "in", values, tensors)), target)
     assert network.config.num_hidden_layers == 2
     for head_format, prefix in (("eagle3", "midlayer."), ("speculators", "layers.0.")):
         folder = tmp_path / head_format
         save_head(to_head(network, head_format), folder, sizes_of(target))  # type: ignore[arg-type]
-        assert_same_network(load_head(str(folder), target), network)
+        assert_same_network(load_draft(str(folder), target), network)
         names = load_file(folder / "model.safetensors").keys()
         assert {name.replace("midlayer.", prefix) for name in shapes} == names
 
 
 def test_dtype_of_the_written_files(target: TargetModel, tmp_path: Path) -> None:
     values, shapes = TINY_HEADS["eagle3"]
-    network = load_head(str(write_files(tmp_path / "in", values, random_tensors(shapes, TARGET_IDS))), target)
+    network = load_draft(str(write_files(tmp_path / "in", values, random_tensors(shapes, TARGET_IDS))), target)
     save_head(to_head(network, "eagle3"), tmp_path / "out", sizes_of(target), dtype=torch.bfloat16)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert tensors.pop("d2t").dtype == torch.int64
@@ -440,9 +440,9 @@ def under_another_name(folder: Path) -> None:
 def test_other_files_give_the_same_network(
     rewrite: Callable[[Path], None], head_folder: Path, target: TargetModel
 ) -> None:
-    network = load_head(str(head_folder), target)
+    network = load_draft(str(head_folder), target)
     rewrite(head_folder)
-    assert_same_network(load_head(str(head_folder), target), network)
+    assert_same_network(load_draft(str(head_folder), target), network)
 
 
 # Conventions.
@@ -544,7 +544,7 @@ def test_two_draft_tokens_for_one_target_token_are_refused(target: TargetModel, 
     tensors["d2t"][1] -= 1
     del tensors["t2d"]
     with pytest.raises(ValueError, match="d2t: maps two draft tokens to one target token"):
-        load_head(str(write_files(tmp_path, values, tensors)), target)
+        load_draft(str(write_files(tmp_path, values, tensors)), target)
 
 
 @pytest.mark.parametrize(
@@ -597,10 +597,10 @@ def test_any_number_of_feature_layers(target: TargetModel, tmp_path: Path) -> No
     """DeepSpec's EAGLE-3 heads read five."""
     shapes = eagle3_shapes(TINY) | {"fc.weight": (32, 5 * 32)}
     values = {**TINY_VALUES, "target_layer_ids": [0, 1, 2, 4, 5]}
-    network = load_head(str(write_files(tmp_path / "in", values, random_tensors(shapes, TARGET_IDS))), target)
+    network = load_draft(str(write_files(tmp_path / "in", values, random_tensors(shapes, TARGET_IDS))), target)
     assert network.config.aux_layers == (1, 2, 3, 5, 6)
     save_head(to_head(network, "eagle3"), tmp_path / "out", sizes_of(target))
-    assert_same_network(load_head(str(tmp_path / "out"), target), network)
+    assert_same_network(load_draft(str(tmp_path / "out"), target), network)
 
 
 # Parts that a file leaves to the target.
@@ -632,26 +632,26 @@ def test_without_an_output_head_the_targets_is_used(
     values, tensors = whole_head()
     own = target.output_head.weight.detach().clone()
     assert isinstance(own, torch.Tensor)
-    with_head = load_head(str(write_files(tmp_path / "with", values, tensors | {"lm_head.weight": own})), target)
+    with_head = load_draft(str(write_files(tmp_path / "with", values, tensors | {"lm_head.weight": own})), target)
     del tensors["lm_head.weight"]
     folder = write_files(tmp_path / "without", {**values, "draft_vocab_size": stated}, tensors)
-    network = load_head(str(folder), target)
+    network = load_draft(str(folder), target)
     features = torch.randn(1, 8, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(logits_of(network, features), logits_of(with_head, features))
     assert not any(name.startswith("lm_head") for name, _ in network.named_parameters())
     save_head(to_head(network, head_format), tmp_path / "out", sizes_of(target))
-    assert_same_network(load_head(str(tmp_path / "out"), target), network)
+    assert_same_network(load_draft(str(tmp_path / "out"), target), network)
 
 
 def test_a_tied_head_with_an_embedding_reads_it_out(target: TargetModel, tmp_path: Path) -> None:
     values, tensors = whole_head()
     tensors["embed_tokens.weight"] = tensors.pop("lm_head.weight")
     values |= {"tie_word_embeddings": True}
-    network = load_head(str(write_files(tmp_path / "tied", values, tensors)), target)
+    network = load_draft(str(write_files(tmp_path / "tied", values, tensors)), target)
     assert torch.equal(network.lm_head.weight, tensors["embed_tokens.weight"])  # type: ignore[union-attr]
     del tensors["embed_tokens.weight"]
     with pytest.raises(ValueError, match="tie_word_embeddings: the head's output head is its embedding"):
-        load_head(str(write_files(tmp_path / "untold", values, tensors)), target)
+        load_draft(str(write_files(tmp_path / "untold", values, tensors)), target)
 
 
 def test_without_fc_the_last_state_is_the_first_of_the_draft(target: TargetModel, tmp_path: Path) -> None:
@@ -659,14 +659,14 @@ def test_without_fc_the_last_state_is_the_first_of_the_draft(target: TargetModel
     last = {"eagle_aux_hidden_state_layer_ids": [], "use_aux_hidden_state": False}
     tensors = random_tensors(shapes, TARGET_IDS)
     joined = tensors | {"fc.weight": torch.eye(32, dtype=torch.float64)}
-    with_fc = load_head(str(write_files(tmp_path / "with", values | {"eagle_config": last}, joined)), target)
+    with_fc = load_draft(str(write_files(tmp_path / "with", values | {"eagle_config": last}, joined)), target)
     del tensors["fc.weight"]
-    network = load_head(str(write_files(tmp_path / "without", values | {"eagle_config": last}, tensors)), target)
+    network = load_draft(str(write_files(tmp_path / "without", values | {"eagle_config": last}, tensors)), target)
     assert network.config.feature_layers == with_fc.config.feature_layers == (-1,), "behind the final norm"
     features = torch.randn(1, 8, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(logits_of(network, features), logits_of(with_fc, features))
     save_head(to_head(network, "eagle3"), tmp_path / "out", sizes_of(target))
-    assert_same_network(load_head(str(tmp_path / "out"), target), network)
+    assert_same_network(load_draft(str(tmp_path / "out"), target), network)
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
@@ -676,7 +676,7 @@ def test_weights_that_are_not_finite_are_refused(name: str, number: float, targe
     tensors = random_tensors(shapes, TARGET_IDS)
     tensors["fc.weight"][3, 5] = number
     with pytest.raises(ValueError, match=r"fc\.weight: holds NaN or infinity"):
-        load_head(str(write_files(tmp_path, values, tensors)), target)
+        load_draft(str(write_files(tmp_path, values, tensors)), target)
 
 
 @pytest.mark.parametrize(
@@ -741,7 +741,7 @@ def test_overriding_rope_theta_keeps_the_scaling(key: str) -> None:
 def test_written_rope_settings_are_there_for_old_and_new_readers(target: TargetModel, tmp_path: Path) -> None:
     values, shapes = TINY_HEADS["eagle3"]
     values = {**values, "rope_theta": 5e5, "rope_scaling": LLAMA3_SCALING}
-    network = load_head(str(write_files(tmp_path / "in", values, random_tensors(shapes, TARGET_IDS))), target)
+    network = load_draft(str(write_files(tmp_path / "in", values, random_tensors(shapes, TARGET_IDS))), target)
     save_head(to_head(network, "eagle3"), tmp_path / "out", sizes_of(target))
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["rope_parameters"] == {**LLAMA3_SCALING, "rope_theta": 5e5}
@@ -753,7 +753,7 @@ def test_an_unsupported_rope_type_is_named(target: TargetModel, tmp_path: Path) 
     values, shapes = TINY_HEADS["eagle3"]
     values = {**values, "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}
     with pytest.raises(ValueError, match="rope_type: expected one of default, linear, llama3, yarn, got 'longrope'"):
-        load_head(str(write_files(tmp_path, values, random_tensors(shapes, TARGET_IDS))), target)
+        load_draft(str(write_files(tmp_path, values, random_tensors(shapes, TARGET_IDS))), target)
 
 
 def test_defaults_of_the_residual_option_differ_by_format() -> None:
@@ -765,13 +765,13 @@ def test_defaults_of_the_residual_option_differ_by_format() -> None:
 
 def test_written_feature_layers_follow_each_format(target: TargetModel, tmp_path: Path) -> None:
     values, shapes = TINY_HEADS["eagle3"]
-    network = load_head(str(write_files(tmp_path / "in", values, random_tensors(shapes, TARGET_IDS))), target)
+    network = load_draft(str(write_files(tmp_path / "in", values, random_tensors(shapes, TARGET_IDS))), target)
     key = "eagle_aux_hidden_state_layer_ids"
     save_head(to_head(network, "eagle3"), tmp_path / "eagle3", sizes_of(target))
     written = json.loads((tmp_path / "eagle3" / "config.json").read_text())
     assert written["eagle_config"][key] == [0, 2, 4]  # SpecForge, SGLang
     assert written[key] == [1, 3, 5]  # vLLM, llama.cpp
-    assert load_head(str(tmp_path / "eagle3"), target).config.aux_layers == AUX_LAYERS
+    assert load_draft(str(tmp_path / "eagle3"), target).config.aux_layers == AUX_LAYERS
     save_head(to_head(network, "speculators"), tmp_path / "speculators", sizes_of(target))
     assert json.loads((tmp_path / "speculators" / "config.json").read_text())[key] == [1, 3, 5]
 
@@ -788,7 +788,7 @@ def test_every_missing_tensor_is_named(name: str, target: TargetModel, tmp_path:
         tensors = random_tensors(shapes, TARGET_IDS)
         del tensors[lost]
         with pytest.raises(ValueError, match="missing") as caught:
-            load_head(str(write_files(tmp_path, values, tensors)), target)
+            load_draft(str(write_files(tmp_path, values, tensors)), target)
         ours = lost.replace("layers.0.", "midlayer.") if name == "speculators" else lost
         assert str(caught.value).startswith((f"{lost}:", f"{ours}:")), lost
 
@@ -797,14 +797,14 @@ def test_an_unknown_tensor_is_named(head_folder: Path, target: TargetModel) -> N
     tensors = load_file(head_folder / "model.safetensors")
     save_file(tensors | {"mask_hidden": torch.zeros(1, 32)}, head_folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"mask_hidden: unknown tensor of shape \(1, 32\)"):
-        load_head(str(head_folder), target)
+        load_draft(str(head_folder), target)
 
 
 def test_an_input_norm_in_an_eagle1_file_is_refused(target: TargetModel, tmp_path: Path) -> None:
     values, shapes = TINY_HEADS["eagle1"]
     tensors = random_tensors(shapes | norm_shapes(("layers.0.input_layernorm",), 32))
     with pytest.raises(ValueError, match=r"layers.0.input_layernorm.weight: unknown tensor"):
-        load_head(str(write_files(tmp_path, values, tensors)), target)
+        load_draft(str(write_files(tmp_path, values, tensors)), target)
 
 
 @pytest.mark.parametrize(
@@ -823,7 +823,7 @@ def test_a_misshapen_tensor_is_named(
     values, shapes = TINY_HEADS["eagle3"]
     tensors = random_tensors(shapes | {f"midlayer.{name}": wrong}, TARGET_IDS)
     with pytest.raises(ValueError) as caught:
-        load_head(str(write_files(tmp_path, values, tensors)), target)
+        load_draft(str(write_files(tmp_path, values, tensors)), target)
     assert str(caught.value) == f"midlayer.{name}: expected shape {expected}, got {wrong}"
 
 
@@ -858,7 +858,7 @@ OTHER_TARGETS: dict[str, tuple[dict[str, int], str]] = {
 @pytest.mark.parametrize(("sizes", "message"), OTHER_TARGETS.values(), ids=OTHER_TARGETS)
 def test_a_head_for_another_target_is_refused(sizes: dict[str, int], message: str, head_folder: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        load_head(str(head_folder), TargetModel(tiny_llama(**sizes)))
+        load_draft(str(head_folder), TargetModel(tiny_llama(**sizes)))
 
 
 @pytest.mark.parametrize("name", ["eagle3", "eagle3.1", "speculators"])
@@ -866,16 +866,16 @@ def test_a_target_with_too_few_layers_is_refused(name: str, tmp_path: Path) -> N
     values, shapes = TINY_HEADS[name]
     folder = write_files(tmp_path, values, random_tensors(shapes, TARGET_IDS))
     with pytest.raises(ValueError, match=r"aux_layers: \(1, 3, 5\) go beyond the target's 4 layers"):
-        load_head(str(folder), TargetModel(tiny_llama(num_hidden_layers=4)))
+        load_draft(str(folder), TargetModel(tiny_llama(num_hidden_layers=4)))
 
 
 def test_a_narrow_head_needs_its_own_embedding(target: TargetModel, tmp_path: Path) -> None:
     sizes = dataclasses.replace(TINY, hidden=16)
     values = {**TINY_VALUES, **AUX_VALUES, "hidden_size": 16, "head_dim": 8, "target_hidden_size": 32}
     with pytest.raises(ValueError, match=r"embed_tokens\.weight: missing, .* width 32 instead of the head's 16"):
-        load_head(str(write_files(tmp_path, values, random_tensors(eagle3_shapes(sizes), TARGET_IDS))), target)
+        load_draft(str(write_files(tmp_path, values, random_tensors(eagle3_shapes(sizes), TARGET_IDS))), target)
     shapes = eagle3_shapes(sizes) | {"embed_tokens.weight": (64, 16)}
-    network = load_head(str(write_files(tmp_path, values, random_tensors(shapes, TARGET_IDS))), target)
+    network = load_draft(str(write_files(tmp_path, values, random_tensors(shapes, TARGET_IDS))), target)
     assert network.config.hidden_size == 16
 
 
@@ -936,4 +936,4 @@ def test_damaged_files_are_named(damage: Callable[[Path], str], target: TargetMo
     values, shapes = TINY_HEADS["eagle3"]
     message = damage(write_files(tmp_path, values, random_tensors(shapes, TARGET_IDS)))
     with pytest.raises(ValueError, match=f"draft: .*{message}"):
-        load_head(str(tmp_path), target)
+        load_draft(str(tmp_path), target)

@@ -1,6 +1,7 @@
 """`inspect_draft`: the facts of a head file, and every way in which it does not fit its target."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ def test_an_eagle1_head(tmp_path: Path) -> None:
     assert report.aux_layers == []
     assert report.rope_parameters["rope_theta"] == 500000.0
     assert report.problems == report.notes == []
+    assert dict(report.rows())["network"].startswith("1 layer, hidden size 32")
+    assert dict(replace(report, num_layers=2).rows())["network"].startswith("2 layers, hidden size 32")
 
 
 def test_a_speculators_head(tmp_path: Path) -> None:

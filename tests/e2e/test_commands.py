@@ -113,10 +113,10 @@ def test_other_drafts_continue_too(folder: Path, capsys: pytest.CaptureFixture[s
     (folder / "more.yaml").write_text(yaml.safe_dump(stage), encoding="utf-8")
     more = call(capsys, "train", str(folder / "more.yaml"))
     assert more["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-2)  # its file is bfloat16
-    stage["init_from"] = str(folder / "eagle3")
+    stage |= {"output": str(folder / "medusa_none"), "init_from": str(folder / "eagle3")}
     (folder / "more.yaml").write_text(yaml.safe_dump(stage), encoding="utf-8")
     assert main(["train", str(folder / "more.yaml")]) == 2
-    assert "init_from" in capsys.readouterr().err
+    assert "holds an EAGLE-3 head, the objective is medusa" in capsys.readouterr().err
 
 
 def test_a_taught_draft_model_has_the_targets_tokens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

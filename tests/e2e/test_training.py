@@ -543,7 +543,7 @@ class TestContinuedHead:
         ("overrides", "message"),
         [
             (["init_from=tiny"], "the head reads features of width 256, the target's have 32"),
-            (["objective=eagle1"], "is an EAGLE-3 head, the objective is eagle1"),
+            (["objective=eagle1"], "holds an EAGLE-3 head, the objective is eagle1"),
             (["parallel=fsdp2"], "parallel: fsdp2 shards over several processes; start them with `torchrun"),
             (["decode_plan=tree:4"], "decode_plan: plan: expected off, chain:DEPTH, tree:"),
             (["report_to=mlflow"], "report_to: mlflow is not installed"),

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from draftwing.config import Loss, Objective, TrainConfig
-from draftwing.drafts.eagle.load_head import build_network
+from draftwing.drafts.eagle.build_head import build_network
 from draftwing.drafts.family import Draft, DrafterOptions
 from draftwing.drafts.head_loss import HeadLoss
 from draftwing.drafts.kinds import new_drafter

@@ -5,13 +5,16 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from draftwing.config import DRAFT_DTYPES, DTYPES, QUANTIZATIONS
 from draftwing.drafts.kinds import methods
 from draftwing.embedded import EMBEDDED_DRAFTS, EMBEDDED_TARGETS
 from draftwing.engine.tree_plan import STATIC_TREES, TreePlan
 from draftwing.threads import choose_threads
+
+if TYPE_CHECKING:
+    from draftwing.drafts.eagle.formats import HeadOptions
 
 Value = TypeVar("Value")
 TARGETS = f"{', '.join(EMBEDDED_TARGETS)}, a folder, a .gguf file or a hub id"
@@ -187,7 +190,7 @@ def add_loading(parser: argparse.ArgumentParser, methods: Sequence[str] | None =
 def loading(options: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_loading`, for `load`."""
     names = ("dtype", "device", "method", "remeasure")
-    return {name: getattr(options, name) for name in names} | head_options(options) | execution(options)
+    return {name: getattr(options, name) for name in names} | head_options(options).given | execution(options)
 
 
 def add_head_options(parser: argparse.ArgumentParser) -> None:
@@ -206,11 +209,11 @@ def add_head_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--d2t", choices=("offsets", "absolute"), help="how the file's d2t is read (default: offsets)")
 
 
-def head_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_head_options` that were given, for `load`."""
+def head_options(options: argparse.Namespace) -> "HeadOptions":
+    """The options of `add_head_options`."""
     from draftwing.drafts.eagle.formats import HeadOptions
 
-    return {name: value for name in vars(HeadOptions()) if (value := getattr(options, name)) is not None}
+    return HeadOptions(**{name: getattr(options, name) for name in HeadOptions.__dataclass_fields__})
 
 
 def layers(text: str) -> tuple[int, ...]:

@@ -41,7 +41,6 @@ def run(options: argparse.Namespace) -> int:
     from draftwing.data.prompts import has_chat_template, read_prompts
     from draftwing.doctor.diagnosis import as_report, decode_prompts, examine
     from draftwing.doctor.trials import Patient, StepCount
-    from draftwing.drafts.eagle.formats import HeadOptions
     from draftwing.embedded import EMBEDDED_PROMPTS
 
     file = options.prompts or EMBEDDED_PROMPTS
@@ -50,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"prompts: expected at least {FEWEST_PROMPTS}, fewer tell nothing; {file} has {len(prompts)}")
     model = load(options.target, None, options.dtype, options.device)
     try:
-        patient = Patient(options.draft, model.target, HeadOptions(**head_options(options)), model.tokenizer)
+        patient = Patient(options.draft, model.target, head_options(options), model.tokenizer)
     except ValueError:
         show_misfit(options.draft, options.target)
         raise

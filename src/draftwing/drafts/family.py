@@ -154,6 +154,11 @@ class DraftReport:
         return "complete", "every tensor is there, known and of the expected shape"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 layer`, `2 layers`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class Kind(Generic[D]):
     """What a family's code answers. One that loads nothing needs `drafter` alone.
 

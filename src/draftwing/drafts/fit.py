@@ -77,5 +77,5 @@ def embedding_rows(embedding: nn.Module) -> torch.Tensor:
 
 
 def dtype_name(tensors: Tensors) -> str:
-    """The dtype of the first tensor."""
-    return str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    """The dtype of the first tensor that holds no integers."""
+    return str(next(t.dtype for t in tensors.values() if t.is_floating_point())).removeprefix("torch.")

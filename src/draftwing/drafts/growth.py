@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, singledispatch
+from types import ModuleType
 
 import torch
 
-from draftwing.drafts.fused_levels import FusedLevels
 from draftwing.engine.drafter import Ranking
 from draftwing.engine.kernels import kernels_for
 from draftwing.engine.tree import Candidates, DraftTree, Frontier, best_subtree, join
@@ -18,8 +18,6 @@ Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 Returns the logits `[B, K, Vd]` of their children. The first level's parent is the root, index 0.
 """
-
-
 Merge = Callable[[Candidates, TreeShape], Candidates]
 """Adds candidates from elsewhere to those drafted for a plan."""
 
@@ -116,6 +114,42 @@ class Levels:
         chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :width]
         tokens, scores = tokens.gather(1, chosen), scores.gather(1, chosen)
         return Frontier(tokens, scores, chosen + num_before, chosen // width)
+
+
+class FusedLevels:
+    """The exact twin of Levels, which takes ten steps for each level, in single calls of `kernels` (engine/kernels.py).
+
+    `target_ids [Vd]`: those of the draft's tokens, None if they are the same. `positions [B, 1]`: the roots'.
+    """
+
+    frontier: Frontier | None = None
+
+    def __init__(
+        self, kernels: ModuleType, plan: TreePlan, target_ids: torch.Tensor | None, positions: torch.Tensor
+    ) -> None:
+        self._kernels, self._plan, self._target_ids = kernels, plan, target_ids
+        self.num_levels = self._num_used = 0
+        shape = len(positions), plan.num_candidates
+        ids = [positions.new_empty(shape) for _ in range(3)]
+        numbers = [positions.new_empty(shape, dtype=torch.float32) for _ in range(2)]
+        self._candidates = Candidates(ids[0], *numbers, *ids[1:])
+
+    def candidates(self) -> Candidates:
+        return self._candidates.first(self._num_used)
+
+    def add(self, log_probs: torch.Tensor, draft_ids: torch.Tensor) -> Frontier | None:
+        """Add the frontier's children `[B, P, K]`; returns the best K of all, or None at the end."""
+        (num_rows, num_parents, width), first = log_probs.shape, self._num_used
+        self.num_levels, self._num_used = self.num_levels + 1, first + num_parents * width
+        best = None if self.num_levels == self._plan.depth else self._empty_frontier(num_rows, width)
+        bins = self._plan.sizing.bins(self.num_levels)
+        level = log_probs, draft_ids, self._target_ids, self.frontier, bins, self._candidates, best
+        self._kernels.grow_level(*level, first, self.num_levels)
+        return best
+
+    def _empty_frontier(self, num_rows: int, width: int) -> Frontier:
+        ids = [self._candidates.tokens.new_empty(num_rows, width) for _ in range(3)]
+        return Frontier(ids[0], self._candidates.scores.new_empty(num_rows, width), *ids[1:])
 
 
 def _levels_of(plan: TreePlan, draft: RootedDraft) -> Levels | FusedLevels:

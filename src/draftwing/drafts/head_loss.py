@@ -92,33 +92,20 @@ class HeadLoss(nn.Module):
         self._slot_loss = slot_loss(self.stage.loss, self.stage.lk_decay, compiles=True)
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        loss_mask: torch.Tensor,
-        document_ids: torch.Tensor | None = None,
-        features: torch.Tensor | None = None,
-        last_hidden: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | None = None,
-        **_: Any,
+        self, *batch: torch.Tensor, num_items_in_batch: torch.Tensor | None = None, **more: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """The batch's `loss`.
+        """The `loss` of a batch, whose parts are the arguments of `_read`.
 
-        Args:
-            input_ids: `[B, S]`, right-padded or packed.
-            loss_mask: `[B, S]`, True for the tokens that are the model's to say.
-            document_ids: `[B, S]`, ascending from 0, -1 for padding, of packed rows; no step crosses a document.
-            last_hidden: `[B, S, D]`, the output of the target's final norm, where the target need not be run;
-                `features [B, S, F]` with it, unless they are the same (EAGLE-1).
-            num_items_in_batch: `[J]` (the Trainer's name), the slots of all batches whose gradients are summed, by
-                step; default: of this batch alone.
+        `num_items_in_batch [J]` (the Trainer's name) are the slots of all batches whose gradients are summed, by step;
+        default: of this batch alone.
         """
-        batch = self._read(input_ids, loss_mask, document_ids, features, last_hidden)
-        outputs = self._run_steps(batch)
-        valid = batch.slots.valid(self.num_steps)
+        taught = self._read(*batch, **more)
+        outputs = self._run_steps(taught)
+        valid = taught.slots.valid(self.num_steps)
         num_slots = valid.sum(0) if num_items_in_batch is None else num_items_in_batch
         step_weights = (self._decay(outputs.device) / num_slots.clamp(min=1)).to(widen(outputs[:0]).dtype)
-        taught = batch.last_hidden.flatten(0, 1)[batch.slots.teacher]
-        return {"loss": self._loss(outputs, taught, valid, step_weights)}
+        last_hidden = taught.last_hidden.flatten(0, 1)[taught.slots.teacher]
+        return {"loss": self._loss(outputs, last_hidden, valid, step_weights)}
 
     def _read(
         self,
@@ -128,8 +115,16 @@ class HeadLoss(nn.Module):
         features: torch.Tensor | None = None,
         last_hidden: torch.Tensor | None = None,
     ) -> TaughtBatch:
-        """A batch with its stored features or those of a pass of the target; arguments as in `forward`."""
-        positions = _positions(loss_mask, document_ids)
+        """A batch with its stored features or those of a pass of the target.
+
+        Args:
+            input_ids: `[B, S]`, right-padded or packed.
+            loss_mask: `[B, S]`, True for the tokens that are the model's to say.
+            document_ids: `[B, S]`, ascending from 0, -1 for padding, of packed rows; no step crosses a document.
+            last_hidden: `[B, S, D]`, the output of the target's final norm, where the target need not be run;
+                `features [B, S, F]` with it, unless they are the same (EAGLE-1).
+        """
+        positions = document_positions(input_ids, document_ids)
         slots = SupervisedSlots.of(loss_mask, positions)  # waits for the device, so before there is much to wait for
         if last_hidden is None:
             layers = self.head.config.feature_layers
@@ -150,7 +145,7 @@ class HeadLoss(nn.Module):
 
     def count_slots(self, loss_mask: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
         """The number of slots that each training-time-test step supervises, `[J]`."""
-        slots = SupervisedSlots.of(loss_mask, _positions(loss_mask, document_ids))
+        slots = SupervisedSlots.of(loss_mask, document_positions(loss_mask, document_ids))
         return slots.valid(self.num_steps).sum(0)
 
     def pop_metrics(self, training: bool, sum_over: SumOver = lambda sums: sums) -> dict[str, float]:
@@ -222,10 +217,3 @@ class HeadLoss(nn.Module):
             for step, new in enumerate(torch.stack((totals.detach().double(), num_slots.double()), dim=1)):
                 key = f"{name}_{step}"
                 sums[key] = sums[key] + new if key in sums else new
-
-
-def _positions(tokens: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
-    """Positions `[B, S]` of a batch's tokens (any tensor of that shape)."""
-    if document_ids is None:
-        return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return document_positions(document_ids)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from draftwing.drafts.eagle.formats import HeadOptions
-from draftwing.drafts.family import Draft, DrafterOptions, DraftFiles, DraftReport, Kind
+from draftwing.drafts.family import Draft, DrafterOptions, DraftFiles, DraftReport, Kind, counted
 from draftwing.drafts.fit import TargetSizes, Tensors, dtype_name
 from draftwing.drafts.growth import RootedDraft, grow_tree
 from draftwing.engine.drafter import Drafter, Ranking, Unread
@@ -42,7 +42,7 @@ class ModelReport(DraftReport):
     target_vocab_size: int | None = None
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        yield "network", f"{self.architecture}, {self.num_layers} layers, hidden size {self.hidden_size}"
+        yield "network", f"{self.architecture}, {counted(self.num_layers, 'layer')}, hidden size {self.hidden_size}"
         target_size = self.target_vocab_size
         of_target = "" if target_size is None else f"; the target has {target_size:,}"
         yield "vocabulary", f"{self.vocab_size:,} tokens{of_target}"

@@ -156,10 +156,4 @@ def read_acceptance(name: str) -> dict[str, Any]:
         ValueError: the file is no JSON object.
     """
     file = resolve_draft(name) / ACCEPTANCE_FILE
-    if not file.is_file():
-        return {}
-    try:
-        values: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"draft: cannot read {file}: {error}") from None
-    return values
+    return _read_json(file) if file.is_file() else {}

@@ -11,8 +11,12 @@ from torch import nn
 
 from draftwing.config import TrainConfig
 from draftwing.data.chat_template import Example
+from draftwing.drafts.eagle.formats import FROM_FILE, HeadOptions
+from draftwing.drafts.family import Draft
 from draftwing.drafts.fit import Tensors
 from draftwing.drafts.head_loss import HeadLoss
+from draftwing.drafts.kinds import family_of_draft
+from draftwing.drafts.load_draft import load_draft
 from draftwing.target.model import TargetModel
 
 SAVED_DTYPE = torch.bfloat16
@@ -62,6 +66,8 @@ class HeadCosts:
 class Objective(ABC):
     """How one kind of head is made, taught, kept and planned. It keeps no state."""
 
+    trainer: type[HeadLoss]
+
     @abstractmethod
     def check(self, stage: TrainConfig, target_config: Any) -> None:
         """Find a recipe's mistakes before anything large is read.
@@ -78,9 +84,9 @@ class Objective(ABC):
             ValueError: `init_from` holds a head of another kind, or one that does not fit.
         """
 
-    @abstractmethod
     def training(self, head: Any, target: TargetModel, stage: TrainConfig) -> HeadLoss:
         """The module that learns."""
+        return self.trainer(head, target, stage)
 
     @abstractmethod
     def like(self, head: Any, target: TargetModel) -> nn.Module:
@@ -100,3 +106,16 @@ class Objective(ABC):
     @abstractmethod
     def costs(self, stage: TrainConfig, target_config: Any, sizes: HeadSizes) -> HeadCosts:
         """What training it would take."""
+
+
+def head_to_continue(stage: TrainConfig, target: TargetModel, options: HeadOptions = FROM_FILE) -> Draft:
+    """The head of `init_from`, to train further.
+
+    Raises:
+        ValueError: it is of a kind that the objective does not train, or does not fit the target.
+    """
+    head = load_draft(stage.init_from, target, torch.float32, options)
+    family = family_of_draft(head)
+    if stage.objective not in family.objectives:
+        raise ValueError(f"init_from: {stage.init_from} holds {family.name}, the objective is {stage.objective}")
+    return head.train()

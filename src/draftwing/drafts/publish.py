@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +216,7 @@ def push_folder(folder: Path, repository: str, *, is_private: bool = False, targ
     from huggingface_hub import CommitOperationAdd, HfApi
 
     facts = ExportFacts.read(folder)
-    named = ExportFacts(**vars(facts) | {"target": target or facts.target, "license": license or facts.license})
+    named = replace(facts, target=target or facts.target, license=license or facts.license)
     _check_whole(folder, facts, named.target)
     check_publishing(repository, named.target)
     place, fetch = repository, ""

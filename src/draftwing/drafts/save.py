@@ -6,12 +6,16 @@ from typing import Any
 
 import torch
 
-from draftwing.drafts.fit import Tensors
+from draftwing.drafts.fit import Tensors, dtype_name
 from draftwing.files import save_tensors, write_text
 
 
 def write_draft(
-    values: dict[str, Any], tensors: Tensors, folder: Path, name: str, dtype: torch.dtype | None = None
+    values: dict[str, Any],
+    tensors: Tensors,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    name: str = "model.safetensors",
 ) -> None:
     """Write config.json and the file `name`; the weights in `dtype` (default: as they are)."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -20,5 +24,4 @@ def write_draft(
         for key, tensor in tensors.items()
     }
     save_tensors(folder / name, stored)
-    values["torch_dtype"] = str(next(t.dtype for t in stored.values() if t.is_floating_point())).removeprefix("torch.")
-    write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(values | {"torch_dtype": dtype_name(stored)}, indent=2) + "\n")

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import torch
 
 
-def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
-    """Positions `[B, S]` that restart wherever the document `[B, S]` changes."""
-    slots = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+def document_positions(tokens: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
+    """Positions of `tokens [B, S]` that restart wherever the document `[B, S]` changes; None: a row is a document."""
+    slots = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    if document_ids is None:
+        return slots
     is_first = torch.ones_like(document_ids, dtype=torch.bool)
     is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return slots - torch.where(is_first, slots, 0).cummax(1).values

@@ -2,7 +2,7 @@
 
 import torch
 
-from draftwing.drafts.eagle.linear_fit import linear_fit
+from draftwing.drafts.eagle.objective import linear_fit
 
 
 def pairs(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

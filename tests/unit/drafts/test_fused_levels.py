@@ -13,8 +13,7 @@ from conftest import DEVICE
 from draftwing.drafts import growth
 from draftwing.drafts.eagle import drafter
 from draftwing.drafts.eagle.drafter import _DraftedSlots
-from draftwing.drafts.fused_levels import FusedLevels
-from draftwing.drafts.growth import RootedDraft, grow_tree
+from draftwing.drafts.growth import FusedLevels, RootedDraft, grow_tree
 from draftwing.drafts.ngram import NgramDrafter
 from draftwing.engine import sampling
 from draftwing.engine import tree as tree_module

@@ -38,4 +38,4 @@ def test_rows_do_not_touch() -> None:
 
 def test_positions_restart_with_each_document() -> None:
     ids = torch.tensor([[0, 0, 0, 1, 2, 2, -1, -1], [0, 0, 0, 0, 0, 0, 0, 0]])
-    assert document_positions(ids).tolist() == [[0, 1, 2, 0, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7]]
+    assert document_positions(ids, ids).tolist() == [[0, 1, 2, 0, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7]]

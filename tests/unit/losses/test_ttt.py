@@ -475,7 +475,7 @@ class TestPacking:
         ids, _ = as_rows()
         packed_ids, _, documents = as_packed()
         alone = model.read_rows(ids, (1, -1))
-        packed = model.read_rows(packed_ids, (1, -1), document_positions(documents), documents)
+        packed = model.read_rows(packed_ids, (1, -1), document_positions(documents, documents), documents)
         for row, members in enumerate(PACKED):
             length = sum(len(ROWS[member]) for member in members)
             expected = torch.cat([alone.features[member][: len(ROWS[member])] for member in members])
@@ -486,7 +486,7 @@ class TestPacking:
             training = head_training(copy.deepcopy(head), target, CONFIGS[method]).eval()
             ids, mask, documents = as_packed()
             layers = head.config.feature_layers
-            states = target.read_rows(ids, layers, document_positions(documents), documents)
+            states = target.read_rows(ids, layers, document_positions(documents, documents), documents)
             expected = loss_and_gradients(training, ids, mask, documents)
             given = {"document_ids": documents, "features": states.features, "last_hidden": states.last_hidden}
             with pytest.MonkeyPatch.context() as patch:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from draftwing.drafts.eagle.load_head import build_network
+from draftwing.drafts.eagle.build_head import build_network
 from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.layers import DraftConfig
 from draftwing.target.attention import grouped_attention

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional
 
 from draftwing import native
+from draftwing.drafts.eagle.build_head import build_network
 from draftwing.drafts.eagle.fused_layers import pack_head
-from draftwing.drafts.eagle.load_head import build_network
 from draftwing.drafts.eagle.network import Eagle3Model, EagleModel
 from draftwing.engine.noise import gumbel
 from draftwing.layers import DraftConfig, DraftVocab

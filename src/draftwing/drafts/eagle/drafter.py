@@ -88,22 +88,16 @@ class EagleDrafter(Drafter):
 
         def step(parent: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
             nonlocal output
-            output = self._draft_step(output, parent, tokens, levels)
+            hidden = self._model.feed_back(output)
+            hidden = hidden.gather(1, parent[..., None].expand(-1, -1, hidden.shape[-1]))
+            slots = levels.enter(parent)
+            output = self._forward(hidden, tokens, levels.positions.expand_as(tokens), levels.visible, slots)
             return self._model.logits(output)
 
         draft = RootedDraft(self._model.logits(output), step, self._cache.lengths[:, None], self._vocab, rank)
         merge = None if self._ngram is None else partial(self._ngram.extend, longest=self.bound)
         # A row with nothing read yet (a prompt of one token) has no state to draft from.
         return grow_tree(root, plan, draft, merge).only_in(self._cache.lengths > 0)
-
-    def _draft_step(
-        self, output: torch.Tensor, parent: torch.Tensor, tokens: torch.Tensor, levels: "_DraftedSlots"
-    ) -> torch.Tensor:
-        """Run one level's nodes: `tokens [B, K]`, their parents' indices into the last level's `output`."""
-        hidden = self._model.feed_back(output)
-        hidden = hidden.gather(1, parent[..., None].expand(-1, -1, hidden.shape[-1]))
-        slots = levels.enter(parent)
-        return self._forward(hidden, tokens, levels.positions.expand_as(tokens), levels.visible, slots)
 
     def _forward(
         self,

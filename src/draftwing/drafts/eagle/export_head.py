@@ -6,12 +6,11 @@ Read in the engines' loaders (drafts/export_draft.py has the versions). docs/exp
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from draftwing.drafts.eagle.formats import HeadFile, HeadFormat, default_or_none, read_head
+from draftwing.drafts.eagle.formats import HeadFile, default_or_none, read_head
 from draftwing.drafts.eagle.gguf_head import HEAD_GGUF, write_gguf
 from draftwing.drafts.eagle.save_head import write_head
 from draftwing.drafts.export_draft import Export, ExportRequest
@@ -20,7 +19,6 @@ from draftwing.drafts.save import write_draft
 from draftwing.layers import DraftConfig
 from draftwing.target.hidden_states import NORMED
 
-WEIGHTS = "model.safetensors"
 OPTION_READERS = {
     "norm_before_residual": ("vllm", "speculators", "llama.cpp"),
     "norm_before_fc": ("vllm", "sglang", "speculators", "llama.cpp"),
@@ -30,14 +28,13 @@ OPTION_READERS = {
 """Who reads an option of EAGLE-3 heads; the others ignore it."""
 TAKES_TARGETS_EMBEDDING = ("eagle", "sglang")
 """Who puts the target's embedding in the place of a head's own."""
-FORMATS: dict[str, HeadFormat] = {"speculators": "speculators"}
 
 
 def export_head(request: ExportRequest) -> Export:
     """How a head is written for an engine, and what is wrong with it there."""
     head = read_head(request.files.values, request.files.tensors, request.target)
     if head.is_eagle3:
-        head = replace(head, format=FORMATS.get(request.engine, "eagle3"))
+        head = replace(head, format="speculators" if request.engine == "speculators" else "eagle3")
     obstacles = [*_obstacles(head, request)]
     added = {} if obstacles else _added_tensors(head, request)
     head = replace(head, tensors=head.tensors | added)
@@ -62,8 +59,7 @@ def _obstacles(head: HeadFile, request: ExportRequest) -> Iterator[str]:
         yield "no engine reads norms of a head's queries and keys"
     if config.hidden_act not in ("silu", "swish"):
         yield f"hidden_act: it computes silu alone, and the head has {config.hidden_act}"
-    biases = {"attention_bias": config.attention_bias, "output_bias": config.output_bias, "mlp_bias": config.mlp_bias}
-    given = [name for name, has_bias in biases.items() if has_bias]
+    given = [name for name in ("attention_bias", "output_bias", "mlp_bias") if getattr(config, name)]
     if given and (engine != "vllm" or config.attention_bias != config.output_bias):
         yield f"{', '.join(given)}: biases of a head's layer are not read there"
     if head.is_eagle3 and len(config.aux_layers) != 3 and config.aux_layers != (NORMED,):
@@ -100,8 +96,8 @@ def _faults(head: HeadFile, request: ExportRequest, added: Tensors) -> Iterator[
             yield f"{name}: it does not read this option; {', '.join(readers)} do"
     if config.sliding_window is not None:
         yield f"sliding_window: it does not read this option, and the head reads {config.sliding_window} tokens"
-    if engine == "eagle" and head.is_eagle3 and config.aux_layers != default_or_none(request.target.num_layers):
-        usual = default_or_none(request.target.num_layers)
+    usual = default_or_none(request.target.num_layers)
+    if engine == "eagle" and head.is_eagle3 and config.aux_layers != usual:
         yield f"aux_layers: it always reads the layers {usual}, and the head was trained on {config.aux_layers}"
     if engine == "vllm" and config.fc_bias:
         yield "fc.bias: it drops this tensor"
@@ -130,21 +126,15 @@ def _notes(config: DraftConfig, engine: str) -> Iterator[str]:
 
 
 def _write_folder(head: HeadFile, request: ExportRequest, folder: Path) -> None:
+    """Write a head as it is published, its config.json with what this engine alone wants."""
     values, tensors = write_head(head, request.target, request.target_name)
-    adapted = _for_engine(request.engine, head, values)
-    write_draft(adapted, tensors, folder, WEIGHTS, request.dtype)
-
-
-def _for_engine(engine: str, head: HeadFile, values: dict[str, Any]) -> dict[str, Any]:
-    """A config.json with what one engine alone wants."""
-    if not head.is_eagle3:
-        if engine == "vllm":  # it takes the key for the attention's biases, which no file has
-            values.pop("bias", None)
-        if engine == "sglang":
-            values |= {"architectures": ["LlamaForCausalLMEagle"]}
-    if engine == "eagle":
+    if request.engine == "vllm" and not head.is_eagle3:  # it takes the key for the attention's biases, which none has
+        values.pop("bias", None)
+    if request.engine == "sglang" and not head.is_eagle3:
+        values["architectures"] = ["LlamaForCausalLMEagle"]
+    if request.engine == "eagle":
         values |= {"pretraining_tp": 1, "bias": head.config.fc_bias}
-    return values
+    write_draft(values, tensors, folder, request.dtype)
 
 
 def _added_tensors(head: HeadFile, request: ExportRequest) -> Tensors:
@@ -166,4 +156,4 @@ def _added_tensors(head: HeadFile, request: ExportRequest) -> Tensors:
 
 def _write_gguf(head: HeadFile, request: ExportRequest, folder: Path) -> None:
     assert request.target_gguf is not None
-    write_gguf(head, request.target, request.target_gguf, folder / HEAD_GGUF, request.dtype)
+    write_gguf(head, request.target_gguf, folder / HEAD_GGUF, request.dtype)

@@ -70,14 +70,8 @@ IDLE = frozenset(
     ("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "auto_map", "dtype")
     + ("has_no_defaults_at_init", "id2label", "label2id", "name_or_path", "speculators_version", "tokenizer_class")
     + ("torch_dtype", "transformers_version", "version", "task_specific_params", "problem_type", "finetuning_task")
-    + (
-        "target_model_type",
-        "target_architectures",
-        "target_vocab_size",
-        "num_target_layers",
-        "target_num_hidden_layers",
-    )
-    + ("verifier", "verifier_name_or_path", "base_model_name_or_path")
+    + ("target_model_type", "target_architectures", "target_vocab_size", "num_target_layers", "verifier")
+    + ("target_num_hidden_layers", "verifier_name_or_path", "base_model_name_or_path")
     # Layers and their shapes: the tensors tell.
     + ("num_hidden_layers", "num_eagle_layers", "num_eagle_features", "eagle_num_layers")
     # Special tokens and transformers' own generation.

@@ -133,8 +133,13 @@ def read_head(
         ValueError: a tensor or field that contradicts the format, by name.
     """
     tensors = {name: tensor for name, tensor in _bare(tensors).items() if not IGNORED_TENSORS.match(name)}
-    head_format = detect_format(values, tensors)
-    layer_values = dict(_required(values, "transformer_layer_config") if head_format == "speculators" else values)
+    head_format = format_of(values, tensors) or "eagle1"
+    if head_format == "eagle1" and "fc.weight" not in tensors:
+        raise ValueError("fc.weight: missing; this is no EAGLE head")
+    if head_format == "speculators" and values["speculators_model_type"] != "eagle3":
+        raise ValueError(f"speculators_model_type: expected eagle3, got {values['speculators_model_type']!r}")
+    layer_values = _required(values, "transformer_layer_config") if head_format == "speculators" else values
+    layer_values = {name: value for name, value in layer_values.items() if value is not None}
     layer_values["rope_parameters"] = _rope_parameters(layer_values, options)
     if head_format == "eagle1":
         for name in options.given.keys() - {"rope_theta", "rope_scaling"}:
@@ -171,37 +176,21 @@ def _draft_vocab_size(values: Mapping[str, Any], layer_values: Mapping[str, Any]
     return vocab_size
 
 
-def is_eagle1_file(values: Mapping[str, Any], tensors: Tensors) -> bool:
-    """Whether files hold an EAGLE-1 head. They may name a causal language model's architecture, but have `fc`."""
-    bare = _bare(tensors)
-    has_layers = any(name.startswith("layers.") for name in bare)
-    return "fc.weight" in bare and has_layers and not is_eagle3_file(values, tensors)
+def format_of(values: Mapping[str, Any], tensors: Tensors) -> HeadFormat | None:
+    """Which format files are in, None if they hold no EAGLE head.
 
-
-def is_eagle3_file(values: Mapping[str, Any], tensors: Tensors) -> bool:
-    """Whether files hold an EAGLE-3 head, or what calls itself a speculator."""
-    return "speculators_model_type" in values or _is_eagle3(_bare(tensors))
+    EAGLE-1's may name a causal language model's architecture, but have `fc`.
+    """
+    names = _bare(tensors)
+    if "speculators_model_type" in values:
+        return "speculators"
+    if any(name == "d2t" or name.startswith("midlayer.") or "hidden_norm" in name for name in names):
+        return "eagle3"
+    return "eagle1" if "fc.weight" in names and any(name.startswith("layers.") for name in names) else None
 
 
 def _bare(tensors: Tensors) -> Tensors:
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-
-
-def _is_eagle3(tensors: Tensors) -> bool:
-    return any(name == "d2t" or name.startswith("midlayer.") or "hidden_norm" in name for name in tensors)
-
-
-def detect_format(values: Mapping[str, Any], tensors: Tensors) -> HeadFormat:
-    """Which format a file is in, from what it holds."""
-    if "speculators_model_type" in values:
-        if values["speculators_model_type"] != "eagle3":
-            raise ValueError(f"speculators_model_type: expected eagle3, got {values['speculators_model_type']!r}")
-        return "speculators"
-    if _is_eagle3(tensors):
-        return "eagle3"
-    if "fc.weight" not in tensors:
-        raise ValueError("fc.weight: missing; this is no EAGLE head")
-    return "eagle1"
 
 
 def _canonical_names(tensors: Tensors) -> Tensors:
@@ -281,11 +270,13 @@ def _eagle3_config(
 ) -> DraftConfig:
     common = _common_config(layer_values, tensors, "midlayer")
     target_hidden_size = values.get("target_hidden_size") or common["hidden_size"]
+    nested = values.get("eagle_config") or {}
     chosen: dict[str, Any] = {
         "fc_norm": "fc_norm.0.weight" in tensors,
         "norm_before_fc": "input_norm.weight" in tensors,
-        "norm_output": _norm_output(values),
-        "norm_before_residual": _norm_before_residual(values),
+        "norm_output": bool(values.get("norm_output", nested.get("norm_output", False))),
+        # Where it is absent, the servers read False in EAGLE-3 files and True in speculators'.
+        "norm_before_residual": bool(values.get("norm_before_residual", "speculators_model_type" in values)),
     }
     chosen |= {name: value for name, value in options.given.items() if name in chosen}
     num_features, has_fc = count_features(tensors, target_hidden_size), "fc.weight" in tensors
@@ -327,17 +318,6 @@ def _aux_layers(
     if layers and len(layers) != num_features:
         raise ValueError(f"aux_layers: fc.weight reads {num_features} layers, but {layers} were named")
     return tuple(layers or ())
-
-
-def _norm_output(values: Mapping[str, Any]) -> bool:
-    """Whether the normed output is fed back; absent means no in every format."""
-    nested = values.get("eagle_config") or {}
-    return bool(values.get("norm_output", nested.get("norm_output", False)))
-
-
-def _norm_before_residual(values: Mapping[str, Any]) -> bool:
-    """Absent means False in EAGLE-3 files and True in speculators', as the servers read them."""
-    return bool(values.get("norm_before_residual", "speculators_model_type" in values))
 
 
 def _stored_aux_layers(values: Mapping[str, Any], target: TargetSizes | None) -> tuple[int, ...] | None:

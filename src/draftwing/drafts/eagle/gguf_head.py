@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from draftwing.drafts.eagle.fields import LAYER_IDS
 from draftwing.drafts.eagle.formats import HeadFile
-from draftwing.drafts.fit import TargetSizes, Tensors
+from draftwing.drafts.fit import Tensors
 from draftwing.layers import DraftConfig
 from draftwing.target.hidden_states import NORMED
 
@@ -39,17 +40,27 @@ NAMES = {
     "midlayer.mlp.down_proj.weight": "blk.0.ffn_down.weight",
 }
 """Our parameters' names and the file's."""
+KEYS = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "vocab_size": "vocab_size",
+    "target_hidden_size": "target_hidden_size",
+}
+"""Numbers that our configuration and config.json have under the first name, and the file under the second."""
 TURNED = {"blk.0.attn_q.weight": "num_attention_heads", "blk.0.attn_k.weight": "num_key_value_heads"}
 """Tensors whose rows RoPE turns, and how many heads they have."""
 UNPACKED = ("F16", "BF16", "F32", "F64", "I32", "I64")
 """llama.cpp's names of types whose numbers stand in the file as they are."""
-FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
-"""llama.cpp's numbers of the dtype that most tensors have."""
+FILE_TYPES = {torch.float32: ("F32", 0), torch.float16: ("F16", 1), torch.bfloat16: ("BF16", 32)}
+"""llama.cpp's names of dtypes, and its numbers of files in which most tensors have them."""
 
 
-def write_gguf(
-    head: HeadFile, target: TargetSizes, target_gguf: Path, file: Path, dtype: torch.dtype | None = None
-) -> None:
+def write_gguf(head: HeadFile, target_gguf: Path, file: Path, dtype: torch.dtype | None = None) -> None:
     """Write a head with the tokenizer of its target's file; weights in `dtype` (default: theirs), norms in float32.
 
     Raises:
@@ -62,8 +73,8 @@ def write_gguf(
     writer = gguf.GGUFWriter(file, ARCHITECTURE)
     try:
         writer.add_name("EAGLE-3 head")
-        writer.add_file_type(FILE_TYPES[dtype])
-        for key, value in _fields(head.config, target).items():
+        writer.add_file_type(FILE_TYPES[dtype][1])
+        for key, value in _fields(head.config).items():
             _add(writer, f"{ARCHITECTURE}.{key}", value)
         _copy_tokenizer(writer, target_gguf)
         for name, tensor in head.tensors.items():
@@ -77,24 +88,16 @@ def write_gguf(
         writer.close()
 
 
-def _fields(config: DraftConfig, target: TargetSizes) -> dict[str, Any]:
+def _fields(config: DraftConfig) -> dict[str, Any]:
     """What the file says of a head, under llama.cpp's keys."""
     assert NORMED not in config.aux_layers, "three numbered layers are fused"
     return {
+        **{key: getattr(config, name) for name, key in KEYS.items()},
         "block_count": 1,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
         "rope.dimension_count": int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)),
-        "vocab_size": target.vocab_size,
         "target_layers": list(config.aux_layers),
-        "target_hidden_size": config.target_hidden_size,
         "norm_before_residual": config.norm_before_residual,
         "norm_before_fc": config.norm_before_fc,
         **({} if config.trained_length is None else {"trained_length": config.trained_length}),  # a key of our own
@@ -119,11 +122,8 @@ def _add_tensor(writer: Any, name: str, tensor: torch.Tensor, config: DraftConfi
     if tensor.ndim == 1:  # norms are always float32 there
         dtype = torch.float32
     values = tensor.to(dtype).float().cpu().contiguous().numpy()
-    kinds = {torch.float16: gguf.GGMLQuantizationType.F16, torch.bfloat16: gguf.GGMLQuantizationType.BF16}
-    if dtype in kinds:
-        writer.add_tensor(name, gguf.quants.quantize(values, kinds[dtype]), raw_dtype=kinds[dtype])
-    else:
-        writer.add_tensor(name, values)
+    kind = gguf.GGMLQuantizationType[FILE_TYPES[dtype][0]]
+    writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
 
 def _copy_tokenizer(writer: Any, target_gguf: Path) -> None:
@@ -178,26 +178,13 @@ def _values(file: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
         if fields.get(key) not in (None, "none", 0):
             raise ValueError(f"draft: {file} has {ARCHITECTURE}.{key} {fields[key]!r}, which is not read here")
     try:
-        theta, width, head_dim = (
-            fields["rope.freq_base"],
-            fields["rope.dimension_count"],
-            fields["attention.key_length"],
-        )
         return {
             "model_type": "llama",
             "architectures": ["LlamaForCausalLMEagle3"],
-            "hidden_size": fields["embedding_length"],
-            "intermediate_size": fields["feed_forward_length"],
-            "num_attention_heads": fields["attention.head_count"],
-            "num_key_value_heads": fields["attention.head_count_kv"],
-            "head_dim": head_dim,
-            "max_position_embeddings": fields["context_length"],
-            "rms_norm_eps": _shortest(fields["attention.layer_norm_rms_epsilon"]),
-            "rope_theta": _shortest(theta),
-            "partial_rotary_factor": width / head_dim,
-            "vocab_size": fields["vocab_size"],
-            "eagle_aux_hidden_state_layer_ids": list(fields["target_layers"]),
-            "target_hidden_size": fields["target_hidden_size"],
+            **{name: _shortest(fields[key]) for name, key in KEYS.items()},
+            "rope_theta": _shortest(fields["rope.freq_base"]),
+            "partial_rotary_factor": fields["rope.dimension_count"] / fields["attention.key_length"],
+            LAYER_IDS: list(fields["target_layers"]),
             "norm_before_residual": bool(fields.get("norm_before_residual", False)),
             "norm_before_fc": bool(fields.get("norm_before_fc", False)),
             "trained_length": fields.get("trained_length"),
@@ -207,17 +194,16 @@ def _values(file: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shortest(value: float) -> float:
-    """The shortest number that is this float32: 1e-05, where the file has 9.99999974e-06."""
-    return float(str(np.float32(value)))
+    """A whole number as it is; else the shortest that is this float32: 1e-05, where the file has 9.99999974e-06."""
+    return value if isinstance(value, int) else float(str(np.float32(value)))
 
 
 def _tensor(entry: Any) -> torch.Tensor:
     """A tensor of the file, in the dtype that it has there."""
-    gguf = _package()
-    if entry.tensor_type not in (gguf.GGMLQuantizationType[name] for name in UNPACKED):
+    if entry.tensor_type.name not in UNPACKED:
         raise ValueError(f"draft: {entry.name} is quantised ({entry.tensor_type.name}); quantised heads are not read")
     shape = [int(size) for size in reversed(entry.shape)]
-    if entry.tensor_type == gguf.GGMLQuantizationType.BF16:
+    if entry.tensor_type.name == "BF16":
         raw = np.ascontiguousarray(entry.data).view(np.int16)
         return torch.from_numpy(raw.copy()).view(torch.bfloat16).reshape(shape)
     return torch.from_numpy(np.array(entry.data)).reshape(shape)

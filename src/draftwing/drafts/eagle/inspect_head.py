@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from draftwing.drafts.eagle.build_head import expected_shapes, fit_problems
 from draftwing.drafts.eagle.fields import Fields, sort_fields
 from draftwing.drafts.eagle.formats import HeadFile, default_or_none, read_head
-from draftwing.drafts.eagle.load_head import expected_shapes, fit_problems
-from draftwing.drafts.family import DraftFiles, DraftReport
+from draftwing.drafts.family import DraftFiles, DraftReport, counted
 from draftwing.drafts.fit import TargetSizes, broken_tensors, dtype_name, tensor_problems
 
 NETWORK_OPTIONS = (
@@ -45,8 +45,8 @@ class HeadReport(DraftReport):
     def rows(self) -> Iterator[tuple[str, str]]:
         yield (
             "network",
-            f"{self.num_layers} layer, hidden size {self.hidden_size}, {self.num_heads} heads of {self.head_dim}, "
-            f"{self.num_key_value_heads} key/value heads",
+            f"{counted(self.num_layers, 'layer')}, hidden size {self.hidden_size}, "
+            f"{self.num_heads} heads of {self.head_dim}, {self.num_key_value_heads} key/value heads",
         )
         yield "vocabulary", f"{self.draft_vocab_size:,} of {self.vocab_size:,} tokens"
         layers = ", ".join(map(str, self.aux_layers)) or ("last" if self.format == "eagle1" else "not named")
@@ -93,7 +93,7 @@ def _notes(values: dict[str, Any], head: HeadFile, target: TargetSizes | None, f
     layer_values = values.get("transformer_layer_config", values)
     if not (layer_values.get("rope_theta") or layer_values.get("rope_parameters")):
         notes.append("rope_theta is missing from config.json; 10000 is used, as in the reference training code")
-    if config.sliding_window is not None:
+    if config.sliding_window == config.window:
         notes.append(f"sliding_window: it reads the last {config.window} tokens, and drafted ones beside them")
     if head.is_eagle3 and not config.aux_layers:
         notes.append("the file names no feature layers; with a target of n layers they are 2, n//2 and n-3")

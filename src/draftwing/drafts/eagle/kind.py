@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from draftwing.drafts.eagle.build_head import build_head
 from draftwing.drafts.eagle.drafter import EagleDrafter
 from draftwing.drafts.eagle.export_head import export_head
-from draftwing.drafts.eagle.formats import HeadOptions, is_eagle1_file, is_eagle3_file, read_head
+from draftwing.drafts.eagle.formats import HeadFormat, HeadOptions, format_of, read_head
 from draftwing.drafts.eagle.fused_layers import pack_head
 from draftwing.drafts.eagle.inspect_head import HeadReport, inspect_head
-from draftwing.drafts.eagle.load_head import build_head
 from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Model, EagleModel
 from draftwing.drafts.export_draft import Export, ExportRequest
 from draftwing.drafts.family import Draft, DrafterOptions, DraftFiles, Kind
@@ -23,7 +23,16 @@ from draftwing.target.model import TargetModel
 
 
 class _Head(Kind[DraftNetwork]):
-    """What both kinds of EAGLE heads do alike."""
+    """What both kinds of EAGLE heads do alike; `formats` are those of their files, `model` is their network."""
+
+    formats: tuple[HeadFormat, ...]
+    model: type[DraftNetwork]
+
+    def owns_files(self, values: Mapping[str, Any], tensors: Tensors) -> bool:
+        return format_of(values, tensors) in self.formats
+
+    def owns(self, draft: Draft) -> bool:
+        return isinstance(draft, self.model)
 
     def drafter(self, draft: DraftNetwork, target: TargetModel, wanted: DrafterOptions) -> NewDrafter:
         def new(num_seats: int, num_slots: int) -> Drafter:
@@ -35,7 +44,7 @@ class _Head(Kind[DraftNetwork]):
     def build(
         self, files: DraftFiles, target: TargetModel, dtype: torch.dtype | None, options: HeadOptions, tokenizer: Any
     ) -> DraftNetwork:
-        return build_head(files.values, files.tensors, target, dtype, options)
+        return build_head(files, target, dtype, options)
 
     def prepack(self, draft: DraftNetwork, compiles: bool | None = None) -> DraftNetwork:
         pack_head(draft, compiles)
@@ -56,18 +65,10 @@ class _Head(Kind[DraftNetwork]):
 class Eagle1(_Head):
     """Heads that predict features."""
 
-    def owns_files(self, values: Mapping[str, Any], tensors: Tensors) -> bool:
-        return is_eagle1_file(values, tensors)
-
-    def owns(self, draft: Draft) -> bool:
-        return isinstance(draft, EagleModel)
+    formats, model = ("eagle1",), EagleModel
 
 
 class Eagle3(_Head):
     """Heads that predict tokens from fused features."""
 
-    def owns_files(self, values: Mapping[str, Any], tensors: Tensors) -> bool:
-        return is_eagle3_file(values, tensors)
-
-    def owns(self, draft: Draft) -> bool:
-        return isinstance(draft, Eagle3Model)
+    formats, model = ("eagle3", "speculators"), Eagle3Model

@@ -10,12 +10,12 @@ from torch import nn
 from draftwing.config import TrainConfig, check_keys
 from draftwing.data.chat_template import Example
 from draftwing.data.examples import count_supervised
+from draftwing.drafts.eagle.build_head import build_network, counted_layers, expected_shapes
 from draftwing.drafts.eagle.formats import HeadOptions, default_aux_layers, read_head
-from draftwing.drafts.eagle.load_head import build_network, counted_layers, expected_shapes, load_head
 from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Model
 from draftwing.drafts.fit import Tensors, embedding_rows, load_strictly
-from draftwing.drafts.load_draft import read_draft_files, resolve_draft
-from draftwing.drafts.objective import HeadSizes
+from draftwing.drafts.load_draft import open_draft
+from draftwing.drafts.objective import HeadSizes, head_to_continue
 from draftwing.layers import DraftConfig
 from draftwing.target.model import TargetModel
 
@@ -112,11 +112,7 @@ def continued_head(stage: TrainConfig, target: TargetModel, train: Sequence[Exam
     Raises:
         ValueError: a head of another kind, or for a target of another width or vocabulary.
     """
-    head = load_head(stage.init_from, target, torch.float32, HeadOptions(stage.aux_layers or None)).train()
-    is_eagle3 = isinstance(head, Eagle3Model)
-    if is_eagle3 != has_own_vocabulary(stage):
-        found = "an EAGLE-3 head" if is_eagle3 else "an EAGLE-1/2 head"
-        raise ValueError(f"init_from: {stage.init_from} is {found}, the objective is {stage.objective}")
+    head: DraftNetwork = head_to_continue(stage, target, HeadOptions(stage.aux_layers or None))
     if problem := _window_problem(head.config.sliding_window, stage):
         raise ValueError(f"init_from: {stage.init_from}: {problem}")
     if head.config.trained_length is not None or stage.sequence_length > head.config.window:
@@ -162,7 +158,8 @@ def _rebuilt(
 def continued_sizes(stage: TrainConfig, made_before: HeadSizes | None) -> HeadSizes:
     """The sizes of a continued head: those of `init_from`, a folder or a head yet to be made, but for what is named."""
     if made_before is None:
-        head = read_head(*read_draft_files(resolve_draft(stage.init_from)))
+        files = open_draft(stage.init_from)
+        head = read_head(files.values, files.tensors)
         shapes = {name: shape.numel() for name, shape in expected_shapes(head).items()}
         made_before = HeadSizes(shapes, counted_layers(head))
     made: DraftConfig = made_before.config

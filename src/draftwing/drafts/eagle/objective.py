@@ -12,9 +12,8 @@ import torch
 
 from draftwing.config import Eagle1Stage, TrainConfig
 from draftwing.data.chat_template import Example
+from draftwing.drafts.eagle.build_head import build_network, network_shapes
 from draftwing.drafts.eagle.formats import HeadFormat
-from draftwing.drafts.eagle.linear_fit import linear_fit
-from draftwing.drafts.eagle.load_head import build_network, network_shapes
 from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Layer, Eagle3Model, EagleModel
 from draftwing.drafts.eagle.new_head import continued_head, continued_sizes, new_config, new_head
 from draftwing.drafts.eagle.save_head import save_head, to_head
@@ -53,6 +52,8 @@ class EagleTraining(HeadLoss):
 
 TOKENS_PER_INPUT = 64
 """Tokens that the first fit is made from, for each number that `fc` reads."""
+RIDGE = 1e-5
+"""Share of each input's mean square that is added to it, so that a fit exists however few pairs there are."""
 
 
 class Eagle1Training(EagleTraining):
@@ -96,6 +97,28 @@ class Eagle1Training(EagleTraining):
         return loss + (regression * step_weights).sum()
 
 
+def linear_fit(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], sum_over: SumOver) -> torch.Tensor:
+    """The W `[F, D]` (float64) with which `inputs @ W` comes closest to `outputs`, by squared error.
+
+    An input that is always 0 has weights of 0.
+
+    Args:
+        pairs: `inputs [U, F]` and `outputs [U, D]`, batch by batch.
+        sum_over: sums over the processes that have pairs.
+    """
+    of_inputs: torch.Tensor | float = 0.0
+    of_both: torch.Tensor | float = 0.0
+    for inputs, outputs in pairs:
+        inputs, outputs = inputs.double(), outputs.double()
+        of_inputs += inputs.T @ inputs
+        of_both += inputs.T @ outputs
+    assert isinstance(of_inputs, torch.Tensor) and isinstance(of_both, torch.Tensor)
+    of_inputs, of_both = sum_over(of_inputs), sum_over(of_both)
+    ridge = RIDGE * of_inputs.diagonal()
+    weights: torch.Tensor = torch.linalg.solve(of_inputs + torch.where(ridge > 0, ridge, 1.0).diag(), of_both)
+    return weights
+
+
 class Eagle3Training(EagleTraining):
     """The tokens alone are learnt, with the head's own output matrix if it has one."""
 
@@ -124,9 +147,6 @@ class EagleObjective(Objective):
     def make(self, stage: TrainConfig, target: TargetModel, train: Sequence[Example]) -> DraftNetwork:
         return (continued_head if stage.init_from else new_head)(stage, target, train)
 
-    def training(self, head: DraftNetwork, target: TargetModel, stage: TrainConfig) -> EagleTraining:
-        return self.trainer(head, target, stage)
-
     def like(self, head: DraftNetwork, target: TargetModel) -> DraftNetwork:
         return build_network(head.config, target, head.vocab.target_ids, own_embedding=hasattr(head, "embed_tokens"))
 
@@ -143,7 +163,26 @@ class EagleObjective(Objective):
         return HeadSizes({name: shape.numel() for name, shape in shapes.items()}, config)
 
     def costs(self, stage: TrainConfig, target_config: Any, sizes: HeadSizes) -> HeadCosts:
-        return _costs(stage, target_config, sizes, getattr(stage, self.trainer.steps_key))
+        """What training a head would take.
+
+        A step of the head keeps for its backward pass, uncompiled: what attention and the MLP read, queries, keys,
+        values, attention's output before and behind the merger, and four widths of the MLP. In float32 it keeps
+        what the norms read, the residuals, what the output head reads and its gradient.
+        """
+        head, config, num_steps = sizes.shapes, sizes.config, getattr(stage, self.trainer.steps_key)
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        embedding, fusion = head.get("embed_tokens.weight", 0), head.get("fc.weight", 0)
+        in_steps = sizes.num_elements - embedding - fusion  # the embedding is no product, the fusion is not repeated
+        is_subset = config.draft_vocab_size < config.vocab_size
+        return HeadCosts(
+            frozen=0 if stage.train_embedding else embedding,
+            kept=num_steps * (3 * config.hidden_size + 3 * queries + 2 * keys + 4 * config.intermediate_size),
+            kept_wide=num_steps * 7 * config.hidden_size,
+            logits=num_steps * config.draft_vocab_size,
+            output_gradient=head.get("lm_head.weight", 0),
+            teacher_rows=config.draft_vocab_size * target_config.hidden_size if is_subset else 0,
+            flops=6.0 * (fusion + num_steps * in_steps) + 6.0 * stage.sequence_length * queries,
+        )
 
 
 class Eagle1Objective(EagleObjective):
@@ -158,26 +197,3 @@ class Eagle3Objective(EagleObjective):
 
     format = "eagle3"
     trainer = Eagle3Training
-
-
-def _costs(stage: TrainConfig, target_config: Any, sizes: HeadSizes, num_steps: int) -> HeadCosts:
-    """As `Objective.costs`.
-
-    A step of the head keeps for its backward pass, uncompiled: what attention and the MLP read, queries, keys,
-    values, attention's output before and behind the merger, and four widths of the MLP. In float32 it keeps
-    what the norms read, the residuals, what the output head reads and its gradient.
-    """
-    head, config = sizes.shapes, sizes.config
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    embedding, fusion = head.get("embed_tokens.weight", 0), head.get("fc.weight", 0)
-    in_steps = sizes.num_elements - embedding - fusion  # the embedding is no product, the fusion is not repeated
-    is_subset = config.draft_vocab_size < config.vocab_size
-    return HeadCosts(
-        frozen=0 if stage.train_embedding else embedding,
-        kept=num_steps * (3 * config.hidden_size + 3 * queries + 2 * keys + 4 * config.intermediate_size),
-        kept_wide=num_steps * 7 * config.hidden_size,
-        logits=num_steps * config.draft_vocab_size,
-        output_gradient=head.get("lm_head.weight", 0),
-        teacher_rows=config.draft_vocab_size * target_config.hidden_size if is_subset else 0,
-        flops=6.0 * (fusion + num_steps * in_steps) + 6.0 * stage.sequence_length * queries,
-    )

@@ -26,7 +26,7 @@ LAYER_FIELDS = (
 
 
 def to_head(network: DraftNetwork, head_format: HeadFormat) -> HeadFile:
-    """A network as a head of the given format (its parameters are not copied), as `load_head` gives it."""
+    """A network as a head of the given format (its parameters are not copied), as `read_head` gives it."""
     assert not any(isinstance(module, PackedLinear) for module in network.modules()), "packed for decoding"
     tensors = {name: parameter.detach() for name, parameter in network.named_parameters()}
     return HeadFile(head_format, network.config, network.vocab.target_ids, tensors)
@@ -36,7 +36,7 @@ def save_head(
     head: HeadFile, folder: Path, target: TargetSizes, dtype: torch.dtype | None = None, verifier: str = ""
 ) -> None:
     """Write config.json and model.safetensors; the weights in `dtype` (default: as they are)."""
-    write_draft(*write_head(head, target, verifier), folder, "model.safetensors", dtype)
+    write_draft(*write_head(head, target, verifier), folder, dtype)
 
 
 def write_head(head: HeadFile, target: TargetSizes, verifier: str = "") -> tuple[dict[str, Any], Tensors]:

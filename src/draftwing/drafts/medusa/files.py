@@ -17,6 +17,7 @@ from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel
 from draftwing.drafts.save import write_draft
 
 MEDUSA_TENSOR = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)$")
+VLLM_TENSOR = re.compile(r"(?:blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)|lm_heads\.(\d+)\.weight)$")
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,6 @@ class MedusaHeads:
 
     config: MedusaConfig
     tensors: Tensors
-
-
-VLLM_TENSOR = re.compile(r"(?:blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)|lm_heads\.(\d+)\.weight)$")
 
 
 def to_vllm(heads: MedusaHeads) -> tuple[dict[str, Any], Tensors]:
@@ -94,19 +92,14 @@ def read_medusa(values: Mapping[str, Any], tensors: Tensors) -> MedusaHeads:
     return MedusaHeads(MedusaConfig(hidden_size, vocab_size, max(heads) + 1, len(blocks)), renamed)
 
 
-def write_medusa(heads: MedusaHeads, target_name: str) -> tuple[dict[str, Any], Tensors]:
-    """The config.json and tensors of Medusa heads."""
+def save_medusa(heads: MedusaHeads, folder: Path, target_name: str, dtype: torch.dtype | None = None) -> None:
+    """Write config.json and medusa_lm_head.safetensors; the weights in `dtype` (default: as they are)."""
     values = {
         "medusa_num_heads": heads.config.num_heads,
         "medusa_num_layers": heads.config.num_layers,
         "base_model_name_or_path": target_name,
     }
-    return values, heads.tensors
-
-
-def save_medusa(heads: MedusaHeads, folder: Path, target_name: str, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and medusa_lm_head.safetensors; the weights in `dtype` (default: as they are)."""
-    write_draft(*write_medusa(heads, target_name), folder, "medusa_lm_head.safetensors", dtype)
+    write_draft(values, heads.tensors, folder, dtype, "medusa_lm_head.safetensors")
 
 
 def expected_medusa_shapes(config: MedusaConfig) -> dict[str, torch.Size]:

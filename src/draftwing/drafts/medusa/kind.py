@@ -8,7 +8,7 @@ import torch
 
 from draftwing.drafts.eagle.formats import HeadOptions
 from draftwing.drafts.export_draft import Export, ExportRequest
-from draftwing.drafts.family import Draft, DrafterOptions, DraftFiles, DraftReport, Kind
+from draftwing.drafts.family import Draft, DrafterOptions, DraftFiles, DraftReport, Kind, counted
 from draftwing.drafts.fit import (
     TargetSizes,
     Tensors,
@@ -37,8 +37,8 @@ class MedusaReport(DraftReport):
     vocab_size: int
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        blocks = f"{self.num_layers} residual block" + ("s" if self.num_layers > 1 else "")
-        yield "network", f"{self.num_heads} heads of {blocks}, hidden size {self.hidden_size}"
+        blocks = counted(self.num_layers, "residual block")
+        yield "network", f"{counted(self.num_heads, 'head')} of {blocks}, hidden size {self.hidden_size}"
         yield "vocabulary", f"{self.vocab_size:,} tokens"
 
 
@@ -72,7 +72,7 @@ class Medusa(Kind[MedusaModel]):
         heads = read_medusa(request.files.values, request.files.tensors)
         other = [] if request.engine == "vllm" else ["it runs no Medusa heads"]
         return Export(
-            write=lambda folder: write_draft(*to_vllm(heads), folder, "model.safetensors", request.dtype),
+            write=lambda folder: write_draft(*to_vllm(heads), folder, request.dtype),
             method="medusa",
             depth=heads.config.num_heads,
             obstacles=other,
@@ -99,10 +99,7 @@ class Medusa(Kind[MedusaModel]):
             format="medusa",
             dtype=dtype_name(heads.tensors),
             num_parameters=sum(tensor.numel() for tensor in heads.tensors.values()),
-            num_heads=config.num_heads,
-            num_layers=config.num_layers,
-            hidden_size=config.hidden_size,
-            vocab_size=config.vocab_size,
+            **vars(config),
             problems=problems,
             notes=notes,
         )

@@ -59,16 +59,18 @@ class MedusaModel(nn.ModuleList):
         self.config = config
         self.vocab = DraftVocab(None, config.vocab_size)
 
+    @property
+    def output_matrices(self) -> list[torch.Tensor]:
+        """Each head's, `[V, D]`."""
+        return [self.get_parameter(f"{head}.{self.config.num_layers}.weight") for head in range(len(self))]
+
     def start_from(self, target_rows: torch.Tensor) -> None:
         """Make every head predict what the target's output matrix `[V, D]` does, as training begins in the paper."""
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.zero_()
-            for head in self:
-                assert isinstance(head, nn.Sequential)
-                output = head[-1]
-                assert isinstance(output, nn.Linear)
-                output.weight.copy_(target_rows)
+            for matrix in self.output_matrices:
+                matrix.copy_(target_rows)
 
     def forward(self, hidden: torch.Tensor) -> Sequence[torch.Tensor]:
         """Every head's logits `[..., V]` for `hidden [..., D]`."""

@@ -15,10 +15,9 @@ from draftwing.config import MedusaStage, TrainConfig
 from draftwing.data.chat_template import Example
 from draftwing.drafts.fit import Tensors
 from draftwing.drafts.head_loss import HeadLoss, TaughtBatch
-from draftwing.drafts.load_draft import load_draft
 from draftwing.drafts.medusa.files import MedusaHeads, expected_medusa_shapes, save_medusa
 from draftwing.drafts.medusa.network import MedusaConfig, MedusaModel, ResBlock
-from draftwing.drafts.objective import SAVED_DTYPE, HeadCosts, HeadSizes, Objective
+from draftwing.drafts.objective import SAVED_DTYPE, HeadCosts, HeadSizes, Objective, head_to_continue
 from draftwing.losses.fused_head import OutputHead, StepSums, Teacher, fused_loss
 from draftwing.target.model import TargetModel
 
@@ -35,29 +34,28 @@ class MedusaTraining(HeadLoss):
 
     @property
     def output_matrices(self) -> list[torch.Tensor]:
-        return [output_of(head).weight for head in self.head]
+        return self.head.output_matrices
 
     def _run_steps(self, batch: TaughtBatch) -> torch.Tensor:
         flat = batch.features.flatten(0, 1)
-        read = (flat.index_select(0, batch.slots.student(step)) for step in range(self.num_steps))
-        return torch.stack([blocks_of(head)(x) for head, x in zip(self.head, read, strict=True)], dim=1)
+        outputs = []
+        for step, head in enumerate(self.head):
+            assert isinstance(head, nn.Sequential)
+            outputs.append(head[:-1](flat.index_select(0, batch.slots.student(step))))
+        return torch.stack(outputs, dim=1)
 
     def _token_loss(
         self, outputs: torch.Tensor, teacher: Teacher, valid: torch.Tensor, step_weights: torch.Tensor
     ) -> tuple[torch.Tensor, StepSums]:
         losses, sums = [], []
-        for step, head in enumerate(self.head):
+        for step, matrix in enumerate(self.output_matrices):
             only = slice(step, step + 1)
-            output_head = OutputHead(output_of(head).weight)
             loss, figures = fused_loss(
-                outputs[:, only], output_head, teacher, valid[:, only], step_weights[only], self._slot_loss
+                outputs[:, only], OutputHead(matrix), teacher, valid[:, only], step_weights[only], self._slot_loss
             )
             losses.append(loss)
-            sums.append(figures)
-        loss_sums, acceptance, hits = (
-            torch.cat([getattr(part, name) for part in sums]) for name in ("loss", "acceptance", "hits")
-        )
-        return torch.stack(losses).sum(), StepSums(loss_sums, acceptance, hits)
+            sums.append(vars(figures).values())
+        return torch.stack(losses).sum(), StepSums(*map(torch.cat, zip(*sums, strict=True)))
 
 
 class MedusaObjective(Objective):
@@ -67,11 +65,10 @@ class MedusaObjective(Objective):
         if stage.architecture:
             raise ValueError("architecture: Medusa heads have none; medusa_heads says how many there are")
 
-    def make(self, stage: TrainConfig, target: TargetModel, train: Sequence[Example]) -> MedusaModel:
-        return new_medusa(stage, target)
+    trainer = MedusaTraining
 
-    def training(self, head: MedusaModel, target: TargetModel, stage: TrainConfig) -> MedusaTraining:
-        return MedusaTraining(head, target, stage)
+    def make(self, stage: TrainConfig, target: TargetModel, train: Sequence[Example]) -> MedusaModel:
+        return head_to_continue(stage, target) if stage.init_from else new_medusa(stage, target)
 
     def like(self, head: MedusaModel, target: TargetModel) -> MedusaModel:
         return MedusaModel(head.config)
@@ -98,27 +95,7 @@ class MedusaObjective(Objective):
 
 
 def new_medusa(stage: MedusaStage, target: TargetModel) -> MedusaModel:
-    """Heads for a target that all start from its output matrix, or those of `init_from`.
-
-    Raises:
-        ValueError: `init_from` holds something else.
-    """
-    if stage.init_from:
-        heads = load_draft(stage.init_from, target, torch.float32)
-        if not isinstance(heads, MedusaModel):
-            raise ValueError(f"init_from: {stage.init_from} holds no Medusa heads")
-        return heads.train()
+    """Heads for a target that all start from its output matrix."""
     heads = MedusaModel(MedusaConfig(target.hidden_size, target.vocab_size, stage.medusa_heads))
     heads.start_from(next(target.output_head.parameters()))
     return heads
-
-
-def blocks_of(head: nn.Module) -> nn.Sequential:
-    """A head without its output matrix."""
-    assert isinstance(head, nn.Sequential)
-    return nn.Sequential(*list(head)[:-1])
-
-
-def output_of(head: nn.Module) -> nn.Linear:
-    assert isinstance(head, nn.Sequential) and isinstance(head[-1], nn.Linear)
-    return head[-1]

@@ -7,44 +7,25 @@ from typing import Any
 import torch
 
 from draftwing.drafts.eagle.fields import sort_fields
-from draftwing.drafts.eagle.formats import FROM_FILE, HeadFile, HeadOptions, count_features, read_head
-from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Model, EagleModel
-from draftwing.drafts.fit import TargetSizes, Tensors, check_finite, load_strictly, sizes_of
-from draftwing.drafts.load_draft import read_draft_files, resolve_draft
+from draftwing.drafts.eagle.formats import HeadFile, HeadOptions, count_features, read_head
+from draftwing.drafts.eagle.network import DraftNetwork, Eagle3Model, EagleModel, Shared
+from draftwing.drafts.family import DraftFiles
+from draftwing.drafts.fit import TargetSizes, load_strictly, sizes_of
 from draftwing.layers import DraftConfig, DraftVocab
 from draftwing.target.model import TargetModel
 
 
-def load_head(
-    name: str,
-    target: TargetModel,
-    dtype: torch.dtype | None = None,
-    options: HeadOptions = FROM_FILE,
-) -> DraftNetwork:
-    """Load a head for `target`, in the target's dtype and on its device; `options` override what its file says.
+def build_head(files: DraftFiles, target: TargetModel, dtype: torch.dtype | None, options: HeadOptions) -> DraftNetwork:
+    """A head for `target`, on its device and by default in its dtype; `options` override what its file says.
 
     Raises:
-        ValueError: a missing, unknown or misshapen tensor or one that is not finite, a field that is not known, or a
-            head made for another target.
+        ValueError: a missing, unknown or misshapen tensor, an unknown field, or a head made for another target.
     """
-    values, tensors = read_draft_files(resolve_draft(name))
-    head = build_head(values, tensors, target, dtype, options)
-    check_finite(tensors)
-    return head
-
-
-def build_head(
-    values: dict[str, Any],
-    tensors: Tensors,
-    target: TargetModel,
-    dtype: torch.dtype | None = None,
-    options: HeadOptions = FROM_FILE,
-) -> DraftNetwork:
-    """As `load_head`, from a config.json's values and a file's tensors, which may hold NaN."""
-    head = read_head(values, tensors, sizes_of(target), options)
-    for problem in [*fit_problems(head, sizes_of(target)), *sort_fields(values, tensors, head.is_eagle3).refused]:
+    head = read_head(files.values, files.tensors, sizes_of(target), options)
+    unknown = sort_fields(files.values, files.tensors, head.is_eagle3).refused
+    for problem in [*fit_problems(head, sizes_of(target)), *unknown]:
         raise ValueError(problem)
-    if not head.config.own_lm_head and _is_tied(values) and not _is_tied(target.config.to_dict()):
+    if not head.config.own_lm_head and _is_tied(files.values) and not _is_tied(target.config.to_dict()):
         raise ValueError(
             "tie_word_embeddings: the head's output head is its embedding, which is the target's, whose own is another"
         )
@@ -62,15 +43,29 @@ def _is_tied(values: Mapping[str, Any]) -> bool:
 def build_network(
     config: DraftConfig, target: TargetModel, target_ids: torch.Tensor | None, own_embedding: bool = False
 ) -> DraftNetwork:
-    """A network for `target`, to be filled: EAGLE-3 if the configuration names feature layers, else EAGLE-1."""
+    """A network for `target`, to be filled."""
 
     def target_head(output: torch.Tensor) -> torch.Tensor:  # a function: copies share it
         return target.logits(output.to(target.dtype))
 
+    return _network(config, target_ids, target.embedding, target_head, own_embedding)
+
+
+def network_shapes(config: DraftConfig, own_embedding: bool = False) -> dict[str, torch.Size]:
+    """The parameters of `build_network`'s, without building it in memory or needing its target."""
+    of_target = torch.nn.Identity()
+    with torch.device("meta"):
+        network = _network(config, None, of_target, of_target, own_embedding)
+    return {name: parameter.shape for name, parameter in network.named_parameters()}
+
+
+def _network(
+    config: DraftConfig, target_ids: torch.Tensor | None, embedding: Shared, output_head: Shared, own_embedding: bool
+) -> DraftNetwork:
+    """EAGLE-3 if the configuration names feature layers, else EAGLE-1."""
     if not config.aux_layers:
-        return EagleModel(config, target.embedding, target_head, own_embedding)
-    vocab = DraftVocab(target_ids, target.vocab_size)
-    return Eagle3Model(config, vocab, target.embedding, target_head, own_embedding)
+        return EagleModel(config, embedding, output_head, own_embedding)
+    return Eagle3Model(config, DraftVocab(target_ids, config.vocab_size), embedding, output_head, own_embedding)
 
 
 def expected_shapes(head: HeadFile) -> dict[str, torch.Size]:
@@ -84,17 +79,6 @@ def counted_layers(head: HeadFile) -> DraftConfig:
         return head.config
     num_features = count_features(head.tensors, head.config.target_hidden_size)
     return dataclasses.replace(head.config, aux_layers=tuple(range(1, num_features + 1)))
-
-
-def network_shapes(config: DraftConfig, own_embedding: bool = False) -> dict[str, torch.Size]:
-    """The parameters of `build_network`'s, without building it in memory or needing its target."""
-    of_target, vocab = torch.nn.Identity(), DraftVocab(None, config.vocab_size)
-    with torch.device("meta"):
-        if config.aux_layers:
-            network: DraftNetwork = Eagle3Model(config, vocab, of_target, of_target, own_embedding)
-        else:
-            network = EagleModel(config, of_target, of_target, own_embedding)
-    return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 
 def fit_problems(head: HeadFile, target: TargetSizes) -> list[str]:
