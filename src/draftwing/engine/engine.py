@@ -23,7 +23,7 @@ from draftwing.engine.request import check_room
 from draftwing.engine.seats import Seats, room_for
 from draftwing.engine.statistics import StageClock, Statistics
 from draftwing.engine.tree import DraftTree
-from draftwing.engine.tree_plan import Plan, TreePlan, TreeShape
+from draftwing.engine.tree_plan import OFF, Plan, TreeShape
 from draftwing.target.model import TargetModel
 from draftwing.target.row_pass import rounding_problem
 from draftwing.threads import fitting_threads, num_threads
@@ -34,7 +34,6 @@ SCORED_TOKENS = 128
 """Positions of a prompt that are read at once where it is scored: each has the logits of a whole vocabulary."""
 MOST_LEVELS = PREFILL_CHUNK - MOST_UNREAD - 1
 """Of a tree: what a cycle commits must fit behind what drafters have left unread."""
-PLAIN = TreePlan.off()
 NewDrafter = Callable[[int, int], Drafter]
 """Makes a drafter for so many seats of so many slots each."""
 
@@ -174,7 +173,7 @@ class Engine:
         """Draft, verify, commit."""
         seats = self._cycling
         seats.bound = int(self._seats.lengths[: len(self._running)].max())
-        plan: TreeShape = PLAIN  # which a plan that learns is not told of
+        plan: TreeShape = OFF  # which a plan that learns is not told of
         if self._drafts:
             plan = self.plan.next(len(self._running), seats.bound, self._samples)
         if isinstance(seats, CapturedSeats):

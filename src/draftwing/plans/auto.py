@@ -8,7 +8,7 @@ import torch
 
 from draftwing.engine.engine import bucket
 from draftwing.engine.readback import CycleReport, join_outcomes
-from draftwing.engine.tree_plan import TreePlan, TreeShape
+from draftwing.engine.tree_plan import OFF, TreePlan, TreeShape
 from draftwing.plans.costs import CycleCosts
 from draftwing.plans.lessons import Experience
 from draftwing.plans.pauses import INHERITED_PAUSE, STUDIED
@@ -26,7 +26,6 @@ LESSON = 4
 """Studied cycles after which what was learnt is put to use."""
 CONTEXT_STEP = 64
 """Tokens after which the costs are looked up anew."""
-OFF = TreePlan.off()
 
 
 class AutoPlan:

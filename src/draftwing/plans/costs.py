@@ -25,7 +25,7 @@ from draftwing.engine.readback import CycleReport
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.statistics import STAGES
 from draftwing.engine.stopping import StopRule
-from draftwing.engine.tree_plan import TreePlan
+from draftwing.engine.tree_plan import OFF, TreePlan
 from draftwing.files import cache_folder, write_text
 from draftwing.provenance import provenance
 from draftwing.target.model import TargetModel
@@ -204,7 +204,7 @@ def measure_costs(
     some_widths, some_sizes = (WIDTHS, NUM_NODES) if recorder is None else (RECORDED_WIDTHS, RECORDED_NODES)
     widths = [width for width in some_widths if width < largest.width] + [largest.width]
     sizes = [num_nodes for num_nodes in some_sizes if num_nodes < largest.num_nodes] + [largest.num_nodes]
-    plans = [TreePlan.off()]
+    plans = [OFF]
     plans += [_shallowest(num_nodes, widths[-1]) for num_nodes in sizes]
     num_steps = max(1, min(STEPS, largest.depth - 1))
     plans += [TreePlan(width, 1 + num_steps, 2) for width in widths]

@@ -9,7 +9,7 @@ import torch
 from draftwing.engine.engine import bucket
 from draftwing.engine.readback import Outcomes
 from draftwing.engine.statistics import Statistics
-from draftwing.engine.tree_plan import NamedTree
+from draftwing.engine.tree_plan import TreeShape
 from draftwing.plans.acceptance import AcceptanceTable, CalibratedSize
 from draftwing.plans.costs import CycleCosts
 from draftwing.plans.pauses import ClockedPlan, LookupTrial, Pause
@@ -61,7 +61,7 @@ class Lessons:
 
     stored: Mapping[str, Any] = field(default_factory=dict)
     costs: dict[Key, CycleCosts] = field(default_factory=dict)
-    clocked: dict[NamedTree, ClockedPlan] = field(default_factory=dict)
+    clocked: dict[TreeShape, ClockedPlan] = field(default_factory=dict)
     """Plans of n-grams with what the clock has said of them."""
     costs_since: float = 0.0
     watched: dict[Key, tuple["AutoPlan", Statistics]] = field(default_factory=dict)
