@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from draftwing.engine.captured import Recorder
-from draftwing.engine.engine import Engine, Event, NewDrafter, Request, Seat
+from draftwing.engine.engine import Engine, Event, NewDrafter, Request, Seat, check_requests
 from draftwing.engine.statistics import Statistics
 from draftwing.engine.tree_plan import Plan
 from draftwing.target.model import TargetModel
@@ -36,10 +36,7 @@ class Generation:
         give_back: Callable[[Engine], None] | None = None,
         num_seats: int | None = None,
     ) -> None:
-        if not requests:
-            raise ValueError("input_ids: expected at least one prompt")
-        for row, request in enumerate(requests):
-            engine.check(request, f"prompt {row}")
+        check_requests(requests, engine.check)
         self.statistics = Statistics()
         self.outputs: list[Seat] = []
         self._engine, self._give_back = engine, give_back

@@ -1,6 +1,6 @@
 """What an engine is asked for, and what it has brought: requests, their seats, events."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from draftwing.engine.grammar import Allowed, Grammar
@@ -75,12 +75,12 @@ class Event:
     logprobs: list[TokenLogprobs]
 
 
-def check_requests(target: TargetModel, requests: Sequence[Request]) -> None:
-    """Raise a ValueError for no requests, or for one that a target cannot serve; it names the prompt and the field."""
+def check_requests(requests: Sequence[Request], check: Callable[[Request, str], None]) -> None:
+    """Raise a ValueError for no requests, or for one that `check` refuses, which is given a name for it."""
     if not requests:
         raise ValueError("input_ids: expected at least one prompt")
     for row, request in enumerate(requests):
-        check_request(target, request, f"prompt {row}")
+        check(request, f"prompt {row}")
 
 
 def check_request(target: TargetModel, request: Request, name: str) -> None:

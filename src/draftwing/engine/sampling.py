@@ -220,6 +220,11 @@ class Sampler(BySeat):
         assert len(part._places) in (0, last - first)
         return part
 
+    def exchange(self, first: int, second: int, num_tokens: int) -> None:
+        """Let the row of the first seat go on in the second, where none runs: copying noise once is enough."""
+        self.copy_seat(first, second, num_tokens)
+        self.clear(first, num_tokens)
+
     def clear(self, seat: int, num_tokens: int) -> None:
         self.admit(seat, SamplingParams(), ())
         if self._noise is not None:

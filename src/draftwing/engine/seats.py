@@ -113,14 +113,7 @@ class Seats(BySeat):
     def go_on(self, row: int, seat: int) -> None:
         """Let a row go on in another seat, whose text, if it keeps one, takes the row's own seat."""
         num_tokens = int(max(self._num_written[row], self._num_written[seat])) + 1
-        for part in (self.cache, self.drafter):
-            part.exchange(row, seat, num_tokens)
-        self.sampler.copy_seat(row, seat, num_tokens)
-        self.sampler.clear(row, num_tokens)
-        for numbers in (self.lengths, self._num_read, self._num_written):
-            numbers[[row, seat]] = numbers[[seat, row]]
-        for state in (self._root, self._is_running):
-            state[[row, seat]] = state[[seat, row]]
+        self.exchange(row, seat, num_tokens)
 
     def read(self, prompts: Sequence[Sequence[int]], width: int, scores: bool = False) -> ScoresOnHost | None:
         """Read on in each seat's prompt, up to `width` tokens, but for its last one.
