@@ -53,17 +53,14 @@ class Generation:
 
     def cycles(self) -> Iterator[Committed]:
         """Run cycles until every row has stopped, yielding what each commits."""
-        while not self.is_done:
-            events = self._step()
+        for events in self._steps():
             if events:
                 yield self._by_row(events)
-        self.close()
 
     def run(self) -> "Generation":
         """Run cycles until every row has stopped; returns itself."""
-        while not self.is_done:
-            self._step()
-        self.close()
+        for _ in self._steps():
+            pass
         return self
 
     def close(self) -> None:
@@ -74,16 +71,18 @@ class Generation:
             self._give_back(self._engine)
             self._give_back = None
 
-    def _step(self) -> list[Event]:
-        try:
-            events = self._engine.step()
-            for error in [event.seat.error for event in events if event.seat.error]:
-                raise error
-            self._admit()
-        except Exception:
-            self.close()
-            raise
-        return events
+    def _steps(self) -> Iterator[list[Event]]:
+        while not self.is_done:
+            try:
+                events = self._engine.step()
+                for error in [event.seat.error for event in events if event.seat.error]:
+                    raise error
+                self._admit()
+            except Exception:
+                self.close()
+                raise
+            yield events
+        self.close()
 
     def _admit(self) -> None:
         num_running = sum(seat.finish_reason is None for seat in self.outputs)

@@ -197,11 +197,11 @@ class Sampler(BySeat):
             neutral = getattr(SamplingParams(), name)
             setattr(self, f"_{name}", torch.full((num_seats, 1, 1), neutral, dtype=dtype, device=device))
         self._penalties = Penalties(num_seats, vocab_size, device)
-        self._bias: torch.Tensor | None = None  # made when a row asks for it, as the noise is
-        self._noise: Noise | None = None
+        self._bias: torch.Tensor | None = None  # made when a row asks for it
+        self._noise = Noise(num_seats, vocab_size, device, depth + 2)
         self._params = np.full(num_seats, SamplingParams(), dtype=object)
         self._grammars = np.full(num_seats, None, dtype=object)
-        self._vocab_size, self._device, self._depth = vocab_size, device, depth
+        self._vocab_size, self._device = vocab_size, device
         self.work = SamplingWork.of(self._params)
         self._places: list[Place] = []
 
@@ -227,8 +227,7 @@ class Sampler(BySeat):
 
     def clear(self, seat: int, num_tokens: int) -> None:
         self.admit(seat, SamplingParams(), ())
-        if self._noise is not None:
-            self._noise.clear(seat, num_tokens)
+        self._noise.clear(seat, num_tokens)
 
     def admit(
         self,
@@ -239,13 +238,12 @@ class Sampler(BySeat):
         grammar: Grammar | None = None,
     ) -> None:
         """Begin a row with these parameters in a seat; `stop` says which ends are held back."""
-        num_seats = len(self._params)
         self._params[seat], self._grammars[seat] = params, grammar
         for name in COLUMNS:
             getattr(self, f"_{name}")[seat] = getattr(params, name)
         self._penalties.admit(seat, params, prompt, stop)
         if params.logit_bias and self._bias is None:
-            self._bias = torch.zeros(num_seats, 1, self._vocab_size, dtype=torch.float32, device=self._device)
+            self._bias = torch.zeros(len(self._params), 1, self._vocab_size, dtype=torch.float32, device=self._device)
         if self._bias is not None:
             self._bias[seat] = 0
             if params.logit_bias:
@@ -254,8 +252,6 @@ class Sampler(BySeat):
                     [*params.logit_bias.values()], dtype=torch.float32, device=self._device
                 )
         if params.temperature > 0:
-            if self._noise is None:
-                self._noise = Noise(num_seats, self._vocab_size, self._device, self._depth + 2)
             self._noise.admit(seat, params.seed)
 
     @property
@@ -267,7 +263,6 @@ class Sampler(BySeat):
         """Prepare the noise for a tree of `depth` whose roots have positions `lengths`."""
         for seat, (params, length) in enumerate(zip(self._params, lengths, strict=True)):
             if params.temperature > 0:
-                assert self._noise is not None
                 # The root's own position (never read), the levels, the bonus.
                 self._noise.reserve(seat, int(length), depth + 2)
 
@@ -302,7 +297,6 @@ class Sampler(BySeat):
         greedy = scores.argmax(-1)
         if not self.work.draws:
             return greedy
-        assert self._noise is not None
         noise = self._noise.at(lengths[:, None] + tree.depths + 1)
         sampled = (self._warp(scores) + noise).argmax(-1)
         return torch.where(self._temperature[..., 0] == 0, greedy, sampled)
@@ -330,7 +324,6 @@ class Sampler(BySeat):
 
     def _rank_all(self, logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> torch.Tensor:
         """The ranking of rows of which some draw."""
-        assert self._noise is not None
         noise = self._noise.at(positions)
         noise = noise if target_ids is None else noise[..., target_ids]
         log_probs = log_probabilities(logits)
@@ -339,12 +332,10 @@ class Sampler(BySeat):
         return torch.where(self._temperature == 0, log_probs, coupled)
 
     def _kept_noise(self, positions: torch.Tensor) -> KeptNoise:
-        assert self._noise is not None
         return KeptNoise(self._noise.kept, positions, self._temperature.flatten())
 
     def _noise_below(self, lengths: torch.Tensor, depth: int) -> torch.Tensor:
         """The noise `[B, V]` of nodes at `depth` below roots at positions `lengths [B]`."""
-        assert self._noise is not None
         return self._noise.at(lengths[:, None] + depth + 1).squeeze(1)
 
     def _warp(self, scores: torch.Tensor) -> torch.Tensor:
