@@ -67,7 +67,7 @@ class Noise(BySeat):
 
     @property
     def kept(self) -> torch.Tensor:
-        """`[S, P, V]`: position p's in row p % P."""
+        """`[B, P, V]`: position p's in row p % P."""
         assert self._kept is not None, "no row draws"
         return self._kept
 

@@ -23,7 +23,7 @@ class Penalties(BySeat):
     """
 
     by_seat = (*(f"_{name}" for name in FACTORS), "_seen", "_counts", "_ends", "_held_until", "holds")
-    _repetition_penalty: torch.Tensor  # [S, 1, 1], as the other factors
+    _repetition_penalty: torch.Tensor  # [B, 1, 1], as the other factors
     _presence_penalty: torch.Tensor
     _frequency_penalty: torch.Tensor
 
@@ -33,8 +33,8 @@ class Penalties(BySeat):
             setattr(self, f"_{name}", torch.full((num_seats, 1, 1), neutral, dtype=torch.float32, device=device))
         self._shape, self._device = (num_seats, vocab_size), device
         self._seen = torch.zeros(self._shape, dtype=torch.bool, device=device)
-        self._counts: torch.Tensor | None = None  # [S, V], made when a row asks for it
-        self._ends: torch.Tensor | None = None  # [S, V], as those
+        self._counts: torch.Tensor | None = None  # [B, V], made when a row asks for it
+        self._ends: torch.Tensor | None = None  # [B, V], as those
         self._held_until = torch.zeros(num_seats, 1, dtype=torch.int64, device=device)  # the first position of an end
         self.holds = np.zeros(num_seats, dtype=bool)
 

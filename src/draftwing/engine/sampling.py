@@ -187,7 +187,7 @@ class Sampler(BySeat):
     """
 
     by_seat = (*(f"_{name}" for name in COLUMNS), "_penalties", "_bias", "_noise", "_params", "_grammars")
-    _temperature: torch.Tensor  # [S, 1, 1], as the other columns
+    _temperature: torch.Tensor  # [B, 1, 1], as the other columns
     _top_k: torch.Tensor
     _top_p: torch.Tensor
     _min_p: torch.Tensor
@@ -204,6 +204,7 @@ class Sampler(BySeat):
         self._vocab_size, self._device = vocab_size, device
         self.work = SamplingWork.of(self._params)
         self._places: list[Place] = []
+        self._has_grammar = False
 
     @staticmethod
     def of(params: Sequence[SamplingParams], vocab_size: int, device: torch.device, depth: int = 0) -> "Sampler":
@@ -218,6 +219,7 @@ class Sampler(BySeat):
         part.work = SamplingWork.of(part._params, bool(part._penalties.holds.any()))
         part._places = [params.place for params in part._params if params.place is not None]
         assert len(part._places) in (0, last - first)
+        part._has_grammar = any(grammar is not None for grammar in part._grammars)
         return part
 
     def exchange(self, first: int, second: int, num_tokens: int) -> None:
@@ -254,11 +256,6 @@ class Sampler(BySeat):
         if params.temperature > 0:
             self._noise.admit(seat, params.seed)
 
-    @property
-    def has_grammar(self) -> bool:
-        """Whether some row's tokens are asked about on the host."""
-        return any(grammar is not None for grammar in self._grammars)
-
     def reserve(self, lengths: Sequence[int], depth: int) -> None:
         """Prepare the noise for a tree of `depth` whose roots have positions `lengths`."""
         for seat, (params, length) in enumerate(zip(self._params, lengths, strict=True)):
@@ -283,7 +280,7 @@ class Sampler(BySeat):
             noise_at = partial(self._noise_below, lengths) if self.work.draws else None
             return choose_in_steps(self._places, logits, tree, noise_at)
         kernels = kernels_for(logits)
-        if kernels and not self.work.changes and not self.has_grammar:
+        if kernels and not self.work.changes and not self._has_grammar:
             kept = self._kept_noise(lengths[:, None] + tree.depths + 1) if self.work.draws else None
             chosen: torch.Tensor = kernels.choose_tokens(logits, kept)
             return chosen
@@ -292,7 +289,7 @@ class Sampler(BySeat):
             assert self._bias is not None
             scores = scores + self._bias
         scores = self._penalties.apply(scores, tree, lengths, self.work)
-        if self.has_grammar:
+        if self._has_grammar:
             scores = forbid(scores, tree, list(self._grammars))
         greedy = scores.argmax(-1)
         if not self.work.draws:

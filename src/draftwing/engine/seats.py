@@ -83,9 +83,7 @@ class Seats(BySeat):
 
         It may be the source's own seat, whose row has ended.
         """
-        lender = self.part(source, source + 1)
-        lender.bound = int(lender.lengths[0])
-        lender.catch_up()
+        self._catch_up_alone(source)
         self._admit_to_sampler(row)
         seat = row.index
         self.cache.copy_seat(source, seat, num_tokens)
@@ -104,9 +102,7 @@ class Seats(BySeat):
 
     def settle(self, seat: int) -> None:
         """End a row, whose text stays: the drafter has read all of it, and nothing of its sampling is left."""
-        ended = self.part(seat, seat + 1)
-        ended.bound = int(ended.lengths[0])
-        ended.catch_up()
+        self._catch_up_alone(seat)
         self._is_running[seat] = False
         self.sampler.clear(seat, 0)
 
@@ -165,6 +161,11 @@ class Seats(BySeat):
         self._num_written[:] = np.maximum(self._num_written, self.lengths + num_unread + 2)
         self.drafter.catch_up(num_unread)
         self.mark_read()
+
+    def _catch_up_alone(self, seat: int) -> None:
+        part = self.part(seat, seat + 1)
+        part.bound = int(part.lengths[0])
+        part.catch_up()
 
     def grow(self, plan: TreeShape) -> DraftTree:
         if plan.depth == 0:

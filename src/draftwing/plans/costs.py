@@ -88,7 +88,7 @@ class CycleCosts:
 
     def levels(self, plan: TreePlan) -> float:
         """Seconds of a plan's draft levels beyond the first."""
-        return (plan.depth - 1) * self.steps([plan.width])[0]
+        return (plan.depth - 1) * float(self.steps([plan.width])[0])
 
     def trees(self, num_nodes: Sequence[int]) -> Array:
         """Seconds of cycles with one draft level that verify so many nodes, at the first context."""
