@@ -104,7 +104,7 @@ class CycleReading:
             self._parts += (verdict.accepted, tree.parents, tree.depths, tree.valid, tree.scores, tree.log_probs)
         self._num_facts = len(self._parts) - 1
         if scores is not None:
-            self._parts += scores.parts
+            self._parts += scores
         device = self._parts[0].device
         self.is_copied = is_replayed or device.type != "cpu"
         self._joined = join_parts(self._parts) if self.is_copied else None

@@ -135,8 +135,8 @@ class Seats(BySeat):
         self.mark_read()
         if not scores:
             return None
-        parts = Scores.of(output.logits[:, :-1], tokens[:, 1:]).parts
-        return ScoresOnHost(*(part.numpy(force=True) for part in parts))
+        on_device = Scores.of(output.logits[:, :-1], tokens[:, 1:])
+        return ScoresOnHost(*(part.numpy(force=True) for part in on_device))
 
     def start(self, seat: int, root: int) -> None:
         """Let a seat run whose prompt has been read up to its last token, the root of the first tree."""
