@@ -34,7 +34,7 @@ PREFILL_TOKENS = 2048
 SCORED_TOKENS = 128
 """Positions of a prompt that are read at once where it is scored: each has the logits of a whole vocabulary."""
 MOST_LEVELS = PREFILL_CHUNK - MOST_UNREAD - 1
-"""Of a tree: what a cycle commits must fit behind what drafters have left unread."""
+"""Levels of a tree at most: what a cycle commits must fit behind what drafters have left unread."""
 NewDrafter = Callable[[int, int], Drafter]
 """Makes a drafter for so many seats of so many slots each."""
 
@@ -67,7 +67,7 @@ class Engine:
     ) -> None:
         self.target, self.num_seats, self.capacity, self.plan = target, num_seats, capacity, plan
         self._threads = num_threads() if target.bits_depend_on_threads else None  # None: anew in every cycle
-        self.waits = False  # for the device at a cycle's end, so that each cycle counts its own time alone
+        self.waits = False  # at the end of a cycle for the device, so that no cycle counts seconds of another
         self._rounding_problem, self._trial_seconds = rounding_problem(target), 0.0
         self.count_into(Statistics())
         largest = plan.largest
@@ -113,7 +113,7 @@ class Engine:
     def check(self, request: Request, name: str = "the prompt") -> None:
         """Raise a ValueError, which names the field, for a request that no seat can serve."""
         check_request(self.target, request, name)
-        check_room(request, name, self.capacity, "a seat's {} tokens")
+        check_room(request, name, self.capacity, f"a seat's {self.capacity} tokens")
         held = self._order.held
         if held and (held[0].request.sampling.place is None) != (request.sampling.place is None):
             raise ValueError(f"place: {name} chooses its tokens in another way than those that are seated")
@@ -165,7 +165,7 @@ class Engine:
         """Draft, verify, commit."""
         seats, num_running = self._cycling, len(self._order.running)
         seats.bound = int(seats.lengths[:num_running].max())
-        plan: TreeShape = OFF  # which a plan that learns is not told of
+        plan: TreeShape = OFF  # the plan is not asked, and learns nothing
         if self._drafts:
             plan = self.plan.next(num_running, seats.bound, self._samples)
         if isinstance(seats, CapturedSeats):

@@ -74,7 +74,8 @@ class Noise(BySeat):
     def at(self, positions: torch.Tensor) -> torch.Tensor:
         """Noise rows `[B, P, V]` of `positions [B, P]`, which must have been reserved."""
         rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-        return self.kept[rows, positions % self.kept.shape[1]]
+        kept = self.kept
+        return kept[rows, positions % kept.shape[1]]
 
 
 def gumbel(seed: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -88,7 +88,7 @@ def check_request(target: TargetModel, request: Request, name: str) -> None:
     if not request.prompt:
         raise ValueError(f"input_ids: {name} is empty; at least one token is needed")
     if target.max_positions is not None:
-        check_room(request, name, target.max_positions, "the model's {} positions")
+        check_room(request, name, target.max_positions, f"the model's {target.max_positions} positions")
     if min(request.prompt) < 0 or max(request.prompt) >= target.vocab_size:
         raise ValueError(f"input_ids: {name} has ids outside the vocabulary of {target.vocab_size}")
     request.sampling.check(target.vocab_size)
@@ -97,9 +97,9 @@ def check_request(target: TargetModel, request: Request, name: str) -> None:
         raise ValueError(f"num_logprobs: expected an integer from 0 to {MOST_TOP}, got {wanted!r}")
 
 
-def check_room(request: Request, name: str, limit: int, whose: str) -> None:
+def check_room(request: Request, name: str, limit: int, limit_in_words: str) -> None:
     if request.most_tokens > limit:
         num_prompt, num_new = len(request.prompt), request.stop.max_new_tokens
         raise ValueError(
-            f"max_new_tokens: {name} has {num_prompt} tokens, and {num_new} new ones would pass {whose.format(limit)}"
+            f"max_new_tokens: {name} has {num_prompt} tokens, and {num_new} new ones would pass {limit_in_words}"
         )

@@ -131,6 +131,8 @@ def uncoupled_rank(logits: torch.Tensor, positions: torch.Tensor, target_ids: to
     return UnreadScores(kernels, logits, in_full) if kernels else in_full()
 
 
+NO_END = StopRule(1)
+"""Holds back no ends."""
 COLUMNS = {
     "temperature": torch.float32,
     "top_k": torch.int64,
@@ -236,7 +238,7 @@ class Sampler(BySeat):
         seat: int,
         params: SamplingParams,
         prompt: Sequence[int],
-        stop: StopRule | None = None,
+        stop: StopRule = NO_END,
         grammar: Grammar | None = None,
     ) -> None:
         """Begin a row with these parameters in a seat; `stop` says which ends are held back."""

@@ -120,8 +120,8 @@ class Statistics(CycleCounts):
 class StageClock:
     """Adds the time of each stage to a Statistics; on a GPU by events, so that nothing waits for the device.
 
-    There the host's share is what the stages took on the host beyond their time on the device, which it spends waiting,
-    so that their sum is the time that passed.
+    There the stage `host` gets what all stages took on the host less what they took on the device, so that the sum of
+    the stages is the time that passed.
     """
 
     def __init__(self, statistics: Statistics, device: torch.device) -> None:

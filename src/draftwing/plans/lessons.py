@@ -88,7 +88,7 @@ class Lessons:
         return ratio < 1 / MOST_DRIFT or (ratio > MOST_DRIFT and not free_cores().are_shared)
 
     def known_costs(self, batch_size: int, sampled: bool) -> CycleCosts:
-        """What a cycle of so many rows costs, or the nearest that is known: sampled alike, then of the fewest more.
+        """What a cycle of so many rows costs, or the nearest known: of the same sampling if any, of the fewest more.
 
         Rows that end leave fewer than there were, and perhaps no sampled one, for which nothing is measured in the
         middle of a generation.

@@ -50,8 +50,8 @@ class Prices:
         costs = costs.at(context)
         trees = costs.trees(range(largest.num_nodes + 1))
         nodes = np.maximum(np.diff(trees[1:]), 0.0)
-        steps = costs.steps(range(1, largest.width + 1)).tolist()
-        return Prices(costs, costs.plain[0], nodes, trees.tolist(), float(nodes[:FEW_NODES].mean()), steps)
+        few, steps = float(nodes[:FEW_NODES].mean()), costs.steps(range(1, largest.width + 1)).tolist()
+        return Prices(costs, plain=costs.plain[0], nodes=nodes, trees=trees.tolist(), few_nodes=few, steps=steps)
 
 
 class Rate:
