@@ -26,7 +26,7 @@ from draftwing.drafts.kinds import (
 )
 from draftwing.drafts.load_draft import load_draft, read_acceptance, resolve_draft
 from draftwing.engine.captured import CudaRecorder, Recorder
-from draftwing.engine.engine import Engine, NewDrafter, Request, bucket, check_requests, depth_problem
+from draftwing.engine.engine import Engine, NewDrafter, Request, bucket, check_request, check_requests, depth_problem
 from draftwing.engine.generation import Committed, Generation
 from draftwing.engine.kept_engines import KeptEngines, sizes_to_keep
 from draftwing.engine.memory import check_memory, seat_bytes
@@ -284,7 +284,7 @@ class SpeculativeModel:
         return CudaRecorder(self.target.device) if self._captures else None
 
     def _check(self, requests: Sequence[Request], settings: GenerateOptions) -> None:
-        check_requests(self.target, requests)
+        check_requests(requests, partial(check_request, self.target))
         longest = max(request.most_tokens for request in requests)
         self._check_options(settings, longest, max(request.stop.max_new_tokens for request in requests))
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 class BySeat:
     """Keeps state for an engine's seats in the attributes that `by_seat` names, written in place.
 
-    They are tensors or numpy arrays `[S, ...]`, other objects of this kind, or None. All else belongs to no seat.
+    They are tensors or numpy arrays `[B, ...]`, other objects of this kind, or None. All else belongs to no seat.
     """
 
     by_seat: ClassVar[tuple[str, ...]] = ()

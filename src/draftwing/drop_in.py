@@ -33,7 +33,7 @@ from draftwing.engine.options import GenerateOptions
 from draftwing.engine.statistics import Statistics
 from draftwing.engine.stepwise import Place
 from draftwing.engine.stopping import StopRule
-from draftwing.engine.tree_plan import NamedTree
+from draftwing.engine.tree_plan import TreeShape
 from draftwing.honoured import (
     PREFIX_PROCESSORS,
     ROW_CRITERIA,
@@ -60,7 +60,7 @@ OPTIONS = ("ngram", "draft_window", "coupled", "stop")
 
 def custom_generate(
     draft: str | Path | Draft | None,
-    plan: str | NamedTree | None = None,
+    plan: str | TreeShape | None = None,
     seed: int | None = None,
     method: str | None = None,
     tokenizer: Any = None,

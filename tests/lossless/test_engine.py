@@ -337,7 +337,7 @@ def test_a_request_that_cannot_be_seated_leaves_the_seat_as_it_was(
     sampled, greedy = requests_for([[1, 2, 3]], temperature=1.0), requests_for([[4, 5], [6, 7]])
     engine = Engine(target, drafters["eagle3"], 2, CAPACITY, TreePlan.chain(2))
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(Noise, "__init__", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        patch.setattr(Noise, "admit", lambda *_: (_ for _ in ()).throw(MemoryError()))
         engine.admit(sampled[0])
     assert engine.num_free == 2
     assert [seat.tokens for seat in Generation(engine, greedy).run().outputs] == run(target, greedy)

@@ -135,7 +135,7 @@ def test_there_is_one_for_each_token_that_is_emitted(target: TargetModel, heads:
 def test_of_equals_the_lowest_id_comes_first() -> None:
     logits = torch.tensor([[[1.0, 3.0, 3.0, 0.0, 3.0]]])
     scores = Scores.of(logits, torch.tensor([[2]]))
-    (found,) = ScoresOnHost(*(part.numpy() for part in scores.parts)).of_row(0, 3)
+    (found,) = ScoresOnHost(*(part.numpy() for part in scores)).of_row(0, 3)
     assert [token for token, _ in found.top] == [1, 2, 4]
     assert found.logprob == found.top[0][1]
 

@@ -10,7 +10,7 @@ from draftwing.drafts import ngram as ngram_module
 from draftwing.drafts.eagle.network import DraftNetwork
 from draftwing.engine.engine import NewDrafter
 from draftwing.engine.tree import Candidates, Overlap
-from draftwing.engine.tree_plan import LookupTree, TreePlan
+from draftwing.engine.tree_plan import TreePlan
 from draftwing.target.model import TargetModel
 
 CHAINS = ("chain:1", "chain:6")
@@ -117,7 +117,7 @@ def break_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def break_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the tree for a chain whose accepted nodes already lie together."""
-    monkeypatch.setattr(LookupTree, "is_chain", True)
+    monkeypatch.setattr(TreePlan, "is_chain", True)
 
 
 @pytest.mark.parametrize("sabotage", [break_siblings, break_commit])

@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from draftwing.data.prompts import Prompt, has_chat_template
 from draftwing.doctor.replay import Trace, Transcript, transcribe
 from draftwing.doctor.suspects import Suspect
 from draftwing.doctor.trials import Finding, Patient, StepCount, Trials, compare
-from draftwing.engine.engine import Request, check_requests
+from draftwing.engine.engine import Request, check_request, check_requests
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule
 from draftwing.intervals import FEWEST_PROMPTS
@@ -116,7 +117,7 @@ def decode_prompts(
     elif has_template:
         ways[TEMPLATED] = requests_for(map(as_chat, prompts), temperature)
     for requests in ways.values():
-        check_requests(patient.target, requests)  # all, before the first is decoded
+        check_requests(requests, partial(check_request, patient.target))  # all, before the first is decoded
     steps.expect(len(ways))
     texts: dict[str, list[Transcript]] = {}
     for name, requests in ways.items():

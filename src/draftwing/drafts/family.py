@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
-from draftwing.engine.tree_plan import LookaheadTree, NamedTree, TreeShape
+from draftwing.engine.tree_plan import LookaheadTree, TreeShape
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,7 @@ class Family:
         """The method of this name, which the family has."""
         return next(method for method in self.methods if method.name == name)
 
-    def check_plan(self, plan: NamedTree, method: str) -> None:
+    def check_plan(self, plan: TreeShape, method: str) -> None:
         """Raise a ValueError for a plan of another shape than the family drafts."""
         if self.plans == "none":
             raise ValueError(f"plan: {method} drafts nothing, so it takes no plan but off, got {plan}")

@@ -10,7 +10,7 @@ import torch
 from draftwing.engine.drafter import Ranking
 from draftwing.engine.kernels import kernels_for
 from draftwing.engine.tree import Candidates, DraftTree, Frontier, best_subtree, join
-from draftwing.engine.tree_plan import LookupTree, RankPath, StaticTree, TreePlan, TreeShape
+from draftwing.engine.tree_plan import RankPath, StaticTree, TreePlan, TreeShape
 from draftwing.layers import DraftVocab
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -64,11 +64,6 @@ def grow_tree(root: torch.Tensor, plan: TreeShape, draft: RootedDraft, merge: Me
 def draft_levels(plan: TreeShape, draft: RootedDraft) -> tuple[Candidates, int]:
     """The candidates that a network drafts for a tree, level by level, and the number of levels."""
     raise ValueError("plan: lookahead:WxNxG is for the method lookahead; drafts take chain:DEPTH or a tree")
-
-
-@draft_levels.register
-def _(plan: LookupTree, draft: RootedDraft) -> tuple[Candidates, int]:
-    return draft_levels(plan.tree, draft)
 
 
 @draft_levels.register(TreePlan)

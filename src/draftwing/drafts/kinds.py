@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from draftwing.drafts.family import NOTHING_ELSE, Draft, DrafterOptions, Family, Kind, Method
 from draftwing.embedded import EMBEDDED_DRAFTS, EMBEDDED_TARGETS
-from draftwing.engine.tree_plan import NamedTree, TreePlan
+from draftwing.engine.tree_plan import TreePlan, TreeShape
 
 if TYPE_CHECKING:
     from draftwing.drafts.fit import Tensors
@@ -200,7 +200,7 @@ def default_plan(method: str) -> str:
     return family_of(method).method(method).plan
 
 
-def plan_for(method: str, plan: str | NamedTree | None) -> NamedTree | None:
+def plan_for(method: str, plan: str | TreeShape | None) -> TreeShape | None:
     """The plan that was asked for, or the method's; None for trees that size themselves.
 
     Raises:
@@ -220,7 +220,7 @@ def plan_for(method: str, plan: str | NamedTree | None) -> NamedTree | None:
 
 def check_drafting(
     method: str,
-    plan: str | NamedTree | None = None,
+    plan: str | TreeShape | None = None,
     ngram: bool | None = None,
     draft_window: int | None = None,
     coupled: bool | None = None,

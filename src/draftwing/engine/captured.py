@@ -107,44 +107,28 @@ Recordings = dict[tuple[object, ...], CapturedCycle | None]
 """An engine's recordings, the one used last at the end; None: it could not be made."""
 
 
-class CapturedSeats:
+class CapturedSeats(Seats):
     """The first seats. Their cycles are recorded when first needed, and kept in `recordings` for later ones.
 
     A cycle begins with `make_ready`, whose time is no cycle's. One that cannot be recorded runs as it is written.
     """
 
     def __init__(self, seats: Seats, recorder: Recorder, recordings: Recordings) -> None:
-        self._seats, self._recorder, self._recordings = seats, recorder, recordings
+        vars(self).update(vars(seats))  # the same storage
+        self._recorder, self._recordings = recorder, recordings
         self._current: CapturedCycle | None = None
         self._has_read = False  # what the last commit kept, as its recording does
 
-    @property
-    def bound(self) -> int:
-        return self._seats.bound
-
-    @bound.setter
-    def bound(self, num_tokens: int) -> None:
-        self._seats.bound = num_tokens
-
-    @property
-    def scores_tokens(self) -> bool:
-        return self._seats.scores_tokens
-
-    @scores_tokens.setter
-    def scores_tokens(self, wanted: bool) -> None:
-        self._seats.scores_tokens = wanted
-
     def make_ready(self, plan: TreeShape) -> float:
         """Record a plan's cycle, if none is there for contexts like these; returns the seconds that recording took."""
-        seats = self._seats
-        context = context_bound(seats.bound, seats.cache.capacity)
-        key = (len(seats.lengths), plan, context, seats.sampler.work, seats.scores_tokens)
+        context = context_bound(self.bound, self.cache.capacity)
+        key = (len(self.lengths), plan, context, self.sampler.work, self.scores_tokens)
         seconds = 0.0
         if key in self._recordings:
             self._current = self._recordings.pop(key)
         else:
-            start = idle_since(seats.target.device)
-            seats.prepare(plan)
+            start = idle_since(self.target.device)
+            self.prepare(plan)
             if len(self._recordings) >= MOST_RECORDINGS:
                 del self._recordings[next(iter(self._recordings))]
             self._current = None  # it would hold memory
@@ -155,28 +139,28 @@ class CapturedSeats:
 
     def draft(self, plan: TreeShape) -> DraftTree:
         if self._current is None:
-            return self._seats.draft(plan)
-        self._seats.prepare(plan)
+            return super().draft(plan)
+        self.prepare(plan)
         self._current.draft.replay()
         return self._current.draft.result
 
     def verify(self, tree: DraftTree) -> Verification:
         if self._current is None:
-            return self._seats.verify(tree)
+            return super().verify(tree)
         self._current.verify.replay()
         return self._current.verify.result
 
     def commit(self, plan: TreeShape, tree: DraftTree, verification: Verification) -> None:
         if self._current is None:
-            self._seats.commit(plan, tree, verification)
+            super().commit(plan, tree, verification)
         else:
             self._current.commit.replay()
         self._has_read = plan.depth > 0 and self._current is not None
 
     def count(self, num_committed: Array) -> None:
-        self._seats.count(num_committed)
+        super().count(num_committed)
         if self._has_read:
-            self._seats.mark_read()
+            self.mark_read()
 
     def _record_if_possible(self, plan: TreeShape, context: int) -> CapturedCycle | None:
         """As `record`, if need be with the memory of all other recordings; None, with a warning, if it fails."""
@@ -195,24 +179,23 @@ class CapturedSeats:
             self._recorder.forget()
 
     def record(self, plan: TreeShape, context: int) -> CapturedCycle:
-        """Record the steps of a plan for contexts up to a bound, while no seat commits anything."""
-        seats = self._seats
+        """Record the steps of a plan as Seats has them, for contexts up to a bound, while no seat commits anything."""
 
         def commit(tree: DraftTree, verification: Verification) -> None:
-            seats.commit(plan, tree, verification)
+            Seats.commit(self, plan, tree, verification)
             if plan.depth:  # while drafts pause, what is committed waits to be read
-                seats.drafter.catch_up(plan.max_depth + 1)
+                self.drafter.catch_up(plan.max_depth + 1)
 
         def all_steps() -> None:
-            seats.bound = context
-            tree = seats.grow(plan)
-            commit(tree, seats.verify(tree))
+            self.bound = context
+            tree = self.grow(plan)
+            commit(tree, Seats.verify(self, tree))
 
-        with seats.nobody_running():
+        with self.nobody_running():
             self._recorder.warm_up(all_steps)
-            seats.bound = context
-            tree = self._recorder.record(lambda: seats.grow(plan))
-            verification = self._recorder.record(lambda: seats.verify(tree.result))
+            self.bound = context
+            tree = self._recorder.record(lambda: self.grow(plan))
+            verification = self._recorder.record(lambda: Seats.verify(self, tree.result))
             committed = self._recorder.record(lambda: commit(tree.result, verification.result))
         return CapturedCycle(tree, verification, committed)
 

@@ -39,7 +39,6 @@ class Drafter(BySeat):
 
     def begin(self, seat: int, token: int) -> None:
         """Begin a row in a seat that is clear, with its prompt's first `token`, which `observe` never brings."""
-        return
 
     def share(self, source: int, goal: int, num_tokens: int) -> None:
         """Begin a row in seat `goal` as the row of seat `source` was after its first `num_tokens` committed tokens.
@@ -47,25 +46,21 @@ class Drafter(BySeat):
         All that was observed of the source has been read, and the rows' next tokens are the same too. Where the source
         is the goal, its row has ended and another one goes on in its place.
         """
-        return
 
     def see_choices(self, chosen: torch.Tensor, num_new: torch.Tensor) -> None:
         """See the target's own token at every node of the tree grown last, `chosen [B, N]`, before `observe`.
 
-        Where nothing was chosen, in rows that choose step by step, it is `~token`, of the likeliest token.
+        In rows that choose step by step, a node without a choice has `~token` of its likeliest token.
         """
-        return
 
     def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:
         """Take in committed positions: the next `num_new [B]` of them, right-padded.
 
         `features [B, L, F]` are the target's at those positions and `tokens [B, L]` the tokens one position later.
         """
-        return
 
     def catch_up(self, num_unread: int) -> None:
         """Read what `observe` has brought and nobody has read yet: at most so many positions of a seat."""
-        return
 
     def grow(self, root: torch.Tensor, plan: TreeShape, rank: Ranking) -> DraftTree:
         """Grow a tree below `root [B]`, the last committed token, of the shape that the plan, which drafts, asks for.

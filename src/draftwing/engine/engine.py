@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import dropwhile, islice, takewhile
 
 import numpy as np
@@ -23,7 +24,7 @@ from draftwing.engine.request import check_room
 from draftwing.engine.seats import Seats, room_for
 from draftwing.engine.statistics import StageClock, Statistics
 from draftwing.engine.tree import DraftTree
-from draftwing.engine.tree_plan import Plan, TreePlan, TreeShape
+from draftwing.engine.tree_plan import OFF, Plan, TreeShape
 from draftwing.target.model import TargetModel
 from draftwing.target.row_pass import rounding_problem
 from draftwing.threads import fitting_threads, num_threads
@@ -33,8 +34,7 @@ PREFILL_TOKENS = 2048
 SCORED_TOKENS = 128
 """Positions of a prompt that are read at once where it is scored: each has the logits of a whole vocabulary."""
 MOST_LEVELS = PREFILL_CHUNK - MOST_UNREAD - 1
-"""Of a tree: what a cycle commits must fit behind what drafters have left unread."""
-PLAIN = TreePlan.off()
+"""Levels of a tree at most: what a cycle commits must fit behind what drafters have left unread."""
 NewDrafter = Callable[[int, int], Drafter]
 """Makes a drafter for so many seats of so many slots each."""
 
@@ -67,7 +67,7 @@ class Engine:
     ) -> None:
         self.target, self.num_seats, self.capacity, self.plan = target, num_seats, capacity, plan
         self._threads = num_threads() if target.bits_depend_on_threads else None  # None: anew in every cycle
-        self.waits = False  # for the device at a cycle's end, so that each cycle counts its own time alone
+        self.waits = False  # at the end of a cycle for the device, so that no cycle counts seconds of another
         self._rounding_problem, self._trial_seconds = rounding_problem(target), 0.0
         self.count_into(Statistics())
         largest = plan.largest
@@ -83,28 +83,19 @@ class Engine:
         is_recorded = recorder is not None and can_record(self._seats, largest.cut_to(1), recorder)
         self._trial_seconds = time.perf_counter() - start if is_recorded else 0.0
         self._recorder = recorder if is_recorded else None
-        self._cycling: Seats | CapturedSeats = self._seats
+        self._cycling = self._seats
 
     @property
     def num_free(self) -> int:
         """Seats that nobody holds."""
         return self._order.num_free
 
-    @property
-    def _running(self) -> list[Seat]:
-        return self._order.running
-
-    @property
-    def _reading(self) -> list[Seat]:
-        return self._order.reading
-
     def can_serve(self, num_seats: int, capacity: int, plan: Plan) -> bool:
         """Whether so many requests of so many tokens can be decoded with another plan."""
-        is_large_enough = self.num_seats >= num_seats and self.capacity >= capacity
         largest = plan.largest
-        if depth_problem(self.target, largest):
+        if num_seats > self.num_seats or capacity > self.capacity or depth_problem(self.target, largest):
             return False
-        return is_large_enough and self._seats.can_hold(self.capacity + room_for(largest), largest.max_depth)
+        return self._seats.can_hold(self.capacity + room_for(largest), largest.max_depth)
 
     @property
     def is_recorded(self) -> bool:
@@ -122,7 +113,7 @@ class Engine:
     def check(self, request: Request, name: str = "the prompt") -> None:
         """Raise a ValueError, which names the field, for a request that no seat can serve."""
         check_request(self.target, request, name)
-        check_room(request, name, self.capacity, "a seat's {} tokens")
+        check_room(request, name, self.capacity, f"a seat's {self.capacity} tokens")
         held = self._order.held
         if held and (held[0].request.sampling.place is None) != (request.sampling.place is None):
             raise ValueError(f"place: {name} chooses its tokens in another way than those that are seated")
@@ -154,9 +145,9 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Read a chunk of the waiting prompts, then run a cycle of the seats whose prompts are read."""
-        if self._reading:
+        if self._order.reading:
             self._read_prompts()
-        return self._emit(*self._cycle()) if self._running else []
+        return self._emit(*self._cycle()) if self._order.running else []
 
     @torch.inference_mode()
     def retire(self, *seats: Seat) -> None:
@@ -166,17 +157,17 @@ class Engine:
             return
         self._order.leave(gone)
         self._look_at_running()
-        if not self._running:  # no cycle comes that it could wait for
+        if not self._order.running:  # no cycle comes that it could wait for
             self._do_deferred()
 
     @torch.inference_mode()
     def _cycle(self) -> tuple[DraftTree, CycleReading]:
         """Draft, verify, commit."""
-        seats = self._cycling
-        seats.bound = int(self._seats.lengths[: len(self._running)].max())
-        plan: TreeShape = PLAIN  # which a plan that learns is not told of
+        seats, num_running = self._cycling, len(self._order.running)
+        seats.bound = int(seats.lengths[:num_running].max())
+        plan: TreeShape = OFF  # the plan is not asked, and learns nothing
         if self._drafts:
-            plan = self.plan.next(len(self._running), seats.bound, self._samples)
+            plan = self.plan.next(num_running, seats.bound, self._samples)
         if isinstance(seats, CapturedSeats):
             self.statistics.recording_seconds += seats.make_ready(plan)
         with fitting_threads(self._threads):
@@ -199,7 +190,7 @@ class Engine:
             events, num_committed = [], []
             result, scores = reading.result().tolist(), reading.scores()
             num_drafted = tree.num_nodes - 1 if tree.max_depth else 0
-            for row, (seat, (num_accepted, *tokens)) in enumerate(zip(self._running, result, strict=False)):
+            for row, (seat, (num_accepted, *tokens)) in enumerate(zip(self._order.running, result, strict=False)):
                 new = tokens[: num_accepted + 1]
                 num_committed.append(len(new))
                 num_emitted = _end(seat, new)
@@ -213,11 +204,11 @@ class Engine:
                     counts.count_cycle(num_accepted, tree.max_depth, num_emitted, num_drafted)
             self._cycling.count(np.array(num_committed))
             if reading.has_facts:
-                num_rows, num_tokens = len(events), sum(num_committed)
-                report = CycleReport(num_rows, num_tokens, tree.num_nodes, lambda: reading.facts(num_rows))
+                facts = partial(reading.facts, len(events))
+                report = CycleReport(len(events), sum(num_committed), tree.num_nodes, facts)
                 self.plan.learn(replace(report, defer=self._deferred.append) if reading.is_copied else report)
             self.retire(*(event.seat for event in events if event.seat.finish_reason))
-        self._clock.settle(wait=self.waits or not self._running)
+        self._clock.settle(wait=self.waits or not self._order.running)
         return events
 
     def _do_deferred(self) -> None:
@@ -232,15 +223,16 @@ class Engine:
         with fitting_threads(self._threads), self._clock.stage("prefill"):
             if chosen := self._next_unread():
                 self._read_chunk(chosen)
-            while self._reading and self._may_run(self._reading[0]):
-                seat = self._reading.pop(0)
+            order = self._order
+            while order.reading and self._may_run(order.reading[0]):
+                seat = order.reading.pop(0)
                 self._seats.start(seat.index, seat.request.prompt[-1])
-                self._running.append(seat)
+                order.running.append(seat)
             self._look_at_running()
 
     def _next_unread(self) -> list[Seat]:
         """The first waiting seats, as many as read a chunk together; one alone whose prompt is scored."""
-        unread = list(dropwhile(lambda seat: not self._num_unread(seat), self._reading))  # rows in step wait
+        unread = list(dropwhile(lambda seat: not self._num_unread(seat), self._order.reading))  # rows in step wait
         if not unread or unread[0].request.scores_prompt:
             return unread[:1]
         unread = list(takewhile(lambda seat: not seat.request.scores_prompt, unread))
@@ -260,7 +252,7 @@ class Engine:
     def _may_run(self, seat: Seat) -> bool:
         """Whether a seat's prompt has been read, and those of all rows that advance in step with it."""
         place = seat.request.sampling.place
-        others = self._reading if place is not None and place.steps.in_step else [seat]
+        others = self._order.reading if place is not None and place.steps.in_step else [seat]
         return not any(map(self._num_unread, others))
 
     def _num_unread(self, seat: Seat) -> int:
@@ -269,17 +261,16 @@ class Engine:
 
     def _look_at_running(self) -> None:
         """Let cycles run over the running seats; captured ones over the next power of two, the rest of them idle."""
-        num_running = len(self._running)
-        self._drafts = any(seat.request.drafts for seat in self._running)
-        self._samples = any(seat.request.sampling.temperature > 0 for seat in self._running)
-        num_seats = min(bucket(num_running), self.num_seats)
-        within = (seat for seat in (*self._running, *self._reading) if seat.index < num_seats)
-        asks_host = any(seat.request.sampling.place or seat.request.allowed for seat in within)
-        if self._recorder is None or asks_host:
-            self._cycling = self._seats.part(0, num_running)
+        running = [seat.request for seat in self._order.running]
+        self._drafts = any(request.drafts for request in running)
+        self._samples = any(request.sampling.temperature > 0 for request in running)
+        num_seats = min(bucket(len(running)), self.num_seats)
+        within = (seat.request for seat in self._order.held[:num_seats])
+        if self._recorder is None or any(request.sampling.place or request.allowed for request in within):
+            self._cycling = self._seats.part(0, len(running))
         else:
             self._cycling = CapturedSeats(self._seats.part(0, num_seats), self._recorder, self._recordings)
-        self._cycling.scores_tokens = any(seat.request.num_logprobs is not None for seat in self._running)
+        self._cycling.scores_tokens = any(request.num_logprobs is not None for request in running)
 
 
 def depth_problem(target: TargetModel, largest: TreeShape) -> str | None:

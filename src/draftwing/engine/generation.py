@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from draftwing.engine.captured import Recorder
-from draftwing.engine.engine import Engine, Event, NewDrafter, Request, Seat
+from draftwing.engine.engine import Engine, Event, NewDrafter, Request, Seat, check_requests
 from draftwing.engine.statistics import Statistics
 from draftwing.engine.tree_plan import Plan
 from draftwing.target.model import TargetModel
@@ -36,10 +36,7 @@ class Generation:
         give_back: Callable[[Engine], None] | None = None,
         num_seats: int | None = None,
     ) -> None:
-        if not requests:
-            raise ValueError("input_ids: expected at least one prompt")
-        for row, request in enumerate(requests):
-            engine.check(request, f"prompt {row}")
+        check_requests(requests, engine.check)
         self.statistics = Statistics()
         self.outputs: list[Seat] = []
         self._engine, self._give_back = engine, give_back
@@ -56,17 +53,14 @@ class Generation:
 
     def cycles(self) -> Iterator[Committed]:
         """Run cycles until every row has stopped, yielding what each commits."""
-        while not self.is_done:
-            events = self._step()
+        for events in self._steps():
             if events:
                 yield self._by_row(events)
-        self.close()
 
     def run(self) -> "Generation":
         """Run cycles until every row has stopped; returns itself."""
-        while not self.is_done:
-            self._step()
-        self.close()
+        for _ in self._steps():
+            pass
         return self
 
     def close(self) -> None:
@@ -77,16 +71,18 @@ class Generation:
             self._give_back(self._engine)
             self._give_back = None
 
-    def _step(self) -> list[Event]:
-        try:
-            events = self._engine.step()
-            for error in [event.seat.error for event in events if event.seat.error]:
-                raise error
-            self._admit()
-        except Exception:
-            self.close()
-            raise
-        return events
+    def _steps(self) -> Iterator[list[Event]]:
+        while not self.is_done:
+            try:
+                events = self._engine.step()
+                for error in [event.seat.error for event in events if event.seat.error]:
+                    raise error
+                self._admit()
+            except Exception:
+                self.close()
+                raise
+            yield events
+        self.close()
 
     def _admit(self) -> None:
         num_running = sum(seat.finish_reason is None for seat in self.outputs)

@@ -16,8 +16,8 @@ Allowed = Callable[[list[int]], torch.Tensor | None]
 class Grammar:
     """Asks a row's `allowed` about its tree's nodes; `said` is the row's list of emitted tokens, which grows.
 
-    What is not allowed is asked about no further, and nothing behind one of the `ends`. An error ends the row alone,
-    and only if its text goes that way. Tokens that choose step by step (stepwise.py) are not asked about.
+    Nodes behind a token that is not allowed, or behind one of the `ends`, are not asked about. An error ends its row
+    alone, and only if the row's text goes that way. Tokens that choose step by step (stepwise.py) are not asked about.
     """
 
     def __init__(self, allowed: Allowed, said: list[int], ends: Sequence[int]) -> None:

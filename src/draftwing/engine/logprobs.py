@@ -23,9 +23,8 @@ class TokenLogprobs(NamedTuple):
     top: list[tuple[int, float]]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Log-probabilities of tokens `chosen [B, L]`, and of the K most probable ones: `top [B, L, K]`, their ids."""
+class Scores(NamedTuple):
+    """Log-probabilities of tokens `chosen [B, L]`, and of the K most probable ones: `top [B, L K]`, their ids."""
 
     chosen: torch.Tensor
     top: torch.Tensor
@@ -36,17 +35,12 @@ class Scores:
         """The scores of `tokens [B, L]` by `logits [B, L, V]`."""
         log_probs = logits.float().log_softmax(-1)
         top, top_ids = log_probs.topk(min(MOST_TOP, log_probs.shape[-1]))
-        return Scores(log_probs.gather(-1, tokens[..., None]).squeeze(-1), top, top_ids)
-
-    @property
-    def parts(self) -> tuple[torch.Tensor, ...]:
-        """The same numbers, as tensors `[B, ...]` of two dimensions."""
-        return self.chosen, self.top.flatten(1), self.top_ids.flatten(1)
+        return Scores(log_probs.gather(-1, tokens[..., None]).squeeze(-1), top.flatten(1), top_ids.flatten(1))
 
 
 @dataclass(frozen=True)
 class ScoresOnHost:
-    """Scores that have been read: arrays of the shapes of `Scores.parts`."""
+    """Scores that have been read: arrays of the same shapes."""
 
     chosen: np.ndarray[Any, np.dtype[Any]]
     top: np.ndarray[Any, np.dtype[Any]]

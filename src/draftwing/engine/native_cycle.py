@@ -21,26 +21,16 @@ MOST_FOUND = MOST_WIDTH = MOST_CANDIDATES = 2**31
 """There is no limit, as there is on a GPU."""
 
 
-class _Noise(ctypes.Structure):
-    _fields_ = [
-        *((name, native.pointer) for name in ("kept", "positions", "temperature")),
-        *((name, native.size) for name in ("num_kept", "tokens")),
-    ]
+def _structure(pointers: str, sizes: str = "") -> type[ctypes.Structure]:
+    """A structure of cycle.c: its pointers and then its sizes, in their order there."""
+    fields = [(name, native.pointer) for name in pointers.split()] + [(name, native.size) for name in sizes.split()]
+    return type("Structure", (ctypes.Structure,), {"_fields_": fields})
 
 
-class _Candidates(ctypes.Structure):
-    _fields_ = [
-        *((name, native.pointer) for name in ("tokens", "scores", "log_probs", "parents", "depths")),
-        ("count", native.size),
-    ]
-
-
-class _Frontier(ctypes.Structure):
-    _fields_ = [(name, native.pointer) for name in ("tokens", "scores", "numbers", "parents")]
-
-
-class _Nodes(ctypes.Structure):
-    _fields_ = [(name, native.pointer) for name in ("tokens", "parents", "depths", "valid", "scores", "log_probs")]
+_NOISE = _structure("kept positions temperature", "num_kept tokens")
+_CANDIDATES = _structure("tokens scores log_probs parents depths", "count")
+_FRONTIER = _structure("tokens scores numbers parents")
+_NODES = _structure("tokens parents depths valid scores log_probs")
 
 
 def draw(first: torch.Tensor, second: torch.Tensor, count: int) -> torch.Tensor:
@@ -117,7 +107,7 @@ def best_nodes(root: torch.Tensor, candidates: "Candidates", num_nodes: int, max
     tokens, parents, depths = (_ids(root, num_rows, num_nodes) for _ in range(3))
     valid = root.new_empty(num_rows, num_nodes, dtype=torch.bool)
     scores, log_probs = (candidates.scores.new_empty(num_rows, num_nodes) for _ in range(2))
-    into = _struct(_Nodes, (tokens, parents, depths, valid, scores, log_probs))
+    into = _struct(_NODES, (tokens, parents, depths, valid, scores, log_probs))
     native.loaded().best_nodes(root.data_ptr(), _candidates(candidates), num_rows, num_nodes, into)
     return DraftTree(tokens, parents, depths, valid, scores, log_probs, max_depth)
 
@@ -156,12 +146,12 @@ def _struct(kind: type[ctypes.Structure], parts: Iterable[torch.Tensor], *number
 
 
 def _noise(noise: "KeptNoise | None") -> Any:
-    return _struct(_Noise, ()) if noise is None else _struct(_Noise, vars(noise).values(), *noise.kept.shape[1:])
+    return _struct(_NOISE, ()) if noise is None else _struct(_NOISE, vars(noise).values(), *noise.kept.shape[1:])
 
 
 def _candidates(candidates: "Candidates") -> Any:
-    return _struct(_Candidates, vars(candidates).values(), candidates.tokens.shape[1])
+    return _struct(_CANDIDATES, vars(candidates).values(), candidates.tokens.shape[1])
 
 
 def _frontier(frontier: "Frontier | None") -> Any:
-    return _struct(_Frontier, () if frontier is None else vars(frontier).values())
+    return _struct(_FRONTIER, () if frontier is None else vars(frontier).values())

@@ -35,11 +35,14 @@ class Noise(BySeat):
         self._tokens = torch.arange(vocab_size, device=device)
         self._seeds = torch.zeros(num_seats, dtype=torch.int64, device=device)
         self._num_ahead = max(NOISE_WINDOW, most_positions)
-        self._kept = torch.empty(num_seats, 2 * self._num_ahead, vocab_size, dtype=torch.float32, device=device)
+        self._kept: torch.Tensor | None = None  # made when a row draws
         self._filled_to = np.zeros(num_seats, dtype=np.int64)
 
     def admit(self, seat: int, seed: int) -> None:
         """Give a seat the noise of this seed from now on."""
+        if self._kept is None:
+            shape = len(self._seeds), 2 * self._num_ahead, len(self._tokens)
+            self._kept = torch.empty(shape, dtype=torch.float32, device=self._tokens.device)
         self._seeds[seat] = seed
         self._filled_to[seat] = 0
 
@@ -59,18 +62,20 @@ class Noise(BySeat):
         if start + num_positions > filled_to:
             positions = torch.arange(max(start, filled_to), start + self._num_ahead, device=self._tokens.device)
             rows = gumbel(self._seeds[seat], positions, self._tokens)
-            self._kept[seat, positions % self._kept.shape[1]] = rows
+            self.kept[seat, positions % self.kept.shape[1]] = rows
             self._filled_to[seat] = start + self._num_ahead
 
     @property
     def kept(self) -> torch.Tensor:
-        """`[S, P, V]`: position p's in row p % P."""
+        """`[B, P, V]`: position p's in row p % P."""
+        assert self._kept is not None, "no row draws"
         return self._kept
 
     def at(self, positions: torch.Tensor) -> torch.Tensor:
         """Noise rows `[B, P, V]` of `positions [B, P]`, which must have been reserved."""
         rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-        return self._kept[rows, positions % self._kept.shape[1]]
+        kept = self.kept
+        return kept[rows, positions % kept.shape[1]]
 
 
 def gumbel(seed: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,13 @@ from typing import Any
 from draftwing.engine.engine import Request
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import Decode, StopRule
-from draftwing.engine.tree_plan import NamedTree
+from draftwing.engine.tree_plan import TreeShape
 
 KINDS: dict[str, tuple[Any, str]] = {
     "seed": (int | Sequence, "an integer or one per row"),
     "eos_token_id": (int | Sequence | None, "a token id or several"),
     "stop": (str | Sequence | None, "a string or several"),
-    "plan": (str | NamedTree | None, "a plan's name or a TreePlan"),
+    "plan": (str | TreeShape | None, "a plan's name or a TreePlan"),
     "logit_bias": (Mapping | None, "token ids with what is added to their logits"),
     "do_sample": (bool | None, "True or False"),
     "ngram": (bool | None, "True or False"),
@@ -64,7 +64,7 @@ class GenerateOptions:
     eos_token_id: int | Sequence[int] | None = None
     stop: Sequence[str] | str | None = None
     min_new_tokens: int | None = None
-    plan: str | NamedTree | None = None
+    plan: str | TreeShape | None = None
     coupled: bool | None = None
     ngram: bool | None = None
     draft_window: int | None = None
@@ -74,6 +74,8 @@ class GenerateOptions:
         for name, (kind, expected) in KINDS.items():
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        if isinstance(self.plan, TreeShape) and self.plan.looks_up:
+            raise ValueError("plan: expected a tree without a lookup, which ngram=True adds to it")
 
     def check(self, num_rows: int, vocab_size: int) -> None:
         """Raise a ValueError for an option that does not fit so many rows, or a vocabulary of so many ids."""

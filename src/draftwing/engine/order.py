@@ -56,7 +56,7 @@ class Order:
     def place_for(self, lender: Seat | None, num_shared: int) -> int:
         """The place for the next request: cleared, or the lender's own if it may go on there.
 
-        It may where the request continues all of a kept text, but for a few tokens, or no other place is left.
+        It may if the request continues all but a few tokens of a kept text, or if no other place is left.
         """
         goal = len(self.held)
         if lender in self.kept:
@@ -99,7 +99,7 @@ class Order:
             self._at[seat.index] = None
 
     def _make_room(self, goal: int) -> None:
-        """Let nothing be kept at a place: what is moves to a free one, or to that of the least recently used."""
+        """Move a text that is kept at a place to a free one, or to that of the least recently used, which is lost."""
         occupant = self._at[goal]
         if occupant is None:
             return

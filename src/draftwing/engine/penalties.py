@@ -23,7 +23,7 @@ class Penalties(BySeat):
     """
 
     by_seat = (*(f"_{name}" for name in FACTORS), "_seen", "_counts", "_ends", "_held_until", "holds")
-    _repetition_penalty: torch.Tensor  # [S, 1, 1], as the other factors
+    _repetition_penalty: torch.Tensor  # [B, 1, 1], as the other factors
     _presence_penalty: torch.Tensor
     _frequency_penalty: torch.Tensor
 
@@ -33,12 +33,12 @@ class Penalties(BySeat):
             setattr(self, f"_{name}", torch.full((num_seats, 1, 1), neutral, dtype=torch.float32, device=device))
         self._shape, self._device = (num_seats, vocab_size), device
         self._seen = torch.zeros(self._shape, dtype=torch.bool, device=device)
-        self._counts: torch.Tensor | None = None  # [S, V], made when a row asks for it
-        self._ends: torch.Tensor | None = None  # [S, V], as those
+        self._counts: torch.Tensor | None = None  # [B, V], made when a row asks for it
+        self._ends: torch.Tensor | None = None  # [B, V], as those
         self._held_until = torch.zeros(num_seats, 1, dtype=torch.int64, device=device)  # the first position of an end
         self.holds = np.zeros(num_seats, dtype=bool)
 
-    def admit(self, seat: int, params: "SamplingParams", prompt: Sequence[int], stop: StopRule | None) -> None:
+    def admit(self, seat: int, params: "SamplingParams", prompt: Sequence[int], stop: StopRule) -> None:
         """Begin a row with this prompt."""
         for name in FACTORS:
             getattr(self, f"_{name}")[seat] = getattr(params, name)
@@ -49,17 +49,14 @@ class Penalties(BySeat):
             self._counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
         if self._counts is not None:
             self._counts[seat] = 0
-        ends = [token for token in stop.eos_token_ids if 0 <= token < self._shape[1]] if stop is not None else []
-        self.holds[seat] = stop is not None and stop.min_new_tokens > 0 and len(ends) > 0
-        if self.holds[seat]:
-            assert stop is not None
+        ends = [token for token in stop.eos_token_ids if stop.min_new_tokens and 0 <= token < self._shape[1]]
+        self.holds[seat] = len(ends) > 0
+        self._held_until[seat] = len(prompt) + stop.min_new_tokens if ends else 0
+        if ends:
             if self._ends is None:
                 self._ends = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
             self._ends[seat] = False
             self._ends[seat, self._ids(ends)] = True
-            self._held_until[seat] = len(prompt) + stop.min_new_tokens
-        else:
-            self._held_until[seat] = 0
 
     def observe(self, tokens: torch.Tensor, num_valid: torch.Tensor, work: "SamplingWork") -> None:
         """Count the first `num_valid [B]` of the emitted tokens `[B, L]`."""

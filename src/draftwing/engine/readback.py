@@ -75,8 +75,8 @@ def _at_once(work: Work) -> None:
 class CycleReport:
     """What a cycle brought to its `num_rows`: `num_tokens` over all of them, from trees of `num_nodes`.
 
-    `facts()` are worked out when they are asked for. `defer` takes work with them that need not be done before the next
-    cycle: a device that works on its own has that one by then.
+    `facts()` are worked out when they are asked for. `defer` takes work with them that may wait: it is done once the
+    device is busy with the next cycle.
     """
 
     num_rows: int
@@ -87,10 +87,10 @@ class CycleReport:
 
 
 class CycleReading:
-    """A cycle's result on its way to the host, the cycle's only copy; of a `tree` its facts, and the tokens' `scores`.
+    """A cycle's result on its way to the host, in its only copy; with the facts of a `tree`, and the tokens' `scores`.
 
-    A CUDA device starts to copy here, and `result` waits for that alone: the device works on meanwhile. On a CPU
-    nothing is copied, the facts are read where they lie, unless what `is_replayed` is written there again.
+    A CUDA device starts to copy here, and `result` waits for that alone: the device works on meanwhile. On a CPU all
+    is read where it lies, without a copy, but for a cycle that `is_replayed`: the next one writes to the same place.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class CycleReading:
             self._parts += (verdict.accepted, tree.parents, tree.depths, tree.valid, tree.scores, tree.log_probs)
         self._num_facts = len(self._parts) - 1
         if scores is not None:
-            self._parts += scores.parts
+            self._parts += scores
         device = self._parts[0].device
         self.is_copied = is_replayed or device.type != "cpu"
         self._joined = join_parts(self._parts) if self.is_copied else None

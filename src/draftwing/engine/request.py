@@ -1,6 +1,6 @@
 """What an engine is asked for, and what it has brought: requests, their seats, events."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from draftwing.engine.grammar import Allowed, Grammar
@@ -75,12 +75,12 @@ class Event:
     logprobs: list[TokenLogprobs]
 
 
-def check_requests(target: TargetModel, requests: Sequence[Request]) -> None:
-    """Raise a ValueError for no requests, or for one that a target cannot serve; it names the prompt and the field."""
+def check_requests(requests: Sequence[Request], check: Callable[[Request, str], None]) -> None:
+    """Raise a ValueError for no requests, or for one that `check` refuses, which is given a name for it."""
     if not requests:
         raise ValueError("input_ids: expected at least one prompt")
     for row, request in enumerate(requests):
-        check_request(target, request, f"prompt {row}")
+        check(request, f"prompt {row}")
 
 
 def check_request(target: TargetModel, request: Request, name: str) -> None:
@@ -88,7 +88,7 @@ def check_request(target: TargetModel, request: Request, name: str) -> None:
     if not request.prompt:
         raise ValueError(f"input_ids: {name} is empty; at least one token is needed")
     if target.max_positions is not None:
-        check_room(request, name, target.max_positions, "the model's {} positions")
+        check_room(request, name, target.max_positions, f"the model's {target.max_positions} positions")
     if min(request.prompt) < 0 or max(request.prompt) >= target.vocab_size:
         raise ValueError(f"input_ids: {name} has ids outside the vocabulary of {target.vocab_size}")
     request.sampling.check(target.vocab_size)
@@ -97,9 +97,9 @@ def check_request(target: TargetModel, request: Request, name: str) -> None:
         raise ValueError(f"num_logprobs: expected an integer from 0 to {MOST_TOP}, got {wanted!r}")
 
 
-def check_room(request: Request, name: str, limit: int, whose: str) -> None:
+def check_room(request: Request, name: str, limit: int, limit_in_words: str) -> None:
     if request.most_tokens > limit:
         num_prompt, num_new = len(request.prompt), request.stop.max_new_tokens
         raise ValueError(
-            f"max_new_tokens: {name} has {num_prompt} tokens, and {num_new} new ones would pass {whose.format(limit)}"
+            f"max_new_tokens: {name} has {num_prompt} tokens, and {num_new} new ones would pass {limit_in_words}"
         )

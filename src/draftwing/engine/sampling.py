@@ -131,6 +131,8 @@ def uncoupled_rank(logits: torch.Tensor, positions: torch.Tensor, target_ids: to
     return UnreadScores(kernels, logits, in_full) if kernels else in_full()
 
 
+NO_END = StopRule(1)
+"""Holds back no ends."""
 COLUMNS = {
     "temperature": torch.float32,
     "top_k": torch.int64,
@@ -187,7 +189,7 @@ class Sampler(BySeat):
     """
 
     by_seat = (*(f"_{name}" for name in COLUMNS), "_penalties", "_bias", "_noise", "_params", "_grammars")
-    _temperature: torch.Tensor  # [S, 1, 1], as the other columns
+    _temperature: torch.Tensor  # [B, 1, 1], as the other columns
     _top_k: torch.Tensor
     _top_p: torch.Tensor
     _min_p: torch.Tensor
@@ -197,13 +199,14 @@ class Sampler(BySeat):
             neutral = getattr(SamplingParams(), name)
             setattr(self, f"_{name}", torch.full((num_seats, 1, 1), neutral, dtype=dtype, device=device))
         self._penalties = Penalties(num_seats, vocab_size, device)
-        self._bias: torch.Tensor | None = None  # made when a row asks for it, as the noise is
-        self._noise: Noise | None = None
+        self._bias: torch.Tensor | None = None  # made when a row asks for it
+        self._noise = Noise(num_seats, vocab_size, device, depth + 2)
         self._params = np.full(num_seats, SamplingParams(), dtype=object)
         self._grammars = np.full(num_seats, None, dtype=object)
-        self._vocab_size, self._device, self._depth = vocab_size, device, depth
+        self._vocab_size, self._device = vocab_size, device
         self.work = SamplingWork.of(self._params)
         self._places: list[Place] = []
+        self._has_grammar = False
 
     @staticmethod
     def of(params: Sequence[SamplingParams], vocab_size: int, device: torch.device, depth: int = 0) -> "Sampler":
@@ -218,29 +221,33 @@ class Sampler(BySeat):
         part.work = SamplingWork.of(part._params, bool(part._penalties.holds.any()))
         part._places = [params.place for params in part._params if params.place is not None]
         assert len(part._places) in (0, last - first)
+        part._has_grammar = any(grammar is not None for grammar in part._grammars)
         return part
+
+    def exchange(self, first: int, second: int, num_tokens: int) -> None:
+        """Let the row of the first seat go on in the second, where none runs: copying noise once is enough."""
+        self.copy_seat(first, second, num_tokens)
+        self.clear(first, num_tokens)
 
     def clear(self, seat: int, num_tokens: int) -> None:
         self.admit(seat, SamplingParams(), ())
-        if self._noise is not None:
-            self._noise.clear(seat, num_tokens)
+        self._noise.clear(seat, num_tokens)
 
     def admit(
         self,
         seat: int,
         params: SamplingParams,
         prompt: Sequence[int],
-        stop: StopRule | None = None,
+        stop: StopRule = NO_END,
         grammar: Grammar | None = None,
     ) -> None:
         """Begin a row with these parameters in a seat; `stop` says which ends are held back."""
-        num_seats = len(self._params)
         self._params[seat], self._grammars[seat] = params, grammar
         for name in COLUMNS:
             getattr(self, f"_{name}")[seat] = getattr(params, name)
         self._penalties.admit(seat, params, prompt, stop)
         if params.logit_bias and self._bias is None:
-            self._bias = torch.zeros(num_seats, 1, self._vocab_size, dtype=torch.float32, device=self._device)
+            self._bias = torch.zeros(len(self._params), 1, self._vocab_size, dtype=torch.float32, device=self._device)
         if self._bias is not None:
             self._bias[seat] = 0
             if params.logit_bias:
@@ -249,20 +256,12 @@ class Sampler(BySeat):
                     [*params.logit_bias.values()], dtype=torch.float32, device=self._device
                 )
         if params.temperature > 0:
-            if self._noise is None:
-                self._noise = Noise(num_seats, self._vocab_size, self._device, self._depth + 2)
             self._noise.admit(seat, params.seed)
-
-    @property
-    def has_grammar(self) -> bool:
-        """Whether some row's tokens are asked about on the host."""
-        return any(grammar is not None for grammar in self._grammars)
 
     def reserve(self, lengths: Sequence[int], depth: int) -> None:
         """Prepare the noise for a tree of `depth` whose roots have positions `lengths`."""
         for seat, (params, length) in enumerate(zip(self._params, lengths, strict=True)):
             if params.temperature > 0:
-                assert self._noise is not None
                 # The root's own position (never read), the levels, the bonus.
                 self._noise.reserve(seat, int(length), depth + 2)
 
@@ -283,7 +282,7 @@ class Sampler(BySeat):
             noise_at = partial(self._noise_below, lengths) if self.work.draws else None
             return choose_in_steps(self._places, logits, tree, noise_at)
         kernels = kernels_for(logits)
-        if kernels and not self.work.changes and not self.has_grammar:
+        if kernels and not self.work.changes and not self._has_grammar:
             kept = self._kept_noise(lengths[:, None] + tree.depths + 1) if self.work.draws else None
             chosen: torch.Tensor = kernels.choose_tokens(logits, kept)
             return chosen
@@ -292,12 +291,11 @@ class Sampler(BySeat):
             assert self._bias is not None
             scores = scores + self._bias
         scores = self._penalties.apply(scores, tree, lengths, self.work)
-        if self.has_grammar:
+        if self._has_grammar:
             scores = forbid(scores, tree, list(self._grammars))
         greedy = scores.argmax(-1)
         if not self.work.draws:
             return greedy
-        assert self._noise is not None
         noise = self._noise.at(lengths[:, None] + tree.depths + 1)
         sampled = (self._warp(scores) + noise).argmax(-1)
         return torch.where(self._temperature[..., 0] == 0, greedy, sampled)
@@ -325,7 +323,6 @@ class Sampler(BySeat):
 
     def _rank_all(self, logits: torch.Tensor, positions: torch.Tensor, target_ids: torch.Tensor | None) -> torch.Tensor:
         """The ranking of rows of which some draw."""
-        assert self._noise is not None
         noise = self._noise.at(positions)
         noise = noise if target_ids is None else noise[..., target_ids]
         log_probs = log_probabilities(logits)
@@ -334,12 +331,10 @@ class Sampler(BySeat):
         return torch.where(self._temperature == 0, log_probs, coupled)
 
     def _kept_noise(self, positions: torch.Tensor) -> KeptNoise:
-        assert self._noise is not None
         return KeptNoise(self._noise.kept, positions, self._temperature.flatten())
 
     def _noise_below(self, lengths: torch.Tensor, depth: int) -> torch.Tensor:
         """The noise `[B, V]` of nodes at `depth` below roots at positions `lengths [B]`."""
-        assert self._noise is not None
         return self._noise.at(lengths[:, None] + depth + 1).squeeze(1)
 
     def _warp(self, scores: torch.Tensor) -> torch.Tensor:

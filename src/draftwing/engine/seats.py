@@ -83,9 +83,7 @@ class Seats(BySeat):
 
         It may be the source's own seat, whose row has ended.
         """
-        lender = self.part(source, source + 1)
-        lender.bound = int(lender.lengths[0])
-        lender.catch_up()
+        self._catch_up_alone(source)
         self._admit_to_sampler(row)
         seat = row.index
         self.cache.copy_seat(source, seat, num_tokens)
@@ -104,23 +102,14 @@ class Seats(BySeat):
 
     def settle(self, seat: int) -> None:
         """End a row, whose text stays: the drafter has read all of it, and nothing of its sampling is left."""
-        ended = self.part(seat, seat + 1)
-        ended.bound = int(ended.lengths[0])
-        ended.catch_up()
+        self._catch_up_alone(seat)
         self._is_running[seat] = False
         self.sampler.clear(seat, 0)
 
     def go_on(self, row: int, seat: int) -> None:
         """Let a row go on in another seat, whose text, if it keeps one, takes the row's own seat."""
         num_tokens = int(max(self._num_written[row], self._num_written[seat])) + 1
-        for part in (self.cache, self.drafter):
-            part.exchange(row, seat, num_tokens)
-        self.sampler.copy_seat(row, seat, num_tokens)
-        self.sampler.clear(row, num_tokens)
-        for numbers in (self.lengths, self._num_read, self._num_written):
-            numbers[[row, seat]] = numbers[[seat, row]]
-        for state in (self._root, self._is_running):
-            state[[row, seat]] = state[[seat, row]]
+        self.exchange(row, seat, num_tokens)
 
     def read(self, prompts: Sequence[Sequence[int]], width: int, scores: bool = False) -> ScoresOnHost | None:
         """Read on in each seat's prompt, up to `width` tokens, but for its last one.
@@ -146,8 +135,8 @@ class Seats(BySeat):
         self.mark_read()
         if not scores:
             return None
-        parts = Scores.of(output.logits[:, :-1], tokens[:, 1:]).parts
-        return ScoresOnHost(*(part.numpy(force=True) for part in parts))
+        on_device = Scores.of(output.logits[:, :-1], tokens[:, 1:])
+        return ScoresOnHost(*(part.numpy(force=True) for part in on_device))
 
     def start(self, seat: int, root: int) -> None:
         """Let a seat run whose prompt has been read up to its last token, the root of the first tree."""
@@ -172,6 +161,11 @@ class Seats(BySeat):
         self._num_written[:] = np.maximum(self._num_written, self.lengths + num_unread + 2)
         self.drafter.catch_up(num_unread)
         self.mark_read()
+
+    def _catch_up_alone(self, seat: int) -> None:
+        part = self.part(seat, seat + 1)
+        part.bound = int(part.lengths[0])
+        part.catch_up()
 
     def grow(self, plan: TreeShape) -> DraftTree:
         if plan.depth == 0:

@@ -58,12 +58,15 @@ class CycleCounts:
         self.num_cycles += 1
         self.num_drafted += num_drafted
         self.num_tokens += num_emitted
-        missing = depth - len(self.accepted_at)
-        self.accepted_at += [0] * missing
-        self.reached_at += [0] * missing
+        self._deepen(depth)
         for level in range(min(depth, num_emitted)):
             self.reached_at[level] += level <= num_accepted
             self.accepted_at[level] += level < num_accepted
+
+    def _deepen(self, depth: int) -> None:
+        missing = depth - len(self.accepted_at)
+        self.accepted_at += [0] * missing
+        self.reached_at += [0] * missing
 
 
 @dataclass
@@ -94,9 +97,7 @@ class Statistics(CycleCounts):
         self.num_tokens += other.num_tokens
         self.recording_seconds += other.recording_seconds
         self.rounding_problem = self.rounding_problem or other.rounding_problem
-        missing = len(other.accepted_at) - len(self.accepted_at)
-        self.accepted_at += [0] * missing
-        self.reached_at += [0] * missing
+        self._deepen(len(other.accepted_at))
         for level, (accepted, reached) in enumerate(zip(other.accepted_at, other.reached_at, strict=True)):
             self.accepted_at[level] += accepted
             self.reached_at[level] += reached
@@ -119,8 +120,8 @@ class Statistics(CycleCounts):
 class StageClock:
     """Adds the time of each stage to a Statistics; on a GPU by events, so that nothing waits for the device.
 
-    There the host's share is what the stages took on the host beyond their time on the device, which it spends waiting,
-    so that their sum is the time that passed.
+    There the stage `host` gets what all stages took on the host less what they took on the device, so that the sum of
+    the stages is the time that passed.
     """
 
     def __init__(self, statistics: Statistics, device: torch.device) -> None:

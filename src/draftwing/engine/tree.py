@@ -4,9 +4,10 @@ Acceptance is one rule for every method: the target chooses its own token at eac
 parent is and the parent's chosen token is this node's token. The last accepted node's choice is the bonus token.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Self
 
 import torch
 
@@ -62,8 +63,17 @@ class DraftTree:
         return reach > 0
 
 
+class _Columns:
+    """A dataclass of tensors `[B, M]`."""
+
+    def first(self, count: int) -> Self:
+        """The first so many columns; of a frontier the best."""
+        parts = vars(self).values()
+        return type(self)(*(part if part.shape[1] == count else part[:, :count] for part in parts))
+
+
 @dataclass(frozen=True)
-class Candidates:
+class Candidates(_Columns):
     """M drafted nodes a row, of which a tree keeps the best. Parents come before children.
 
     Attributes:
@@ -80,13 +90,9 @@ class Candidates:
     parents: torch.Tensor
     depths: torch.Tensor
 
-    def first(self, count: int) -> "Candidates":
-        """The first so many."""
-        return Candidates(*first_columns(vars(self).values(), count))
-
 
 @dataclass(frozen=True)
-class Frontier:
+class Frontier(_Columns):
     """The P nodes of a level whose children are drafted, the best first; `[B, P]` each.
 
     Attributes:
@@ -99,15 +105,6 @@ class Frontier:
     scores: torch.Tensor
     numbers: torch.Tensor
     parents: torch.Tensor
-
-    def first(self, count: int) -> "Frontier":
-        """The best so many."""
-        return Frontier(*first_columns(vars(self).values(), count))
-
-
-def first_columns(parts: Iterable[torch.Tensor], count: int) -> list[torch.Tensor]:
-    """The first `count` of each part `[B, N]`."""
-    return [part if part.shape[1] == count else part[:, :count] for part in parts]
 
 
 def join(parts: Sequence[Candidates]) -> Candidates:

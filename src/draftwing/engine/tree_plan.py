@@ -1,15 +1,14 @@
 """What shapes draft trees: the tree of one cycle, and the plan that gives each cycle its tree.
 
 A text names one of three shapes: a dynamic tree (TreePlan; a chain is one of width 1, `off` one of depth 0), a
-StaticTree, a LookaheadTree. A dynamic tree may have another sizing, and around a shape there may be a lookup
-(LookupTree).
+StaticTree, a LookaheadTree. A dynamic tree may have another sizing, and a looked-up continuation may compete for nodes.
 N counts the root. The reference code's `depth=d` makes d + 1 levels; here the depth is the number of levels.
 """
 
 import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self, TypeAlias
 
 if TYPE_CHECKING:  # so that the command line can read a plan's name without them
     import torch
@@ -82,6 +81,7 @@ class Sizing:
 IN_FULL = Sizing()
 
 
+@dataclass(frozen=True)
 class _Shape:
     """The shape of a cycle's tree; a plan, too: one that gives itself to every cycle.
 
@@ -92,12 +92,15 @@ class _Shape:
         num_inner: drafted nodes whose children are drafted too: what a draft network reads below the root.
         max_depth: bound of the nodes' depths, of those too that no level has.
         is_chain: whether the accepted nodes are always the first ones, so that a commit moves nothing (true of `off`).
-        looks_up: whether what is looked up in the text competes for the nodes.
-        sizing: what judges the nodes while the tree grows.
+        lookup_depth: tokens of a looked-up continuation that competes for the nodes; 0: nothing is looked up.
+        sizing: what judges the nodes while a dynamic tree grows.
         cut_to: the first levels, so many, for a drafter or a limit that has no more.
     """
 
-    learns = False
+    lookup_depth: int = field(default=0, repr=False, kw_only=True)
+    sizing: Sizing = field(default=IN_FULL, repr=False, kw_only=True)
+
+    learns: ClassVar[bool] = False
 
     @property
     def largest(self) -> Self:
@@ -109,20 +112,18 @@ class _Shape:
     def learn(self, report: "CycleReport") -> None:
         pass
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether what is looked up in the text competes for the nodes."""
+        return self.lookup_depth > 0
 
-class _Named(_Shape):
-    """What the shapes share that a text names: they are drafted in full, by the draft alone."""
-
-    looks_up = False
-    sizing: Sizing = IN_FULL
-
-    def with_lookup(self: "NamedTree") -> "LookupTree":  # type: ignore[misc]
-        """The same nodes, for which a looked-up continuation competes."""
-        return LookupTree(self, min(self.num_nodes - 1, LOOKUP_DEPTH))
+    def with_lookup(self: "TreeShape") -> "TreeShape":  # type: ignore[misc]
+        """The same nodes, for which a looked-up continuation competes; it may lie deeper than the drafted levels."""
+        return replace(self, lookup_depth=min(self.num_nodes - 1, LOOKUP_DEPTH))
 
 
 @dataclass(frozen=True)
-class TreePlan(_Named):
+class TreePlan(_Shape):
     """EAGLE-2's dynamic tree (arXiv 2406.16858, section 4).
 
     The `width` best nodes of each of `depth` levels are expanded, and the best `num_nodes - 1` of all candidates kept.
@@ -133,7 +134,6 @@ class TreePlan(_Named):
     width: int
     depth: int
     num_nodes: int
-    sizing: Sizing = field(default=IN_FULL, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth) < (1 if self.depth else 0) or self.num_nodes < 1:
@@ -163,11 +163,11 @@ class TreePlan(_Named):
 
     @property
     def max_depth(self) -> int:
-        return self.depth
+        return max(self.depth, self.lookup_depth)
 
     @property
     def is_chain(self) -> bool:
-        return self.width <= 1
+        return self.width <= 1 and not self.looks_up  # a lookup may branch off anywhere
 
     def at_most(self, width: int) -> "TreePlan":
         """This plan, or a narrower one for a draft that has fewer tokens."""
@@ -197,7 +197,7 @@ class TreePlan(_Named):
         return StaticTree(paths)
 
     @staticmethod
-    def parse(text: str) -> "NamedTree":
+    def parse(text: str) -> "TreeShape":
         """Read `off`, `chain:DEPTH`, `tree:WIDTHxDEPTHxNODES`, `lookahead:WxNxG`, or the static tree of a paper.
 
         Those are `eagle1` and `medusa`.
@@ -222,7 +222,7 @@ class TreePlan(_Named):
 
 
 @dataclass(frozen=True)
-class StaticTree(_Named):
+class StaticTree(_Shape):
     """EAGLE-1's and Medusa's tree of fixed rank `paths`, kept by depth, then by rank.
 
     Raises:
@@ -264,7 +264,7 @@ class StaticTree(_Named):
 
     @property
     def max_depth(self) -> int:
-        return self.depth
+        return max(self.depth, self.lookup_depth)
 
     is_chain = False
 
@@ -279,11 +279,11 @@ class StaticTree(_Named):
         return tuple(tuple(path for path in self.paths if len(path) == d) for d in range(1, self.depth + 1))
 
     def cut_to(self, depth: int) -> "StaticTree":
-        return StaticTree(tuple(path for path in self.paths if len(path) <= depth))
+        return replace(self, paths=tuple(path for path in self.paths if len(path) <= depth))
 
 
 @dataclass(frozen=True)
-class LookaheadTree(_Named):
+class LookaheadTree(_Shape):
     """Lookahead decoding's tree: W columns of guesses, and G n-grams of N tokens (arXiv 2402.02057, section 3).
 
     Raises:
@@ -328,53 +328,9 @@ class LookaheadTree(_Named):
         return self if self.depth <= depth else replace(self, ngram_length=depth + 1)
 
 
-NamedTree: TypeAlias = TreePlan | StaticTree | LookaheadTree
-"""The shapes that a text names."""
-
-
-@dataclass(frozen=True)
-class LookupTree(_Shape):
-    """A tree for whose nodes a continuation of `lookup_depth` tokens from the text competes; it may be the deeper."""
-
-    tree: NamedTree
-    lookup_depth: int
-
-    looks_up = True
-    is_chain = False  # a lookup may branch off anywhere
-
-    def __str__(self) -> str:
-        return str(self.tree)
-
-    @property
-    def width(self) -> int:
-        return self.tree.width
-
-    @property
-    def depth(self) -> int:
-        return self.tree.depth
-
-    @property
-    def num_nodes(self) -> int:
-        return self.tree.num_nodes
-
-    @property
-    def num_inner(self) -> int:
-        return self.tree.num_inner
-
-    @property
-    def sizing(self) -> Sizing:
-        return self.tree.sizing
-
-    @property
-    def max_depth(self) -> int:
-        return max(self.tree.max_depth, self.lookup_depth)
-
-    def cut_to(self, depth: int) -> "LookupTree":
-        return replace(self, tree=self.tree.cut_to(depth))
-
-
-TreeShape: TypeAlias = NamedTree | LookupTree
+TreeShape: TypeAlias = TreePlan | StaticTree | LookaheadTree
 """The shape of a cycle's tree."""
+OFF = TreePlan.off()
 
 
 class Plan(Protocol):

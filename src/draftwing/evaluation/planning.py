@@ -68,7 +68,8 @@ class PlanReport:
     def level_pays_from(self) -> dict[int, float]:
         """P(one of the level's parents is accepted) from which drafting one more level pays, by its width."""
         deeper = float(self.experience.acceptance.continuation[NUM_DEPTHS - 1])
-        return {width: float(self.rate * self.costs.step(width) / deeper) for width in self.costs.widths}
+        seconds = zip(self.costs.widths, self.costs.draft_step[0], strict=True)
+        return {width: self.rate * step / deeper for width, step in seconds}
 
 
 def measure_plan(

@@ -8,7 +8,7 @@ import torch
 
 from draftwing.engine.engine import bucket
 from draftwing.engine.readback import CycleReport, join_outcomes
-from draftwing.engine.tree_plan import TreePlan, TreeShape
+from draftwing.engine.tree_plan import OFF, TreePlan, TreeShape
 from draftwing.plans.costs import CycleCosts
 from draftwing.plans.lessons import Experience
 from draftwing.plans.pauses import INHERITED_PAUSE, STUDIED
@@ -26,7 +26,6 @@ LESSON = 4
 """Studied cycles after which what was learnt is put to use."""
 CONTEXT_STEP = 64
 """Tokens after which the costs are looked up anew."""
-OFF = TreePlan.off()
 
 
 class AutoPlan:
@@ -94,8 +93,9 @@ class SizedPlan:
         self.sizing = PaidSize(self._calibrated, self._rate)
         self._has_fixed_shapes = bool(fixed_shapes)
         self._shapes = FixedShapes(fixed_shapes, largest)
-        self._trees = {shape: self._sized(shape, False) for shape in {largest, *fixed_shapes}}
-        self._with_lookup = {shape: self._sized(shape, True) for shape in self._trees} if with_lookup else {}
+        sizing = self._calibrated if fixed_shapes else self.sizing
+        self._trees = {shape: replace(shape, sizing=sizing) for shape in {largest, *fixed_shapes}}
+        self._with_lookup = {shape: tree.with_lookup() for shape, tree in self._trees.items() if with_lookup}
         self.expected_seconds = 0.0  # of all cycles, by the costs
         self._prices_until = self._num_cycles = 0
         self._looks_up = False
@@ -115,7 +115,7 @@ class SizedPlan:
             return OFF
         self.sizing.levels_seconds = prices.costs.levels(self._shape) if self._has_fixed_shapes else 0.0
         self._looks_up = bool(self._with_lookup) and self._experience.lookups.looks_up()
-        return (self._with_lookup if self._looks_up else self._trees)[self._shape]
+        return self._with_lookup[self._shape] if self._looks_up else self._trees[self._shape]
 
     def learn(self, report: CycleReport) -> None:
         """Take in what became of a cycle's tree; every few are looked at closely, which takes time and may wait."""
@@ -128,11 +128,6 @@ class SizedPlan:
             report.defer(partial(self._study, report, self._shape, self._looks_up))
         if self._num_cycles >= TRIAL:
             self._judge()
-
-    def _sized(self, shape: TreePlan, looks_up: bool) -> TreeShape:
-        """What `next` gives for a shape: made once, not in every cycle."""
-        tree = replace(shape, sizing=self._calibrated if self._has_fixed_shapes else self.sizing)
-        return tree.with_lookup() if looks_up else tree
 
     def _study(self, report: CycleReport, shape: TreePlan, looked_up: bool) -> None:
         """Look closely at what became of the nodes of a tree of this shape."""

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -21,11 +21,11 @@ from draftwing.drafts.kinds import family_of_draft
 from draftwing.engine.captured import Recorder
 from draftwing.engine.engine import Engine, NewDrafter, Request
 from draftwing.engine.generation import Generation
-from draftwing.engine.readback import CycleReport
+from draftwing.engine.readback import Array, CycleReport
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.statistics import STAGES
 from draftwing.engine.stopping import StopRule
-from draftwing.engine.tree_plan import TreePlan
+from draftwing.engine.tree_plan import OFF, TreePlan
 from draftwing.files import cache_folder, write_text
 from draftwing.provenance import provenance
 from draftwing.target.model import TargetModel
@@ -79,33 +79,24 @@ class CycleCosts:
                 return [float(np.interp(context, self.contexts, columns))]
             return [[float(np.interp(context, self.contexts, column)) for column in columns.T]]
 
-        return CycleCosts(
-            contexts=[context],
-            plain=between(self.plain),
-            num_nodes=self.num_nodes,
-            verify=between(self.verify),
-            widths=self.widths,
-            draft_step=between(self.draft_step),
-            extend=between(self.extend),
-            fixed=between(self.fixed),
-        )
+        by_context = ("plain", "verify", "draft_step", "extend", "fixed")
+        return replace(self, contexts=[context], **{name: between(getattr(self, name)) for name in by_context})
 
     def cycle(self, plan: TreePlan) -> float:
         """Seconds of a cycle of this plan, at the first context."""
-        return self.tree(plan.num_nodes, self.levels(plan)) if plan.depth else self.plain[0]
+        return float(self.trees([plan.num_nodes])[0]) + self.levels(plan) if plan.depth else self.plain[0]
 
     def levels(self, plan: TreePlan) -> float:
         """Seconds of a plan's draft levels beyond the first."""
-        return (plan.depth - 1) * self.step(plan.width)
+        return (plan.depth - 1) * float(self.steps([plan.width])[0])
 
-    def tree(self, num_nodes: int, levels: float) -> float:
-        """Seconds of a cycle that verifies `num_nodes` and spends so many on the draft's levels beyond the first."""
-        verify = float(np.interp(num_nodes, self.num_nodes, self.verify[0]))
-        return self.extend[0] + levels + verify + self.fixed[0]
+    def trees(self, num_nodes: Sequence[int]) -> Array:
+        """Seconds of cycles with one draft level that verify so many nodes, at the first context."""
+        return self.extend[0] + np.interp(num_nodes, self.num_nodes, self.verify[0]) + self.fixed[0]
 
-    def step(self, width: int) -> float:
-        """Seconds of one further draft level of `width` nodes, at the first context."""
-        return float(np.interp(width, self.widths, self.draft_step[0]))
+    def steps(self, widths: Sequence[int]) -> Array:
+        """Seconds of one further draft level of so many nodes, at the first context."""
+        return np.interp(widths, self.widths, self.draft_step[0])
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
@@ -136,9 +127,8 @@ def what_costs_depend_on(target: TargetModel, draft: Draft, captured: bool) -> d
     kind = family_of_draft(draft).kind
     where = {"on": str(target.device), "dtype": str(target.dtype), "pass": type(target).__name__}
     network = kind.network(draft)
-    where["draft_pass"] = ", ".join(
-        sorted({type(part).__name__ for part in (draft, *network.modules())})
-    )  # fused ones differ
+    passes = {type(part).__name__ for part in (draft, *network.modules())}  # fused ones differ
+    where["draft_pass"] = ", ".join(sorted(passes))
     modules = (*target.model.modules(), *network.modules())
     products = {str(module.product) for module in modules if isinstance(module, PackedLinear)}
     where["products"] = ", ".join(sorted(products))
@@ -204,7 +194,7 @@ def measure_costs(
     some_widths, some_sizes = (WIDTHS, NUM_NODES) if recorder is None else (RECORDED_WIDTHS, RECORDED_NODES)
     widths = [width for width in some_widths if width < largest.width] + [largest.width]
     sizes = [num_nodes for num_nodes in some_sizes if num_nodes < largest.num_nodes] + [largest.num_nodes]
-    plans = [TreePlan.off()]
+    plans = [OFF]
     plans += [_shallowest(num_nodes, widths[-1]) for num_nodes in sizes]
     num_steps = max(1, min(STEPS, largest.depth - 1))
     plans += [TreePlan(width, 1 + num_steps, 2) for width in widths]

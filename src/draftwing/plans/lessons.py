@@ -9,7 +9,7 @@ import torch
 from draftwing.engine.engine import bucket
 from draftwing.engine.readback import Outcomes
 from draftwing.engine.statistics import Statistics
-from draftwing.engine.tree_plan import NamedTree
+from draftwing.engine.tree_plan import TreeShape
 from draftwing.plans.acceptance import AcceptanceTable, CalibratedSize
 from draftwing.plans.costs import CycleCosts
 from draftwing.plans.pauses import ClockedPlan, LookupTrial, Pause
@@ -61,7 +61,7 @@ class Lessons:
 
     stored: Mapping[str, Any] = field(default_factory=dict)
     costs: dict[Key, CycleCosts] = field(default_factory=dict)
-    clocked: dict[NamedTree, ClockedPlan] = field(default_factory=dict)
+    clocked: dict[TreeShape, ClockedPlan] = field(default_factory=dict)
     """Plans of n-grams with what the clock has said of them."""
     costs_since: float = 0.0
     watched: dict[Key, tuple["AutoPlan", Statistics]] = field(default_factory=dict)
@@ -88,7 +88,7 @@ class Lessons:
         return ratio < 1 / MOST_DRIFT or (ratio > MOST_DRIFT and not free_cores().are_shared)
 
     def known_costs(self, batch_size: int, sampled: bool) -> CycleCosts:
-        """What a cycle of so many rows costs, or the nearest that is known: sampled alike, then of the fewest more.
+        """What a cycle of so many rows costs, or the nearest known: of the same sampling if any, of the fewest more.
 
         Rows that end leave fewer than there were, and perhaps no sampled one, for which nothing is measured in the
         middle of a generation.

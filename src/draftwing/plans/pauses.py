@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from draftwing.engine.readback import CycleFacts, CycleReport
-from draftwing.engine.tree_plan import NamedTree, TreePlan, TreeShape
+from draftwing.engine.tree_plan import OFF, TreeShape
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 16, 1024
 """Cycles of a pause."""
@@ -89,7 +89,7 @@ class LookupTrial:
 class LookupPlan:
     """A fixed tree, with a lookup in the cycles in which that may bring something."""
 
-    def __init__(self, tree: NamedTree, trial: LookupTrial) -> None:
+    def __init__(self, tree: TreeShape, trial: LookupTrial) -> None:
         self.largest = tree.with_lookup()
         self._without = tree
         self._trial = trial
@@ -117,9 +117,8 @@ class ClockedPlan:
 
     learns = True
 
-    def __init__(self, tree: NamedTree) -> None:
+    def __init__(self, tree: TreeShape) -> None:
         self.largest = tree
-        self._off = TreePlan.off()
         self._pause = Pause()
         self._believed = 0  # cycles left for which the tree is taken to be faster
         self._measured: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
@@ -138,7 +137,7 @@ class ClockedPlan:
             self._measured[self._drafts].append((now - self._began, self._tokens))
         self._drafts, on_trial = self._choose()
         self._began, self._tokens = now, num_rows if on_trial else 0
-        return self.largest if self._drafts else self._off
+        return self.largest if self._drafts else OFF
 
     def learn(self, report: CycleReport) -> None:
         """Count what a drafted cycle brought."""

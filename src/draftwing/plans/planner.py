@@ -9,7 +9,7 @@ from draftwing.engine.captured import Recorder
 from draftwing.engine.engine import bucket
 from draftwing.engine.options import GenerateOptions
 from draftwing.engine.statistics import Statistics
-from draftwing.engine.tree_plan import LookupTree, NamedTree, Plan, TreePlan
+from draftwing.engine.tree_plan import OFF, Plan, TreeShape
 from draftwing.plans.auto import AutoPlan
 from draftwing.plans.costs import CycleCosts, cached_costs, measure_costs, what_costs_depend_on
 from draftwing.plans.lessons import Key, Lessons
@@ -40,12 +40,12 @@ class Planner:
             return settings.ngram
         return "ngram" in family_of(self._method).takes and plan_for(self._method, settings.plan) is None
 
-    def fixed_shape(self, settings: GenerateOptions, max_new_tokens: int) -> NamedTree | LookupTree | None:
+    def fixed_shape(self, settings: GenerateOptions, max_new_tokens: int) -> TreeShape | None:
         """The largest tree of a plan that is named; None: trees size themselves."""
         tree = self._named_tree(settings, max_new_tokens)
         return tree.with_lookup() if tree is not None and tree.depth and self.looks_up(settings) else tree
 
-    def _named_tree(self, settings: GenerateOptions, max_new_tokens: int) -> NamedTree | None:
+    def _named_tree(self, settings: GenerateOptions, max_new_tokens: int) -> TreeShape | None:
         """What is drafted of it, a lookup aside."""
         tree = plan_for(self._method, settings.plan)
         return tree.cut_to(max_new_tokens) if tree is not None and tree.depth else tree
@@ -62,7 +62,7 @@ class Planner:
                 self.costs(*key)
             return self._sized(with_lookup)
         if not tree.depth:
-            return TreePlan.off()
+            return OFF
         by_itself = (settings.plan or default_plan(self._method)) == "auto"
         if by_itself and family_of(self._method).method(self._method).clocked:
             return self._lessons.clocked.setdefault(tree, ClockedPlan(tree)).begin()

@@ -29,7 +29,7 @@ class Prices:
     """Seconds of a cycle's parts at one context, for trees of up to a size.
 
     Attributes:
-        costs: what they are taken from.
+        costs: of the context, which they are taken from.
         plain: a cycle without drafts.
         nodes: of the second node, the third, ...
         trees: of a tree of so many nodes and one level.
@@ -48,16 +48,10 @@ class Prices:
     def at(context: int, costs: CycleCosts, largest: TreePlan) -> "Prices":
         """The prices at so many committed tokens."""
         costs = costs.at(context)
-        verify = np.interp(np.arange(1, largest.num_nodes + 1), costs.num_nodes, costs.verify[0])
-        nodes, others = np.maximum(np.diff(verify), 0.0), costs.extend[0] + costs.fixed[0]
-        return Prices(
-            costs=costs,
-            plain=costs.plain[0],
-            nodes=nodes,
-            trees=[others + seconds for seconds in (verify[0], *verify.tolist())],
-            few_nodes=float(nodes[:FEW_NODES].mean()),
-            steps=[costs.step(width) for width in range(1, largest.width + 1)],
-        )
+        trees = costs.trees(range(largest.num_nodes + 1))
+        nodes = np.maximum(np.diff(trees[1:]), 0.0)
+        few, steps = float(nodes[:FEW_NODES].mean()), costs.steps(range(1, largest.width + 1)).tolist()
+        return Prices(costs, plain=costs.plain[0], nodes=nodes, trees=trees.tolist(), few_nodes=few, steps=steps)
 
 
 class Rate:

@@ -33,7 +33,7 @@ from draftwing.engine.engine import Request
 from draftwing.engine.generation import start_generation
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule
-from draftwing.engine.tree_plan import NamedTree, TreePlan
+from draftwing.engine.tree_plan import TreePlan, TreeShape
 from draftwing.target.load import load_tokenizer, read_target_config
 from draftwing.target.model import TargetModel
 from draftwing.training.frozen_target import frozen_target
@@ -102,7 +102,7 @@ def coverage(head: Any, train: Sequence[Example]) -> float | None:
     return float(counts[target_ids.cpu()].sum() / counts.sum().clamp(min=1))
 
 
-def decode_plan(config: HeadStage) -> NamedTree:
+def decode_plan(config: HeadStage) -> TreeShape:
     """The tree plan with which evaluations decode."""
     try:
         return TreePlan.parse(config.decode_plan) if config.decode_plan else TreePlan.chain(config.ttt_steps)
@@ -122,7 +122,7 @@ class HeadTrainer(ResumableTrainer):
     """Batches rows of like length, logs each step's loss and accuracy, keeps the best head, decodes `prompts`."""
 
     prompts: Sequence[Sequence[int]] = ()
-    plan: NamedTree
+    plan: TreeShape
 
     def order(self, generator: torch.Generator) -> list[int]:
         lengths, rows_per_step = lengths_of(self.train_dataset), int(self.settings["rows_per_step"])
@@ -224,7 +224,7 @@ def copy_of(head: nn.Module, target: TargetModel, objective: Objective) -> Any:
     return network.eval()
 
 
-def decode(head: Any, target: TargetModel, prompts: Sequence[Sequence[int]], plan: NamedTree) -> tuple[int, int]:
+def decode(head: Any, target: TargetModel, prompts: Sequence[Sequence[int]], plan: TreeShape) -> tuple[int, int]:
     """Decode the prompts greedily, one by one; returns how many tokens came in how many cycles."""
     drafter = new_drafter(resolve_method(None, head), head, target)
     num_tokens = num_cycles = 0

@@ -10,7 +10,7 @@ import torch
 from draftwing.drafts.ngram import LONGEST_MATCH, NgramDrafter
 from draftwing.engine.sampling import uncoupled_rank
 from draftwing.engine.tree import Candidates, DraftTree, best_subtree, follow
-from draftwing.engine.tree_plan import LookupTree, TreePlan, TreeShape
+from draftwing.engine.tree_plan import TreePlan, TreeShape
 
 Path = tuple[int, ...]
 STAGED = TreePlan.parse("tree:2x2x6").with_lookup()  # a draft of two levels, a lookup of five tokens
@@ -209,7 +209,7 @@ class TestMerging:
         assert nodes[(10, 31)] == 0.9 * 2 / 4
 
     def test_a_continuation_that_the_draft_has_whole_adds_nothing(self) -> None:
-        shallow = LookupTree(TreePlan.parse("tree:2x2x7"), lookup_depth=2)
+        shallow = replace(TreePlan.parse("tree:2x2x7"), lookup_depth=2)
         nodes = nodes_of(merged(candidates_of(DRAFT), [1, 2, 20, 22, 9, 1, 2], plan=shallow))
         assert set(nodes) == set(DRAFT)
         assert (nodes[(20,)], nodes[(20, 22)]) == (2 / 4, 2 / 4 * 3 / 5)

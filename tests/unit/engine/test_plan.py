@@ -2,7 +2,8 @@
 
 import pytest
 
-from draftwing.engine.tree_plan import LookaheadTree, NamedTree, TreePlan
+from draftwing.engine.options import GenerateOptions
+from draftwing.engine.tree_plan import LookaheadTree, TreePlan, TreeShape
 
 
 @pytest.mark.parametrize(
@@ -14,7 +15,7 @@ from draftwing.engine.tree_plan import LookaheadTree, NamedTree, TreePlan
         ("lookahead:15x5x7", LookaheadTree(num_columns=15, ngram_length=5, num_ngrams=7)),
     ],
 )
-def test_parse(text: str, plan: NamedTree) -> None:
+def test_parse(text: str, plan: TreeShape) -> None:
     assert TreePlan.parse(text) == plan
 
 
@@ -105,6 +106,11 @@ def test_a_lookup_competes_for_the_same_nodes_and_may_be_deeper() -> None:
     assert (plan.num_nodes, plan.depth, plan.max_depth) == (6, 3, 5)
     assert TreePlan.parse("tree:10x8x60").with_lookup().max_depth == 8
     assert not TreePlan.chain(3).with_lookup().is_chain, "it may branch off"
+
+
+def test_a_lookup_is_no_part_of_a_plan_that_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="plan: expected a tree without a lookup, which ngram=True adds"):
+        GenerateOptions(plan=TreePlan.chain(3).with_lookup())
 
 
 @pytest.mark.parametrize("text", ["off", "chain:3", "tree:1x4x3", "tree:4x4x16", "eagle1", "medusa", "lookahead:5x4x3"])
