@@ -29,7 +29,10 @@ def prompts() -> list[Prompt]:
 @pytest.fixture(scope="module")
 def models() -> dict[str, SpeculativeModel]:
     """In float32, where a row's bits do not depend on what passes with it."""
-    return {method: draftwing.load("tiny", draft=draft, method=method, draft_dtype="target") for method, draft in METHODS.items()}
+    return {
+        method: draftwing.load("tiny", draft=draft, method=method, draft_dtype="target")
+        for method, draft in METHODS.items()
+    }
 
 
 def decode(model: SpeculativeModel, prompt: Prompt, **options: object) -> GenerateOutput:

@@ -43,7 +43,7 @@ class Method(NamedTuple):
     name: str
     plan: str = "auto"
     embedded: str = ""
-    """The embedded draft that it is for, behind the target's name: `eagle1` for tiny-eagle1; empty: the target's own."""
+    """The embedded draft that it is for: `eagle1` for tiny-eagle1; empty: the one that is called like the target."""
     clocked: str = ""
     """The tree that `auto` tries and pauses by the clock, in a family that has none to size."""
 
