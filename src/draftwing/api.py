@@ -19,12 +19,11 @@ from draftwing.drafts.kinds import (
     PLAIN,
     check_drafting,
     family_of,
-    family_of_draft,
     new_drafter,
     resolve_method,
     suitable_draft,
 )
-from draftwing.drafts.load_draft import load_draft, read_acceptance, resolve_draft
+from draftwing.drafts.load_draft import load_packed, read_acceptance, resolve_draft
 from draftwing.engine.captured import CudaRecorder, Recorder
 from draftwing.engine.engine import Engine, NewDrafter, Request, bucket, check_request, check_requests, depth_problem
 from draftwing.engine.generation import Committed, Generation
@@ -40,8 +39,6 @@ from draftwing.plans.planner import Planner
 from draftwing.target.fused import pack_target
 from draftwing.target.load import check_device, load_target, load_tokenizer, parse_dtype
 from draftwing.target.model import TargetModel
-from draftwing.target.packed import multiplies_in_c
-from draftwing.target.rounded import round_linears
 from draftwing.target.row_pass import rounding_problem
 from draftwing.threads import free_cores
 
@@ -109,15 +106,8 @@ class SpeculativeModel:
     ) -> "SpeculativeModel":
         """The same target with a draft that is loaded for it; arguments and errors are those of `load`."""
         _check_draft_dtype(draft_dtype)
-        drafting = load_draft(draft, self.target, options=head_options, tokenizer=self.tokenizer)
-        lessons, family = self._lessons.of_another(read_acceptance(draft)), family_of_draft(drafting)
-        if draft_dtype is not None and not family.has_int8:
-            raise ValueError(f"draft_dtype: for draft heads, and {draft} is {family.name}")
-        if draft_dtype is None and family.has_int8 and multiplies_in_c(self.dtype, self.device):
-            draft_dtype = "int8"
-        if draft_dtype == "int8":
-            round_linears(family.kind.network(drafting))
-        packed = family.kind.prepack(drafting)
+        packed = load_packed(draft, self.target, head_options, self.tokenizer, draft_dtype)
+        lessons = self._lessons.of_another(read_acceptance(draft))
         return SpeculativeModel(self.target, packed, self.tokenizer, method, lessons, self._captures)
 
     @property

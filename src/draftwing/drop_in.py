@@ -27,7 +27,7 @@ from draftwing.config import check_keys
 from draftwing.drafts.eagle.formats import HeadOptions
 from draftwing.drafts.family import Draft
 from draftwing.drafts.kinds import family_of_draft, suitable_draft
-from draftwing.drafts.load_draft import load_draft, read_acceptance
+from draftwing.drafts.load_draft import load_packed, read_acceptance
 from draftwing.engine.generation import Generation
 from draftwing.engine.options import GenerateOptions
 from draftwing.engine.statistics import Statistics
@@ -195,8 +195,8 @@ class _DropIn:
             return _Known(fits, self.draft, Lessons())
         name = suitable_draft(str(self.draft), self.method)
         with torch.random.fork_rng(devices=()):
-            draft = load_draft(name, target, options=self.head_options, tokenizer=self.tokenizer)
-        return _Known(fits, family_of_draft(draft).kind.prepack(draft, compiles=False), Lessons(read_acceptance(name)))
+            draft = load_packed(name, target, self.head_options, self.tokenizer, compiles=False)
+        return _Known(fits, draft, Lessons(read_acceptance(name)))
 
 
 @dataclass(frozen=True)

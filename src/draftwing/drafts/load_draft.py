@@ -13,10 +13,12 @@ from draftwing.drafts.eagle.formats import FROM_FILE, HeadOptions
 from draftwing.drafts.eagle.gguf_head import is_head, read_gguf
 from draftwing.drafts.family import Draft, DraftFiles, Family
 from draftwing.drafts.fit import Tensors, check_finite
-from draftwing.drafts.kinds import FAMILIES, family_of_files
+from draftwing.drafts.kinds import FAMILIES, family_of_draft, family_of_files
 from draftwing.embedded import EMBEDDED_DRAFTS, RECIPES
 from draftwing.target.gguf import dequantised, find_gguf
 from draftwing.target.model import TargetModel
+from draftwing.target.packed import multiplies_in_c
+from draftwing.target.rounded import round_linears
 
 TOKENIZER_FILES = ("*.model", "*.txt", "*.tiktoken")
 ACCEPTANCE_FILE = "acceptance.json"
@@ -135,6 +137,32 @@ def load_draft(
     if family.kind.reads_tensors:
         check_finite(files.tensors)
     return draft
+
+
+def load_packed(
+    name: str,
+    target: TargetModel,
+    options: HeadOptions = FROM_FILE,
+    tokenizer: Any = None,
+    draft_dtype: str | None = None,
+    compiles: bool | None = None,
+) -> Draft:
+    """As `load_draft`, with its weights laid out for decoding.
+
+    `draft_dtype` is as `draftwing.load` has it, and `compiles` as targets have it.
+
+    Raises:
+        ValueError: also for a `draft_dtype` that such drafts cannot have.
+    """
+    draft = load_draft(name, target, options=options, tokenizer=tokenizer)
+    family = family_of_draft(draft)
+    if draft_dtype is not None and not family.has_int8:
+        raise ValueError(f"draft_dtype: for draft heads, and {name} is {family.name}")
+    if draft_dtype is None and family.has_int8 and multiplies_in_c(target.dtype, target.device):
+        draft_dtype = "int8"
+    if draft_dtype == "int8":
+        round_linears(family.kind.network(draft))
+    return family.kind.prepack(draft, compiles)
 
 
 def open_draft(name: str) -> DraftFiles:

@@ -128,6 +128,6 @@ def test_the_embedded_head_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers, scale = to_int8(weights[1])
     torch.testing.assert_close(weights[0], numbers * scale[:, None], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(weights[0], weights[1], atol=1e-5, rtol=1e-5)
-    monkeypatch.setattr("draftwing.api.load_draft", None)  # a wrong one is known before the draft is loaded
+    monkeypatch.setattr("draftwing.api.load_packed", None)  # a wrong one is known before the draft is loaded
     with pytest.raises(ValueError, match="draft_dtype: expected int8 or target, got 'int3'"):
         model.with_draft("tiny", draft_dtype="int3")
