@@ -343,13 +343,14 @@ def load(
             one that needs no draft, none is loaded.
         capture: on a CUDA device, record cycles once and replay them (CUDA graphs).
         remeasure: measure anew what a cycle costs, by which trees size themselves; else it is kept on disk for 30 days.
-        draft_dtype: "int8" keeps the linear layers of a draft head in 8 bits, "target" in the target's dtype; default:
-            8 bits on a CPU whose products read them in C. The output stays the same, drafts may get worse.
-        options: `quantize="int8"` (or int4, float8) keeps the target's linear layers in fewer bits: on a CPU in C, else
-            by torchao; files that are quantised already need none. The fields of HeadOptions (`aux_layers`,
-            `rope_theta`, `norm_output`, ...) override what a head's file says (see `draftwing inspect`, `draftwing
-            doctor`). Others go to transformers' `from_pretrained` of the target; those of HUB_OPTIONS (`revision`,
-            `trust_remote_code`, ...) to its tokenizer's, too.
+        draft_dtype: "int8" keeps the linear layers of a draft head in 8 bits, "target" in the target's dtype. Default:
+            "int8" in float32 on a CPU with a C compiler, else "target". The output stays the same; fewer drafts may be
+            accepted.
+        options: `quantize="int8"`, "int4" or "float8" keeps the target's linear layers in fewer bits. int8 in float32
+            on a CPU with a C compiler is draftwing's own, the rest is torchao's. Files that are quantised already need
+            none. The fields of HeadOptions (`aux_layers`, `rope_theta`, `norm_output`, ...) override what a head's file
+            says (see `draftwing inspect`, `draftwing doctor`). Others go to transformers' `from_pretrained` of the
+            target; those of HUB_OPTIONS (`revision`, `trust_remote_code`, ...) to its tokenizer's, too.
 
     Raises:
         ValueError: a name that cannot be loaded, a draft that does not fit, a model whose cache cannot be rolled back.

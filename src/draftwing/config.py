@@ -18,7 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 QUANTIZATIONS = ("int8", "int4", "float8")
 """How a target's linear layers can be kept in fewer bits (target/load.py)."""
 DRAFT_DTYPES = ("int8", "target")
-"""How a draft head's linear layers can be (target/rounded.py)."""
+"""What a draft head's linear layers are kept in: 8 bits (target/rounded.py), or the target's dtype."""
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 

@@ -83,7 +83,8 @@ def custom_generate(
     Keep the returned function: it loads the draft once per model, and trees that size themselves learn from each call.
 
     Args:
-        draft: what `load` takes, or a loaded one; None with a method that needs none.
+        draft: what `load` takes, or a loaded one; None with a method that needs none. A head that is loaded by its name
+            is kept in 8 bits in float32 on a CPU with a C compiler; a loaded one stays as it is.
         plan, method: as `load` and GenerateOptions have them.
         seed: None: each call draws its seed from torch's generator, so that `torch.manual_seed` repeats it.
         tokenizer: the target's, for `stop`, and for a draft model with another number of ids.

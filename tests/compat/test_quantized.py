@@ -18,9 +18,10 @@ from draftwing.api import SpeculativeModel
 from draftwing.cli import main
 from draftwing.config import TrainConfig
 from draftwing.drafts.eagle.network import DraftNetwork
+from draftwing.plans.costs import what_costs_depend_on
 from draftwing.target import load as loading
 from draftwing.target.fused import FusedTarget, pack_target
-from draftwing.target.load import load_target
+from draftwing.target.load import load_stock, load_target
 from draftwing.target.model import TargetModel
 from draftwing.target.packed import PackedLinear, multiplies_bfloat16, pack_linears
 from draftwing.target.rounded import round_linears
@@ -211,10 +212,40 @@ class TestInC:
         model = tiny_llama()
         model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
         model.config.save_pretrained(tmp_path)
-        with pytest.raises(
-            ValueError, match=r"quantize: expected none, got 'int8': the files of .* are quantised already"
-        ):
+        with pytest.raises(ValueError, match=r"quantize: expected none, got 'int8': .* is quantised already"):
             draftwing.load(str(tmp_path), quantize="int8")
+
+    def test_layers_that_would_stay_are_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Falcon's linear layers are of a class of their own."""
+
+        class FalconLinear(nn.Linear):
+            pass
+
+        model = tiny_llama()
+        model.model.layers[0].mlp.up_proj = FalconLinear(32, 48, bias=False)
+        monkeypatch.setattr(loading, "load_model", lambda *args, **options: model)
+        with pytest.raises(
+            ValueError, match=r"quantize: int8 .* plain linear layers, and LlamaForCausalLM has FalconLinear"
+        ):
+            load_target("tiny", quantize="int8")
+
+    def test_a_device_map_leaves_it_to_torchao(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+        with pytest.raises(ValueError, match="quantize: needs torchao"):
+            load_target("tiny", quantize="int8", device_map="auto")
+
+    def test_a_stock_model_has_the_same_products(self, int8: SpeculativeModel) -> None:
+        """So a comparison with transformers is of the same weights."""
+        stock = load_stock("tiny", torch.float32, "cpu", "int8")
+        x = torch.randn(3, stock.config.hidden_size)
+        assert stock.lm_head(x).equal(int8.target.output_head(x))
+
+    def test_costs_tell_an_int8_target_from_an_int8_head(self, int8: SpeculativeModel) -> None:
+        own_head = int8.with_draft("tiny", draft_dtype="target")
+        rounded_head = draftwing.load("tiny", draft="tiny", dtype="float32")
+        keys = [what_costs_depend_on(model.target, model.draft, False) for model in (own_head, rounded_head)]
+        assert {key["products"] for key in keys} == {key["draft_products"] for key in keys}
+        assert keys[0]["products"] == keys[1]["draft_products"] != keys[0]["draft_products"]
 
     def test_the_command(self, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = (

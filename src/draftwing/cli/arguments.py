@@ -154,14 +154,14 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
         choices=QUANTIZATIONS,
-        help="keep the target's linear layers in fewer bits: int8 on a CPU in C, else by torchao (int4: CUDA only); "
-        "files that are quantised already need no option",
+        help="keep the target's linear layers in fewer bits: int8 by draftwing in float32 on a CPU with a C compiler, "
+        "else by torchao (int4: CUDA only); files that are quantised already need no option",
     )
     parser.add_argument(
         "--draft-dtype",
         choices=DRAFT_DTYPES,
-        help="keep the linear layers of a draft head in 8 bits, or in the target's dtype (default: 8 bits on a CPU "
-        "whose products read them in C); the output stays the same, drafts may get worse",
+        help="keep the linear layers of a draft head in 8 bits, or in the target's dtype (default: 8 bits in float32 "
+        "on a CPU with a C compiler, else the target's dtype); the output stays the same, fewer drafts may be accepted",
     )
     parser.add_argument(
         "--no-capture",

@@ -94,12 +94,12 @@ class HeadLoss(nn.Module):
     def forward(
         self, *batch: torch.Tensor, num_items_in_batch: torch.Tensor | None = None, **more: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """The `loss` of a batch, whose parts are the arguments of `_read`.
+        """`{"loss": a scalar}` of a batch; its tensors and their shapes are the arguments of `read`.
 
-        `num_items_in_batch [J]` (the Trainer's name) are the slots of all batches whose gradients are summed, by step;
-        default: of this batch alone.
+        `num_items_in_batch [J]` (the Trainer's name): the slots of all batches whose gradients are summed, by step.
+        Default: of this batch alone.
         """
-        taught = self._read(*batch, **more)
+        taught = self.read(*batch, **more)
         outputs = self._run_steps(taught)
         valid = taught.slots.valid(self.num_steps)
         num_slots = valid.sum(0) if num_items_in_batch is None else num_items_in_batch
@@ -107,7 +107,7 @@ class HeadLoss(nn.Module):
         last_hidden = taught.last_hidden.flatten(0, 1)[taught.slots.teacher]
         return {"loss": self._loss(outputs, last_hidden, valid, step_weights)}
 
-    def _read(
+    def read(
         self,
         input_ids: torch.Tensor,
         loss_mask: torch.Tensor,

@@ -147,16 +147,14 @@ def load_packed(
     draft_dtype: str | None = None,
     compiles: bool | None = None,
 ) -> Draft:
-    """As `load_draft`, with its weights laid out for decoding.
-
-    `draft_dtype` is as `draftwing.load` has it, and `compiles` as targets have it.
+    """As `load_draft`, prepacked for decoding. `draft_dtype` is `draftwing.load`'s, `compiles` is `pack_target`'s.
 
     Raises:
-        ValueError: also for a `draft_dtype` that such drafts cannot have.
+        ValueError: as `load_draft`, or 8 bits for a draft that is no head.
     """
     draft = load_draft(name, target, options=options, tokenizer=tokenizer)
     family = family_of_draft(draft)
-    if draft_dtype is not None and not family.has_int8:
+    if draft_dtype == "int8" and not family.has_int8:
         raise ValueError(f"draft_dtype: for draft heads, and {name} is {family.name}")
     if draft_dtype is None and family.has_int8 and multiplies_in_c(target.dtype, target.device):
         draft_dtype = "int8"

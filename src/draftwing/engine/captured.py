@@ -114,7 +114,7 @@ class CapturedSeats(Seats):
     """
 
     def __init__(self, seats: Seats, recorder: Recorder, recordings: Recordings) -> None:
-        vars(self).update(vars(seats))  # the same storage
+        vars(self).update(vars(seats))  # the same seats: their state is shared, not copied
         self._recorder, self._recordings = recorder, recordings
         self._current: CapturedCycle | None = None
         self._has_read = False  # what the last commit kept, as its recording does

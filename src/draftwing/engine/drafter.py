@@ -50,7 +50,7 @@ class Drafter(BySeat):
     def see_choices(self, chosen: torch.Tensor, num_new: torch.Tensor) -> None:
         """See the target's own token at every node of the tree grown last, `chosen [B, N]`, before `observe`.
 
-        In rows that choose step by step, a node without a choice has `~token` of its likeliest token.
+        In rows that choose step by step, a node for which nothing was chosen has `~token` of its likeliest `token`.
         """
 
     def observe(self, tokens: torch.Tensor, features: torch.Tensor | None, num_new: torch.Tensor) -> None:

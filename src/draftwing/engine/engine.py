@@ -67,7 +67,7 @@ class Engine:
     ) -> None:
         self.target, self.num_seats, self.capacity, self.plan = target, num_seats, capacity, plan
         self._threads = num_threads() if target.bits_depend_on_threads else None  # None: anew in every cycle
-        self.waits = False  # at the end of a cycle for the device, so that no cycle counts seconds of another
+        self.waits = False  # whether a cycle ends by waiting for the device, so that it counts its own seconds alone
         self._rounding_problem, self._trial_seconds = rounding_problem(target), 0.0
         self.count_into(Statistics())
         largest = plan.largest

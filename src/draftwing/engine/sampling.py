@@ -225,7 +225,7 @@ class Sampler(BySeat):
         return part
 
     def exchange(self, first: int, second: int, num_tokens: int) -> None:
-        """Let the row of the first seat go on in the second, where none runs: copying noise once is enough."""
+        """Move the first seat's row to the second, where none runs: noise is large, and is copied once."""
         self.copy_seat(first, second, num_tokens)
         self.clear(first, num_tokens)
 

@@ -20,6 +20,7 @@ enum { LANES = 8 };
 typedef float Lanes __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t Numbers __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
+#define ROUNDER 12582912.0f /* 1.5 * 2^23: adding it to a number leaves a whole one */
 #define AT(pointer) (*(Lanes *)(pointer))
 #define INLINE static inline __attribute__((always_inline))
 
@@ -38,6 +39,12 @@ INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
 #else
     return a * b + c;
 #endif
+}
+
+INLINE float most_of(Lanes x) {
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
 }
 
 INLINE float total(Lanes x) {
@@ -81,7 +88,7 @@ INLINE float dot(const float *a, const float *b, int64_t length) {
 
 /* e^x within some units in the last place: 2^n by its exponent times e^(x - n ln 2) by a polynomial. NaN stays. */
 INLINE Lanes exponential(Lanes x) {
-    const Lanes rounder = all(12582912.0f); /* 1.5 * 2^23: adding it leaves whole numbers */
+    const Lanes rounder = all(ROUNDER);
     x = choose(x > 88.0f, all(88.0f), x);
     x = choose(x < -87.0f, all(-87.0f), x);
     Lanes shifted = x * 1.44269504f + rounder, n = shifted - rounder;

@@ -4,24 +4,27 @@
    gaps between the slots that it reads. Every sum has one order, written out here, which the compiler may not change
    (no -ffast-math, and -ffp-contract=off). Sizes and strides are in numbers; the last dimension has no gaps.
 
-   Weights of 8 bits are multiplied as whole numbers: a row becomes numbers of 16 bits and a scale. Such sums are exact,
-   and a machine does twice as many in a cycle as of float32. */
+   Weights of 8 bits are multiplied as whole numbers: a row of inputs is rounded to 16 bits and a scale. PART products
+   are added exactly in 32 bits; these parts are added in float32, in their order. One instruction adds twice as many
+   such products as of float32. */
 
 #include <stdlib.h>
 
 #include "lanes.h"
 
-enum { WIDTH = 2 * LANES, ROWS = 6 };
+enum { WIDTH = 2 * LANES, ROWS = 6 }; /* outputs of a panel; rows of a block, at most */
 enum Kind { FLOAT32, BFLOAT16, FLOAT16, INT8 };
-enum { LARGEST = 32767, PART = 512 }; /* PART * 127 * LARGEST is below 2^31 */
+enum { LARGEST = 32767, PART = 512 }; /* of a rounded row; inputs added in 32 bits: PART * 127 * LARGEST < 2^31 */
 
+/* Halves: the bits of LANES bfloat16 or float16. Bytes, Pairs: LANES pairs, of 8 and 16 bits. Shorts: LANES of 16. */
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 typedef int8_t Bytes __attribute__((vector_size(LANES * 2), aligned(1), may_alias));
 typedef int16_t Pairs __attribute__((vector_size(LANES * 4), aligned(2), may_alias));
 typedef int16_t Shorts __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 
-/* Weights [outputs, inputs] as panels of WIDTH outputs: [panels, inputs, WIDTH], or of INT8, whose inputs go in pairs,
-   [panels, pairs, WIDTH, 2]. These have a scale for each output. There may be a bias. */
+/* Weights [outputs, inputs] as panels of WIDTH outputs: [panels, inputs, WIDTH]. INT8 weights lie in pairs of inputs,
+   [panels, pairs, WIDTH, 2], and have a scale [outputs]. Panels and pairs are filled up with zeros. The bias [outputs]
+   may be NULL. */
 typedef struct {
     const void *panels;
     const float *scale, *bias;
@@ -35,7 +38,7 @@ typedef struct {
 } Norm;
 
 /* A decoder layer. One with an embedding_norm reads [norm(embedding); norm(state)], as an EAGLE-3 draft's first does.
-   heads_norm [heads, dim] is of queries and keys. */
+   heads_norm [heads + key_heads, dim] is for queries, then keys. */
 typedef struct {
     Product queries_keys_values, attention_output, gate_up, down;
     Norm embedding_norm, input_norm, heads_norm, mlp_norm;
@@ -75,7 +78,8 @@ INLINE Lanes load(const char *weights, int64_t index, int kind) {
 #endif
 }
 
-/* Rows of a product: x [rows, inputs], and where the weights are INT8 their numbers [rows, 2 * pairs] and scales. */
+/* What a product reads of its rows: numbers [rows, 2 * pairs] and scales [rows] if its weights are INT8, else
+   x [rows, inputs]. */
 typedef struct {
     const float *x;
     const int16_t *numbers;
@@ -87,19 +91,19 @@ INLINE int64_t num_pairs(int64_t inputs) { return (inputs + 1) / 2; }
 /* The float32 numbers that the numbers and scales of rows take. */
 INLINE int64_t rounded_size(int64_t rows, int64_t inputs) { return rows * (1 + num_pairs(inputs)); }
 
-/* A row's whole numbers, LARGEST at most, and their scale: not a number, where one in the row is none or infinite. */
+/* Rounds a row to whole numbers of at most LARGEST, with a 0 behind an odd number of inputs. Returns their scale: NaN if
+   the row holds NaN or infinity. */
 INLINE float round_row(const float *x, int64_t inputs, int16_t *numbers) {
-    const Lanes rounder = all(12582912.0f); /* 1.5 * 2^23: adding it leaves whole numbers */
+    const Lanes rounder = all(ROUNDER);
     const int64_t whole = inputs / LANES * LANES;
     Lanes last = all(0), most = all(0), zeros = all(0);
     memcpy(&last, x + whole, (size_t)(inputs - whole) * sizeof *x);
     for (int64_t i = 0; i <= whole; i += LANES) {
         const Lanes read = i < whole ? AT(x + i) : last, size = choose(read < 0.0f, -read, read);
         most = choose(size > most, size, most);
-        zeros += read * 0.0f;
+        zeros += read * 0.0f; /* NaN for NaN and infinity */
     }
-    float largest = most[0];
-    for (int i = 1; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+    const float largest = most_of(most);
     const float inverse = largest > 0 ? LARGEST / largest : 0;
     for (int64_t i = 0; i <= whole; i += LANES) {
         const Lanes read = i < whole ? AT(x + i) : last;
@@ -139,22 +143,23 @@ INLINE int64_t panel_size(const Product *product, int kind) {
     return kind == INT8 ? num_pairs(product->inputs) * 2 * WIDTH : product->inputs * WIDTH * num_bytes(kind);
 }
 
-/* What is fetched of the next panel while a block is multiplied: its share, at an even pace. Blocks that fetched as much
-   as they read would wait for memory at first, and leave it idle afterwards. */
+/* The next panel is fetched while the blocks of this one are multiplied. A block of `count` rows fetches count / num_rows
+   of it: as many bytes as one step reads, in that share of its steps. If the first block fetched all of it, that block
+   would wait for memory, and memory would be idle during the others. */
 typedef struct {
     const char *next;
-    int64_t pace, left; /* steps for each step's bytes, and those until the next */
+    int64_t num_rows, left; /* rows of all blocks; rows that steps have yet to multiply until the next fetch */
 } Ahead;
 
-INLINE void fetch_ahead(Ahead *ahead, int64_t bytes) {
-    if (--ahead->left > 0) return;
+INLINE void fetch_ahead(Ahead *ahead, int count, int64_t bytes) {
+    if ((ahead->left -= count) > 0) return;
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead->next + i, 0, 2);
     ahead->next += bytes;
-    ahead->left = ahead->pace;
+    ahead->left += ahead->num_rows;
 }
 
-/* The sums of some rows times one panel of INT8. */
-INLINE void sum_numbers(const Product *product, int64_t panel, int count, Rows rows, Ahead ahead, Lanes sums[][2]) {
+/* Adds to sums: some rows times one panel of INT8. */
+INLINE void sum_int8(const Product *product, int64_t panel, int count, Rows rows, Ahead ahead, Lanes sums[][2]) {
     const int64_t pairs = num_pairs(product->inputs);
     const int8_t *weights = (const int8_t *)product->panels + panel * panel_size(product, INT8);
     for (int64_t first = 0; first < pairs; first += PART / 2) {
@@ -162,7 +167,7 @@ INLINE void sum_numbers(const Product *product, int64_t panel, int count, Rows r
         Numbers part[ROWS][2];
         for (int r = 0; r < count; r++) part[r][0] = part[r][1] = (Numbers){};
         for (int64_t k = first; k < end; k++) {
-            fetch_ahead(&ahead, 2 * WIDTH);
+            fetch_ahead(&ahead, count, 2 * WIDTH);
             const Pairs low = load_pairs(weights + k * 2 * WIDTH), high = load_pairs(weights + k * 2 * WIDTH + WIDTH);
             for (int r = 0; r < count; r++) {
                 int32_t pair;
@@ -177,13 +182,13 @@ INLINE void sum_numbers(const Product *product, int64_t panel, int count, Rows r
     }
 }
 
-/* The sums of some rows times one panel of another kind. */
+/* The same of a panel of FLOAT32, BFLOAT16 or FLOAT16. */
 INLINE void sum_floats(const Product *product, int64_t panel, int kind, int count, Rows rows, Ahead ahead,
                        Lanes sums[][2]) {
     const int64_t inputs = product->inputs;
     const char *weights = (const char *)product->panels + panel * panel_size(product, kind);
     for (int64_t k = 0; k < inputs; k++) {
-        fetch_ahead(&ahead, WIDTH * num_bytes(kind));
+        fetch_ahead(&ahead, count, WIDTH * num_bytes(kind));
         Lanes low = load(weights, k * WIDTH, kind), high = load(weights, k * WIDTH + LANES, kind);
         for (int r = 0; r < count; r++) {
             Lanes factor = all(rows.x[r * inputs + k]);
@@ -193,20 +198,18 @@ INLINE void sum_floats(const Product *product, int64_t panel, int kind, int coun
     }
 }
 
-/* Rows `first .. first + count - 1` of all the `total` rows times one panel, plus bias and what `added` holds, if
-   anything. */
-INLINE void multiply_block(const Product *product, int64_t panel, int kind, int64_t first, int count, int64_t total,
+/* Rows `first .. first + count - 1` of `num_rows`, times one panel, plus the bias and `added`, where there are any. */
+INLINE void multiply_block(const Product *product, int64_t panel, int kind, int64_t first, int count, int64_t num_rows,
                            Rows rows, const float *added, float *out) {
     const int64_t inputs = product->inputs, outputs = product->outputs, left = outputs - panel * WIDTH,
-                  number = left < WIDTH ? left : WIDTH, size = panel_size(product, kind),
-                  pace = (total + count - 1) / count;
-    const Ahead ahead = {(const char *)product->panels + (panel + 1) * size + size * first / total, pace, 1};
+                  width = left < WIDTH ? left : WIDTH, size = panel_size(product, kind);
+    const Ahead ahead = {(const char *)product->panels + (panel + 1) * size + size * first / num_rows, num_rows, count};
     const float *scale = kind == INT8 ? product->scale + panel * WIDTH : NULL,
                 *bias = product->bias ? product->bias + panel * WIDTH : NULL;
     Lanes sums[ROWS][2];
     for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = all(0);
     if (kind == INT8)
-        sum_numbers(product, panel, count, (Rows){.numbers = rows.numbers + first * 2 * num_pairs(inputs)}, ahead, sums);
+        sum_int8(product, panel, count, (Rows){.numbers = rows.numbers + first * 2 * num_pairs(inputs)}, ahead, sums);
     else
         sum_floats(product, panel, kind, count, (Rows){.x = rows.x + first * inputs}, ahead, sums);
     for (int64_t r = first; r < first + count; r++) {
@@ -214,25 +217,25 @@ INLINE void multiply_block(const Product *product, int64_t panel, int kind, int6
         float line[WIDTH];
         memcpy(line, sums[r - first], sizeof line);
         if (scale)
-            for (int64_t i = 0; i < number; i++) line[i] *= scale[i] * rows.scales[r];
+            for (int64_t i = 0; i < width; i++) line[i] *= scale[i] * rows.scales[r];
         if (bias)
-            for (int64_t i = 0; i < number; i++) line[i] += bias[i];
+            for (int64_t i = 0; i < width; i++) line[i] += bias[i];
         if (added)
-            for (int64_t i = 0; i < number; i++) line[i] += added[place + i];
-        memcpy(out + place, line, (size_t)number * sizeof *line);
+            for (int64_t i = 0; i < width; i++) line[i] += added[place + i];
+        memcpy(out + place, line, (size_t)width * sizeof *line);
     }
 }
 
-INLINE void multiply_panel(const Product *product, int64_t panel, int kind, int64_t count, Rows rows,
+INLINE void multiply_panel(const Product *product, int64_t panel, int kind, int64_t num_rows, Rows rows,
                            const float *added, float *out) {
     int64_t r = 0;
-#define BLOCK_OF(number) multiply_block(product, panel, kind, r, number, count, rows, added, out)
-    for (; count - r > 8 || count - r == ROWS; r += ROWS) BLOCK_OF(ROWS);
-    if (count - r > ROWS) { /* 7 and 8 as halves, for a block of one or two waits for its sums */
+#define BLOCK_OF(count) multiply_block(product, panel, kind, r, count, num_rows, rows, added, out)
+    for (; num_rows - r > 8 || num_rows - r == ROWS; r += ROWS) BLOCK_OF(ROWS);
+    if (num_rows - r > ROWS) { /* 7 is 4 + 3, and 8 is 4 + 4: a block of one or two waits for each sum before it adds */
         BLOCK_OF(4);
         r += 4;
     }
-    switch (count - r) {
+    switch (num_rows - r) {
         case 1: BLOCK_OF(1); break;
         case 2: BLOCK_OF(2); break;
         case 3: BLOCK_OF(3); break;
@@ -242,40 +245,48 @@ INLINE void multiply_panel(const Product *product, int64_t panel, int kind, int6
 #undef BLOCK_OF
 }
 
+/* A function for each kind, so that the compiler knows the kind and the rows in the innermost loop. */
 #define KIND_OF(name, kind) \
-    static void name(const Product *product, int64_t panel, int64_t count, Rows rows, const float *added, float *out) { \
-        multiply_panel(product, panel, kind, count, rows, added, out); \
+    static void name(const Product *product, int64_t panel, int64_t num_rows, Rows rows, const float *added, \
+                     float *out) { \
+        multiply_panel(product, panel, kind, num_rows, rows, added, out); \
     }
 KIND_OF(multiply_float32, FLOAT32)
 KIND_OF(multiply_bfloat16, BFLOAT16)
 KIND_OF(multiply_float16, FLOAT16)
 KIND_OF(multiply_int8, INT8)
 
-/* x [count, inputs] times the weights -> out [count, outputs], by the threads of the region that it is called in.
+/* x [num_rows, inputs] times the weights -> out [num_rows, outputs], by the threads of the region that it is called in.
    A thread takes some neighbouring panels at a time, since it fetches the next one ahead; a late thread takes fewer.
-   `scratch` has room for rounded_size. */
-static void share_product(const Product *product, int64_t count, const float *x, const float *added, float *out,
+   Of scratch, rounded_size numbers are used where weights are INT8. */
+static void share_product(const Product *product, int64_t num_rows, const float *x, const float *added, float *out,
                           float *scratch, int64_t threads) {
     const int64_t panels = (product->outputs + WIDTH - 1) / WIDTH, part = panels / (4 * threads) + 1,
                   inputs = product->inputs;
-    int16_t *numbers = (int16_t *)(scratch + count);
+    int16_t *numbers = (int16_t *)(scratch + num_rows);
     if (product->kind == INT8) {
 #pragma omp for
-        for (int64_t row = 0; row < count; row++)
+        for (int64_t row = 0; row < num_rows; row++)
             scratch[row] = round_row(x + row * inputs, inputs, numbers + row * 2 * num_pairs(inputs));
     }
     const Rows rows = {x, numbers, scratch};
 #pragma omp for schedule(dynamic, part)
     for (int64_t panel = 0; panel < panels; panel++) switch (product->kind) {
-            case FLOAT32: multiply_float32(product, panel, count, rows, added, out); break;
-            case BFLOAT16: multiply_bfloat16(product, panel, count, rows, added, out); break;
-            case FLOAT16: multiply_float16(product, panel, count, rows, added, out); break;
-            case INT8: multiply_int8(product, panel, count, rows, added, out); break;
+            case FLOAT32: multiply_float32(product, panel, num_rows, rows, added, out); break;
+            case BFLOAT16: multiply_bfloat16(product, panel, num_rows, rows, added, out); break;
+            case FLOAT16: multiply_float16(product, panel, num_rows, rows, added, out); break;
+            case INT8: multiply_int8(product, panel, num_rows, rows, added, out); break;
         }
 }
 
+/* Scratch of a product alone. */
+static float *new_scratch(const Product *product, int64_t num_rows) {
+    return product->kind == INT8 ? malloc((size_t)rounded_size(num_rows, product->inputs) * sizeof(float)) : NULL;
+}
+
+/* share_product, in a region of its own. */
 void multiply(const Product *product, int64_t rows, const float *x, const float *added, float *out, int threads) {
-    float *scratch = malloc((size_t)rounded_size(rows, product->inputs) * sizeof *scratch);
+    float *scratch = new_scratch(product, rows);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     share_product(product, rows, x, added, out, scratch, threads);
     free(scratch);
@@ -326,7 +337,7 @@ INLINE void gate_row(const float *gate_up, int64_t width, float *out) {
     for (; i < width; i++) out[i] = gate_up[i] / (exponential(all(-gate_up[i]))[0] + 1.0f) * up[i];
 }
 
-enum { SLOTS = 4 };
+enum { SLOTS = 4 }; /* whose keys a query is multiplied with at once */
 
 /* A query times the keys of some slots, whose numbers are `visible`. */
 INLINE void dots(const float *query, const float *keys, int64_t stride, int64_t dim, const int32_t *visible,
@@ -356,8 +367,7 @@ INLINE void softmax(const float *query, const float *keys, int64_t stride, int64
     }
     for (j = 0; j < count; j++) weights[j] *= scale;
     for (j = 0; j + LANES <= count; j += LANES) most = choose(AT(weights + j) > most, AT(weights + j), most);
-    float largest = most[0];
-    for (int i = 1; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+    float largest = most_of(most);
     for (; j < count; j++) largest = weights[j] > largest ? weights[j] : largest;
     for (j = 0; j + LANES <= count; j += LANES) sums += (AT(weights + j) = exponential(AT(weights + j) - largest));
     float sum = total(sums);
@@ -395,12 +405,13 @@ INLINE void weigh(const float *weights, const float *values, int64_t stride, int
 
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* Scratch of one layer, in numbers: its own, and behind them what a product of it or before it rounds. */
+/* Scratch of one layer, in numbers: its arrays, then the rounded rows of one product. An fc, which runs before the
+   layers, rounds its rows at the beginning: 2 * size inputs take less than the arrays do. */
 INLINE int64_t scratch_of(const Layer *layer, int64_t rows, int64_t read, int64_t threads) {
     const int64_t attended = layer->heads * layer->dim, gated = layer->down.inputs,
                   size = layer->attention_output.outputs, inputs = layer->queries_keys_values.inputs;
     return rows * (inputs + layer->queries_keys_values.outputs + attended + size + 3 * gated) + 2 * threads * read +
-           rounded_size(rows, larger(larger(inputs, 2 * size), larger(attended, gated)));
+           rounded_size(rows, larger(inputs, larger(attended, gated)));
 }
 
 /* Scratch of a pass over these rows, in numbers. */
@@ -419,6 +430,8 @@ static void run_layer(const Layer *layer, const Pass *pass, float *keys, float *
                   width = layer->queries_keys_values.inputs, joined = layer->queries_keys_values.outputs,
                   gated = layer->down.inputs, slot = key_heads * dim;
     const float scale = 1.0f / __builtin_sqrtf((float)dim);
+    /* inputs [rows, width], projected [rows, joined], attended [rows, heads * dim], normed [rows, size],
+       gate_up [rows, 2 * gated], gates [rows, gated], own [threads, 2 * read], rounded: of one product at a time */
     float *inputs = pass->scratch, *projected = inputs + rows * width, *attended = projected + rows * joined,
           *normed = attended + rows * heads * dim, *gate_up = normed + rows * size,
           *gates = gate_up + rows * 2 * gated, *own = gates + rows * gated,
@@ -431,16 +444,16 @@ static void run_layer(const Layer *layer, const Pass *pass, float *keys, float *
     share_product(&layer->queries_keys_values, rows, inputs, NULL, projected, rounded, pass->threads);
 #pragma omp for
     for (int64_t row = 0; row < rows; row++) {
-        float *turned = projected + row * joined;
+        float *row_heads = projected + row * joined;
         const int64_t angle = (pass->positions ? pass->positions[row] : row) * pass->turned;
         for (int64_t head = 0; head < heads + key_heads; head++) {
-            float *part = turned + head * dim;
+            float *part = row_heads + head * dim;
             if (layer->heads_norm.weight)
                 normalise_row(part, dim, layer->heads_norm.weight + head * dim, layer->heads_norm.eps, part);
             rotate(part, pass->turned, pass->cos + angle, pass->signed_sin + angle);
         }
-        memcpy(keys + pass->slots[row] * slot, turned + heads * dim, (size_t)slot * sizeof *keys);
-        memcpy(values + pass->slots[row] * slot, turned + heads * dim + slot, (size_t)slot * sizeof *values);
+        memcpy(keys + pass->slots[row] * slot, row_heads + heads * dim, (size_t)slot * sizeof *keys);
+        memcpy(values + pass->slots[row] * slot, row_heads + heads * dim + slot, (size_t)slot * sizeof *values);
     }
     /* By heads first: a head's keys and values fit into a cache that all heads' do not. */
 #pragma omp for collapse(2) schedule(dynamic)
@@ -511,7 +524,7 @@ void run_draft(const Draft *draft, const Pass *pass, float *const *keys, float *
 /* Logits [rows, outputs] of outputs x [rows, D], by a norm, whose result is normed [rows, D]. */
 void read_out(const Norm *norm, const Product *head, int64_t rows, const float *x, float *normed, float *logits,
               int threads) {
-    float *scratch = malloc((size_t)rounded_size(rows, head->inputs) * sizeof *scratch);
+    float *scratch = new_scratch(head, rows);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from draftwing.drafts.family import Draft
 from draftwing.drafts.kinds import family_of_draft
@@ -129,13 +130,17 @@ def what_costs_depend_on(target: TargetModel, draft: Draft, captured: bool) -> d
     network = kind.network(draft)
     passes = {type(part).__name__ for part in (draft, *network.modules())}  # fused ones differ
     where["draft_pass"] = ", ".join(sorted(passes))
-    modules = (*target.model.modules(), *network.modules())
-    products = {str(module.product) for module in modules if isinstance(module, PackedLinear)}
-    where["products"] = ", ".join(sorted(products))
+    where["products"], where["draft_products"] = products_of(target.model), products_of(network)
     where["captured"] = str(captured)
     where["attention"] = target.model.config._attn_implementation  # a user's own model has another
     where["threads"] = str(num_threads())
     return _machine() | where | {"target": target.config.to_dict(), "draft": kind.config(draft)}
+
+
+def products_of(network: nn.Module) -> str:
+    """The kinds of a network's products, in words."""
+    kinds = {str(module.product) for module in network.modules() if isinstance(module, PackedLinear)}
+    return ", ".join(sorted(kinds))
 
 
 @cache

@@ -88,10 +88,10 @@ class Lessons:
         return ratio < 1 / MOST_DRIFT or (ratio > MOST_DRIFT and not free_cores().are_shared)
 
     def known_costs(self, batch_size: int, sampled: bool) -> CycleCosts:
-        """What a cycle of so many rows costs, or the nearest known: of the same sampling if any, of the fewest more.
+        """The known costs of the smallest batch of at least so many rows, if possible of the same sampling.
 
-        Rows that end leave fewer than there were, and perhaps no sampled one, for which nothing is measured in the
-        middle of a generation.
+        As rows end, fewer are left than were measured, and perhaps no sampled one; nothing is measured in the middle of
+        a generation.
         """
         enough = [key for key in self.costs if key[0] >= batch_size]
         return self.costs[min(enough, key=lambda key: (key[1] != sampled, key[0]))]

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from statistics import fmean, median
 
+from draftwing.engine.engine import bucket
 from draftwing.engine.readback import CycleFacts, CycleReport
 from draftwing.engine.tree_plan import OFF, TreeShape
 
@@ -24,7 +25,9 @@ STUDIED = 2
 TRIED = 8
 """Cycles of each kind that a trial compares."""
 BELIEVED = 256
-"""Cycles until a tree that was faster is tried again."""
+"""Cycles until a tree that was faster is tried again, if it stays so."""
+RECENT = 16
+"""Drafted cycles whose tokens say whether it does."""
 
 
 @dataclass
@@ -113,36 +116,74 @@ class LookupPlan:
 
 
 class ClockedPlan:
-    """Tries a tree and plain decoding in turn, then goes on with the faster of the two for a while."""
+    """A tree in the cycles in which it is faster than none, by a clock for each batch size and kind of sampling."""
 
     learns = True
 
     def __init__(self, tree: TreeShape) -> None:
         self.largest = tree
-        self._pause = Pause()
-        self._believed = 0  # cycles left for which the tree is taken to be faster
-        self._measured: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
-        self._began, self._drafts, self._tokens = 0.0, False, 0
+        self._clocks: dict[tuple[int, bool], Clock] = {}
+        self._current = Clock()
 
     def begin(self) -> "ClockedPlan":
         """Begin a generation, whose text may be of another kind; returns itself."""
-        self._tokens = 0  # the time since the last cycle is nobody's
-        self._pause.inherit(INHERITED_LOOKUP_PAUSE)
+        for clock in self._clocks.values():
+            clock.begin()
         return self
 
     def next(self, num_rows: int, longest: int, sampled: bool = False) -> TreeShape:
         """The tree, or none; the cycle before has ended by now."""
-        now = time.perf_counter()
-        if self._tokens:
-            self._measured[self._drafts].append((now - self._began, self._tokens))
-        self._drafts, on_trial = self._choose()
-        self._began, self._tokens = now, num_rows if on_trial else 0
-        return self.largest if self._drafts else OFF
+        clock = self._clocks.setdefault((bucket(num_rows), sampled), Clock())
+        if clock is not self._current:
+            clock.skip()
+            self._current = clock
+        return self.largest if clock.drafts() else OFF
 
     def learn(self, report: CycleReport) -> None:
         """Count what a drafted cycle brought."""
-        if self._tokens:
-            self._tokens = report.num_tokens
+        self._current.learn(report.num_tokens / report.num_rows)
+
+
+class Clock:
+    """Tries drafting and plain decoding in turn, then goes on with the faster of the two while it stays so."""
+
+    def __init__(self) -> None:
+        self._pause = Pause()
+        self._believed = 0  # cycles left for which drafting is taken to be faster
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}
+        self._brought: list[float] = []  # tokens of a row in each drafted cycle of a trial
+        self._needed = self._recent = (
+            0.0  # tokens that make up for a drafted cycle's seconds, and those that came lately
+        )
+        self._began, self._drafts, self._is_trial = 0.0, False, False
+
+    def begin(self) -> None:
+        """Begin a generation."""
+        self.skip()
+        self._pause.inherit(INHERITED_LOOKUP_PAUSE)
+
+    def skip(self) -> None:
+        """Time has passed since the last cycle that is not the cycle's."""
+        self._is_trial = False
+
+    def drafts(self) -> bool:
+        """Whether the cycle that begins now drafts."""
+        now = time.perf_counter()
+        if self._is_trial:
+            self._seconds[self._drafts].append(now - self._began)
+        self._drafts, self._is_trial = self._choose()
+        self._began = now
+        return self._drafts
+
+    def learn(self, tokens: float) -> None:
+        """Count the tokens that a row had from a drafted cycle."""
+        if self._is_trial:
+            self._brought.append(tokens)
+            return
+        self._recent += (tokens - self._recent) / RECENT
+        if self._recent < self._needed:
+            self._believed = 0
+            self._pause.begin()
 
     def _choose(self) -> tuple[bool, bool]:
         """Whether to draft, and whether the cycle is part of a trial."""
@@ -151,20 +192,16 @@ class ClockedPlan:
             return True, False
         if self._pause.goes_on():
             return False, False
-        plain, drafted = self._measured[False], self._measured[True]
+        plain, drafted = self._seconds[False], self._seconds[True]
         if min(len(plain), len(drafted)) < TRIED:
             return len(plain) > len(drafted), True
-        pays = _rate(drafted) > _rate(plain)
-        plain.clear()
-        drafted.clear()
-        if not pays:
+        # Medians, for prompts were read in some of the cycles.
+        self._needed, self._recent = median(drafted) / max(median(plain), 1e-9), fmean(self._brought)
+        for measured in (plain, drafted, self._brought):
+            measured.clear()
+        if self._recent < self._needed:
             self._pause.begin()
             return self._choose()
         self._pause.shorten()
         self._believed = BELIEVED
         return True, False
-
-
-def _rate(cycles: list[tuple[float, int]]) -> float:
-    """Tokens per second; a cycle in which prompts were read besides is an exception that the median leaves out."""
-    return fmean(tokens for _, tokens in cycles) / max(median(seconds for seconds, _ in cycles), 1e-9)

@@ -29,7 +29,7 @@ class Prices:
     """Seconds of a cycle's parts at one context, for trees of up to a size.
 
     Attributes:
-        costs: of the context, which they are taken from.
+        costs: those of the context, from which the prices are taken.
         plain: a cycle without drafts.
         nodes: of the second node, the third, ...
         trees: of a tree of so many nodes and one level.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, TorchAoConfig
 
 from draftwing.config import DTYPES, QUANTIZATIONS
@@ -13,8 +14,7 @@ from draftwing.embedded import EMBEDDED_TARGETS, embedded_target
 from draftwing.target.gguf import dequantised, find_gguf
 from draftwing.target.interface import ATTENTION, Role
 from draftwing.target.model import TargetModel, one_line
-from draftwing.target.packed import multiplies_bfloat16, multiplies_in_c
-from draftwing.target.rounded import round_linears
+from draftwing.target.packed import multiplies_bfloat16, multiplies_in_c, pack_linears
 
 HUB_OPTIONS = ("cache_dir", "code_revision", "force_download", "local_files_only", "proxies") + (
     "revision",
@@ -46,8 +46,9 @@ def load_target(
 ) -> TargetModel:
     """Load a causal language model with our attention function. `options` go to transformers' `from_pretrained`.
 
-    Without a `dtype` it is the file's; on a CPU without bf16 products, and for float16 files there, float32.
-    `quantize` is one of QUANTIZATIONS. On a CPU with a C compiler "int8" is ours, in float32; else it is torchao's.
+    Without a `dtype` it is the file's; float32 on a CPU without bf16 products, for float16 files on a CPU, and with
+    int8 of our own. `quantize` is one of QUANTIZATIONS. int8 is our own on a CPU with a C compiler, unless another dtype
+    than float32 is given; the rest is torchao's.
 
     Raises:
         ValueError: a name that cannot be loaded, missing tensors, a model that cannot verify trees. The message begins
@@ -86,9 +87,10 @@ def _load_on(
 ) -> Any:
     """A model on its device, or where a `device_map` in the options puts it; arguments as those of `load_target`."""
     lacks_bfloat16 = device.type == "cpu" and not multiplies_bfloat16()
-    rounds = quantize == "int8" and dtype in (None, torch.float32) and multiplies_in_c(torch.float32, device)
-    if rounds:
-        dtype = torch.float32
+    of_ours = "device_map" not in options and dtype in (None, torch.float32)
+    is_our_int8 = quantize == "int8" and of_ours and multiplies_in_c(torch.float32, device)
+    if is_our_int8:
+        dtype = None  # as in the file until it is rounded
     elif quantize is not None:
         options["quantization_config"] = quantization_config(quantize, device)
         if dtype is None and lacks_bfloat16:
@@ -98,18 +100,33 @@ def _load_on(
     except OSError as error:
         reason = "cannot load" if Path(resolve_target(name, role)).is_dir() else "no folder and no reachable hub id:"
         raise ValueError(f"{role}: {reason} {name!r}: {one_line(error)}") from error
-    if is_quantized and rounds:
-        raise ValueError(f"quantize: expected none, got {quantize!r}: the files of {name!r} are quantised already")
+    if is_quantized and is_our_int8:
+        raise ValueError(f"quantize: expected none, got {quantize!r}: {name!r} is quantised already")
     if is_quantized and device.type != "cpu":
         # Weights are packed for the device that they are on, and must not be moved. accelerate places them.
         options = {"device_map": str(device)} | options
     model = load_model(name, dtype, role, **options)
-    if rounds:
-        round_linears(model)
+    if is_our_int8:
+        return _in_int8(model)
     if is_quantized or "device_map" in options:
         return model
     is_slow = model.dtype == torch.float16 or (model.dtype == torch.bfloat16 and lacks_bfloat16)
     return model.float() if dtype is None and device.type == "cpu" and is_slow else model.to(device)
+
+
+def _in_int8(model: Any) -> Any:
+    """A model in float32 with products of 8 bits, rounded one by one: those in float32 are never all in memory.
+
+    Raises:
+        ValueError: some of its products cannot be.
+    """
+    pack_linears(model, rounded_in=torch.float32)
+    if left := {type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)}:
+        raise ValueError(
+            f"quantize: int8 in float32 on a CPU is for plain linear layers, and {type(model).__name__} has "
+            f"{', '.join(sorted(left))}; dtype bfloat16 takes torchao's"
+        )
+    return model.float()
 
 
 def load_model(name: str, dtype: torch.dtype | None = None, role: str = "target", **options: Any) -> Any:

@@ -60,8 +60,8 @@ class _Pass(ctypes.Structure):
 class Panels:
     """A product's weight `[outputs, inputs]` in layers.c's layout, and its bias `[outputs]`.
 
-    A float32 weight is kept in 16 bits where these hold it. An int8 one comes with the `scale [outputs]` of its sums,
-    and multiplies rows that are rounded to 16 bits.
+    A float32 weight is kept in 16 bits if these hold it exactly. An int8 weight has a `scale [outputs]`, and the rows
+    that it multiplies are rounded to 16 bits.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None = None) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from draftwing import native
 from draftwing.target import native_layers
 from draftwing.target.attention import kernels_take, on_device, serves_row_kernels
-from draftwing.target.rounded import RoundedLinear, does_more, to_int8
+from draftwing.target.rounded import RoundedLinear, does_more, round_children, to_int8
 from draftwing.target.row_layout import RowProduct, Tiles
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
@@ -26,13 +26,16 @@ LINEAR = (nn.Linear, RoundedLinear)
 """Layers that do no more than their product; others' classes may."""
 
 
-def pack_linears(model: nn.Module) -> None:
+def pack_linears(model: nn.Module, rounded_in: torch.dtype | None = None) -> None:
     """Replace the model's linear layers by packed ones, in place, where the device has products for them.
 
-    The model can be run as before but not trained, saved or moved to another device.
+    With `rounded_in` they are rounded to 8 bits first, for inputs of this dtype. The model can be run as before but not
+    trained, saved or moved to another device.
     """
     # Without the layers themselves, so that each one's weights go when they have been packed.
     for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
+        if rounded_in is not None:
+            round_children(parent, rounded_in)
         layers = {
             name: child
             for name, child in parent.named_children()
@@ -57,7 +60,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def multiplies_in_c(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products are layers.c's there, which reads weights of 8 and 16 bits as they are."""
+    """Whether products of this dtype run in layers.c on this device; it reads weights of 8 and 16 bits as they are."""
     return device.type == "cpu" and native.serves(torch.empty(0, dtype=dtype))
 
 
@@ -68,7 +71,7 @@ def _can_pack(layer: nn.Linear) -> bool:
     if does_more(layer):
         return False
     dtype, device = layer.weight.dtype, layer.weight.device
-    if device.type == "cuda" or (device.type == "cpu" and dtype == torch.float64):
+    if device.type == "cuda" or (device.type == "cpu" and dtype == torch.float64) or native.serves(layer.weight):
         return True
     if device.type != "cpu" or dtype not in PACKED_DTYPES or not torch.backends.mkldnn.is_available():
         return False
@@ -134,7 +137,7 @@ class PackedProduct(Product):
 
 
 class NativeProduct(Product):
-    """layers.c: it reads 8 bits of rounded weights, and 16 bits of float32 ones that these hold."""
+    """layers.c's. Rounded weights are kept in 8 bits, others in 16 if these hold them exactly, else in float32."""
 
     def __init__(self, layers: Sequence[nn.Linear], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(layers)

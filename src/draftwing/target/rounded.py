@@ -1,8 +1,8 @@
 """Weights in 8 bits: int8 numbers and a float32 scale for each output.
 
-A draft's rounding cannot change what is decoded, only how much of it is accepted. A target's makes another model of it.
-Half the bytes of 16 bits are read where a kernel multiplies the numbers as they are (packed.py); elsewhere a weight
-holds what they stand for.
+Rounding a draft cannot change what is decoded, only how much of it is accepted. Rounding a target makes another model.
+Kernels that multiply the 8 bits themselves read half the bytes of 16 (packed.py). Elsewhere a weight holds the rounded
+numbers in its own dtype, and nothing is saved.
 """
 
 import torch
@@ -36,9 +36,14 @@ class RoundedLinear(nn.Linear):
 def round_linears(network: nn.Module) -> None:
     """Replace a network's linear layers by rounded ones, in place; those that do more than their product stay."""
     for parent in [module for module in network.modules() if not isinstance(module, nn.Linear)]:
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and not does_more(child):
-                setattr(parent, name, RoundedLinear(child))
+        round_children(parent)
+
+
+def round_children(parent: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """As `round_linears`, of a module's own linear layers, which may become of another dtype."""
+    for name, child in list(parent.named_children()):
+        if type(child) is nn.Linear and not does_more(child):
+            setattr(parent, name, RoundedLinear(child.to(dtype)))
 
 
 def does_more(module: nn.Module) -> bool:

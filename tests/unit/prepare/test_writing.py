@@ -11,12 +11,8 @@ from conftest import tiny_llama
 
 from draftwing.config import TrainConfig
 from draftwing.engine.engine import Event, Request, Seat
-from draftwing.engine.readback import CycleReport
 from draftwing.engine.sampling import SamplingParams
 from draftwing.engine.stopping import StopRule
-from draftwing.engine.tree_plan import TreePlan
-from draftwing.plans import pauses
-from draftwing.plans.pauses import BELIEVED, TRIED, ClockedPlan
 from draftwing.prepare.from_target import AHEAD, MARK, Author, Dropped, in_order, loops, read_prefixes, user_turn
 from draftwing.prepare.self_generated import EngineAnswers
 from draftwing.target.model import TargetModel
@@ -284,23 +280,6 @@ def test_a_file_of_prefixes(tmp_path: Path) -> None:
 def test_there_must_be_room_for_an_answer(author: Author, tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="sequence_length: 100 leaves no room for an answer behind a request of 99"):
         Author(author._config, tokenizer, author._answers, (1,), max_request_tokens=99)
-
-
-@pytest.mark.parametrize(("seconds", "tokens", "pays"), [(0.1, 20, False), (0.1, 150, True), (0.011, 12, True)])
-def test_a_plan_by_the_clock(monkeypatch: pytest.MonkeyPatch, seconds: float, tokens: int, pays: bool) -> None:
-    """Plain cycles take 10 ms for ten rows' tokens; prompts that are read in some of them do not mislead it."""
-    now = 0.0
-    monkeypatch.setattr(pauses.time, "perf_counter", lambda: now)
-    plan, drafted = ClockedPlan(TreePlan.parse("chain:4")), []
-    for cycle in range(4 * BELIEVED):
-        drafts = plan.next(10, 100).depth > 0
-        drafted.append(drafts)
-        if drafts:
-            plan.learn(CycleReport(10, tokens, 5, lambda: None))  # type: ignore[arg-type, return-value]
-        now += (seconds if drafts else 0.01) + (5.0 if cycle % 7 == 0 else 0)
-    assert sum(drafted[: 2 * TRIED]) == TRIED
-    share = sum(drafted) / len(drafted)
-    assert share > 0.9 if pays else share < 0.15
 
 
 def test_the_mark_is_no_word_of_a_template() -> None:

@@ -52,7 +52,7 @@ def build_network(
 
 
 def network_shapes(config: DraftConfig, own_embedding: bool = False) -> dict[str, torch.Size]:
-    """The parameters of `build_network`'s, without building it in memory or needing its target."""
+    """The shapes of the parameters of `build_network`'s network, which is not built in memory and needs no target."""
     of_target = torch.nn.Identity()
     with torch.device("meta"):
         network = _network(config, None, of_target, of_target, own_embedding)

@@ -74,7 +74,7 @@ class Eagle1Training(EagleTraining):
 
     def _linear_pairs(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """What `fc` reads at supervised slots, `[U, 2 * D]`, and the features to estimate from it, `[U, D]`."""
-        taught = self._read(**batch)
+        taught = self.read(**batch)
         inputs = self.head.fc_inputs(taught.features, shift_left(taught.input_ids, 1)).flatten(0, 1)
         return inputs[taught.slots.student(0)], taught.last_hidden.flatten(0, 1)[taught.slots.teacher]
 
