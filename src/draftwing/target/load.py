@@ -47,8 +47,8 @@ def load_target(
     """Load a causal language model with our attention function. `options` go to transformers' `from_pretrained`.
 
     Without a `dtype` it is the file's; float32 on a CPU without bf16 products, for float16 files on a CPU, and with
-    int8 of our own. `quantize` is one of QUANTIZATIONS. int8 is our own on a CPU with a C compiler, unless another dtype
-    than float32 is given; the rest is torchao's.
+    int8 of our own. `quantize` is one of QUANTIZATIONS. On a CPU with a C compiler int8 is our own, unless the `dtype`
+    is another than float32; the rest is torchao's.
 
     Raises:
         ValueError: a name that cannot be loaded, missing tensors, a model that cannot verify trees. The message begins
