@@ -376,6 +376,12 @@ def test_a_layer_that_another_library_multiplies_for_is_written_out(without_nati
 # Doing without
 
 
+@pytest.fixture
+def compiled_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that compile once more, and compute nothing."""
+    monkeypatch.setattr(native, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in native.FLAGS))
+
+
 def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(native, "which", lambda name: None)
     with caplog.at_level(logging.WARNING):
@@ -404,6 +410,7 @@ def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_library
+@pytest.mark.usefixtures("compiled_quickly")
 def test_the_file_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path))
     assert native.library.__wrapped__() is not None
@@ -412,6 +419,7 @@ def test_the_file_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 @needs_library
+@pytest.mark.usefixtures("compiled_quickly")
 def test_a_file_that_does_not_load_is_compiled_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path))
     assert native.library.__wrapped__() is not None
@@ -423,6 +431,7 @@ def test_a_file_that_does_not_load_is_compiled_anew(monkeypatch: pytest.MonkeyPa
 
 
 @needs_library
+@pytest.mark.usefixtures("compiled_quickly")
 def test_a_machine_without_a_home_folder_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -432,6 +441,7 @@ def test_a_machine_without_a_home_folder_keeps_nothing(monkeypatch: pytest.Monke
 
 
 @needs_library
+@pytest.mark.usefixtures("compiled_quickly")
 def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "native").touch()
     monkeypatch.setenv("DRAFTWING_CACHE", str(tmp_path))
