@@ -152,9 +152,7 @@ class Clock:
         self._believed = 0  # cycles left for which drafting is taken to be faster
         self._seconds: dict[bool, list[float]] = {True: [], False: []}
         self._brought: list[float] = []  # tokens of a row in each drafted cycle of a trial
-        self._needed = self._recent = (
-            0.0  # tokens that make up for a drafted cycle's seconds, and those that came lately
-        )
+        self._needed = self._recent = 0.0  # tokens that pay for a drafted cycle, and those that came lately
         self._began, self._drafts, self._is_trial = 0.0, False, False
 
     def begin(self) -> None:
@@ -163,7 +161,7 @@ class Clock:
         self._pause.inherit(INHERITED_LOOKUP_PAUSE)
 
     def skip(self) -> None:
-        """Time has passed since the last cycle that is not the cycle's."""
+        """Do not count the time since the last cycle: others have used it."""
         self._is_trial = False
 
     def drafts(self) -> bool:

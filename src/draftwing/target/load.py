@@ -87,8 +87,8 @@ def _load_on(
 ) -> Any:
     """A model on its device, or where a `device_map` in the options puts it; arguments as those of `load_target`."""
     lacks_bfloat16 = device.type == "cpu" and not multiplies_bfloat16()
-    of_ours = "device_map" not in options and dtype in (None, torch.float32)
-    is_our_int8 = quantize == "int8" and of_ours and multiplies_in_c(torch.float32, device)
+    has_ours = multiplies_in_c(torch.float32, device) and "device_map" not in options
+    is_our_int8 = quantize == "int8" and has_ours and dtype in (None, torch.float32)
     if is_our_int8:
         dtype = None  # as in the file until it is rounded
     elif quantize is not None:
